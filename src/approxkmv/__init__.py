@@ -1,0 +1,40 @@
+"""Sparsity of attention kernels, measured, and ApproxKMV with its rivals. The public interface."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from approxkmv.errors import ApproxKMVError as ApproxKMVError
+    from approxkmv.kernels import AttentionReduction as AttentionReduction
+    from approxkmv.kernels import log_kernel as log_kernel
+    from approxkmv.kernels import reduce_attention as reduce_attention
+    from approxkmv.statistics import OrderRatios as OrderRatios
+    from approxkmv.statistics import head_to_tail_ratios as head_to_tail_ratios
+    from approxkmv.statistics import order_ratios as order_ratios
+
+__version__ = "0.1.0"
+
+# Loaded on first use, so that a machine with torch alone can import the parts that need nothing else.
+_HOME = {
+    "ApproxKMVError": "approxkmv.errors",
+    "AttentionReduction": "approxkmv.kernels",
+    "reduce_attention": "approxkmv.kernels",
+    "log_kernel": "approxkmv.kernels",
+    "OrderRatios": "approxkmv.statistics",
+    "head_to_tail_ratios": "approxkmv.statistics",
+    "order_ratios": "approxkmv.statistics",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'approxkmv' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

@@ -1,0 +1,69 @@
+"""Queries and keys as they come (torch or NumPy, any floating type) and as the mathematics wants them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TypeAlias
+
+import numpy as np
+import torch
+
+from approxkmv.errors import InputError
+
+Array: TypeAlias = torch.Tensor | np.ndarray
+
+
+def as_float64(array: Array, name: str) -> torch.Tensor:
+    """The same numbers as a float64 tensor on the same device.
+
+    Raises InputError, naming the argument, when it is not a tensor or array of real numbers or is not finite.
+    """
+    if isinstance(array, np.ndarray):
+        if array.dtype.kind not in "fiu":
+            raise InputError(f"{name} has dtype {array.dtype}: give real numbers")
+        tensor = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float64))
+    elif isinstance(array, torch.Tensor):
+        if array.is_complex():
+            raise InputError(f"{name} has dtype {array.dtype}: give real numbers")
+        tensor = array.detach().to(torch.float64)
+    else:
+        raise InputError(f"{name} is a {type(array).__name__}: give a torch tensor or a NumPy array")
+    if not bool(torch.isfinite(tensor).all()):
+        raise InputError(f"{name} holds a NaN or an infinity: remove it before asking for kernel values")
+    return tensor
+
+
+def queries_and_keys(
+    q: Array, k: Array
+) -> tuple[torch.Tensor, torch.Tensor, Callable[[torch.Tensor], Array]]:
+    """q (..., n_q, d) and k (..., n_k, d) as float64 tensors, and the way back to the caller's kind of array.
+
+    Raises InputError when the two do not fit together: different kinds, batch shapes or widths, or no rows.
+    """
+    if isinstance(q, np.ndarray) != isinstance(k, np.ndarray):
+        raise InputError("q and k are of different kinds: give two torch tensors or two NumPy arrays")
+    queries, keys = as_float64(q, "q"), as_float64(k, "k")
+    if queries.ndim < 2 or keys.ndim < 2:
+        raise InputError(
+            f"q {tuple(queries.shape)} and k {tuple(keys.shape)} must be (..., n_q, d) and (..., n_k, d)"
+        )
+    if queries.shape[-1] != keys.shape[-1] or queries.shape[:-2] != keys.shape[:-2]:
+        raise InputError(
+            f"q {tuple(queries.shape)} and k {tuple(keys.shape)} differ in width d or in their batch dimensions"
+        )
+    if 0 in queries.shape[-2:] or 0 in keys.shape[-2:]:
+        raise InputError(f"q {tuple(queries.shape)} or k {tuple(keys.shape)} has no rows or no columns")
+    back: Callable[[torch.Tensor], Array] = (
+        (lambda t: t.numpy()) if isinstance(q, np.ndarray) else (lambda t: t)
+    )
+    return queries, keys, back
+
+
+def resolve_scale(scale: float | None, d: int) -> float:
+    """The factor of the logits: 1/sqrt(d) when none is given. Raises InputError unless positive and finite."""
+    if scale is None:
+        return 1.0 / math.sqrt(d)
+    if not (isinstance(scale, (int, float, np.floating, np.integer)) and math.isfinite(scale) and scale > 0):
+        raise InputError(f"scale is {scale!r}: it must be a positive finite number")
+    return float(scale)

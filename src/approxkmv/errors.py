@@ -1,0 +1,31 @@
+"""The exceptions that a user can meet: each carries one line that says what, where and what to do."""
+
+from __future__ import annotations
+
+
+class ApproxKMVError(Exception):
+    """Base of every error that the command line prints as one line, with exit code 2."""
+
+
+class InputError(ApproxKMVError, ValueError):
+    """An argument of the Python interface has the wrong shape, type or range, or holds a non-finite value."""
+
+
+class ConfigError(ApproxKMVError):
+    """The configuration has an unknown key, a wrong type or a value out of range."""
+
+
+class SourceError(ApproxKMVError):
+    """A model or a text could not be fetched, or what came is not what its hash says."""
+
+
+class CaptureError(ApproxKMVError):
+    """Queries and keys of this architecture cannot be captured."""
+
+
+class NonFiniteError(ApproxKMVError):
+    """A model produced an activation that is NaN or infinite."""
+
+
+class TableError(ApproxKMVError):
+    """A file that an earlier step wrote is missing, cut short or not what this step reads."""
