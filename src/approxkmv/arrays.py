@@ -34,9 +34,7 @@ def as_float64(array: Array, name: str) -> torch.Tensor:
     return tensor
 
 
-def queries_and_keys(
-    q: Array, k: Array
-) -> tuple[torch.Tensor, torch.Tensor, Callable[[torch.Tensor], Array]]:
+def queries_and_keys(q: Array, k: Array) -> tuple[torch.Tensor, torch.Tensor, Callable[[torch.Tensor], Array]]:
     """q (..., n_q, d) and k (..., n_k, d) as float64 tensors, and the way back to the caller's kind of array.
 
     Raises InputError when the two do not fit together: different kinds, batch shapes or widths, or no rows.
@@ -54,9 +52,7 @@ def queries_and_keys(
         )
     if 0 in queries.shape[-2:] or 0 in keys.shape[-2:]:
         raise InputError(f"q {tuple(queries.shape)} or k {tuple(keys.shape)} has no rows or no columns")
-    back: Callable[[torch.Tensor], Array] = (
-        (lambda t: t.numpy()) if isinstance(q, np.ndarray) else (lambda t: t)
-    )
+    back: Callable[[torch.Tensor], Array] = (lambda t: t.numpy()) if isinstance(q, np.ndarray) else (lambda t: t)
     return queries, keys, back
 
 

@@ -54,9 +54,7 @@ def reduce_attention(q: Array, k: Array, scale: float | None = None) -> Attentio
     lifted_keys = torch.cat([keys, lift.unsqueeze(-1)], -1)
     lifted_queries = torch.cat([queries, queries.new_zeros((*queries.shape[:-1], 1))], -1)
     log_row_scale = 0.5 * s * (queries.square().sum(-1) + largest)
-    return AttentionReduction(
-        back(lifted_queries), back(lifted_keys), back(log_row_scale), 1.0 / math.sqrt(s)
-    )
+    return AttentionReduction(back(lifted_queries), back(lifted_keys), back(log_row_scale), 1.0 / math.sqrt(s))
 
 
 def log_kernel(q: Array, k: Array, scale: float | None = None) -> Array:

@@ -17,9 +17,7 @@ def pair(seed: int, shape_q: tuple[int, ...], shape_k: tuple[int, ...], factor: 
     return q, k
 
 
-@pytest.mark.parametrize(
-    ("shape_q", "shape_k"), [((7, 5), (9, 5)), ((2, 3, 6, 8), (2, 3, 4, 8)), ((1, 1), (1, 1))]
-)
+@pytest.mark.parametrize(("shape_q", "shape_k"), [((7, 5), (9, 5)), ((2, 3, 6, 8), (2, 3, 4, 8)), ((1, 1), (1, 1))])
 @pytest.mark.parametrize("scale", [None, 0.25])
 @pytest.mark.parametrize("factor", [1.0, 30.0])
 def test_the_reduction_is_an_identity_in_logs(shape_q, shape_k, scale, factor):
