@@ -1,0 +1,208 @@
+"""Experiments (i) and (ii) against the plain way: torch.topk of every prefix, in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from approxkmv import head_to_tail_ratios, log_kernel, order_ratios
+from approxkmv.errors import InputError
+from approxkmv.statistics import head_statistics
+from approxkmv.statistics.exponential import exp_and_sum
+from approxkmv.statistics.selection import select_largest
+
+# What the statistics promise; the pass itself is good to about 1e-11.
+RELATIVE = 1e-6
+
+
+def plain_ratios(logs: torch.Tensor, first: int, causal: bool = False) -> torch.Tensor:
+    """c_i by topk of every prefix, each prefix relative to its own largest entry."""
+    n = logs.shape[0]
+    out = []
+    for i in range(first, n + 1):
+        part = logs[:i, :i]
+        entries = part[torch.tril(torch.ones_like(part, dtype=torch.bool))] if causal else part.flatten()
+        values = torch.exp(entries - entries.max()).sort(descending=True).values
+        # Smallest first, so that the reference loses no digits either.
+        out.append(values[i:].flip(0).sum() / values[:i].flip(0).sum())
+    return torch.stack(out)
+
+
+def random_head(seed: int, n: int, d: int, spread: float) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return (
+        spread * torch.randn(n, d, generator=generator, dtype=torch.float64),
+        spread * torch.randn(n, d, generator=generator, dtype=torch.float64),
+    )
+
+
+def growing(n: int, d: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Entries that grow along the text, so that most of every new row and column enters the head."""
+    q, k = random_head(5, n, d, 0.1)
+    steps = torch.linspace(0.0, 1.0, n, dtype=torch.float64).unsqueeze(1)
+    return q * (1 - 0.9 * steps), k + 8.0 * steps * q.mean(0)
+
+
+def shrinking(n: int, d: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Entries that shrink along the text, so that the head takes from the tail at every step."""
+    q, k = random_head(6, n, d, 0.3)
+    steps = torch.linspace(1.0, 6.0, n, dtype=torch.float64).unsqueeze(1)
+    return q * steps**2, k
+
+
+def jumping(n: int, d: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A token far into the text whose entries exceed all before by e^2000 and more; then another."""
+    q, k = random_head(7, n, d, 1.0)
+    q[:] = q * 40
+    q[n // 2 + 3] = 0.0
+    q[n - 5] = 0.0
+    return q, k
+
+
+def constant(n: int, d: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.ones(n, d, dtype=torch.float64), torch.ones(n, d, dtype=torch.float64)
+
+
+def few_values(n: int, d: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Many ties, also at the cut between head and tail."""
+    generator = torch.Generator().manual_seed(8)
+    choose = lambda: torch.randint(0, 2, (n, d), generator=generator).double()  # noqa: E731
+    return choose(), choose()
+
+
+HEADS = {
+    "diffuse": random_head(0, 150, 16, 0.3),
+    "ordinary": random_head(1, 150, 16, 1.2),
+    "sharp": random_head(2, 150, 16, 4.0),
+    "logits of 10^4": random_head(3, 150, 16, 60.0),
+    "growing": growing(150, 16),
+    "shrinking": shrinking(150, 16),
+    "jumping": jumping(150, 16),
+    "all equal": constant(150, 4),
+    "many ties": few_values(150, 5),
+    "full strips": random_head(4, 144, 8, 1.0),
+    "one column": random_head(9, 97, 1, 1.0),
+}
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("first", [1, 2, 17, 50])
+@pytest.mark.parametrize("head", HEADS)
+def test_every_prefix_equals_topk_of_that_prefix(head, first, causal):
+    q, k = HEADS[head]
+    ours = head_to_tail_ratios(q, k, min_prefix=first, causal=causal)
+    expected = plain_ratios(log_kernel(q, k), first, causal)
+    assert ours.dtype == torch.float64
+    assert ours.shape == (q.shape[0] - first + 1,)
+    assert torch.isfinite(ours).all()
+    # Below 1e-290 both sides are at the end of float64.
+    torch.testing.assert_close(ours, expected, rtol=RELATIVE, atol=1e-290)
+
+
+def test_a_tiny_tail_keeps_its_digits():
+    """Subtracting the head from the sum of all would leave nothing here."""
+    n = 60
+    logs = torch.full((n, n), -40.0, dtype=torch.float64)
+    logs.fill_diagonal_(0.0)
+    eye = torch.eye(n, dtype=torch.float64)
+    # q = k = r e_i has log K_ij = 0 on the diagonal and -r^2 scale off it.
+    ours = head_to_tail_ratios(eye * 40.0**0.5, eye * 40.0**0.5, scale=1.0)
+    expected = torch.tensor([(i * i - i) * np.exp(-40.0) / i for i in range(50, n + 1)], dtype=torch.float64)
+    torch.testing.assert_close(ours, expected, rtol=1e-9, atol=0)
+
+
+def test_all_equal_entries_give_n_minus_one():
+    q, k = constant(64, 3)
+    torch.testing.assert_close(head_to_tail_ratios(q, k)[-1], torch.tensor(63.0, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("head", HEADS)
+def test_order_ratios_equal_sorting(head, causal):
+    q, k = HEADS[head]
+    n = q.shape[0]
+    logs = log_kernel(q, k)
+    entries = logs[torch.tril(torch.ones_like(logs, dtype=torch.bool))] if causal else logs.flatten()
+    ordered = entries.sort(descending=True).values
+    ours = order_ratios(q, k, causal=causal)
+    largest = float(logs.abs().max()) + 1
+    torch.testing.assert_close(ours.log_next, ordered[n - 1] - ordered[n], rtol=1e-12, atol=1e-14 * largest)
+    torch.testing.assert_close(ours.log_double, ordered[n - 1] - ordered[2 * n - 1], rtol=1e-12, atol=1e-14 * largest)
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 31, 49, 101])
+def test_order_ratios_of_short_texts(n):
+    q, k = random_head(n, n, 3, 1.0)
+    ordered = log_kernel(q, k).flatten().sort(descending=True).values
+    torch.testing.assert_close(order_ratios(q, k).log_double, ordered[n - 1] - ordered[2 * n - 1])
+
+
+def test_batches_chunks_and_kinds_of_array_agree():
+    generator = torch.Generator().manual_seed(11)
+    q = torch.randn(2, 3, 70, 8, generator=generator)
+    k = torch.randn(2, 3, 70, 8, generator=generator)
+    whole = head_statistics(q, k)
+    small = head_statistics(q, k, memory=1)
+    assert whole.ratios.shape == (2, 3, 21)
+    np.testing.assert_array_equal(whole.ratios, small.ratios)
+    np.testing.assert_array_equal(whole.log_double, small.log_double)
+    np.testing.assert_array_equal(whole.ratios, head_to_tail_ratios(q.numpy(), k.numpy()))
+    np.testing.assert_array_equal(whole.log_next, order_ratios(q, k).log_next.numpy())
+    single = head_to_tail_ratios(q[1, 2], k[1, 2])
+    # A matrix product of another batch size may round differently.
+    torch.testing.assert_close(torch.from_numpy(whole.ratios[1, 2]), single, rtol=1e-12, atol=0)
+
+
+def test_a_constant_factor_per_kernel_changes_nothing():
+    """Shifting all keys along one direction that every query shares multiplies K by a constant."""
+    q, k = random_head(12, 80, 6, 1.0)
+    q[:, 0] = 1.0
+    shifted = k.clone()
+    shifted[:, 0] += 30.0
+    torch.testing.assert_close(head_to_tail_ratios(q, k), head_to_tail_ratios(q, shifted), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("call", "word"),
+    [
+        (lambda: head_to_tail_ratios(torch.ones(60, 2), torch.ones(61, 2)), "60 rows and k has 61"),
+        (lambda: head_to_tail_ratios(torch.ones(40, 2), torch.ones(40, 2)), "40 tokens and min_prefix is 50"),
+        (lambda: head_to_tail_ratios(torch.ones(60, 2), torch.ones(60, 2), min_prefix=0), "min_prefix"),
+        (lambda: head_to_tail_ratios(torch.ones(60, 2) / 0, torch.ones(60, 2)), "NaN or an infinity"),
+        (lambda: order_ratios(torch.ones(1, 2), torch.ones(1, 2)), "at least 2"),
+        (lambda: order_ratios(torch.ones(2, 2), torch.ones(2, 2), causal=True), "at least 3"),
+    ],
+)
+def test_bad_input_is_one_clear_line(call, word):
+    with pytest.raises(InputError, match=word) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
+def test_the_vector_exponential_is_exact_to_its_bound():
+    values = np.linspace(-750.0, 650.0, 200_001)
+    out = np.empty_like(values)
+    total = exp_and_sum(values, values.size, 0.0, out)
+    inside = values >= -707.0
+    np.testing.assert_allclose(out[inside], np.exp(values[inside]), rtol=2e-11)
+    assert not out[~inside].any()
+    assert total == pytest.approx(out.sum(), rel=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["random", "sorted", "reversed", "equal", "two values"])
+def test_selection_puts_the_largest_first(kind):
+    values = np.random.default_rng(0).normal(size=1000)
+    if kind == "sorted":
+        values.sort()
+    elif kind == "reversed":
+        values = np.sort(values)[::-1].copy()
+    elif kind == "equal":
+        values[:] = 1.0
+    elif kind == "two values":
+        values = np.sign(values)
+    for count in (1, 10, 500, 999):
+        mine = values.copy()
+        select_largest(mine, mine.size, count)
+        np.testing.assert_array_equal(np.sort(mine[:count]), np.sort(values)[-count:])
+        np.testing.assert_array_equal(np.sort(mine), np.sort(values))
