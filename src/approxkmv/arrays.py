@@ -43,9 +43,7 @@ def queries_and_keys(q: Array, k: Array) -> tuple[torch.Tensor, torch.Tensor, Ca
         raise InputError("q and k are of different kinds: give two torch tensors or two NumPy arrays")
     queries, keys = as_float64(q, "q"), as_float64(k, "k")
     if queries.ndim < 2 or keys.ndim < 2:
-        raise InputError(
-            f"q {tuple(queries.shape)} and k {tuple(keys.shape)} must be (..., n_q, d) and (..., n_k, d)"
-        )
+        raise InputError(f"q {tuple(queries.shape)} and k {tuple(keys.shape)} must be (..., n_q, d) and (..., n_k, d)")
     if queries.shape[-1] != keys.shape[-1] or queries.shape[:-2] != keys.shape[:-2]:
         raise InputError(
             f"q {tuple(queries.shape)} and k {tuple(keys.shape)} differ in width d or in their batch dimensions"

@@ -1,1 +1,1 @@
-"""."""
+"""Figures, one file each: they read tables and write PDF and PNG; no model, no GPU."""

@@ -1,0 +1,38 @@
+# Does the sparsity assumption hold on your models? `snakemake --cores all` draws the figures of the study in config.yaml.
+import sys
+
+from snakemake.utils import min_version
+
+min_version("9.1")
+
+
+configfile: "config.yaml"
+
+
+include: "workflow/rules/common.smk"
+include: "workflow/rules/texts.smk"
+include: "workflow/rules/models.smk"
+include: "workflow/rules/statistics.smk"
+include: "workflow/rules/figures.smk"
+
+
+localrules:
+    all,
+    figures,
+
+
+rule all:
+    default_target: True
+    input:
+        rules.figures.input,
+        f"{RESULTS}/tables/paper_comparison.csv",
+    conda:
+        "environment.yml"
+
+
+onsuccess:
+    shell(f"approxkmv show {RESULTS}")
+
+
+onerror:
+    print(f"A step failed; its reason stands above and in {RESULTS}/logs. Run again to go on from there.", file=sys.stderr)

@@ -1,0 +1,227 @@
+"""The command line: every step of the pipeline as a command, without Snakemake."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from approxkmv.errors import ApproxKMVError
+
+if TYPE_CHECKING:
+    from approxkmv.config import Study
+
+app = typer.Typer(
+    name="approxkmv",
+    help=(
+        "Is a model's attention sparse, head by head and length by length?\n\n"
+        "The commands are the steps of the pipeline in their order: fetch, texts, extract, statistics, summary, "
+        "compare, figure. Snakemake runs them all; each can be run alone. Every command reads config.yaml (--config) "
+        "and works on the study that it names (or --study). A user's mistake is one line and exit code 2."
+    ),
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Config = Annotated[Path, typer.Option("--config", help="The configuration file.")]
+StudyName = Annotated[str | None, typer.Option("--study", help="A study of the configuration; its `study` by default.")]
+Log = Annotated[Path | None, typer.Option("--log", help="Write the finished steps with their times here as well.")]
+Model = Annotated[str, typer.Option("--model", help="A model of the study, by its name in the catalogue.")]
+CONFIG = Path("config.yaml")
+
+
+def _study(config: Path, study: str | None) -> Study:
+    from approxkmv.config import load_config, study_of
+
+    return study_of(load_config(config), study)
+
+
+@app.command()
+def fetch(
+    model: Annotated[str, typer.Option("--model", help="A model of the catalogue.")],
+    out: Annotated[Path, typer.Option("--out", help="JSON file to write: where the model lies.")],
+    config: Config = CONFIG,
+    log: Log = None,
+) -> None:
+    """Download a model (or find it on disk), check its hashes, unpack it into the cache."""
+    from approxkmv.config import load_config, model_of
+    from approxkmv.progress import log_to, step
+    from approxkmv.steps.fetch import fetch_model
+
+    log_to(log)
+    checked = load_config(config)
+    with step(f"fetch      {model}"):
+        fetch_model(model_of(checked, model), Path(checked["cache"]), out)
+
+
+@app.command()
+def texts(
+    out: Annotated[Path, typer.Option("--out", help="Parquet file to write: index, name, text.")],
+    config: Config = CONFIG,
+    study: StudyName = None,
+    log: Log = None,
+) -> None:
+    """Read the corpus, cut it into the study's unit of text, and draw the study's texts."""
+    from approxkmv.progress import log_to, step
+    from approxkmv.steps.texts import write_texts
+
+    log_to(log)
+    chosen = _study(config, study)
+    with step(f"texts      {chosen.corpus.name}") as notes:
+        notes.append(f"{write_texts(chosen, out)} texts")
+
+
+@app.command()
+def extract(
+    model: Model,
+    location: Annotated[Path, typer.Option("--location", help="JSON file of `approxkmv fetch`.")],
+    texts: Annotated[Path, typer.Option("--texts", help="Parquet file of `approxkmv texts`.")],
+    shard: Annotated[int, typer.Option("--shard", min=0, help="Which part of the texts, counting from 0.")],
+    out: Annotated[Path, typer.Option("--out", help="safetensors file to write: queries and keys.")],
+    contexts_out: Annotated[Path, typer.Option("--contexts-out", help="CSV file to write: what became of each text.")],
+    config: Config = CONFIG,
+    study: StudyName = None,
+    log: Log = None,
+) -> None:
+    """Run a shard of the texts through a model and keep the queries and keys of every layer and head."""
+    from approxkmv.config import entry_of
+    from approxkmv.progress import log_to, step
+
+    log_to(log)
+    chosen = _study(config, study)
+    entry_of(chosen, model)
+    with step(f"extract    {model}, shard {shard}") as notes:
+        from approxkmv.steps.extract import extract as run
+        from approxkmv.steps.fetch import read_location
+
+        used, skipped = run(chosen, model, read_location(location), texts, shard, out, contexts_out)
+        notes.append(f"{used} texts" + (f", {skipped} too short" if skipped else ""))
+
+
+@app.command()
+def statistics(
+    model: Model,
+    activations: Annotated[Path, typer.Option("--activations", help="safetensors file of `approxkmv extract`.")],
+    heads_out: Annotated[Path, typer.Option("--heads-out", help="Parquet file to write: per text, layer and head.")],
+    prefixes_out: Annotated[Path, typer.Option("--prefixes-out", help="Parquet file to write: c at given prefixes.")],
+    config: Config = CONFIG,
+    study: StudyName = None,
+    log: Log = None,
+) -> None:
+    """Experiments (i) and (ii) on the queries and keys of a shard."""
+    from approxkmv.progress import log_to, step
+
+    log_to(log)
+    chosen = _study(config, study)
+    with step(f"statistics {model}, {activations.stem}") as notes:
+        from approxkmv.steps.measure import measure
+
+        heads = measure(model, activations, chosen.min_prefix, chosen.prefixes, heads_out, prefixes_out)
+        notes.append(f"{heads} kernels")
+
+
+@app.command()
+def summary(
+    model: Model,
+    statistics: Annotated[Path, typer.Option("--statistics", help="Folder of the shards' Parquet and CSV files.")],
+    texts: Annotated[Path, typer.Option("--texts", help="Parquet file of `approxkmv texts`; says how many shards.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the model's tables.")],
+    config: Config = CONFIG,
+    study: StudyName = None,
+    log: Log = None,
+) -> None:
+    """Bring a model's shards together: per-head table, scaling with length, overview."""
+    from approxkmv.config import entry_of
+    from approxkmv.progress import log_to, step
+
+    log_to(log)
+    chosen = _study(config, study)
+    entry = entry_of(chosen, model)
+    with step(f"summary    {model}") as notes:
+        from approxkmv.provenance import describe
+        from approxkmv.steps.summarise import summarise
+
+        facts = summarise(chosen, entry, texts, statistics, out, describe())
+        notes.append(f"largest c {facts['largest_ratio']:.2f}")
+
+
+@app.command()
+def compare(
+    tables: Annotated[Path, typer.Option("--tables", help="Folder of the models' tables.")],
+    out: Annotated[Path, typer.Option("--out", help="CSV file to write.")],
+    config: Config = CONFIG,
+    study: StudyName = None,
+    log: Log = None,
+) -> None:
+    """The paper's claims beside what was measured: claim, criterion, paper, model, ours, holds."""
+    from approxkmv.progress import log_to, step
+
+    log_to(log)
+    chosen = _study(config, study)
+    with step("compare    the paper's claims"):
+        from approxkmv.steps.compare import compare as run
+
+        run(tables, list(chosen.models), out)
+
+
+@app.command()
+def figure(
+    name: Annotated[str, typer.Argument(help="max_ratios, order_ratios or context_scaling.")],
+    tables: Annotated[Path, typer.Option("--tables", help="Folder of the models' tables.")],
+    stem: Annotated[Path, typer.Option("--out", help="Where to write, without a suffix: makes OUT.pdf and OUT.png.")],
+    models: Annotated[list[str], typer.Option("--model", help="A model; give several for context_scaling.")],
+    log: Log = None,
+) -> None:
+    """Draw one figure from tables alone."""
+    from approxkmv.figures.catalogue import draw
+    from approxkmv.progress import log_to, step
+
+    log_to(log)
+    with step(f"figure     {stem.name}"):
+        draw(name, tables, models, stem)
+
+
+@app.command()
+def show(
+    results: Annotated[Path, typer.Argument(help="Folder of a study, as results/embedded.")],
+) -> None:
+    """Say where a study's figures are, and the few numbers that matter."""
+    from approxkmv.steps.show import lines
+
+    for line in lines(results):
+        typer.echo(line)
+
+
+@app.command()
+def check(config: Config = CONFIG, study: StudyName = None) -> None:
+    """Check the configuration and say what a study would do."""
+    chosen = _study(config, study)
+    typer.echo(
+        f"study {chosen.name}: {', '.join(chosen.models)} on "
+        f"{'all' if chosen.contexts is None else chosen.contexts} texts ({chosen.unit}) of {chosen.corpus.label}"
+    )
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one line on stderr and exit code 2."""
+    try:
+        app()
+    except ApproxKMVError as error:
+        print(f"approxkmv: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("approxkmv: stopped", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        print(f"approxkmv: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

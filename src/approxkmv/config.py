@@ -1,0 +1,176 @@
+"""Read config.yaml, check it against its schema, and hand out what a step needs."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from approxkmv.errors import ConfigError
+
+SCHEMA = Path(__file__).resolve().parents[2] / "workflow" / "schemas" / "config.schema.yaml"
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """One model of the catalogue."""
+
+    name: str
+    source: str
+    sha256: str | None
+    files: Mapping[str, str]
+    label: str
+    paper_bound: float
+
+
+@dataclass(frozen=True)
+class CorpusEntry:
+    """One corpus."""
+
+    name: str
+    source: str
+    sha256: str | None
+    label: str
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study with everything it needs; fields as in the schema."""
+
+    name: str
+    models: Mapping[str, ModelEntry]
+    corpus: CorpusEntry
+    unit: str
+    contexts: int | None
+    seed: int
+    min_tokens: int
+    max_tokens: int
+    min_prefix: int
+    prefixes: tuple[int, ...]
+    dtype: str
+    device: str
+    batch_tokens: int
+    shard_contexts: int
+
+
+def load_config(path: Path) -> dict[str, Any]:
+    """The configuration in a YAML file, checked, with defaults filled in. Raises ConfigError in one line."""
+    import yaml
+
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"the configuration {path} cannot be read: {error.strerror}") from error
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path} is not YAML{where}: {getattr(error, 'problem', error)}") from error
+    return checked(value)
+
+
+def checked(value: Any) -> dict[str, Any]:
+    """A copy with defaults filled in. Raises ConfigError, which names the wrong key and the nearest right one."""
+    import jsonschema
+    import yaml
+
+    schema = yaml.safe_load(SCHEMA.read_text(encoding="utf-8"))
+    config = copy.deepcopy(value)
+    validator = jsonschema.Draft202012Validator(schema)
+    for error in sorted(validator.iter_errors(config), key=lambda e: (len(e.absolute_path), str(e.absolute_path))):
+        raise ConfigError(_one_line(error))
+    _fill(config, schema)
+    for name, study in config["studies"].items():
+        for model in study["models"]:
+            _known(model, config["models"], f"studies.{name}.models names the model")
+        _known(study["corpus"], config["corpora"], f"studies.{name}.corpus names the corpus")
+        if study["min_tokens"] > study["max_tokens"]:
+            raise ConfigError(f"studies.{name}: min_tokens is above max_tokens")
+        if study["min_prefix"] > study["min_tokens"]:
+            raise ConfigError(f"studies.{name}: min_prefix is above min_tokens, so some texts would have no prefix")
+    _known(config["study"], config["studies"], "study is")
+    return config
+
+
+def study_of(config: Mapping[str, Any], name: str | None = None) -> Study:
+    """The study of a checked configuration, by name or the one it selects. Raises ConfigError for an unknown name."""
+    name = config["study"] if name is None else name
+    _known(name, config["studies"], "study is")
+    entry = dict(config["studies"][name])
+    corpus = config["corpora"][entry["corpus"]]
+    entry["corpus"] = CorpusEntry(
+        entry["corpus"], corpus["source"], corpus["sha256"], corpus["label"] or entry["corpus"]
+    )
+    entry["models"] = {key: model_of(config, key) for key in entry["models"]}
+    entry["prefixes"] = tuple(sorted(entry["prefixes"]))
+    return Study(name=name, **entry)
+
+
+def model_of(config: Mapping[str, Any], name: str) -> ModelEntry:
+    """A model of a checked configuration's catalogue. Raises ConfigError for an unknown name."""
+    _known(name, config["models"], "the model asked for is")
+    model = config["models"][name]
+    label = model["label"] or name
+    return ModelEntry(name, model["source"], model["sha256"], model["files"], label, model["paper_bound"])
+
+
+def entry_of(study: Study, model: str) -> ModelEntry:
+    """A model of a study. Raises ConfigError for an unknown name."""
+    _known(model, study.models, f"the model asked of study {study.name} is")
+    return study.models[model]
+
+
+def _known(name: str, names: Mapping[str, Any], what: str) -> None:
+    if name not in names:
+        raise ConfigError(f"{what} {name!r}, which is not there{_nearest(name, names)}")
+
+
+def _nearest(word: str, words: Any) -> str:
+    close = difflib.get_close_matches(str(word), [str(w) for w in words], n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; there is {', '.join(sorted(map(str, words)))}"
+
+
+def _one_line(error: Any) -> str:
+    where = ".".join(str(part) for part in error.absolute_path)
+    place = f"config: {where}" if where else "config"
+    if error.validator == "additionalProperties" and isinstance(error.instance, dict):
+        allowed = error.schema.get("properties", {})
+        wrong = next(key for key in error.instance if key not in allowed)
+        return f"{place} has the unknown key {wrong!r}{_nearest(wrong, allowed)}"
+    if error.validator == "required":
+        return f"{place} lacks a key: {error.message}"
+    if error.validator == "type":
+        wanted = error.validator_value
+        wanted = " or ".join(wanted) if isinstance(wanted, list) else wanted
+        return f"{place} is {error.instance!r}: it must be of type {wanted}"
+    return f"{place}: {' '.join(error.message.split())}"
+
+
+def _fill(value: Any, schema: Mapping[str, Any]) -> None:
+    """Put the schema's defaults where keys are absent."""
+    if isinstance(value, dict):
+        properties = schema.get("properties", {})
+        for key, part in properties.items():
+            if key not in value and "default" in part:
+                value[key] = copy.deepcopy(part["default"])
+        for key, item in value.items():
+            part = properties.get(key, schema.get("additionalProperties"))
+            if isinstance(part, Mapping):
+                _fill(item, part)
+
+
+def settings_file(config: Mapping[str, Any], path: Path) -> Path:
+    """Write a checked configuration to `path` unless it is there already with the same content; returns the path."""
+    import yaml
+
+    from approxkmv.files import write_text
+
+    text = "# Written by the workflow: the configuration of this run, with defaults filled in.\n"
+    text += yaml.safe_dump(dict(config), sort_keys=True, allow_unicode=True)
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        write_text(path, text)
+    return path

@@ -1,0 +1,64 @@
+"""Cut documents into the unit of text that a study asks for, and choose its passages."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from approxkmv.errors import ConfigError
+
+# A sentence ends at . ! or ? (and closing quotes or brackets), before white space and a capital, digit or quote.
+SENTENCE_END = re.compile(r"(?<=[.!?])[\"'”’)\]]*\s+(?=[\"'“‘(\[]?[A-Z0-9])")
+
+
+@dataclass(frozen=True)
+class Document:
+    """A context and the questions that were asked about it (none for plain text)."""
+
+    name: str
+    context: str
+    questions: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Passage:
+    """One text that goes through the model: a number that stays the same for a corpus and unit, and the text."""
+
+    index: int
+    name: str
+    text: str
+
+
+def cut_into_passages(documents: Iterable[Document], unit: str) -> list[Passage]:
+    """One passage per context, per sentence, or per question (followed by its context).
+
+    Raises ConfigError for question_context when the corpus has no questions.
+    """
+    passages: list[Passage] = []
+    for document in documents:
+        if unit == "context":
+            texts: Sequence[str] = [document.context]
+        elif unit == "sentence":
+            texts = [part for part in SENTENCE_END.split(document.context) if part.strip()]
+        elif unit == "question_context":
+            if not document.questions:
+                raise ConfigError(f"unit is question_context, but {document.name!r} has no questions: use context")
+            texts = [f"{question.strip()} {document.context}" for question in document.questions]
+        else:
+            raise ConfigError(f"unit {unit!r} is not known: use context, sentence or question_context")
+        passages += [Passage(len(passages) + i, document.name, text) for i, text in enumerate(texts)]
+    return passages
+
+
+def choose_passages(passages: Sequence[Passage], count: int | None, seed: int) -> list[Passage]:
+    """`count` passages drawn at random without replacement, in their original order; all when count is None.
+
+    The draw of a smaller count is a subset of the draw of a larger one with the same seed.
+    """
+    if count is None or count >= len(passages):
+        return list(passages)
+    order = list(range(len(passages)))
+    random.Random(seed).shuffle(order)
+    return [passages[i] for i in sorted(order[:count])]

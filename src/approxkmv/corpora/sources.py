@@ -1,0 +1,79 @@
+"""Read documents from a shipped file, a plain text file, or a data set on the hub."""
+
+from __future__ import annotations
+
+import json
+import lzma
+from collections.abc import Iterator
+from pathlib import Path
+
+from approxkmv.corpora.passages import Document
+from approxkmv.errors import SourceError
+from approxkmv.files import check_sha256
+
+
+def read_corpus(source: str, sha256: str | None = None) -> list[Document]:
+    """The documents of a corpus.
+
+    `path:FILE.jsonl[.xz]` holds one object per line with `context` and, if wanted, `title` and `questions`;
+    `path:FILE.txt` is one document per block of lines between blank lines; `hub:NAME@REVISION` is a data set with the
+    columns of SQuAD (`context`, `title`, `question`), all splits.
+
+    Raises SourceError, in one line, when the source cannot be read or its hash differs.
+    """
+    kind, _, rest = source.partition(":")
+    if kind == "path" and rest:
+        path = Path(rest)
+        if not path.is_file():
+            raise SourceError(f"the corpus {source} does not exist: correct its path in config.yaml")
+        check_sha256(path, sha256)
+        name = path.name.removesuffix(".xz")
+        try:
+            with lzma.open(path, "rt", encoding="utf-8") if path.suffix == ".xz" else open(path, encoding="utf-8") as f:
+                text = f.read()
+            documents = list(_json_lines(text) if name.endswith(".jsonl") else _blocks(text, name))
+        except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError, json.JSONDecodeError, KeyError) as error:
+            raise SourceError(f"the corpus {source} cannot be read: {error}") from error
+    elif kind == "hub" and "@" in rest:
+        documents = _from_hub(*rest.rsplit("@", 1))
+    else:
+        raise SourceError(f"the corpus source {source!r} is not known: use path:FILE or hub:NAME@REVISION")
+    if not documents:
+        raise SourceError(f"the corpus {source} holds no text")
+    return documents
+
+
+def _json_lines(text: str) -> Iterator[Document]:
+    for line in text.splitlines():
+        if line.strip():
+            row = json.loads(line)
+            yield Document(row.get("title", ""), row["context"], tuple(row.get("questions", ())))
+
+
+def _blocks(text: str, name: str) -> Iterator[Document]:
+    for block in text.split("\n\n"):
+        if block.strip():
+            yield Document(name, " ".join(block.split()))
+
+
+def _from_hub(name: str, revision: str) -> list[Document]:
+    import datasets
+
+    try:
+        datasets.utils.logging.disable_progress_bar()
+        splits = datasets.load_dataset(name, revision=revision)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise SourceError(
+            f"the data set {name} at revision {revision} cannot be had: {reason}. Check the network and the name, "
+            "or fill the cache first"
+        ) from error
+    # Questions about one context are rows of their own; a context keeps the place of its first row.
+    found: dict[str, tuple[str, list[str]]] = {}
+    for split in splits.values():
+        for row in split:
+            found.setdefault(row["context"], (row.get("title", ""), []))[1].append(row.get("question", ""))
+    return [
+        Document(title, context, tuple(question for question in questions if question))
+        for context, (title, questions) in found.items()
+    ]

@@ -1,0 +1,62 @@
+"""Figure 4: the largest c over all heads against the length of the context, one line per model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from approxkmv.figures.style import COLOURS, new_figure, save
+from approxkmv.files import read_table
+from approxkmv.steps.tables import model_tables, read_overview
+
+
+def draw(tables: Path, models: Sequence[str], stem: Path) -> list[Path]:
+    """From the scaling table and overview of each model, write STEM.pdf and STEM.png."""
+    figure = new_figure(7.2, 4.6)
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
+    bounds = []
+    for i, model in enumerate(models):
+        names = model_tables(tables, model)
+        table, facts = read_table(names.scaling), read_overview(names.overview)
+        colour = COLOURS[i % len(COLOURS)]
+        top.fill_between(
+            table["prefix"],
+            (table["mean"] - table["std"]).clip(lower=table["min"]),
+            table["mean"] + table["std"],
+            color=colour,
+            alpha=0.18,
+            linewidth=0,
+        )
+        top.plot(table["prefix"], table["mean"], color=colour, marker="o", markersize=3.5, label=facts["label"])
+        bottom.plot(table["prefix"], table["contexts"], color=colour, marker="o", markersize=3)
+        bounds.append(facts["paper_bound"])
+    top.set_yscale("log")
+    low, high = top.get_ylim()
+    top.set_ylim(min(low, 1.0), high * 1.6)
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    top.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    top.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    top.yaxis.set_minor_formatter(FuncFormatter(lambda y, _: ""))
+    for bound in sorted(set(bounds)):
+        top.axhline(bound, color="#D00000", linewidth=1.0, linestyle="--")
+        top.annotate(
+            f"the paper's bound {bound:g}",
+            (1.0, bound),
+            xycoords=("axes fraction", "data"),
+            ha="right",
+            va="bottom",
+            fontsize=7.5,
+            color="#D00000",
+        )
+    top.set_ylabel("largest c over layers and heads")
+    top.set_title(
+        "Scaling of c with the length of the context: mean and standard deviation over texts", fontsize=9, loc="left"
+    )
+    top.legend(frameon=False, fontsize=8, loc="upper left")
+    bottom.set_yscale("log")
+    bottom.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    bottom.yaxis.set_minor_formatter(FuncFormatter(lambda y, _: ""))
+    bottom.set_ylabel("texts")
+    bottom.set_xlabel("prefix length i in tokens")
+    return save(figure, stem)

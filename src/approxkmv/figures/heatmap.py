@@ -1,0 +1,61 @@
+"""A grid of layers by heads with the value in each cell: the form of Figures 1 to 3."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from approxkmv.figures.style import short
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+CELL_WIDTH = 0.46
+CELL_HEIGHT = 0.27
+
+
+def grid(table: pd.DataFrame, column: str) -> np.ndarray:
+    """(layers, heads), nan where a model has no such head."""
+    values = np.full((table["layer"].max() + 1, table["head"].max() + 1), np.nan)
+    values[table["layer"], table["head"]] = table[column]
+    return values
+
+
+def size_of(values: np.ndarray) -> tuple[float, float]:
+    """Width and height in inches of the cells alone."""
+    return max(2.6, CELL_WIDTH * values.shape[1]), max(1.2, CELL_HEIGHT * values.shape[0])
+
+
+def draw_heatmap(
+    figure: Figure, axes: Axes, values: np.ndarray, *, low: float, high: float, bound: float | None, label: str
+) -> None:
+    """Colour by the logarithm between low and high, write each value, outline the cells above `bound`."""
+    from matplotlib.colors import LogNorm
+    from matplotlib.patches import Rectangle
+
+    norm = LogNorm(low, high)
+    image = axes.imshow(np.clip(values, low, high), norm=norm, cmap="viridis", aspect="auto", interpolation="nearest")
+    for (layer, head), value in np.ndenumerate(values):
+        if np.isnan(value):
+            continue
+        dark = norm(np.clip(value, low, high)) < 0.6
+        axes.text(head, layer, short(value), ha="center", va="center", fontsize=6.5, color="white" if dark else "black")
+        if bound is not None and value > bound:
+            axes.add_patch(
+                Rectangle((head - 0.46, layer - 0.46), 0.92, 0.92, fill=False, edgecolor="#D00000", linewidth=1.1)
+            )
+    axes.set_xticks(range(values.shape[1]))
+    axes.set_yticks(range(values.shape[0]))
+    axes.tick_params(length=0, labelsize=7)
+    axes.set_xlabel("head")
+    axes.set_ylabel("layer")
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    bar = figure.colorbar(image, ax=axes, shrink=min(1.0, 3.2 / size_of(values)[1]), pad=0.02, extend="both")
+    bar.ax.tick_params(labelsize=7)
+    bar.set_label(label, fontsize=8)
+    if bound is not None and low < bound < high:
+        bar.ax.axhline(bound, color="#D00000", linewidth=1.6)

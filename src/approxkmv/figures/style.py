@@ -1,0 +1,62 @@
+"""What all figures share: the look, and writing PDF and PNG with the same bytes each time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from approxkmv.files import written_whole
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's palette, readable with colour-blind eyes.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#B8A200")
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure in inches, drawn without a display."""
+    import matplotlib
+
+    matplotlib.rcParams.update(
+        {
+            "font.size": 9,
+            "axes.titlesize": 10,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "svg.hashsalt": "approxkmv",
+            "pdf.fonttype": 42,
+        }
+    )
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save(figure: Figure, stem: Path) -> list[Path]:
+    """Write STEM.pdf and STEM.png, without dates in them."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    FigureCanvasAgg(figure)
+    paths = []
+    for suffix, metadata in ((".pdf", {"CreationDate": None}), (".png", {"Software": None})):
+        path = Path(f"{stem}{suffix}")
+        with written_whole(path) as temporary:
+            figure.savefig(temporary, dpi=160, metadata=metadata)
+        paths.append(path)
+    return paths
+
+
+def short(value: float) -> str:
+    """A number for a cell of a heat map: two to three significant digits, at most five characters."""
+    if value != value:
+        return "–"
+    size = abs(value)
+    if size < 0.005:
+        return "0" if size == 0 else "<.01"
+    if size < 9.95:
+        return f"{value:.2f}" if size < 0.995 else f"{value:.1f}"
+    if size < 9999.5:
+        return f"{value:.0f}"
+    exponent = f"{value:.0e}".split("e")[1]
+    return f"{f'{value:.0e}'[0]}e{int(exponent)}"

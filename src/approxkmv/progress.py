@@ -1,0 +1,46 @@
+"""What a person at the terminal sees: bars with the time left, and one line per finished step."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+LOG = logging.getLogger("approxkmv")
+
+
+def progress(total: int, unit: str, title: str) -> Any:
+    """A tqdm bar on stderr, gone when done; silent where stderr is not a terminal."""
+    from tqdm import tqdm
+
+    return tqdm(
+        total=total, unit=unit, desc=title, leave=False, dynamic_ncols=True, unit_scale=total > 10_000, disable=None
+    )
+
+
+def log_to(path: Path | None) -> None:
+    """Send the lines of finished steps to stderr and, when given, to a log file as well."""
+    LOG.setLevel(logging.INFO)
+    LOG.handlers.clear()
+    terminal = logging.StreamHandler(sys.stderr)
+    terminal.setFormatter(logging.Formatter("%(message)s"))
+    LOG.addHandler(terminal)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = logging.FileHandler(path, mode="w", encoding="utf-8")
+        file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        LOG.addHandler(file)
+
+
+@contextmanager
+def step(title: str) -> Iterator[list[str]]:
+    """Time a step and say in one line that it is done; what the block appends to the list is added to the line."""
+    start = time.perf_counter()
+    notes: list[str] = []
+    yield notes
+    seconds = time.perf_counter() - start
+    LOG.info("%s", "  ".join([f"{title:<44}", f"{seconds:6.1f} s", *notes]))

@@ -1,0 +1,65 @@
+"""The file of queries and keys that hands a shard from the extract step to the statistics step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from approxkmv.errors import TableError
+from approxkmv.files import written_whole
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Queries and keys of one text."""
+
+    context: int
+    """The index of the passage."""
+    queries: torch.Tensor
+    """(layers, heads, n, d)"""
+    keys: torch.Tensor
+    """(layers, heads, n, d)"""
+
+
+def write_activations(
+    path: Path, scales: torch.Tensor, contexts: Mapping[int, tuple[torch.Tensor, torch.Tensor]]
+) -> None:
+    """Write a safetensors file: `scales` (layers,) and, per context, its queries and keys (layers, heads, n, d)."""
+    from safetensors.torch import save_file
+
+    tensors = {"scales": scales.to(torch.float64).contiguous()}
+    for context, (queries, keys) in contexts.items():
+        tensors[f"{context:07d}.queries"] = queries.contiguous()
+        tensors[f"{context:07d}.keys"] = keys.contiguous()
+    with written_whole(path) as temporary:
+        save_file(tensors, temporary)
+
+
+def read_activations(path: Path) -> tuple[torch.Tensor, int, Iterator[Activations]]:
+    """The scales (layers,), the number of contexts, and the contexts one at a time, in order.
+
+    One context is in memory at a time. Raises TableError when the file is missing or cut short.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as handle:
+            names = sorted(handle.keys())
+            scales = handle.get_tensor("scales")
+    except FileNotFoundError as error:
+        raise TableError(f"{path} is missing: run extract for this model and shard first") from error
+    except (SafetensorError, OSError, KeyError) as error:
+        raise TableError(f"{path} cannot be read ({error}): delete it and run extract again") from error
+    contexts = [int(name.partition(".")[0]) for name in names if name.endswith(".queries")]
+
+    def each() -> Iterator[Activations]:
+        with safe_open(path, framework="pt") as handle:
+            for context in contexts:
+                yield Activations(
+                    context, handle.get_tensor(f"{context:07d}.queries"), handle.get_tensor(f"{context:07d}.keys")
+                )
+
+    return scales, len(contexts), each()

@@ -1,0 +1,100 @@
+"""The paper's claims beside what was measured here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from approxkmv.files import read_table, write_csv
+from approxkmv.steps.tables import model_tables, read_overview
+
+# Lengths with fewer texts than this say little about a trend.
+ENOUGH_CONTEXTS = 5
+# A growth exponent at most this large is called flat.
+FLAT = 0.1
+# A ratio of neighbours at most this large is "about 1".
+ABOUT_ONE = 1.05
+
+
+def compare(tables: Path, models: Sequence[str], out: Path) -> pd.DataFrame:
+    """Write and return paper_comparison.csv: claim, criterion, paper, model, ours, holds."""
+    rows = []
+    for model in models:
+        names = model_tables(tables, model)
+        rows += claims(read_overview(names.overview), read_table(names.heads), read_table(names.scaling))
+    table = pd.DataFrame(rows)
+    write_csv(out, table)
+    return table
+
+
+def claims(overview: Mapping, heads: pd.DataFrame, scaling: pd.DataFrame) -> list[dict]:
+    """The paper's claims for one model; each row says by which criterion it is judged."""
+    bound = overview["paper_bound"]
+    n_heads = len(heads)
+    within = float((heads["max_ratio"] <= bound).mean())
+    near_one = float((heads["median_next_ratio"] <= ABOUT_ONE).mean())
+    below_20 = float((heads["median_double_ratio"] <= 20).mean())
+    rows = [
+        (
+            "c is at most a small constant for every head and text (Figures 1, 3)",
+            f"largest c over {n_heads} heads and {overview['texts_used']} texts <= {bound:g}",
+            bound,
+            float(heads["max_ratio"].max()),
+            bool(heads["max_ratio"].max() <= bound),
+        ),
+        (
+            "share of heads whose largest c is within that constant",
+            "all of them",
+            1.0,
+            within,
+            within == 1.0,
+        ),
+        (
+            "K_(n)/K_(n+1) is about 1 for almost all heads (Figure 2)",
+            f"share of heads with median <= {ABOUT_ONE:g} is at least 0.95",
+            1.0,
+            near_one,
+            near_one >= 0.95,
+        ),
+        (
+            "K_(n)/K_(2n) is about 20 or less for most heads (Figure 2)",
+            "share of heads with median <= 20 is above 0.5",
+            1.0,
+            below_20,
+            below_20 > 0.5,
+        ),
+    ]
+    slope, lengths = growth_exponent(scaling)
+    rows.append(
+        (
+            "c does not grow with the length of the context (Figure 4)",
+            f"exponent of mean largest c against length {lengths} is at most {FLAT:g}",
+            0.0,
+            slope,
+            bool(slope <= FLAT),
+        )
+    )
+    return [
+        {
+            "claim": claim,
+            "criterion": criterion,
+            "paper": paper,
+            "model": overview["model"],
+            "ours": ours,
+            "holds": "yes" if holds else "no",
+        }
+        for claim, criterion, paper, ours, holds in rows
+    ]
+
+
+def growth_exponent(scaling: pd.DataFrame) -> tuple[float, str]:
+    """Least-squares slope of log(mean) against log(prefix), over lengths with enough texts; nan with fewer than two."""
+    part = scaling[scaling["contexts"] >= min(ENOUGH_CONTEXTS, scaling["contexts"].max())]
+    part = part[part["mean"] > 0]
+    if len(part) < 2:
+        return float("nan"), "(too few lengths)"
+    slope = np.polyfit(np.log(part["prefix"]), np.log(part["mean"]), 1)[0]
+    return float(slope), f"{int(part['prefix'].min())} to {int(part['prefix'].max())}"

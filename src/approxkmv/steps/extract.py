@@ -1,0 +1,101 @@
+"""Text to queries and keys: one shard of a study's texts through one model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pandas as pd
+import torch
+
+from approxkmv.config import Study
+from approxkmv.corpora import Passage
+from approxkmv.errors import ConfigError, NonFiniteError
+from approxkmv.files import write_csv
+from approxkmv.progress import progress
+from approxkmv.steps.activations import write_activations
+from approxkmv.steps.texts import read_shard
+
+if TYPE_CHECKING:
+    from approxkmv.models import CapturableModel, ModelLocation
+
+
+def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Indices in batches of similar length, longest first, each at most batch_tokens with its padding.
+
+    A text longer than batch_tokens is a batch of its own.
+    """
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if batch and (len(batch) + 1) * lengths[batch[0]] > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def extract(
+    study: Study, model_name: str, location: ModelLocation, texts: Path, shard: int, out: Path, contexts_out: Path
+) -> tuple[int, int]:
+    """Write the activations of a shard (safetensors) and what became of each of its texts (CSV).
+
+    Returns how many texts were used and how many were too short.
+
+    The CSV has the columns context, name, tokens, cut (tokens beyond the limit), used (False: shorter than the
+    minimum). Raises NonFiniteError naming model, layer, head and context; ConfigError for a device that is not there.
+    """
+    from approxkmv.models import CapturableModel
+
+    if study.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"study {study.name} asks for device cuda, but there is none here: set device to cpu")
+    passages = read_shard(texts, shard, study.shard_contexts)
+    model = CapturableModel.load(location, dtype=study.dtype, device=study.device)
+    limit = study.max_tokens if model.max_positions is None else min(study.max_tokens, model.max_positions)
+    tokens = [model.tokenize(passage.text, None) for passage in passages]
+    cut = [
+        model.tokenize(passage.text, limit) if len(t) > limit else t
+        for passage, t in zip(passages, tokens, strict=True)
+    ]
+    used = [len(t) >= study.min_tokens for t in cut]
+    taken = [i for i, use in enumerate(used) if use]
+    captured: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    scales = torch.zeros(0, dtype=torch.float64)
+    title = f"extract    {model_name}, shard {shard}"
+    with progress(total=sum(len(cut[i]) for i in taken), unit="token", title=title) as bar:
+        for batch in batches_by_length([len(cut[i]) for i in taken], study.batch_tokens):
+            members = [taken[i] for i in batch]
+            results = _capture(model, model_name, [cut[i] for i in members], passages, members)
+            for i, result in zip(members, results, strict=True):
+                captured[passages[i].index] = (result.queries.cpu(), result.keys.cpu())
+                scales = result.scales
+                bar.update(len(cut[i]))
+    write_activations(out, scales, captured)
+    write_csv(
+        contexts_out,
+        pd.DataFrame(
+            {
+                "context": [p.index for p in passages],
+                "name": [p.name for p in passages],
+                "tokens": [len(t) for t in cut],
+                "cut": [len(whole) - len(part) for whole, part in zip(tokens, cut, strict=True)],
+                "used": used,
+            }
+        ),
+    )
+    return len(taken), len(passages) - len(taken)
+
+
+def _capture(
+    model: CapturableModel, name: str, batch: list[list[int]], passages: Sequence[Passage], members: list[int]
+) -> list:
+    try:
+        return model.capture(batch)
+    except NonFiniteError as error:
+        layer, head, index = (getattr(error, key, "?") for key in ("layer", "head", "index"))
+        context = passages[members[index]].index if isinstance(index, int) else "?"
+        raise NonFiniteError(
+            f"model {name}, layer {layer}, head {head}, context {context}: a query or key is NaN or infinite; "
+            "try dtype float32, or check the model's weights"
+        ) from error

@@ -1,0 +1,27 @@
+"""The last words of a run: where the figures are, and the few numbers that matter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from approxkmv.errors import TableError
+from approxkmv.steps.tables import read_overview
+
+
+def lines(results: Path) -> list[str]:
+    """The message for one study's results. Raises TableError when there are none."""
+    overviews = [read_overview(path) for path in sorted((results / "tables").glob("overview_*.json"))]
+    if not overviews:
+        raise TableError(f"{results} has no tables: run the study first")
+    out = []
+    for facts in overviews:
+        heads = facts["layers"] * facts["heads"]
+        skipped = f" ({facts['texts_too_short']} too short)" if facts["texts_too_short"] else ""
+        out += [
+            f"{facts['label']}: {facts['texts_used']} texts of {facts['corpus']}{skipped}",
+            f"  c is at most {facts['paper_bound']:g}, the paper's bound, for {facts['heads_within_bound']} of {heads} "
+            f"heads; median {facts['median_ratio']:.2f}, largest {facts['largest_ratio']:.1f} "
+            f"(layer {facts['largest_ratio_layer']}, head {facts['largest_ratio_head']}, counting from 0)",
+        ]
+    out.append(f"figures: {results / 'figures'}   tables: {results / 'tables'}")
+    return out

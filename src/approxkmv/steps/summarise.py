@@ -1,0 +1,117 @@
+"""Shards of statistics to the tables of one model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from approxkmv.config import ModelEntry, Study
+from approxkmv.errors import TableError
+from approxkmv.files import read_table, write_csv, write_json
+from approxkmv.steps.tables import model_tables
+from approxkmv.steps.texts import shard_count
+
+
+def summarise(
+    study: Study, model: ModelEntry, texts: Path, statistics: Path, out: Path, provenance: dict[str, Any]
+) -> dict[str, Any]:
+    """Write the per-head summary, the scaling with length (A.1.3) and the overview of one model; returns the last.
+
+    `statistics` is the folder with the shards' files: heads.parquet, prefixes.parquet and contexts.csv of each.
+    """
+    tables = model_tables(out, model.name)
+    shards = shard_count(texts, study.shard_contexts)
+    taken = _together(statistics, shards, "contexts.csv")
+    values = _together(statistics, shards, "heads.parquet")
+    if values.empty:
+        raise TableError(
+            f"model {model.name}: none of {len(taken)} texts has {study.min_tokens} tokens: lower min_tokens "
+            "(and min_prefix), or take a longer unit of text"
+        )
+    table = per_head(values)
+    write_csv(tables.heads, table)
+    scaling = scaling_with_length(_together(statistics, shards, "prefixes.parquet"))
+    write_csv(tables.scaling, scaling)
+    used = taken[taken["used"]]
+    worst = table.loc[table["max_ratio"].idxmax()]
+    overview = {
+        "model": model.name,
+        "label": model.label,
+        "corpus": study.corpus.label,
+        "unit": study.unit,
+        "texts": len(taken),
+        "texts_used": len(used),
+        "texts_too_short": int((~taken["used"]).sum()),
+        "texts_cut": int((used["cut"] > 0).sum()),
+        "tokens_median": float(used["tokens"].median()),
+        "tokens_max": int(used["tokens"].max()),
+        "layers": int(table["layer"].max()) + 1,
+        "heads": int(table["head"].max()) + 1,
+        "largest_ratio": float(worst["max_ratio"]),
+        "largest_ratio_layer": int(worst["layer"]),
+        "largest_ratio_head": int(worst["head"]),
+        "median_ratio": float(table["max_ratio"].median()),
+        "paper_bound": model.paper_bound,
+        "heads_within_bound": int((table["max_ratio"] <= model.paper_bound).sum()),
+        "provenance": provenance,
+    }
+    write_json(tables.overview, overview)
+    return overview
+
+
+def _together(folder: Path, shards: int, kind: str) -> pd.DataFrame:
+    """The tables of one kind of all shards, in their order. Others that an earlier study left there are not read."""
+    return pd.concat([read_table(folder / f"{shard:04d}.{kind}") for shard in range(shards)], ignore_index=True)
+
+
+def per_head(values: pd.DataFrame) -> pd.DataFrame:
+    """One row per (layer, head), over contexts.
+
+    max_ratio: the maximum of c over contexts and prefixes (Experiment (i)), with the context and prefix where it is
+    reached; median_ratio and p95_ratio: of the contexts' maxima; next_ratio and double_ratio: medians over contexts
+    of K_(n)/K_(n+1) and K_(n)/K_(2n) (Experiment (ii)), beside their natural logarithms, which never overflow.
+    """
+    groups = values.groupby(["layer", "head"], sort=True)
+    worst = values.loc[groups["max_ratio"].idxmax()].set_index(["layer", "head"])
+    # Medians of logarithms: exp is monotone, so this is the log of the median but for the mean of two middle values.
+    table = pd.DataFrame(
+        {
+            "contexts": groups.size(),
+            "max_ratio": worst["max_ratio"],
+            "max_ratio_context": worst["context"],
+            "max_ratio_prefix": worst["max_prefix"],
+            "median_ratio": groups["max_ratio"].median(),
+            "p95_ratio": groups["max_ratio"].quantile(0.95),
+            "median_log_next": groups["log_next"].median(),
+            "median_log_double": groups["log_double"].median(),
+        }
+    ).reset_index()
+    with np.errstate(over="ignore"):
+        # Capped at the largest float64, so that no ratio is infinite; the logarithm has the truth.
+        largest = np.finfo(np.float64).max
+        table["median_next_ratio"] = np.minimum(np.exp(table["median_log_next"]), largest)
+        table["median_double_ratio"] = np.minimum(np.exp(table["median_log_double"]), largest)
+    return table
+
+
+def scaling_with_length(values: pd.DataFrame) -> pd.DataFrame:
+    """A.1.3: per prefix length, the mean and standard deviation over contexts of the maximum of c over all heads.
+
+    median_of_heads is the mean over contexts of the median head, which the paper does not give.
+    """
+    per_context = values.groupby(["prefix", "context"])["ratio"].agg(["max", "median"]).reset_index()
+    groups = per_context.groupby("prefix", sort=True)
+    return pd.DataFrame(
+        {
+            "contexts": groups.size(),
+            "mean": groups["max"].mean(),
+            # Over the texts at hand, not an estimate for others: one text has deviation 0, not nan.
+            "std": groups["max"].std(ddof=0),
+            "min": groups["max"].min(),
+            "max": groups["max"].max(),
+            "median_of_heads": groups["median"].mean(),
+        }
+    ).reset_index()

@@ -1,0 +1,37 @@
+"""Names of the tables that a study's steps hand to each other, and how the overview is read."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from approxkmv.errors import TableError
+
+
+@dataclass(frozen=True)
+class ModelTables:
+    """The three tables of one model."""
+
+    heads: Path
+    """CSV, one row per layer and head."""
+    scaling: Path
+    """CSV, one row per prefix length."""
+    overview: Path
+    """JSON: counts, the largest c, and who made the tables."""
+
+
+def model_tables(folder: Path, model: str) -> ModelTables:
+    """Where the summary step puts a model's tables."""
+    return ModelTables(
+        folder / f"heads_{model}.csv", folder / f"context_scaling_{model}.csv", folder / f"overview_{model}.json"
+    )
+
+
+def read_overview(path: Path) -> dict[str, Any]:
+    """The overview JSON of one model. Raises TableError when missing or cut short."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise TableError(f"{path} cannot be read ({error}): run summary again") from error

@@ -1,0 +1,41 @@
+"""The corpus to the texts of a study, numbered; shards are slices of this table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+from approxkmv.config import Study
+from approxkmv.corpora import Passage, choose_passages, read_corpus
+from approxkmv.corpora.passages import cut_into_passages
+from approxkmv.errors import TableError
+from approxkmv.files import read_table, write_parquet
+
+
+def write_texts(study: Study, out: Path) -> int:
+    """Write index, name and text of the study's texts; returns how many. Raises SourceError, ConfigError."""
+    documents = read_corpus(study.corpus.source, study.corpus.sha256)
+    chosen = choose_passages(cut_into_passages(documents, study.unit), study.contexts, study.seed)
+    columns = {"index": [p.index for p in chosen], "name": [p.name for p in chosen], "text": [p.text for p in chosen]}
+    write_parquet(out, pd.DataFrame(columns))
+    return len(chosen)
+
+
+def read_shard(texts: Path, shard: int, shard_contexts: int) -> list[Passage]:
+    """The texts of one shard."""
+    table = read_table(texts).iloc[shard * shard_contexts : (shard + 1) * shard_contexts]
+    return [
+        Passage(int(i), name, text) for i, name, text in zip(table["index"], table["name"], table["text"], strict=True)
+    ]
+
+
+def shard_count(texts: Path, shard_contexts: int) -> int:
+    """How many shards the texts make."""
+    import pyarrow.parquet
+
+    try:
+        rows = pyarrow.parquet.read_metadata(texts).num_rows
+    except (OSError, ValueError) as error:
+        raise TableError(f"{texts} cannot be read ({error}): run texts again") from error
+    return -(-rows // shard_contexts)

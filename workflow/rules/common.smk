@@ -1,0 +1,32 @@
+import sys
+# What all rules share: the study, its folder, and the package files that decide a result.
+from pathlib import Path
+
+from approxkmv.config import checked, settings_file, study_of
+from approxkmv.errors import ConfigError
+from approxkmv.steps.texts import shard_count
+
+try:
+    STUDY = study_of(checked(config))
+except ConfigError as error:
+    print(f"approxkmv: {error}", file=sys.stderr)
+    sys.exit(2)
+
+RESULTS = f"results/{STUDY.name}"
+MODELS = list(STUDY.models)
+# The commands read the configuration as Snakemake sees it, with what --config and --configfile changed.
+SETTINGS = settings_file(checked(config), Path(RESULTS) / "config.yaml")
+
+
+wildcard_constraints:
+    model="[A-Za-z0-9][A-Za-z0-9.-]*",
+    shard="[0-9]+",
+
+
+def package(*names):
+    """Source files of the package that a rule depends on, so that an edit of one reruns it."""
+    root = Path(workflow.basedir) / "src" / "approxkmv"
+    found = []
+    for name in names:
+        found += sorted((root / name).rglob("*.py")) if (root / name).is_dir() else [root / name]
+    return [str(path.relative_to(workflow.basedir)) for path in found]

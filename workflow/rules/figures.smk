@@ -1,0 +1,84 @@
+TABLES = f"{RESULTS}/tables"
+
+
+rule max_ratios:
+    input:
+        f"{TABLES}/heads_{{model}}.csv",
+        f"{TABLES}/overview_{{model}}.json",
+        source=package("figures/max_ratios.py", "figures/heatmap.py", "figures/style.py"),
+    output:
+        f"{RESULTS}/figures/max_ratios_{{model}}.pdf",
+        png=report(
+            f"{RESULTS}/figures/max_ratios_{{model}}.png",
+            caption="../report/max_ratios.rst",
+            category="Figures",
+            labels={"figure": "Figures 1 and 3: largest c per head", "model": "{model}"},
+        ),
+    params:
+        stem=lambda wildcards, output: output.png.removesuffix(".png"),
+    log:
+        f"{RESULTS}/logs/max_ratios_{{model}}.log",
+    conda:
+        "../../environment.yml"
+    shell:
+        "approxkmv figure max_ratios --model {wildcards.model} --tables {TABLES} --out {params.stem} --log {log}"
+
+
+rule order_ratios:
+    input:
+        f"{TABLES}/heads_{{model}}.csv",
+        f"{TABLES}/overview_{{model}}.json",
+        source=package("figures/order_ratios.py", "figures/heatmap.py", "figures/style.py"),
+    output:
+        f"{RESULTS}/figures/order_ratios_{{model}}.pdf",
+        png=report(
+            f"{RESULTS}/figures/order_ratios_{{model}}.png",
+            caption="../report/order_ratios.rst",
+            category="Figures",
+            labels={"figure": "Figure 2: order ratios per head", "model": "{model}"},
+        ),
+    params:
+        stem=lambda wildcards, output: output.png.removesuffix(".png"),
+    log:
+        f"{RESULTS}/logs/order_ratios_{{model}}.log",
+    conda:
+        "../../environment.yml"
+    shell:
+        "approxkmv figure order_ratios --model {wildcards.model} --tables {TABLES} --out {params.stem} --log {log}"
+
+
+rule context_scaling:
+    input:
+        collect(f"{TABLES}/context_scaling_{{model}}.csv", model=MODELS),
+        collect(f"{TABLES}/overview_{{model}}.json", model=MODELS),
+        source=package("figures/context_scaling.py", "figures/style.py"),
+    output:
+        f"{RESULTS}/figures/context_scaling.pdf",
+        png=report(
+            f"{RESULTS}/figures/context_scaling.png",
+            caption="../report/context_scaling.rst",
+            category="Figures",
+            labels={"figure": "Figure 4: c against length", "model": "all"},
+        ),
+    params:
+        stem=lambda wildcards, output: output.png.removesuffix(".png"),
+        models=" ".join(f"--model {name}" for name in MODELS),
+    log:
+        f"{RESULTS}/logs/context_scaling.log",
+    conda:
+        "../../environment.yml"
+    shell:
+        "approxkmv figure context_scaling {params.models} --tables {TABLES} --out {params.stem} --log {log}"
+
+
+rule figures:
+    input:
+        collect(
+            f"{RESULTS}/figures/{{figure}}_{{model}}.{{kind}}",
+            figure=["max_ratios", "order_ratios"],
+            model=MODELS,
+            kind=["pdf", "png"],
+        ),
+        collect(f"{RESULTS}/figures/context_scaling.{{kind}}", kind=["pdf", "png"]),
+    conda:
+        "../../environment.yml"

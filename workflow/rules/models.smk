@@ -1,0 +1,47 @@
+rule model:
+    input:
+        source=package("models", "steps/fetch.py"),
+    output:
+        f"{RESULTS}/models/{{model}}.json",
+    params:
+        entry=lambda wildcards: (
+            STUDY.models[wildcards.model].source,
+            STUDY.models[wildcards.model].sha256,
+            sorted(STUDY.models[wildcards.model].files.items()),
+        ),
+    log:
+        f"{RESULTS}/logs/model_{{model}}.log",
+    conda:
+        "../../environment.yml"
+    shell:
+        "approxkmv fetch --model {wildcards.model} --config {SETTINGS} --out {output} --log {log}"
+
+
+rule activations:
+    input:
+        location=rules.model.output[0],
+        texts=f"{RESULTS}/texts.parquet",
+        source=package("models", "steps/extract.py", "steps/activations.py"),
+    output:
+        tensors=temp(f"{RESULTS}/activations/{{model}}/{{shard}}.safetensors"),
+        contexts=f"{RESULTS}/statistics/{{model}}/{{shard}}.contexts.csv",
+    params:
+        settings=(
+            STUDY.min_tokens,
+            STUDY.max_tokens,
+            STUDY.dtype,
+            STUDY.device,
+            STUDY.batch_tokens,
+            STUDY.shard_contexts,
+        ),
+        shard=lambda wildcards: int(wildcards.shard),
+    log:
+        f"{RESULTS}/logs/extract_{{model}}_{{shard}}.log",
+    threads: workflow.cores
+    resources:
+        gpu=int(STUDY.device == "cuda"),
+    conda:
+        "../../environment.yml"
+    shell:
+        "approxkmv extract --model {wildcards.model} --location {input.location} --texts {input.texts} "
+        "--shard {params.shard} --config {SETTINGS} --out {output.tensors} --contexts-out {output.contexts} --log {log}"

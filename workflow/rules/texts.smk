@@ -1,0 +1,19 @@
+checkpoint texts:
+    input:
+        source=package("corpora", "steps/texts.py"),
+    output:
+        f"{RESULTS}/texts.parquet",
+    params:
+        corpus=(STUDY.corpus.source, STUDY.corpus.sha256, STUDY.unit, STUDY.contexts, STUDY.seed),
+    log:
+        f"{RESULTS}/logs/texts.log",
+    conda:
+        "../../environment.yml"
+    shell:
+        "approxkmv texts --config {SETTINGS} --out {output} --log {log}"
+
+
+def shards(wildcards):
+    """The shards that the drawn texts make."""
+    table = Path(checkpoints.texts.get().output[0])
+    return [f"{shard:04d}" for shard in range(shard_count(table, STUDY.shard_contexts))]
