@@ -1,0 +1,204 @@
+"""Queries and keys of every layer and head of a model, as its own attention multiplies them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+from approxkmv.errors import ApproxKMVError, CaptureError, InputError
+from approxkmv.models.recording import ADVICE, Captured, Recording
+from approxkmv.models.sources import ModelLocation
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class CapturableModel:
+    """A model without its head, from which each text's queries and keys can be taken.
+
+    >>> model = CapturableModel.load(ModelLocation(Path("all-MiniLM-L6-v2")))       # doctest: +SKIP
+    >>> captured = model.capture([model.tokenize("Attention is sparse.", None)])    # doctest: +SKIP
+    >>> captured[0].queries.shape                                                   # doctest: +SKIP
+    torch.Size([6, 12, 7, 32])
+
+    Of an encoder-decoder model (T5, BART) the encoder is taken: its self-attention over the text.
+    """
+
+    def __init__(self, backbone: Any, location: ModelLocation, n_layers: int, device: torch.device) -> None:
+        """Use CapturableModel.load."""
+        self._backbone = backbone
+        self._location = location
+        self._device = device
+        self._tokenizer: Any = None
+        self._embedded = int(backbone.get_input_embeddings().weight.shape[0])
+        self._pad = _pad_token(backbone.config, self._embedded)
+        self.name: str = location.gguf_file or location.folder.resolve().name
+        self.architecture: str = type(backbone).__name__
+        self.n_layers = n_layers
+        self.max_positions = _max_positions(backbone)
+        # Two tokens through the whole model: shapes and causality as they are, not as a configuration words them,
+        # and an architecture that cannot be captured is refused before any text is read.
+        probe = self._probe()
+        captured = probe.texts()[0]
+        self.n_heads = int(captured.queries.shape[1])
+        self.head_dim = int(captured.queries.shape[3])
+        self.is_causal = probe.causal
+
+    @classmethod
+    def load(cls, location: ModelLocation, *, dtype: str = "float32", device: str = "cpu") -> CapturableModel:
+        """Load a model for capture.
+
+        Args:
+            location: what fetch returned.
+            dtype: float32, bfloat16 or float16, of the weights and of what is captured.
+            device: cpu, cuda or cuda:N.
+        Raises:
+            SourceError: files that cannot be read, or missing weights.
+            CaptureError: an architecture whose queries and keys cannot be captured, with what to do.
+            InputError: an unknown dtype, or a device that is not there.
+        """
+        # transformers takes seconds to import: not before a model is wanted.
+        from approxkmv.models.families import ADAPTERS
+        from approxkmv.models.interface import implementation_for
+        from approxkmv.models.loading import backbone_class, load_backbone, load_config
+
+        if dtype not in DTYPES:
+            raise InputError(f"dtype is {dtype!r}: use one of {', '.join(DTYPES)}")
+        place = _device(device)
+        config = load_config(location)
+        wanted = backbone_class(config)
+        attention = "eager" if wanted.__name__ in ADAPTERS else implementation_for(wanted)
+        backbone = load_backbone(location, dtype=DTYPES[dtype], attention=attention)
+        if config.is_encoder_decoder:
+            backbone = backbone.get_encoder()
+        text_config = backbone.config.get_text_config()
+        n_layers = getattr(text_config, "num_hidden_layers", None)
+        if not isinstance(n_layers, int):
+            raise CaptureError(f"{type(backbone).__name__} does not say how many layers it has: {ADVICE}")
+        # One pass per text: a cache of keys would only cost memory.
+        backbone.config.use_cache = text_config.use_cache = False
+        return cls(backbone.to(place), location, n_layers, place)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's own tokenizer, loaded when first asked for. Raises SourceError when the folder has none."""
+        if self._tokenizer is None:
+            from approxkmv.models.loading import load_tokenizer
+
+            self._tokenizer = load_tokenizer(self._location)
+        return self._tokenizer
+
+    def tokenize(self, text: str, max_length: int | None = None) -> list[int]:
+        """The text's token ids, with the special tokens that the model expects.
+
+        Args:
+            text: any text.
+            max_length: keep at most so many tokens, special ones included; None: as many as the model has positions.
+        Returns:
+            At most max_length ids; the special tokens survive the cut.
+        """
+        if max_length is not None and max_length < 1:
+            raise InputError(f"max_length is {max_length}: give a positive number of tokens")
+        lengths = [length for length in (max_length, self.max_positions) if length is not None]
+        options = {"truncation": True, "max_length": min(lengths)} if lengths else {"verbose": False}
+        return list(self.tokenizer(text, **options)["input_ids"])
+
+    def capture(self, batch: Sequence[Sequence[int]], *, values: bool = False) -> list[Captured]:
+        """Run the texts through the model and take what each layer's attention multiplies.
+
+        Args:
+            batch: token ids of each text, of any lengths; shorter ones are padded inside, and the padding is removed.
+            values: whether to take the values too.
+        Returns:
+            One Captured per text, queries and keys (layers, heads, n, d) in the model's dtype on its device.
+        Raises:
+            InputError: a text that is empty or longer than the model's positions, or an id that is no token.
+            NonFiniteActivation: a NaN or infinite activation, with .layer, .head and .index of the text.
+            CaptureError: a layer did not hand its queries and keys over.
+        """
+        texts = [list(text) for text in batch]
+        if not texts:
+            return []
+        for index, text in enumerate(texts):
+            self._check(index, text)
+        recording = Recording(self.architecture, self.n_layers, [len(text) for text in texts], values)
+        self._run(texts, recording)
+        return recording.texts()
+
+    def _check(self, index: int, text: list[int]) -> None:
+        if not text:
+            raise InputError(f"text {index} of the batch has no tokens")
+        if self.max_positions is not None and len(text) > self.max_positions:
+            raise InputError(
+                f"text {index} of the batch has {len(text)} tokens and {self.name} takes at most "
+                f"{self.max_positions}: cut it with tokenize(text, max_length)"
+            )
+        if min(text) < 0 or max(text) >= self._embedded:
+            raise InputError(f"text {index} of the batch has a token id outside 0..{self._embedded - 1}")
+
+    def _run(self, texts: list[list[int]], recording: Recording) -> None:
+        longest = max(recording.lengths)
+        ids = torch.full((len(texts), longest), self._pad, dtype=torch.long)
+        mask = torch.zeros((len(texts), longest), dtype=torch.long)
+        # On the right: positions then count from the text's first token, and a causal model never sees the padding.
+        for row, text in enumerate(texts):
+            ids[row, : len(text)] = torch.tensor(text, dtype=torch.long)
+            mask[row, : len(text)] = 1
+        with torch.inference_mode(), self._recording_calls(recording):
+            self._backbone(input_ids=ids.to(self._device), attention_mask=mask.to(self._device))
+
+    def _recording_calls(self, recording: Recording) -> AbstractContextManager[None]:
+        from approxkmv.models import interface
+        from approxkmv.models.families import ADAPTERS
+
+        adapter = ADAPTERS.get(self.architecture)
+        return interface.recording_calls(recording) if adapter is None else adapter(self._backbone, recording)
+
+    def _probe(self) -> Recording:
+        tokens = [token for token in range(min(3, self._embedded)) if token != self._pad]
+        text = [tokens[0], tokens[-1]]
+        recording = Recording(self.architecture, self.n_layers, [2])
+        try:
+            self._run([text], recording)
+        except (ApproxKMVError, torch.OutOfMemoryError, MemoryError):
+            raise
+        except Exception as error:
+            # Anything: it comes from inside an architecture that was never run this way.
+            from approxkmv.models.fetching import one_line
+
+            raise CaptureError(
+                f"{self.architecture} does not run on token ids alone "
+                f"({type(error).__name__}: {one_line(error)}): {ADVICE}"
+            ) from error
+        return recording
+
+
+def _device(device: str) -> torch.device:
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"device is {device!r}: use cpu, cuda or cuda:N") from error
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device is {device!r} and torch sees {torch.cuda.device_count()} CUDA devices: use cpu")
+    return place
+
+
+def _pad_token(config: Any, embedded: int) -> int:
+    """The id to pad with: the model's own, which RoBERTa and MPNet count positions by; 0 when it has none."""
+    pad = getattr(config.get_text_config(), "pad_token_id", None)
+    return pad if isinstance(pad, int) and 0 <= pad < embedded else 0
+
+
+def _max_positions(backbone: Any) -> int | None:
+    """How many tokens a text may have, or None when the architecture sets no limit.
+
+    RoBERTa and its kin count positions from one past the padding's id, so 514 rows of the table serve 512 tokens.
+    """
+    for name, module in backbone.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
+            start = 0 if module.padding_idx is None else module.padding_idx + 1
+            return int(module.num_embeddings - start)
+    positions = getattr(backbone.config.get_text_config(), "max_position_embeddings", None)
+    return positions if isinstance(positions, int) and positions > 0 else None

