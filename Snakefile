@@ -36,3 +36,4 @@ onsuccess:
 
 onerror:
     print(f"A step failed; its reason stands above and in {RESULTS}/logs. Run again to go on from there.", file=sys.stderr)
+    sys.exit(2)

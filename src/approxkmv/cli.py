@@ -207,20 +207,28 @@ def check(config: Config = CONFIG, study: StudyName = None) -> None:
 
 
 def main() -> None:
-    """Run the command line; a user's mistake is one line on stderr and exit code 2."""
+    """Run the command line; a user's mistake is one line on stderr (and in the log) and exit code 2."""
     try:
         app()
     except ApproxKMVError as error:
-        print(f"approxkmv: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        _fail(str(error), 2)
     except KeyboardInterrupt:
-        print("approxkmv: stopped", file=sys.stderr)
-        sys.exit(130)
+        _fail("stopped", 130)
     except OSError as error:
         if error.errno is None:
             raise
-        print(f"approxkmv: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
-        sys.exit(2)
+        _fail(f"{error.filename or 'a file'}: {error.strerror}", 2)
+
+
+def _fail(message: str, code: int) -> None:
+    from approxkmv.progress import LOG
+
+    line = f"approxkmv: {' '.join(message.split())}"
+    if LOG.handlers:
+        LOG.error("%s", line)
+    else:
+        print(line, file=sys.stderr)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

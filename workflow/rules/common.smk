@@ -1,4 +1,5 @@
 import sys
+
 # What all rules share: the study, its folder, and the package files that decide a result.
 from pathlib import Path
 
@@ -28,5 +29,9 @@ def package(*names):
     root = Path(workflow.basedir) / "src" / "approxkmv"
     found = []
     for name in names:
-        found += sorted((root / name).rglob("*.py")) if (root / name).is_dir() else [root / name]
+        found += (
+            sorted((root / name).rglob("*.py"))
+            if (root / name).is_dir()
+            else [root / name]
+        )
     return [str(path.relative_to(workflow.basedir)) for path in found]

@@ -5,21 +5,26 @@ rule max_ratios:
     input:
         f"{TABLES}/heads_{{model}}.csv",
         f"{TABLES}/overview_{{model}}.json",
-        source=package("figures/max_ratios.py", "figures/heatmap.py", "figures/style.py"),
+        source=package(
+            "figures/max_ratios.py", "figures/heatmap.py", "figures/style.py"
+        ),
     output:
         f"{RESULTS}/figures/max_ratios_{{model}}.pdf",
         png=report(
             f"{RESULTS}/figures/max_ratios_{{model}}.png",
             caption="../report/max_ratios.rst",
             category="Figures",
-            labels={"figure": "Figures 1 and 3: largest c per head", "model": "{model}"},
+            labels={
+                "figure": "Figures 1 and 3: largest c per head",
+                "model": "{model}",
+            },
         ),
-    params:
-        stem=lambda wildcards, output: output.png.removesuffix(".png"),
     log:
         f"{RESULTS}/logs/max_ratios_{{model}}.log",
     conda:
         "../../environment.yml"
+    params:
+        stem=lambda wildcards, output: output.png.removesuffix(".png"),
     shell:
         "approxkmv figure max_ratios --model {wildcards.model} --tables {TABLES} --out {params.stem} --log {log}"
 
@@ -28,7 +33,9 @@ rule order_ratios:
     input:
         f"{TABLES}/heads_{{model}}.csv",
         f"{TABLES}/overview_{{model}}.json",
-        source=package("figures/order_ratios.py", "figures/heatmap.py", "figures/style.py"),
+        source=package(
+            "figures/order_ratios.py", "figures/heatmap.py", "figures/style.py"
+        ),
     output:
         f"{RESULTS}/figures/order_ratios_{{model}}.pdf",
         png=report(
@@ -37,12 +44,12 @@ rule order_ratios:
             category="Figures",
             labels={"figure": "Figure 2: order ratios per head", "model": "{model}"},
         ),
-    params:
-        stem=lambda wildcards, output: output.png.removesuffix(".png"),
     log:
         f"{RESULTS}/logs/order_ratios_{{model}}.log",
     conda:
         "../../environment.yml"
+    params:
+        stem=lambda wildcards, output: output.png.removesuffix(".png"),
     shell:
         "approxkmv figure order_ratios --model {wildcards.model} --tables {TABLES} --out {params.stem} --log {log}"
 
@@ -60,13 +67,13 @@ rule context_scaling:
             category="Figures",
             labels={"figure": "Figure 4: c against length", "model": "all"},
         ),
-    params:
-        stem=lambda wildcards, output: output.png.removesuffix(".png"),
-        models=" ".join(f"--model {name}" for name in MODELS),
     log:
         f"{RESULTS}/logs/context_scaling.log",
     conda:
         "../../environment.yml"
+    params:
+        stem=lambda wildcards, output: output.png.removesuffix(".png"),
+        models=" ".join(f"--model {name}" for name in MODELS),
     shell:
         "approxkmv figure context_scaling {params.models} --tables {TABLES} --out {params.stem} --log {log}"
 

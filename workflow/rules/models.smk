@@ -3,16 +3,16 @@ rule model:
         source=package("models", "steps/fetch.py"),
     output:
         f"{RESULTS}/models/{{model}}.json",
+    log:
+        f"{RESULTS}/logs/model_{{model}}.log",
+    conda:
+        "../../environment.yml"
     params:
         entry=lambda wildcards: (
             STUDY.models[wildcards.model].source,
             STUDY.models[wildcards.model].sha256,
             sorted(STUDY.models[wildcards.model].files.items()),
         ),
-    log:
-        f"{RESULTS}/logs/model_{{model}}.log",
-    conda:
-        "../../environment.yml"
     shell:
         "approxkmv fetch --model {wildcards.model} --config {SETTINGS} --out {output} --log {log}"
 
@@ -25,6 +25,13 @@ rule activations:
     output:
         tensors=temp(f"{RESULTS}/activations/{{model}}/{{shard}}.safetensors"),
         contexts=f"{RESULTS}/statistics/{{model}}/{{shard}}.contexts.csv",
+    log:
+        f"{RESULTS}/logs/extract_{{model}}_{{shard}}.log",
+    conda:
+        "../../environment.yml"
+    threads: workflow.cores
+    resources:
+        gpu=int(STUDY.device == "cuda"),
     params:
         settings=(
             STUDY.min_tokens,
@@ -35,13 +42,6 @@ rule activations:
             STUDY.shard_contexts,
         ),
         shard=lambda wildcards: int(wildcards.shard),
-    log:
-        f"{RESULTS}/logs/extract_{{model}}_{{shard}}.log",
-    threads: workflow.cores
-    resources:
-        gpu=int(STUDY.device == "cuda"),
-    conda:
-        "../../environment.yml"
     shell:
         "approxkmv extract --model {wildcards.model} --location {input.location} --texts {input.texts} "
         "--shard {params.shard} --config {SETTINGS} --out {output.tensors} --contexts-out {output.contexts} --log {log}"

@@ -1,19 +1,21 @@
 rule statistics:
     input:
         tensors=rules.activations.output.tensors,
-        source=package("statistics", "arrays.py", "steps/measure.py", "steps/activations.py"),
+        source=package(
+            "statistics", "arrays.py", "steps/measure.py", "steps/activations.py"
+        ),
     output:
         heads=f"{RESULTS}/statistics/{{model}}/{{shard}}.heads.parquet",
         prefixes=f"{RESULTS}/statistics/{{model}}/{{shard}}.prefixes.parquet",
-    params:
-        settings=(STUDY.min_prefix, STUDY.prefixes),
     log:
         f"{RESULTS}/logs/statistics_{{model}}_{{shard}}.log",
-    threads: workflow.cores
     # Made first whenever it can be, so that the activations of one shard at a time lie on the disk.
     priority: 1
     conda:
         "../../environment.yml"
+    threads: workflow.cores
+    params:
+        settings=(STUDY.min_prefix, STUDY.prefixes),
     shell:
         "approxkmv statistics --model {wildcards.model} --activations {input.tensors} --config {SETTINGS} "
         "--heads-out {output.heads} --prefixes-out {output.prefixes} --log {log}"
@@ -23,7 +25,10 @@ def shard_files(kind):
     """The files of one kind of all shards of a model."""
 
     def files(wildcards):
-        return [f"{RESULTS}/statistics/{wildcards.model}/{shard}.{kind}" for shard in shards(wildcards)]
+        return [
+            f"{RESULTS}/statistics/{wildcards.model}/{shard}.{kind}"
+            for shard in shards(wildcards)
+        ]
 
     return files
 
@@ -39,17 +44,18 @@ rule summary:
         heads=f"{RESULTS}/tables/heads_{{model}}.csv",
         scaling=f"{RESULTS}/tables/context_scaling_{{model}}.csv",
         overview=f"{RESULTS}/tables/overview_{{model}}.json",
-    params:
-        folder=subpath(input.heads[0], parent=True),
-        out=subpath(output.heads, parent=True),
-        label=lambda wildcards: (STUDY.models[wildcards.model].label, STUDY.models[wildcards.model].paper_bound),
     log:
         f"{RESULTS}/logs/summary_{{model}}.log",
     conda:
         "../../environment.yml"
+    params:
+        label=lambda wildcards: (
+            STUDY.models[wildcards.model].label,
+            STUDY.models[wildcards.model].paper_bound,
+        ),
     shell:
-        "approxkmv summary --model {wildcards.model} --statistics {params.folder} --texts {input.texts} --config {SETTINGS} "
-        "--out {params.out} --log {log}"
+        "approxkmv summary --model {wildcards.model} --statistics {RESULTS}/statistics/{wildcards.model} --texts {input.texts} --config {SETTINGS} "
+        "--out {RESULTS}/tables --log {log}"
 
 
 rule paper_comparison:
@@ -64,11 +70,9 @@ rule paper_comparison:
             category="Tables",
             labels={"table": "the paper's claims"},
         ),
-    params:
-        tables=subpath(output[0], parent=True),
     log:
         f"{RESULTS}/logs/paper_comparison.log",
     conda:
         "../../environment.yml"
     shell:
-        "approxkmv compare --tables {params.tables} --config {SETTINGS} --out {output} --log {log}"
+        "approxkmv compare --tables {RESULTS}/tables --config {SETTINGS} --out {output} --log {log}"

@@ -3,12 +3,18 @@ checkpoint texts:
         source=package("corpora", "steps/texts.py"),
     output:
         f"{RESULTS}/texts.parquet",
-    params:
-        corpus=(STUDY.corpus.source, STUDY.corpus.sha256, STUDY.unit, STUDY.contexts, STUDY.seed),
     log:
         f"{RESULTS}/logs/texts.log",
     conda:
         "../../environment.yml"
+    params:
+        corpus=(
+            STUDY.corpus.source,
+            STUDY.corpus.sha256,
+            STUDY.unit,
+            STUDY.contexts,
+            STUDY.seed,
+        ),
     shell:
         "approxkmv texts --config {SETTINGS} --out {output} --log {log}"
 

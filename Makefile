@@ -1,0 +1,31 @@
+# Two commands on a machine with Python 3.11 and pip: `make figures` and `make test`.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: figures report test benchmarks clean
+
+figures: .venv/ready
+	@PATH="$(CURDIR)/$(BIN):$$PATH" snakemake --cores all
+	@echo "The figures are in results/, a folder for each study."
+
+report: .venv/ready
+	PATH="$(CURDIR)/$(BIN):$$PATH" snakemake --cores all --report results/report.html
+
+test: .venv/ready-for-tests
+	PATH="$(CURDIR)/$(BIN):$$PATH" pytest
+
+benchmarks: .venv/ready
+	$(BIN)/python benchmarks/statistics.py
+
+.venv/ready: requirements.lock pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+.venv/ready-for-tests: .venv/ready requirements-test.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
+	@touch $@
+
+clean:
+	rm -rf .venv .snakemake .pytest_cache .ruff_cache .mypy_cache
