@@ -1,3 +1,4 @@
+import os
 import sys
 
 # What all rules share: the study, its folder, and the package files that decide a result.
@@ -34,4 +35,4 @@ def package(*names):
             if (root / name).is_dir()
             else [root / name]
         )
-    return [str(path.relative_to(workflow.basedir)) for path in found]
+    return [os.path.relpath(path) for path in found]

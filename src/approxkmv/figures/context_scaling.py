@@ -32,28 +32,30 @@ def draw(tables: Path, models: Sequence[str], stem: Path) -> list[Path]:
         bounds.append(facts["paper_bound"])
     top.set_yscale("log")
     low, high = top.get_ylim()
-    top.set_ylim(min(low, 1.0), high * 1.6)
+    top.set_ylim(min(low, 1.0), high * 1.2)
     from matplotlib.ticker import FuncFormatter, LogLocator
 
     top.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     top.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
     top.yaxis.set_minor_formatter(FuncFormatter(lambda y, _: ""))
-    for bound in sorted(set(bounds)):
-        top.axhline(bound, color="#D00000", linewidth=1.0, linestyle="--")
-        top.annotate(
-            f"the paper's bound {bound:g}",
-            (1.0, bound),
-            xycoords=("axes fraction", "data"),
-            ha="right",
-            va="bottom",
-            fontsize=7.5,
-            color="#D00000",
-        )
+    lowest, highest = min(bounds), max(bounds)
+    if lowest < highest:
+        top.axhspan(lowest, highest, color="#D00000", alpha=0.12, linewidth=0)
+    top.axhline(highest, color="#D00000", linewidth=1.0, linestyle="--")
+    top.annotate(
+        f"the paper's bound {highest:g}" if lowest == highest else f"the paper's bounds {lowest:g} to {highest:g}",
+        (1.0, highest),
+        xycoords=("axes fraction", "data"),
+        ha="right",
+        va="bottom",
+        fontsize=7.5,
+        color="#D00000",
+    )
     top.set_ylabel("largest c over layers and heads")
     top.set_title(
         "Scaling of c with the length of the context: mean and standard deviation over texts", fontsize=9, loc="left"
     )
-    top.legend(frameon=False, fontsize=8, loc="upper left")
+    figure.legend(frameon=False, fontsize=8, loc="outside lower left", ncols=2)
     bottom.set_yscale("log")
     bottom.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
     bottom.yaxis.set_minor_formatter(FuncFormatter(lambda y, _: ""))

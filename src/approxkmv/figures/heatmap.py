@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,11 +31,21 @@ def size_of(values: np.ndarray) -> tuple[float, float]:
 
 
 def draw_heatmap(
-    figure: Figure, axes: Axes, values: np.ndarray, *, low: float, high: float, bound: float | None, label: str
+    figure: Figure,
+    axes: Axes,
+    values: np.ndarray,
+    *,
+    low: float,
+    high: float,
+    ticks: Sequence[float],
+    bound: float | None,
+    label: str,
+    write: Callable[[float], str] = short,
 ) -> None:
     """Colour by the logarithm between low and high, write each value, outline the cells above `bound`."""
     from matplotlib.colors import LogNorm
     from matplotlib.patches import Rectangle
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     norm = LogNorm(low, high)
     image = axes.imshow(np.clip(values, low, high), norm=norm, cmap="viridis", aspect="auto", interpolation="nearest")
@@ -42,7 +53,7 @@ def draw_heatmap(
         if np.isnan(value):
             continue
         dark = norm(np.clip(value, low, high)) < 0.6
-        axes.text(head, layer, short(value), ha="center", va="center", fontsize=6.5, color="white" if dark else "black")
+        axes.text(head, layer, write(value), ha="center", va="center", fontsize=6.5, color="white" if dark else "black")
         if bound is not None and value > bound:
             axes.add_patch(
                 Rectangle((head - 0.46, layer - 0.46), 0.92, 0.92, fill=False, edgecolor="#D00000", linewidth=1.1)
@@ -55,6 +66,9 @@ def draw_heatmap(
     for spine in axes.spines.values():
         spine.set_visible(False)
     bar = figure.colorbar(image, ax=axes, shrink=min(1.0, 3.2 / size_of(values)[1]), pad=0.02, extend="both")
+    bar.ax.yaxis.set_major_locator(FixedLocator(list(ticks)))
+    bar.ax.yaxis.set_minor_locator(NullLocator())
+    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
     bar.ax.tick_params(labelsize=7)
     bar.set_label(label, fontsize=8)
     if bound is not None and low < bound < high:

@@ -19,7 +19,16 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
     figure = new_figure(width + 1.7, height + 1.35)
     axes = figure.add_subplot()
     bound = facts["paper_bound"]
-    draw_heatmap(figure, axes, values, low=0.05, high=100.0, bound=bound, label="largest c over texts and prefixes")
+    draw_heatmap(
+        figure,
+        axes,
+        values,
+        low=0.05,
+        high=100.0,
+        ticks=(0.1, 0.3, 1, 3, 10, 30, 100),
+        bound=bound,
+        label="largest c over texts and prefixes",
+    )
     above = facts["layers"] * facts["heads"] - facts["heads_within_bound"]
     figure.suptitle(facts["label"], fontsize=10, fontweight="bold", x=0.02, ha="left")
     axes.set_title(

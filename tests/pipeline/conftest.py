@@ -1,0 +1,154 @@
+"""A small study that the pipeline runs in seconds: two random models and a few texts, in a folder of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+WORDS = [f"w{i}" for i in range(60)]
+
+
+def save_tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", *WORDS])}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
+
+
+def save_model(folder: Path, family: str) -> None:
+    """A random model of two layers and four heads; weights large enough that heads differ."""
+    import transformers
+
+    torch.manual_seed(0)
+    shared = {"vocab_size": len(WORDS) + 2, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shared |= {"intermediate_size": 32, "max_position_embeddings": 128, "initializer_range": 0.3}
+    if family == "bert":
+        model = transformers.BertModel(transformers.BertConfig(**shared))
+    else:
+        model = transformers.LlamaModel(transformers.LlamaConfig(**shared, num_key_value_heads=2))
+    model.save_pretrained(folder)
+    save_tokenizer(folder)
+
+
+@dataclass(frozen=True)
+class Project:
+    """A folder to run in, with a configuration."""
+
+    folder: Path
+
+    @property
+    def results(self) -> Path:
+        return self.folder / "results" / "tiny"
+
+    def configure(self, **changes: Any) -> None:
+        """Write config.yaml; changes replace keys of the study."""
+        study = {"models": ["bert", "llama"], "corpus": "words", "min_tokens": 20, "min_prefix": 10}
+        study |= {"max_tokens": 60, "prefixes": [10, 20, 40, 60], "shard_contexts": 3, "batch_tokens": 200}
+        config = {
+            "study": "tiny",
+            "models": {
+                "bert": {"source": f"path:{self.folder / 'bert'}"},
+                "llama": {"source": f"path:{self.folder / 'llama'}", "label": "a Llama"},
+            },
+            "corpora": {"words": {"source": f"path:{self.folder / 'words.jsonl'}"}},
+            "studies": {"tiny": study | changes},
+        }
+        self.write(config)
+
+    def read(self) -> dict[str, Any]:
+        return yaml.safe_load((self.folder / "config.yaml").read_text())
+
+    def write(self, config: Mapping[str, Any]) -> None:
+        (self.folder / "config.yaml").write_text(yaml.safe_dump(dict(config)))
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        """Start Snakemake on this project, in a process group of its own."""
+        return subprocess.Popen(
+            [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), *arguments],
+            cwd=self.folder,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def snakemake(self, *arguments: str) -> tuple[int, str]:
+        """Run Snakemake on this project; its exit code and what it printed."""
+        process = self.start("--cores", "2", *arguments)
+        output, _ = process.communicate(timeout=300)
+        return process.returncode, output
+
+    def approxkmv(self, *arguments: str) -> tuple[int, str]:
+        """Run the command line in this project; its exit code and what it printed on stderr and stdout."""
+        done = subprocess.run(
+            [sys.executable, "-m", "approxkmv.cli", *arguments],
+            cwd=self.folder,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        return done.returncode, done.stderr + done.stdout
+
+
+def environment() -> dict[str, str]:
+    """This process's environment, with the commands of its Python first and no hub."""
+    first = str(Path(sys.executable).parent)
+    return {**os.environ, "PATH": f"{first}{os.pathsep}{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two models and eight texts; text 2 is shorter than the minimum, text 5 longer than the maximum."""
+    folder = tmp_path_factory.mktemp("inputs")
+    for family in ("bert", "llama"):
+        save_model(folder / family, family)
+    draw = random.Random(1)
+    lengths = [30, 45, 12, 60, 22, 75, 51, 38]
+    lines = [
+        json.dumps({"title": f"text {i}", "context": " ".join(draw.choices(WORDS, k=length)), "questions": ["w1 w2"]})
+        for i, length in enumerate(lengths)
+    ]
+    (folder / "words.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture
+def project(inputs: Path, tmp_path: Path) -> Project:
+    """A fresh project that shares the inputs through links."""
+    for path in inputs.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    made = Project(tmp_path)
+    made.configure()
+    return made
+
+
+@pytest.fixture(scope="session")
+def finished(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Project, str]:
+    """A project whose study has run once, without interruption, and what Snakemake printed."""
+    folder = tmp_path_factory.mktemp("finished")
+    for path in inputs.iterdir():
+        (folder / path.name).symlink_to(path)
+    made = Project(folder)
+    made.configure()
+    code, output = made.snakemake()
+    assert code == 0, output
+    return made, output

@@ -1,0 +1,224 @@
+"""A user's mistake is one clear line and exit code 2; nothing is lost and nothing half-written is left."""
+
+from __future__ import annotations
+
+import json
+
+import pandas as pd
+import pytest
+import torch
+from conftest import Project, save_model, save_tokenizer
+
+from approxkmv.errors import TableError
+from approxkmv.files import write_json, written_whole
+
+
+def only_line(output: str) -> str:
+    """The one line that the command line printed for its user."""
+    lines = [line for line in output.splitlines() if line.startswith("approxkmv: ")]
+    assert len(lines) == 1, output
+    assert "Traceback" not in output
+    return lines[0]
+
+
+def fetch(project: Project, model: str) -> tuple[int, str]:
+    return project.approxkmv("fetch", "--model", model, "--out", "location.json")
+
+
+def extract(project: Project, model: str) -> tuple[int, str]:
+    code, output = fetch(project, model)
+    if code:
+        return code, output
+    assert project.approxkmv("texts", "--out", "texts.parquet")[0] == 0
+    return project.approxkmv(
+        *("extract", "--model", model, "--location", "location.json", "--texts", "texts.parquet", "--shard", "0"),
+        *("--out", "out.safetensors", "--contexts-out", "contexts.csv"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda c: c["studies"]["tiny"].update(min_token=3), ["studies.tiny", "'min_token'", "'min_tokens'"]),
+        (lambda c: c.update(modles={}), ["'modles'", "'models'"]),
+        (lambda c: c["models"]["bert"].update(sha265="0" * 64), ["models.bert", "'sha265'", "'sha256'"]),
+        (lambda c: c["studies"]["tiny"].update(max_tokens="many"), ["studies.tiny.max_tokens", "'many'", "integer"]),
+        (lambda c: c["studies"]["tiny"].update(seed=-1), ["studies.tiny.seed", "-1"]),
+        (lambda c: c["studies"]["tiny"].update(models=["brt"]), ["'brt'", "'bert'"]),
+        (lambda c: c["studies"]["tiny"].update(corpus="word"), ["'word'", "'words'"]),
+        (lambda c: c["studies"]["tiny"].update(unit="paragraph"), ["studies.tiny.unit", "paragraph"]),
+        (lambda c: c["studies"]["tiny"].update(min_tokens=90), ["min_tokens is above max_tokens"]),
+        (lambda c: c.update(study="tinny"), ["'tinny'", "'tiny'"]),
+        (lambda c: c["models"]["bert"].pop("source"), ["models.bert", "source"]),
+        (lambda c: c["models"]["bert"].update(source="ftp:x"), ["models.bert.source"]),
+    ],
+)
+def test_a_wrong_configuration_is_named_with_the_nearest_right_key(project: Project, change, words):
+    config = project.read()
+    change(config)
+    project.write(config)
+    code, output = project.approxkmv("check")
+    assert code == 2
+    line = only_line(output)
+    for word in words:
+        assert word in line
+
+
+def test_snakemake_says_the_same_line_and_exits_2(project: Project):
+    project.configure(min_token=3)
+    code, output = project.snakemake()
+    assert code == 2
+    assert "did you mean 'min_tokens'" in only_line(output)
+    assert not project.results.exists()
+
+
+def test_yaml_that_is_not_yaml(project: Project):
+    (project.folder / "config.yaml").write_text("study: [tiny\nmodels: {}\n")
+    code, output = project.approxkmv("check")
+    assert code == 2
+    assert "line" in only_line(output)
+
+
+def test_a_model_that_the_hub_does_not_answer_for(project: Project):
+    config = project.read()
+    config["models"]["bert"]["source"] = "hub:nobody/nothing@0123456789abcdef0123456789abcdef01234567"
+    project.write(config)
+    code, output = fetch(project, "bert")
+    assert code == 2
+    assert "nobody/nothing" in only_line(output)
+
+
+def test_a_folder_without_weights(project: Project):
+    (project.folder / "empty").mkdir()
+    (project.folder / "empty" / "config.json").write_text('{"model_type": "bert"}')
+    config = project.read()
+    config["models"]["bert"]["source"] = "path:empty"
+    project.write(config)
+    code, output = fetch(project, "bert")
+    assert code == 2
+    assert "empty" in only_line(output)
+    assert not (project.folder / "location.json").exists()
+
+
+def test_a_failing_step_in_snakemake_shows_its_line_and_exits_2(project: Project):
+    (project.folder / "empty").mkdir()
+    config = project.read()
+    config["models"]["bert"]["source"] = "path:empty"
+    project.write(config)
+    code, output = project.snakemake()
+    assert code == 2
+    assert "empty" in only_line(output)
+
+
+def test_an_architecture_that_cannot_be_captured(project: Project):
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.BloomConfig(vocab_size=70, hidden_size=32, n_layer=2, n_head=4)
+    transformers.BloomModel(config).save_pretrained(project.folder / "bloom")
+    save_tokenizer(project.folder / "bloom")
+    settings = project.read()
+    settings["models"]["bert"]["source"] = "path:bloom"
+    project.write(settings)
+    code, output = extract(project, "bert")
+    assert code == 2
+    line = only_line(output)
+    assert "loom" in line
+    assert "docs/add-a-model.md" in line
+
+
+def test_a_context_shorter_than_the_minimum_is_skipped_and_counted(project: Project):
+    code, output = extract(project, "bert")
+    assert code == 0, output
+    assert "1 too short" in output
+    contexts = pd.read_csv(project.folder / "contexts.csv")
+    assert contexts["used"].tolist() == [True, True, False]
+
+
+def test_texts_that_are_all_too_short_end_with_one_line(project: Project):
+    project.configure(models=["bert"], min_tokens=60, max_tokens=60, contexts=1)
+    code, output = project.snakemake()
+    assert code == 2
+    assert "min_tokens" in only_line(output)
+
+
+def test_a_non_finite_activation_is_named(project: Project):
+    from safetensors.torch import load_file, save_file
+
+    save_model(project.folder / "broken", "bert")
+    weights = load_file(project.folder / "broken" / "model.safetensors")
+    # Layer 1, head 2: rows 16 to 23 of the query projection.
+    weights["encoder.layer.1.attention.self.query.bias"][17] = float("nan")
+    save_file(weights, project.folder / "broken" / "model.safetensors", metadata={"format": "pt"})
+    config = project.read()
+    config["models"]["bert"]["source"] = "path:broken"
+    project.write(config)
+    code, output = extract(project, "bert")
+    assert code == 2
+    line = only_line(output)
+    for word in ("model bert", "layer 1", "head 2", "context "):
+        assert word in line
+    assert not (project.folder / "out.safetensors").exists()
+
+
+def test_a_device_that_is_not_there(project: Project):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    project.configure(device="cuda")
+    code, output = extract(project, "bert")
+    assert code == 2
+    assert "cuda" in only_line(output)
+
+
+def test_activations_cut_short(project: Project):
+    code, output = extract(project, "bert")
+    assert code == 0, output
+    path = project.folder / "out.safetensors"
+    path.write_bytes(path.read_bytes()[:500])
+    code, output = project.approxkmv(
+        *("statistics", "--model", "bert", "--activations", "out.safetensors"),
+        *("--heads-out", "heads.parquet", "--prefixes-out", "prefixes.parquet"),
+    )
+    assert code == 2
+    assert "out.safetensors" in only_line(output)
+    assert not (project.folder / "heads.parquet").exists()
+
+
+def test_a_corpus_whose_hash_differs(project: Project):
+    config = project.read()
+    config["corpora"]["words"]["sha256"] = "0" * 64
+    project.write(config)
+    code, output = project.approxkmv("texts", "--out", "texts.parquet")
+    assert code == 2
+    assert "SHA-256" in only_line(output)
+
+
+def test_a_corpus_line_that_is_not_json(project: Project):
+    (project.folder / "words.jsonl").unlink()
+    (project.folder / "words.jsonl").write_text(json.dumps({"context": "w1"}) + "\n{broken\n")
+    code, output = project.approxkmv("texts", "--out", "texts.parquet")
+    assert code == 2
+    assert "words.jsonl" in only_line(output)
+
+
+def test_a_full_disk_leaves_the_old_file_and_nothing_half_written(tmp_path):
+    path = tmp_path / "table.json"
+    write_json(path, {"old": 1})
+
+    def fill() -> None:
+        with written_whole(path) as temporary:
+            temporary.write_text("half")
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(TableError, match="No space left on device"):
+        fill()
+    assert json.loads(path.read_text()) == {"old": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["table.json"]
+
+
+def test_writing_into_a_really_full_device_is_one_line(project: Project):
+    """/dev/full refuses every write, as a full disk does."""
+    (project.folder / "full").mkdir()
+    code, output = project.approxkmv("texts", "--out", "/dev/full/texts.parquet")
+    assert code == 2
+    assert "/dev/full" in only_line(output)

@@ -1,0 +1,149 @@
+"""A whole study through Snakemake: what it writes, that it agrees with the plain way, and that it does not do it twice."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from conftest import ROOT, Project
+
+from approxkmv import log_kernel
+from approxkmv.models import CapturableModel, ModelLocation
+
+TABLES = ["heads_{m}.csv", "context_scaling_{m}.csv"]
+FIGURES = ["max_ratios_bert", "max_ratios_llama", "order_ratios_bert", "order_ratios_llama", "context_scaling"]
+
+
+def fingerprints(results: Path) -> dict[str, str]:
+    """Hashes of all that a run leaves: tables, statistics and figures. Overviews name the command, and differ by folder."""
+    found = [p for kind in ("tables", "statistics", "figures") for p in (results / kind).rglob("*") if p.is_file()]
+    return {
+        str(p.relative_to(results)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in found
+        if not p.name.startswith("overview_")
+    }
+
+
+def test_the_study_writes_its_tables_and_figures(finished):
+    project, output = finished
+    for model in ("bert", "llama"):
+        heads = pd.read_csv(project.results / "tables" / f"heads_{model}.csv")
+        assert len(heads) == 8
+        assert (heads["contexts"] == 7).all()
+        assert np.isfinite(heads.select_dtypes("number")).all(axis=None)
+        overview = json.loads((project.results / "tables" / f"overview_{model}.json").read_text())
+        assert (overview["texts"], overview["texts_used"], overview["texts_too_short"]) == (8, 7, 1)
+        assert overview["texts_cut"] == 1
+        assert overview["tokens_max"] == 60
+        assert overview["provenance"]["versions"]["torch"]
+    for name in FIGURES:
+        assert (project.results / "figures" / f"{name}.pdf").read_bytes().startswith(b"%PDF")
+        assert (project.results / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    comparison = pd.read_csv(project.results / "tables" / "paper_comparison.csv")
+    assert set(comparison["model"]) == {"bert", "llama"}
+    assert set(comparison["holds"]) <= {"yes", "no"}
+    assert not (project.results / "activations").exists() or not list(
+        (project.results / "activations").rglob("*.safetensors")
+    )
+    assert "figures: results/tiny/figures" in output
+    assert "1 too short" in output
+
+
+def test_the_statistics_agree_with_topk_on_captured_tensors(finished):
+    project, _ = finished
+    texts = pd.read_parquet(project.results / "texts.parquet")
+    table = pd.concat(
+        [pd.read_parquet(p) for p in sorted((project.results / "statistics" / "llama").glob("*.heads.parquet"))]
+    ).set_index(["context", "layer", "head"])
+    model = CapturableModel.load(ModelLocation(project.folder / "llama", None))
+    for context in (0, 5):
+        captured = model.capture([model.tokenize(texts["text"][context], 60)])[0]
+        for layer, head in ((0, 0), (1, 3)):
+            logs = log_kernel(captured.queries[layer, head], captured.keys[layer, head], float(captured.scales[layer]))
+            ratios = []
+            for i in range(10, logs.shape[0] + 1):
+                values = torch.exp(logs[:i, :i] - logs[:i, :i].max()).flatten()
+                top = values.topk(i).values.sum()
+                ratios.append(float((values.sum() - top) / top))
+            ordered = logs.flatten().sort(descending=True).values
+            row = table.loc[(context, layer, head)]
+            n = logs.shape[0]
+            assert row["tokens"] == n
+            # Padding and batching change float32 activations by rounding.
+            np.testing.assert_allclose(row["max_ratio"], max(ratios), rtol=1e-4)
+            np.testing.assert_allclose(row["last_ratio"], ratios[-1], rtol=1e-4)
+            np.testing.assert_allclose(row["log_double"], float(ordered[n - 1] - ordered[2 * n - 1]), atol=1e-4)
+
+
+def test_a_second_run_does_nothing_and_figures_come_from_tables_alone(finished):
+    project, _ = finished
+    before = fingerprints(project.results)
+    start = time.monotonic()
+    code, output = project.snakemake()
+    assert code == 0
+    assert time.monotonic() - start < 60
+    assert "extract" not in output
+    for path in (project.results / "figures").iterdir():
+        path.unlink()
+    code, output = project.snakemake("figures")
+    assert code == 0, output
+    assert "figure     max_ratios_bert" in output
+    assert "extract" not in output
+    assert "statistics" not in output
+    assert fingerprints(project.results) == before
+
+
+def test_the_report_is_one_html_file(finished):
+    project, _ = finished
+    code, output = project.snakemake("--report", "report.html")
+    assert code == 0, output
+    html = (project.folder / "report.html").read_text()
+    assert "largest head-to-tail ratio" in html
+    assert "paper_comparison" in html
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(finished, project: Project):
+    process = project.start("--cores", "2")
+    deadline = time.monotonic() + 120
+    first = project.results / "statistics" / "bert" / "0001.contexts.csv"
+    other = project.results / "statistics" / "llama" / "0001.contexts.csv"
+    while not (first.exists() or other.exists()):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    done = {p: p.stat().st_mtime_ns for p in (project.results / "statistics").rglob("*.heads.parquet")}
+    assert len(done) < 6
+    # A killed Snakemake leaves its lock, as its documentation says.
+    assert project.snakemake("--unlock")[0] == 0
+    code, output = project.snakemake()
+    assert code == 0, output
+    for path, written in done.items():
+        assert path.stat().st_mtime_ns == written, f"{path} was made again"
+    assert fingerprints(project.results) == fingerprints(finished[0].results)
+    assert not list(project.results.rglob(".*"))
+
+
+def test_a_smaller_study_leaves_no_shard_of_the_larger_one_in_its_tables(project: Project):
+    project.configure(models=["bert"])
+    assert project.snakemake()[0] == 0
+    project.configure(models=["bert"], contexts=3)
+    code, output = project.snakemake()
+    assert code == 0, output
+    heads = pd.read_csv(project.results / "tables" / "heads_bert.csv")
+    assert heads["contexts"].max() <= 3
+
+
+def test_the_project_runs_from_its_own_root():
+    """The default study is the one that config.yaml of the project names."""
+    code, output = Project(ROOT).approxkmv("check")
+    assert code == 0
+    assert "embedded" in output
