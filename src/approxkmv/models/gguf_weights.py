@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import shutil
 from pathlib import Path
 
 import torch
@@ -37,9 +39,26 @@ def convert_gguf(location: ModelLocation, destination: Path) -> ModelLocation:
 
 def write_dequantised(location: ModelLocation, folder: Path) -> None:
     """Write config, tokenizer and float32 safetensors of a GGUF model into an existing folder. Raises SourceError."""
+    from safetensors.torch import save_model
+
     from approxkmv.models.loading import load_backbone, load_tokenizer
 
+    require_gguf_packages()
     model = load_backbone(location, dtype=torch.float32, attention="eager")
-    tokenizer = load_tokenizer(location)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    load_tokenizer(location).save_pretrained(folder)
+    # Not model.save_pretrained: it refuses whatever was read from a GGUF, although the weights are plain by now.
+    weights = folder / "model.safetensors"
+    save_model(model, str(weights), metadata={"format": "pt"})
+    config = model.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+    shutil.copymode(folder / "config.json", weights)  # safetensors writes for the owner only
+
+
+def require_gguf_packages() -> None:
+    """Raise SourceError unless the packages with which transformers reads GGUF are installed."""
+    absent = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    if absent:
+        raise SourceError(f"reading GGUF needs the package {' and '.join(absent)}: pip install {' '.join(absent)}")

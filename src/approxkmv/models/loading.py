@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import re
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.utils import logging
@@ -59,6 +61,14 @@ def _options(location: ModelLocation) -> dict[str, Any]:
     return options
 
 
+def _weight_options(location: ModelLocation) -> dict[str, Any]:
+    if location.gguf_file is None:
+        return {"use_safetensors": True}
+    # Later releases can also multiply with packed weights, in kernels of their own; here every weight is a number.
+    config = getattr(transformers, "GgufConfig", None)
+    return {} if config is None else {"quantization_config": config(dequantize=True)}
+
+
 def load_config(location: ModelLocation) -> Any:
     """The model's configuration. Raises SourceError when the folder holds none that transformers knows."""
     with quiet(), _one_line_errors(location, "configuration"):
@@ -66,12 +76,15 @@ def load_config(location: ModelLocation) -> Any:
 
 
 def backbone_class(config: Any) -> Any:
-    """The class that AutoModel would build for a configuration. Raises CaptureError when there is none."""
+    """The class that AutoModel would build for a configuration. Raises CaptureError without one that reads text."""
     try:
         found = MODEL_MAPPING[type(config)]
     except KeyError as error:
         raise CaptureError(f"{type(config).__name__}: transformers has no backbone for this configuration") from error
-    return found[0] if isinstance(found, tuple) else found
+    first: Any = found[0] if isinstance(found, tuple) else found
+    if first.main_input_name != "input_ids":
+        raise CaptureError(f"{first.__name__} takes {first.main_input_name}, not token ids: choose a model of text")
+    return first
 
 
 def load_backbone(location: ModelLocation, *, dtype: torch.dtype, attention: str) -> Any:
@@ -82,14 +95,16 @@ def load_backbone(location: ModelLocation, *, dtype: torch.dtype, attention: str
     Raises:
         SourceError: files that cannot be read, or weights that are missing, which transformers would fill at random.
     """
-    with quiet(), _one_line_errors(location, "model"):
+    # The reader of GGUF draws a progress bar of its own that no setting turns off.
+    no_bar = contextlib.redirect_stderr(io.StringIO()) if location.gguf_file else contextlib.nullcontext()
+    with quiet(), no_bar, _one_line_errors(location, "model"):
         model, info = AutoModel.from_pretrained(
             location.folder,
             dtype=dtype,
             attn_implementation=attention,
-            use_safetensors=location.gguf_file is None or None,
             output_loading_info=True,
             **_options(location),
+            **_weight_options(location),
         )
     missing = sorted(key for key in info["missing_keys"] if not AFTER_ATTENTION.search(key))
     if missing:
@@ -103,4 +118,9 @@ def load_backbone(location: ModelLocation, *, dtype: torch.dtype, attention: str
 def load_tokenizer(location: ModelLocation) -> Any:
     """The model's tokenizer. Raises SourceError when the folder has none."""
     with quiet(), _one_line_errors(location, "tokenizer"):
-        return AutoTokenizer.from_pretrained(location.folder, **_options(location))
+        tokenizer = AutoTokenizer.from_pretrained(location.folder, **_options(location))
+    # Without its files transformers builds one with an empty vocabulary, to which every text is unknown.
+    files = list(tokenizer.vocab_files_names.values())
+    if location.gguf_file is None and files and not any((location.folder / file).is_file() for file in files):
+        raise SourceError(f"{_name(location)}: the folder has no tokenizer ({' or '.join(files)}): save it there too")
+    return tokenizer

