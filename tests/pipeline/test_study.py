@@ -1,4 +1,4 @@
-"""A whole study through Snakemake: what it writes, that it agrees with the plain way, and that it does not do it twice."""
+"""A whole study through Snakemake: what it writes, that it agrees with the plain way, that nothing is done twice."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FIGURES = ["max_ratios_bert", "max_ratios_llama", "order_ratios_bert", "order_ra
 
 
 def fingerprints(results: Path) -> dict[str, str]:
-    """Hashes of all that a run leaves: tables, statistics and figures. Overviews name the command, and differ by folder."""
+    """Hashes of tables, statistics and figures; not of overviews, which name the command and so the folder."""
     found = [p for kind in ("tables", "statistics", "figures") for p in (results / kind).rglob("*") if p.is_file()]
     return {
         str(p.relative_to(results)): hashlib.sha256(p.read_bytes()).hexdigest()

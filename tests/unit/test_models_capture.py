@@ -390,9 +390,7 @@ def test_the_attentions_of_minilm_follow_from_its_queries_and_keys():
     model = CapturableModel.load(location)
     assert (model.n_layers, model.n_heads, model.head_dim, model.max_positions) == (6, 12, 32, 512)
     assert not model.is_causal
-    words = (
-        "Superbowl fifty was an American football game to determine the champion of the National Football League . "
-    )
+    words = "Superbowl fifty was an American football game to determine the champion of the National Football League . "
     texts = [model.tokenize(words * repeats, 155) for repeats in (20, 1, 3)]
     assert len(texts[0]) == 155
     for text, captured in zip(texts, model.capture(texts), strict=True):

@@ -42,12 +42,13 @@ class CapturableModel:
         # and an architecture that cannot be captured is refused before any text is read.
         short, long = self._probe_texts()
         probe = self._probe([short])
-        alone = probe.texts()[0]
+        # Damaged weights are reported with the text that meets them, when there is one.
+        alone = probe.texts(require_finite=False)[0]
         self.n_heads = int(alone.queries.shape[1])
         self.head_dim = int(alone.queries.shape[3])
         self.is_causal = probe.causal
         # MobileBERT embeds each token with its right neighbour, so that padding would reach a text's last token.
-        self._pads = _agree(alone, self._probe([short, long]).texts()[0])
+        self._pads = _agree(alone, self._probe([short, long]).texts(require_finite=False)[0])
 
     @classmethod
     def load(cls, location: ModelLocation, *, dtype: str = "float32", device: str = "cpu") -> CapturableModel:

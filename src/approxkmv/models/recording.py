@@ -106,11 +106,12 @@ class Recording:
         self._scales.append(float(scale))
         self.causal = self.causal and causal
 
-    def texts(self, indices: Sequence[int] | None = None) -> list[Captured]:
+    def texts(self, indices: Sequence[int] | None = None, *, require_finite: bool = True) -> list[Captured]:
         """One Captured per text, in order.
 
         Args:
             indices: what to call each text in an error; None means its place among the lengths.
+            require_finite: whether a NaN or an infinity is an error.
         Raises:
             CaptureError: fewer layers came than the model has. NonFiniteActivation: a NaN or an infinity.
         """
@@ -125,7 +126,8 @@ class Recording:
             queries, keys = self._queries[index], self._keys[index]
             values = self._values[index] if self._keep_values else None
             named = {"query": queries, "key": keys} | ({"value": values} if values is not None else {})
-            _require_finite(index if indices is None else indices[index], named)
+            if require_finite:
+                _require_finite(index if indices is None else indices[index], named)
             captured.append(Captured(queries, keys, scales, values))
         return captured
 

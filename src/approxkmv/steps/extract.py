@@ -53,7 +53,8 @@ def extract(
     passages = read_shard(texts, shard, study.shard_contexts)
     model = CapturableModel.load(location, dtype=study.dtype, device=study.device)
     limit = study.max_tokens if model.max_positions is None else min(study.max_tokens, model.max_positions)
-    tokens = [model.tokenize(passage.text, None) for passage in passages]
+    # Without the model's own limit, so that what is cut can be counted.
+    tokens = [model.tokenizer(passage.text, verbose=False)["input_ids"] for passage in passages]
     cut = [
         model.tokenize(passage.text, limit) if len(t) > limit else t
         for passage, t in zip(passages, tokens, strict=True)
