@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import http.server
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
+from typing import ClassVar
 
 import pytest
 
@@ -319,3 +322,92 @@ def test_a_damaged_gguf_is_one_line(tmp_path):
         fetch(parse_source(f"path:{tmp_path / 'tiny.gguf'}"), tmp_path / "converted")
     assert "tiny.gguf" in one_line(error)
     assert not (tmp_path / "converted").exists()
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """As much of the hub as a snapshot needs: one repository, one commit."""
+
+    protocol_version = "HTTP/1.1"
+    commit = "c" * 40
+    files: ClassVar[dict[str, bytes]] = {}
+    asked: ClassVar[list[str]] = []
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+    def answer(self, status: int, body: bytes = b"", **headers: str) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def do_GET(self) -> None:
+        path = self.path.split("?")[0]
+        if path.startswith("/api/models/somebody/tiny/tree/"):
+            if not path.endswith(self.commit):
+                self.answer(404, X_Error_Code="RevisionNotFound")
+                return
+            listed = [
+                {"type": "file", "path": name, "size": len(body), "oid": sha256(body).hexdigest()}
+                for name, body in self.files.items()
+            ]
+            self.answer(200, json.dumps(listed).encode(), Content_Type="application/json")
+        elif path.startswith(f"/somebody/tiny/resolve/{self.commit}/"):
+            name = path.split(self.commit + "/")[1]
+            self.asked.append(name)
+            body = self.files[name]
+            self.answer(200, body, ETag=f'"{sha256(body).hexdigest()}"', X_Repo_Commit=self.commit)
+        else:
+            self.answer(404, X_Error_Code="RepoNotFound")
+
+    do_HEAD = do_GET
+
+
+@pytest.fixture
+def hub(tmp_path: Path):
+    """Fetches a source from a small hub on this machine, in a process of its own; returns what that printed."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    Hub.asked.clear()
+    code = (
+        "import sys; from pathlib import Path; from approxkmv.errors import SourceError\n"
+        "from approxkmv.models import fetch, parse_source\n"
+        "try: print(fetch(parse_source(sys.argv[1]), Path('unused')).folder)\n"
+        "except SourceError as error: print(error)\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
+    environment |= {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"}
+    environment |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+
+    def ask(source: str) -> str:
+        command = [sys.executable, "-c", code, source]
+        run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=60)
+        return run.stdout
+
+    yield ask
+    server.shutdown()
+    server.server_close()
+
+
+def test_of_a_hub_revision_only_safe_files_at_the_top_are_downloaded(hub):
+    safe = {"config.json": b"{}", "model.safetensors": b"weights", "vocab.txt": b"a"}
+    Hub.files = safe | {"pytorch_model.bin": b"pickle", "model.py": b"code", "onnx/config.json": b"{}"}
+    folder = Path(hub(f"hub:somebody/tiny@{Hub.commit}").strip())
+    assert {path.name for path in folder.iterdir()} == set(Hub.asked) == set(safe)
+    assert (folder / "model.safetensors").read_bytes() == b"weights"
+
+
+def test_a_hub_repository_that_cannot_be_used_is_one_line(hub):
+    Hub.files = {"config.json": b"{}", "pytorch_model.bin": b"pickle"}
+    for source, says in (
+        (f"hub:somebody/absent@{Hub.commit}", "no such repository"),
+        (f"hub:somebody/tiny@{'d' * 40}", "no such revision"),
+        (f"hub:somebody/tiny@{Hub.commit}", "no weights"),
+    ):
+        printed = hub(source)
+        assert printed.count("\n") == 1
+        assert source in printed
+        assert says in printed
