@@ -35,5 +35,8 @@ onsuccess:
 
 
 onerror:
-    print(f"A step failed; its reason stands above and in {RESULTS}/logs. Run again to go on from there.", file=sys.stderr)
+    print(
+        f"A step failed; its reason stands above and in {RESULTS}/logs. Run again to go on from there.",
+        file=sys.stderr,
+    )
     sys.exit(2)

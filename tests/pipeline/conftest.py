@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import random
@@ -15,6 +17,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
+
+# Before transformers is imported anywhere: no test here asks a hub.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from approxkmv import cli, progress
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = [f"w{i}" for i in range(60)]
@@ -97,14 +104,30 @@ class Project:
         return process.returncode, output
 
     def approxkmv(self, *arguments: str) -> tuple[int, str]:
-        """Run the command line in this project; its exit code and what it printed on stderr and stdout."""
+        """Run the command line in this project, in this process (imports of torch and transformers cost seconds).
+
+        Returns its exit code and what it printed.
+        """
+        printed = io.StringIO()
+        before = os.getcwd(), sys.argv
+        os.chdir(self.folder)
+        sys.argv = ["approxkmv", *arguments]
+        try:
+            with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):
+                cli.main()
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+        finally:
+            os.chdir(before[0])
+            sys.argv = before[1]
+            progress.LOG.handlers.clear()
+        return code, printed.getvalue()
+
+    def approxkmv_process(self, *arguments: str) -> tuple[int, str]:
+        """The same as a process of its own, as a person runs it."""
         done = subprocess.run(
-            [sys.executable, "-m", "approxkmv.cli", *arguments],
-            cwd=self.folder,
-            env=environment(),
-            capture_output=True,
-            text=True,
-            timeout=300,
+            ["approxkmv", *arguments], cwd=self.folder, env=environment(), capture_output=True, text=True, timeout=300
         )
         return done.returncode, done.stderr + done.stdout
 
@@ -112,7 +135,7 @@ class Project:
 def environment() -> dict[str, str]:
     """This process's environment, with the commands of its Python first and no hub."""
     first = str(Path(sys.executable).parent)
-    return {**os.environ, "PATH": f"{first}{os.pathsep}{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
+    return {**os.environ, "PATH": f"{first}{os.pathsep}{os.environ['PATH']}"}
 
 
 @pytest.fixture(scope="session")

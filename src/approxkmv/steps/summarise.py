@@ -36,7 +36,7 @@ def summarise(
     scaling = scaling_with_length(_together(statistics, shards, "prefixes.parquet"))
     write_csv(tables.scaling, scaling)
     used = taken[taken["used"]]
-    worst = table.loc[table["max_ratio"].idxmax()]
+    worst = table.iloc[int(table["max_ratio"].to_numpy().argmax())]
     overview = {
         "model": model.name,
         "label": model.label,
