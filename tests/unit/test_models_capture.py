@@ -64,6 +64,7 @@ def test_the_attentions_of_capped_and_windowed_logits_follow_too(tmp_path):
 @pytest.mark.parametrize("name", sorted(SMALL))
 def test_padding_leaves_no_trace(tmp_path, name):
     model = CapturableModel.load(save_small(tmp_path, name))
+    assert model._pads  # in one batch, and not by running lengths apart
     for text, captured in zip(TEXTS, model.capture(TEXTS, values=True), strict=True):
         alone = model.capture([text], values=True)[0]
         for ours, theirs in (
