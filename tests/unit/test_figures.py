@@ -98,5 +98,5 @@ def test_unknown_figures_and_missing_tables_are_one_line(tmp_path):
         catalogue.draw("max_ratio", tmp_path, ["m"], tmp_path / "x")
     with pytest.raises(ConfigError, match="give --model once"):
         catalogue.draw("max_ratios", tmp_path, ["m", "n"], tmp_path / "x")
-    with pytest.raises(TableError, match="context_scaling_m.csv is missing"):
+    with pytest.raises(TableError, match=r"context_scaling_m\.csv is missing"):
         context_scaling.draw(tmp_path, ["m"], tmp_path / "x")

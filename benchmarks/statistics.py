@@ -1,0 +1,124 @@
+"""How fast the statistics are, as ratios within one run: python benchmarks/statistics.py
+
+Head-to-tail ratios of every prefix against torch.topk of every prefix, interleaved, one thread each; then all heads of
+many contexts on all cores. Writes results/benchmarks/statistics.csv and .json.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from approxkmv import head_to_tail_ratios, log_kernel
+from approxkmv.corpora import read_corpus
+from approxkmv.files import write_csv, write_json
+from approxkmv.provenance import describe
+from approxkmv.statistics import head_statistics
+
+OUT = Path("results/benchmarks/statistics.csv")
+FIRST = 50
+N_HEADS = 144
+
+
+def topk_of_every_prefix(q: torch.Tensor, k: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The obvious way: the kernel once, then the sum of all and of the i largest entries of each prefix."""
+    kernel = torch.exp(log_kernel(q, k)).to(dtype)
+    out = []
+    for i in range(FIRST, q.shape[0] + 1):
+        entries = kernel[:i, :i].flatten()
+        head = entries.topk(i).values.sum()
+        out.append((entries.sum() - head) / head)
+    return torch.stack(out)
+
+
+def times(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each call, all calls in turn in every round, after one that is not counted."""
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    for r in range(rounds + 1):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if r:
+                found[name].append(time.perf_counter() - start)
+    return found
+
+
+def heads(kind: str, n: int, d: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries and keys of one head; the spread of its logits makes it diffuse, ordinary or sharp."""
+    spread = {"diffuse": 0.6, "ordinary": 1.2, "sharp": 2.0}[kind]
+    return spread * torch.randn(n, d, generator=generator), spread * torch.randn(n, d, generator=generator)
+
+
+def main() -> None:
+    """Run all, print a table and write it."""
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for n, d in ((512, 64), (155, 32)):
+        for kind in ("diffuse", "ordinary", "sharp"):
+            q, k = heads(kind, n, d, generator)
+            found = times(
+                {
+                    "ours": lambda q=q, k=k: head_to_tail_ratios(q, k, FIRST),
+                    "topk float64": lambda q=q, k=k: topk_of_every_prefix(q, k, torch.float64),
+                    "topk float32": lambda q=q, k=k: topk_of_every_prefix(q, k, torch.float32),
+                },
+                rounds=9,
+            )
+            ours = statistics.median(found["ours"])
+            difference = (head_to_tail_ratios(q, k, FIRST) / topk_of_every_prefix(q, k, torch.float64) - 1).abs().max()
+            for name in ("topk float64", "topk float32"):
+                against = [b / a for a, b in zip(found["ours"], found[name], strict=True)]
+                rows.append(
+                    {
+                        "what": f"one {kind} head, one thread",
+                        "n": n,
+                        "d": d,
+                        "against": name,
+                        "ours_ms": 1e3 * ours,
+                        "other_ms": 1e3 * statistics.median(found[name]),
+                        "times_faster": statistics.median(against),
+                        "lowest": min(against),
+                        "highest": max(against),
+                        "relative_difference": float(difference) if name == "topk float64" else float("nan"),
+                    }
+                )
+    torch.set_num_threads(threads)
+    rows.append(whole_dev_set(generator))
+    table = pd.DataFrame(rows)
+    write_csv(OUT, table)
+    write_json(OUT.with_suffix(".json"), describe({"rounds": 9, "threads_of_the_last_row": threads}))
+    print(table.to_string(index=False, float_format=lambda x: f"{x:.3g}"))
+
+
+def whole_dev_set(generator: torch.Generator) -> dict[str, object]:
+    """Both experiments on all contexts of SQuAD's development set, 144 heads each, Q and K given (drawn at random).
+
+    Lengths are those of the contexts, at 1.3 tokens a word, between 50 and 512.
+    """
+    documents = read_corpus("path:data/squad/dev-v1.1.jsonl.xz")
+    lengths = [min(512, max(FIRST, round(1.3 * len(document.context.split())))) for document in documents]
+    seconds = 0.0
+    for n in lengths:
+        q = torch.randn(N_HEADS, n, 64, generator=generator)
+        k = torch.randn(N_HEADS, n, 64, generator=generator)
+        start = time.perf_counter()
+        head_statistics(q, k, FIRST)
+        seconds += time.perf_counter() - start
+    return {
+        "what": f"{len(lengths)} contexts x {N_HEADS} heads, all cores",
+        "n": round(statistics.median(lengths)),
+        "d": 64,
+        "against": "",
+        "ours_ms": 1e3 * seconds,
+    }
+
+
+if __name__ == "__main__":
+    main()
