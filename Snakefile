@@ -14,6 +14,7 @@ include: "workflow/rules/texts.smk"
 include: "workflow/rules/models.smk"
 include: "workflow/rules/statistics.smk"
 include: "workflow/rules/figures.smk"
+include: "workflow/rules/complexity.smk"
 
 
 localrules:
@@ -25,7 +26,8 @@ rule all:
     default_target: True
     input:
         rules.figures.input,
-        f"{RESULTS}/tables/paper_comparison.csv",
+        f"{RESULTS}/tables/paper_comparison.csv" if MODELS else [],
+        rules.complexity.output if STUDY.complexity else [],
     conda:
         "environment.yml"
 

@@ -66,12 +66,13 @@ def texts(
     log: Log = None,
 ) -> None:
     """Read the corpus, cut it into the study's unit of text, and draw the study's texts."""
+    from approxkmv.config import corpus_of
     from approxkmv.progress import log_to, step
     from approxkmv.steps.texts import write_texts
 
     log_to(log)
     chosen = _study(config, study)
-    with step(f"texts      {chosen.corpus.name}") as notes:
+    with step(f"texts      {corpus_of(chosen).name}") as notes:
         notes.append(f"{write_texts(chosen, out)} texts")
 
 
@@ -170,10 +171,10 @@ def compare(
 
 @app.command()
 def figure(
-    name: Annotated[str, typer.Argument(help="max_ratios, order_ratios or context_scaling.")],
+    name: Annotated[str, typer.Argument(help="max_ratios, order_ratios, context_scaling or complexity.")],
     tables: Annotated[Path, typer.Option("--tables", help="Folder of the models' tables.")],
     stem: Annotated[Path, typer.Option("--out", help="Where to write, without a suffix: makes OUT.pdf and OUT.png.")],
-    models: Annotated[list[str], typer.Option("--model", help="A model; give several for context_scaling.")],
+    models: Annotated[list[str] | None, typer.Option("--model", help="A model; give several for context_scaling.")] = None,
     log: Log = None,
 ) -> None:
     """Draw one figure from tables alone."""
@@ -182,7 +183,27 @@ def figure(
 
     log_to(log)
     with step(f"figure     {stem.name}"):
-        draw(name, tables, models, stem)
+        draw(name, tables, models or [], stem)
+
+
+@app.command()
+def complexity(
+    counts_out: Annotated[Path, typer.Option("--counts-out", help="CSV file to write: evaluations at each n.")],
+    fits_out: Annotated[Path, typer.Option("--fits-out", help="CSV file to write: exponents and crossings.")],
+    config: Config = CONFIG,
+    study: StudyName = None,
+    log: Log = None,
+) -> None:
+    """Count what ApproxKMV with its printed constants costs against n, and fit exponents."""
+    from approxkmv.progress import log_to, step
+
+    log_to(log)
+    chosen = _study(config, study)
+    with step("complexity of ApproxKMV as printed"):
+        from approxkmv.provenance import describe
+        from approxkmv.steps.complexity import count
+
+        count(chosen, counts_out, fits_out, describe())
 
 
 @app.command()
@@ -200,10 +221,12 @@ def show(
 def check(config: Config = CONFIG, study: StudyName = None) -> None:
     """Check the configuration and say what a study would do."""
     chosen = _study(config, study)
-    typer.echo(
-        f"study {chosen.name}: {', '.join(chosen.models)} on "
-        f"{'all' if chosen.contexts is None else chosen.contexts} texts ({chosen.unit}) of {chosen.corpus.label}"
-    )
+    typer.echo(f"study {chosen.name}")
+    if chosen.models and chosen.corpus:
+        count = "all" if chosen.contexts is None else chosen.contexts
+        typer.echo(f"  statistics: {', '.join(chosen.models)} on {count} texts ({chosen.unit}) of {chosen.corpus.label}")
+    if chosen.complexity:
+        typer.echo(f"  complexity: n = {', '.join(map(str, chosen.complexity['sizes']))}")
 
 
 def main() -> None:

@@ -42,7 +42,8 @@ class Study:
 
     name: str
     models: Mapping[str, ModelEntry]
-    corpus: CorpusEntry
+    corpus: CorpusEntry | None
+    complexity: Mapping[str, Any] | None
     unit: str
     contexts: int | None
     seed: int
@@ -87,7 +88,12 @@ def checked(value: Any) -> dict[str, Any]:
     for name, study in config["studies"].items():
         for model in study["models"]:
             _known(model, config["models"], f"studies.{name}.models names the model")
-        _known(study["corpus"], config["corpora"], f"studies.{name}.corpus names the corpus")
+        if study["models"] and study["corpus"] is None:
+            raise ConfigError(f"studies.{name} names models but no corpus: add one of {', '.join(config['corpora'])}")
+        if study["corpus"] is not None:
+            _known(study["corpus"], config["corpora"], f"studies.{name}.corpus names the corpus")
+        if not study["models"] and study["complexity"] is None:
+            raise ConfigError(f"studies.{name} has nothing to do: give it models and a corpus, or complexity")
         if study["min_tokens"] > study["max_tokens"]:
             raise ConfigError(f"studies.{name}: min_tokens is above max_tokens")
         if study["min_prefix"] > study["min_tokens"]:
@@ -101,10 +107,11 @@ def study_of(config: Mapping[str, Any], name: str | None = None) -> Study:
     name = config["study"] if name is None else name
     _known(name, config["studies"], "study is")
     entry = dict(config["studies"][name])
-    corpus = config["corpora"][entry["corpus"]]
-    entry["corpus"] = CorpusEntry(
-        entry["corpus"], corpus["source"], corpus["sha256"], corpus["label"] or entry["corpus"]
-    )
+    if entry["corpus"] is not None:
+        corpus = config["corpora"][entry["corpus"]]
+        entry["corpus"] = CorpusEntry(
+            entry["corpus"], corpus["source"], corpus["sha256"], corpus["label"] or entry["corpus"]
+        )
     entry["models"] = {key: model_of(config, key) for key in entry["models"]}
     entry["prefixes"] = tuple(sorted(entry["prefixes"]))
     return Study(name=name, **entry)
@@ -122,6 +129,13 @@ def entry_of(study: Study, model: str) -> ModelEntry:
     """A model of a study. Raises ConfigError for an unknown name."""
     _known(model, study.models, f"the model asked of study {study.name} is")
     return study.models[model]
+
+
+def corpus_of(study: Study) -> CorpusEntry:
+    """The corpus of a study that has models. Raises ConfigError when it has none."""
+    if study.corpus is None:
+        raise ConfigError(f"study {study.name} has no corpus: it measures no model")
+    return study.corpus
 
 
 def _known(name: str, names: Mapping[str, Any], what: str) -> None:

@@ -86,6 +86,7 @@ rule figures:
             model=MODELS,
             kind=["pdf", "png"],
         ),
-        collect(f"{RESULTS}/figures/context_scaling.{{kind}}", kind=["pdf", "png"]),
+        collect(f"{RESULTS}/figures/context_scaling.{{kind}}", kind=["pdf", "png"]) if MODELS else [],
+        collect(f"{RESULTS}/figures/complexity.{{kind}}", kind=["pdf", "png"]) if STUDY.complexity else [],
     conda:
         "../../environment.yml"

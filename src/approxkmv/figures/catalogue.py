@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from approxkmv.errors import ConfigError
-from approxkmv.figures import context_scaling, max_ratios, order_ratios
+from approxkmv.figures import complexity, context_scaling, max_ratios, order_ratios
 
 PER_MODEL = {"max_ratios": max_ratios.draw, "order_ratios": order_ratios.draw}
-PER_STUDY = {"context_scaling": context_scaling.draw}
+PER_STUDY = {
+    "context_scaling": context_scaling.draw,
+    "complexity": lambda tables, _, stem: complexity.draw(tables / "complexity.csv", stem),
+}
 
 
 def draw(name: str, tables: Path, models: Sequence[str], stem: Path) -> list[Path]:

@@ -11,7 +11,7 @@ from approxkmv.steps.tables import read_overview
 def lines(results: Path) -> list[str]:
     """The message for one study's results. Raises TableError when there are none."""
     overviews = [read_overview(path) for path in sorted((results / "tables").glob("overview_*.json"))]
-    if not overviews:
+    if not (results / "tables").is_dir():
         raise TableError(f"{results} has no tables: run the study first")
     out = []
     for facts in overviews:
