@@ -70,17 +70,18 @@ def approx_kmv(
     >>> tuple(result.y.shape), len(result.heavy)
     ((40,), 40)
 
-    |Kx - y|_2 <= epsilon |x|_2 with probability 0.99, whatever K and x; that K satisfies assumption (A) only makes it
-    cheap. The paper has one n. Here n is the number of keys n_k wherever it counts or scales keys (the rescaling
-    |x|_2^2 = n, n^-alpha, n^gamma, the sampling rate 1/n), the larger side in the logarithms of union bounds, and each
-    row is given the error epsilon |x|_2 / sqrt(n_q), so that n_q rows together keep epsilon |x|_2.
+    |Kx - y|_2 <= epsilon |x|_2 with probability 0.99, whatever K and x; that K satisfies assumption (A) only
+    makes it cheap. The paper has one n. Here n is the number of keys n_k wherever it counts or scales keys (the
+    rescaling |x|_2^2 = n, n^-alpha, n^gamma, the sampling rate 1/n), the larger side in the logarithms of union
+    bounds, and each row is given the error epsilon |x|_2 / sqrt(n_q), so that n_q rows together keep epsilon |x|_2.
 
     At the sizes that fit a computer the printed budgets exceed the number of pairs: `kernel_evaluations` is far above
     n_q n_k, and each row is evaluated once and its samples' counts drawn. See `PaperConstants`.
 
     Args:
         queries: (n_q, d). keys: (n_k, d). x: (n_k,), any signs. Torch tensors or NumPy arrays, of one kind.
-        sigma: the bandwidth. epsilon: the error. alpha: heavy means K_ij >= n^-alpha. gamma: x_j^2 >= n^gamma is large.
+        sigma: the bandwidth. epsilon: the error.
+        alpha: heavy means K_ij >= n^-alpha. gamma: large means x_j^2 >= n^gamma.
         seed: None, or a whole number for the same answer each time. family: "p-stable" or "ball-carving" hashing.
         density: "exact", "levels" (Theorem 2.2), or "auto", which takes levels where they could cost less.
         constants: the printed constants. memory: bound in bytes on temporary storage beside the inputs and the S_i.

@@ -117,7 +117,7 @@ class _PStableTables(HashTables):
 
 
 class BallCarvingHash(HashFamily):
-    """The family of Lemma 2.1: project to few dimensions, carve the space into balls, name the first ball that covers.
+    """The family of Lemma 2.1: project, carve the space into balls, name the first ball that covers.
 
     >>> family = BallCarvingHash(radius=2.0, dimension=3)
     >>> family.draw(8, 5, np.random.default_rng(0)).codes(np.zeros((7, 8))).shape
@@ -126,7 +126,7 @@ class BallCarvingHash(HashFamily):
     Grids of balls of this radius, cells of 4 radii, are shifted at random one after the other; a point's code is the
     first grid that covers it and the ball there. Two points part at the first ball that covers one of them only, so
     given their projected distance the probability is |intersection| / |union| of two balls. A grid covers the share
-    V_t / 4^t of space: 20 % at t = 2, 6.5 % at 3, 1.9 % at 4, 0.03 % at 7, so t grows at a price (printed: ln^(2/3) n).
+    V_t / 4^t of space: 20 % at t = 2, 6.5 % at 3, 1.9 % at 4, 0.03 % at 7, so t has a price (printed: ln^(2/3) n).
 
     Args:
         radius: of the balls, in the unit of the points. dimension: t, of the projection. concatenation: functions
@@ -144,7 +144,7 @@ class BallCarvingHash(HashFamily):
         self.concatenation = inputs.count(concatenation, "concatenation")
 
     def collision_probability(self, distance: np.ndarray | float) -> np.ndarray:
-        """E[I / (2 - I)]^concatenation, I the shared part of two balls, over the chi-distributed projected distance."""
+        """E[I / (2 - I)]^concatenation: I is the shared part of two balls, the projected distance is chi-distributed."""
         distances = np.asarray(distance, dtype=np.float64)
         lengths, weights = _chi_quadrature(self.dimension)
         half = distances[..., None] * lengths / (2.0 * self.radius)

@@ -25,7 +25,7 @@ class GaussianKernel:
     """
 
     def __init__(self, queries: np.ndarray, keys: np.ndarray, sigma: float) -> None:
-        # The kernel depends on differences only: centred points have the smallest norms, hence the least cancellation.
+        # The kernel depends on differences only; centred points have the smallest norms, so the least cancellation.
         centre = keys.mean(0)
         with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
             unit = 1.0 / (sigma * np.sqrt(2.0))

@@ -28,7 +28,7 @@ class Split:
 def split(x: np.ndarray, *, gamma: float, epsilon: float, constants: PaperConstants = PRINTED) -> Split:
     """Rescale x to |x|_2^2 = n and take out its large and its small entries.
 
-    >>> parts = split(np.array([0.0, 1.0, 1.0, 1.0, 100.0]), gamma=0.109, epsilon=0.5)
+    >>> parts = split(np.array([0.0, 1.0, 1.0, 1.0, 10.0]), gamma=0.109, epsilon=0.5)
     >>> parts.large, parts.small, parts.kept
     (array([4]), array([0]), array([1, 2, 3]))
 

@@ -68,8 +68,8 @@ def median_of_counts(
 ) -> tuple[float, int]:
     """Median of averages of n * (sum of the surviving values), from the number of times that each key survives.
 
-    >>> median_of_counts(np.ones(50), 10**6, 9, 50, np.random.default_rng(0))[0]  # doctest: +ELLIPSIS
-    4...
+    >>> round(median_of_counts(np.ones(50), 10**6, 9, 50, np.random.default_rng(0))[0])
+    50
 
     The average of R repetitions of "each key survives with probability 1/n" is n / R * sum_j values_j C_j with
     independent C_j from Binomial(R, 1/n): the same distribution, one evaluation per key. Keys of value 0 change no

@@ -49,7 +49,7 @@ class KernelDensity(ABC):
             raise InputError("this density has no points: call fit before query")
         return self._points
 
-    def _build(self) -> None:
+    def _build(self) -> None:  # noqa: B027
         """Build what does not depend on the queries. Nothing, unless overridden."""
 
     @abstractmethod

@@ -30,8 +30,8 @@ class DensityLevels(KernelDensity):
     """Fast Gaussian kernel density estimation by density-constrained near neighbours.
 
     >>> levels = DensityLevels(1.0, relative_error=0.5, floor=0.01, failure=0.1, seed=0).fit(np.zeros((4, 2)))
-    >>> levels.query(np.zeros((3, 2)))
-    array([1., 1., 1.])
+    >>> bool(abs(levels.query(np.zeros((3, 2))) - 1.0).max() <= 0.5)
+    True
 
     For a guess m of the density, the points with k near 2^-j are sampled at rate min(1, 2^-j / (n m)), and the
     samples near the query are found by hashing; a found sample counts k / rate. That has relative variance m / mu
@@ -104,7 +104,7 @@ class DensityLevels(KernelDensity):
         shell = np.arange(shells + 1)
         crowd = np.minimum(n, 2.0 ** (shell + 1) * n * guess) * rate
         distance = np.sqrt(shell * math.log(2))
-        best = (math.inf, 0, None)
+        best: tuple[float, int, HashFamily | None] = (math.inf, 0, None)
         for joined in range(1, 7):
             # A probability of 1/2 per function keeps the curve steep; joining makes it steeper.
             family = near_family(self.family, near, 0.5**joined, n=n, concatenation=joined)

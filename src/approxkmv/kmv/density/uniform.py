@@ -18,7 +18,8 @@ class UniformDensity(KernelDensity):
     Unbiased for one average; relative variance 1 / (samples * mu) at most, hence the cost 1 / (beta^2 mu).
 
     Args:
-        sigma: the bandwidth. samples: in one average. averages: of which the median is taken. seed: for a fixed answer.
+        sigma: the bandwidth. samples: in one average. averages: of which the median is taken.
+        seed: for a fixed answer.
     Raises:
         InputError: an argument that is not positive, a width that does not fit, query before fit.
     Source: the baseline of section 1.2.
