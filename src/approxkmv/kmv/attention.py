@@ -83,9 +83,9 @@ def attention_product(
 
     The products have an additive error, which says nothing about a row whose kernel sum is tiny, and on real heads
     most are, because queries lie far from all keys. A row is divided only if its estimated sum is at least
-    `row_floor`; the others are evaluated exactly, in log scale, and counted. To make sums large, the keys are centred (this multiplies each
-    row of A by a factor, which cancels) and q and k balanced as q a and k / a, which changes no logit and brings
-    |q_i a|^2 + max_j |k_j / a|^2, the exponent that Lemma 4.1 loses, to its least mean over rows.
+    `row_floor`; the others are evaluated exactly, in log scale, and counted. To make sums large, the keys are centred
+    (this multiplies each row of A by a factor, which cancels) and q and k balanced as q a and k / a, which changes no
+    logit and brings |q_i a|^2 + max_j |k_j / a|^2, the exponent that Lemma 4.1 loses, to its least mean over rows.
 
     Args:
         q: (..., n_q, d). k: (..., n_k, d). v: (..., n_k, d_v). Torch tensors or NumPy arrays.

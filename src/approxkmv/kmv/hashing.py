@@ -144,7 +144,7 @@ class BallCarvingHash(HashFamily):
         self.concatenation = inputs.count(concatenation, "concatenation")
 
     def collision_probability(self, distance: np.ndarray | float) -> np.ndarray:
-        """E[I / (2 - I)]^concatenation: I is the shared part of two balls, the projected distance is chi-distributed."""
+        """E[I / (2 - I)]^concatenation, I the shared part of two balls at a chi-distributed projected distance."""
         distances = np.asarray(distance, dtype=np.float64)
         lengths, weights = _chi_quadrature(self.dimension)
         half = distances[..., None] * lengths / (2.0 * self.radius)
@@ -224,21 +224,25 @@ def _shared_ball(half_distance: np.ndarray, t: int) -> np.ndarray:
     return np.interp(np.arcsin(half_distance), angle, share)
 
 
-def _scale_reaching(single_at_unit_scale, distance: float, probability: float) -> float:
-    """The smallest width (or radius) at which points `distance` apart collide with at least this probability."""
+@cache
+def _unit_scale(name: str, t: int, probability: float) -> float:
+    """The smallest width (or radius) at which points at distance 1 collide with at least this probability.
+
+    Curves depend on width / distance alone, so this serves every distance.
+    """
+
+    def collide(scale: float) -> float:
+        family = PStableHash(scale) if name == "p-stable" else BallCarvingHash(scale, t)
+        return float(family.collision_probability(1.0))
+
     low, high = 1e-12, 1.0
-    while single_at_unit_scale(distance / (high * distance)) < probability:
+    while collide(high) < probability:
         high *= 2.0
-    for _ in range(200):
+    while high / low > 1 + 1e-9:
         middle = math.sqrt(low * high)
-        if single_at_unit_scale(1.0 / middle) < probability:
-            low = middle
-        else:
-            high = middle
-        if high / low < 1 + 1e-9:
-            break
+        low, high = (middle, high) if collide(middle) < probability else (low, middle)
     # The hair keeps "at least" true after rounding.
-    return high * distance * (1 + 1e-6)
+    return high * (1 + 1e-6)
 
 
 def near_family(
@@ -279,13 +283,10 @@ def near_family(
 
     if near <= 0 or probability >= 1:
         return build(fallback_scale, concatenation or 1)
-    unit = build(1.0, 1)
     candidates: list[tuple[float, HashFamily]] = []
     for joined in [concatenation] if concatenation else range(1, 9):
-        scale = _scale_reaching(
-            lambda r: float(unit.collision_probability(r)), near, min(probability ** (1 / joined), 1 - 1e-9)
-        )
-        family = build(scale, joined)
+        single = min(probability ** (1 / joined), 1 - 1e-9)
+        family = build(near * _unit_scale(name, t, single), joined)
         candidates.append((float(family.collision_probability(2 * near)), family))
     best = min(far for far, _ in candidates)
     return next(family for far, family in candidates if far <= 1.1 * best)

@@ -99,6 +99,8 @@ class DensityLevels(KernelDensity):
     def _search(self, j: int, rate: float, guess: float, shells: int) -> Level:
         """Choose the functions whose tables and far collisions cost least, given how many points a shell may hold."""
         n = len(self.points)
+        if self.recover == "scan":
+            return Level(j, rate, 0, None)
         miss = min(self.failure, 0.01 * self.relative_error)
         near = math.sqrt((j + 1) * math.log(2))
         shell = np.arange(shells + 1)
@@ -112,8 +114,7 @@ class DensityLevels(KernelDensity):
             cost = tables * (1.0 + float(family.collision_probability(distance) @ crowd))
             if cost < best[0]:
                 best = (cost, tables, family)
-        scanned = n * rate
-        if self.recover == "scan" or (self.recover == "auto" and scanned <= best[0]):
+        if self.recover == "auto" and n * rate <= best[0]:
             return Level(j, rate, 0, None)
         return Level(j, rate, best[1], best[2])
 
