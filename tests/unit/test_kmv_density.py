@@ -81,7 +81,8 @@ def test_uniform_and_hashing_based_are_unbiased(make):
 
 
 @pytest.mark.parametrize(
-    ("recover", "family", "seeds"), [("scan", "p-stable", 300), ("hash", "p-stable", 150), ("hash", "ball-carving", 25)]
+    ("recover", "family", "seeds"),
+    [("scan", "p-stable", 300), ("hash", "p-stable", 150), ("hash", "ball-carving", 25)],
 )
 @pytest.mark.parametrize("guess", [0.25, 0.03])
 def test_levels_are_unbiased_at_any_guess(recover, family, seeds, guess):
@@ -101,9 +102,7 @@ def test_error_falls_as_one_over_the_root_of_the_budget(make):
 
 def test_error_of_levels_falls_as_one_over_the_root_of_the_repetitions():
     expected = truth(*cloud())
-    rms = [
-        np.sqrt((((level_estimates("scan", r, 200, 0.05) - expected) / expected) ** 2).mean(0)) for r in (8, 72)
-    ]
+    rms = [np.sqrt((((level_estimates("scan", r, 200, 0.05) - expected) / expected) ** 2).mean(0)) for r in (8, 72)]
     ratio = float((rms[0] / rms[1]).mean())
     assert 2.4 < ratio < 3.7
     # The bound that the repetitions are chosen by: relative variance at most guess / density per repetition.
@@ -138,9 +137,9 @@ def test_levels_keep_their_relative_error_and_floor(recover):
     expected = truth(points, queries)
     failures, total = 0, 0
     for seed in range(25):
-        levels = DensityLevels(
-            SIGMA, relative_error=0.3, floor=2e-3, failure=0.02, recover=recover, seed=seed
-        ).fit(points)
+        levels = DensityLevels(SIGMA, relative_error=0.3, floor=2e-3, failure=0.02, recover=recover, seed=seed).fit(
+            points
+        )
         values = levels.query(queries)
         failures += int((np.abs(values - expected) > 0.3 * expected)[expected >= 2e-3].sum())
         total += int((expected >= 2e-3).sum())

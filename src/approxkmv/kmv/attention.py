@@ -84,8 +84,9 @@ def attention_product(
     The products have an additive error, which says nothing about a row whose kernel sum is tiny, and on real heads
     most are, because queries lie far from all keys. A row is divided only if its estimated sum is at least
     `row_floor`; the others are evaluated exactly, in log scale, and counted. To make sums large, the keys are centred
-    (this multiplies each row of A by a factor, which cancels) and q and k balanced as q a and k / a, which changes no
-    logit and brings |q_i a|^2 + max_j |k_j / a|^2, the exponent that Lemma 4.1 loses, to its least mean over rows.
+    where that helps (this multiplies each row of A by a factor, which cancels) and q and k balanced as q a and k / a,
+    which changes no logit and brings |q_i a|^2 + max_j |k_j / a|^2, the exponent that Lemma 4.1 loses, to its least
+    mean over rows.
 
     Args:
         q: (..., n_q, d). k: (..., n_k, d). v: (..., n_k, d_v). Torch tensors or NumPy arrays.
@@ -138,10 +139,8 @@ def _one(
     memory: int,
     options: dict[str, object],
 ) -> tuple[np.ndarray, int, Tally]:
-    centred = k - k.mean(0)
-    key_norm = float(centred.square().sum(-1).max().sqrt())
-    query_norm = float(q.square().sum(-1).mean().sqrt())
-    balance = math.sqrt(key_norm / query_norm) if key_norm > 0 and query_norm > 0 else 1.0
+    centre, balance = _best_origin(q, k)
+    centred = k - centre
     reduction = reduce_attention(q * balance, centred / balance, scale)
     n_q, n_k = len(q), len(k)
     # A row divides by at least floor: products to within epsilon floor / 2 leave numerator and sum epsilon / 2 each.
@@ -181,3 +180,18 @@ def _one(
         out[rows.numpy()] = (torch.softmax(scale * (q[rows] @ centred.T), -1) @ torch.from_numpy(v)).numpy()
     pairs = len(rest) * n_k
     return out, len(rest), total + Tally(pairs, pairs)
+
+
+def _best_origin(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """The origin of the keys (0 or their mean) and the balance a with the larger kernel, by the mean of log K."""
+    query_norm = float(q.square().sum(-1).mean().sqrt())
+    best: tuple[float, torch.Tensor, float] | None = None
+    for centre in (k.mean(0), torch.zeros_like(k[0])):
+        key_norm = float((k - centre).square().sum(-1).max().sqrt())
+        balance = math.sqrt(key_norm / query_norm) if key_norm > 0 and query_norm > 0 else 1.0
+        # a^2 |q|^2 / 2 + M / (2 a^2) is |q| sqrt(M) at its least; the centre's own logits come off as well.
+        loss = query_norm * key_norm + float(q.mean(0) @ centre)
+        if best is None or loss < best[0]:
+            best = (loss, centre, balance)
+    assert best is not None
+    return best[1], best[2]
