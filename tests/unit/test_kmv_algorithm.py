@@ -17,7 +17,7 @@ from approxkmv.kmv.constants import PaperConstants
 from approxkmv.kmv.heavy import find_heavy
 
 SEEDS = 200
-CASES = {**{name: (lambda make=make: make(128)) for name, make in SPARSE.items()}, "real head": real_head}
+CASES = {**{name: (lambda make=make: make(80)) for name, make in SPARSE.items()}, "real head": real_head}
 
 
 def vectors(n: int, seed: int) -> dict[str, np.ndarray]:
@@ -173,9 +173,9 @@ def test_x_of_every_size_at_once():
 
 def test_densities_by_levels_keep_the_guarantee():
     """Theorem 2.2's structure in every bucket, where the default would evaluate the few keys exactly."""
-    case = background(32)
-    for seed in range(3):
-        x = np.random.default_rng(seed).standard_normal(32)
+    case = background(24)
+    for seed in range(2):
+        x = np.random.default_rng(seed).standard_normal(24)
         result = run(case, x, density="levels", seed=seed)
         assert np.linalg.norm(case.matrix @ x - result.y) <= 0.5 * np.linalg.norm(x)
         exact = run(case, x, density="exact", seed=seed)
@@ -244,8 +244,8 @@ def test_memory_is_bounded_and_too_little_is_refused_with_the_least():
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     np.testing.assert_allclose(tight.y, wide.y, rtol=1e-9, atol=1e-12)
-    # Beside the bound: copies of the points, the sets S_i and the densities of all rows.
-    assert peak <= least + 8 * 1024 * 200
+    # Beside the bound: copies of the points and the sets S_i.
+    assert peak <= least + 8 * 1024 * 8 * 8
     with pytest.raises(InputError, match=f"needs at least {least}"):
         run(case, x, memory=least - 1, constants=few)
 
@@ -257,7 +257,7 @@ def test_memory_is_bounded_and_too_little_is_refused_with_the_least():
         ({"x": np.ones((3, 1))}, "x has shape"),
         ({"x": np.array([1.0, np.inf, 0.0])}, "x holds a NaN or an infinity"),
         ({"x": torch.ones(3)}, "different kinds"),
-        ({"x": [1.0, 1.0, 1.0]}, "torch tensor or a NumPy array"),
+        ({"x": [1.0, 1.0, 1.0]}, "different kinds"),
         ({"x": np.array([1j, 0, 0])}, "real numbers"),
         ({"queries": np.ones((3, 3))}, "width"),
         ({"queries": np.ones((0, 2))}, "empty"),

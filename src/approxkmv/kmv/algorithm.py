@@ -163,15 +163,17 @@ def run_parts(
     source: np.random.SeedSequence,
     memory: int,
     counts_only: bool = False,
+    all_rows: int | None = None,
 ) -> tuple[Split, LightSum]:
     """Lines 3 and 5 of Algorithm 3: x cut up, and the light keys' sum, with epsilon shared out between the errors.
 
     "Scale down epsilon by 2": half of it goes to the samples. The other half, which the proof leaves to y_H, covers
     what the proof calls negligible or absorbs: a quarter for H_2, a quarter for the buckets below the density floor.
+    `all_rows` is the number of rows that share the error, where the kernel has a sample of them only.
     """
     rest = (1.0 - 1.0 / constants.epsilon_divisor) / 2.0
     # |x|_2^2 = n_k here, so n_q rows of this error each make epsilon |x|_2.
-    row = epsilon * math.sqrt(kernel.n_keys / kernel.n_queries)
+    row = epsilon * math.sqrt(kernel.n_keys / (all_rows or kernel.n_queries))
     parts = split(x, gamma=gamma, epsilon=4.0 * rest * row, constants=constants)
     light = approx_light(
         kernel,

@@ -10,7 +10,7 @@ from approxkmv.errors import InputError
 
 @dataclass(frozen=True)
 class PaperConstants:
-    """Every number printed in Algorithms 1 to 3, with the printed value as its default.
+    """Every number printed in Algorithms 1 to 3, with the printed value as its default, and one mended line.
 
     >>> PaperConstants(table_factor=20).tables(4096, alpha=1 / 3)
     2662
@@ -42,9 +42,16 @@ class PaperConstants:
     density_exponent: float = 0.173
     """Theorem 2.2: a density above mu costs mu^-density_exponent. Used in the cost study only."""
 
+    subtract_rounded: bool = True
+    """Algorithm 2, line 7: the heavy keys are subtracted from t_i with their squares rounded as t_i has them. False
+    subtracts x_j^2 as printed. Then a heavy key leaves up to epsilon x_j^2 K_ij^2 in s_i, which its rows, each with a
+    key of its own, turn into of the order of n^2 samples: the printed line is right, but not subquadratic."""
+
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
+            if isinstance(value, bool):
+                continue
             if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
                 raise InputError(f"constants.{field.name} is {value!r}: it must be a positive finite number")
         if self.epsilon_divisor <= 1:

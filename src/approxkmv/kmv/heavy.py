@@ -63,7 +63,7 @@ def heavy_threshold(n: int, alpha: float) -> float:
 
 def least_heavy_memory(n_q: int, n_k: int, d: int) -> int:
     """Bytes below which FindHeavy refuses to start."""
-    return 8 * _GROUP * (n_q + n_k) + 64 * n_k + 64 * d + (1 << 20)
+    return 8 * _GROUP * (n_q + n_k) + 256 * n_k + (1 << 14) * d + (1 << 20)
 
 
 def find_heavy(
@@ -144,10 +144,13 @@ def scan_buckets(
             for table in range(len(codes_k)):
                 _, sizes = hashing.mark_collisions(seen, codes_q[table], codes_k[table], max(4096, memory // 256))
                 asked += int(sizes.sum())
-        i, j = np.nonzero(seen)
-        values = kernel.log_pairs(i + start, j, max(1024, (memory // 16) // (8 * d)))
-        heavy = values >= threshold
-        parts.append((i[heavy] + start, j[heavy], values[heavy]))
+        step = int(max(1, (memory // 4) // (64 * n_k)))
+        for part in range(0, len(seen), step):
+            i, j = np.nonzero(seen[part : part + step])
+            i += start + part
+            values = kernel.log_pairs(i, j, max(256, (memory // 16) // (8 * d)))
+            heavy = values >= threshold
+            parts.append((i[heavy], j[heavy], values[heavy]))
     i, j, values = (np.concatenate(column) for column in zip(*parts, strict=True))
     starts = np.concatenate([[0], np.cumsum(np.bincount(i, minlength=n_q))])
     return HeavyKeys(starts, j, values, tables, Tally(asked, kernel.computed - before, tables * (n_q + n_k)))

@@ -74,14 +74,13 @@ class LightSum:
     """Buckets whose density came from `DensityLevels`; the others' were exact."""
 
 
-def row_bytes(n_t: int, averages: int) -> int:
-    """Temporary storage of one row of Algorithm 2."""
-    return n_t * (8 * 6 + 4) + averages * n_t * 24
+# Bytes per key: of one row (kernel values, their squares, at most one bucket per key), and of one average's counts.
+_ROW_BYTES, _COUNT_BYTES = 64, 24
 
 
 def least_light_memory(n_q: int, n_k: int, averages: int) -> int:
-    """Bytes below which ApproxLight refuses to start: one row's samples, and vectors."""
-    return 4 * row_bytes(n_k, averages) + 64 * (n_q + n_k) + (1 << 18)
+    """Bytes below which ApproxLight refuses to start: one row and its samples, and vectors."""
+    return 2 * n_k * (_ROW_BYTES + averages * _COUNT_BYTES) + 64 * (n_q + n_k) + (1 << 18)
 
 
 def approx_light(
@@ -137,11 +136,12 @@ def approx_light(
     seeds = source.spawn(len(buckets) + 1)
     by_levels = _by_levels(kernel, buckets, floors, beta, delta, density, seeds)
     density_tally = Tally()
-    estimates = np.zeros((n_q, len(buckets)))
-    for b, levels in by_levels.items():
-        estimates[:, b] = levels.query(kernel.queries)
+    given = np.zeros((n_q, len(by_levels)))
+    for column, levels in enumerate(by_levels.values()):
+        given[:, column] = levels.query(kernel.queries)
         density_tally += levels.tally
-    exact = np.setdiff1d(np.arange(len(buckets)), np.fromiter(by_levels, dtype=np.int64))
+    from_levels = np.fromiter(by_levels, dtype=np.int64)
+    exact = np.setdiff1d(np.arange(len(buckets)), from_levels)
     whole_rows = len(exact) > 0
 
     x_t = scaled[buckets.order]
@@ -151,21 +151,23 @@ def approx_light(
     rng = np.random.default_rng(seeds[-1])
     asked = computed = 0
     n_t = len(x_t)
-    spare = memory // 2 - averages * n_t * 24
-    block = int(max(1, min(n_q, spare // (n_t * 52))))
+    spare = memory // 2 - averages * n_t * _COUNT_BYTES
+    block = int(max(1, min(n_q, spare // (n_t * _ROW_BYTES + 8 * averages))))
     for start in range(0, n_q, block):
         stop = min(start + block, n_q)
+        estimates = np.zeros((stop - start, len(buckets)))
+        estimates[:, from_levels] = given[start:stop]
         values = np.exp(kernel.log_rows(slice(start, stop), buckets.order)) if whole_rows else None
         if values is not None:
             if len(exact) == len(buckets):
-                estimates[start:stop] = np.add.reduceat(values**2, buckets.starts, axis=1) / buckets.sizes
+                estimates = np.add.reduceat(values**2, buckets.starts, axis=1) / buckets.sizes
             else:
                 for b in exact:
                     s = slice(buckets.starts[b], buckets.starts[b] + buckets.sizes[b])
-                    estimates[start:stop, b] = (values[:, s] ** 2).mean(1)
+                    estimates[:, b] = (values[:, s] ** 2).mean(1)
             density_tally += Tally((stop - start) * int(buckets.sizes[exact].sum()), values.size)
-        visible = estimates[start:stop] >= (1 - beta) * floors
-        total = np.where(visible, estimates[start:stop] * weight, 0.0).sum(1)
+        visible = estimates >= (1 - beta) * floors
+        total = np.where(visible, estimates * weight, 0.0).sum(1)
 
         s, e = heavy.starts[start], heavy.starts[stop]
         row = np.repeat(np.arange(stop - start), np.diff(heavy.starts[start : stop + 1]))
@@ -173,7 +175,8 @@ def approx_light(
         row, place, log_value = row[place >= 0], place[place >= 0], heavy.log_values[s:e][place >= 0]
         shown = visible[row, bucket_of[place]]
         # S_i holds keys outside T as well: only those inside are in the total.
-        known = np.bincount(row[shown], (x_t[place] ** 2 * np.exp(2 * log_value))[shown], stop - start)
+        squares = buckets.rounded[bucket_of[place]] if constants.subtract_rounded else x_t[place] ** 2
+        known = np.bincount(row[shown], (squares * np.exp(2 * log_value))[shown], stop - start)
         light = visible[:, bucket_of]
         light[row, place] = False
         lights = light.sum(1)
@@ -191,6 +194,7 @@ def approx_light(
             continue
         if values is not None:
             values *= x_t
+        means = np.zeros((stop - start, averages))
         for i in np.flatnonzero(lights):
             row_rounds = int(rounds[i])
             if values is not None or row_rounds * averages * lights[i] > n * n_t:
@@ -201,7 +205,7 @@ def approx_light(
                     logs = kernel.log_rows(slice(start + i, start + i + 1), buckets.order[keys])[0]
                     weights = np.exp(logs) * x_t[keys]
                     computed += len(keys)
-                z[start + i], survivors = sampling.median_of_counts(weights, row_rounds, averages, n, rng)
+                means[i], survivors = sampling.averages_of_counts(weights, row_rounds, averages, n, rng)
                 asked += survivors
             else:
                 keys = np.flatnonzero(light[i])
@@ -209,10 +213,10 @@ def approx_light(
                 met, back = np.unique(key, return_inverse=True)
                 logs = kernel.log_pairs(np.full(len(met), start + i), buckets.order[keys[met]])
                 terms = (np.exp(logs) * x_t[keys[met]])[back]
-                sums = np.bincount(group, terms, averages)
-                z[start + i] = np.median(sums) * n / row_rounds
+                means[i] = np.bincount(group, terms, averages) * (n / row_rounds)
                 asked += len(key)
                 computed += len(met)
+        z[start:stop] = np.median(means, axis=1)
     return LightSum(z, squared_sum, repetitions, averages, density_tally, Tally(asked, computed), len(by_levels))
 
 

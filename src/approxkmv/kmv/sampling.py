@@ -63,35 +63,34 @@ class BinomialTable:
         return counts
 
 
-def median_of_counts(
+def averages_of_counts(
     values: np.ndarray, repetitions: int, averages: int, n: int, rng: np.random.Generator
-) -> tuple[float, int]:
-    """Median of averages of n * (sum of the surviving values), from the number of times that each key survives.
+) -> tuple[np.ndarray, int]:
+    """Averages of n * (sum of the surviving values), from the number of times that each key survives.
 
-    >>> round(median_of_counts(np.ones(50), 10**6, 9, 50, np.random.default_rng(0))[0])
-    50
+    >>> averages_of_counts(np.ones(50), 10**6, 3, 50, np.random.default_rng(0))[0].round()
+    array([50., 50., 50.])
 
     The average of R repetitions of "each key survives with probability 1/n" is n / R * sum_j values_j C_j with
     independent C_j from Binomial(R, 1/n): the same distribution, one evaluation per key. Keys of value 0 change no
     average, so only their total is drawn.
 
     Args:
-        values: (L,) contributions x_j K_ij of the light keys. repetitions: R. averages: how many the median is of.
+        values: (L,) contributions x_j K_ij of the light keys. repetitions: R. averages: how many of them.
         n: of the survival probability 1/n and of the factor n. rng: the random numbers.
     Returns:
-        The median, and the number of survivors: the kernel evaluations that the algorithm asks for.
-    Source: Algorithm 2, lines 8 to 10.
+        (averages,), and the number of survivors: the kernel evaluations that the algorithm asks for.
+    Source: Algorithm 2, lines 8 and 9.
     """
     if repetitions >= REPETITION_LIMIT:
-        return float(values.sum()), averages * repetitions * len(values) // n
+        return np.full(averages, values.sum()), averages * repetitions * len(values) // n
     weight = values[values != 0.0]
     silent = (len(values) - len(weight)) * averages * repetitions
     asked = survivors(silent, n, rng)
     if not len(weight):
-        return 0.0, asked
+        return np.zeros(averages), asked
     counts = BinomialTable(repetitions, 1.0 / n).draw((averages, len(weight)), rng)
-    sums = counts @ np.stack([weight, np.ones_like(weight)], 1)
-    return float(np.median(sums[:, 0]) * n / repetitions), asked + int(sums[:, 1].sum())
+    return counts @ weight * (n / repetitions), asked + int(counts.sum())
 
 
 def survivors(trials: int, n: int, rng: np.random.Generator) -> int:
