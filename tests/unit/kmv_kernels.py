@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from approxkmv.kernels import reduce_attention
+from approxkmv.kmv import sparse_kernels
 
 DATA = Path(__file__).parents[1] / "data" / "minilm_squad_heads.npz"
 
@@ -27,26 +28,18 @@ class Case:
 
 
 def background(n: int, seed: int = 0, d: int = 16) -> Case:
-    """Gaussian points, self-attention: a diagonal of ones and n^2 small entries of mean 1/n."""
-    points = np.random.default_rng([seed, 1]).standard_normal((n, d))
-    # E exp(-|p - q|^2 / 2 sigma^2) = (1 + 2 / sigma^2)^(-d/2) for independent standard Gaussians: 1/n at this sigma.
-    return Case(points, points, float(np.sqrt(2 / (n ** (2 / d) - 1))))
+    """A diagonal of ones over n^2 entries of mean 1/n."""
+    return Case(*sparse_kernels.background(n, seed, d))
 
 
-def clusters(n: int, seed: int = 0, d: int = 6) -> Case:
-    """Far-apart clusters of 8 keys, queries near them: heavy keys and hardly a tail."""
-    rng = np.random.default_rng([seed, 2])
-    centres = 6.0 * rng.standard_normal((-(-n // 8), d))
-    keys = (centres[:, None, :] + 0.25 * rng.standard_normal((len(centres), 8, d))).reshape(-1, d)[:n]
-    queries = keys[rng.permutation(n)] + 0.3 * rng.standard_normal((n, d))
-    return Case(queries, keys, 0.9)
+def clusters(n: int, seed: int = 0) -> Case:
+    """Clusters of 8 keys: heavy keys and hardly a tail."""
+    return Case(*sparse_kernels.clusters(n, seed))
 
 
-def even_spread(n: int, seed: int = 0, d: int = 3) -> Case:
-    """Points of one density in a box that grows with n: entries of every size, row sums that do not grow."""
-    rng = np.random.default_rng([seed, 3])
-    side = (n / 2.0) ** (1 / d)
-    return Case(side * rng.random((n, d)), side * rng.random((n, d)), 0.55)
+def even_spread(n: int, seed: int = 0) -> Case:
+    """Entries of every size, row sums that do not grow."""
+    return Case(*sparse_kernels.even_spread(n, seed))
 
 
 def real_head(which: int = 1) -> Case:

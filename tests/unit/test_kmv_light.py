@@ -16,7 +16,7 @@ from approxkmv.kmv.heavy import find_heavy
 from approxkmv.kmv.kernel import GaussianKernel
 from approxkmv.kmv.light import approx_light, bucket
 from approxkmv.kmv.preprocess import split
-from approxkmv.kmv.sampling import BinomialTable, draw_survivors, averages_of_counts
+from approxkmv.kmv.sampling import BinomialTable, averages_of_counts, draw_survivors
 
 
 def test_split_partitions_the_keys_and_rescales_x():

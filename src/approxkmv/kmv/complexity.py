@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -111,9 +111,7 @@ def _measure(
     x = rng.standard_normal(n)
     kernel = GaussianKernel(points.queries[chosen], points.keys, points.sigma)
     found_source, light_source = np.random.SeedSequence([seed, n]).spawn(2)
-    found = scan_buckets(
-        kernel, alpha=alpha, source=found_source, family=family, constants=constants, memory=memory
-    )
+    found = scan_buckets(kernel, alpha=alpha, source=found_source, family=family, constants=constants, memory=memory)
     (parts, light), (_, printed) = (
         run_parts(
             kernel,
