@@ -174,7 +174,9 @@ def figure(
     name: Annotated[str, typer.Argument(help="max_ratios, order_ratios, context_scaling or complexity.")],
     tables: Annotated[Path, typer.Option("--tables", help="Folder of the models' tables.")],
     stem: Annotated[Path, typer.Option("--out", help="Where to write, without a suffix: makes OUT.pdf and OUT.png.")],
-    models: Annotated[list[str] | None, typer.Option("--model", help="A model; give several for context_scaling.")] = None,
+    models: Annotated[
+        list[str] | None, typer.Option("--model", help="A model; give several for context_scaling.")
+    ] = None,
     log: Log = None,
 ) -> None:
     """Draw one figure from tables alone."""
@@ -224,7 +226,9 @@ def check(config: Config = CONFIG, study: StudyName = None) -> None:
     typer.echo(f"study {chosen.name}")
     if chosen.models and chosen.corpus:
         count = "all" if chosen.contexts is None else chosen.contexts
-        typer.echo(f"  statistics: {', '.join(chosen.models)} on {count} texts ({chosen.unit}) of {chosen.corpus.label}")
+        typer.echo(
+            f"  statistics: {', '.join(chosen.models)} on {count} texts ({chosen.unit}) of {chosen.corpus.label}"
+        )
     if chosen.complexity:
         typer.echo(f"  complexity: n = {', '.join(map(str, chosen.complexity['sizes']))}")
 

@@ -170,9 +170,7 @@ def test_one_average_has_the_mean_and_the_variance_of_the_proof():
 def test_budgets_cover_the_light_mass(name, density):
     """s_i is at least the true sum over light keys of x_j^2 K_ij^2, but for the buckets that are hidden."""
     case = SPARSE[name](40)
-    light, matrix, scaled = light_of(
-        case, np.random.default_rng(6).standard_normal(40), density=density, hidden=0.125
-    )
+    light, matrix, scaled = light_of(case, np.random.default_rng(6).standard_normal(40), density=density, hidden=0.125)
     mass = matrix**2 @ scaled**2
     # A hidden bucket has mass below hidden_error^2 / (n count^2) each.
     assert np.all(light.squared_sum >= mass - 0.125**2 / 40)

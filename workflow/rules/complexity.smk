@@ -10,13 +10,13 @@ rule complexity:
             category="Tables",
             labels={"table": "cost of ApproxKMV as printed"},
         ),
-    params:
-        settings=STUDY.complexity,
     log:
         f"{RESULTS}/logs/complexity.log",
-    threads: workflow.cores
     conda:
         "../../environment.yml"
+    threads: workflow.cores
+    params:
+        settings=STUDY.complexity,
     shell:
         "approxkmv complexity --config {SETTINGS} --counts-out {output.counts} --fits-out {output.fits} --log {log}"
 
@@ -33,11 +33,11 @@ rule complexity_figure:
             category="Figures",
             labels={"figure": "cost of ApproxKMV as printed", "model": "none"},
         ),
-    params:
-        stem=lambda wildcards, output: output.png.removesuffix(".png"),
     log:
         f"{RESULTS}/logs/complexity_figure.log",
     conda:
         "../../environment.yml"
+    params:
+        stem=lambda wildcards, output: output.png.removesuffix(".png"),
     shell:
         "approxkmv figure complexity --tables {RESULTS}/tables --out {params.stem} --log {log}"

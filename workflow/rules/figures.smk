@@ -86,7 +86,11 @@ rule figures:
             model=MODELS,
             kind=["pdf", "png"],
         ),
-        collect(f"{RESULTS}/figures/context_scaling.{{kind}}", kind=["pdf", "png"]) if MODELS else [],
-        collect(f"{RESULTS}/figures/complexity.{{kind}}", kind=["pdf", "png"]) if STUDY.complexity else [],
+        collect(f"{RESULTS}/figures/context_scaling.{{kind}}", kind=["pdf", "png"])
+        if MODELS
+        else [],
+        collect(f"{RESULTS}/figures/complexity.{{kind}}", kind=["pdf", "png"])
+        if STUDY.complexity
+        else [],
     conda:
         "../../environment.yml"

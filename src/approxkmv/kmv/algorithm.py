@@ -113,9 +113,7 @@ def approx_kmv(
     heavy_source, light_source = source.spawn(2)
     found = heavy
     if found is None:
-        found = scan_buckets(
-            kernel, alpha=power, source=heavy_source, family=family, constants=constants, memory=bound
-        )
+        found = scan_buckets(kernel, alpha=power, source=heavy_source, family=family, constants=constants, memory=bound)
     parts, light = run_parts(
         kernel,
         values,

@@ -155,9 +155,7 @@ def _measure(
     }
 
 
-def _printed_density(
-    scaled: np.ndarray, kept: np.ndarray, n: int, epsilon: float, constants: PaperConstants
-) -> float:
+def _printed_density(scaled: np.ndarray, kept: np.ndarray, n: int, epsilon: float, constants: PaperConstants) -> float:
     """Evaluations per query that Theorem 2.2 names for all buckets of Algorithm 2, line 5."""
     if not len(kept):
         return 0.0

@@ -183,9 +183,7 @@ def approx_light(
         # Line 7 prints t + n^-0.218 t, which is above the sum only if t is: but t may lie below by the same factor.
         over = total / (1.0 - beta)
         s_i = np.where(lights > 0, np.maximum(over - known, 0.0), 0.0)
-        rounds = np.where(
-            lights > 0, np.maximum(1.0, np.ceil(constants.repetition_factor * n * s_i / row_error**2)), 0
-        )
+        rounds = np.where(lights > 0, np.maximum(1.0, np.ceil(constants.repetition_factor * n * s_i / row_error**2)), 0)
         squared_sum[start:stop], repetitions[start:stop] = s_i, rounds
         if counts_only:
             asked += sum(
