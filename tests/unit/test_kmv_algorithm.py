@@ -40,6 +40,9 @@ def test_the_theorem(name):
     it is a wide overestimate (the typical error is a hundredth of epsilon), and no failure is expected.
     """
     case = CASES[name]()
+    if name == "real head":
+        # Every second query, to save half the time.
+        case = Case(case.queries[::2], case.keys, case.sigma)
     matrix = case.matrix
     n = len(case.keys)
     assert tail_to_head(matrix) <= 10

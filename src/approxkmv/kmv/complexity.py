@@ -32,7 +32,7 @@ COLUMNS = {
     "large": "kernel evaluations for H_1",
     "heavy": "kernel evaluations of Algorithm 1: collisions scanned, with repetition",
     "density": "kernel evaluations for exact bucket densities",
-    "density_printed": "Theorem 2.2's n beta^-2 mu^-0.173 ln(1/delta) over all buckets, with 1 for its hidden constant",
+    "density_printed": "Theorem 2.2's n beta^-2 mu^-0.173 ln(1/delta) over all buckets, hidden constant 1",
     "light": "kernel evaluations of Algorithm 2, line 9: surviving keys of all repetitions",
     "light_printed": "the same with line 7 as printed (`PaperConstants.subtract_rounded` False)",
     "total": "large + heavy + light + the cheaper of density and density_printed",
