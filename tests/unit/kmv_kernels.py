@@ -58,6 +58,13 @@ def real_head(which: int = 1) -> Case:
 SPARSE = {"background": background, "clusters": clusters, "even spread": even_spread}
 
 
+def raw_head(which: int = 0) -> Case:
+    """A head by Lemma 4.1 as it stands."""
+    with np.load(DATA) as heads:
+        reduction = reduce_attention(heads["q"][which], heads["k"][which])
+    return Case(np.asarray(reduction.queries), np.asarray(reduction.keys), reduction.sigma)
+
+
 def tail_to_head(matrix: np.ndarray) -> float:
     """c of assumption (A): the sum of all but the n largest entries over the sum of those."""
     entries = np.sort(matrix.ravel())[::-1]

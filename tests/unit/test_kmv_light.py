@@ -50,11 +50,12 @@ def test_dropping_small_entries_costs_a_quarter_of_epsilon_at_most():
     """The printed bound x_j^2 <= n^-4 alone would allow 1/n per row: too much where epsilon n < 4."""
     for epsilon in (0.5, 0.01, 1e-6):
         for n in (2, 30, 1000):
-            x = np.full(n, 0.999 * n**-2.0 * min(1.0, epsilon * n / 4))
-            x[0] = math.sqrt(n)
-            parts = split(x, gamma=0.109, epsilon=epsilon)
+            for entry in (0.999 * n**-2.0, 0.999 * n**-2.0 * min(1.0, epsilon * n / 4)):
+                x = np.full(n, entry)
+                x[0] = math.sqrt(n)
+                parts = split(x, gamma=0.109, epsilon=epsilon)
+                assert np.abs(parts.scaled[parts.small]).sum() <= epsilon / 4
             assert len(parts.small) == n - 1
-            assert np.abs(parts.scaled[parts.small]).sum() <= epsilon / 4
 
 
 @pytest.mark.parametrize("epsilon", [0.01, 0.25, 0.5, 3.0])

@@ -43,7 +43,7 @@ def draw(table_path: str | Path, output_stem: str | Path) -> list[Path]:
     try:
         table = pd.read_csv(path)
     except (OSError, ValueError) as error:
-        raise TableError(f"{path} cannot be read as the table of the complexity study: run that study first") from error
+        raise TableError(f"{path} cannot be read as a table: run the complexity study first") from error
     missing = [column for column in COLUMNS if column not in table.columns]
     if missing:
         raise TableError(f"{path} lacks the columns {', '.join(missing)}: write it with measure_costs")
@@ -119,8 +119,7 @@ def _verdict(table: pd.DataFrame, fits: pd.DataFrame) -> str:
     least, most = total["over_n_squared"].min(), total["over_n_squared"].max()
     words = [
         f"At n = {int(table['n'].max()):,} the printed constants (line 7 mended) ask for {least:,.0f} to {most:,.0f} "
-        "times "
-        r"the $n^2$ kernel evaluations of the exact product.",
+        r"times the $n^2$ kernel evaluations of the exact product.",
     ]
     if math.isinf(total["log10_crossing"].min()):
         words.append(r"The fitted exponents do not stay below 2: no n is found at which they would win.")

@@ -32,7 +32,7 @@ COLUMNS = {
     "large": "kernel evaluations for H_1",
     "heavy": "kernel evaluations of Algorithm 1: collisions scanned, with repetition",
     "density": "kernel evaluations for exact bucket densities",
-    "density_printed": "Theorem 2.2's n beta^-2 mu^-0.173 ln(1/delta) over the buckets, its hidden constant taken as 1",
+    "density_printed": "Theorem 2.2's n beta^-2 mu^-0.173 ln(1/delta) over all buckets, hidden constant 1",
     "light": "kernel evaluations of Algorithm 2, line 9: surviving keys of all repetitions",
     "light_printed": "the same with line 7 as printed (`PaperConstants.subtract_rounded` False)",
     "total": "large + heavy + light + the cheaper of density and density_printed",
@@ -179,7 +179,7 @@ def fit_exponents(table: pd.DataFrame, *, draws: int = 2000, seed: int = 0) -> p
     >>> table = pd.DataFrame({"kernel": "k", "n": n, "seed": 0, **{c: 50.0 * n**1.5 * np.log(n) for c in FITTED}})
     >>> fits = fit_exponents(table, draws=50)
     >>> fits.loc[0, ["exponent", "log10_crossing"]].astype(float).round(1).tolist()
-    [1.5, 5.5]
+    [1.5, 5.6]
 
     Two models: cost = C n^a, whose exponent is `plain_exponent`, and cost = C n^a ln n, whose a is `exponent` and by
     which is extrapolated, since the printed T and number of averages each hold one logarithm. `log10_crossing` is
@@ -238,7 +238,7 @@ def log10_crossing(exponent: float, log_factor: float) -> float:
     """log10 of the largest n with factor * n^exponent * ln n >= n^2; infinite when the exponent is 2 or more.
 
     >>> round(log10_crossing(1.5, np.log(50.0)), 1)
-    5.5
+    5.6
     """
     gap = 2.0 - exponent
     if gap <= 0:

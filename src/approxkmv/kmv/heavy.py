@@ -135,6 +135,7 @@ def scan_buckets(
         rows = slice(start, min(start + block, n_q))
         seen = np.zeros((rows.stop - rows.start, n_k), dtype=bool)
         # Functions are drawn again for each block of rows from the same seeds: the same tables, not kept in memory.
+        # A table counts once in `hash_evaluations`, as the algorithm keeps it.
         for group in range(groups):
             rng = np.random.default_rng([*_entropy(source), group])
             drawn = hash_family.draw(d, min(_GROUP, tables - group * _GROUP), rng)

@@ -134,7 +134,7 @@ def approx_light(
     weight = buckets.rounded * buckets.sizes
     floors = hidden_error**2 / (n * count**2 * weight)
     seeds = source.spawn(len(buckets) + 1)
-    by_levels = _by_levels(kernel, buckets, floors, beta, delta, density, seeds)
+    by_levels = _by_levels(kernel, buckets, floors, beta, delta, density, seeds, memory)
     density_tally = Tally()
     given = np.zeros((n_q, len(by_levels)))
     for column, levels in enumerate(by_levels.values()):
@@ -226,6 +226,7 @@ def _by_levels(
     delta: float,
     density: str,
     seeds: list[np.random.SeedSequence],
+    memory: int,
 ) -> dict[int, DensityLevels]:
     """The buckets whose density of k^2 comes from the structure of Theorem 2.2, fitted."""
     chosen: dict[int, DensityLevels] = {}
@@ -241,6 +242,7 @@ def _by_levels(
         )
         if density == "levels" or levels.least_evaluations() < buckets.sizes[b]:
             members = buckets.order[buckets.starts[b] : buckets.starts[b] + buckets.sizes[b]]
+            levels.block_entries = max(1, memory // 128)
             levels.fit(kernel.keys[members])
             chosen[b] = levels
     return chosen

@@ -19,6 +19,9 @@ class KernelDensity(ABC):
     `tally` counts what both have cost so far.
     """
 
+    block_entries = 1 << 22
+    """Kernel values held at once; several arrays of this many float64 are in use."""
+
     def __init__(self, sigma: float, seed: int | None = None) -> None:
         self.sigma = inputs.positive(sigma, "sigma")
         self._source = inputs.seed_sequence(seed)
@@ -66,7 +69,7 @@ def squared_distances(queries: np.ndarray, points: np.ndarray) -> np.ndarray:
     return np.maximum(values, 0.0, out=values)
 
 
-def row_blocks(rows: int, columns: int, entries: int = 1 << 22) -> list[slice]:
+def row_blocks(rows: int, columns: int, entries: int) -> list[slice]:
     """Slices of rows such that a block has about so many entries."""
     step = max(1, entries // max(columns, 1))
     return [slice(s, min(s + step, rows)) for s in range(0, rows, step)]

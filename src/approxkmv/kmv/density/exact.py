@@ -21,7 +21,7 @@ class ExactDensity(KernelDensity):
     """
 
     def _estimate(self, queries: np.ndarray) -> np.ndarray:
-        blocks = row_blocks(len(queries), len(self.points))
+        blocks = row_blocks(len(queries), len(self.points), self.block_entries)
         means = [np.exp(-squared_distances(queries[rows], self.points)).mean(1) for rows in blocks]
         pairs = len(queries) * len(self.points)
         self.tally += Tally(pairs, pairs)

@@ -151,7 +151,7 @@ class DensityLevels(KernelDensity):
             top, bottom = -level.index * math.log(2), -(level.index + 1) * math.log(2)
             if level is plan[-1]:
                 bottom = -math.inf
-            for rows in row_blocks(len(queries), len(sampled)):
+            for rows in row_blocks(len(queries), len(sampled), self.block_entries):
                 logs, asked, distinct = self._find(queries[rows], sampled, times, level)
                 # The first shell holds k = 1 too: its upper end is closed.
                 shell = (logs <= top) & (logs > bottom)

@@ -37,7 +37,7 @@ class UniformDensity(KernelDensity):
         distinct, place = np.unique(self._chosen, return_inverse=True)
         place = place.reshape(self._chosen.shape)
         out = np.empty(len(queries))
-        for rows in row_blocks(len(queries), max(self._chosen.size, len(distinct))):
+        for rows in row_blocks(len(queries), max(self._chosen.size, len(distinct)), self.block_entries):
             values = np.exp(-squared_distances(queries[rows], self.points[distinct]))
             out[rows] = np.median(values[:, place].mean(2), axis=1)
         self.tally += Tally(len(queries) * self._chosen.size, len(queries) * len(distinct))
