@@ -200,6 +200,14 @@ def test_ball_carving_keeps_the_guarantee():
     assert np.linalg.norm(case.matrix @ x - result.y) <= 0.5 * np.linalg.norm(x)
 
 
+def test_line_7_as_printed_is_right_and_dearer():
+    case = clusters(100)
+    x = np.random.default_rng(12).standard_normal(100)
+    printed = run(case, x, constants=PaperConstants(subtract_rounded=False))
+    assert np.linalg.norm(case.matrix @ x - printed.y) <= 0.5 * np.linalg.norm(x)
+    assert printed.phases["light"].kernel_evaluations > run(case, x).phases["light"].kernel_evaluations
+
+
 def test_same_seed_same_answer_and_other_seed_other_answer():
     case = background(80)
     x = np.random.default_rng(7).standard_normal(80)
