@@ -18,8 +18,8 @@ app = typer.Typer(
     help=(
         "Is a model's attention sparse, head by head and length by length?\n\n"
         "The commands are the steps of the pipeline in their order: fetch, texts, extract, statistics, summary, "
-        "compare, figure. Snakemake runs them all; each can be run alone. Every command reads config.yaml (--config) "
-        "and works on the study that it names (or --study). A user's mistake is one line and exit code 2."
+        "growth, compare, figure. Snakemake runs them all; each can be run alone. Every command reads config.yaml "
+        "(--config) and works on the study that it names (or --study). A user's mistake is one line and exit code 2."
     ),
     no_args_is_help=True,
     add_completion=False,
@@ -150,6 +150,30 @@ def summary(
 
 
 @app.command()
+def growth(
+    model: Model,
+    statistics: Annotated[Path, typer.Option("--statistics", help="Folder of the shards' Parquet and CSV files.")],
+    texts: Annotated[Path, typer.Option("--texts", help="Parquet file of `approxkmv texts`; says how many shards.")],
+    tables: Annotated[Path, typer.Option("--tables", help="Folder of the model's tables; two more are written here.")],
+    config: Config = CONFIG,
+    study: StudyName = None,
+    log: Log = None,
+) -> None:
+    """How fast c grows with the length, head by head: exponent, interval, verdict."""
+    from approxkmv.config import entry_of
+    from approxkmv.progress import log_to, step
+
+    log_to(log)
+    chosen = _study(config, study)
+    entry_of(chosen, model)
+    with step(f"growth     {model}") as notes:
+        from approxkmv.steps.growth import measure_growth
+
+        counts = measure_growth(chosen, model, texts, statistics, tables)["verdict"].value_counts()
+        notes.append(", ".join(f"{count} {word}" for word, count in counts.items()))
+
+
+@app.command()
 def compare(
     tables: Annotated[Path, typer.Option("--tables", help="Folder of the models' tables.")],
     out: Annotated[Path, typer.Option("--out", help="CSV file to write.")],
@@ -170,7 +194,7 @@ def compare(
 
 @app.command()
 def figure(
-    name: Annotated[str, typer.Argument(help="max_ratios, order_ratios or context_scaling.")],
+    name: Annotated[str, typer.Argument(help="A figure of the catalogue, as max_ratios or context_scaling.")],
     tables: Annotated[Path, typer.Option("--tables", help="Folder of the models' tables.")],
     stem: Annotated[Path, typer.Option("--out", help="Where to write, without a suffix: makes OUT.pdf and OUT.png.")],
     models: Annotated[list[str], typer.Option("--model", help="A model; give several for context_scaling.")],

@@ -78,11 +78,59 @@ rule context_scaling:
         "approxkmv figure context_scaling {params.models} --tables {TABLES} --out {params.stem} --log {log}"
 
 
+rule growth:
+    input:
+        f"{TABLES}/growth_{{model}}.csv",
+        f"{TABLES}/growth_curves_{{model}}.csv",
+        f"{TABLES}/overview_{{model}}.json",
+        source=package("figures/growth.py", "figures/heatmap.py", "figures/style.py"),
+    output:
+        f"{RESULTS}/figures/growth_{{model}}.pdf",
+        png=report(
+            f"{RESULTS}/figures/growth_{{model}}.png",
+            caption="../report/growth.rst",
+            category="Figures",
+            labels={"figure": "Growth of c per head", "model": "{model}"},
+        ),
+    log:
+        f"{RESULTS}/logs/growth_{{model}}.log",
+    conda:
+        "../../environment.yml"
+    params:
+        stem=lambda wildcards, output: output.png.removesuffix(".png"),
+    shell:
+        "approxkmv figure growth --model {wildcards.model} --tables {TABLES} --out {params.stem} --log {log}"
+
+
+rule growth_curves:
+    input:
+        f"{TABLES}/growth_{{model}}.csv",
+        f"{TABLES}/growth_curves_{{model}}.csv",
+        f"{TABLES}/overview_{{model}}.json",
+        source=package("figures/growth_curves.py", "figures/style.py"),
+    output:
+        f"{RESULTS}/figures/growth_curves_{{model}}.pdf",
+        png=report(
+            f"{RESULTS}/figures/growth_curves_{{model}}.png",
+            caption="../report/growth_curves.rst",
+            category="Figures",
+            labels={"figure": "c against length, typical heads", "model": "{model}"},
+        ),
+    log:
+        f"{RESULTS}/logs/growth_curves_{{model}}.log",
+    conda:
+        "../../environment.yml"
+    params:
+        stem=lambda wildcards, output: output.png.removesuffix(".png"),
+    shell:
+        "approxkmv figure growth_curves --model {wildcards.model} --tables {TABLES} --out {params.stem} --log {log}"
+
+
 rule figures:
     input:
         collect(
             f"{RESULTS}/figures/{{figure}}_{{model}}.{{kind}}",
-            figure=["max_ratios", "order_ratios"],
+            figure=["max_ratios", "order_ratios", "growth", "growth_curves"],
             model=MODELS,
             kind=["pdf", "png"],
         ),

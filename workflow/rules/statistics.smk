@@ -58,6 +58,31 @@ rule summary:
         "--out {RESULTS}/tables --log {log}"
 
 
+rule growth:
+    input:
+        heads=f"{RESULTS}/tables/heads_{{model}}.csv",
+        prefixes=shard_files("prefixes.parquet"),
+        texts=f"{RESULTS}/texts.parquet",
+        source=package("statistics/growth.py", "steps/growth.py"),
+    output:
+        report(
+            f"{RESULTS}/tables/growth_{{model}}.csv",
+            caption="../report/growth.rst",
+            category="Tables",
+            labels={"table": "growth of c per head: {model}"},
+        ),
+        f"{RESULTS}/tables/growth_curves_{{model}}.csv",
+    log:
+        f"{RESULTS}/logs/growth_{{model}}.log",
+    conda:
+        "../../environment.yml"
+    params:
+        seed=STUDY.seed,
+    shell:
+        "approxkmv growth --model {wildcards.model} --statistics {RESULTS}/statistics/{wildcards.model} "
+        "--texts {input.texts} --tables {RESULTS}/tables --config {SETTINGS} --log {log}"
+
+
 rule paper_comparison:
     input:
         collect(f"{RESULTS}/tables/heads_{{model}}.csv", model=MODELS),
