@@ -75,6 +75,6 @@ def _curves(wide: pd.DataFrame, fit: Growth, before: str) -> pd.DataFrame:
     adjusted = logs - levels + fit.log_coefficient
     columns = {f"{before}texts": logs.groupby(level="prefix").count().stack(PLACE, future_stack=True)}
     for name, table in (("ratio", logs), ("adjusted_ratio", adjusted)):
-        mean = table.groupby(level="prefix").mean()
-        columns[f"{before}{name}"] = np.exp(mean).stack(PLACE, future_stack=True)
+        mean = table.groupby(level="prefix").mean().apply(np.exp)
+        columns[f"{before}{name}"] = mean.stack(PLACE, future_stack=True)
     return pd.DataFrame(columns).reset_index().sort_values([*PLACE, "prefix"])[[*PLACE, "prefix", *columns]]
