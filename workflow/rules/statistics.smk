@@ -58,7 +58,7 @@ rule summary:
         "--out {RESULTS}/tables --log {log}"
 
 
-rule growth:
+rule growth_per_head:
     input:
         heads=f"{RESULTS}/tables/heads_{{model}}.csv",
         prefixes=shard_files("prefixes.parquet"),

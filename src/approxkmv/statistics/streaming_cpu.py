@@ -65,28 +65,32 @@ def _sum(values: np.ndarray, start: int, stop: int) -> float:
     return total
 
 
+@numba.njit(cache=True, nogil=True, fastmath={"reassoc", "nsz"})
+def _sum_where_at_most(weights: np.ndarray, values: np.ndarray, size: int, limit: float) -> float:
+    total = 0.0
+    for j in range(size):
+        total += weights[j] if values[j] <= limit else 0.0
+    return total
+
+
 @numba.njit(cache=True, nogil=True)
-def _gather(
-    values: np.ndarray, weights: np.ndarray, size: int, bound: float, shift: float, out: np.ndarray, count: int
-):
-    """Append values - shift above `bound` to out; returns their new count and the sum of the other weights."""
-    far = 0.0
-    limit = bound + shift
-    for start in range(0, size, 64):
-        stop = min(start + 64, size)
+def _append_above(values: np.ndarray, size: int, limit: float, shift: float, out: np.ndarray, count: int) -> int:
+    """Append values - shift where values > limit to out; returns their new count. Few are, so 32 are tested at once."""
+    whole = size - size % 32
+    for start in range(0, whole, 32):
         hits = 0
-        for j in range(start, stop):
+        for j in range(start, start + 32):
             hits += values[j] > limit
-        if hits == 0:
-            far += _sum(weights, start, stop)
-        else:
-            for j in range(start, stop):
+        if hits > 0:
+            for j in range(start, start + 32):
                 if values[j] > limit:
                     out[count] = values[j] - shift
                     count += 1
-                else:
-                    far += weights[j]
-    return count, far
+    for j in range(whole, size):
+        if values[j] > limit:
+            out[count] = values[j] - shift
+            count += 1
+    return count
 
 
 @numba.njit(cache=True, nogil=True)
@@ -131,6 +135,64 @@ def keys_holding(weights: np.ndarray, size: int, goal: float) -> int:
     return low + 1
 
 
+# Bins per factor of 2, as a power of 2, and how many bins there are: 16 times 24 octaves below the largest weight, 1.
+_FINE = 4
+_BINS = 16 * 24
+_TOP_BIN = (1023 << _FINE) + 1
+
+
+@numba.njit(cache=True, nogil=True)
+def _append_between(values: np.ndarray, size: int, low: float, high: float, out: np.ndarray) -> int:
+    """Write the values in [low, high) to out; returns how many."""
+    count = 0
+    whole = size - size % 32
+    for start in range(0, whole, 32):
+        hits = 0
+        for j in range(start, start + 32):
+            hits += (values[j] >= low) & (values[j] < high)
+        if hits > 0:
+            for j in range(start, start + 32):
+                if values[j] >= low and values[j] < high:
+                    out[count] = values[j]
+                    count += 1
+    for j in range(whole, size):
+        if values[j] >= low and values[j] < high:
+            out[count] = values[j]
+            count += 1
+    return count
+
+
+@numba.njit(cache=True, nogil=True)
+def count_keys(weights: np.ndarray, size: int, total: float, shares: np.ndarray, out: np.ndarray) -> None:
+    """How many of the largest weights[:size] <= 1 make up each share of their total, written to out.
+
+    Weights are counted and added up in bins (the first bits of a float64 are its logarithm); only the bin in which a
+    share is reached is looked at closely. Whatever is smaller than the bins reach stands in bin 0.
+    """
+    counts = np.zeros(_BINS, np.int64)
+    masses = np.zeros(_BINS)
+    members = np.empty(size)
+    shift = np.uint64(52 - _FINE)
+    lowest = _TOP_BIN - _BINS
+    for j in range(size):
+        place = max(np.int64(np.uint64(np.float64(weights[j]).view(np.uint64)) >> shift) - lowest, 0)
+        counts[place] += 1
+        masses[place] += weights[j]
+    for t in range(len(shares)):
+        goal = shares[t] * total
+        above, mass = 0, 0.0
+        place = _BINS - 1
+        while place > 0 and mass + masses[place] < goal:
+            mass += masses[place]
+            above += counts[place]
+            place -= 1
+        # The bin's edges as weights, the upper one excluded.
+        low = np.int64((place + lowest) << shift).view(np.float64) if place > 0 else -1.0
+        high = np.int64((place + 1 + lowest) << shift).view(np.float64)
+        many = _append_between(weights, size, low, high, members)
+        out[t] = above + keys_holding(members, many, goal - mass)
+
+
 @numba.njit(cache=True, nogil=True)
 def _rows(
     values: np.ndarray,
@@ -151,7 +213,6 @@ def _rows(
     """
     n = values.shape[1]
     weights = np.empty(n)
-    likely = np.empty(n)
     count, others = 0, 0
     far, far_softmax = -np.inf, -np.inf
     while row < len(values):
@@ -164,20 +225,18 @@ def _rows(
         if not (np.isfinite(largest) and np.isfinite(_sum(logits, 0, size))):
             return -1 - row, 0, 0, far, far
         shift = largest + math.log(total)
-        count, rest = _gather(logits, weights, size, bound, 0.0, out, count)
+        rest = total
+        if largest > bound:
+            rest = _sum_where_at_most(weights, logits, size, bound)
+            count = _append_above(logits, size, bound, 0.0, out, count)
         if rest > 0.0:
             far = _log_add(far, math.log(rest) + largest)
-        others, rest = _gather(logits, weights, size, bound_softmax, shift, out_softmax, others)
+        rest = total
+        if largest > bound_softmax + shift:
+            rest = _sum_where_at_most(weights, logits, size, bound_softmax + shift)
+            others = _append_above(logits, size, bound_softmax + shift, shift, out_softmax, others)
         if rest > 0.0:
             far_softmax = _log_add(far_softmax, math.log(rest) + largest - shift)
-        # All entries below this together hold less than what the largest share leaves out.
-        least = (1.0 - shares[-1]) * total / size
-        many = 0
-        for j in range(size):
-            likely[many] = weights[j]
-            many += weights[j] >= least
-        for t in range(len(shares) - 1, -1, -1):
-            many = keys_holding(likely, many, shares[t] * total)
-            counts[row, t] = many
+        count_keys(weights, size, total, shares, counts[row])
         row += 1
     return row, count, others, far, far_softmax
