@@ -174,6 +174,56 @@ def growth(
 
 
 @app.command()
+def lengths(
+    model: Model,
+    activations: Annotated[Path, typer.Option("--activations", help="safetensors file of `approxkmv extract`.")],
+    contexts: Annotated[Path, typer.Option("--contexts", help="CSV file of `approxkmv extract`.")],
+    out: Annotated[Path, typer.Option("--out", help="Parquet file to write: per text, layer, head and length.")],
+    config: Config = CONFIG,
+    study: StudyName = None,
+    log: Log = None,
+) -> None:
+    """Long texts: c, order ratios and keys per row at the study's lengths, on the queries and keys of a shard."""
+    from approxkmv.progress import LOG, log_to, step
+
+    log_to(log)
+    chosen = _study(config, study)
+    with step(f"lengths    {model}, {activations.stem}") as notes:
+        from approxkmv.steps.lengths import measure_lengths
+
+        missing = measure_lengths(chosen, model, activations, contexts, out)
+        if missing:
+            notes.append("lengths left out")
+    for line in missing:
+        LOG.info("  %s", line)
+
+
+@app.command("length-scaling")
+def length_scaling(
+    model: Model,
+    statistics: Annotated[Path, typer.Option("--statistics", help="Folder of the shards' Parquet and CSV files.")],
+    texts: Annotated[Path, typer.Option("--texts", help="Parquet file of `approxkmv texts`; says how many shards.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the model's tables.")],
+    config: Config = CONFIG,
+    study: StudyName = None,
+    log: Log = None,
+) -> None:
+    """Bring a model's long texts together: per layer, head and length."""
+    from approxkmv.config import entry_of
+    from approxkmv.progress import log_to, step
+
+    log_to(log)
+    chosen = _study(config, study)
+    entry = entry_of(chosen, model)
+    with step(f"lengths    {model}, summary") as notes:
+        from approxkmv.provenance import describe
+        from approxkmv.steps.lengths import summarise_lengths
+
+        facts = summarise_lengths(chosen, entry, texts, statistics, out, describe())
+        notes.append(f"n = {facts['lengths'][0]:,} to {facts['lengths'][-1]:,}")
+
+
+@app.command()
 def compare(
     tables: Annotated[Path, typer.Option("--tables", help="Folder of the models' tables.")],
     out: Annotated[Path, typer.Option("--out", help="CSV file to write.")],

@@ -126,14 +126,46 @@ rule growth_curves:
         "approxkmv figure growth_curves --model {wildcards.model} --tables {TABLES} --out {params.stem} --log {log}"
 
 
+rule length_scaling:
+    input:
+        f"{TABLES}/length_scaling_{{model}}.csv",
+        f"{TABLES}/lengths_{{model}}.json",
+        source=package("figures/length_scaling.py", "figures/style.py"),
+    output:
+        f"{RESULTS}/figures/length_scaling_{{model}}.pdf",
+        png=report(
+            f"{RESULTS}/figures/length_scaling_{{model}}.png",
+            caption="../report/length_scaling.rst",
+            category="Figures",
+            labels={"figure": "Long texts", "model": "{model}"},
+        ),
+    log:
+        f"{RESULTS}/logs/length_scaling_{{model}}.log",
+    conda:
+        "../../environment.yml"
+    params:
+        stem=lambda wildcards, output: output.png.removesuffix(".png"),
+    shell:
+        "approxkmv figure length_scaling --model {wildcards.model} --tables {TABLES} --out {params.stem} --log {log}"
+
+
+def study_figures(kind):
+    """The figures of the study: those of the paper and of growth, or those of long texts."""
+    per_model = (
+        ["length_scaling"]
+        if STUDY.lengths
+        else ["max_ratios", "order_ratios", "growth", "growth_curves"]
+    )
+    names = [f"{figure}_{model}" for figure in per_model for model in MODELS]
+    return [
+        f"{RESULTS}/figures/{name}.{kind}"
+        for name in names + ([] if STUDY.lengths else ["context_scaling"])
+    ]
+
+
 rule figures:
     input:
-        collect(
-            f"{RESULTS}/figures/{{figure}}_{{model}}.{{kind}}",
-            figure=["max_ratios", "order_ratios", "growth", "growth_curves"],
-            model=MODELS,
-            kind=["pdf", "png"],
-        ),
-        collect(f"{RESULTS}/figures/context_scaling.{{kind}}", kind=["pdf", "png"]),
+        study_figures("pdf"),
+        study_figures("png"),
     conda:
         "../../environment.yml"

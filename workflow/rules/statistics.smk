@@ -101,3 +101,51 @@ rule paper_comparison:
         "../../environment.yml"
     shell:
         "approxkmv compare --tables {RESULTS}/tables --config {SETTINGS} --out {output} --log {log}"
+
+
+rule lengths:
+    input:
+        tensors=rules.activations.output.tensors,
+        contexts=rules.activations.output.contexts,
+        source=package(
+            "statistics", "arrays.py", "steps/lengths.py", "steps/activations.py"
+        ),
+    output:
+        f"{RESULTS}/statistics/{{model}}/{{shard}}.lengths.parquet",
+    log:
+        f"{RESULTS}/logs/lengths_{{model}}_{{shard}}.log",
+    # As for statistics: one shard's activations on the disk at a time.
+    priority: 1
+    conda:
+        "../../environment.yml"
+    threads: workflow.cores
+    params:
+        lengths=STUDY.lengths,
+    shell:
+        "approxkmv lengths --model {wildcards.model} --activations {input.tensors} --contexts {input.contexts} "
+        "--config {SETTINGS} --out {output} --log {log}"
+
+
+rule length_table:
+    input:
+        lengths=shard_files("lengths.parquet"),
+        contexts=shard_files("contexts.csv"),
+        texts=f"{RESULTS}/texts.parquet",
+        source=package("steps/lengths.py", "steps/tables.py"),
+    output:
+        report(
+            f"{RESULTS}/tables/length_scaling_{{model}}.csv",
+            caption="../report/length_scaling.rst",
+            category="Tables",
+            labels={"table": "long texts: {model}"},
+        ),
+        f"{RESULTS}/tables/lengths_{{model}}.json",
+    log:
+        f"{RESULTS}/logs/length_table_{{model}}.log",
+    conda:
+        "../../environment.yml"
+    params:
+        label=lambda wildcards: STUDY.models[wildcards.model].label,
+    shell:
+        "approxkmv length-scaling --model {wildcards.model} --statistics {RESULTS}/statistics/{wildcards.model} "
+        "--texts {input.texts} --config {SETTINGS} --out {RESULTS}/tables --log {log}"

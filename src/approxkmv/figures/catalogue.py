@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from approxkmv.errors import ConfigError
-from approxkmv.figures import context_scaling, growth, growth_curves, max_ratios, order_ratios
+from approxkmv.figures import context_scaling, growth, growth_curves, length_scaling, max_ratios, order_ratios
 
 PER_MODEL = {
     "max_ratios": max_ratios.draw,
     "order_ratios": order_ratios.draw,
     "growth": growth.draw,
     "growth_curves": growth_curves.draw,
+    "length_scaling": length_scaling.draw,
 }
 PER_STUDY = {"context_scaling": context_scaling.draw}
 

@@ -37,6 +37,21 @@ def model_tables(folder: Path, model: str) -> ModelTables:
     )
 
 
+@dataclass(frozen=True)
+class LengthTables:
+    """The tables of one model on long texts."""
+
+    scaling: Path
+    """CSV, one row per layer, head and length."""
+    facts: Path
+    """JSON: which lengths were run and which not, and who made the table."""
+
+
+def length_tables(folder: Path, model: str) -> LengthTables:
+    """Where the length-scaling step puts a model's tables."""
+    return LengthTables(folder / f"length_scaling_{model}.csv", folder / f"lengths_{model}.json")
+
+
 def read_overview(path: Path) -> dict[str, Any]:
     """The overview JSON of one model. Raises TableError when missing or cut short."""
     try:
