@@ -26,7 +26,7 @@ rule all:
     default_target: True
     input:
         rules.figures.input,
-        f"{RESULTS}/tables/paper_comparison.csv" if MODELS else [],
+        f"{RESULTS}/tables/paper_comparison.csv" if MODELS and not STUDY.lengths else [],
         rules.complexity.output if STUDY.complexity else [],
     conda:
         "environment.yml"

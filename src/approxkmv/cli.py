@@ -18,8 +18,8 @@ app = typer.Typer(
     help=(
         "Is a model's attention sparse, head by head and length by length?\n\n"
         "The commands are the steps of the pipeline in their order: fetch, texts, extract, statistics, summary, "
-        "compare, figure. Snakemake runs them all; each can be run alone. Every command reads config.yaml (--config) "
-        "and works on the study that it names (or --study). A user's mistake is one line and exit code 2."
+        "growth, compare, figure. Snakemake runs them all; each can be run alone. Every command reads config.yaml "
+        "(--config) and works on the study that it names (or --study). A user's mistake is one line and exit code 2."
     ),
     no_args_is_help=True,
     add_completion=False,
@@ -151,6 +151,80 @@ def summary(
 
 
 @app.command()
+def growth(
+    model: Model,
+    statistics: Annotated[Path, typer.Option("--statistics", help="Folder of the shards' Parquet and CSV files.")],
+    texts: Annotated[Path, typer.Option("--texts", help="Parquet file of `approxkmv texts`; says how many shards.")],
+    tables: Annotated[Path, typer.Option("--tables", help="Folder of the model's tables; two more are written here.")],
+    config: Config = CONFIG,
+    study: StudyName = None,
+    log: Log = None,
+) -> None:
+    """How fast c grows with the length, head by head: exponent, interval, verdict."""
+    from approxkmv.config import entry_of
+    from approxkmv.progress import log_to, step
+
+    log_to(log)
+    chosen = _study(config, study)
+    entry_of(chosen, model)
+    with step(f"growth     {model}") as notes:
+        from approxkmv.steps.growth import measure_growth
+
+        counts = measure_growth(chosen, model, texts, statistics, tables)["verdict"].value_counts()
+        notes.append(", ".join(f"{count} {word}" for word, count in counts.items()))
+
+
+@app.command()
+def lengths(
+    model: Model,
+    activations: Annotated[Path, typer.Option("--activations", help="safetensors file of `approxkmv extract`.")],
+    contexts: Annotated[Path, typer.Option("--contexts", help="CSV file of `approxkmv extract`.")],
+    out: Annotated[Path, typer.Option("--out", help="Parquet file to write: per text, layer, head and length.")],
+    config: Config = CONFIG,
+    study: StudyName = None,
+    log: Log = None,
+) -> None:
+    """Long texts: c, order ratios and keys per row at the study's lengths, on the queries and keys of a shard."""
+    from approxkmv.progress import LOG, log_to, step
+
+    log_to(log)
+    chosen = _study(config, study)
+    with step(f"lengths    {model}, {activations.stem}") as notes:
+        from approxkmv.steps.lengths import measure_lengths
+
+        missing = measure_lengths(chosen, model, activations, contexts, out)
+        if missing:
+            notes.append("lengths left out")
+    for line in missing:
+        LOG.info("  %s", line)
+
+
+@app.command("length-scaling")
+def length_scaling(
+    model: Model,
+    statistics: Annotated[Path, typer.Option("--statistics", help="Folder of the shards' Parquet and CSV files.")],
+    texts: Annotated[Path, typer.Option("--texts", help="Parquet file of `approxkmv texts`; says how many shards.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the model's tables.")],
+    config: Config = CONFIG,
+    study: StudyName = None,
+    log: Log = None,
+) -> None:
+    """Bring a model's long texts together: per layer, head and length."""
+    from approxkmv.config import entry_of
+    from approxkmv.progress import log_to, step
+
+    log_to(log)
+    chosen = _study(config, study)
+    entry = entry_of(chosen, model)
+    with step(f"lengths    {model}, summary") as notes:
+        from approxkmv.provenance import describe
+        from approxkmv.steps.lengths import summarise_lengths
+
+        facts = summarise_lengths(chosen, entry, texts, statistics, out, describe())
+        notes.append(f"n = {facts['lengths'][0]:,} to {facts['lengths'][-1]:,}")
+
+
+@app.command()
 def compare(
     tables: Annotated[Path, typer.Option("--tables", help="Folder of the models' tables.")],
     out: Annotated[Path, typer.Option("--out", help="CSV file to write.")],
@@ -171,7 +245,7 @@ def compare(
 
 @app.command()
 def figure(
-    name: Annotated[str, typer.Argument(help="max_ratios, order_ratios, context_scaling or complexity.")],
+    name: Annotated[str, typer.Argument(help="A figure of the catalogue, as max_ratios or context_scaling.")],
     tables: Annotated[Path, typer.Option("--tables", help="Folder of the models' tables.")],
     stem: Annotated[Path, typer.Option("--out", help="Where to write, without a suffix: makes OUT.pdf and OUT.png.")],
     models: Annotated[

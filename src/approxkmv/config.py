@@ -55,6 +55,7 @@ class Study:
     device: str
     batch_tokens: int
     shard_contexts: int
+    lengths: tuple[int, ...]
 
 
 def load_config(path: Path) -> dict[str, Any]:
@@ -96,6 +97,8 @@ def checked(value: Any) -> dict[str, Any]:
             raise ConfigError(f"studies.{name} has nothing to do: give it models and a corpus, or complexity")
         if study["min_tokens"] > study["max_tokens"]:
             raise ConfigError(f"studies.{name}: min_tokens is above max_tokens")
+        if study["lengths"] and max(study["lengths"]) > study["max_tokens"]:
+            raise ConfigError(f"studies.{name}: the longest of lengths is above max_tokens, to which texts are cut")
         if study["min_prefix"] > study["min_tokens"]:
             raise ConfigError(f"studies.{name}: min_prefix is above min_tokens, so some texts would have no prefix")
     _known(config["study"], config["studies"], "study is")
@@ -113,7 +116,8 @@ def study_of(config: Mapping[str, Any], name: str | None = None) -> Study:
             entry["corpus"], corpus["source"], corpus["sha256"], corpus["label"] or entry["corpus"]
         )
     entry["models"] = {key: model_of(config, key) for key in entry["models"]}
-    entry["prefixes"] = tuple(sorted(entry["prefixes"]))
+    for key in ("prefixes", "lengths"):
+        entry[key] = tuple(sorted(entry[key]))
     return Study(name=name, **entry)
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import numpy as np
 import pytest
 import torch
 
 from approxkmv import head_to_tail_ratios, log_kernel, order_ratios
 from approxkmv.errors import InputError
-from approxkmv.statistics import head_statistics
+from approxkmv.statistics import head_statistics, unmasked_and_masked_statistics
 from approxkmv.statistics.exponential import exp_and_sum
 from approxkmv.statistics.selection import select_largest
 
@@ -129,6 +131,53 @@ def test_order_ratios_equal_sorting(head, causal):
     largest = float(logs.abs().max()) + 1
     torch.testing.assert_close(ours.log_next, ordered[n - 1] - ordered[n], rtol=1e-12, atol=1e-14 * largest)
     torch.testing.assert_close(ours.log_double, ordered[n - 1] - ordered[2 * n - 1], rtol=1e-12, atol=1e-14 * largest)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("head", HEADS)
+def test_the_softmax_matrix_equals_sorting(head, causal):
+    q, k = HEADS[head]
+    n = q.shape[0]
+    logs = log_kernel(q, k)
+    seen = torch.tril(torch.ones_like(logs, dtype=torch.bool)) if causal else torch.ones_like(logs, dtype=torch.bool)
+    softmax = logs.masked_fill(~seen, -torch.inf).softmax(-1)
+    ordered = softmax[seen].sort(descending=True).values
+    ours = head_statistics(q, k, causal=causal)
+    ratio = ordered[n:].flip(0).sum() / ordered[:n].flip(0).sum()
+    # exp_and_sum is good to 1e-11; the smallest entries end at 1e-307.
+    np.testing.assert_allclose(ours.softmax_ratio, ratio, rtol=1e-9, atol=1e-300)
+    np.testing.assert_allclose(ours.tail_exponent, -np.log(max(float(ordered[n]), 1e-307)) / np.log(n), rtol=1e-9)
+    columns = float(n * softmax.square().sum(0).max())
+    np.testing.assert_allclose(ours.column_exponent, np.log(columns) / np.log(n), rtol=1e-9, atol=1e-9)
+
+
+def test_the_softmax_matrix_knows_no_row_factor():
+    """Adding to each query a part that all keys answer alike changes K row by row and D^-1 A not at all."""
+    q, k = random_head(13, 90, 6, 1.0)
+    k[:, 0] = 1.0
+    longer = q.clone()
+    longer[:, 0] += torch.linspace(0, 20, 90, dtype=torch.float64)
+    one, other = head_statistics(q, k), head_statistics(longer, k)
+    np.testing.assert_allclose(one.softmax_ratio, other.softmax_ratio, rtol=1e-9)
+    assert abs(float(one.ratios[-1] / other.ratios[-1]) - 1) > 0.1
+
+
+def test_uniform_attention_sits_at_the_ends_of_both_exponents():
+    q, k = constant(64, 3)
+    uniform = head_statistics(q, k)
+    assert float(uniform.tail_exponent) == pytest.approx(1.0, abs=1e-12)
+    assert float(uniform.column_exponent) == pytest.approx(0.0, abs=1e-12)
+    alone = torch.zeros(64, 3, dtype=torch.float64)
+    alone[5, 0] = 1e3
+    assert float(head_statistics(q, alone).column_exponent) == pytest.approx(2.0, abs=1e-9)
+
+
+def test_unmasked_and_masked_together_equal_each_alone():
+    q, k = random_head(14, 80, 8, 1.0)
+    for together, causal in zip(unmasked_and_masked_statistics(q, k), (False, True), strict=True):
+        alone = head_statistics(q, k, causal=causal)
+        for field in fields(alone):
+            np.testing.assert_array_equal(getattr(together, field.name), getattr(alone, field.name))
 
 
 @pytest.mark.parametrize("n", [2, 3, 5, 31, 49, 101])

@@ -1,4 +1,5 @@
 import os
+import re
 import sys
 
 # What all rules share: the study, its folder, and the package files that decide a result.
@@ -11,7 +12,7 @@ from approxkmv.errors import ConfigError
 from approxkmv.steps.texts import shard_count
 
 # A person sees one line per finished step, from the step itself; Snakemake's own errors stay.
-if not workflow.dryrun:
+if not any(re.fullmatch(r"--dry-?run|-[a-z]*n[a-z]*", word) for word in sys.argv):
     logger.setLevel("WARNING")
 
 try:

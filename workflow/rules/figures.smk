@@ -78,19 +78,92 @@ rule context_scaling:
         "approxkmv figure context_scaling {params.models} --tables {TABLES} --out {params.stem} --log {log}"
 
 
+rule growth:
+    input:
+        f"{TABLES}/growth_{{model}}.csv",
+        f"{TABLES}/growth_curves_{{model}}.csv",
+        f"{TABLES}/overview_{{model}}.json",
+        source=package("figures/growth.py", "figures/heatmap.py", "figures/style.py"),
+    output:
+        f"{RESULTS}/figures/growth_{{model}}.pdf",
+        png=report(
+            f"{RESULTS}/figures/growth_{{model}}.png",
+            caption="../report/growth.rst",
+            category="Figures",
+            labels={"figure": "Growth of c per head", "model": "{model}"},
+        ),
+    log:
+        f"{RESULTS}/logs/growth_{{model}}.log",
+    conda:
+        "../../environment.yml"
+    params:
+        stem=lambda wildcards, output: output.png.removesuffix(".png"),
+    shell:
+        "approxkmv figure growth --model {wildcards.model} --tables {TABLES} --out {params.stem} --log {log}"
+
+
+rule growth_curves:
+    input:
+        f"{TABLES}/growth_{{model}}.csv",
+        f"{TABLES}/growth_curves_{{model}}.csv",
+        f"{TABLES}/overview_{{model}}.json",
+        source=package("figures/growth_curves.py", "figures/style.py"),
+    output:
+        f"{RESULTS}/figures/growth_curves_{{model}}.pdf",
+        png=report(
+            f"{RESULTS}/figures/growth_curves_{{model}}.png",
+            caption="../report/growth_curves.rst",
+            category="Figures",
+            labels={"figure": "c against length, typical heads", "model": "{model}"},
+        ),
+    log:
+        f"{RESULTS}/logs/growth_curves_{{model}}.log",
+    conda:
+        "../../environment.yml"
+    params:
+        stem=lambda wildcards, output: output.png.removesuffix(".png"),
+    shell:
+        "approxkmv figure growth_curves --model {wildcards.model} --tables {TABLES} --out {params.stem} --log {log}"
+
+
+rule length_scaling:
+    input:
+        f"{TABLES}/length_scaling_{{model}}.csv",
+        f"{TABLES}/lengths_{{model}}.json",
+        source=package("figures/length_scaling.py", "figures/style.py"),
+    output:
+        f"{RESULTS}/figures/length_scaling_{{model}}.pdf",
+        png=report(
+            f"{RESULTS}/figures/length_scaling_{{model}}.png",
+            caption="../report/length_scaling.rst",
+            category="Figures",
+            labels={"figure": "Long texts", "model": "{model}"},
+        ),
+    log:
+        f"{RESULTS}/logs/length_scaling_{{model}}.log",
+    conda:
+        "../../environment.yml"
+    params:
+        stem=lambda wildcards, output: output.png.removesuffix(".png"),
+    shell:
+        "approxkmv figure length_scaling --model {wildcards.model} --tables {TABLES} --out {params.stem} --log {log}"
+
+
+def study_figures(kind):
+    """The figures of the study: those of the paper and of growth, or those of long texts; and those of costs."""
+    if STUDY.lengths:
+        names = [f"length_scaling_{model}" for model in MODELS]
+    else:
+        per_model = ["max_ratios", "order_ratios", "growth", "growth_curves"]
+        names = [f"{figure}_{model}" for figure in per_model for model in MODELS]
+        names += ["context_scaling"] if MODELS else []
+    names += ["complexity"] if STUDY.complexity else []
+    return [f"{RESULTS}/figures/{name}.{kind}" for name in names]
+
+
 rule figures:
     input:
-        collect(
-            f"{RESULTS}/figures/{{figure}}_{{model}}.{{kind}}",
-            figure=["max_ratios", "order_ratios"],
-            model=MODELS,
-            kind=["pdf", "png"],
-        ),
-        collect(f"{RESULTS}/figures/context_scaling.{{kind}}", kind=["pdf", "png"])
-        if MODELS
-        else [],
-        collect(f"{RESULTS}/figures/complexity.{{kind}}", kind=["pdf", "png"])
-        if STUDY.complexity
-        else [],
+        study_figures("pdf"),
+        study_figures("png"),
     conda:
         "../../environment.yml"

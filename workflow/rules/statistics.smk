@@ -58,6 +58,31 @@ rule summary:
         "--out {RESULTS}/tables --log {log}"
 
 
+rule growth_per_head:
+    input:
+        heads=f"{RESULTS}/tables/heads_{{model}}.csv",
+        prefixes=shard_files("prefixes.parquet"),
+        texts=f"{RESULTS}/texts.parquet",
+        source=package("statistics/growth.py", "steps/growth.py"),
+    output:
+        report(
+            f"{RESULTS}/tables/growth_{{model}}.csv",
+            caption="../report/growth.rst",
+            category="Tables",
+            labels={"table": "growth of c per head: {model}"},
+        ),
+        f"{RESULTS}/tables/growth_curves_{{model}}.csv",
+    log:
+        f"{RESULTS}/logs/growth_{{model}}.log",
+    conda:
+        "../../environment.yml"
+    params:
+        seed=STUDY.seed,
+    shell:
+        "approxkmv growth --model {wildcards.model} --statistics {RESULTS}/statistics/{wildcards.model} "
+        "--texts {input.texts} --tables {RESULTS}/tables --config {SETTINGS} --log {log}"
+
+
 rule paper_comparison:
     input:
         collect(f"{RESULTS}/tables/heads_{{model}}.csv", model=MODELS),
@@ -76,3 +101,51 @@ rule paper_comparison:
         "../../environment.yml"
     shell:
         "approxkmv compare --tables {RESULTS}/tables --config {SETTINGS} --out {output} --log {log}"
+
+
+rule lengths:
+    input:
+        tensors=rules.activations.output.tensors,
+        contexts=rules.activations.output.contexts,
+        source=package(
+            "statistics", "arrays.py", "steps/lengths.py", "steps/activations.py"
+        ),
+    output:
+        f"{RESULTS}/statistics/{{model}}/{{shard}}.lengths.parquet",
+    log:
+        f"{RESULTS}/logs/lengths_{{model}}_{{shard}}.log",
+    # As for statistics: one shard's activations on the disk at a time.
+    priority: 1
+    conda:
+        "../../environment.yml"
+    threads: workflow.cores
+    params:
+        lengths=STUDY.lengths,
+    shell:
+        "approxkmv lengths --model {wildcards.model} --activations {input.tensors} --contexts {input.contexts} "
+        "--config {SETTINGS} --out {output} --log {log}"
+
+
+rule length_table:
+    input:
+        lengths=shard_files("lengths.parquet"),
+        contexts=shard_files("contexts.csv"),
+        texts=f"{RESULTS}/texts.parquet",
+        source=package("steps/lengths.py", "steps/tables.py"),
+    output:
+        report(
+            f"{RESULTS}/tables/length_scaling_{{model}}.csv",
+            caption="../report/length_scaling.rst",
+            category="Tables",
+            labels={"table": "long texts: {model}"},
+        ),
+        f"{RESULTS}/tables/lengths_{{model}}.json",
+    log:
+        f"{RESULTS}/logs/length_table_{{model}}.log",
+    conda:
+        "../../environment.yml"
+    params:
+        label=lambda wildcards: STUDY.models[wildcards.model].label,
+    shell:
+        "approxkmv length-scaling --model {wildcards.model} --statistics {RESULTS}/statistics/{wildcards.model} "
+        "--texts {input.texts} --config {SETTINGS} --out {RESULTS}/tables --log {log}"

@@ -6,9 +6,23 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from approxkmv.errors import ConfigError
-from approxkmv.figures import complexity, context_scaling, max_ratios, order_ratios
+from approxkmv.figures import (
+    complexity,
+    context_scaling,
+    growth,
+    growth_curves,
+    length_scaling,
+    max_ratios,
+    order_ratios,
+)
 
-PER_MODEL = {"max_ratios": max_ratios.draw, "order_ratios": order_ratios.draw}
+PER_MODEL = {
+    "max_ratios": max_ratios.draw,
+    "order_ratios": order_ratios.draw,
+    "growth": growth.draw,
+    "growth_curves": growth_curves.draw,
+    "length_scaling": length_scaling.draw,
+}
 PER_STUDY = {
     "context_scaling": context_scaling.draw,
     "complexity": lambda tables, _, stem: complexity.draw(tables / "complexity.csv", stem),

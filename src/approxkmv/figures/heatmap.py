@@ -41,20 +41,27 @@ def draw_heatmap(
     bound: float | None,
     label: str,
     write: Callable[[float], str] = short,
+    linear: bool = False,
+    outlined: np.ndarray | None = None,
 ) -> None:
-    """Colour by the logarithm between low and high, write each value, outline the cells above `bound`."""
-    from matplotlib.colors import LogNorm
+    """Colour by the logarithm (or linearly) between low and high, write each value, outline the cells above `bound`.
+
+    `outlined` (layers, heads) says instead which cells to outline.
+    """
+    from matplotlib.colors import LogNorm, Normalize
     from matplotlib.patches import Rectangle
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-    norm = LogNorm(low, high)
+    norm = Normalize(low, high) if linear else LogNorm(low, high)
+    if outlined is None:
+        outlined = values > bound if bound is not None else np.zeros(values.shape, dtype=bool)
     image = axes.imshow(np.clip(values, low, high), norm=norm, cmap="viridis", aspect="auto", interpolation="nearest")
     for (layer, head), value in np.ndenumerate(values):
         if np.isnan(value):
             continue
         dark = norm(np.clip(value, low, high)) < 0.6
         axes.text(head, layer, write(value), ha="center", va="center", fontsize=6.5, color="white" if dark else "black")
-        if bound is not None and value > bound:
+        if outlined[layer, head]:
             axes.add_patch(
                 Rectangle((head - 0.46, layer - 0.46), 0.92, 0.92, fill=False, edgecolor="#D00000", linewidth=1.1)
             )

@@ -6,6 +6,14 @@ from approxkmv.statistics.heads import (
     head_statistics,
     head_to_tail_ratios,
     order_ratios,
+    unmasked_and_masked_statistics,
 )
 
-__all__ = ["HeadStatistics", "OrderRatios", "head_statistics", "head_to_tail_ratios", "order_ratios"]
+__all__ = [
+    "HeadStatistics",
+    "OrderRatios",
+    "head_statistics",
+    "head_to_tail_ratios",
+    "order_ratios",
+    "unmasked_and_masked_statistics",
+]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ from approxkmv.arrays import Array, queries_and_keys, resolve_scale
 from approxkmv.errors import InputError
 from approxkmv.statistics.head_to_tail import ratios_of_prefixes
 from approxkmv.statistics.order import order_logarithms
+from approxkmv.statistics.softmax import softmax_statistics
 
 # Logits of as many heads at a time as fit here, in bytes.
 DEFAULT_MEMORY = 256 * 2**20
@@ -39,6 +40,21 @@ class HeadStatistics:
     """(...): log of K_(n) / K_(n+1)."""
     log_double: np.ndarray
     """(...): log of K_(n) / K_(2n)."""
+    softmax_ratio: np.ndarray
+    """(...): c at full length of the softmax matrix D^-1 A, in which the row factor exp(-s |q_i|^2 / 2) cancels."""
+    tail_exponent: np.ndarray
+    """(...): the stronger assumption: the largest entry of D^-1 A outside its n largest is n^-alpha; this is alpha.
+
+    Every entry outside the head is then at most n^-alpha, and the whole tail at most n^(2 - alpha) out of n. Uniform
+    attention has alpha = 1; an alpha above 1 by a constant would bound the tail entry by entry, which is what the
+    paper's section 4 calls a small uniform bound on the tail.
+    """
+    column_exponent: np.ndarray
+    """(...): the beta for which n max_j |column j of D^-1 A|^2 is n^beta.
+
+    Han et al. (2024) postulate n^o(1), beta near 0, as for uniform attention; a key that every query attends to
+    alone has beta = 2.
+    """
 
 
 def head_statistics(
@@ -59,8 +75,35 @@ def head_statistics(
 
     Args and raises: as head_to_tail_ratios. At least 2 tokens (3 with causal), so that a 2n-th entry exists.
     """
-    ratios, logs = _run(q, k, min_prefix, scale, causal, memory, want_ratios=True, want_order=True)
-    return HeadStatistics(ratios, np.asarray(logs[..., 0] - logs[..., 1]), np.asarray(logs[..., 0] - logs[..., 2]))
+    return _statistics(_run(q, k, min_prefix, scale, (causal,), memory), q.shape[-2])[0]
+
+
+def unmasked_and_masked_statistics(
+    q: Array, k: Array, min_prefix: int = 50, scale: float | None = None, *, memory: int = DEFAULT_MEMORY
+) -> tuple[HeadStatistics, HeadStatistics]:
+    """head_statistics with causal False and True, from one computation of the logits.
+
+    >>> import torch
+    >>> every, backwards = unmasked_and_masked_statistics(torch.randn(12, 80, 64), torch.randn(12, 80, 64))
+    >>> every.ratios.shape, backwards.ratios.shape
+    ((12, 31), (12, 31))
+    """
+    first, second = _statistics(_run(q, k, min_prefix, scale, (False, True), memory), q.shape[-2])
+    return first, second
+
+
+def _statistics(found: list[_Found], n: int) -> list[HeadStatistics]:
+    return [
+        HeadStatistics(
+            part.ratios,
+            np.asarray(part.logs[..., 0] - part.logs[..., 1]),
+            np.asarray(part.logs[..., 0] - part.logs[..., 2]),
+            np.asarray(part.softmax[..., 0]),
+            np.asarray(-part.softmax[..., 2] / np.log(n)),
+            np.asarray(np.log(part.softmax[..., 3]) / np.log(n)),
+        )
+        for part in found
+    ]
 
 
 def head_to_tail_ratios(
@@ -93,7 +136,7 @@ def head_to_tail_ratios(
     Raises:
         InputError: shapes that do not fit, fewer than min_prefix tokens, non-finite values, a bad scale.
     """
-    ratios, _ = _run(q, k, min_prefix, scale, causal, memory, want_ratios=True, want_order=False)
+    ratios = _run(q, k, min_prefix, scale, (causal,), memory, order=False, softmax=False)[0].ratios
     return ratios if isinstance(q, np.ndarray) else torch.from_numpy(ratios)
 
 
@@ -115,11 +158,20 @@ def order_ratios(
     Raises:
         InputError: shapes that do not fit, too few tokens, non-finite values, a bad scale.
     """
-    _, logs = _run(q, k, 1, scale, causal, memory, want_ratios=False, want_order=True)
+    logs = _run(q, k, 1, scale, (causal,), memory, ratios=False, softmax=False)[0].logs
     following, double = np.asarray(logs[..., 0] - logs[..., 1]), np.asarray(logs[..., 0] - logs[..., 2])
     if isinstance(q, np.ndarray):
         return OrderRatios(following, double)
     return OrderRatios(torch.from_numpy(following), torch.from_numpy(double))
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What the compiled passes write for one mask."""
+
+    ratios: np.ndarray
+    logs: np.ndarray
+    softmax: np.ndarray
 
 
 def _run(
@@ -127,39 +179,55 @@ def _run(
     k: Array,
     min_prefix: int,
     scale: float | None,
-    causal: bool,
+    masks: Sequence[bool],
     memory: int,
     *,
-    want_ratios: bool,
-    want_order: bool,
-) -> tuple[np.ndarray, np.ndarray]:
+    ratios: bool = True,
+    order: bool = True,
+    softmax: bool = True,
+) -> list[_Found]:
+    """For each mask (False: all entries, True: causal) what was asked for; the logits are computed once."""
     queries, keys, _ = queries_and_keys(q, k)
     n, d = queries.shape[-2:]
     s = resolve_scale(scale, d)
+    least = 3 if any(masks) else 2
     if keys.shape[-2] != n:
         raise InputError(f"q has {n} rows and k has {keys.shape[-2]}: prefixes need the queries and keys of one text")
     if not isinstance(min_prefix, (int, np.integer)) or isinstance(min_prefix, bool) or min_prefix < 1:
         raise InputError(f"min_prefix is {min_prefix!r}: it must be a whole number of at least 1")
-    if want_ratios and n < min_prefix:
+    if ratios and n < min_prefix:
         raise InputError(f"there are {n} tokens and min_prefix is {min_prefix}: give a longer text or a smaller one")
-    if want_order and n < (3 if causal else 2):
-        raise InputError(f"there are {n} tokens: K_(2n) needs at least {3 if causal else 2}")
+    if (order or softmax) and n < least:
+        raise InputError(f"there are {n} tokens: K_(2n) needs at least {least}")
     batch = queries.shape[:-2]
-    ratios = np.empty((int(np.prod(batch)), n - min_prefix + 1 if want_ratios else 0))
-    logs = np.empty((ratios.shape[0], 3 if want_order else 0))
+    count = int(np.prod(batch))
+    found = [
+        _Found(
+            np.empty((count, n - min_prefix + 1 if ratios else 0)),
+            np.empty((count, 3 if order else 0)),
+            np.empty((count, 4 if softmax else 0)),
+        )
+        for _ in masks
+    ]
 
     def one_head(index: int, log_values: np.ndarray) -> None:
-        if want_ratios:
-            ratios_of_prefixes(log_values, min_prefix, causal, ratios[index])
-        if want_order:
-            order_logarithms(log_values, causal, logs[index])
+        for causal, part in zip(masks, found, strict=True):
+            if ratios:
+                ratios_of_prefixes(log_values, min_prefix, causal, part.ratios[index])
+            if order:
+                order_logarithms(log_values, causal, part.logs[index])
+            if softmax:
+                softmax_statistics(log_values, causal, part.softmax[index])
 
-    workers = min(torch.get_num_threads(), ratios.shape[0])
+    workers = min(torch.get_num_threads(), count)
     with ThreadPoolExecutor(workers) if workers > 1 else nullcontext() as pool:
         for start, chunk in _logits(queries.reshape(-1, n, d), keys.reshape(-1, n, d), s, memory):
             # The compiled functions release the interpreter's lock. One head is not worth handing to a thread.
             list((pool.map if pool else map)(one_head, range(start, start + chunk.shape[0]), chunk))
-    return ratios.reshape(*batch, ratios.shape[1]), logs.reshape(*batch, logs.shape[1])
+    return [
+        _Found(*(table.reshape(*batch, table.shape[1]) for table in (part.ratios, part.logs, part.softmax)))
+        for part in found
+    ]
 
 
 def _logits(q: torch.Tensor, k: torch.Tensor, s: float, memory: int) -> Iterator[tuple[int, np.ndarray]]:

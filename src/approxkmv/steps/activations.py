@@ -24,13 +24,27 @@ class Activations:
     """(layers, heads, n, d)"""
 
 
+@dataclass(frozen=True)
+class Shard:
+    """What one activations file says about its model, and its contexts."""
+
+    scales: torch.Tensor
+    """(layers,) the factor of the logits."""
+    causal: bool
+    """Whether the model attends only backwards."""
+    count: int
+    """How many contexts there are."""
+    contexts: Iterator[Activations]
+    """The contexts in order, one in memory at a time."""
+
+
 def write_activations(
-    path: Path, scales: torch.Tensor, contexts: Mapping[int, tuple[torch.Tensor, torch.Tensor]]
+    path: Path, scales: torch.Tensor, causal: bool, contexts: Mapping[int, tuple[torch.Tensor, torch.Tensor]]
 ) -> None:
-    """Write a safetensors file: `scales` (layers,) and, per context, its queries and keys (layers, heads, n, d)."""
+    """Write a safetensors file: `scales` (layers,), `causal`, and per text queries and keys (layers, heads, n, d)."""
     from safetensors.torch import save_file
 
-    tensors = {"scales": scales.to(torch.float64).contiguous()}
+    tensors = {"scales": scales.to(torch.float64).contiguous(), "causal": torch.tensor([int(causal)])}
     for context, (queries, keys) in contexts.items():
         tensors[f"{context:07d}.queries"] = queries.contiguous()
         tensors[f"{context:07d}.keys"] = keys.contiguous()
@@ -38,17 +52,14 @@ def write_activations(
         save_file(tensors, temporary)
 
 
-def read_activations(path: Path) -> tuple[torch.Tensor, int, Iterator[Activations]]:
-    """The scales (layers,), the number of contexts, and the contexts one at a time, in order.
-
-    One context is in memory at a time. Raises TableError when the file is missing or cut short.
-    """
+def read_activations(path: Path) -> Shard:
+    """What write_activations wrote, one context at a time. Raises TableError when the file is missing or cut short."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as handle:
             names = sorted(handle.keys())
-            scales = handle.get_tensor("scales")
+            scales, causal = handle.get_tensor("scales"), bool(handle.get_tensor("causal"))
     except FileNotFoundError as error:
         raise TableError(f"{path} is missing: run extract for this model and shard first") from error
     except (SafetensorError, OSError, KeyError) as error:
@@ -62,4 +73,4 @@ def read_activations(path: Path) -> tuple[torch.Tensor, int, Iterator[Activation
                     context, handle.get_tensor(f"{context:07d}.queries"), handle.get_tensor(f"{context:07d}.keys")
                 )
 
-    return scales, len(contexts), each()
+    return Shard(scales, causal, len(contexts), each())

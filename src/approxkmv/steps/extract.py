@@ -72,7 +72,7 @@ def extract(
                 captured[passages[i].index] = (result.queries.cpu(), result.keys.cpu())
                 scales = result.scales
                 bar.update(len(cut[i]))
-    write_activations(out, scales, captured)
+    write_activations(out, scales, model.is_causal, captured)
     write_csv(
         contexts_out,
         pd.DataFrame(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,8 +14,22 @@ import torch
 from approxkmv.errors import InputError, NonFiniteError
 from approxkmv.files import write_parquet
 from approxkmv.progress import progress
-from approxkmv.statistics import HeadStatistics, head_statistics
+from approxkmv.statistics import HeadStatistics, head_statistics, unmasked_and_masked_statistics
 from approxkmv.steps.activations import Activations, read_activations
+
+# One value per context and head, beside where it is; a causal model has each again with MASKED in front.
+MASKED = "masked_"
+PLACE = {"context": "int32", "layer": "int16", "head": "int16"}
+VALUES = {
+    "max_ratio": "float64",
+    "max_prefix": "int32",
+    "last_ratio": "float64",
+    "log_next": "float64",
+    "log_double": "float64",
+    "softmax_ratio": "float64",
+    "tail_exponent": "float64",
+    "column_exponent": "float64",
+}
 
 
 def measure(
@@ -22,89 +38,80 @@ def measure(
     """Write two Parquet tables; returns the number of heads measured.
 
     heads: context, layer, head, tokens, max_ratio (Experiment (i): the maximum of c_i over prefixes), max_prefix
-    (where it is reached), last_ratio (c at full length), log_next and log_double (Experiment (ii), natural logs).
+    (where it is reached), last_ratio (c at full length), log_next and log_double (Experiment (ii), natural logs),
+    softmax_ratio (c at full length of D^-1 A), tail_exponent and column_exponent (see HeadStatistics).
     prefixes: context, layer, head, prefix, ratio: c_i at the given prefixes that the context reaches.
+
+    As in the paper, every query meets every key. Of a causal model both tables have each value again, as
+    masked_max_ratio and so on, over the entries that the model uses: those of no key after its query.
     """
-    scales, count, contexts = read_activations(activations)
+    shard = read_activations(activations)
     heads, curves = [], []
-    with progress(total=count, unit="context", title=f"statistics {model_name}") as bar:
-        for item in contexts:
-            result = _statistics(model_name, item, scales, min_prefix)
+    with progress(total=shard.count, unit="context", title=f"statistics {model_name}") as bar:
+        for item in shard.contexts:
             layers, n_heads, n = item.queries.shape[:3]
             layer, head = (index.ravel() for index in np.indices((layers, n_heads), dtype=np.int16))
-            ratios = result.ratios.reshape(layers * n_heads, -1)
-            best = ratios.argmax(-1)
-            heads.append(
-                pd.DataFrame(
-                    {
-                        "context": np.int32(item.context),
-                        "layer": layer,
-                        "head": head,
-                        "tokens": np.int32(n),
-                        "max_ratio": ratios[np.arange(len(best)), best],
-                        "max_prefix": (best + min_prefix).astype(np.int32),
-                        "last_ratio": ratios[:, -1],
-                        "log_next": result.log_next.ravel(),
-                        "log_double": result.log_double.ravel(),
-                    }
-                )
-            )
             reached = [i for i in prefixes if min_prefix <= i <= n]
-            curves.append(
-                pd.DataFrame(
-                    {
-                        "context": np.int32(item.context),
-                        "layer": np.repeat(layer, len(reached)),
-                        "head": np.repeat(head, len(reached)),
-                        "prefix": np.tile(np.array(reached, dtype=np.int32), len(layer)),
-                        "ratio": ratios[:, [i - min_prefix for i in reached]].ravel(),
-                    }
-                )
-            )
+            values: dict[str, Any] = {"context": item.context, "layer": layer, "head": head, "tokens": n}
+            curve: dict[str, Any] = {
+                "context": item.context,
+                "layer": np.repeat(layer, len(reached)),
+                "head": np.repeat(head, len(reached)),
+                "prefix": np.tile(np.array(reached, dtype=np.int32), len(layer)),
+            }
+            found = _statistics(model_name, item, shard.scales, min_prefix, shard.causal)
+            for result, before in zip(found, ("", MASKED), strict=False):
+                ratios = result.ratios.reshape(layers * n_heads, -1)
+                best = ratios.argmax(-1)
+                values[f"{before}max_ratio"] = ratios[np.arange(len(best)), best]
+                values[f"{before}max_prefix"] = best + min_prefix
+                values[f"{before}last_ratio"] = ratios[:, -1]
+                for name in ("log_next", "log_double", "softmax_ratio", "tail_exponent", "column_exponent"):
+                    values[f"{before}{name}"] = getattr(result, name).ravel()
+                curve[f"{before}ratio"] = ratios[:, [i - min_prefix for i in reached]].ravel()
+            heads.append(pd.DataFrame(values))
+            curves.append(pd.DataFrame(curve))
             bar.update(1)
-    write_parquet(heads_out, pd.concat(heads, ignore_index=True) if heads else _empty(HEADS))
-    write_parquet(prefixes_out, pd.concat(curves, ignore_index=True) if curves else _empty(PREFIXES))
-    return sum(len(part) for part in heads)
+    masks = ("", MASKED) if shard.causal else ("",)
+    measured = {f"{before}{name}": kind for before in masks for name, kind in VALUES.items()}
+    ratios_of = {f"{before}ratio": "float64" for before in masks}
+    write_parquet(heads_out, _table(heads, PLACE | {"tokens": "int32"} | measured))
+    write_parquet(prefixes_out, _table(curves, PLACE | {"prefix": "int32"} | ratios_of))
+    return sum(len(table) for table in heads)
 
 
-# Column types of the two tables, for a shard whose texts are all too short.
-HEADS = {
-    "context": "int32",
-    "layer": "int16",
-    "head": "int16",
-    "tokens": "int32",
-    "max_ratio": "float64",
-    "max_prefix": "int32",
-    "last_ratio": "float64",
-    "log_next": "float64",
-    "log_double": "float64",
-}
-PREFIXES = {"context": "int32", "layer": "int16", "head": "int16", "prefix": "int32", "ratio": "float64"}
+def _table(parts: Sequence[pd.DataFrame], columns: dict[str, str]) -> pd.DataFrame:
+    """The parts with these columns and types; without rows when all texts of a shard are too short."""
+    if not parts:
+        return pd.DataFrame({name: pd.Series(dtype=kind) for name, kind in columns.items()})
+    return pd.concat(parts, ignore_index=True)[list(columns)].astype(columns)
 
 
-def _empty(columns: dict[str, str]) -> pd.DataFrame:
-    return pd.DataFrame({name: pd.Series(dtype=kind) for name, kind in columns.items()})
-
-
-def _statistics(model_name: str, item: Activations, scales: torch.Tensor, min_prefix: int) -> HeadStatistics:
-    """One call for all layers when they share a scale, as nearly all models do; else one per layer."""
+def _statistics(
+    model_name: str, item: Activations, scales: torch.Tensor, min_prefix: int, causal: bool
+) -> list[HeadStatistics]:
+    """Unmasked and, of a causal model, masked; one call for all layers when they share a scale, as most models do."""
     for name, tensor in (("query", item.queries), ("key", item.keys)):
         if not bool(torch.isfinite(tensor).all()):
             layer, head = (int(i) for i in (~torch.isfinite(tensor)).nonzero()[0][:2])
             raise NonFiniteError(
                 f"model {model_name}, layer {layer}, head {head}, context {item.context}: a {name} is NaN or infinite"
             )
+
+    def both(q: torch.Tensor, k: torch.Tensor, scale: float) -> list[HeadStatistics]:
+        if causal:
+            return list(unmasked_and_masked_statistics(q, k, min_prefix, scale))
+        return [head_statistics(q, k, min_prefix, scale)]
+
     try:
         if bool((scales == scales[0]).all()):
-            return head_statistics(item.queries, item.keys, min_prefix, float(scales[0]))
-        parts = [
-            head_statistics(q, k, min_prefix, float(s))
-            for q, k, s in zip(item.queries, item.keys, scales.tolist(), strict=True)
-        ]
+            return both(item.queries, item.keys, float(scales[0]))
+        parts = [both(q, k, float(s)) for q, k, s in zip(item.queries, item.keys, scales.tolist(), strict=True)]
     except InputError as error:
         raise InputError(f"model {model_name}, context {item.context}: {error}") from error
-    return HeadStatistics(
-        np.stack([part.ratios for part in parts]),
-        np.stack([part.log_next for part in parts]),
-        np.stack([part.log_double for part in parts]),
-    )
+    return [
+        HeadStatistics(
+            **{f.name: np.stack([getattr(layer, f.name) for layer in of_mask]) for f in fields(HeadStatistics)}
+        )
+        for of_mask in zip(*parts, strict=True)
+    ]

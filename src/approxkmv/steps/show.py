@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from approxkmv.errors import TableError
+from approxkmv.files import read_table
+from approxkmv.statistics.growth import VERDICTS
 from approxkmv.steps.tables import read_overview
 
 
 def lines(results: Path) -> list[str]:
     """The message for one study's results. Raises TableError when there are none."""
+    long_texts = [read_overview(path) for path in sorted((results / "tables").glob("lengths_*.json"))]
     overviews = [read_overview(path) for path in sorted((results / "tables").glob("overview_*.json"))]
     if not (results / "tables").is_dir():
         raise TableError(f"{results} has no tables: run the study first")
@@ -23,5 +26,13 @@ def lines(results: Path) -> list[str]:
             f"heads; median {facts['median_ratio']:.2f}, largest {facts['largest_ratio']:.1f} "
             f"(layer {facts['largest_ratio_layer']}, head {facts['largest_ratio_head']}, counting from 0)",
         ]
+        growth = results / "tables" / f"growth_{facts['model']}.csv"
+        if growth.is_file():
+            counts = read_table(growth)["verdict"].value_counts()
+            found = ", ".join(f"{word} {counts[word]}" for word in VERDICTS if word in counts)
+            out.append(f"  growth of c with the length: {found}")
+    for facts in long_texts:
+        out.append(f"{facts['label']}: n = {facts['lengths'][0]:,} to {facts['lengths'][-1]:,} on {facts['corpus']}")
+        out += [f"  {line}" for line in facts["texts_missing"]]
     out.append(f"figures: {results / 'figures'}   tables: {results / 'tables'}")
     return out

@@ -11,6 +11,7 @@ import pandas as pd
 from approxkmv.config import ModelEntry, Study, corpus_of
 from approxkmv.errors import TableError
 from approxkmv.files import read_table, write_csv, write_json
+from approxkmv.steps.measure import MASKED
 from approxkmv.steps.tables import model_tables
 from approxkmv.steps.texts import shard_count
 
@@ -56,6 +57,7 @@ def summarise(
         "median_ratio": float(table["max_ratio"].median()),
         "paper_bound": model.paper_bound,
         "heads_within_bound": int((table["max_ratio"] <= model.paper_bound).sum()),
+        "causal": f"{MASKED}max_ratio" in table,
         "provenance": provenance,
     }
     write_json(tables.overview, overview)
@@ -73,28 +75,45 @@ def per_head(values: pd.DataFrame) -> pd.DataFrame:
     max_ratio: the maximum of c over contexts and prefixes (Experiment (i)), with the context and prefix where it is
     reached; median_ratio and p95_ratio: of the contexts' maxima; next_ratio and double_ratio: medians over contexts
     of K_(n)/K_(n+1) and K_(n)/K_(2n) (Experiment (ii)), beside their natural logarithms, which never overflow.
+    At full length, medians over contexts: last_ratio is c, softmax_ratio is c of D^-1 A, without the row factor, and
+    the two exponents are those of the stronger assumption (see HeadStatistics). Of a causal model each column is there
+    again with masked_ in front, over the entries that its attention uses.
     """
     groups = values.groupby(["layer", "head"], sort=True)
-    worst = values.loc[groups["max_ratio"].idxmax()].set_index(["layer", "head"])
+    table = pd.DataFrame({"contexts": groups.size()})
+    for before in ("", MASKED):
+        if f"{before}max_ratio" in values:
+            table = table.join(_over_contexts(values, before))
+    return table.reset_index()
+
+
+def _over_contexts(values: pd.DataFrame, before: str) -> pd.DataFrame:
+    """The columns of per_head that begin with `before`, indexed by (layer, head)."""
+    groups = values.groupby(["layer", "head"], sort=True)
+    worst = values.loc[groups[f"{before}max_ratio"].idxmax()].set_index(["layer", "head"])
     # Medians of logarithms: exp is monotone, so this is the log of the median but for the mean of two middle values.
     table = pd.DataFrame(
         {
-            "contexts": groups.size(),
-            "max_ratio": worst["max_ratio"],
+            "max_ratio": worst[f"{before}max_ratio"],
             "max_ratio_context": worst["context"],
-            "max_ratio_prefix": worst["max_prefix"],
-            "median_ratio": groups["max_ratio"].median(),
-            "p95_ratio": groups["max_ratio"].quantile(0.95),
-            "median_log_next": groups["log_next"].median(),
-            "median_log_double": groups["log_double"].median(),
+            "max_ratio_prefix": worst[f"{before}max_prefix"],
+            "median_ratio": groups[f"{before}max_ratio"].median(),
+            "p95_ratio": groups[f"{before}max_ratio"].quantile(0.95),
+            "median_log_next": groups[f"{before}log_next"].median(),
+            "median_log_double": groups[f"{before}log_double"].median(),
         }
-    ).reset_index()
+    )
+    largest = np.finfo(np.float64).max
     with np.errstate(over="ignore"):
         # Capped at the largest float64, so that no ratio is infinite; the logarithm has the truth.
-        largest = np.finfo(np.float64).max
         table["median_next_ratio"] = np.minimum(np.exp(table["median_log_next"]), largest)
         table["median_double_ratio"] = np.minimum(np.exp(table["median_log_double"]), largest)
-    return table
+    for name in ("last_ratio", "softmax_ratio", "tail_exponent", "column_exponent"):
+        if f"{before}{name}" in values:
+            table[f"median_{name}"] = groups[f"{before}{name}"].median()
+    if f"{before}softmax_ratio" in values:
+        table["max_softmax_ratio"] = groups[f"{before}softmax_ratio"].max()
+    return table.add_prefix(before)
 
 
 def scaling_with_length(values: pd.DataFrame) -> pd.DataFrame:

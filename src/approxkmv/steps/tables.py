@@ -12,7 +12,7 @@ from approxkmv.errors import TableError
 
 @dataclass(frozen=True)
 class ModelTables:
-    """The three tables of one model."""
+    """The tables of one model."""
 
     heads: Path
     """CSV, one row per layer and head."""
@@ -20,13 +20,36 @@ class ModelTables:
     """CSV, one row per prefix length."""
     overview: Path
     """JSON: counts, the largest c, and who made the tables."""
+    growth: Path
+    """CSV, one row per layer and head."""
+    curves: Path
+    """CSV, one row per layer, head and prefix length."""
 
 
 def model_tables(folder: Path, model: str) -> ModelTables:
     """Where the summary step puts a model's tables."""
     return ModelTables(
-        folder / f"heads_{model}.csv", folder / f"context_scaling_{model}.csv", folder / f"overview_{model}.json"
+        folder / f"heads_{model}.csv",
+        folder / f"context_scaling_{model}.csv",
+        folder / f"overview_{model}.json",
+        folder / f"growth_{model}.csv",
+        folder / f"growth_curves_{model}.csv",
     )
+
+
+@dataclass(frozen=True)
+class LengthTables:
+    """The tables of one model on long texts."""
+
+    scaling: Path
+    """CSV, one row per layer, head and length."""
+    facts: Path
+    """JSON: which lengths were run and which not, and who made the table."""
+
+
+def length_tables(folder: Path, model: str) -> LengthTables:
+    """Where the length-scaling step puts a model's tables."""
+    return LengthTables(folder / f"length_scaling_{model}.csv", folder / f"lengths_{model}.json")
 
 
 def read_overview(path: Path) -> dict[str, Any]:

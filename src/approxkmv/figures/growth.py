@@ -1,0 +1,63 @@
+"""Growth of c per head: layers by heads, coloured by the exponent g, heads that fail outlined."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from approxkmv.figures.heatmap import draw_heatmap, grid, size_of
+from approxkmv.figures.style import new_figure, save
+from approxkmv.files import read_table
+from approxkmv.statistics.growth import FAILS, VERDICTS
+from approxkmv.steps.measure import MASKED
+from approxkmv.steps.tables import model_tables, read_overview
+
+
+def draw(tables: Path, model: str, stem: Path) -> list[Path]:
+    """From the growth table and overview of one model, write STEM.pdf and STEM.png; masked too if there is such."""
+    names = model_tables(tables, model)
+    facts = read_overview(names.overview)
+    table = read_table(names.growth)
+    masks = [before for before in ("", MASKED) if f"{before}exponent" in table]
+    values = grid(table, "exponent")
+    width, height = size_of(values)
+    # Wide grids one above the other, tall ones side by side.
+    stacked = values.shape[1] >= values.shape[0]
+    many = len(masks)
+    rows, columns = (many, 1) if stacked else (1, many)
+    figure = new_figure(columns * (max(width, 3.4) + 1.5), rows * (height + 0.9) + 0.5)
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes, before in zip(panels, masks, strict=True):
+        fails = np.zeros(values.shape, dtype=bool)
+        fails[table["layer"], table["head"]] = table[f"{before}verdict"] == FAILS
+        draw_heatmap(
+            figure,
+            axes,
+            grid(table, f"{before}exponent"),
+            low=-0.5,
+            high=1.0,
+            ticks=(-0.5, 0, 0.1, 0.5, 1),
+            bound=None,
+            label="g",
+            write=two_decimals,
+            linear=True,
+            outlined=fails,
+        )
+        counts = table[f"{before}verdict"].value_counts()
+        found = ", ".join(f"{word} {counts[word]}" for word in VERDICTS if word in counts)
+        which = "no key after its query" if before else "every query with every key"
+        axes.set_title(f"{which}\n{found}", fontsize=8, loc="left")
+    figure.suptitle(
+        f"{facts['label']}: exponent g of c(n) ~ n$^g$ on {facts['texts_used']} texts\noutlined: fails",
+        fontsize=9,
+        x=0.02,
+        ha="left",
+    )
+    return save(figure, stem)
+
+
+def two_decimals(value: float) -> str:
+    """An exponent in a cell, without a minus before zero."""
+    text = f"{value:.2f}" if abs(value) < 9.995 else f"{value:.0f}"
+    return "0.00" if text == "-0.00" else text.replace("-", "−")

@@ -1,0 +1,78 @@
+"""Long texts: c, the order ratio and the keys that hold a row's mass against the length, over all heads of a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from approxkmv.figures.style import COLOURS, new_figure, save
+from approxkmv.files import read_table
+from approxkmv.steps.measure import MASKED
+from approxkmv.steps.tables import length_tables, read_overview
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Which heads are drawn, as quantiles over a model's heads.
+HEADS = ((0.5, "median head"), (0.9, "90th of 100 heads"), (1.0, "largest head"))
+PANELS = (
+    ("ratio", "c(n)"),
+    ("softmax_ratio", "c(n) of the softmax matrix, without the row factor"),
+    ("double_ratio", "$K_{(n)}\\,/\\,K_{(2n)}$"),
+    ("keys_90_mean", "keys that hold 90 % of a row's softmax mass"),
+)
+
+
+def draw(tables: Path, model: str, stem: Path) -> list[Path]:
+    """From the length table of one model and its facts, write STEM.pdf and STEM.png."""
+    names = length_tables(tables, model)
+    table, facts = read_table(names.scaling), read_overview(names.facts)
+    figure = new_figure(8.6, 6.6)
+    panels = figure.subplots(2, 2, sharex=True).ravel()
+    masks = [before for before in ("", MASKED) if f"{before}ratio" in table]
+    for axes, (column, title) in zip(panels, PANELS, strict=True):
+        for before, line in zip(masks, ("-", "--"), strict=False):
+            groups = table.groupby("length")[f"{before}{column}"]
+            for (share, name), colour in zip(HEADS, COLOURS, strict=False):
+                values = groups.quantile(share)
+                which = ", no key after its query" if before else ""
+                axes.plot(
+                    values.index, values, color=colour, linestyle=line, marker="o", markersize=3, label=name + which
+                )
+        _scales(axes, table["length"].to_numpy())
+        axes.set_title(title, fontsize=8.5, loc="left")
+    lengths = np.sort(table["length"].unique())
+    panels[3].plot(lengths, lengths, color="#999999", linewidth=0.8)
+    panels[3].annotate("all n", (lengths[0], lengths[0]), fontsize=7, color="#777777", ha="left", va="bottom")
+    for axes in panels[2:]:
+        axes.set_xlabel("n in tokens")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, fontsize=8, loc="outside lower left", ncols=len(masks))
+    count = facts["texts_used"]
+    figure.suptitle(
+        f"{facts['label']}: {facts['layers'] * facts['heads']} heads on "
+        f"{'one long text' if count == 1 else f'{count} long texts (medians)'} of {facts['corpus']}",
+        fontsize=10,
+        fontweight="bold",
+        x=0.02,
+        ha="left",
+    )
+    return save(figure, stem)
+
+
+def _scales(axes: Axes, lengths: np.ndarray) -> None:
+    """Logarithms on both axes, with the lengths themselves as marks."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    # A head without a tail would squeeze the others together, and one without a limit too.
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(low, 1e-3), min(high, 1e6))
+    marks = np.unique(lengths)
+    axes.xaxis.set_major_locator(FixedLocator(marks[:: max(1, len(marks) // 6)].tolist()))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))

@@ -1,0 +1,72 @@
+"""The softmax matrix D^-1 A of one head: the same ratio c without the row factor, and the stronger assumption."""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+
+from approxkmv.statistics.exponential import exp_and_sum
+from approxkmv.statistics.selection import select_largest
+
+# Stands for 0 where a logarithm is taken: exp_and_sum has nothing smaller.
+SMALLEST = 1e-307
+
+
+@numba.njit(cache=True, nogil=True)
+def softmax_statistics(log_values: np.ndarray, causal: bool, out: np.ndarray) -> None:
+    """Four numbers of P = D^-1 A, A = exp(log_values) with its rows divided by their sums, written to out[:4].
+
+    out[0]: (sum of all entries - sum of the n largest) / (sum of the n largest), as c of the kernel.
+    out[1], out[2]: log P_(n) and log P_(n+1), the smallest entry of the head and the largest outside it.
+    out[3]: n max_j sum_i P_ij^2, the largest squared norm of a column, times n.
+
+    A factor per row of log_values cancels in D^-1 A. Every row has an entry of at least 1/n, so the n largest are all
+    at least that: only those are gathered and selected from, and P itself, not its logarithm, loses nothing.
+
+    Args:
+        log_values: (n, n) float64, finite. causal: only the entries on and below the diagonal exist.
+        out: (4,) float64. There must be more than n entries: n >= 2.
+    """
+    n = log_values.shape[0]
+    # A hair below 1/n, for the rounding of a uniform row.
+    bound = (1.0 - 1e-9) / n
+    gathered = np.empty(8 * n)
+    count = 0
+    row = np.empty(n)
+    columns = np.zeros(n)
+    far = 0.0
+    far_largest = 0.0
+    for i in range(n):
+        size = i + 1 if causal else n
+        values = log_values[i]
+        largest = values[0]
+        for j in range(1, size):
+            largest = max(largest, values[j])
+        scale = 1.0 / exp_and_sum(values, size, largest, row)
+        if count + size > gathered.size:
+            wider = np.empty(2 * (count + size))
+            wider[:count] = gathered[:count]
+            gathered = wider
+        for j in range(size):
+            value = row[j] * scale
+            columns[j] += value * value
+            if value >= bound:
+                gathered[count] = value
+                count += 1
+            else:
+                far += value
+                far_largest = max(far_largest, value)
+    select_largest(gathered, count, n)
+    head = 0.0
+    smallest = gathered[0]
+    for t in range(n):
+        head += gathered[t]
+        smallest = min(smallest, gathered[t])
+    tail = far
+    for t in range(n, count):
+        tail += gathered[t]
+        far_largest = max(far_largest, gathered[t])
+    out[0] = tail / head
+    out[1] = np.log(smallest)
+    out[2] = np.log(max(far_largest, SMALLEST))
+    out[3] = n * columns.max()

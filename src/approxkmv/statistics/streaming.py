@@ -1,0 +1,211 @@
+"""Statistics of one long text without any n x n array: strips of rows, one pass, candidates and a running far tail.
+
+The same torch code runs on CPU and CUDA; on the CPU a compiled loop (streaming_cpu.py) does the work of a strip.
+
+No sum over the n or 2n largest entries needs an entry that is not among the 2n largest seen so far. So a pass over the
+strips keeps as candidates the entries above a bound, cut back to the 2n largest whenever there are too many, which
+raises the bound; every other entry goes at once into a sum of the far tail that only ever grows. The result is exact
+for any order of entries and any ties; a histogram of the values, and a second pass for the bin that the cut falls into,
+would cost the matrix product twice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+from approxkmv.arrays import Array, queries_and_keys, resolve_scale
+from approxkmv.errors import InputError, NonFiniteError
+
+# Shares of a row's softmax mass whose keys are counted.
+SHARES = (0.9, 0.99)
+# A strip holds at most BLOCK^2 logits, of all heads that are computed together.
+BLOCK = 2048
+# The candidates are cut back to the 2n largest when there are SLACK n of them.
+SLACK = 8
+
+
+@dataclass(frozen=True)
+class LengthStatistics:
+    """One head at one length, over every query with every key, or (masked) over those of no key after its query."""
+
+    ratio: float
+    """c: the sum of all but the n largest entries of K, over the sum of those n."""
+    log_next: float
+    """log of K_(n) / K_(n+1)."""
+    log_double: float
+    """log of K_(n) / K_(2n)."""
+    softmax_ratio: float
+    """c of the softmax matrix D^-1 A, without the row factor."""
+    tail_exponent: float
+    """alpha with P_(n+1) = n^-alpha, P = D^-1 A."""
+    mean_keys: tuple[float, ...]
+    """For each of SHARES: how many keys hold that share of a row's softmax mass, mean over rows."""
+    median_keys: tuple[float, ...]
+    """The same, the median row; of an even number of rows the mean of the middle two."""
+    largest_keys: tuple[int, ...]
+    """The same, the row that needs most."""
+
+
+class Largest:
+    """The 2n largest of a stream of logarithms, and the sum of all others; on one device, in O(n) memory."""
+
+    def __init__(self, n: int, device: torch.device) -> None:
+        self.n = n
+        self.bound = -math.inf
+        self._parts: list[torch.Tensor] = []
+        self._count = 0
+        self._far = torch.tensor(-math.inf, dtype=torch.float64, device=device)
+
+    def add(self, values: torch.Tensor, log_far: torch.Tensor) -> None:
+        """Take a strip's values above the bound, and the log of the sum of its others."""
+        self._parts.append(values)
+        self._count += values.numel()
+        self._far = torch.logaddexp(self._far, log_far)
+        if self._count > SLACK * self.n:
+            self._cut(2 * self.n)
+
+    def _cut(self, count: int) -> torch.Tensor:
+        """Keep the `count` largest, in descending order; the others join the far tail."""
+        values = torch.cat(self._parts)
+        if values.numel() > count:
+            values = values.sort(descending=True).values
+            self._far = torch.logaddexp(self._far, values[count:].logsumexp(0))
+            values = values[:count]
+            self.bound = float(values[-1])
+        self._parts = [values]
+        self._count = values.numel()
+        return values
+
+    def finish(self) -> tuple[float, float, float, float]:
+        """c, log K_(n), log K_(n+1) and log K_(2n)."""
+        n = self.n
+        ordered = self._cut(2 * n).sort(descending=True).values
+        head = ordered[:n].logsumexp(0)
+        tail = torch.logaddexp(self._far, ordered[n:].logsumexp(0))
+        logs = ordered[[n - 1, n, 2 * n - 1]].tolist()
+        return math.exp(float(tail - head)), logs[0], logs[1], logs[2]
+
+
+def length_statistics(
+    q: Array, k: Array, scale: float | None = None, *, causal: bool = False, block: int = BLOCK
+) -> list[list[LengthStatistics]]:
+    """Statistics of whole kernels of any length, in O(n d + block^2) memory per core.
+
+    >>> import torch
+    >>> found = length_statistics(torch.randn(2, 300, 16), torch.randn(2, 300, 16), causal=True)
+    >>> len(found), len(found[0])
+    (2, 2)
+
+    Args:
+        q, k: (heads, n, d) or (n, d), torch (on any device) or NumPy; n >= 3.
+        scale: the factor of the logits; None means 1/sqrt(d).
+        causal: give the masked statistics too.
+        block: logits are in memory block^2 at a time.
+    Returns:
+        Per head a list: unmasked and, with causal, masked.
+    Raises:
+        InputError: shapes that do not fit, non-finite values. NonFiniteError: logits beyond float64.
+    """
+    queries, keys, _ = queries_and_keys(q, k)
+    n, d = queries.shape[-2:]
+    s = resolve_scale(scale, d)
+    if keys.shape != queries.shape or queries.ndim > 3:
+        raise InputError(f"q {tuple(queries.shape)} and k {tuple(keys.shape)} must both be (heads, n, d)")
+    if n < 3:
+        raise InputError(f"there are {n} tokens: K_(2n) needs at least 3")
+    queries, keys = queries.reshape(-1, n, d), keys.reshape(-1, n, d)
+    masks = (False, True) if causal else (False,)
+    on_cpu = queries.device.type == "cpu"
+    together = torch.get_num_threads() if on_cpu else 1
+    found: list[list[LengthStatistics]] = []
+    with ThreadPoolExecutor(together) as pool:
+        for start in range(0, len(queries), together):
+            part = queries[start : start + together]
+            heads = [[_Head(n, queries.device) for _ in masks] for _ in part]
+            for first, logits in _strips(part, keys[start : start + together], s, block):
+                work = [pool.submit(_strip, head, logits[i], first, masks) for i, head in enumerate(heads)]
+                for item in work:
+                    item.result()
+            found += [[mask.finish() for mask in head] for head in heads]
+    return found
+
+
+def _strips(q: torch.Tensor, k: torch.Tensor, s: float, block: int) -> Iterator[tuple[int, torch.Tensor]]:
+    """(first row, s <q_i, k_j> - s |q_i|^2 / 2 of a strip of rows and all keys): log K up to a constant."""
+    n = q.shape[1]
+    rows = max(1, min(n, block * block // (n * q.shape[0])))
+    for first in range(0, n, rows):
+        part = q[:, first : first + rows]
+        row = part.square().sum(-1, keepdim=True)
+        yield first, torch.baddbmm(row, part, k.mT, beta=-0.5 * s, alpha=s)
+
+
+class _Head:
+    """What one head and mask gathers over the strips."""
+
+    def __init__(self, n: int, device: torch.device) -> None:
+        self.kernel = Largest(n, device)
+        self.softmax = Largest(n, device)
+        self.keys: list[torch.Tensor] = []
+
+    def finish(self) -> LengthStatistics:
+        n = self.kernel.n
+        ratio, nth, following, double = self.kernel.finish()
+        softmax_ratio, _, outside, _ = self.softmax.finish()
+        counts = torch.cat(self.keys).double()
+        ordered = counts.sort(0).values
+        median = (ordered[(n - 1) // 2] + ordered[n // 2]) / 2
+        return LengthStatistics(
+            ratio,
+            nth - following,
+            nth - double,
+            softmax_ratio,
+            -outside / math.log(n),
+            tuple(counts.mean(0).tolist()),
+            tuple(median.tolist()),
+            tuple(int(x) for x in ordered[-1].tolist()),
+        )
+
+
+def _strip(head: Sequence[_Head], logits: torch.Tensor, first: int, masks: Sequence[bool]) -> None:
+    """Add the rows from `first` on, logits (rows, n), to each mask of a head."""
+    if logits.device.type == "cpu":
+        from approxkmv.statistics.streaming_cpu import add_strip
+    else:
+        add_strip = add_strip_by_torch
+    for causal, part in zip(masks, head, strict=True):
+        add_strip(part.kernel, part.softmax, part.keys, logits, first, causal)
+
+
+def add_strip_by_torch(
+    kernel: Largest, softmax: Largest, keys: list[torch.Tensor], logits: torch.Tensor, first: int, causal: bool
+) -> None:
+    """A strip in plain torch, on any device.
+
+    Args:
+        kernel, softmax: take the entries of K and of D^-1 A. keys: gets (rows, shares), the keys that hold each share.
+        logits: (rows, n), row i of them the row first + i of the kernel. causal: only the entries j <= i exist.
+    """
+    stop = first + len(logits) if causal else logits.shape[1]
+    logits = logits[:, :stop]
+    if not bool(torch.isfinite(logits.sum())) and not bool(torch.isfinite(logits).all()):
+        raise NonFiniteError(f"a logit of rows {first} and after is beyond {logits.dtype}: scale the queries down")
+    if causal:
+        row = torch.arange(first, stop, device=logits.device).unsqueeze(1)
+        future = torch.arange(stop, device=logits.device) > row
+        logits = logits.masked_fill(future, -torch.inf)
+    largest = logits.amax(1, keepdim=True)
+    weights = (logits - largest).exp()
+    total = weights.sum(1, keepdim=True)
+    for target, shift in ((kernel, None), (softmax, largest + total.log())):
+        values = logits if shift is None else logits - shift
+        above = values > target.bound
+        far = weights.masked_fill(above, 0.0).sum(1).log() + largest[:, 0]
+        target.add(values[above], (far if shift is None else far - shift[:, 0]).logsumexp(0))
+    mass = weights.sort(1, descending=True).values.cumsum(1)
+    keys.append(torch.stack([(mass < share * total).sum(1) + 1 for share in SHARES], 1).clamp_max(stop))

@@ -1,0 +1,149 @@
+"""Long texts: queries and keys to c, order ratios and keys per row at every length, without n x n arrays."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from approxkmv.config import ModelEntry, Study, corpus_of
+from approxkmv.errors import ApproxKMVError, NonFiniteError, TableError
+from approxkmv.files import read_table, write_csv, write_json, write_parquet
+from approxkmv.progress import progress
+from approxkmv.statistics.streaming import SHARES, LengthStatistics, length_statistics
+from approxkmv.steps.activations import Activations, read_activations
+from approxkmv.steps.measure import MASKED
+from approxkmv.steps.tables import length_tables
+from approxkmv.steps.texts import shard_count
+
+PLACE = {"context": "int32", "layer": "int16", "head": "int16", "length": "int32"}
+SHARE_NAMES = [f"{100 * share:g}" for share in SHARES]
+COUNTS = [f"keys_{name}_{what}" for name in SHARE_NAMES for what in ("mean", "median", "largest")]
+VALUES = ["ratio", "log_next", "log_double", "softmax_ratio", "tail_exponent", *COUNTS]
+
+
+def measure_lengths(study: Study, model: str, activations: Path, contexts: Path, out: Path) -> list[str]:
+    """Write a Parquet table with a row per text, layer, head and length; returns a line per text that is too short.
+
+    The queries and keys of the first n tokens are those of a causal model on a text of n tokens; of another model they
+    are those of the whole text, as in the paper's prefixes. Columns: see length_scaling; of a causal model each value
+    again as masked_...
+    """
+    shard = read_activations(activations)
+    taken = read_table(contexts).set_index("context")
+    tables: list[pd.DataFrame] = []
+    missing: list[str] = []
+    with progress(total=shard.count * len(study.lengths), unit="length", title=f"lengths    {model}") as bar:
+        for item in shard.contexts:
+            n = item.queries.shape[2]
+            fitting = [length for length in study.lengths if length <= n]
+            if len(fitting) < len(study.lengths):
+                missing.append(_missing(item.context, n, bool(taken.loc[item.context, "cut"]), study.lengths))
+            for length in fitting:
+                tables.append(_one_length(model, item, shard.scales, length, shard.causal))
+                bar.update(1)
+    masks = ("", MASKED) if shard.causal else ("",)
+    columns = PLACE | {f"{before}{name}": "float64" for before in masks for name in VALUES}
+    if tables:
+        table = pd.concat(tables, ignore_index=True)[list(columns)].astype(columns)
+    else:
+        table = pd.DataFrame({name: pd.Series(dtype=kind) for name, kind in columns.items()})
+    write_parquet(out, table)
+    return missing
+
+
+def _missing(context: int, n: int, cut: bool, lengths: tuple[int, ...]) -> str:
+    left_out = ", ".join(f"{length:,}" for length in lengths if length > n)
+    why = f"the model's positions or max_tokens end at {n:,}" if cut else f"it has {n:,} tokens"
+    return f"text {context}: no {left_out}, {why}"
+
+
+def _one_length(model: str, item: Activations, scales: torch.Tensor, length: int, causal: bool) -> pd.DataFrame:
+    rows: list[dict[str, Any]] = []
+    for layer, (q, k, scale) in enumerate(zip(item.queries, item.keys, scales.tolist(), strict=True)):
+        try:
+            heads = length_statistics(q[:, :length], k[:, :length], scale, causal=causal)
+        except ApproxKMVError as error:
+            raise NonFiniteError(f"model {model}, context {item.context}, layer {layer}: {error}") from error
+        for head, masks in enumerate(heads):
+            row: dict[str, Any] = {"context": item.context, "layer": layer, "head": head, "length": length}
+            for found, before in zip(masks, ("", MASKED), strict=False):
+                row |= {f"{before}{name}": value for name, value in _values(found).items()}
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _values(found: LengthStatistics) -> dict[str, float]:
+    names = ("ratio", "log_next", "log_double", "softmax_ratio", "tail_exponent")
+    values = {name: float(getattr(found, name)) for name in names}
+    for name, *counts in zip(SHARE_NAMES, found.mean_keys, found.median_keys, found.largest_keys, strict=True):
+        whats = ("mean", "median", "largest")
+        values |= {f"keys_{name}_{what}": float(count) for what, count in zip(whats, counts, strict=True)}
+    return values
+
+
+def summarise_lengths(
+    study: Study, model: ModelEntry, texts: Path, statistics: Path, out: Path, provenance: dict[str, Any]
+) -> dict[str, Any]:
+    """Write length_scaling_MODEL.csv and lengths_MODEL.json of a model; returns the latter.
+
+    The CSV has, per layer, head and length: texts, and medians over texts of ratio (c), next_ratio and double_ratio
+    (K_(n)/K_(n+1) and K_(n)/K_(2n)) beside log_double, softmax_ratio (c of D^-1 A), tail_exponent (see HeadStatistics),
+    and keys_90_mean, keys_90_median, keys_90_largest: how many keys hold 90 % of a row's softmax mass, over the rows of
+    a text; likewise keys_99_...; largest_ratio is the largest c of any text.
+    """
+    names = length_tables(out, model.name)
+    shards = range(shard_count(texts, study.shard_contexts))
+    values = pd.concat([read_table(statistics / f"{s:04d}.lengths.parquet") for s in shards], ignore_index=True)
+    taken = pd.concat([read_table(statistics / f"{s:04d}.contexts.csv") for s in shards], ignore_index=True)
+    if values.empty:
+        raise TableError(
+            f"model {model.name}: no text reaches the shortest length, {min(study.lengths):,} tokens: shorten lengths"
+        )
+    table = length_scaling(values)
+    write_csv(names.scaling, table)
+    run = sorted({int(length) for length in table["length"]})
+    used = taken[taken["used"]]
+    facts = {
+        "model": model.name,
+        "label": model.label,
+        "corpus": corpus_of(study).label,
+        "texts_used": int(values["context"].nunique()),
+        "lengths": run,
+        "lengths_left_out": {str(length): "no text reaches it" for length in study.lengths if length not in run},
+        "texts_missing": [
+            _missing(context, n, bool(cut), study.lengths)
+            for context, n, cut in zip(*(used[name].tolist() for name in ("context", "tokens", "cut")), strict=True)
+            if n < max(study.lengths)
+        ],
+        "layers": int(table["layer"].max()) + 1,
+        "heads": int(table["head"].max()) + 1,
+        "causal": f"{MASKED}ratio" in table,
+        "provenance": provenance,
+    }
+    write_json(names.facts, facts)
+    return facts
+
+
+def length_scaling(values: pd.DataFrame) -> pd.DataFrame:
+    """The table of summarise_lengths from the rows of all texts."""
+    keys = ["layer", "head", "length"]
+    groups = values.groupby(keys, sort=True)
+    table = pd.DataFrame({"texts": groups.size()})
+    for before in ("", MASKED):
+        if f"{before}ratio" not in values:
+            continue
+        medians = groups[[f"{before}{name}" for name in VALUES]].median()
+        table[f"{before}ratio"] = medians[f"{before}ratio"]
+        table[f"{before}largest_ratio"] = groups[f"{before}ratio"].max()
+        with np.errstate(over="ignore"):
+            # Capped at the largest float64; the logarithm has the truth.
+            for name in ("next", "double"):
+                capped = np.minimum(np.exp(medians[f"{before}log_{name}"]), np.finfo(np.float64).max)
+                table[f"{before}{name}_ratio"] = capped
+        for name in ("log_double", "softmax_ratio", "tail_exponent", *COUNTS):
+            table[f"{before}{name}"] = medians[f"{before}{name}"]
+    return table.reset_index()

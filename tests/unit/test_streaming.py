@@ -1,0 +1,186 @@
+"""Statistics of long texts in strips, against the code that holds the whole kernel, and against sorting."""
+
+from __future__ import annotations
+
+import math
+import tracemalloc
+
+import numpy as np
+import pytest
+import torch
+
+from approxkmv import log_kernel
+from approxkmv.errors import InputError, NonFiniteError
+from approxkmv.statistics import head_statistics
+from approxkmv.statistics.streaming import SHARES, Largest, add_strip_by_torch, length_statistics
+from approxkmv.statistics.streaming_cpu import add_strip, keys_holding
+
+# What is promised; both sides are good to about 1e-11.
+RELATIVE = 1e-6
+
+
+def random_head(seed: int, n: int, d: int, spread: float) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    q, k = (spread * torch.randn(n, d, generator=generator, dtype=torch.float64) for _ in range(2))
+    return q, k
+
+
+def rising(n: int, d: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every strip exceeds all before, so that the candidates are cut again and again."""
+    q, k = random_head(5, n, d, 0.1)
+    steps = torch.linspace(1.0, 0.0, n, dtype=torch.float64).unsqueeze(1)
+    return q + 9 * steps, k
+
+
+def few_values(n: int, d: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(8)
+    q, k = (torch.randint(0, 2, (n, d), generator=generator).double() for _ in range(2))
+    return q, k
+
+
+N = 333
+HEADS = {
+    "diffuse": random_head(0, N, 16, 0.3),
+    "ordinary": random_head(1, N, 16, 1.2),
+    "logits of 10^4": random_head(2, N, 16, 60.0),
+    "rising": rising(N, 16),
+    "falling": tuple(x.flip(0) for x in rising(N, 16)),
+    "many ties": few_values(N, 5),
+    "all equal": (torch.ones(N, 4, dtype=torch.float64), torch.ones(N, 4, dtype=torch.float64)),
+}
+
+
+def keys_by_sorting(logs: torch.Tensor, causal: bool) -> torch.Tensor:
+    if causal:
+        logs = logs.masked_fill(torch.ones_like(logs, dtype=torch.bool).triu(1), -torch.inf)
+    mass = logs.softmax(1).sort(1, descending=True).values.cumsum(1)
+    # A hair under the share: a uniform row reaches 0.9 exactly, give or take the rounding of its sum.
+    return torch.stack([(mass < share - 1e-12).sum(1) + 1 for share in SHARES], 1)
+
+
+@pytest.mark.parametrize("block", [40, 2048])
+@pytest.mark.parametrize("head", HEADS)
+def test_strips_equal_the_whole_kernel(head, block):
+    q, k = HEADS[head]
+    found = length_statistics(q, k, causal=True, block=block)[0]
+    for ours, causal in zip(found, (False, True), strict=True):
+        expected = head_statistics(q, k, N, causal=causal)
+        np.testing.assert_allclose(ours.ratio, expected.ratios[-1], rtol=RELATIVE, atol=1e-290)
+        np.testing.assert_allclose(ours.softmax_ratio, expected.softmax_ratio, rtol=RELATIVE, atol=1e-290)
+        # Differences of logarithms whose size sets their rounding.
+        absolute = 1e-13 * (1 + float(log_kernel(q, k).abs().max()))
+        np.testing.assert_allclose(ours.log_next, expected.log_next, rtol=RELATIVE, atol=absolute)
+        np.testing.assert_allclose(ours.log_double, expected.log_double, rtol=RELATIVE, atol=absolute)
+        # The small-n code ends at 1e-307, this one does not.
+        if float(expected.tail_exponent) * math.log(N) < 700:
+            np.testing.assert_allclose(ours.tail_exponent, expected.tail_exponent, rtol=RELATIVE)
+        if head != "all equal":
+            counts = keys_by_sorting(log_kernel(q, k), causal).double()
+            np.testing.assert_allclose(ours.mean_keys, counts.mean(0), rtol=RELATIVE)
+            np.testing.assert_allclose(ours.median_keys, np.median(counts.numpy(), 0))
+            assert ours.largest_keys == tuple(counts.amax(0).int().tolist())
+
+
+def test_uniform_rows_need_their_share_of_keys():
+    found = length_statistics(*HEADS["all equal"])[0][0]
+    # One more or less by the rounding of the sum.
+    np.testing.assert_allclose(found.mean_keys, [math.ceil(share * N) for share in SHARES], atol=1)
+    assert found.ratio == pytest.approx(N - 1, rel=1e-12)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("head", HEADS)
+def test_plain_torch_and_the_compiled_loop_agree(head, causal):
+    q, k = HEADS[head]
+    logs = log_kernel(q, k)
+    results = []
+    for add in (add_strip, add_strip_by_torch):
+        kernel, softmax = Largest(N, logs.device), Largest(N, logs.device)
+        keys: list[torch.Tensor] = []
+        for first in range(0, N, 50):
+            add(kernel, softmax, keys, logs[first : first + 50], first, causal)
+        results.append((*kernel.finish(), *softmax.finish()))
+        counts = torch.cat(keys)
+        results[-1] += (*counts.double().mean(0).tolist(),) if head != "all equal" else ()
+    np.testing.assert_allclose(*results, rtol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["random", "equal", "two values", "one large"])
+def test_keys_holding_a_share_come_first(kind):
+    weights = np.random.default_rng(0).exponential(size=500)
+    if kind == "equal":
+        weights[:] = 1.0
+    elif kind == "two values":
+        weights = np.where(weights > 1, 2.0, 1.0)
+    elif kind == "one large":
+        weights[77] = 1e6
+    for share in (0.0001, 0.5, 0.9001, 0.99, 1.0):
+        goal = share * weights.sum()
+        mine = weights.copy()
+        found = keys_holding(mine, mine.size, goal)
+        mass = np.sort(weights)[::-1].cumsum()
+        # The last share may need one key fewer or more by the rounding of the sum.
+        assert abs(found - (int((mass < goal * (1 - 1e-13)).sum()) + 1)) <= (share == 1.0)
+        np.testing.assert_array_equal(np.sort(mine[:found]), np.sort(weights)[-found:])
+
+
+def test_several_heads_equal_each_alone_and_kinds_of_array_agree():
+    q, k = (torch.stack([random_head(seed, 90, 8, 1.0)[i] for seed in (1, 2, 3)]) for i in (0, 1))
+    together = length_statistics(q, k, causal=True)
+    assert len(together) == 3
+    for head in range(3):
+        alone = length_statistics(q[head].numpy(), k[head].numpy(), causal=True)[0]
+        for one, other in zip(together[head], alone, strict=True):
+            assert one.ratio == pytest.approx(other.ratio, rel=1e-12)
+            assert one.mean_keys == other.mean_keys
+
+
+def test_nothing_of_size_n_squared_is_held():
+    q, k = random_head(3, 3000, 4, 0.5)
+    length_statistics(q[:100], k[:100])
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        tracemalloc.start()
+        largest = 0
+
+        class Watched(Largest):
+            def add(self, values, log_far):
+                nonlocal largest
+                super().add(values, log_far)
+                largest = max(largest, self._count)
+
+        kernel = Watched(3000, q.device)
+        from approxkmv.statistics.streaming import _strips
+
+        strips = 0
+        for first, logits in _strips(q[None], k[None], 0.5, 256):
+            assert logits.numel() <= 256 * 256
+            add_strip(kernel, Largest(3000, q.device), [], logits[0], first, False)
+            strips += 1
+        assert strips > 100
+        # NumPy's own memory; torch's strips are bounded above.
+        assert tracemalloc.get_traced_memory()[1] < 3000 * 3000
+        assert largest <= 12 * 3000
+    finally:
+        tracemalloc.stop()
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("add", [add_strip, add_strip_by_torch])
+def test_logits_beyond_their_type_are_one_line(add):
+    logits = torch.zeros(3, 9, dtype=torch.float64)
+    logits[1, 4] = torch.inf
+    with pytest.raises(NonFiniteError, match="is beyond") as caught:
+        add(Largest(9, logits.device), Largest(9, logits.device), [], logits, 0, False)
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_input_is_one_line():
+    with pytest.raises(InputError, match="at least 3"):
+        length_statistics(torch.ones(2, 4), torch.ones(2, 4))
+    with pytest.raises(InputError, match="heads, n, d"):
+        length_statistics(torch.ones(5, 4), torch.ones(6, 4))
+    huge = torch.full((4, 3), 1e200, dtype=torch.float64)
+    with pytest.raises(NonFiniteError, match="float64"):
+        length_statistics(huge, huge)
