@@ -18,6 +18,7 @@ _MODULES = {
     "mean": "mean",
     "uniform": "uniform",
     "own-key": "own_key",
+    "local-expansion": "local_expansion",
 }
 
 
