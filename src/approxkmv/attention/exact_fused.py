@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from approxkmv.attention.acceleration import compiled_loops
 from approxkmv.attention.contract import Method, UnavailableError
 
 # Below this row sum the shift was so far above the row's maximum that float32 may have lost whole terms: the
@@ -33,6 +34,7 @@ def _by_bound(
     shifted_q = torch.cat([q, -shift.unsqueeze(1)], 1)
     keys_and_one = torch.cat([k, k.new_ones(len(k), 1)], 1)
     columns = v.mT.contiguous().mT  # each column contiguous
+    loops = compiled_loops() if v.shape[1] <= _FEW_COLUMNS else None
     numerators, row_sums = q.new_zeros(v.shape[1], n_q), q.new_zeros(n_q)
     buffer = q.new_empty(min(tile, n_q) * min(tile, len(k)))
     for i in range(0, n_q, tile):
@@ -41,8 +43,12 @@ def _by_bound(
             some = keys_and_one[j : j + tile]
             weights = buffer[: len(rows) * len(some)].view(len(rows), len(some))
             torch.mm(rows, some.mT, out=weights)
-            weights.exp_()
-            _add_products(weights, columns[j : j + tile], numerators[:, i : i + tile], row_sums[i : i + tile])
+            here = columns[j : j + tile], numerators[:, i : i + tile], row_sums[i : i + tile]
+            if loops is not None:
+                # One pass over the tile for the exponential and all its sums
+                loops.add_exponentials(weights.numpy(), here[0].mT.numpy(), here[1].numpy(), here[2].numpy())
+            else:
+                _add_products(weights.exp_(), *here)
     return numerators.mT, row_sums
 
 

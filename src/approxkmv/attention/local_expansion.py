@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from approxkmv.attention import exact_fused
+from approxkmv.attention.acceleration import compiled_loops, over_threads
 from approxkmv.attention.contract import Method, UnavailableError, per_batch
 
 # Each column of v costs d more columns in the far sums, so that many columns keep the block's mean far value.
@@ -24,7 +25,9 @@ _ROWS_OF_BFLOAT16 = 16
 _KEYS_OF_BFLOAT16 = 64
 # One key in so many decides the threshold above which a block's keys are near.
 _SAMPLED_KEYS = 8
-_UNDERFLOW = 1e-25
+_FEW_COLUMNS = 8
+# The compiled loop takes four queries and four coordinates at a time.
+_ROWS_OF_LOOP = 4
 
 
 def native_bfloat16() -> bool:
@@ -106,6 +109,65 @@ def rotate(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     return q @ axes, k @ axes, values.flip(0).clamp_min(0)
 
 
+def near_sums(
+    blocks: Blocks,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    chosen: np.ndarray,
+    ends: np.ndarray,
+    floor: torch.Tensor,
+    low: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Row sums and numerators (rows, 1 + d_v) over the near keys, and the log that each block's are divided by.
+
+    Block b's near keys are chosen[ends[b-1]:ends[b]]; its log is at least floor[b].
+    """
+    count, d_v = len(blocks.sizes), v.shape[1]
+    sums, shifts = torch.empty(len(blocks.deltas), 1 + d_v), torch.empty(count)
+    loops = compiled_loops() if d_v <= _FEW_COLUMNS else None
+    if loops is not None:
+        starts, sizes = np.array(blocks.starts), np.array(blocks.sizes)
+        tensors = [t.contiguous().numpy() for t in (k, v, blocks.centres, floor, shifts, sums)]
+        given = (blocks.deltas.numpy(), starts, sizes, tensors[0], tensors[1], chosen, ends, *tensors[2:])
+        over_threads(lambda first, last: loops.near_sums(first, last, *given), count)
+        return sums, shifts
+    step = _KEYS_OF_BFLOAT16 if low == torch.bfloat16 else 1
+    indices = torch.from_numpy(chosen)
+    most = int(np.diff(ends, prepend=0).max())
+    most = -(-most // step) * step
+    keys = torch.zeros(most, k.shape[1])
+    low_keys = keys if low == torch.float32 else torch.zeros(most, k.shape[1], dtype=low)
+    pairs = torch.zeros(most, 1 + d_v)
+    space = torch.empty(max(blocks.sizes) * most, dtype=low)
+    low_deltas = blocks.deltas.to(low)
+    begin = 0
+    for b, (start, rows, end) in enumerate(zip(blocks.starts, blocks.sizes, ends.tolist(), strict=True)):
+        here = indices[begin:end]
+        m = end - begin
+        wide = -(-m // step) * step
+        begin = end
+        torch.index_select(k, 0, here, out=keys[:m])
+        base = keys[:m] @ blocks.centres[b]
+        shifts[b] = torch.maximum(base.max(), floor[b])
+        part = pairs[:wide]
+        part[m:] = 0
+        torch.exp(base - shifts[b], out=part[:m, 0])
+        torch.mul(v[here], part[:m, :1], out=part[:m, 1:])
+        if low == torch.bfloat16:
+            low_keys[:m] = keys[:m]
+        logits = space[: rows * wide].view(rows, wide)
+        torch.mm(low_deltas[start : start + rows], low_keys[:wide].mT, out=logits)
+        logits.exp_()
+        if low == torch.bfloat16:
+            sums[start : start + rows] = torch.mm(logits, part.to(low)).float()
+        elif d_v < _FEW_COLUMNS:
+            for c in range(1 + d_v):
+                sums[start : start + rows, c] = torch.mv(logits, part[:, c])
+        else:
+            torch.mm(logits, part, out=sums[start : start + rows])
+    return sums, shifts
+
+
 def attend(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -125,9 +187,13 @@ def attend(
     if near >= n_k:
         return exact_fused.attend(q, k, v, scale, 512)
     low = torch.bfloat16 if products == "bfloat16" else torch.float32
-    multiple, step = (_ROWS_OF_BFLOAT16, _KEYS_OF_BFLOAT16) if low == torch.bfloat16 else (1, 1)
+    looped = d_v <= _FEW_COLUMNS and compiled_loops() is not None
+    multiple = _ROWS_OF_LOOP if looped else _ROWS_OF_BFLOAT16 if low == torch.bfloat16 else 1
     original = q, k
     q, k, spread = rotate(q * scale, k)
+    if d % 4:
+        q, k = (torch.nn.functional.pad(t, (0, -d % 4)) for t in (q, k))
+        d = q.shape[1]
     # A step of the query along an axis changes its logits by the keys' spread along it; the power below one half
     # keeps some weight on the other axes, along which the keys near the top may still differ.
     metric = spread[:directions].pow(0.4)
@@ -165,48 +231,19 @@ def attend(
         directions_of_far.append(tilts.mT)
     far_axes = torch.cat(directions_of_far, 2)
 
-    # near keys, block by block
-    deltas, low_deltas = blocks.deltas, blocks.deltas.to(low)
-    chosen_flat = np.flatnonzero(is_near.numpy())
-    ends = np.searchsorted(chosen_flat, np.arange(1, count + 1) * n_k).tolist()
-    chosen_all = torch.from_numpy(chosen_flat % n_k)
-    answer = q.new_empty(len(deltas), d_v)
-    most = max(end - start for start, end in zip([0, *ends], ends, strict=False))
-    most = -(-most // step) * step
-    keys = torch.zeros(most, d)
-    low_keys = keys if low == torch.float32 else torch.zeros(most, d, dtype=low)
-    pairs = torch.zeros(most, 1 + d_v, dtype=torch.float32)
-    space = torch.empty(max(blocks.sizes) * most, dtype=low)
-    begin = 0
-    for b, (start, rows, end) in enumerate(zip(blocks.starts, blocks.sizes, ends, strict=True)):
-        chosen = chosen_all[begin:end]
-        m = end - begin
-        wide = -(-m // step) * step
-        begin = end
-        torch.index_select(k, 0, chosen, out=keys[:m])
-        base = keys[:m] @ blocks.centres[b]
-        shift = torch.maximum(base.max(), far_log[b])
-        part = pairs[:wide]
-        part[m:] = 0
-        torch.exp(base - shift, out=part[:m, 0])
-        torch.mul(v[chosen], part[:m, :1], out=part[:m, 1:])
-        if low == torch.bfloat16:
-            low_keys[:m] = keys[:m]
-        logits = space[: rows * wide].view(rows, wide)
-        torch.mm(low_deltas[start : start + rows], low_keys[:wide].mT, out=logits)
-        logits.exp_()
-        if low == torch.bfloat16:
-            both = torch.mm(logits, part.to(low)).float()
-        elif d_v < 8:
-            both = torch.stack([torch.mv(logits, part[:, c]) for c in range(1 + d_v)], 1)
-        else:
-            both = logits @ part
-        offsets = deltas[start : start + rows] @ far_axes[b]
-        far_weight = (offsets[:, :1] + (far_log[b] - shift)).exp_()
-        far_value = far_v[b] + offsets[:, 1:] if tilted else far_v[b]
-        both[:, 1:].addcmul_(far_weight, far_value)
-        both[:, :1] += far_weight
-        answer[start : start + rows] = both[:, 1:] / both[:, :1]
+    chosen = np.flatnonzero(is_near.numpy())
+    ends = np.searchsorted(chosen, np.arange(1, count + 1) * n_k)
+    chosen %= n_k
+    exact_sums, shifts = near_sums(blocks, k, v, chosen, ends, far_log, low)
+
+    # the far key of each block, seen from each of its queries
+    offsets = torch.empty(len(blocks.deltas), far_axes.shape[2])
+    for b, (start, rows) in enumerate(zip(blocks.starts, blocks.sizes, strict=True)):
+        torch.mm(blocks.deltas[start : start + rows], far_axes[b], out=offsets[start : start + rows])
+    of_row = torch.from_numpy(np.repeat(np.arange(count), blocks.sizes))
+    far_weight = (offsets[:, :1] + (far_log - shifts)[of_row].unsqueeze(1)).exp_()
+    far_value = far_v[of_row] + offsets[:, 1:] if tilted else far_v[of_row]
+    answer = (exact_sums[:, 1:] + far_weight * far_value) / (exact_sums[:, :1] + far_weight)
 
     out = torch.empty(n, d_v)
     out[blocks.order] = answer[blocks.rows]
