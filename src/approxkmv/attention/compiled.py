@@ -55,12 +55,38 @@ def add_exponentials(logits, columns, numerators, row_sums):
 
 
 @njit(fastmath=_FLAGS, nogil=True, cache=True)
-def near_sums(low, high, deltas, starts, sizes, k, v, chosen, ends, centres, far_log, shifts, sums):
-    """Exact sums over the near keys of the blocks low to high - 1, for each of their queries.
+def centre_blocks(q, order, firsts, counts, starts, deltas, centres, variances):
+    """Fill deltas (rows, d), centres and variances (blocks, d) from the queries q (n, d), block after block."""
+    d = q.shape[1]
+    for b in range(len(counts)):
+        share = _f(1.0) / _f(counts[b])
+        for p in range(d):
+            centres[b, p] = _f(0.0)
+            variances[b, p] = _f(0.0)
+        for i in range(counts[b]):
+            query = order[firsts[b] + i]
+            for p in range(d):
+                centres[b, p] += q[query, p]
+        for p in range(d):
+            centres[b, p] *= share
+        for i in range(counts[b]):
+            query = order[firsts[b] + i]
+            row = starts[b] + i
+            for p in range(d):
+                delta = q[query, p] - centres[b, p]
+                deltas[row, p] = delta
+                variances[b, p] += delta * delta
+        for p in range(d):
+            variances[b, p] *= share
+
+
+@njit(fastmath=_FLAGS, nogil=True, cache=True)
+def sums_of_keys(low, high, deltas, starts, sizes, chosen, ends, k, v, extra, centres, scales, sums):
+    """Sums of exp(q.k + extra) [1, v] over the chosen keys of the blocks low to high - 1, for each of their queries.
 
     deltas (rows, d) with d a multiple of 4 and each block's starts and sizes multiples of 4; chosen[ends[b-1]:ends[b]]
-    the near keys of block b. shifts (blocks,) receives the exponent that block's sums are scaled by, at least far_log;
-    sums (rows, 1 + d_v) receives the row sums and the numerators.
+    the keys of block b. scales (blocks,) receives the exponent that the block's sums are divided by; sums
+    (rows, 1 + d_v), zero on entry, the row sums and the numerators.
     """
     d = deltas.shape[1]
     width = v.shape[1]
@@ -74,18 +100,16 @@ def near_sums(low, high, deltas, starts, sizes, k, v, chosen, ends, centres, far
         a1 = np.empty(_KEYS, np.float32)
         a2 = np.empty(_KEYS, np.float32)
         a3 = np.empty(_KEYS, np.float32)
-        shift = far_log[b]
+        shift = _f(-np.inf)
         for j in range(count):
             key = chosen[begin + j]
             dot = _f(0.0)
             for p in range(d):
                 dot += centres[b, p] * k[key, p]
+            dot += extra[begin + j]
             base[j] = dot
             shift = max(shift, dot)
-        shifts[b] = shift
-        for i in range(starts[b], starts[b] + sizes[b]):
-            for c in range(1 + width):
-                sums[i, c] = _f(0.0)
+        scales[b] = shift
         for first in range(0, count, _KEYS):
             some = min(_KEYS, count - first)
             for j in range(some):
