@@ -18,6 +18,8 @@ _MODULES = {
     "mean": "mean",
     "uniform": "uniform",
     "own-key": "own_key",
+    "approxkmv-paper": "approxkmv_paper",
+    "approxkmv": "approxkmv",
     "local-expansion": "local_expansion",
 }
 
