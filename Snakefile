@@ -15,6 +15,7 @@ include: "workflow/rules/models.smk"
 include: "workflow/rules/statistics.smk"
 include: "workflow/rules/figures.smk"
 include: "workflow/rules/complexity.smk"
+include: "workflow/rules/sweep.smk"
 
 
 localrules:
@@ -28,6 +29,7 @@ rule all:
         rules.figures.input,
         f"{RESULTS}/tables/paper_comparison.csv" if MODELS and not STUDY.lengths else [],
         rules.complexity.output if STUDY.complexity else [],
+        rules.sweep.output if STUDY.sweep else [],
     conda:
         "environment.yml"
 

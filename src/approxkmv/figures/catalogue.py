@@ -9,11 +9,14 @@ from approxkmv.errors import ConfigError
 from approxkmv.figures import (
     complexity,
     context_scaling,
+    crossover,
+    error_vs_time,
     growth,
     growth_curves,
     length_scaling,
     max_ratios,
     order_ratios,
+    speedup,
 )
 
 PER_MODEL = {
@@ -26,6 +29,9 @@ PER_MODEL = {
 PER_STUDY = {
     "context_scaling": context_scaling.draw,
     "complexity": lambda tables, _, stem: complexity.draw(tables / "complexity.csv", stem),
+    "speedup": lambda tables, _, stem: speedup.draw(tables / "sweep.csv", stem),
+    "error_vs_time": lambda tables, _, stem: error_vs_time.draw(tables / "sweep.csv", stem),
+    "crossover": lambda tables, _, stem: crossover.draw(tables / "sweep.csv", stem),
 }
 
 
