@@ -1,10 +1,10 @@
 """The algorithm's idea in practice: heavy keys exactly, unbiased estimates of the light keys' sums.
 
 The heavy keys are the near keys of a block of queries (`expansion`); the light keys are sampled with probability
-proportional to their expected weight in the block. The far key of the expansion, whose sums over all light keys are
-known, is the control variate: what is sampled is the difference. Numerators and row sums are unbiased for every query,
-given the clustering. The budget of samples is spread over the blocks in proportion to the predicted deviation of their
-rows, which depends on no sample, so that it leaves the estimates unbiased.
+proportional to their expected weight in the block. The far key of the expansion, whose sums over all light keys
+are known, is the control variate: what is sampled is the difference. Numerators and row sums are unbiased for every
+query, given the clustering. The budget of samples is spread over the blocks in proportion to the predicted deviation
+of their rows, which depends on no sample, so that it leaves the estimates unbiased.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _LEAST_SAMPLES = 4
 def budgets(e: Expansion, share: torch.Tensor, samples: int) -> torch.Tensor:
     """Samples (blocks,) for each block, `samples` on average, from the deviation predicted for its rows.
 
-    share (rows,) is the part of each row's sum that is far. Relative to it, one sample of the difference has about the
-    variance exp(s) - 1 - s of a lognormal beyond its first order, s being that of the query's logits.
+    share (rows,) is the part of each row's sum that is far. Relative to it, one sample of the difference has about
+    the variance exp(s) - 1 - s of a lognormal beyond its first order, s being that of the query's logits.
     """
     spread = torch.nn.functional.pad(e.spread, (0, e.blocks.deltas.shape[1] - len(e.spread)))
     s = (e.blocks.deltas.square() @ spread).clamp_max(10.0)
@@ -129,7 +129,7 @@ def _approxkmv(
 method = Method(
     name="approxkmv",
     compute=_approxkmv,
-    summary="heavy keys exactly, light keys by unbiased sampling with a control variate and a budget per block of rows",
+    summary="heavy keys exactly, light keys by unbiased sampling with a control variate and budgets by variance",
     defaults={"block": 128, "near": 256, "samples": 32, "directions": 48, "iterations": 3, "sampled": 16},
     grid=[
         {"block": 512, "near": 64, "samples": 8},

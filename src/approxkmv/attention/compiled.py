@@ -84,9 +84,9 @@ def centre_blocks(q, order, firsts, counts, starts, deltas, centres, variances):
 def sums_of_keys(low, high, deltas, starts, sizes, chosen, ends, k, v, extra, centres, scales, sums):
     """Sums of exp(q.k + extra) [1, v] over the chosen keys of the blocks low to high - 1, for each of their queries.
 
-    deltas (rows, d) with d a multiple of 4 and each block's starts and sizes multiples of 4; chosen[ends[b-1]:ends[b]]
-    the keys of block b. scales (blocks,) receives the exponent that the block's sums are divided by; sums
-    (rows, 1 + d_v), zero on entry, the row sums and the numerators.
+    deltas (rows, d) with d, starts and sizes multiples of 4; chosen[ends[b-1]:ends[b]] the keys of block b. scales
+    (blocks,) receives the exponent that the block's sums are divided by; sums (rows, 1 + d_v), zero on entry, the row
+    sums and the numerators.
     """
     d = deltas.shape[1]
     width = v.shape[1]

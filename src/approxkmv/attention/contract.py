@@ -99,7 +99,7 @@ def check_inputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
 def per_batch(
     single: Callable[..., torch.Tensor], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seed: int
 ) -> torch.Tensor:
-    """Apply single(q, k, v, generator) to float32 matrices, one batch entry after the other, and stack the answers."""
+    """Apply single(q, k, v, generator) to the float32 matrices of each batch entry in turn, and stack the answers."""
     generator = torch.Generator(device=q.device).manual_seed(seed)
     answers = [single(*(t[i].float() for t in (q, k, v)), generator) for i in range(q.shape[0])]
     return torch.stack(answers).to(v.dtype)

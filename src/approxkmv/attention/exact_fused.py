@@ -24,11 +24,9 @@ def _add_products(weights: torch.Tensor, v: torch.Tensor, numerators: torch.Tens
         numerators.addmm_(v.mT, weights.mT)
 
 
-def _by_bound(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tile: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _by_bound(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tile: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Numerators (n_q, d_v) and row sums (n_q,), row i times exp(-|q_i| max_j |k_j|), which is at most 1 each."""
-    n_q, d = q.shape
+    n_q = len(q)
     shift = q.square().sum(1).sqrt() * k.square().sum(1).max().sqrt()
     # The shift rides in the product as one more column, which saves a pass over every tile.
     shifted_q = torch.cat([q, -shift.unsqueeze(1)], 1)
@@ -82,7 +80,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, tile
     lost = (row_sums < _UNDERFLOW).nonzero().squeeze(1)
     if len(lost):
         again, sums = _by_running_maximum(q[lost], k, v, tile)
-        numerators, row_sums = numerators.contiguous(), row_sums
+        numerators = numerators.contiguous()
         numerators[lost], row_sums[lost] = again, sums
     return numerators / row_sums.unsqueeze(1)
 

@@ -2,8 +2,8 @@
 
 With q = c + delta in a block with centre c and (diagonal) covariance V, exp(q.k) = exp(c.k + k'Vk/2)
 exp(delta.k - k'Vk/2), where the second factor has mean one over the block if its queries are Gaussian. The first
-factor ranks the keys: a block's `near` highest are summed exactly for each of its queries, the others with that weight
-into one far key per block, to first order in delta in the weights and, for few value columns, in the values.
+factor ranks the keys: a block's `near` highest are summed exactly for each of its queries, the others with that
+weight into one far key per block, to first order in delta in the weights and, for few value columns, in the values.
 """
 
 from __future__ import annotations

@@ -19,7 +19,8 @@ def _build(kind: type[T], given: Mapping[str, Any], where: str) -> T:
     for key in given:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
-            raise ConfigError(f"{where} has no key {key!r}; " + (f"did you mean {near[0]!r}?" if near else str(known)))
+            hint = f"did you mean {near[0]!r}?" if near else f"it has: {', '.join(known)}"
+            raise ConfigError(f"{where} has no key {key!r}; {hint}")
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
     try:
         return kind(**values)

@@ -39,8 +39,8 @@ def tune(
 ) -> list[Choice]:
     """Walk the grid from its cheap end until the smallest target is reached.
 
-    error_of(parameters, i) is the error with the i-th tuning seed. An error that is not finite reaches nothing. With a
-    band the error must lie within target +- band, so that an answer better than was asked for does not count.
+    error_of(parameters, i) is the error with the i-th tuning seed. An error that is not finite reaches nothing.
+    With a band the error must lie within target +- band, so that an answer better than was asked for does not count.
     Raises UnavailableError when no setting of the grid can run.
     """
     trials: list[Trial] = []
@@ -49,8 +49,8 @@ def tune(
         parameters = method.parameters(given)
         try:
             measured = [error_of(parameters, i) for i in range(len(seeds) if method.seeded else 1)]
-        except UnavailableError as error:
-            refused = error
+        except UnavailableError as refusal:
+            refused = refusal
             continue
         error = float(np.median(measured))
         trials.append(Trial(parameters, error if np.isfinite(error) else float("inf")))

