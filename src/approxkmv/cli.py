@@ -317,9 +317,7 @@ def sweep(
     tuning_capture: Annotated[Path | None, typer.Option("--tuning-capture", help="The same, for tuning.")] = None,
     settings: Annotated[
         Path | None,
-        typer.Option(
-            "--settings", help="A JSON file with one sweep, in place of --config."
-        ),
+        typer.Option("--settings", help="A JSON file with one sweep, in place of --config."),
     ] = None,
     config: Config = CONFIG,
     study: StudyName = None,

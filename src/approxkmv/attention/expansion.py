@@ -220,9 +220,7 @@ def expand(
     if tilted:
         products = sums[:, d + 1 + d_v :].view(len(blocks), d_v, d) / total.unsqueeze(2)
         far_tilt = products - far_value.unsqueeze(2) * far_key.unsqueeze(1)
-    return Expansion(
-        blocks, k, v, spread, logs, weights, highest, chosen, ends, far_log, far_key, far_value, far_tilt
-    )
+    return Expansion(blocks, k, v, spread, logs, weights, highest, chosen, ends, far_log, far_key, far_value, far_tilt)
 
 
 def sums_of_keys(

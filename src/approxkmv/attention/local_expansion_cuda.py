@@ -100,9 +100,7 @@ def steps(
     return answer.scatter_(1, order.unsqueeze(2).expand(-1, -1, d_v), out[:, :n]).to(v.dtype)
 
 
-def _captured(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, given: dict[str, Any]
-) -> Callable[..., torch.Tensor]:
+def _captured(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, given: dict[str, Any]) -> Callable[..., torch.Tensor]:
     static = tuple(t.clone() for t in (q, k, v))
     stream = torch.cuda.Stream(q.device)
     stream.wait_stream(torch.cuda.current_stream(q.device))
