@@ -14,6 +14,8 @@ include: "workflow/rules/texts.smk"
 include: "workflow/rules/models.smk"
 include: "workflow/rules/statistics.smk"
 include: "workflow/rules/figures.smk"
+include: "workflow/rules/complexity.smk"
+include: "workflow/rules/sweep.smk"
 
 
 localrules:
@@ -25,7 +27,9 @@ rule all:
     default_target: True
     input:
         rules.figures.input,
-        [] if STUDY.lengths else f"{RESULTS}/tables/paper_comparison.csv",
+        f"{RESULTS}/tables/paper_comparison.csv" if MODELS and not STUDY.lengths else [],
+        rules.complexity.output if STUDY.complexity else [],
+        rules.sweep.output if STUDY.sweep else [],
     conda:
         "environment.yml"
 

@@ -10,6 +10,10 @@ if TYPE_CHECKING:
     from approxkmv.kernels import AttentionReduction as AttentionReduction
     from approxkmv.kernels import log_kernel as log_kernel
     from approxkmv.kernels import reduce_attention as reduce_attention
+    from approxkmv.kmv.algorithm import KMVResult as KMVResult
+    from approxkmv.kmv.algorithm import approx_kmv as approx_kmv
+    from approxkmv.kmv.attention import approx_attention as approx_attention
+    from approxkmv.kmv.eigenvalue import top_eigenvalue as top_eigenvalue
     from approxkmv.statistics import OrderRatios as OrderRatios
     from approxkmv.statistics import head_to_tail_ratios as head_to_tail_ratios
     from approxkmv.statistics import order_ratios as order_ratios
@@ -25,6 +29,10 @@ _HOME = {
     "OrderRatios": "approxkmv.statistics",
     "head_to_tail_ratios": "approxkmv.statistics",
     "order_ratios": "approxkmv.statistics",
+    "approx_kmv": "approxkmv.kmv.algorithm",
+    "KMVResult": "approxkmv.kmv.algorithm",
+    "approx_attention": "approxkmv.kmv.attention",
+    "top_eigenvalue": "approxkmv.kmv.eigenvalue",
 }
 
 __all__ = sorted(_HOME)

@@ -66,12 +66,13 @@ def texts(
     log: Log = None,
 ) -> None:
     """Read the corpus, cut it into the study's unit of text, and draw the study's texts."""
+    from approxkmv.config import corpus_of
     from approxkmv.progress import log_to, step
     from approxkmv.steps.texts import write_texts
 
     log_to(log)
     chosen = _study(config, study)
-    with step(f"texts      {chosen.corpus.name}") as notes:
+    with step(f"texts      {corpus_of(chosen).name}") as notes:
         notes.append(f"{write_texts(chosen, out)} texts")
 
 
@@ -251,7 +252,9 @@ def figure(
     name: Annotated[str, typer.Argument(help="A figure of the catalogue, as max_ratios or context_scaling.")],
     tables: Annotated[Path, typer.Option("--tables", help="Folder of the models' tables.")],
     stem: Annotated[Path, typer.Option("--out", help="Where to write, without a suffix: makes OUT.pdf and OUT.png.")],
-    models: Annotated[list[str], typer.Option("--model", help="A model; give several for context_scaling.")],
+    models: Annotated[
+        list[str] | None, typer.Option("--model", help="A model; give several for context_scaling.")
+    ] = None,
     log: Log = None,
 ) -> None:
     """Draw one figure from tables alone."""
@@ -260,7 +263,93 @@ def figure(
 
     log_to(log)
     with step(f"figure     {stem.name}"):
-        draw(name, tables, models, stem)
+        draw(name, tables, models or [], stem)
+
+
+@app.command()
+def complexity(
+    counts_out: Annotated[Path, typer.Option("--counts-out", help="CSV file to write: evaluations at each n.")],
+    fits_out: Annotated[Path, typer.Option("--fits-out", help="CSV file to write: exponents and crossings.")],
+    config: Config = CONFIG,
+    study: StudyName = None,
+    log: Log = None,
+) -> None:
+    """Count what ApproxKMV with its printed constants costs against n, and fit exponents."""
+    from approxkmv.progress import log_to, step
+
+    log_to(log)
+    chosen = _study(config, study)
+    with step("complexity of ApproxKMV as printed"):
+        from approxkmv.provenance import describe
+        from approxkmv.steps.complexity import count
+
+        count(chosen, counts_out, fits_out, describe())
+
+
+@app.command("model-heads")
+def model_heads(
+    location: Annotated[Path, typer.Option("--location", help="JSON file of `approxkmv fetch`.")],
+    out: Annotated[Path, typer.Option("--out", help="safetensors file to write: q, k, v of the chosen heads.")],
+    tuning_out: Annotated[Path, typer.Option("--tuning-out", help="The same on a second text, for tuning.")],
+    config: Config = CONFIG,
+    study: StudyName = None,
+    log: Log = None,
+) -> None:
+    """Capture the heads that the study's sweep takes as its workload model-qk."""
+    from approxkmv.config import corpus_entry, load_config
+    from approxkmv.errors import ConfigError
+    from approxkmv.progress import log_to, step
+
+    log_to(log)
+    chosen = _study(config, study)
+    if chosen.sweep is None or chosen.sweep["capture"] is None:
+        raise ConfigError(f"study {chosen.name} has no sweep that captures heads")
+    captured = chosen.sweep["capture"]
+    with step(f"heads      {captured['model']}, {captured['tokens']} tokens"):
+        from approxkmv.steps.fetch import read_location
+        from approxkmv.steps.model_heads import capture_heads
+
+        heads = [(layer, head) for layer, head in captured["heads"]]
+        corpus = corpus_entry(load_config(config), captured["corpus"])
+        capture_heads(read_location(location), corpus, captured["tokens"], heads, out, tuning_out)
+
+
+@app.command()
+def sweep(
+    out: Annotated[Path, typer.Option("--out", help="CSV file to write; its record is written beside it as JSON.")],
+    capture: Annotated[Path | None, typer.Option("--capture", help="Heads of a model, for model-qk.")] = None,
+    tuning_capture: Annotated[Path | None, typer.Option("--tuning-capture", help="The same, for tuning.")] = None,
+    settings: Annotated[
+        Path | None,
+        typer.Option("--settings", help="A JSON file with one sweep, in place of --config."),
+    ] = None,
+    config: Config = CONFIG,
+    study: StudyName = None,
+    log: Log = None,
+) -> None:
+    """Time attention methods against exact attention at equal error."""
+    from approxkmv.progress import LOG, log_to, step
+
+    log_to(log)
+    if settings is not None:
+        from approxkmv.sweep.settings_file import read_settings
+
+        chosen = read_settings(settings)
+    else:
+        from approxkmv.config import sweep_settings
+        from approxkmv.errors import ConfigError
+
+        asked = _study(config, study)
+        if asked.sweep is None:
+            raise ConfigError(f"study {asked.name} has no sweep: name one of the configuration's sweeps in it")
+        chosen = sweep_settings(
+            asked.sweep, str(capture) if capture else None, str(tuning_capture) if tuning_capture else None
+        )
+    with step(f"sweep      {out.stem}"):
+        from approxkmv.provenance import describe
+        from approxkmv.sweep import run_sweep
+
+        run_sweep(chosen, out, describe(), say=lambda line: LOG.info("  %s", line))
 
 
 @app.command()
@@ -278,10 +367,17 @@ def show(
 def check(config: Config = CONFIG, study: StudyName = None) -> None:
     """Check the configuration and say what a study would do."""
     chosen = _study(config, study)
-    typer.echo(
-        f"study {chosen.name}: {', '.join(chosen.models)} on "
-        f"{'all' if chosen.contexts is None else chosen.contexts} texts ({chosen.unit}) of {chosen.corpus.label}"
-    )
+    typer.echo(f"study {chosen.name}")
+    if chosen.models and chosen.corpus:
+        count = "all" if chosen.contexts is None else chosen.contexts
+        typer.echo(
+            f"  statistics: {', '.join(chosen.models)} on {count} texts ({chosen.unit}) of {chosen.corpus.label}"
+        )
+    if chosen.sweep:
+        names = ", ".join(workload["name"] for workload in chosen.sweep["workloads"])
+        typer.echo(f"  sweep {chosen.sweep_name}: {names}")
+    if chosen.complexity:
+        typer.echo(f"  complexity: n = {', '.join(map(str, chosen.complexity['sizes']))}")
 
 
 def main() -> None:

@@ -7,9 +7,12 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from approxkmv.errors import ConfigError
+
+if TYPE_CHECKING:
+    from approxkmv.sweep.settings import SweepSettings
 
 SCHEMA = Path(__file__).resolve().parents[2] / "workflow" / "schemas" / "config.schema.yaml"
 
@@ -42,7 +45,10 @@ class Study:
 
     name: str
     models: Mapping[str, ModelEntry]
-    corpus: CorpusEntry
+    corpus: CorpusEntry | None
+    complexity: Mapping[str, Any] | None
+    sweep: Mapping[str, Any] | None
+    sweep_name: str | None
     unit: str
     contexts: int | None
     seed: int
@@ -88,7 +94,14 @@ def checked(value: Any) -> dict[str, Any]:
     for name, study in config["studies"].items():
         for model in study["models"]:
             _known(model, config["models"], f"studies.{name}.models names the model")
-        _known(study["corpus"], config["corpora"], f"studies.{name}.corpus names the corpus")
+        if study["models"] and study["corpus"] is None:
+            raise ConfigError(f"studies.{name} names models but no corpus: add one of {', '.join(config['corpora'])}")
+        if study["corpus"] is not None:
+            _known(study["corpus"], config["corpora"], f"studies.{name}.corpus names the corpus")
+        if study["sweep"] is not None:
+            _known(study["sweep"], config["sweeps"], f"studies.{name}.sweep names the sweep")
+        if not study["models"] and study["complexity"] is None and study["sweep"] is None:
+            raise ConfigError(f"studies.{name} has nothing to do: give it models and a corpus, a sweep or complexity")
         if study["min_tokens"] > study["max_tokens"]:
             raise ConfigError(f"studies.{name}: min_tokens is above max_tokens")
         if study["lengths"] and max(study["lengths"]) > study["max_tokens"]:
@@ -96,6 +109,8 @@ def checked(value: Any) -> dict[str, Any]:
         if study["min_prefix"] > study["min_tokens"]:
             raise ConfigError(f"studies.{name}: min_prefix is above min_tokens, so some texts would have no prefix")
     _known(config["study"], config["studies"], "study is")
+    for name, sweep in config["sweeps"].items():
+        _check_sweep(name, sweep, config)
     return config
 
 
@@ -104,11 +119,11 @@ def study_of(config: Mapping[str, Any], name: str | None = None) -> Study:
     name = config["study"] if name is None else name
     _known(name, config["studies"], "study is")
     entry = dict(config["studies"][name])
-    corpus = config["corpora"][entry["corpus"]]
-    entry["corpus"] = CorpusEntry(
-        entry["corpus"], corpus["source"], corpus["sha256"], corpus["label"] or entry["corpus"]
-    )
+    if entry["corpus"] is not None:
+        entry["corpus"] = corpus_entry(config, entry["corpus"])
     entry["models"] = {key: model_of(config, key) for key in entry["models"]}
+    entry["sweep_name"] = entry["sweep"]
+    entry["sweep"] = None if entry["sweep"] is None else config["sweeps"][entry["sweep"]]
     for key in ("prefixes", "lengths"):
         entry[key] = tuple(sorted(entry[key]))
     return Study(name=name, **entry)
@@ -122,10 +137,53 @@ def model_of(config: Mapping[str, Any], name: str) -> ModelEntry:
     return ModelEntry(name, model["source"], model["sha256"], model["files"], label, model["paper_bound"])
 
 
+def corpus_entry(config: Mapping[str, Any], name: str) -> CorpusEntry:
+    """A corpus of a checked configuration. Raises ConfigError for an unknown name."""
+    _known(name, config["corpora"], "the corpus asked for is")
+    corpus = config["corpora"][name]
+    return CorpusEntry(name, corpus["source"], corpus["sha256"], corpus["label"] or name)
+
+
 def entry_of(study: Study, model: str) -> ModelEntry:
     """A model of a study. Raises ConfigError for an unknown name."""
     _known(model, study.models, f"the model asked of study {study.name} is")
     return study.models[model]
+
+
+def corpus_of(study: Study) -> CorpusEntry:
+    """The corpus of a study that has models. Raises ConfigError when it has none."""
+    if study.corpus is None:
+        raise ConfigError(f"study {study.name} has no corpus: it measures no model")
+    return study.corpus
+
+
+def sweep_settings(
+    sweep: Mapping[str, Any], capture: str | None = None, tuning_capture: str | None = None
+) -> SweepSettings:
+    """A sweep of a checked configuration as run_sweep takes it; captures are the files of the workload model-qk."""
+    from approxkmv.sweep.settings import SweepSettings
+
+    given = {key: value for key, value in sweep.items() if key != "capture"}
+    workloads = []
+    for workload in sweep["workloads"]:
+        filled = dict(workload)
+        if filled["heads"] is None:
+            filled["heads"] = list(range(len(sweep["capture"]["heads"]))) if sweep["capture"] else [0]
+        if filled["name"] == "model-qk":
+            filled |= {"path": capture or filled["path"], "tuning_path": tuning_capture}
+        workloads.append(filled)
+    return SweepSettings.from_mapping(given | {"workloads": workloads})
+
+
+def _check_sweep(name: str, sweep: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    captured = sweep["capture"]
+    if captured is not None:
+        _known(captured["model"], config["models"], f"sweeps.{name}.capture names the model")
+        _known(captured["corpus"], config["corpora"], f"sweeps.{name}.capture names the corpus")
+    for workload in sweep["workloads"]:
+        if workload["name"] == "model-qk" and captured is None and workload["path"] is None:
+            raise ConfigError(f"sweeps.{name} has the workload model-qk and no capture: say which heads of which model")
+    sweep_settings(sweep, "capture")
 
 
 def _known(name: str, names: Mapping[str, Any], what: str) -> None:
@@ -156,6 +214,9 @@ def _one_line(error: Any) -> str:
 
 def _fill(value: Any, schema: Mapping[str, Any]) -> None:
     """Put the schema's defaults where keys are absent."""
+    if isinstance(value, list):
+        for item in value:
+            _fill(item, schema.get("items", {}))
     if isinstance(value, dict):
         properties = schema.get("properties", {})
         for key, part in properties.items():

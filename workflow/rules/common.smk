@@ -1,13 +1,20 @@
 import os
+import re
 import sys
 
 # What all rules share: the study, its folder, and the package files that decide a result.
 from pathlib import Path
 
+from snakemake.logging import logger
+
 from approxkmv.config import checked, settings_file, study_of
 from approxkmv.errors import ConfigError
 from approxkmv.steps.shards import remove_damaged
 from approxkmv.steps.texts import shard_count
+
+# A person sees one line per finished step, from the step itself; Snakemake's own errors stay.
+if not any(re.fullmatch(r"--dry-?run|-[a-z]*n[a-z]*", word) for word in sys.argv):
+    logger.setLevel("WARNING")
 
 try:
     STUDY = study_of(checked(config))

@@ -150,17 +150,16 @@ rule length_scaling:
 
 
 def study_figures(kind):
-    """The figures of the study: those of the paper and of growth, or those of long texts."""
-    per_model = (
-        ["length_scaling"]
-        if STUDY.lengths
-        else ["max_ratios", "order_ratios", "growth", "growth_curves"]
-    )
-    names = [f"{figure}_{model}" for figure in per_model for model in MODELS]
-    return [
-        f"{RESULTS}/figures/{name}.{kind}"
-        for name in names + ([] if STUDY.lengths else ["context_scaling"])
-    ]
+    """The figures of the study: those of the paper and of growth, or those of long texts; and those of costs."""
+    if STUDY.lengths:
+        names = [f"length_scaling_{model}" for model in MODELS]
+    else:
+        per_model = ["max_ratios", "order_ratios", "growth", "growth_curves"]
+        names = [f"{figure}_{model}" for figure in per_model for model in MODELS]
+        names += ["context_scaling"] if MODELS else []
+    names += ["complexity"] if STUDY.complexity else []
+    names += ["speedup", "error_vs_time", "crossover"] if STUDY.sweep else []
+    return [f"{RESULTS}/figures/{name}.{kind}" for name in names]
 
 
 rule figures:

@@ -8,13 +8,7 @@ checkpoint texts:
     conda:
         "../../environment.yml"
     params:
-        corpus=(
-            STUDY.corpus.source,
-            STUDY.corpus.sha256,
-            STUDY.unit,
-            STUDY.contexts,
-            STUDY.seed,
-        ),
+        corpus=(str(STUDY.corpus), STUDY.unit, STUDY.contexts, STUDY.seed),
     shell:
         "approxkmv texts --config {SETTINGS} --out {output} --log {log}"
 

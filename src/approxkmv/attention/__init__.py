@@ -1,1 +1,39 @@
-"""."""
+"""The attention methods of the sweep: exact, trivial and approximate, one file each, one contract."""
+
+from __future__ import annotations
+
+import difflib
+from importlib import import_module
+
+from approxkmv.attention.contract import Method, UnavailableError
+from approxkmv.errors import InputError
+
+__all__ = ["Method", "UnavailableError", "get", "methods"]
+
+# One line per method: its name and the module of this package that defines it as `method`.
+_MODULES = {
+    "exact-naive": "exact_naive",
+    "exact-sdpa": "exact_sdpa",
+    "exact-fused": "exact_fused",
+    "mean": "mean",
+    "uniform": "uniform",
+    "own-key": "own_key",
+    "approxkmv-paper": "approxkmv_paper",
+    "approxkmv": "approxkmv",
+    "local-expansion": "local_expansion",
+}
+
+
+def methods() -> list[str]:
+    """The names of all methods, the exact ones first."""
+    return list(_MODULES)
+
+
+def get(name: str) -> Method:
+    """The method of that name. Raises InputError, with the nearest right name, when there is none."""
+    if name not in _MODULES:
+        near = difflib.get_close_matches(str(name), _MODULES, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(_MODULES)}"
+        raise InputError(f"no method is called {name!r}; {hint}")
+    method: Method = import_module(f"{__name__}.{_MODULES[name]}").method
+    return method

@@ -6,7 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from approxkmv.errors import ConfigError
-from approxkmv.figures import context_scaling, growth, growth_curves, length_scaling, max_ratios, order_ratios
+from approxkmv.figures import (
+    complexity,
+    context_scaling,
+    crossover,
+    error_vs_time,
+    growth,
+    growth_curves,
+    length_scaling,
+    max_ratios,
+    order_ratios,
+    speedup,
+)
 
 PER_MODEL = {
     "max_ratios": max_ratios.draw,
@@ -15,7 +26,13 @@ PER_MODEL = {
     "growth_curves": growth_curves.draw,
     "length_scaling": length_scaling.draw,
 }
-PER_STUDY = {"context_scaling": context_scaling.draw}
+PER_STUDY = {
+    "context_scaling": context_scaling.draw,
+    "complexity": lambda tables, _, stem: complexity.draw(tables / "complexity.csv", stem),
+    "speedup": lambda tables, _, stem: speedup.draw(tables / "sweep.csv", stem),
+    "error_vs_time": lambda tables, _, stem: error_vs_time.draw(tables / "sweep.csv", stem),
+    "crossover": lambda tables, _, stem: crossover.draw(tables / "sweep.csv", stem),
+}
 
 
 def draw(name: str, tables: Path, models: Sequence[str], stem: Path) -> list[Path]:

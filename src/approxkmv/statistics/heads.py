@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -218,9 +219,11 @@ def _run(
             if softmax:
                 softmax_statistics(log_values, causal, part.softmax[index])
 
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+    workers = min(torch.get_num_threads(), count)
+    with ThreadPoolExecutor(workers) if workers > 1 else nullcontext() as pool:
         for start, chunk in _logits(queries.reshape(-1, n, d), keys.reshape(-1, n, d), s, memory):
-            list(pool.map(one_head, range(start, start + chunk.shape[0]), chunk))
+            # The compiled functions release the interpreter's lock. One head is not worth handing to a thread.
+            list((pool.map if pool else map)(one_head, range(start, start + chunk.shape[0]), chunk))
     return [
         _Found(*(table.reshape(*batch, table.shape[1]) for table in (part.ratios, part.logs, part.softmax)))
         for part in found
@@ -228,10 +231,14 @@ def _run(
 
 
 def _logits(q: torch.Tensor, k: torch.Tensor, s: float, memory: int) -> Iterator[tuple[int, np.ndarray]]:
-    """s <q_i, k_j> - s |q_i|^2 / 2 of a few heads at a time: log K up to a constant."""
+    """s <q_i, k_j> - s |q_i|^2 / 2 of a few heads at a time: log K up to a constant.
+
+    The row's term is one more column of q against ones, which costs less than a pass over the product.
+    """
+    rows = -0.5 * s * q.square().sum(-1, keepdim=True)
+    queries = torch.cat([s * q, rows], -1)
+    keys = torch.cat([k, torch.ones_like(rows)], -1)
     at_once = max(1, memory // (8 * q.shape[1] ** 2))
     for start in range(0, q.shape[0], at_once):
-        part = q[start : start + at_once]
-        row = part.square().sum(-1, keepdim=True)
-        logits = torch.baddbmm(row, part, k[start : start + at_once].mT, beta=-0.5 * s, alpha=s)
+        logits = queries[start : start + at_once] @ keys[start : start + at_once].mT
         yield start, logits.cpu().numpy()

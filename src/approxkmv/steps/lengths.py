@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from approxkmv.config import ModelEntry, Study
+from approxkmv.config import ModelEntry, Study, corpus_of
 from approxkmv.errors import ApproxKMVError, NonFiniteError, TableError
 from approxkmv.files import read_table, write_csv, write_json
 from approxkmv.progress import progress
@@ -111,7 +111,7 @@ def summarise_lengths(
     facts = {
         "model": model.name,
         "label": model.label,
-        "corpus": study.corpus.label,
+        "corpus": corpus_of(study).label,
         "texts_used": int(values["context"].nunique()),
         "lengths": run,
         "lengths_left_out": {str(length): "no text reaches it" for length in study.lengths if length not in run},

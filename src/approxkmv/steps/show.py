@@ -14,7 +14,7 @@ def lines(results: Path) -> list[str]:
     """The message for one study's results. Raises TableError when there are none."""
     long_texts = [read_overview(path) for path in sorted((results / "tables").glob("lengths_*.json"))]
     overviews = [read_overview(path) for path in sorted((results / "tables").glob("overview_*.json"))]
-    if not overviews and not long_texts:
+    if not (results / "tables").is_dir():
         raise TableError(f"{results} has no tables: run the study first")
     out = []
     for facts in overviews:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from approxkmv.config import ModelEntry, Study
+from approxkmv.config import ModelEntry, Study, corpus_of
 from approxkmv.errors import TableError
 from approxkmv.files import write_csv, write_json
 from approxkmv.steps.measure import MASKED
@@ -42,7 +42,7 @@ def summarise(
     overview = {
         "model": model.name,
         "label": model.label,
-        "corpus": study.corpus.label,
+        "corpus": corpus_of(study).label,
         "unit": study.unit,
         "texts": len(taken),
         "texts_used": len(used),

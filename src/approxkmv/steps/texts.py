@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from approxkmv.config import Study
+from approxkmv.config import Study, corpus_of
 from approxkmv.corpora import Passage, choose_passages, read_corpus
 from approxkmv.corpora.passages import cut_into_passages
 from approxkmv.errors import TableError
@@ -15,7 +15,8 @@ from approxkmv.files import read_table, write_parquet
 
 def write_texts(study: Study, out: Path) -> int:
     """Write index, name and text of the study's texts; returns how many. Raises SourceError, ConfigError."""
-    documents = read_corpus(study.corpus.source, study.corpus.sha256)
+    corpus = corpus_of(study)
+    documents = read_corpus(corpus.source, corpus.sha256)
     chosen = choose_passages(cut_into_passages(documents, study.unit), study.contexts, study.seed)
     columns = {"index": [p.index for p in chosen], "name": [p.name for p in chosen], "text": [p.text for p in chosen]}
     write_parquet(out, pd.DataFrame(columns))

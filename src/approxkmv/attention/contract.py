@@ -1,0 +1,105 @@
+"""What every attention method of the sweep promises: one signature, its parameters and the grid that tuning walks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from approxkmv.arrays import resolve_scale
+from approxkmv.errors import ApproxKMVError, InputError
+
+Parameters = Mapping[str, Any]
+
+
+class UnavailableError(ApproxKMVError):
+    """A method cannot run on this device, with these shapes or in this memory; a sweep records why and goes on."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to compute or to approximate softmax(scale q k^T) v.
+
+    >>> import torch
+    >>> from approxkmv.attention import get
+    >>> q, k, v = torch.randn(2, 50, 16), torch.randn(2, 70, 16), torch.randn(2, 70, 3)
+    >>> tuple(get("exact-fused")(q, k, v, scale=0.25, seed=0).shape)
+    (2, 50, 3)
+
+    `compute` is the same without the checks of its input, which is what a sweep times.
+    """
+
+    name: str
+    compute: Callable[..., torch.Tensor]
+    """f(q, k, v, *, scale, seed, **parameters): every parameter given, the inputs known to be sound."""
+    summary: str
+    defaults: dict[str, Any] = field(default_factory=dict)
+    grid: Sequence[dict[str, Any]] = field(default_factory=lambda: ({},))
+    """Settings to try, cheapest first; each is completed by the defaults."""
+    exact: bool = False
+    """Whether its error is rounding alone."""
+    trivial: bool = False
+    """Whether it is a row that any method should beat, such as the mean of the values."""
+    seeded: bool = True
+    """Whether the answer depends on the seed."""
+
+    def parameters(self, given: Parameters | None = None) -> dict[str, Any]:
+        """The defaults with `given` put over them. Raises InputError at a parameter that the method has not."""
+        for name in given or {}:
+            if name not in self.defaults:
+                known = ", ".join(self.defaults) or "none"
+                raise InputError(f"method {self.name!r} has no parameter {name!r}; it has: {known}")
+        return {**self.defaults, **(given or {})}
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        scale: float | None = None,
+        seed: int = 0,
+        **parameters: Any,
+    ) -> torch.Tensor:
+        """Attention of q (batch, n_q, d) on k (batch, n_k, d) with values v (batch, n_k, d_v): (batch, n_q, d_v).
+
+        Raises InputError for shapes, types or numbers that are not sound, and UnavailableError where the method
+        cannot run.
+        """
+        check_inputs(q, k, v)
+        return self.compute(
+            q, k, v, scale=resolve_scale(scale, q.shape[-1]), seed=int(seed), **self.parameters(parameters)
+        )
+
+
+def check_inputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Raise InputError unless q, k, v are finite (batch, n, d) tensors of one kind that fit together."""
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(tensor, torch.Tensor):
+            raise InputError(f"{name} is a {type(tensor).__name__}: give a torch tensor (batch, n, width)")
+        if tensor.ndim != 3 or 0 in tensor.shape:
+            raise InputError(f"{name} has shape {tuple(tensor.shape)}: it must be (batch, n, width), none of them 0")
+        if tensor.dtype not in (torch.float32, torch.bfloat16):
+            raise InputError(f"{name} has dtype {tensor.dtype}: give float32 or bfloat16")
+        if tensor.dtype != q.dtype or tensor.device != q.device:
+            raise InputError(f"{name} is {tensor.dtype} on {tensor.device}, q is {q.dtype} on {q.device}")
+    if q.shape[0] != k.shape[0] or q.shape[2] != k.shape[2] or k.shape[:2] != v.shape[:2]:
+        raise InputError(
+            f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} must be (batch, n_q, d), (batch, n_k, d) "
+            f"and (batch, n_k, d_v)"
+        )
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        # The sum of finite numbers is finite unless it overflows, and one pass over the rows is all it costs.
+        if not bool(tensor.sum(dtype=torch.float32).isfinite()) and not bool(tensor.isfinite().all()):
+            raise InputError(f"{name} holds a NaN or an infinity: remove it before asking for attention")
+
+
+def per_batch(
+    single: Callable[..., torch.Tensor], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seed: int
+) -> torch.Tensor:
+    """Apply single(q, k, v, generator) to the float32 matrices of each batch entry in turn, and stack the answers."""
+    generator = torch.Generator(device=q.device).manual_seed(seed)
+    answers = [single(*(t[i].float() for t in (q, k, v)), generator) for i in range(q.shape[0])]
+    return torch.stack(answers).to(v.dtype)

@@ -1,0 +1,45 @@
+"""softmax(scale q k^T) v with the matrix stored: the exact attention of the paper's Figure 5."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from approxkmv.attention.contract import Method, UnavailableError
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        # What the caching allocator holds and does not use can be had too.
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            for line in lines:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _exact_naive(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, seed: int) -> torch.Tensor:
+    # The logits and their softmax, float32 both, live at the same time.
+    needed = 8 * q.shape[0] * q.shape[1] * k.shape[1]
+    free = _free_bytes(q.device)
+    if needed > free:
+        raise UnavailableError(
+            f"exact-naive stores the {q.shape[1]} x {k.shape[1]} matrix {q.shape[0]} times over: "
+            f"{needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free"
+        )
+    return (scale * q.float() @ k.float().mT).softmax(-1).to(v.dtype) @ v
+
+
+method = Method(
+    name="exact-naive",
+    compute=_exact_naive,
+    summary="softmax(QK^T) v with the matrix stored, float32, as in the paper",
+    exact=True,
+    seeded=False,
+)

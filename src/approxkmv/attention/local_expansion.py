@@ -1,0 +1,104 @@
+"""Near keys exactly, far keys expanded around the centre of a block of queries; biased, and cheap for its error.
+
+Cost: n d (near + n / block), up to constants. The expansion itself is in `expansion`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from approxkmv.attention import exact_fused
+from approxkmv.attention.contract import Method, UnavailableError, per_batch
+from approxkmv.attention.expansion import expand, sums_of_keys
+
+
+def native_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware; elsewhere such products are emulated and slow."""
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return bool(supported and supported()) and torch.backends.mkldnn.is_available()
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    generator: torch.Generator,
+    *,
+    scale: float,
+    near: int,
+    products: str,
+    **clustering: Any,
+) -> torch.Tensor:
+    """The method for one batch entry on a CPU: float32 q (n_q, d), k (n_k, d), v (n_k, d_v) to (n_q, d_v)."""
+    if near >= len(k):
+        return exact_fused.attend(q, k, v, scale, 512)
+    low = torch.bfloat16 if products == "bfloat16" else torch.float32
+    e = expand(q * scale, k, v, generator, near=near, low=low, **clustering)
+    sums, scales = sums_of_keys(e.blocks, e.k, v, e.chosen, e.ends, None, low)
+    log_weight, value = e.far()
+    weight = (log_weight - e.blocks.of_rows(scales)).exp_().unsqueeze(1)
+    out = e.unpermute((sums[:, 1:] + weight * value) / (sums[:, :1] + weight))
+    return exactly_where_lost(out, q, k, v, scale)
+
+
+def exactly_where_lost(
+    out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Recompute exactly the rows of queries so far from their block's centre that an exponential left float32."""
+    if not bool(out.sum().isfinite()):
+        lost = (~out.isfinite().all(1)).nonzero().squeeze(1)
+        out[lost] = exact_fused.attend(q[lost], k, v, scale, 512)
+    return out
+
+
+def _local_expansion(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    scale: float,
+    seed: int,
+    products: str,
+    **parameters: Any,
+) -> torch.Tensor:
+    if q.device.type == "cuda":
+        from approxkmv.attention import local_expansion_cuda
+
+        return local_expansion_cuda.attend(q, k, v, scale=scale, seed=seed, products=products, **parameters)
+    if q.device.type != "cpu":
+        raise UnavailableError(f"local-expansion has no kernel for the device {q.device}")
+    if products == "fastest":
+        products = "bfloat16" if native_bfloat16() else "float32"
+
+    def single(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        return attend(q, k, v, generator, scale=scale, products=products, **parameters)
+
+    return per_batch(single, q, k, v, seed)
+
+
+method = Method(
+    name="local-expansion",
+    compute=_local_expansion,
+    summary="near keys exactly, far keys expanded around the centre of a block of queries",
+    defaults={
+        "block": 64,
+        "near": 512,
+        "directions": 48,
+        "iterations": 3,
+        "sampled": 16,
+        "products": "fastest",
+    },
+    grid=[
+        {"block": 512, "near": 64},
+        {"block": 256, "near": 128},
+        {"block": 256, "near": 256},
+        {"block": 128, "near": 256},
+        {"block": 128, "near": 512},
+        {"block": 64, "near": 512},
+        {"block": 64, "near": 1024},
+        {"block": 32, "near": 1024},
+        {"block": 32, "near": 2048},
+    ],
+)

@@ -1,0 +1,161 @@
+"""Local expansion on CUDA: blocks of equal size, no size that depends on the data, so that a graph can replay it."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from approxkmv.attention import triton_kernels
+from approxkmv.attention.expansion import _METRIC_POWER, _TILTED_COLUMNS
+
+_GRAPHS = 8
+_graphs: OrderedDict[tuple[object, ...], Callable[..., torch.Tensor]] = OrderedDict()
+
+
+def order_of_queries(
+    q: torch.Tensor, k: torch.Tensor, clusters: int, iterations: int, sampled: int, first: int
+) -> torch.Tensor:
+    """Order (batch, n) in which queries of one k-means cluster, and clusters near each other, follow one another."""
+    batch, n, d = q.shape
+    spread = k.square().mean(1, keepdim=True)
+    points = q * spread.pow(_METRIC_POWER)
+    step = max(1, n // clusters)
+    centres = points[:, first % step :: step][:, :clusters]
+    some = points[:, :: max(1, n // (sampled * clusters))]
+    for _ in range(iterations):
+        labels = torch.baddbmm(centres.square().sum(2).unsqueeze(1), some, centres.mT, alpha=-2).argmin(2)
+        totals = torch.zeros_like(centres).scatter_add_(1, labels.unsqueeze(2).expand(-1, -1, d), some)
+        counts = centres.new_zeros(batch, centres.shape[1]).scatter_add_(1, labels, torch.ones_like(some[..., 0]))
+        centres = torch.where(counts.unsqueeze(2) > 0, totals / counts.clamp_min(1).unsqueeze(2), centres)
+    labels = torch.baddbmm(centres.square().sum(2).unsqueeze(1), points, centres.mT, alpha=-2).argmin(2)
+    # Blocks are cut across clusters, so that the next cluster should be a near one: by the widest axis.
+    widest = centres.var(1).argmax(1)
+    place = centres.gather(2, widest.view(-1, 1, 1).expand(-1, centres.shape[1], 1)).squeeze(2)
+    rank = place.argsort(1).argsort(1)
+    return rank.gather(1, labels).argsort(1)
+
+
+def steps(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    scale: float,
+    first: int,
+    block: int,
+    near: int,
+    iterations: int,
+    sampled: int,
+    products: torch.dtype,
+) -> torch.Tensor:
+    """The method without a single size or branch that depends on the data: (batch, n_q, d_v)."""
+    batch, n, d = q.shape
+    d_v = v.shape[2]
+    keys = k.float() - k.float().mean(1, keepdim=True)
+    values = v.float()
+    scaled = q.float() * scale
+    order = order_of_queries(scaled, keys, max(1, -(-n // block)), iterations, sampled, first)
+    blocks = -(-n // block)
+    # The last block is filled with its own last query, so that it stays one block.
+    padded = torch.nn.functional.pad(order, (0, blocks * block - n), mode="replicate")
+    sorted_q = scaled.gather(1, padded.unsqueeze(2).expand(-1, -1, d))
+    in_blocks = sorted_q.view(batch, blocks, block, d)
+    centres = in_blocks.mean(2)
+    deltas = in_blocks - centres.unsqueeze(2)
+    variances = deltas.square().mean(2)
+
+    squares = keys.square()
+    rank = torch.cat([centres, 0.5 * variances], 2).to(products)
+    logs = torch.bmm(rank, torch.cat([keys, squares], 2).to(products).mT).float()
+    chosen = logs.topk(near, 2, sorted=False).indices
+    highest = logs.amax(2, keepdim=True)
+    weights = (logs - highest).exp_().scatter_(2, chosen, 0.0)
+    tilted = d_v <= _TILTED_COLUMNS
+    features = [torch.ones_like(values[..., :1]), values, keys]
+    features += [values[..., c : c + 1] * keys for c in range(d_v)] if tilted else []
+    sums = torch.bmm(weights.to(products), torch.cat(features, 2).to(products)).float()
+    total = sums[..., :1].clamp_min(1e-30)
+    far_value, far_key = sums[..., 1 : 1 + d_v] / total, sums[..., 1 + d_v : 1 + d_v + d] / total
+    far_log = total.squeeze(2).log() + highest.squeeze(2) - 0.5 * (variances * far_key.square()).sum(2)
+    seen = torch.einsum("bngd,bnd->bng", deltas, far_key) + far_log.unsqueeze(2)
+    value = far_value.unsqueeze(2).expand(-1, -1, block, -1)
+    if tilted:
+        tilt = sums[..., 1 + d_v + d :].view(batch, blocks, d_v, d) / total.unsqueeze(3)
+        tilt = tilt - far_value.unsqueeze(3) * far_key.unsqueeze(2)
+        value = value + torch.einsum("bngd,bncd->bngc", deltas, tilt)
+    out = triton_kernels.listed(
+        sorted_q.to(products),
+        keys.to(products),
+        values.to(products),
+        chosen,
+        seen.flatten(1),
+        value.flatten(1, 2),
+        block,
+        1.0,
+    )
+    answer = torch.empty(batch, n, d_v, device=q.device, dtype=torch.float32)
+    return answer.scatter_(1, order.unsqueeze(2).expand(-1, -1, d_v), out[:, :n]).to(v.dtype)
+
+
+def _captured(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, given: dict[str, Any]) -> Callable[..., torch.Tensor]:
+    static = tuple(t.clone() for t in (q, k, v))
+    stream = torch.cuda.Stream(q.device)
+    stream.wait_stream(torch.cuda.current_stream(q.device))
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            steps(*static, **given)
+    torch.cuda.current_stream(q.device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = steps(*static, **given)
+
+    def replay(*tensors: torch.Tensor) -> torch.Tensor:
+        for mine, theirs in zip(static, tensors, strict=True):
+            mine.copy_(theirs)
+        graph.replay()
+        return out.clone()
+
+    return replay
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    scale: float,
+    seed: int,
+    products: str,
+    block: int,
+    near: int,
+    directions: int,
+    iterations: int,
+    sampled: int,
+) -> torch.Tensor:
+    """Local expansion of q (batch, n_q, d), k (batch, n_k, d), v (batch, n_k, d_v) on their device.
+
+    The seed shifts the queries that k-means starts from; `directions` has no use here, since all axes fit.
+    """
+    if near >= k.shape[1]:
+        return triton_kernels.exact(q, k, v, scale)
+    low = torch.float32 if products == "float32" else torch.bfloat16
+    given: dict[str, Any] = {
+        "scale": scale,
+        "first": seed % max(1, block),
+        "block": block,
+        "near": near,
+        "iterations": iterations,
+        "sampled": sampled,
+        "products": low,
+    }
+    if q.device.type != "cuda":
+        return steps(q, k, v, **given)
+    key = (q.shape, k.shape, v.shape, q.dtype, q.device, *given.values())
+    if key not in _graphs:
+        _graphs[key] = _captured(q, k, v, given)
+        if len(_graphs) > _GRAPHS:
+            _graphs.popitem(last=False)
+    return _graphs[key](q, k, v)

@@ -1,0 +1,17 @@
+"""The constant answer mean(v): what an approximation must beat before its speed means anything."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from approxkmv.attention.contract import Method
+
+
+def _mean(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, seed: int, **_: Any) -> torch.Tensor:
+    # Not a view: a row of the sweep has to write its answer, as the others do.
+    return v.mean(1, keepdim=True).expand(-1, q.shape[1], -1).contiguous()
+
+
+method = Method(name="mean", compute=_mean, summary="every row is mean(v)", trivial=True, seeded=False)

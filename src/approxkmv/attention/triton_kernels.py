@@ -1,0 +1,191 @@
+"""CUDA kernels in Triton: exact attention, and a block of queries on its own list of keys. O(n d) memory."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from approxkmv.attention.contract import UnavailableError
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise UnavailableError("Triton is not installed: CUDA kernels need it") from error
+
+# Triton 3.6's interpreter multiplies the bits of bfloat16 as whole numbers; there, and only there, products are widened.
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# Lengths of loops are constants of a kernel, at the cost of a compilation for each: the interpreter cannot turn a
+# runtime length into a range under NumPy 2.4.
+_LOG2_E = 1.4426950408889634
+
+
+@triton.jit
+def _dot(a, b, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
+    if WIDEN:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def _absorb(highest, total, acc, logits, v, ONE_COLUMN: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
+    """One step of the running softmax, in powers of two: logits (BM, BN), v (BN, BV)."""
+    higher = tl.maximum(highest, tl.max(logits, 1))
+    fade = tl.exp2(highest - higher)
+    weights = tl.exp2(logits - higher[:, None])
+    total = total * fade + tl.sum(weights, 1)
+    if ONE_COLUMN:
+        # A matrix product would need sixteen columns.
+        acc = acc * fade[:, None] + tl.sum(weights * tl.trans(v.to(tl.float32)), 1)[:, None]
+    else:
+        acc = acc * fade[:, None] + _dot(weights.to(v.dtype), v, PRECISION, WIDEN)
+    return higher, total, acc
+
+
+@triton.jit
+def _exact_kernel(
+    q_pointer, k_pointer, v_pointer, out_pointer, n_q, n_k, d, d_v, scale,
+    KEYS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    entry = tl.program_id(1).to(tl.int64)
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    along, values = tl.arange(0, BD), tl.arange(0, BV)
+    q = tl.load(
+        q_pointer + entry * n_q * d + rows[:, None].to(tl.int64) * d + along[None, :],
+        mask=(rows[:, None] < n_q) & (along[None, :] < d),
+        other=0.0,
+    )
+    highest = tl.full((BM,), -1e30, tl.float32)
+    total = tl.zeros((BM,), tl.float32)
+    acc = tl.zeros((BM, BV), tl.float32)
+    for first in range(0, KEYS, BN):
+        keys = first + tl.arange(0, BN)
+        k = tl.load(
+            k_pointer + entry * n_k * d + keys[:, None].to(tl.int64) * d + along[None, :],
+            mask=(keys[:, None] < n_k) & (along[None, :] < d),
+            other=0.0,
+        )
+        v = tl.load(
+            v_pointer + entry * n_k * d_v + keys[:, None].to(tl.int64) * d_v + values[None, :],
+            mask=(keys[:, None] < n_k) & (values[None, :] < d_v),
+            other=0.0,
+        )
+        logits = _dot(q, tl.trans(k), PRECISION, WIDEN) * scale
+        logits = tl.where(keys[None, :] < n_k, logits, -1e30)
+        highest, total, acc = _absorb(highest, total, acc, logits, v, BV == 1, PRECISION, WIDEN)
+    tl.store(
+        out_pointer + entry * n_q * d_v + rows[:, None].to(tl.int64) * d_v + values[None, :],
+        acc / total[:, None],
+        mask=(rows[:, None] < n_q) & (values[None, :] < d_v),
+    )
+
+
+@triton.jit
+def _listed_kernel(
+    q_pointer, k_pointer, v_pointer, near_pointer, log_pointer, value_pointer, out_pointer,
+    rows_per_block, n_rows, n_k, n_near, d, d_v, scale,
+    NEAR: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    entry = tl.program_id(2).to(tl.int64)
+    block = tl.program_id(1)
+    inside = tl.program_id(0) * BM + tl.arange(0, BM)
+    rows = (block * rows_per_block + inside).to(tl.int64)
+    mine = (inside < rows_per_block) & (rows < n_rows)
+    along, values = tl.arange(0, BD), tl.arange(0, BV)
+    q = tl.load(
+        q_pointer + entry * n_rows * d + rows[:, None] * d + along[None, :],
+        mask=mine[:, None] & (along[None, :] < d),
+        other=0.0,
+    )
+    # The far key comes first, with weight one: its log is where the running maximum starts.
+    highest = tl.load(log_pointer + entry * n_rows + rows, mask=mine, other=0.0)
+    total = tl.full((BM,), 1.0, tl.float32)
+    acc = tl.load(
+        value_pointer + entry * n_rows * d_v + rows[:, None] * d_v + values[None, :],
+        mask=mine[:, None] & (values[None, :] < d_v),
+        other=0.0,
+    )
+    blocks = tl.num_programs(1)
+    for first in range(0, NEAR, BN):
+        place = first + tl.arange(0, BN)
+        listed = place < n_near
+        keys = tl.load(near_pointer + (entry * blocks + block) * n_near + place, mask=listed, other=0).to(tl.int64)
+        k = tl.load(
+            k_pointer + entry * n_k * d + keys[:, None] * d + along[None, :],
+            mask=listed[:, None] & (along[None, :] < d),
+            other=0.0,
+        )
+        v = tl.load(
+            v_pointer + entry * n_k * d_v + keys[:, None] * d_v + values[None, :],
+            mask=listed[:, None] & (values[None, :] < d_v),
+            other=0.0,
+        )
+        logits = _dot(q, tl.trans(k), PRECISION, WIDEN) * scale
+        logits = tl.where(listed[None, :], logits, -1e30)
+        highest, total, acc = _absorb(highest, total, acc, logits, v, BV == 1, PRECISION, WIDEN)
+    tl.store(
+        out_pointer + entry * n_rows * d_v + rows[:, None] * d_v + values[None, :],
+        acc / total[:, None],
+        mask=mine[:, None] & (values[None, :] < d_v),
+    )
+
+
+def _widths(d: int, d_v: int, dtype: torch.dtype) -> tuple[int, int, str]:
+    if d > 256 or d_v > 256:
+        raise UnavailableError(f"the CUDA kernels hold up to 256 columns on chip, these inputs have {max(d, d_v)}")
+    value_width = 1 if d_v == 1 else max(16, triton.next_power_of_2(d_v))
+    # Three tensor-core products make one of float32's precision; plain tf32 would not be exact.
+    return max(16, triton.next_power_of_2(d)), value_width, "tf32x3" if dtype == torch.float32 else "ieee"
+
+
+def exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """softmax(scale q k^T) v for q (batch, n_q, d), k (batch, n_k, d), v (batch, n_k, d_v), the matrix never stored.
+
+    Raises UnavailableError where the columns do not fit on the chip.
+    """
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    batch, n_q, d = q.shape
+    n_k, d_v = v.shape[1:]
+    width, value_width, precision = _widths(d, d_v, q.dtype)
+    out = torch.empty(batch, n_q, d_v, device=q.device, dtype=torch.float32)
+    rows, keys = (64, 64) if q.dtype == torch.bfloat16 else (64, 32)
+    _exact_kernel[(triton.cdiv(n_q, rows), batch)](
+        q, k, v, out, n_q, n_k, d, d_v, scale * _LOG2_E,
+        KEYS=n_k, BM=rows, BN=keys, BD=width, BV=value_width,
+        PRECISION=precision, WIDEN=_INTERPRETED and q.dtype == torch.bfloat16,
+    )  # fmt: skip
+    return out.to(v.dtype)
+
+
+def listed(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    near: torch.Tensor,
+    far_log: torch.Tensor,
+    far_value: torch.Tensor,
+    block: int,
+    scale: float,
+) -> torch.Tensor:
+    """Attention of each block of queries on its own keys and on one far key: (batch, rows, d_v) in float32.
+
+    q (batch, rows, d), block i its rows i block to (i+1) block; near (batch, blocks, m) the keys of each block;
+    far_log (batch, rows) natural log of the far key's weight for each query, far_value (batch, rows, d_v) its value.
+    """
+    batch, rows, d = q.shape
+    n_k, d_v = v.shape[1:]
+    width, value_width, precision = _widths(d, d_v, q.dtype)
+    out = torch.empty(batch, rows, d_v, device=q.device, dtype=torch.float32)
+    tile = min(64, max(16, triton.next_power_of_2(block)))
+    blocks = near.shape[1]
+    _listed_kernel[(triton.cdiv(block, tile), blocks, batch)](
+        q.contiguous(), k.contiguous(), v.contiguous(), near.to(torch.int32).contiguous(),
+        (far_log.float() * _LOG2_E).contiguous(), far_value.float().contiguous(), out,
+        block, rows, n_k, near.shape[2], d, d_v, scale * _LOG2_E,
+        NEAR=near.shape[2], BM=tile, BN=32, BD=width, BV=value_width,
+        PRECISION=precision, WIDEN=_INTERPRETED and q.dtype == torch.bfloat16,
+    )  # fmt: skip
+    return out

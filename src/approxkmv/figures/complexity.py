@@ -1,0 +1,138 @@
+"""Cost of ApproxKMV with the printed constants against n, with fitted exponents and the n that would beat n^2."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+
+from approxkmv.errors import TableError
+from approxkmv.kmv.complexity import COLUMNS, FITTED, PAPER_EXPONENT, fit_exponents
+
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
+_LABELS = {
+    "total": "all kernel evaluations",
+    "total_printed": "the same, line 7 as printed",
+    "heavy": "Algorithm 1 (heavy keys)",
+    "hash": "hash evaluations",
+    "density_printed": "densities, Theorem 2.2",
+}
+
+
+def draw(table_path: str | Path, output_stem: str | Path) -> list[Path]:
+    """Draw the cost study from its table.
+
+    >>> draw("complexity.csv", "complexity")  # doctest: +SKIP
+    [PosixPath('complexity.pdf'), PosixPath('complexity.png')]
+
+    Args:
+        table_path: CSV of `kmv.complexity.measure_costs`. output_stem: path without suffix.
+    Returns:
+        The PDF and the PNG that were written.
+    Raises:
+        TableError: the table is missing or lacks a column.
+    """
+    path = Path(table_path)
+    try:
+        table = pd.read_csv(path)
+    except (OSError, ValueError) as error:
+        raise TableError(f"{path} cannot be read as a table: run the complexity study first") from error
+    missing = [column for column in COLUMNS if column not in table.columns]
+    if missing:
+        raise TableError(f"{path} lacks the columns {', '.join(missing)}: write it with measure_costs")
+    fits = fit_exponents(table)
+    with plt.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+        figure, (costs, exponents) = plt.subplots(
+            1, 2, figsize=(11.5, 5.4), width_ratios=(1.15, 1), layout="constrained"
+        )
+        _draw_costs(costs, table)
+        _draw_exponents(exponents, fits)
+        figure.suptitle(_verdict(table, fits), fontsize=10.5, x=0.01, ha="left")
+        outputs = [Path(f"{output_stem}{suffix}") for suffix in (".pdf", ".png")]
+        for output in outputs:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            # Written beside and renamed, so that a killed job leaves nothing half-written.
+            part = output.with_name(f".{output.name}.part")
+            figure.savefig(part, format=output.suffix[1:], dpi=160)
+            part.replace(output)
+        plt.close(figure)
+    return outputs
+
+
+def _draw_costs(axes: Axes, table: pd.DataFrame) -> None:
+    means = table.groupby(["kernel", "n"], sort=False).mean(numeric_only=True).reset_index()
+    n = np.sort(means["n"].unique()).astype(float)
+    for colour, (name, group) in zip(_COLOURS, means.groupby("kernel", sort=False), strict=False):
+        axes.plot(group["n"], group["total"], "o-", color=colour, ms=4, label=f"asked for: {name}")
+        axes.plot(group["n"], group["heavy"], "s:", color=colour, ms=3, lw=1)
+    hashes = means.groupby("n")["hash"].mean()
+    axes.plot(hashes.index, hashes.to_numpy(), "^--", color="0.45", ms=4, lw=1, label="hash evaluations")
+    axes.plot([], [], "s:", color="0.3", ms=3, lw=1, label="kernel evaluations of Algorithm 1")
+    axes.plot(n, n**2, "k-", lw=2, label=r"exact product, $n^2$")
+    anchor = means.loc[means["n"] == means["n"].min(), "total"].min() / 2.5
+    axes.plot(n, anchor * (n / n[0]) ** PAPER_EXPONENT, "k--", lw=0.9, label=rf"slope {PAPER_EXPONENT}")
+    axes.set(xscale="log", yscale="log", xlabel="n (queries and keys)", ylabel="evaluations")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(n, [f"{int(v):,}" for v in n])
+    axes.set_ylim(top=axes.get_ylim()[1] * 30)
+    axes.legend(fontsize=8, ncols=2, frameon=False, loc="upper left")
+
+
+def _draw_exponents(axes: Axes, fits: pd.DataFrame) -> None:
+    kernels = list(fits["kernel"].unique())
+    height = len(kernels) + 1.2
+    ticks, labels = [], []
+    for place, quantity in enumerate(FITTED):
+        rows = fits[fits["quantity"] == quantity].set_index("kernel")
+        for offset, (name, colour) in enumerate(zip(kernels, _COLOURS, strict=False)):
+            row = rows.loc[name]
+            y = -(place * height + offset)
+            spread = [[row["exponent"] - row["exponent_low"]], [row["exponent_high"] - row["exponent"]]]
+            axes.errorbar(row["exponent"], y, xerr=np.maximum(spread, 0.0), fmt="o", color=colour, ms=4, capsize=2)
+            axes.annotate(
+                _power(row["log10_crossing"]), (1.0, y), xycoords=("axes fraction", "data"), fontsize=8, va="center"
+            )
+        ticks.append(-(place * height + (len(kernels) - 1) / 2))
+        labels.append(_LABELS[quantity])
+    axes.axvline(PAPER_EXPONENT, color="k", ls="--", lw=0.9)
+    axes.axvline(2.0, color="k", lw=2)
+    for value, text, side, shift in ((PAPER_EXPONENT, str(PAPER_EXPONENT), "right", -3), (2.0, "$n^2$", "left", 3)):
+        axes.annotate(text, (value, 1.4), ha=side, fontsize=8, xytext=(shift, 0), textcoords="offset points")
+    axes.annotate("below $n^2$\nbeyond", (1.0, 1.1), xycoords=("axes fraction", "data"), fontsize=8)
+    axes.set_yticks(ticks, labels)
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(-(len(FITTED) * height) + 0.8, 2.4)
+    axes.set_xlim(right=max(2.08, float(fits["exponent_high"].max()) + 0.04))
+    axes.set_xlabel("fitted a in cost = C $n^a$ ln n, with 95 % interval")
+
+
+def _verdict(table: pd.DataFrame, fits: pd.DataFrame) -> str:
+    total = fits[fits["quantity"] == "total"]
+    low, high = total["log10_crossing_low"].min(), total["log10_crossing_high"].max()
+    least, most = total["over_n_squared"].min(), total["over_n_squared"].max()
+    words = [
+        f"At n = {int(table['n'].max()):,} the printed constants (line 7 mended) ask for {least:,.0f} to {most:,.0f} "
+        r"times the $n^2$ kernel evaluations of the exact product.",
+    ]
+    if math.isinf(total["log10_crossing"].min()):
+        words.append(r"The fitted exponents do not stay below 2: no n is found at which they would win.")
+    else:
+        size = " (astronomical)" if low > 12 else ""
+        words.append(
+            f"Extrapolated, they win only beyond an n between {_power(low)} and {_power(high)}{size}: "
+            "95 % intervals, all kernels together."
+        )
+    return "\n".join(words)
+
+
+def _power(exponent: float) -> str:
+    if math.isinf(exponent):
+        return "never"
+    return f"{10**exponent:,.0f}" if exponent < 5 else rf"$10^{{{exponent:.0f}}}$"

@@ -1,0 +1,92 @@
+"""The length from which each method is faster than each exact baseline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from approxkmv.figures.sweep_table import (
+    BASELINES,
+    COLOURS,
+    NAMES_OF_BASELINES,
+    conditions,
+    new_figure,
+    read_sweep,
+    save,
+    select,
+)
+
+_FARTHEST = 2.0**24
+
+
+def crossover(n: np.ndarray, ratio: np.ndarray) -> tuple[float, str]:
+    """The n from which ratio (exact over method) stays above one, and 'measured', 'below', 'extrapolated' or 'never'.
+
+    Between two lengths log ratio is taken as linear in log n; beyond the last, along the line through the last three
+    lengths, if it rises. 'below': already faster at the first length, so that its n is an upper bound.
+    """
+    if len(n) == 0:
+        return float("nan"), "never"
+    logs, x = np.log(ratio), np.log(n)
+    slower = np.flatnonzero(logs <= 0)
+    if len(slower) == 0:
+        return float(n[0]), "below"
+    last = slower[-1]
+    if last + 1 < len(n):
+        part = -logs[last] / (logs[last + 1] - logs[last])
+        return float(np.exp(x[last] + part * (x[last + 1] - x[last]))), "measured"
+    if len(n) < 2:
+        return float("nan"), "never"
+    slope, intercept = np.polyfit(x[-3:], logs[-3:], 1)
+    # With almost no slope the length is beyond anything that can be said.
+    if slope <= 1e-6 or -intercept / slope > np.log(_FARTHEST):
+        return float("nan"), "never"
+    return float(np.exp(max(-intercept / slope, x[-1]))), "extrapolated"
+
+
+def draw(table: Path, output_stem: Path, target: float = 0.10) -> None:
+    """Draw for each workload and exact baseline the n at which each method passes it, as PDF and PNG.
+
+    Only rows that reach the target count. Raises TableError when the table is missing or is not a sweep's.
+    """
+    frame = read_sweep(table)
+    workloads = conditions(frame)
+    baselines = [b for b in BASELINES if (frame["method"].eq(b) & frame["seconds"].notna()).any()]
+    methods = [m for m in COLOURS if frame["method"].eq(m).any() and not m.startswith("exact")]
+    figure, axes = new_figure(1, len(workloads), sharey=True)
+    longest = float(frame["n"].max())
+    for axis, workload in zip(axes[0], workloads, strict=True):
+        some = workload.rows(frame)
+        axis.set_xscale("log", base=2)
+        for place, method in enumerate(methods):
+            line = select(some, method, target)
+            line = line[line["status"] == "ok"]
+            for offset, baseline in enumerate(baselines):
+                exact = some[some["method"] == baseline].set_index("n")
+                both = line[line["n"].isin(exact.index)]
+                of = exact.loc[both["n"], "seconds"].to_numpy()
+                n, how = crossover(both["n"].to_numpy(np.float64), of / both["seconds"].to_numpy())
+                y = place + (offset - (len(baselines) - 1) / 2) * 0.22
+                colour = f"C{offset}"
+                if how == "never":
+                    axis.plot(float(some["n"].min()), y, "x", color=colour, markersize=5)
+                elif how == "below":
+                    axis.plot(n, y, "<", color=colour, markersize=5)
+                else:
+                    face = colour if how == "measured" else "white"
+                    axis.plot(n, y, "o", color=colour, markerfacecolor=face, markersize=5)
+        axis.set_yticks(range(len(methods)), methods)
+        axis.set_title(workload.title, fontsize=8)
+        axis.set_xlabel("n")
+    for offset, baseline in enumerate(baselines):
+        axes[0][0].plot([], [], "s", color=f"C{offset}", label=f"against {NAMES_OF_BASELINES[baseline]}")
+    limits = [axis.get_xlim() for axis in axes[0]]
+    shortest, farthest = min(low for low, _ in limits) / 1.1, max(high for _, high in limits) * 1.1
+    for axis in axes[0]:
+        axis.set_xlim(shortest, farthest)
+        if farthest > longest:
+            axis.axvspan(longest, farthest, color="0.93", zorder=0)
+        axis.xaxis.set_major_formatter(lambda n, _: f"{n / 1024:g}K")
+    note = "Disc: measured; circle: extrapolated;\ntriangle: faster at every length; cross: never, or not reached"
+    save(figure, axes, output_stem, f"Error target {target:g} of |v|. {note}")

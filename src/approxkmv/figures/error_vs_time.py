@@ -1,0 +1,49 @@
+"""Error against time of every method at one length."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from approxkmv.figures.sweep_table import COLOURS, conditions, new_figure, read_sweep, save
+
+
+def draw(table: Path, output_stem: Path, n: int | None = None) -> None:
+    """Draw every row of a sweep's table at length n (the longest by default), one panel a workload, as PDF and PNG.
+
+    Bars are quartiles of the time, and of the error the median to the 95th percentile. Raises TableError when the
+    table is missing or is not a sweep's.
+    """
+    frame = read_sweep(table)
+    workloads = conditions(frame)
+    figure, axes = new_figure(1, len(workloads), sharey=False)
+    for axis, workload in zip(axes[0], workloads, strict=True):
+        some = workload.rows(frame)
+        length = n if n is not None and n in set(some["n"]) else int(some["n"].max())
+        some = some[(some["n"] == length) & some["seconds"].notna()]
+        for method, colour in COLOURS.items():
+            points = some[some["method"] == method].drop_duplicates("parameters").sort_values("seconds")
+            if points.empty:
+                continue
+            # Rounding errors of exact rows would stretch the axis over six decades.
+            error = points["error_v_median"].clip(lower=1e-3)
+            axis.errorbar(
+                points["seconds"],
+                error,
+                xerr=[points["seconds"] - points["seconds_q1"], points["seconds_q3"] - points["seconds"]],
+                yerr=[error * 0, (points["error_v_p95"].clip(lower=1e-3) - error).clip(lower=0)],
+                color=colour,
+                marker="s" if points["kind"].iloc[0] == "exact" else "o",
+                markersize=4,
+                linewidth=1,
+                linestyle="-" if points["kind"].iloc[0] == "approximate" else "none",
+                label=method,
+            )
+        for target in sorted(some["target"].dropna().unique()):
+            axis.axhline(target, color="0.75", linewidth=0.7, zorder=0)
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.set_title(f"{workload.title}\nn = {length:,}", fontsize=8)
+        axis.set_xlabel("seconds")
+    axes[0][0].set_ylabel("error, of |v|")
+    note = "Bars: quartiles of the time, error up to its 95th percentile;\n"
+    save(figure, axes, output_stem, note + "errors below 0.001 are drawn there; grey lines: targets")

@@ -1,0 +1,62 @@
+"""Figure 5 made honest: time of each exact baseline over the time of each method, against n, at equal error."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from approxkmv.figures.sweep_table import (
+    BASELINES,
+    COLOURS,
+    NAMES_OF_BASELINES,
+    conditions,
+    new_figure,
+    read_sweep,
+    save,
+    select,
+)
+
+
+def draw(table: Path, output_stem: Path, target: float = 0.10) -> None:
+    """Draw the ratios of a sweep's table, one panel for each exact baseline and workload, as PDF and PNG.
+
+    A band is the ratio at the first and third quartiles of both times. Where a method misses the target its best
+    setting is drawn hollow. Raises TableError when the table is missing or is not a sweep's.
+    """
+    frame = read_sweep(table)
+    workloads = conditions(frame)
+    baselines = [b for b in BASELINES if (frame["method"].eq(b) & frame["seconds"].notna()).any()]
+    figure, axes = new_figure(len(workloads), len(baselines), sharey="row")
+    for row, workload in enumerate(workloads):
+        for column, baseline in enumerate(baselines):
+            axis = axes[row][column]
+            some = workload.rows(frame)
+            exact = some[some["method"] == baseline].set_index("n")
+            for method in COLOURS:
+                if method == baseline:
+                    continue
+                line = select(some, method, target)
+                line = line[line["n"].isin(exact.index)]
+                if line.empty:
+                    continue
+                of = exact.loc[line["n"]]
+                ratio = of["seconds"].to_numpy() / line["seconds"].to_numpy()
+                low = of["seconds_q1"].to_numpy() / line["seconds_q3"].to_numpy()
+                high = of["seconds_q3"].to_numpy() / line["seconds_q1"].to_numpy()
+                style = "--" if line["kind"].iloc[0] != "approximate" else "-"
+                n, colour = line["n"].to_numpy(), COLOURS[method]
+                axis.fill_between(n, low, high, color=colour, alpha=0.15, linewidth=0)
+                axis.plot(n, ratio, style, color=colour, linewidth=1.3)
+                reached = line["status"].eq("ok").to_numpy()
+                axis.plot(n[reached], ratio[reached], "o", color=colour, markersize=4, label=method)
+                axis.plot(n[~reached], ratio[~reached], "o", markerfacecolor="white", color=colour, markersize=4)
+                if not reached.any():
+                    axis.plot([], [], "o", markerfacecolor="white", color=colour, markersize=4, label=method)
+            axis.axhline(1, color="0.4", linewidth=0.8)
+            axis.set_yscale("log")
+            axis.xaxis.set_major_formatter(lambda n, _: f"{n / 1024:g}K")
+            axis.set_xticks(sorted(some["n"].unique())[:: max(1, -(-some["n"].nunique() // 5))])
+            axis.set_title(f"{workload.title}\nagainst {NAMES_OF_BASELINES[baseline]}", fontsize=8)
+            axis.set_xlabel("n")
+            if column == 0:
+                axis.set_ylabel("times faster")
+    save(figure, axes, output_stem, f"error target {target:g} of |v|; hollow: target not reached; dashed: baselines")

@@ -1,0 +1,108 @@
+"""What the figures of a sweep share: its table, its workloads, one colour for each method, one way to save."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from approxkmv.errors import TableError
+from approxkmv.sweep.run import COLUMNS
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+BASELINES = ("exact-fused", "exact-sdpa", "exact-naive")
+NAMES_OF_BASELINES = {
+    "exact-fused": "exact, fused",
+    "exact-sdpa": "exact, torch",
+    "exact-naive": "exact, matrix stored",
+}
+# Okabe and Ito's colours, which the colour-blind can tell apart
+COLOURS = {
+    "local-expansion": "#D55E00",
+    "approxkmv": "#0072B2",
+    "approxkmv-paper": "#009E73",
+    "mean": "#999999",
+    "uniform": "#CC79A7",
+    "own-key": "#E69F00",
+    "exact-naive": "#000000",
+    "exact-sdpa": "#444444",
+    "exact-fused": "#56B4E9",
+}
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """A workload with its batch and columns: one panel."""
+
+    workload: str
+    batch: int
+    columns: str
+
+    @property
+    def title(self) -> str:
+        """One line for the head of a panel."""
+        columns = "one column" if self.columns == "one" else "all columns"
+        return f"{self.workload}, batch {self.batch}, {columns}"
+
+    def rows(self, frame: pd.DataFrame) -> pd.DataFrame:
+        """The rows of a table under these conditions."""
+        return frame[
+            (frame["workload"] == self.workload) & (frame["batch"] == self.batch) & (frame["columns"] == self.columns)
+        ]
+
+
+def read_sweep(table: Path) -> pd.DataFrame:
+    """The table of a sweep. Raises TableError when it is missing, cut short or not a sweep's."""
+    import pandas as pd
+
+    try:
+        frame = pd.read_csv(table)
+    except (OSError, ValueError) as error:
+        raise TableError(f"{table}: no table of a sweep could be read ({error})") from error
+    missing = [name for name in COLUMNS if name not in frame.columns]
+    if missing or frame.empty:
+        raise TableError(f"{table}: not the table of a sweep (without {', '.join(missing) or 'rows'}); run the sweep")
+    return frame
+
+
+def conditions(frame: pd.DataFrame) -> list[Conditions]:
+    """The panels of a table, in its order."""
+    kept = frame[["workload", "batch", "columns"]].drop_duplicates()
+    return [Conditions(str(w), int(b), str(c)) for w, b, c in kept.itertuples(index=False)]
+
+
+def select(frame: pd.DataFrame, method: str, target: float) -> pd.DataFrame:
+    """The timed rows of a method, by n: those tuned to the target, or all of an exact method's."""
+    some = frame[(frame["method"] == method) & frame["seconds"].notna()]
+    if not some.empty and some["kind"].iloc[0] != "exact":
+        some = some[(some["target"] - target).abs() < 1e-9]
+    return some.sort_values("n")
+
+
+def new_figure(rows: int, columns: int, sharey: Any) -> tuple[Any, Any]:
+    """A figure of so many panels; axes[row][column]."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(max(4.5, 2.9 * columns), 0.9 + 2.5 * rows), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, sharey=sharey)
+
+
+def save(figure: Any, axes: Any, output_stem: Path, note: str) -> None:
+    """One legend and one line of explanation below the panels; PDF and PNG, without dates, so that runs agree."""
+    handles: dict[str, Any] = {}
+    for axis in axes.flat:
+        axis.grid(True, which="major", color="0.92", linewidth=0.6)
+        axis.set_axisbelow(True)
+        axis.tick_params(labelsize=7)
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    columns = 3 if figure.get_figwidth() < 7 else 6
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, fontsize=7, title=note)
+    figure.legends[0].get_title().set_fontsize(6.5)
+    output_stem = Path(output_stem)
+    output_stem.parent.mkdir(parents=True, exist_ok=True)
+    # str.with_suffix would take the end of a name such as target-0.10 for a suffix
+    figure.savefig(f"{output_stem}.pdf", metadata={"CreationDate": None})
+    figure.savefig(f"{output_stem}.png", dpi=150)

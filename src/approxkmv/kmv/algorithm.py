@@ -1,0 +1,218 @@
+"""ApproxKMV: a product of a Gaussian kernel matrix and a vector, to within epsilon |x|_2. Algorithm 3."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from approxkmv.arrays import Array
+from approxkmv.errors import InputError
+from approxkmv.kmv import hashing, inputs
+from approxkmv.kmv.constants import PRINTED, PaperConstants
+from approxkmv.kmv.costs import Tally
+from approxkmv.kmv.heavy import DEFAULT_MEMORY, HeavyKeys, least_heavy_memory, scan_buckets
+from approxkmv.kmv.kernel import GaussianKernel
+from approxkmv.kmv.light import DENSITIES, LightSum, approx_light, least_light_memory
+from approxkmv.kmv.preprocess import Split, split
+
+
+@dataclass(frozen=True)
+class KMVResult:
+    """The approximate product and what it took."""
+
+    y: Array
+    """(n_q,): |Kx - y|_2 <= epsilon |x|_2 with probability 0.99. Float64, of the caller's kind of array."""
+    heavy: HeavyKeys
+    """The sets S_i: heavy[i] holds the keys j with K_ij >= n^-alpha."""
+    kernel_evaluations: int
+    """What Algorithms 1 to 3 ask for, every repetition counted."""
+    distinct_evaluations: int
+    """What was computed: a row whose budget exceeds its keys is evaluated once."""
+    hash_evaluations: int
+    """Functions h_t evaluated, one per table and point."""
+    phases: dict[str, Tally]
+    """The same by part: "large" (H_1), "heavy" (Algorithm 1), "density" and "light" (Algorithm 2)."""
+    n_large: int
+    """|H_1|."""
+    n_small: int
+    """|H_2|."""
+    repetitions: np.ndarray
+    """(n_q,): repetitions in one average, 10 n s_i / epsilon^2."""
+    averages: int
+    """Averages of which each row takes the median."""
+    row_error: float
+    """Additive error that every row keeps (with probability 0.99), in the unit of y."""
+
+
+def approx_kmv(
+    queries: Array,
+    keys: Array,
+    x: Array,
+    *,
+    sigma: float,
+    epsilon: float,
+    alpha: float = 1 / 3,
+    gamma: float = 0.109,
+    seed: int | None = None,
+    family: str = "p-stable",
+    density: str = "auto",
+    constants: PaperConstants = PRINTED,
+    memory: int = DEFAULT_MEMORY,
+    heavy: HeavyKeys | None = None,
+) -> KMVResult:
+    """Approximate Kx for K_ij = exp(-|q_i - k_j|^2 / (2 sigma^2)) and any x (Algorithm 3, ApproxKMV).
+
+    >>> import torch
+    >>> q, k, x = torch.randn(40, 8), torch.randn(50, 8), torch.randn(50)
+    >>> result = approx_kmv(q, k, x, sigma=1.0, epsilon=0.5, seed=0)
+    >>> tuple(result.y.shape), len(result.heavy)
+    ((40,), 40)
+
+    |Kx - y|_2 <= epsilon |x|_2 with probability 0.99, whatever K and x; that K satisfies assumption (A) only
+    makes it cheap. The paper has one n. Here n is the number of keys n_k wherever it counts or scales keys (the
+    rescaling |x|_2^2 = n, n^-alpha, n^gamma, the sampling rate 1/n), the larger side in the logarithms of union
+    bounds, and each row is given the error epsilon |x|_2 / sqrt(n_q), so that n_q rows together keep epsilon |x|_2.
+
+    At the sizes that fit a computer the printed budgets exceed the number of pairs: `kernel_evaluations` is far above
+    n_q n_k, and each row is evaluated once and its samples' counts drawn. See `PaperConstants`.
+
+    Args:
+        queries: (n_q, d). keys: (n_k, d). x: (n_k,), any signs. Torch tensors or NumPy arrays, of one kind.
+        sigma: the bandwidth. epsilon: the error.
+        alpha: heavy means K_ij >= n^-alpha. gamma: large means x_j^2 >= n^gamma.
+        seed: None, or a whole number for the same answer each time. family: "p-stable" or "ball-carving" hashing.
+        density: "exact", "levels" (Theorem 2.2), or "auto", which takes levels where they could cost less.
+        constants: the printed constants. memory: bound in bytes on temporary storage beside the inputs and the S_i.
+        heavy: the sets S_i from an earlier call with the same queries, keys, sigma and alpha; their cost is then
+            counted with that call.
+    Returns:
+        A KMVResult.
+    Raises:
+        InputError: shapes that do not fit, a non-finite value, sigma or epsilon not positive, alpha or gamma outside
+        [0, 1], an empty set, an unknown word, too little memory (it says the least that would do).
+    Source: Algorithm 3 and Theorem 1.1 of Indyk, Kapralov, Sheth & Wagner (ICLR 2025); docs/algorithm.md lists every
+    departure.
+    """
+    q, k = inputs.points(queries, keys)
+    inputs.same_kind(queries, "queries", x, "x")
+    values = inputs.vector(x, "x", len(k))
+    width, error = inputs.positive(sigma, "sigma"), inputs.positive(epsilon, "epsilon")
+    power, cut = inputs.fraction(alpha, "alpha"), inputs.fraction(gamma, "gamma")
+    source = inputs.seed_sequence(seed)
+    inputs.choice(family, "family", hashing.FAMILIES)
+    inputs.choice(density, "density", DENSITIES)
+    averages = constants.averages(max(len(q), len(k)))
+    least = max(least_heavy_memory(len(q), len(k), q.shape[1]), least_light_memory(len(q), len(k), averages))
+    bound = inputs.enough_memory(memory, least, f"ApproxKMV of {len(q)} queries and {len(k)} keys")
+    if heavy is not None and (len(heavy) != len(q) or (len(heavy.indices) and heavy.indices.max() >= len(k))):
+        raise InputError(f"heavy has {len(heavy)} sets that do not fit {len(q)} queries and {len(k)} keys")
+    kernel = GaussianKernel(q, k, width)
+
+    heavy_source, light_source = source.spawn(2)
+    found = heavy
+    if found is None:
+        found = scan_buckets(kernel, alpha=power, source=heavy_source, family=family, constants=constants, memory=bound)
+    parts, light = run_parts(
+        kernel,
+        values,
+        found,
+        epsilon=error,
+        gamma=cut,
+        density=density,
+        constants=constants,
+        source=light_source,
+        memory=bound,
+    )
+    y_large, large_tally = exact_columns(kernel, parts.scaled, parts.large, bound)
+    y = light.z + y_large + heavy_sum(found, parts.scaled, parts.large)
+    phases = {
+        "large": large_tally,
+        "heavy": found.tally if heavy is None else Tally(),
+        "density": light.density_tally,
+        "light": light.sampling_tally,
+    }
+    total = sum(phases.values(), Tally())
+    return KMVResult(
+        y=inputs.back_to_kind(queries)(y * parts.norm_factor),
+        heavy=found,
+        kernel_evaluations=total.kernel_evaluations,
+        distinct_evaluations=total.distinct_evaluations,
+        hash_evaluations=total.hash_evaluations,
+        phases=phases,
+        n_large=len(parts.large),
+        n_small=len(parts.small),
+        repetitions=light.repetitions,
+        averages=light.averages,
+        row_error=error * math.sqrt(len(k) / len(q)) * parts.norm_factor,
+    )
+
+
+def run_parts(
+    kernel: GaussianKernel,
+    x: np.ndarray,
+    heavy: HeavyKeys,
+    *,
+    epsilon: float,
+    gamma: float,
+    density: str,
+    constants: PaperConstants,
+    source: np.random.SeedSequence,
+    memory: int,
+    counts_only: bool = False,
+    all_rows: int | None = None,
+) -> tuple[Split, LightSum]:
+    """Lines 3 and 5 of Algorithm 3: x cut up, and the light keys' sum, with epsilon shared out between the errors.
+
+    "Scale down epsilon by 2": half of it goes to the samples. The other half, which the proof leaves to y_H, covers
+    what the proof calls negligible or absorbs: a quarter for H_2, a quarter for the buckets below the density floor.
+    `all_rows` is the number of rows that share the error, where the kernel has a sample of them only.
+    """
+    rest = (1.0 - 1.0 / constants.epsilon_divisor) / 2.0
+    # |x|_2^2 = n_k here, so n_q rows of this error each make epsilon |x|_2.
+    row = epsilon * math.sqrt(kernel.n_keys / (all_rows or kernel.n_queries))
+    parts = split(x, gamma=gamma, epsilon=4.0 * rest * row, constants=constants)
+    light = approx_light(
+        kernel,
+        parts.scaled,
+        parts.kept,
+        heavy,
+        row_error=row / constants.epsilon_divisor,
+        bucket_epsilon=epsilon / constants.epsilon_divisor,
+        hidden_error=rest * row,
+        density=density,
+        constants=constants,
+        source=source,
+        memory=memory,
+        counts_only=counts_only,
+    )
+    return parts, light
+
+
+def exact_columns(
+    kernel: GaussianKernel, scaled: np.ndarray, large: np.ndarray, memory: int
+) -> tuple[np.ndarray, Tally]:
+    """y_H of Lemma 3.2: the columns of H_1, evaluated exactly.
+
+    Source: Definition 3.1 and Lemma 3.2; y_H sums over H_1 only.
+    """
+    out = np.zeros(kernel.n_queries)
+    if len(large):
+        step = int(max(1, (memory // 4) // (8 * 3 * len(large))))
+        for start in range(0, kernel.n_queries, step):
+            rows = slice(start, min(start + step, kernel.n_queries))
+            out[rows] = np.exp(kernel.log_rows(rows, large)) @ scaled[large]
+    pairs = kernel.n_queries * len(large)
+    return out, Tally(pairs, pairs)
+
+
+def heavy_sum(heavy: HeavyKeys, scaled: np.ndarray, large: np.ndarray) -> np.ndarray:
+    """Sum over j in S_i of K_ij x_j, the keys of H_1 left out.
+
+    Line 6 of Algorithm 3 prints the sum over all of S_i; a key of H_1 that is heavy is in y_H already and would be
+    counted twice.
+    """
+    weights = scaled.copy()
+    weights[large] = 0.0
+    return np.bincount(heavy.rows(), np.exp(heavy.log_values) * weights[heavy.indices], minlength=len(heavy))

@@ -1,0 +1,261 @@
+"""What the printed constants cost: evaluations against n, fitted exponents, and where n^2 would be beaten."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+
+from approxkmv.errors import InputError
+from approxkmv.kmv import inputs
+from approxkmv.kmv.algorithm import run_parts
+from approxkmv.kmv.constants import PRINTED, PaperConstants
+from approxkmv.kmv.heavy import DEFAULT_MEMORY, scan_buckets
+from approxkmv.kmv.kernel import GaussianKernel
+from approxkmv.kmv.light import bucket
+from approxkmv.kmv.sparse_kernels import SPARSE_KERNELS
+
+PAPER_EXPONENT = 1.89
+SIZES = (256, 512, 1024, 2048, 4096, 8192, 16384)
+FITTED = ("total", "total_printed", "heavy", "hash", "density_printed")
+COLUMNS = {
+    "kernel": "which point set of `sparse_kernels`",
+    "n": "queries and keys",
+    "seed": "of points, x and algorithm",
+    "rows": "rows that were run; row costs are scaled to n",
+    "tail_to_head": "c of assumption (A), from the rows that were run",
+    "tables": "T of Algorithm 1",
+    "hash": "hash functions evaluated, T times 2n",
+    "large": "kernel evaluations for H_1",
+    "heavy": "kernel evaluations of Algorithm 1: collisions scanned, with repetition",
+    "density": "kernel evaluations for exact bucket densities",
+    "density_printed": "Theorem 2.2's n beta^-2 mu^-0.173 ln(1/delta) over all buckets, hidden constant 1",
+    "light": "kernel evaluations of Algorithm 2, line 9: surviving keys of all repetitions",
+    "light_printed": "the same with line 7 as printed (`PaperConstants.subtract_rounded` False)",
+    "total": "large + heavy + light + the cheaper of density and density_printed",
+    "total_printed": "the same with light_printed",
+    "distinct": "kernel evaluations that were computed",
+    "n_squared": "kernel evaluations of the exact product",
+}
+
+
+def measure_costs(
+    sizes: Sequence[int] = SIZES,
+    *,
+    kernels: Sequence[str] = tuple(SPARSE_KERNELS),
+    seeds: int = 2,
+    epsilon: float = 0.5,
+    alpha: float = 1 / 3,
+    gamma: float = 0.109,
+    rows: int = 256,
+    family: str = "p-stable",
+    constants: PaperConstants = PRINTED,
+    memory: int = DEFAULT_MEMORY,
+) -> pd.DataFrame:
+    """Count what Algorithms 1 to 3 ask for, at growing n, on kernels that satisfy assumption (A), for Gaussian x.
+
+    >>> measure_costs([64, 128], kernels=["clusters"], seeds=1)[["n", "tables", "hash"]].to_numpy().tolist()
+    [[64, 167, 21376], [128, 245, 62720]]
+
+    A row's cost does not depend on the other rows, so a random sample of rows meets all n keys and is scaled up; the
+    error that a row may have stays that of n rows. Samples are counted and not drawn (`counts_only`).
+
+    Args:
+        sizes: of n. kernels: names in `SPARSE_KERNELS`. seeds: repetitions per size. epsilon, alpha, gamma, family,
+        constants, memory: as in approx_kmv. rows: at most so many rows are run.
+    Returns:
+        One line per kernel, size and seed, with the columns of `COLUMNS`.
+    Raises:
+        InputError: an unknown kernel, no sizes, or a number out of range.
+    Source: Theorem 1.1 and Lemmas 3.2, 3.4 and 3.5, whose sums are counted here instead of bounded.
+    """
+    if not len(sizes):
+        raise InputError("sizes is empty: give at least one n")
+    for n in sizes:
+        inputs.count(n, "an entry of sizes")
+    for name in kernels:
+        inputs.choice(name, "an entry of kernels", tuple(SPARSE_KERNELS))
+    error, cut, power = (
+        inputs.positive(epsilon, "epsilon"),
+        inputs.fraction(gamma, "gamma"),
+        inputs.fraction(alpha, "alpha"),
+    )
+    inputs.count(seeds, "seeds")
+    inputs.count(rows, "rows")
+    lines = []
+    for name in kernels:
+        for n in sizes:
+            for seed in range(seeds):
+                lines.append(_measure(name, int(n), seed, error, power, cut, rows, family, constants, memory))
+    return pd.DataFrame(lines, columns=list(COLUMNS))
+
+
+def _measure(
+    name: str,
+    n: int,
+    seed: int,
+    epsilon: float,
+    alpha: float,
+    gamma: float,
+    rows: int,
+    family: str,
+    constants: PaperConstants,
+    memory: int,
+) -> dict[str, object]:
+    points = SPARSE_KERNELS[name](n, seed)
+    rng = np.random.default_rng([seed, n])
+    chosen = np.sort(rng.permutation(n)[:rows])
+    x = rng.standard_normal(n)
+    kernel = GaussianKernel(points.queries[chosen], points.keys, points.sigma)
+    found_source, light_source = np.random.SeedSequence([seed, n]).spawn(2)
+    found = scan_buckets(kernel, alpha=alpha, source=found_source, family=family, constants=constants, memory=memory)
+    (parts, light), (_, printed) = (
+        run_parts(
+            kernel,
+            x,
+            found,
+            epsilon=epsilon,
+            gamma=gamma,
+            density="exact",
+            constants=replace(constants, subtract_rounded=rounded),
+            source=source,
+            memory=memory,
+            counts_only=True,
+            all_rows=n,
+        )
+        for rounded, source in zip((True, False), light_source.spawn(2), strict=True)
+    )
+    share = n / len(chosen)
+    counted = {
+        "large": n * len(parts.large),
+        "heavy": found.tally.kernel_evaluations * share,
+        "density": n * len(parts.kept),
+        "density_printed": n * _printed_density(parts.scaled, parts.kept, n, epsilon, constants),
+        "light": light.sampling_tally.kernel_evaluations * share,
+        "light_printed": printed.sampling_tally.kernel_evaluations * share,
+    }
+    rest = counted["large"] + counted["heavy"] + min(counted["density"], counted["density_printed"])
+    return {
+        "kernel": name,
+        "n": n,
+        "seed": seed,
+        "rows": len(chosen),
+        "tail_to_head": _tail_to_head(kernel, n),
+        "tables": found.tables,
+        "hash": found.tables * 2 * n,
+        **counted,
+        "total": rest + counted["light"],
+        "total_printed": rest + counted["light_printed"],
+        "distinct": (found.tally.distinct_evaluations + light.density_tally.distinct_evaluations) * share
+        + counted["large"],
+        "n_squared": n * n,
+    }
+
+
+def _printed_density(scaled: np.ndarray, kept: np.ndarray, n: int, epsilon: float, constants: PaperConstants) -> float:
+    """Evaluations per query that Theorem 2.2 names for all buckets of Algorithm 2, line 5."""
+    if not len(kept):
+        return 0.0
+    b = bucket(scaled, kept, epsilon / constants.epsilon_divisor)
+    floors = epsilon**2 / (n * math.log(n) ** 2 * b.rounded * b.sizes)
+    per_bucket = constants.density_error(n) ** -2 * np.maximum(floors, 1e-300) ** -constants.density_exponent
+    return float(per_bucket.sum() * math.log(1 / constants.density_failure(n)))
+
+
+def _tail_to_head(kernel: GaussianKernel, n: int) -> float:
+    """c of assumption (A) on the sampled rows: as many largest entries as rows, which is n of n rows."""
+    entries = np.exp(kernel.log_rows(slice(0, kernel.n_queries))).ravel()
+    head = np.partition(entries, len(entries) - kernel.n_queries)[len(entries) - kernel.n_queries :].sum()
+    return float((entries.sum() - head) / head)
+
+
+def fit_exponents(table: pd.DataFrame, *, draws: int = 2000, seed: int = 0) -> pd.DataFrame:
+    """Exponents of n with 95 % intervals, and the n at which the cost would fall below n^2.
+
+    >>> n = np.array([256, 1024, 4096, 16384])
+    >>> table = pd.DataFrame({"kernel": "k", "n": n, "seed": 0, **{c: 50.0 * n**1.5 * np.log(n) for c in FITTED}})
+    >>> fits = fit_exponents(table, draws=50)
+    >>> fits.loc[0, ["exponent", "log10_crossing"]].astype(float).round(1).tolist()
+    [1.5, 5.6]
+
+    Two models: cost = C n^a, whose exponent is `plain_exponent`, and cost = C n^a ln n, whose a is `exponent` and by
+    which is extrapolated, since the printed T and number of averages each hold one logarithm. `log10_crossing` is
+    log10 of the n beyond which the second model stays below n^2; infinite if a >= 2. The intervals are percentiles
+    over bootstrap samples of (size, seed) pairs: they say how well the line is known, not whether the law stays a
+    line that far out. `log10_crossing_paper` takes the paper's exponent for granted and C from the largest n.
+
+    Args:
+        table: of `measure_costs`. draws: bootstrap samples. seed: of the bootstrap.
+    Returns:
+        One line per kernel and quantity of `FITTED`.
+    Raises:
+        InputError: fewer than three sizes of one kernel.
+    """
+    rng = np.random.default_rng(seed)
+    lines = []
+    for name, group in table.groupby("kernel", sort=False):
+        n = group["n"].to_numpy(np.float64)
+        if len(np.unique(n)) < 3:
+            raise InputError(f"kernel {name!r} was measured at fewer than three sizes: an exponent needs three")
+        samples = rng.integers(0, len(n), (draws, len(n)))
+        # A sample that holds one or two sizes only has no slope worth the name.
+        samples = samples[np.array([len(np.unique(n[s])) > 2 for s in samples])]
+        log_n, log_log = np.log(n), np.log(np.log(n))
+        for quantity in FITTED:
+            cost = np.log(group[quantity].to_numpy(np.float64))
+            plain, _ = np.polyfit(log_n, cost, 1)
+            slope, level = np.polyfit(log_n, cost - log_log, 1)
+            spread = np.array([np.polyfit(log_n[s], (cost - log_log)[s], 1) for s in samples])
+            plains = np.array([np.polyfit(log_n[s], cost[s], 1)[0] for s in samples])
+            crossings = np.array([log10_crossing(a, c) for a, c in spread])
+            last = log_n == log_n.max()
+            paper_level = float((cost - log_log - PAPER_EXPONENT * log_n)[last].mean())
+            lines.append(
+                {
+                    "kernel": name,
+                    "quantity": quantity,
+                    "exponent": slope,
+                    "exponent_low": np.quantile(spread[:, 0], 0.025),
+                    "exponent_high": np.quantile(spread[:, 0], 0.975),
+                    "plain_exponent": plain,
+                    "plain_low": np.quantile(plains, 0.025),
+                    "plain_high": np.quantile(plains, 0.975),
+                    "paper_exponent": PAPER_EXPONENT,
+                    "over_n_squared": float(np.exp(cost - 2 * log_n)[last].mean()),
+                    "log10_crossing": log10_crossing(slope, level),
+                    "log10_crossing_low": _quantile(crossings, 0.025),
+                    "log10_crossing_high": _quantile(crossings, 0.975),
+                    "log10_crossing_paper": log10_crossing(PAPER_EXPONENT, paper_level),
+                }
+            )
+    return pd.DataFrame(lines)
+
+
+def log10_crossing(exponent: float, log_factor: float) -> float:
+    """log10 of the largest n with factor * n^exponent * ln n >= n^2; infinite when the exponent is 2 or more.
+
+    >>> round(log10_crossing(1.5, np.log(50.0)), 1)
+    5.6
+    """
+    gap = 2.0 - exponent
+    if gap <= 0:
+        return math.inf
+    # gap * u = log_factor + ln u with u = ln n: gap * u - ln u grows beyond u = 1/gap.
+    low = max(1.0 / gap, 1.0)
+    if gap * low - math.log(low) >= log_factor:
+        return math.log10(math.e) * low if low > 1 else 0.0
+    high = 2.0 * low
+    while gap * high - math.log(high) < log_factor:
+        high *= 2.0
+    for _ in range(200):
+        middle = 0.5 * (low + high)
+        low, high = (middle, high) if gap * middle - math.log(middle) < log_factor else (low, middle)
+    return math.log10(math.e) * high
+
+
+def _quantile(values: np.ndarray, at: float) -> float:
+    """A quantile that may be infinite, without interpolation between finite and infinite."""
+    return float(np.quantile(values, at, method="nearest"))

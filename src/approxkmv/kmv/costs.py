@@ -1,0 +1,28 @@
+"""What a run costs, counted where the work is done."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Kernel and hash evaluations of one part of an algorithm.
+
+    >>> Tally(3, 2) + Tally(hash_evaluations=5)
+    Tally(kernel_evaluations=3, distinct_evaluations=2, hash_evaluations=5)
+
+    `kernel_evaluations` is what the algorithm asks for, repetitions included; `distinct_evaluations` is what was
+    computed; a hash evaluation is one function h_t, with all that it concatenates, on one point.
+    """
+
+    kernel_evaluations: int = 0
+    distinct_evaluations: int = 0
+    hash_evaluations: int = 0
+
+    def __add__(self, other: Tally) -> Tally:
+        return Tally(
+            self.kernel_evaluations + other.kernel_evaluations,
+            self.distinct_evaluations + other.distinct_evaluations,
+            self.hash_evaluations + other.hash_evaluations,
+        )

@@ -1,0 +1,9 @@
+"""Kernel density estimators behind one interface, `fit` and `query`."""
+
+from approxkmv.kmv.density.base import KernelDensity
+from approxkmv.kmv.density.exact import ExactDensity
+from approxkmv.kmv.density.hashing_based import HashingBasedDensity
+from approxkmv.kmv.density.levels import DensityLevels
+from approxkmv.kmv.density.uniform import UniformDensity
+
+__all__ = ["DensityLevels", "ExactDensity", "HashingBasedDensity", "KernelDensity", "UniformDensity"]

@@ -1,0 +1,75 @@
+"""The interface of kernel density estimators, and the medians of averages that they share."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+
+import numpy as np
+
+from approxkmv.errors import InputError
+from approxkmv.kmv import inputs
+from approxkmv.kmv.costs import Tally
+
+
+class KernelDensity(ABC):
+    """Estimates mu(q), the mean over points p of exp(-|q - p|^2 / (2 sigma^2)).
+
+    `fit(points)` takes the data set and returns the estimator; `query(queries)` gives one estimate per query;
+    `tally` counts what both have cost so far.
+    """
+
+    block_entries = 1 << 22
+    """Kernel values held at once; several arrays of this many float64 are in use."""
+
+    def __init__(self, sigma: float, seed: int | None = None) -> None:
+        self.sigma = inputs.positive(sigma, "sigma")
+        self._source = inputs.seed_sequence(seed)
+        self._points: np.ndarray | None = None
+        self.tally = Tally()
+
+    def fit(self, points: np.ndarray) -> KernelDensity:
+        """Take the points (n, d), and build what does not depend on the queries."""
+        # One unit for all estimators: coordinates in sigma sqrt(2), where log k = -|q - p|^2.
+        self._points = inputs.matrix(points, "points") / (self.sigma * math.sqrt(2))
+        self._build()
+        return self
+
+    def query(self, queries: np.ndarray) -> np.ndarray:
+        """Estimates (n_q,) for queries (n_q, d)."""
+        return self._estimate(self._placed(queries))
+
+    def _placed(self, queries: np.ndarray) -> np.ndarray:
+        placed = inputs.matrix(queries, "queries") / (self.sigma * math.sqrt(2))
+        if placed.shape[1] != self.points.shape[1]:
+            raise InputError(f"queries have width {placed.shape[1]}, the fitted points {self.points.shape[1]}")
+        return placed
+
+    @property
+    def points(self) -> np.ndarray:
+        """The fitted points in units of sigma sqrt(2)."""
+        if self._points is None:
+            raise InputError("this density has no points: call fit before query")
+        return self._points
+
+    def _build(self) -> None:  # noqa: B027
+        """Build what does not depend on the queries. Nothing, unless overridden."""
+
+    @abstractmethod
+    def _estimate(self, queries: np.ndarray) -> np.ndarray:
+        """Estimates for queries in the unit of the points."""
+
+    def _rng(self, *purpose: int) -> np.random.Generator:
+        return np.random.default_rng([*(int(w) for w in self._source.generate_state(4)), *purpose])
+
+
+def squared_distances(queries: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """(n_q, n_p) squared distances, not below 0."""
+    values = (queries**2).sum(1)[:, None] + (points**2).sum(1)[None, :] - 2.0 * queries @ points.T
+    return np.maximum(values, 0.0, out=values)
+
+
+def row_blocks(rows: int, columns: int, entries: int) -> list[slice]:
+    """Slices of rows such that a block has about so many entries."""
+    step = max(1, entries // max(columns, 1))
+    return [slice(s, min(s + step, rows)) for s in range(0, rows, step)]

@@ -1,0 +1,100 @@
+"""Arguments of this package, checked in full before any work, each refusal in one line."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from approxkmv.arrays import Array, as_float64
+from approxkmv.errors import InputError
+
+
+def matrix(array: Array, name: str) -> np.ndarray:
+    """A float64 NumPy matrix with at least one row and one column, or an InputError that names the argument."""
+    tensor = as_float64(array, name)
+    if tensor.ndim != 2:
+        raise InputError(f"{name} has shape {tuple(tensor.shape)}: give a matrix (n, d)")
+    if 0 in tensor.shape:
+        raise InputError(f"{name} is empty, shape {tuple(tensor.shape)}: give at least one row and one column")
+    return tensor.cpu().numpy()
+
+
+def points(queries: Array, keys: Array) -> tuple[np.ndarray, np.ndarray]:
+    """Queries (n_q, d) and keys (n_k, d) of one kind and one width."""
+    same_kind(queries, "queries", keys, "keys")
+    q, k = matrix(queries, "queries"), matrix(keys, "keys")
+    if q.shape[1] != k.shape[1]:
+        raise InputError(f"queries {q.shape} and keys {k.shape} differ in width d")
+    return q, k
+
+
+def vector(x: Array, name: str, n: int) -> np.ndarray:
+    """A float64 vector of n entries."""
+    tensor = as_float64(x, name)
+    if tuple(tensor.shape) != (n,):
+        raise InputError(f"{name} has shape {tuple(tensor.shape)}: it needs one entry per key, ({n},)")
+    return tensor.cpu().numpy()
+
+
+def same_kind(a: Array, name_a: str, b: Array, name_b: str) -> None:
+    """Refuse a mixture of torch tensors and NumPy arrays."""
+    if isinstance(a, np.ndarray) != isinstance(b, np.ndarray):
+        raise InputError(f"{name_a} and {name_b} are of different kinds: give two torch tensors or two NumPy arrays")
+
+
+def positive(value: float, name: str) -> float:
+    """A positive finite number."""
+    if not _is_number(value) or not (math.isfinite(value) and value > 0):
+        raise InputError(f"{name} is {value!r}: it must be a positive finite number")
+    return float(value)
+
+
+def fraction(value: float, name: str) -> float:
+    """A number in [0, 1]."""
+    if not _is_number(value) or not 0 <= value <= 1:
+        raise InputError(f"{name} is {value!r}: it must lie in [0, 1]")
+    return float(value)
+
+
+def count(value: int, name: str) -> int:
+    """A positive whole number."""
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
+        raise InputError(f"{name} is {value!r}: it must be a positive whole number")
+    return int(value)
+
+
+def seed_sequence(seed: int | None) -> np.random.SeedSequence:
+    """The source of all random numbers of one call; None draws a fresh one."""
+    if seed is not None and (not isinstance(seed, (int, np.integer)) or isinstance(seed, bool) or seed < 0):
+        raise InputError(f"seed is {seed!r}: it must be a whole number, at least 0, or None")
+    return np.random.SeedSequence(None if seed is None else int(seed))
+
+
+def choice(value: str, name: str, allowed: tuple[str, ...]) -> str:
+    """One of the allowed words."""
+    if value not in allowed:
+        raise InputError(f"{name} is {value!r}: choose one of {', '.join(allowed)}")
+    return value
+
+
+def enough_memory(memory: int, least: int, what: str) -> int:
+    """The bound on temporary storage, refused with the least that would do."""
+    given = count(memory, "memory")
+    if given < least:
+        raise InputError(f"memory is {given} bytes: {what} needs at least {least}")
+    return given
+
+
+def back_to_kind(like: Array) -> Callable[[np.ndarray], Array]:
+    """The way back to the caller's kind of array, float64, on the caller's device."""
+    if isinstance(like, torch.Tensor):
+        device = like.device
+        return lambda values: torch.from_numpy(np.ascontiguousarray(values)).to(device)
+    return lambda values: values
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float, np.floating, np.integer)) and not isinstance(value, bool)

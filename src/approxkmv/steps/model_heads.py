@@ -1,0 +1,65 @@
+"""Queries, keys and values of chosen heads on two long texts: the model-qk workload of the sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from approxkmv.config import CorpusEntry
+from approxkmv.corpora import read_corpus
+from approxkmv.errors import ConfigError, InputError
+from approxkmv.files import written_whole
+from approxkmv.models import CapturableModel, ModelLocation
+
+
+def capture_heads(
+    location: ModelLocation,
+    corpus: CorpusEntry,
+    tokens: int,
+    heads: Sequence[tuple[int, int]],
+    out: Path,
+    tuning_out: Path,
+) -> None:
+    """Write q, k, v (heads, tokens, d) of the corpus' first document to `out`, of its second to `tuning_out`.
+
+    Args:
+        location: of the model. tokens: the length of each text. heads: (layer, head) pairs, counted from 0.
+    Raises:
+        ConfigError: a document that is too short, a head that the model has not. InputError: more tokens than the
+        model has positions, or heads of layers with different scales.
+    """
+    from safetensors.torch import save_file
+
+    documents = read_corpus(corpus.source, corpus.sha256)
+    if len(documents) < 2:
+        raise ConfigError(f"corpus {corpus.name} has one document; a sweep needs a second one for tuning")
+    model = CapturableModel.load(location)
+    for layer, head in heads:
+        if layer >= model.n_layers or head >= model.n_heads:
+            raise ConfigError(
+                f"capture.heads asks for layer {layer}, head {head}; the model has {model.n_layers} layers of "
+                f"{model.n_heads} heads, counted from 0"
+            )
+    for document, path in zip(documents, (out, tuning_out), strict=False):
+        ids = model.tokenizer(document.context, verbose=False)["input_ids"][:tokens]
+        if len(ids) < tokens:
+            raise ConfigError(
+                f"{document.name!r} of corpus {corpus.name} has {len(ids)} tokens, {tokens} are asked for"
+            )
+        captured = model.capture([ids], values=True)[0]
+        scales = {float(captured.scales[layer]) for layer, _ in heads}
+        if len(scales) > 1 or captured.values is None:
+            raise InputError("the chosen heads have different scales of their logits: choose heads of one scale")
+        tensors = {
+            name: torch.stack([tensor[layer, head] for layer, head in heads]).contiguous()
+            for name, tensor in (("q", captured.queries), ("k", captured.keys), ("v", captured.values))
+        }
+        metadata = {
+            "scale": repr(scales.pop()),
+            "heads": " ".join(f"{layer}.{head}" for layer, head in heads),
+            "text": document.name,
+        }
+        with written_whole(path) as temporary:
+            save_file(tensors, temporary, metadata=metadata)

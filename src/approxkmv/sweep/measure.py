@@ -1,0 +1,76 @@
+"""Errors against the exact answer, and times that can be compared."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+Run = Callable[[int], object]
+
+
+def errors(out: torch.Tensor, exact: torch.Tensor, v: torch.Tensor) -> tuple[float, float]:
+    """|out - exact|_2 relative to |v|_2, as in the paper, and to |exact|_2, over the whole batch."""
+    exact = exact.double()
+    gap = float((out.double() - exact).norm())
+    return gap / float(v.double().norm()), gap / float(exact.norm())
+
+
+def summary(values: Sequence[float]) -> dict[str, float]:
+    """Mean, median and 95th percentile."""
+    array = np.asarray(values, np.float64)
+    return {
+        "mean": float(array.mean()),
+        "median": float(np.median(array)),
+        "p95": float(np.percentile(array, 95)),
+    }
+
+
+def _timer(device: torch.device, clock: str) -> Callable[[Callable[[], object]], float]:
+    if device.type == "cuda":
+
+        def events(run: Callable[[], object]) -> float:
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            torch.cuda.synchronize(device)
+            start.record()
+            run()
+            end.record()
+            end.synchronize()
+            return start.elapsed_time(end) / 1000
+
+        return events
+    now = time.process_time if clock == "cpu" else time.perf_counter
+
+    def host(run: Callable[[], object]) -> float:
+        start = now()
+        run()
+        return now() - start
+
+    return host
+
+
+def interleaved_seconds(
+    runs: dict[str, Run], device: torch.device, clock: str, warmups: int, repeats: int, inputs: int
+) -> dict[str, list[float]]:
+    """Seconds of each run, `repeats` of them: one of each in turn, so that a slow spell of the machine hits all.
+
+    runs[name](i) works on input i. Round after round, the input and the order of the runs move on by one.
+    """
+    timer = _timer(device, clock)
+    names = list(runs)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(warmups + repeats):
+        first = turn % len(names) if names else 0
+        for name in names[first:] + names[:first]:
+            taken = timer(lambda name=name, turn=turn: runs[name](turn % inputs))  # type: ignore[misc]
+            if turn >= warmups:
+                seconds[name].append(taken)
+    return seconds
+
+
+def quartiles(seconds: Sequence[float]) -> tuple[float, float, float]:
+    """First quartile, median and third quartile."""
+    low, middle, high = np.percentile(np.asarray(seconds, np.float64), [25, 50, 75])
+    return float(low), float(middle), float(high)

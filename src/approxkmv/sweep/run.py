@@ -1,0 +1,306 @@
+"""A sweep from settings to a table: tune each method to each error, then measure error and time on other inputs."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from approxkmv.attention import Method, UnavailableError, get, methods
+from approxkmv.attention.contract import check_inputs
+from approxkmv.errors import ConfigError
+from approxkmv.sweep.measure import errors, interleaved_seconds, quartiles, summary
+from approxkmv.sweep.settings import SweepSettings
+from approxkmv.sweep.tuning import tune
+from approxkmv.sweep.workloads import Case, Problem, cases, load
+
+REFERENCE = "exact-fused"
+# Errors of exact rows are against this many rows of the answer in float64.
+_CHECKED_ROWS = 256
+
+COLUMNS = {
+    "workload": "name of the workload, with the head for a model",
+    "n": "queries, and keys",
+    "batch": "attentions computed in one call",
+    "columns": "one value column, or all of them",
+    "d": "width of queries and keys",
+    "d_v": "width of the values",
+    "device": "cpu or cuda",
+    "dtype": "type of the inputs",
+    "method": "name of the method",
+    "kind": "exact, trivial or approximate",
+    "target": "largest median error |out - exact|_2 / |v|_2 that tuning accepted; empty for exact rows",
+    "status": "ok, unreached (the best error is given) or unavailable (the reason is given)",
+    "reason": "why a row could not run",
+    "parameters": "the chosen parameters, JSON",
+    "tuning_error": "median error over the tuning seeds",
+    "error_v_mean": "error relative to |v|_2 on other seeds and inputs: mean",
+    "error_v_median": "median",
+    "error_v_p95": "95th percentile",
+    "error_exact_mean": "error relative to |exact|_2: mean",
+    "error_exact_median": "median",
+    "error_exact_p95": "95th percentile",
+    "seeds": "number of evaluation seeds",
+    "seconds_q1": "first quartile of the timed runs",
+    "seconds": "median of the timed runs",
+    "seconds_q3": "third quartile of the timed runs",
+    "repeats": "number of timed runs",
+}
+Row = dict[str, Any]
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What a reader of a timing has to know about the machine and its software."""
+    found: dict[str, Any] = {
+        "machine": platform.machine(),
+        "system": platform.platform(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "threads": torch.get_num_threads(),
+    }
+    for name in ("numba", "triton"):
+        try:
+            found[name] = __import__(name).__version__
+        except ImportError:
+            found[name] = None
+    if device.startswith("cuda"):
+        found["gpu"] = torch.cuda.get_device_name(device)
+        found["cuda"] = torch.version.cuda
+    return found
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor()
+
+
+def _kind(method: Method) -> str:
+    return "exact" if method.exact else "trivial" if method.trivial else "approximate"
+
+
+class _Inputs:
+    """The inputs of one case and their exact answers, each made once."""
+
+    def __init__(self, case: Case, settings: SweepSettings) -> None:
+        self.case, self.settings = case, settings
+        self._problems: dict[tuple[str, int], Problem] = {}
+        self._exact: dict[tuple[str, int], torch.Tensor] = {}
+
+    def problem(self, part: str, index: int) -> Problem:
+        key = (part, index % self.settings.inputs)
+        if key not in self._problems:
+            problem = load(self.case, *key, device=self.settings.device, dtype=self.settings.dtype)
+            check_inputs(problem.q, problem.k, problem.v)
+            self._problems[key] = problem
+        return self._problems[key]
+
+    def exact(self, part: str, index: int) -> torch.Tensor:
+        """The answer in float32, whatever the type of the inputs."""
+        key = (part, index % self.settings.inputs)
+        if key not in self._exact:
+            p = self.problem(*key)
+            method = get(REFERENCE)
+            self._exact[key] = method.compute(
+                p.q.float(), p.k.float(), p.v.float(), scale=p.scale, seed=0, **method.defaults
+            )
+        return self._exact[key]
+
+    def reference_error(self) -> float:
+        """Error of the exact answer itself, against float64 on some rows."""
+        p, exact = self.problem("evaluation", 0), self.exact("evaluation", 0)
+        rows = torch.linspace(0, p.q.shape[1] - 1, min(_CHECKED_ROWS, p.q.shape[1])).long().to(p.q.device)
+        q, k, v = p.q[:, rows].double(), p.k.double(), p.v.double()
+        right = torch.stack([(p.scale * q[b] @ k[b].mT).softmax(-1) @ v[b] for b in range(len(q))])
+        scale = float(v.norm()) * (len(rows) / p.q.shape[1]) ** 0.5
+        return float((exact[:, rows].double() - right).norm()) / scale
+
+
+def _compute(method: Method, problem: Problem, seed: int, parameters: dict[str, Any]) -> torch.Tensor:
+    return method.compute(problem.q, problem.k, problem.v, scale=problem.scale, seed=seed, **parameters)
+
+
+def _rows_of_case(
+    case: Case, settings: SweepSettings, names: list[str], say: Callable[[str], None]
+) -> tuple[list[Row], float]:
+    inputs = _Inputs(case, settings)
+    first = inputs.problem("evaluation", 0)
+    common: Row = {
+        "workload": case.name,
+        "n": case.n,
+        "batch": case.batch,
+        "columns": case.columns,
+        "d": first.q.shape[2],
+        "d_v": first.v.shape[2],
+        "device": settings.device,
+        "dtype": settings.dtype,
+    }
+    rows: list[Row] = []
+    runs: dict[str, Callable[[int], object]] = {}
+    for name in names:
+        method = get(name)
+        row: Row = {**common, "method": name, "kind": _kind(method)}
+        grid = settings.parameters.get(name, method.grid)
+
+        def error_of(parameters: dict[str, Any], i: int, method: Method = method) -> float:
+            problem = inputs.problem("tuning", i)
+            out = _compute(method, problem, settings.tuning_seeds[i], parameters)
+            return errors(out, inputs.exact("tuning", i), problem.v)[0]
+
+        targets = (float("inf"),) if method.exact else settings.targets
+        try:
+            choices = tune(method, grid, error_of, targets, settings.tuning_seeds, settings.band)
+        except UnavailableError as error:
+            say(f"{case.name} n={case.n}: {name} is skipped: {error}")
+            rows.append({**row, "status": "unavailable", "reason": str(error)})
+            continue
+        except torch.OutOfMemoryError as error:
+            rows.append({**row, "status": "unavailable", "reason": f"out of memory: {str(error).splitlines()[0]}"})
+            continue
+        for choice in choices:
+            parameters = choice.trial.parameters
+            label = f"{name} {json.dumps(parameters, sort_keys=True)}"
+            rows.append(
+                {
+                    **row,
+                    "target": None if method.exact else choice.target,
+                    "status": "ok" if choice.reached else "unreached",
+                    "reason": ""
+                    if choice.reached
+                    else f"no setting reaches {choice.target}; the best has {choice.trial.error:.4g}",
+                    "parameters": json.dumps(parameters, sort_keys=True),
+                    "tuning_error": choice.trial.error,
+                    "_label": label,
+                }
+            )
+            if label not in runs:
+                runs[label] = lambda i, method=method, parameters=parameters: _compute(  # type: ignore[misc]
+                    method, inputs.problem("evaluation", i), i, parameters
+                )
+    measured = _measure(inputs, settings, rows, runs)
+    for row in rows:
+        label = row.pop("_label", None)
+        if label is not None:
+            row.update(measured[label])
+    return rows, inputs.reference_error()
+
+
+def _measure(
+    inputs: _Inputs, settings: SweepSettings, rows: list[Row], runs: dict[str, Callable[[int], object]]
+) -> dict[str, Row]:
+    measured: dict[str, Row] = {}
+    for row in rows:
+        label = row.get("_label")
+        if label is None or label in measured:
+            continue
+        method, parameters = get(row["method"]), json.loads(row["parameters"])
+        of_v, of_exact = [], []
+        # An answer that does not depend on a seed still depends on the input.
+        seeds = settings.seeds if method.seeded else settings.seeds[: settings.inputs]
+        for i, seed in enumerate(seeds):
+            problem = inputs.problem("evaluation", i)
+            pair = errors(_compute(method, problem, seed, parameters), inputs.exact("evaluation", i), problem.v)
+            of_v.append(pair[0])
+            of_exact.append(pair[1])
+        measured[label] = {
+            **{f"error_v_{name}": value for name, value in summary(of_v).items()},
+            **{f"error_exact_{name}": value for name, value in summary(of_exact).items()},
+            "seeds": len(seeds),
+        }
+    seconds = interleaved_seconds(
+        runs,
+        torch.device(settings.device),
+        settings.clock,
+        settings.warmups,
+        settings.repeats,
+        settings.inputs,
+    )
+    for label, taken in seconds.items():
+        low, middle, high = quartiles(taken)
+        measured[label].update(seconds_q1=low, seconds=middle, seconds_q3=high, repeats=len(taken))
+    return measured
+
+
+def run_sweep(
+    settings: SweepSettings,
+    output: Path,
+    provenance: dict[str, Any],
+    say: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
+) -> None:
+    """Run a sweep and write its table (CSV) to `output` and the record of how it was made beside it (JSON).
+
+    provenance (commit, versions, whatever the caller knows) goes into the record as it is. `say` gets a line for each
+    case. Raises InputError when a workload has too few rows, an input holds a NaN or a method is unknown, ConfigError
+    when the device is not there, SourceError when a file cannot be read; a method that cannot run is a row.
+    """
+    output = Path(output)
+    names = list(settings.methods or methods())
+    for name in names:
+        get(name)
+    if settings.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"sweep: device is {settings.device!r}, and torch finds no CUDA device here")
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    started = datetime.now(UTC)
+    rows: list[Row] = []
+    checks = []
+    with torch.inference_mode():
+        for workload in settings.workloads:
+            for case in cases(workload):
+                say(f"{case.name} n={case.n} batch={case.batch} columns={case.columns}")
+                found, reference_error = _rows_of_case(case, settings, names, say)
+                rows += found
+                checks.append(
+                    {
+                        "workload": case.name,
+                        "n": case.n,
+                        "batch": case.batch,
+                        "columns": case.columns,
+                        "reference_error": reference_error,
+                    }
+                )
+    record = {
+        "started": started.isoformat(timespec="seconds"),
+        "seconds": (datetime.now(UTC) - started).total_seconds(),
+        "settings": settings.as_dict(),
+        "machine": machine(settings.device),
+        "reference": {"method": REFERENCE, "error_against_float64": checks},
+        "columns": COLUMNS,
+        "provenance": provenance,
+    }
+    output.parent.mkdir(parents=True, exist_ok=True)
+    _write(output.with_suffix(".json"), lambda file: json.dump(record, file, indent=2, default=str))
+    _write(output, lambda file: _write_csv(rows, file))
+
+
+def _write_csv(rows: list[Row], file: Any) -> None:
+    writer = csv.DictWriter(file, list(COLUMNS), restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+
+
+def _write(path: Path, write: Callable[[Any], object]) -> None:
+    # Renamed when complete, so that a killed run leaves no half a table.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("w", encoding="utf-8", newline="") as file:
+            write(file)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

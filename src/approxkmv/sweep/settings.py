@@ -1,0 +1,115 @@
+"""What a sweep is asked to do: frozen dataclasses, built from the dictionaries of a configuration."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, TypeVar
+
+from approxkmv.errors import ConfigError
+
+T = TypeVar("T")
+WORKLOADS = ("glove-paper", "glove-sharp", "glove-split", "model-qk")
+
+
+def _build(kind: type[T], given: Mapping[str, Any], where: str) -> T:
+    """An instance of the dataclass `kind`, lists made tuples. Raises ConfigError at a key that it has not."""
+    known = [f.name for f in fields(kind)]  # type: ignore[arg-type]
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it has: {', '.join(known)}"
+            raise ConfigError(f"{where} has no key {key!r}; {hint}")
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise ConfigError(f"{where}: {error}") from error
+
+
+@dataclass(frozen=True)
+class WorkloadSettings:
+    """One family of inputs at several lengths."""
+
+    name: str
+    """One of WORKLOADS."""
+    lengths: tuple[int, ...]
+    """Numbers of queries, and of keys."""
+    batches: tuple[int, ...] = (1,)
+    columns: tuple[str, ...] = ("one",)
+    """'one' value column, as in the paper, or 'all' of them."""
+    path: str | None = None
+    """Word vectors (.npy, .npy.xz) or a capture of a model (.safetensors with q, k, v (heads, n, d))."""
+    tuning_path: str | None = None
+    """A capture of another text, for tuning. Without it, other rows of `path` where there are enough."""
+    heads: tuple[int, ...] = (0,)
+    """Which heads of the capture, for model-qk: each is a workload of its own."""
+
+    def __post_init__(self) -> None:
+        if self.name not in WORKLOADS:
+            near = difflib.get_close_matches(self.name, WORKLOADS, n=1, cutoff=0.3)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(WORKLOADS)}"
+            raise ConfigError(f"no workload is called {self.name!r}; {hint}")
+        if not self.lengths or any(not isinstance(n, int) or n < 2 for n in self.lengths):
+            raise ConfigError(f"workload {self.name}: lengths is {self.lengths!r}; give whole numbers above 1")
+        if any(c not in ("one", "all") for c in self.columns):
+            raise ConfigError(f"workload {self.name}: columns is {self.columns!r}; give 'one', 'all' or both")
+        if self.name == "model-qk" and self.path is None:
+            raise ConfigError("workload model-qk: path is missing; give the capture of a model (.safetensors)")
+
+
+@dataclass(frozen=True)
+class SweepSettings:
+    """Every choice of a sweep; the same settings and seeds give the same errors."""
+
+    workloads: tuple[WorkloadSettings, ...]
+    methods: tuple[str, ...] = ()
+    """Empty means all of them."""
+    targets: tuple[float, ...] = (0.15, 0.10, 0.05)
+    """Largest errors |out - exact|_2 / |v|_2 that tuning may accept."""
+    band: float | None = None
+    """With it, tuning accepts errors within target +- band instead, as the paper's 0.1 +- 0.05."""
+    tuning_seeds: tuple[int, ...] = (1000, 1001, 1002)
+    seeds: tuple[int, ...] = tuple(range(10))
+    repeats: int = 9
+    """Timed runs of each row, after `warmups` runs that do not count."""
+    warmups: int = 2
+    inputs: int = 3
+    """Inputs that are taken in turn, so that no run finds its own input in the cache."""
+    device: str = "cpu"
+    dtype: str = "float32"
+    threads: int | None = None
+    """Threads of torch; None leaves them as they are."""
+    clock: str = "wall"
+    """'wall', or 'cpu' for the process's CPU time, which other processes disturb less; CUDA has events."""
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    """Method name to a list of parameter sets that replaces the method's own grid."""
+
+    def __post_init__(self) -> None:
+        if not self.workloads:
+            raise ConfigError("sweep: workloads is empty; give at least one")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ConfigError(f"sweep: dtype is {self.dtype!r}; give 'float32' or 'bfloat16'")
+        if self.clock not in ("wall", "cpu"):
+            raise ConfigError(f"sweep: clock is {self.clock!r}; give 'wall' or 'cpu'")
+        if set(self.seeds) & set(self.tuning_seeds):
+            raise ConfigError("sweep: seeds and tuning_seeds overlap; an error measured on a tuning seed is too low")
+        if not self.targets or any(not 0 < t < 10 for t in self.targets):
+            raise ConfigError(f"sweep: targets is {self.targets!r}; give errors above 0")
+        for name in ("repeats", "inputs"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"sweep: {name} is {getattr(self, name)}; give at least 1")
+
+    @classmethod
+    def from_mapping(cls, given: Mapping[str, Any]) -> SweepSettings:
+        """Settings from a configuration's dictionary. Raises ConfigError, one line that names the key."""
+        workloads = given.get("workloads", ())
+        if not isinstance(workloads, (list, tuple)) or not all(isinstance(w, Mapping) for w in workloads):
+            raise ConfigError("sweep: workloads must be a list of mappings, each with a name and lengths")
+        built = [_build(WorkloadSettings, w, f"sweep workload {w.get('name', i)}") for i, w in enumerate(workloads)]
+        return _build(cls, {**given, "workloads": built}, "sweep")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for a JSON record."""
+        return {**asdict(self), "parameters": dict(self.parameters)}

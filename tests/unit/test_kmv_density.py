@@ -1,0 +1,217 @@
+"""Density estimators are tested as estimators: their mean, their spread against the budget, and their cost."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from approxkmv.errors import InputError
+from approxkmv.kmv.density import DensityLevels, ExactDensity, HashingBasedDensity, KernelDensity, UniformDensity
+
+SIGMA = 0.8
+
+
+def cloud() -> tuple[np.ndarray, np.ndarray]:
+    """300 points in 3 dimensions with kernel values at all scales, and 6 queries from dense to sparse places."""
+    rng = np.random.default_rng(0)
+    points = rng.standard_normal((300, 3)) * np.array([0.6, 1.2, 2.0])
+    queries = np.linspace(0, 1, 6)[:, None] * np.array([0.8, 1.5, 2.5])
+    return points, queries
+
+
+def truth(points: np.ndarray, queries: np.ndarray) -> np.ndarray:
+    difference = queries[:, None, :] - points[None, :, :]
+    return np.exp(-(difference**2).sum(-1) / (2 * SIGMA**2)).mean(1)
+
+
+def uniform(budget: int, seed: int) -> UniformDensity:
+    return UniformDensity(SIGMA, samples=budget, seed=seed)
+
+
+def hashed(budget: int, seed: int) -> HashingBasedDensity:
+    return HashingBasedDensity(SIGMA, samples=budget, scale=0.02, seed=seed)
+
+
+def estimates(make, budget: int, seeds: int) -> np.ndarray:
+    points, queries = cloud()
+    return np.stack([make(budget, seed).fit(points).query(queries) for seed in range(seeds)])
+
+
+def level_estimates(recover: str, repetitions: int, seeds: int, guess: float, family: str = "p-stable") -> np.ndarray:
+    """One average (no median) of so many repetitions at a fixed guess of the density."""
+    points, queries = cloud()
+    out = []
+    for seed in range(seeds):
+        levels = DensityLevels(
+            SIGMA,
+            relative_error=0.3,
+            floor=1e-3,
+            failure=0.1,
+            recover=recover,
+            family=family,
+            seed=seed,
+            repetition_factor=repetitions * 0.09,
+            median_factor=1e-9,
+        ).fit(points)
+        assert levels.averages == 1
+        assert levels.repetitions == repetitions
+        out.append(levels.query_at(queries, guess))
+    return np.stack(out)
+
+
+def assert_unbiased(samples: np.ndarray, expected: np.ndarray, bias: float = 0.0) -> None:
+    """The mean over seeds within 4.5 standard errors of the truth (false alarm 7e-6 per query), plus a known bias."""
+    error = samples.std(0, ddof=1) / math.sqrt(len(samples))
+    assert np.all(error < 0.15 * expected), "too few seeds to say anything"
+    assert np.all(np.abs(samples.mean(0) - expected) <= 4.5 * error + bias * expected)
+
+
+def test_exact_is_the_mean_kernel_value():
+    points, queries = cloud()
+    density = ExactDensity(SIGMA).fit(points)
+    np.testing.assert_allclose(density.query(queries), truth(points, queries), rtol=1e-12)
+    assert density.tally.kernel_evaluations == density.tally.distinct_evaluations == 6 * 300
+
+
+@pytest.mark.parametrize("make", [uniform, hashed])
+def test_uniform_and_hashing_based_are_unbiased(make):
+    assert_unbiased(estimates(make, 16, 400), truth(*cloud()))
+
+
+@pytest.mark.parametrize(
+    ("recover", "family", "seeds"),
+    [("scan", "p-stable", 300), ("hash", "p-stable", 150), ("hash", "ball-carving", 25)],
+)
+@pytest.mark.parametrize("guess", [0.25, 0.03])
+def test_levels_are_unbiased_at_any_guess(recover, family, seeds, guess):
+    """Hashing misses a sample with probability 0.3 % at most (1 % of the relative error): that bias is allowed."""
+    samples = level_estimates(recover, 20, seeds, guess, family)
+    assert_unbiased(samples, truth(*cloud()), bias=0.0 if recover == "scan" else 0.003)
+
+
+@pytest.mark.parametrize("make", [uniform, hashed])
+def test_error_falls_as_one_over_the_root_of_the_budget(make):
+    """Nine times the budget, a third of the error. Over 6 queries and 200 seeds its ratio spreads by about 5 %."""
+    expected = truth(*cloud())
+    small = np.sqrt((((estimates(make, 8, 200) - expected) / expected) ** 2).mean())
+    large = np.sqrt((((estimates(make, 72, 200) - expected) / expected) ** 2).mean())
+    assert 2.2 < small / large < 4.0
+
+
+def test_error_of_levels_falls_as_one_over_the_root_of_the_repetitions():
+    expected = truth(*cloud())
+    rms = [np.sqrt((((level_estimates("scan", r, 200, 0.05) - expected) / expected) ** 2).mean(0)) for r in (8, 72)]
+    ratio = float((rms[0] / rms[1]).mean())
+    assert 2.4 < ratio < 3.7
+    # The bound that the repetitions are chosen by: relative variance at most guess / density per repetition.
+    assert np.all(rms[0] ** 2 * 8 <= 0.05 / expected * 1.4)
+
+
+def test_hashing_beats_uniform_sampling_where_the_density_is_low():
+    """At a density of one point in 4,000 and 64 evaluations: the whole reason for hashing-based estimators."""
+    rng = np.random.default_rng(1)
+    points = np.concatenate([rng.standard_normal((1999, 2)) + 12.0, np.zeros((1, 2))]) * SIGMA
+    query = np.array([[0.7, 0.0]]) * SIGMA
+    expected = truth(points, query)[0]
+    assert expected < 1e-3
+
+    def rms(make) -> float:
+        values = np.array([make(seed).fit(points).query(query)[0] for seed in range(60)])
+        return float(np.sqrt(((values - expected) ** 2).mean()) / expected)
+
+    by_hash = rms(lambda s: HashingBasedDensity(SIGMA, samples=64, scale=float(expected), seed=s))
+    by_chance = rms(lambda s: UniformDensity(SIGMA, samples=64, seed=s))
+    assert by_hash < 0.3
+    assert by_chance > 0.99
+
+
+@pytest.mark.parametrize("recover", ["scan", "hash"])
+def test_levels_keep_their_relative_error_and_floor(recover):
+    """Relative error 0.3 with failure 0.02 per query: of 25 seeds by 6 queries at most 9 may fail.
+
+    With failure 0.02 more than 9 of 150 have probability 0.001.
+    """
+    points, queries = cloud()
+    expected = truth(points, queries)
+    failures, total = 0, 0
+    for seed in range(25):
+        levels = DensityLevels(SIGMA, relative_error=0.3, floor=2e-3, failure=0.02, recover=recover, seed=seed).fit(
+            points
+        )
+        values = levels.query(queries)
+        failures += int((np.abs(values - expected) > 0.3 * expected)[expected >= 2e-3].sum())
+        total += int((expected >= 2e-3).sum())
+        assert levels.tally.distinct_evaluations <= levels.tally.kernel_evaluations
+        assert (levels.tally.hash_evaluations > 0) == (recover == "hash")
+    assert total >= 100
+    assert failures <= 9
+
+
+def test_levels_answer_zero_below_the_floor():
+    points, queries = cloud()
+    far = queries[-1:] + 2.0
+    density = float(truth(points, far)[0])
+    levels = DensityLevels(SIGMA, relative_error=0.3, floor=4 * density, failure=0.01, seed=0).fit(points)
+    assert levels.query(far)[0] == 0.0
+
+
+def test_auto_scans_where_hashing_costs_more():
+    points, _ = cloud()
+    levels = DensityLevels(SIGMA, relative_error=0.3, floor=1e-3, failure=0.1, seed=0).fit(points)
+    assert all(level.tables == 0 for level in levels.plan(0.25))
+    # With a billion points a shell's sample is large and its buckets small: then hashing is chosen.
+    levels._points = np.broadcast_to(np.zeros((1, 3)), (10**9, 3))
+    assert any(level.tables > 0 for level in levels.plan(2.0**-20))
+
+
+def test_cost_is_counted_in_kernel_evaluations():
+    points, queries = cloud()
+    sampled = UniformDensity(SIGMA, samples=50, averages=3, seed=0).fit(points)
+    sampled.query(queries)
+    assert sampled.tally.kernel_evaluations == 6 * 150
+    assert sampled.tally.distinct_evaluations <= 6 * 150
+    by_hash = HashingBasedDensity(SIGMA, samples=50, averages=3, seed=0).fit(points)
+    by_hash.query(queries)
+    assert 0 < by_hash.tally.kernel_evaluations <= 6 * 150
+    assert by_hash.tally.hash_evaluations == 150 * 306
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda seed: UniformDensity(SIGMA, samples=9, averages=3, seed=seed),
+        lambda seed: HashingBasedDensity(SIGMA, samples=9, averages=3, seed=seed),
+        lambda seed: DensityLevels(SIGMA, relative_error=0.5, floor=0.01, failure=0.1, recover="hash", seed=seed),
+    ],
+)
+def test_same_seed_same_answer(make):
+    points, queries = cloud()
+
+    def one(estimator: KernelDensity) -> np.ndarray:
+        return estimator.fit(points).query(queries)
+
+    np.testing.assert_array_equal(one(make(7)), one(make(7)))
+    assert np.any(one(make(7)) != one(make(8)))
+
+
+@pytest.mark.parametrize(
+    ("action", "word"),
+    [
+        (lambda: ExactDensity(0.0), "sigma"),
+        (lambda: ExactDensity(1.0).query(np.zeros((1, 2))), "call fit"),
+        (lambda: ExactDensity(1.0).fit(np.zeros((0, 2))), "empty"),
+        (lambda: ExactDensity(1.0).fit(np.zeros((3, 2))).query(np.zeros((1, 3))), "width"),
+        (lambda: UniformDensity(1.0, samples=0), "samples"),
+        (lambda: HashingBasedDensity(1.0, samples=3, averages=0), "averages"),
+        (lambda: DensityLevels(1.0, relative_error=1.5, floor=0.1, failure=0.1), "below 1"),
+        (lambda: DensityLevels(1.0, relative_error=0.5, floor=0.0, failure=0.1), "floor"),
+        (lambda: DensityLevels(1.0, relative_error=0.5, floor=0.1, failure=0.1, recover="guess"), "recover"),
+        (lambda: UniformDensity(1.0, samples=3, seed=-1), "seed"),
+    ],
+)
+def test_bad_input_is_one_clear_line(action, word):
+    with pytest.raises(InputError, match=word) as caught:
+        action()
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,259 @@
+"""Algorithm 2 and its parts: x cut up, buckets, counts with the right distribution, budgets that suffice."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from kmv_kernels import SPARSE, background
+from scipy import stats
+
+from approxkmv.errors import InputError
+from approxkmv.kmv.algorithm import approx_kmv
+from approxkmv.kmv.constants import PaperConstants
+from approxkmv.kmv.heavy import find_heavy
+from approxkmv.kmv.kernel import GaussianKernel
+from approxkmv.kmv.light import approx_light, bucket
+from approxkmv.kmv.preprocess import split
+from approxkmv.kmv.sampling import BinomialTable, averages_of_counts, draw_survivors
+
+
+def test_split_partitions_the_keys_and_rescales_x():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal(500) * 10.0 ** rng.integers(-6, 3, 500)
+    parts = split(x, gamma=0.109, epsilon=0.5)
+    assert np.sum(parts.scaled**2) == pytest.approx(500)
+    np.testing.assert_allclose(parts.scaled * parts.norm_factor, x)
+    np.testing.assert_array_equal(np.sort(np.concatenate([parts.large, parts.small, parts.kept])), np.arange(500))
+    square = parts.scaled**2
+    assert square[parts.large].min() >= 500**0.109
+    assert square[parts.kept].max() < 500**0.109
+    assert square[parts.small].max() <= 500**-4.0 < square[parts.kept].min()
+    assert len(parts.large) <= 500 ** (1 - 0.109)
+
+
+@pytest.mark.parametrize("factor", [1e-200, 1.0, 1e200])
+def test_split_survives_extreme_scales(factor):
+    parts = split(factor * np.array([1.0, -2.0, 3.0, 0.0]), gamma=0.109, epsilon=0.5)
+    np.testing.assert_allclose(parts.scaled, split(np.array([1.0, -2.0, 3.0, 0.0]), gamma=0.109, epsilon=0.5).scaled)
+    assert parts.norm_factor == pytest.approx(factor * math.sqrt(14 / 4))
+
+
+def test_split_of_zero():
+    parts = split(np.zeros(5), gamma=0.109, epsilon=0.5)
+    assert len(parts.large) == len(parts.kept) == 0
+    assert parts.norm_factor == 0.0
+
+
+def test_dropping_small_entries_costs_a_quarter_of_epsilon_at_most():
+    """The printed bound x_j^2 <= n^-4 alone would allow 1/n per row: too much where epsilon n < 4."""
+    for epsilon in (0.5, 0.01, 1e-6):
+        for n in (2, 30, 1000):
+            for entry in (0.999 * n**-2.0, 0.999 * n**-2.0 * min(1.0, epsilon * n / 4)):
+                x = np.full(n, entry)
+                x[0] = math.sqrt(n)
+                parts = split(x, gamma=0.109, epsilon=epsilon)
+                assert np.abs(parts.scaled[parts.small]).sum() <= epsilon / 4
+            assert len(parts.small) == n - 1
+
+
+@pytest.mark.parametrize("epsilon", [0.01, 0.25, 0.5, 3.0])
+def test_every_kept_key_is_in_the_bucket_of_its_square(epsilon):
+    x = np.random.default_rng(1).standard_normal(400)
+    parts = split(x, gamma=0.109, epsilon=0.5)
+    b = bucket(parts.scaled, parts.kept, epsilon)
+    np.testing.assert_array_equal(np.sort(b.order), parts.kept)
+    np.testing.assert_array_equal(b.starts, np.concatenate([[0], np.cumsum(b.sizes)[:-1]]))
+    rounded = np.repeat(b.rounded, b.sizes)
+    square = parts.scaled[b.order] ** 2
+    ratio = 1 + min(epsilon, 1.0)
+    assert np.all(square <= rounded * (1 + 1e-9))
+    assert np.all(rounded <= square * ratio * (1 + 1e-9))
+
+
+@pytest.mark.parametrize(("repetitions", "n"), [(1, 3), (7, 5), (40, 400), (5000, 100), (10**6, 300), (10**9, 128)])
+def test_counts_are_binomial(repetitions, n):
+    """Chi-square over cells of expectation 50 or more, 200,000 draws; false alarm 1e-4 per case."""
+    draws = 200_000
+    counts = BinomialTable(repetitions, 1 / n).draw((draws // 100, 100), np.random.default_rng(2)).ravel()
+    law = stats.binom(repetitions, 1 / n)
+    edges = np.unique(law.ppf(np.linspace(0.001, 0.999, 40)))
+    upper = np.concatenate([edges, [np.inf]])
+    mass = np.diff(np.concatenate([[0.0], law.cdf(edges), [1.0]]))
+    seen = np.histogram(counts, np.concatenate([[-1.0], upper[:-1], [1e18]]) + 0.5)[0]
+    keep = mass * draws >= 50
+    expected = np.concatenate([mass[keep], [mass[~keep].sum()]]) * draws
+    observed = np.concatenate([seen[keep], [seen[~keep].sum()]])
+    if expected[-1] < 50:
+        expected, observed = expected[:-1] * (observed[:-1].sum() / expected[:-1].sum()), observed[:-1]
+    assert stats.chisquare(observed, expected * observed.sum() / expected.sum()).pvalue > 1e-4
+    assert np.all(counts == np.round(counts))
+    assert counts.min() >= 0
+    assert counts.max() <= repetitions
+
+
+def test_single_survivors_have_the_law_of_the_counts():
+    """Both ways of drawing one row's samples: same mean and variance of the average, and of the number of samples."""
+    values = np.random.default_rng(3).standard_normal(30)
+    n, repetitions = 50, 8
+    by_count, by_sample, numbers = [], [], []
+    for seed in range(4000):
+        rng = np.random.default_rng(seed)
+        by_count.append(averages_of_counts(values, repetitions, 1, n, rng)[0][0])
+        group, key = draw_survivors(30, repetitions, 1, n, rng)
+        assert np.all(group == 0)
+        by_sample.append(values[key].sum() * n / repetitions)
+        numbers.append(len(key))
+    variance = n * (1 - 1 / n) * (values**2).sum() / repetitions
+    for sample in (np.array(by_count), np.array(by_sample)):
+        assert abs(sample.mean() - values.sum()) <= 4.5 * math.sqrt(variance / 4000)
+        # The variance of 4,000 values with kurtosis below 9 is within 4.5 * sqrt(8 / 4000) = 20 %.
+        assert sample.var() == pytest.approx(variance, rel=0.2)
+    assert np.mean(numbers) == pytest.approx(30 * repetitions / n, rel=0.05)
+
+
+def test_survivors_are_distinct_trials():
+    rng = np.random.default_rng(4)
+    group, key = draw_survivors(3, 1, 5, 1, rng)
+    # With survival probability 1 every key survives in every average, once.
+    assert sorted(zip(group.tolist(), key.tolist(), strict=True)) == [(g, k) for g in range(5) for k in range(3)]
+
+
+def test_repetitions_past_every_integer_give_the_expectation():
+    values = np.array([1.0, 2.0])
+    assert averages_of_counts(values, 1 << 63, 3, 10, np.random.default_rng(0))[0].tolist() == [3.0] * 3
+
+
+def light_of(case, x, *, density="exact", row_error=0.25, constants=None, seed=0, hidden=0.125, **options):
+    kernel = GaussianKernel(case.queries, case.keys, case.sigma)
+    heavy = find_heavy(case.queries, case.keys, sigma=case.sigma, seed=0)
+    parts = split(x, gamma=0.109, epsilon=0.5)
+    light = approx_light(
+        kernel,
+        parts.scaled,
+        parts.kept,
+        heavy,
+        row_error=row_error,
+        bucket_epsilon=0.25,
+        hidden_error=hidden,
+        density=density,
+        constants=constants or PaperConstants(),
+        source=np.random.SeedSequence(seed),
+        memory=1 << 28,
+        **options,
+    )
+    mask = np.zeros(case.matrix.shape, dtype=bool)
+    mask[:, parts.kept] = True
+    mask[heavy.rows(), heavy.indices] = False
+    return light, np.where(mask, case.matrix, 0.0), parts.scaled
+
+
+def test_one_average_has_the_mean_and_the_variance_of_the_proof():
+    """E z_i and Var z_i = (n - 1) sum_j (x_j K_ij)^2 / R, over 200 seeds, summed over rows."""
+    case = background(60)
+    x = np.random.default_rng(5).standard_normal(60)
+    constants = PaperConstants(median_factor=1e-9, repetition_factor=1.0)
+    runs = [light_of(case, x, constants=constants, seed=s)[0] for s in range(200)]
+    light, matrix, scaled = light_of(case, x, constants=constants)
+    assert light.averages == 1
+    z = np.stack([r.z for r in runs])
+    mean = matrix @ scaled
+    variance = 59 * (matrix**2 @ scaled**2) / light.repetitions
+    score = (z - mean) / np.sqrt(variance)
+    # 12,000 nearly independent scores: mean within 4.5 / sqrt(12000), mean square within 5 %.
+    assert abs(score.mean()) < 4.5 / math.sqrt(score.size)
+    assert (score**2).mean() == pytest.approx(1.0, rel=0.05)
+
+
+@pytest.mark.parametrize("density", ["exact", "levels"])
+@pytest.mark.parametrize("name", ["background", "clusters"])
+def test_budgets_cover_the_light_mass(name, density):
+    """s_i is at least the true sum over light keys of x_j^2 K_ij^2, but for the buckets that are hidden."""
+    case = SPARSE[name](40)
+    light, matrix, scaled = light_of(case, np.random.default_rng(6).standard_normal(40), density=density, hidden=0.125)
+    mass = matrix**2 @ scaled**2
+    # A hidden bucket has mass below hidden_error^2 / (n count^2) each.
+    assert np.all(light.squared_sum >= mass - 0.125**2 / 40)
+    assert light.level_buckets == (0 if density == "exact" else light.level_buckets)
+    if density == "levels":
+        assert light.level_buckets > 0
+        assert light.density_tally.distinct_evaluations < light.density_tally.kernel_evaluations
+
+
+def test_hidden_buckets_add_up_to_their_share_at_most():
+    """With sampling noise all but gone, what is left of the error is the buckets below the density floor."""
+    case = background(60)
+    x = np.random.default_rng(7).standard_normal(60)
+    light, matrix, scaled = light_of(case, x, row_error=1e-5, hidden=0.5)
+    error = np.abs(light.z - matrix @ scaled)
+    assert error.max() > 1e-3, "no bucket was hidden: the test shows nothing"
+    assert error.max() <= 0.5
+
+
+def test_small_budgets_are_sampled_pair_by_pair():
+    """A large row error makes budgets below one evaluation per key; then fewer than all pairs are computed."""
+    case = background(250)
+    x = np.random.default_rng(8).standard_normal(250)
+    few = PaperConstants(median_factor=0.5, repetition_factor=2.0, density_error_exponent=0.05)
+    kernel = GaussianKernel(case.queries, case.keys, case.sigma)
+    heavy = find_heavy(case.queries, case.keys, sigma=case.sigma, seed=0)
+    parts = split(x, gamma=0.109, epsilon=0.5)
+    light = approx_light(
+        kernel,
+        parts.scaled,
+        parts.kept,
+        heavy,
+        row_error=2.0,
+        bucket_epsilon=1.0,
+        hidden_error=1e-3,
+        density="levels",
+        constants=few,
+        source=np.random.SeedSequence(0),
+        memory=1 << 28,
+    )
+    assert few.averages(250) == light.averages
+    assert light.sampling_tally.distinct_evaluations == kernel.computed
+    assert 0 < light.sampling_tally.distinct_evaluations < 0.5 * 250 * 250
+    mask = np.zeros((250, 250))
+    mask[:, parts.kept] = 1.0
+    mask[heavy.rows(), heavy.indices] = 0.0
+    exact = (case.matrix * mask) @ parts.scaled
+    assert np.sqrt(np.mean((light.z - exact) ** 2)) <= 2.0
+
+
+def test_counts_only_asks_for_what_a_full_run_asks_for():
+    case = background(80)
+    x = np.random.default_rng(9).standard_normal(80)
+    full, _, _ = light_of(case, x)
+    counted, _, _ = light_of(case, x, counts_only=True)
+    np.testing.assert_array_equal(full.repetitions, counted.repetitions)
+    asked = full.sampling_tally.kernel_evaluations
+    assert counted.sampling_tally.kernel_evaluations == pytest.approx(asked, rel=5 / math.sqrt(asked))
+
+
+@pytest.mark.parametrize("field", ["table_factor", "repetition_factor", "density_error_exponent"])
+def test_constants_must_be_positive(field):
+    with pytest.raises(InputError, match=field):
+        PaperConstants(**{field: 0.0})
+    with pytest.raises(InputError, match="exceed 1"):
+        PaperConstants(epsilon_divisor=1.0)
+
+
+def test_constants_are_the_printed_ones():
+    c = PaperConstants()
+    assert c.tables(1000, 1 / 3) == math.ceil(10 * 1000 ** (1 / 3) * math.log(1000))
+    assert c.averages(1000) == math.ceil(10 * math.log(1000))
+    assert c.density_error(1000) == pytest.approx(1000**-0.218)
+    assert c.density_failure(1000) == pytest.approx(1e-6)
+    assert (c.repetition_factor, c.small_exponent, c.density_exponent) == (10, 4, 0.173)
+
+
+def test_cost_falls_with_epsilon_squared():
+    case = background(100)
+    x = np.random.default_rng(10).standard_normal(100)
+    asked = [
+        approx_kmv(case.queries, case.keys, x, sigma=case.sigma, epsilon=e, seed=0).phases["light"].kernel_evaluations
+        for e in (0.5, 0.125)
+    ]
+    assert asked[1] / asked[0] == pytest.approx(16, rel=0.3)

@@ -1,0 +1,157 @@
+"""The two uses of the product: the top eigenvalue, and attention."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from kmv_kernels import DATA, background, even_spread
+
+from approxkmv import approx_attention, top_eigenvalue
+from approxkmv.errors import InputError
+from approxkmv.kmv.attention import attention_product
+
+
+def points_of(name: str) -> tuple[np.ndarray, float]:
+    rng = np.random.default_rng(0)
+    if name == "background":
+        case = background(60)
+        return case.keys, case.sigma
+    if name == "even spread":
+        case = even_spread(60)
+        return case.keys, case.sigma
+    if name == "one cluster":
+        return np.concatenate([0.2 * rng.standard_normal((15, 3)), 30 * rng.standard_normal((45, 3))]), 1.0
+    return 100.0 * np.arange(60.0)[:, None], 1.0
+
+
+@pytest.mark.parametrize("name", ["background", "even spread", "one cluster", "identity"])
+def test_top_eigenvalue_is_within_epsilon(name):
+    points, sigma = points_of(name)
+    matrix = np.exp(-((points[:, None] - points[None]) ** 2).sum(-1) / (2 * sigma**2))
+    exact = np.linalg.eigvalsh(matrix)[-1]
+    result = top_eigenvalue(points, sigma, 0.25, seed=1)
+    assert abs(result.value - exact) <= 0.25 * exact
+    vector = np.asarray(result.vector)
+    assert np.linalg.norm(vector) == pytest.approx(1.0)
+    assert vector @ matrix @ vector >= 0.75 * exact
+    assert result.iterations == math.ceil(math.log(60 / 0.25) / 0.25) + 1
+
+
+def test_one_power_step_is_not_enough():
+    """The start alone misses the eigenvalue of a small cluster: the steps are what finds it."""
+    points, sigma = points_of("one cluster")
+    assert top_eigenvalue(points, sigma, 0.25, seed=1, iterations=1).value < 0.75 * 12
+    assert top_eigenvalue(points, sigma, 0.25, seed=1).value > 0.75 * 12
+
+
+def test_top_eigenvalue_repeats_and_keeps_the_kind():
+    points, sigma = points_of("one cluster")
+    a = top_eigenvalue(points, sigma, 0.5, seed=3)
+    b = top_eigenvalue(torch.from_numpy(points), sigma, 0.5, seed=3)
+    assert a.value == b.value
+    assert isinstance(b.vector, torch.Tensor)
+    # The sets S_i are found once: one step hashes, the others do not.
+    assert a.hash_evaluations == top_eigenvalue(points, sigma, 0.5, seed=3, iterations=1).hash_evaluations
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        ((np.zeros((0, 2)), 1.0, 0.5), "empty"),
+        ((np.zeros(3), 1.0, 0.5), "matrix"),
+        ((np.zeros((3, 2)), 0.0, 0.5), "sigma"),
+        ((np.zeros((3, 2)), 1.0, 0.0), "epsilon"),
+        ((np.zeros((3, 2)), 1.0, 1.5), "below 1"),
+    ],
+)
+def test_top_eigenvalue_refuses_bad_input(arguments, word):
+    with pytest.raises(InputError, match=word):
+        top_eigenvalue(*arguments)
+
+
+def softmax_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None = None) -> torch.Tensor:
+    s = q.shape[-1] ** -0.5 if scale is None else scale
+    return torch.softmax(s * (q.double() @ k.double().mT), -1) @ v.double()
+
+
+def assert_within(output, exact, v, epsilon):
+    error = torch.linalg.vector_norm(output - exact, dim=-2)
+    bound = torch.maximum(torch.linalg.vector_norm(v, dim=-2), torch.linalg.vector_norm(exact, dim=-2))
+    assert torch.all(error <= epsilon * bound)
+
+
+def drawn(factor: float, n_q: int = 60, n_k: int = 70, d: int = 8, seed: int = 0):
+    g = torch.Generator().manual_seed(seed)
+    q = factor * torch.randn(n_q, d, generator=g, dtype=torch.float64)
+    k = factor * torch.randn(n_k, d, generator=g, dtype=torch.float64)
+    return q, k, torch.randn(n_k, 3, generator=g, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.3, 1.0, 3.0, 60.0])
+@pytest.mark.parametrize("epsilon", [0.5, 0.1])
+def test_attention_is_within_epsilon_of_softmax(factor, epsilon):
+    """From uniform attention to logits of ten thousand, where every row's kernel sum underflows."""
+    q, k, v = drawn(factor)
+    exact = softmax_attention(q, k, v)
+    result = attention_product(q, k, v, epsilon, seed=0)
+    assert torch.isfinite(result.output).all()
+    assert_within(result.output, exact, v, epsilon)
+    if factor == 60.0:
+        assert float((q @ k.mT / math.sqrt(8)).abs().max()) > 1e4
+        assert result.exact_rows == result.rows == 60
+    if factor <= 0.3:
+        assert result.exact_rows == 0
+        # Estimated, not exact: the products' samples were drawn.
+        assert float((result.output - exact).abs().max()) > 0.0 or factor == 0.0
+
+
+def test_attention_on_a_real_head():
+    with np.load(DATA) as heads:
+        q, k = heads["q"], heads["k"]
+    v = np.random.default_rng(0).standard_normal((2, q.shape[1], 2))
+    result = attention_product(q, k, v, 0.25, seed=0)
+    exact = softmax_attention(torch.from_numpy(q), torch.from_numpy(k), torch.from_numpy(v))
+    assert isinstance(result.output, np.ndarray)
+    assert_within(torch.from_numpy(result.output), exact, torch.from_numpy(v), 0.25)
+    assert 0 < result.exact_rows < result.rows == 272
+
+
+def test_attention_at_one_large_query_beside_ordinary_ones():
+    q, k, v = drawn(0.5)
+    q[3] *= 1e4
+    result = attention_product(q, k, v, 0.25, seed=0)
+    assert_within(result.output, softmax_attention(q, k, v), v, 0.25)
+    assert result.exact_rows >= 1
+
+
+def test_attention_takes_batches_scale_and_other_sizes():
+    g = torch.Generator().manual_seed(4)
+    q, k, v = (torch.randn(2, 2, n, d, generator=g) for n, d in ((9, 5), (30, 5), (30, 2)))
+    out = approx_attention(q, k, v, 0.3, scale=0.2, seed=0)
+    assert out.shape == (2, 2, 9, 2)
+    assert out.dtype == torch.float64
+    assert_within(out, softmax_attention(q, k, v, 0.2), v.double(), 0.3)
+    assert torch.equal(out, approx_attention(q, k, v, 0.3, scale=0.2, seed=0))
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"v": torch.zeros(4, 2)}, "v "),
+        ({"v": torch.zeros(5)}, "v "),
+        ({"v": torch.full((5, 2), math.nan)}, "v holds a NaN"),
+        ({"v": np.zeros((5, 2))}, "different kinds"),
+        ({"k": torch.zeros(5, 4)}, "width"),
+        ({"epsilon": 0.0}, "epsilon"),
+        ({"scale": -1.0}, "scale"),
+        ({"row_floor": 0.0}, "row_floor"),
+        ({"seed": -1}, "seed"),
+    ],
+)
+def test_attention_refuses_bad_input(change, word):
+    arguments = {"q": torch.zeros(6, 3), "k": torch.zeros(5, 3), "v": torch.zeros(5, 2), "epsilon": 0.5, **change}
+    with pytest.raises(InputError, match=word):
+        approx_attention(**arguments)

@@ -1,0 +1,43 @@
+rule complexity:
+    input:
+        source=package("kmv", "steps/complexity.py"),
+    output:
+        counts=f"{RESULTS}/tables/complexity.csv",
+        record=f"{RESULTS}/tables/complexity.json",
+        fits=report(
+            f"{RESULTS}/tables/complexity_fits.csv",
+            caption="../report/complexity_fits.rst",
+            category="Tables",
+            labels={"table": "cost of ApproxKMV as printed"},
+        ),
+    log:
+        f"{RESULTS}/logs/complexity.log",
+    conda:
+        "../../environment.yml"
+    threads: workflow.cores
+    params:
+        settings=STUDY.complexity,
+    shell:
+        "approxkmv complexity --config {SETTINGS} --counts-out {output.counts} --fits-out {output.fits} --log {log}"
+
+
+rule complexity_figure:
+    input:
+        rules.complexity.output.counts,
+        source=package("figures/complexity.py", "figures/style.py"),
+    output:
+        f"{RESULTS}/figures/complexity.pdf",
+        png=report(
+            f"{RESULTS}/figures/complexity.png",
+            caption="../report/complexity.rst",
+            category="Figures",
+            labels={"figure": "cost of ApproxKMV as printed", "model": "none"},
+        ),
+    log:
+        f"{RESULTS}/logs/complexity_figure.log",
+    conda:
+        "../../environment.yml"
+    params:
+        stem=lambda wildcards, output: output.png.removesuffix(".png"),
+    shell:
+        "approxkmv figure complexity --tables {RESULTS}/tables --out {params.stem} --log {log}"

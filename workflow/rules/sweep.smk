@@ -1,0 +1,81 @@
+CAPTURE = (STUDY.sweep or {}).get("capture")
+
+
+rule model_heads:
+    input:
+        location=f"{RESULTS}/models/{CAPTURE['model']}.json" if CAPTURE else [],
+        source=package("models", "corpora", "steps/model_heads.py"),
+    output:
+        f"{RESULTS}/sweep/heads.safetensors",
+        tuning=f"{RESULTS}/sweep/heads_tuning.safetensors",
+    log:
+        f"{RESULTS}/logs/model_heads.log",
+    conda:
+        "../../environment.yml"
+    threads: workflow.cores
+    params:
+        capture=CAPTURE,
+    shell:
+        "approxkmv model-heads --location {input.location} --config {SETTINGS} --out {output[0]} "
+        "--tuning-out {output.tuning} --log {log}"
+
+
+rule sweep:
+    input:
+        heads=rules.model_heads.output if CAPTURE else [],
+        # A comment in a method must not cost hours of timing: delete the table to time anew.
+        source=ancient(package("attention", "sweep")),
+    output:
+        report(
+            f"{RESULTS}/tables/sweep.csv",
+            caption="../report/sweep.rst",
+            category="Tables",
+            labels={"table": "time at equal error"},
+        ),
+        record=f"{RESULTS}/tables/sweep.json",
+    log:
+        f"{RESULTS}/logs/sweep.log",
+    conda:
+        "../../environment.yml"
+    # Nothing else runs while times are taken.
+    threads: workflow.cores
+    resources:
+        gpu=int((STUDY.sweep or {}).get("device") == "cuda"),
+    params:
+        settings=STUDY.sweep,
+        capture=lambda wildcards, input: (
+            f"--capture {input.heads[0]} --tuning-capture {input.heads[1]}"
+            if CAPTURE
+            else ""
+        ),
+    shell:
+        "approxkmv sweep --config {SETTINGS} {params.capture} --out {output[0]} --log {log}"
+
+
+rule sweep_figure:
+    input:
+        f"{RESULTS}/tables/sweep.csv",
+        source=package(
+            "figures/speedup.py",
+            "figures/error_vs_time.py",
+            "figures/crossover.py",
+            "figures/sweep_table.py",
+        ),
+    output:
+        f"{RESULTS}/figures/{{figure}}.pdf",
+        png=report(
+            f"{RESULTS}/figures/{{figure}}.png",
+            caption="../report/sweep.rst",
+            category="Figures",
+            labels={"figure": "Sweep: {figure}", "model": "none"},
+        ),
+    log:
+        f"{RESULTS}/logs/figure_{{figure}}.log",
+    wildcard_constraints:
+        figure="speedup|error_vs_time|crossover",
+    conda:
+        "../../environment.yml"
+    params:
+        stem=lambda wildcards, output: output.png.removesuffix(".png"),
+    shell:
+        "approxkmv figure {wildcards.figure} --tables {RESULTS}/tables --out {params.stem} --log {log}"
