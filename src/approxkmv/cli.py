@@ -90,7 +90,7 @@ def extract(
 ) -> None:
     """Run a shard of the texts through a model and keep the queries and keys of every layer and head."""
     from approxkmv.config import entry_of
-    from approxkmv.progress import log_to, step
+    from approxkmv.progress import Times, log_to, step
 
     log_to(log)
     chosen = _study(config, study)
@@ -99,8 +99,10 @@ def extract(
         from approxkmv.steps.extract import extract as run
         from approxkmv.steps.fetch import read_location
 
-        used, skipped = run(chosen, model, read_location(location), texts, shard, out, contexts_out)
+        times = Times()
+        used, skipped = run(chosen, model, read_location(location), texts, shard, out, contexts_out, times)
         notes.append(f"{used} texts" + (f", {skipped} too short" if skipped else ""))
+        notes.append(f"({times})")
 
 
 @app.command()
@@ -114,15 +116,17 @@ def statistics(
     log: Log = None,
 ) -> None:
     """Experiments (i) and (ii) on the queries and keys of a shard."""
-    from approxkmv.progress import log_to, step
+    from approxkmv.progress import Times, log_to, step
 
     log_to(log)
     chosen = _study(config, study)
     with step(f"statistics {model}, {activations.stem}") as notes:
         from approxkmv.steps.measure import measure
 
-        heads = measure(model, activations, chosen.min_prefix, chosen.prefixes, heads_out, prefixes_out)
+        times = Times()
+        heads = measure(model, activations, chosen.min_prefix, chosen.prefixes, heads_out, prefixes_out, times)
         notes.append(f"{heads} kernels")
+        notes.append(f"({times})")
 
 
 @app.command()

@@ -44,3 +44,26 @@ def step(title: str) -> Iterator[list[str]]:
     yield notes
     seconds = time.perf_counter() - start
     LOG.info("%s", "  ".join([f"{title:<44}", f"{seconds:6.1f} s", *notes]))
+
+
+class Times:
+    """Where a step spends its time: the seconds of each part, for the line that says it is done.
+
+    >>> times = Times()
+    >>> with times.of("model"): pass
+    >>> str(times)
+    'model 0.0 s'
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def of(self, part: str) -> Iterator[None]:
+        """Add the time of the block to `part`."""
+        start = time.perf_counter()
+        yield
+        self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - start
+
+    def __str__(self) -> str:
+        return ", ".join(f"{part} {seconds:.1f} s" for part, seconds in self.seconds.items())

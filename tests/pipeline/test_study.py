@@ -132,6 +132,36 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(finished, project: Pr
     assert not list(project.results.rglob(".*"))
 
 
+def test_damaged_shards_are_found_by_their_checksums_and_made_again(finished, project: Project):
+    project.configure(models=["bert"])
+    assert project.snakemake()[0] == 0
+    before = fingerprints(project.results)
+    folder = project.results / "statistics" / "bert"
+    halved = [folder / "0001.heads.parquet", folder / "0002.contexts.csv"]
+    for path in halved:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    left = project.results / "activations" / "bert" / "0000.safetensors"
+    left.parent.mkdir(parents=True, exist_ok=True)
+    left.write_bytes(b"half a file")
+    kept = folder / "0000.heads.parquet"
+    written = kept.stat().st_mtime_ns
+    code, output = project.snakemake("--dry-run")
+    assert code == 0, output
+    assert all(path.exists() for path in halved), "a dry run changes nothing"
+    code, output = project.snakemake()
+    assert code == 0, output
+    for path in [*halved, left]:
+        assert f"{path.relative_to(project.folder)} is not what its checksum says" in output
+    assert fingerprints(project.results) == before
+    assert kept.stat().st_mtime_ns == written, "a whole shard was made again"
+
+
+def test_the_logs_say_where_the_time_goes(finished):
+    logs = finished[0].results / "logs"
+    assert "loading" in (logs / "extract_bert_0000.log").read_text()
+    assert "kernels" in (logs / "statistics_bert_0000.log").read_text()
+
+
 def test_a_smaller_study_leaves_no_shard_of_the_larger_one_in_its_tables(project: Project):
     project.configure(models=["bert"])
     assert project.snakemake()[0] == 0

@@ -9,6 +9,7 @@ from snakemake.logging import logger
 
 from approxkmv.config import checked, settings_file, study_of
 from approxkmv.errors import ConfigError
+from approxkmv.steps.shards import remove_damaged
 from approxkmv.steps.texts import shard_count
 
 # A person sees one line per finished step, from the step itself; Snakemake's own errors stay.
@@ -25,6 +26,12 @@ RESULTS = f"results/{STUDY.name}"
 MODELS = list(STUDY.models)
 # The commands read the configuration as Snakemake sees it, with what --config and --configfile changed.
 SETTINGS = settings_file(checked(config), Path(RESULTS) / "config.yaml")
+
+
+# Only before anything runs: the jobs of an executor read this file too.
+if workflow.is_main_process and not workflow.output_settings.dryrun:
+    for line in remove_damaged(Path(RESULTS)):
+        print(f"approxkmv: {line}", file=sys.stderr)
 
 
 wildcard_constraints:

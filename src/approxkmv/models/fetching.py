@@ -76,7 +76,7 @@ def _locate(source: PathSource, destination: Path, expected: Mapping[str, str]) 
 
 def _fetch_hub(source: HubSource, expected: Mapping[str, str]) -> ModelLocation:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
     from huggingface_hub.errors import RevisionNotFoundError as NoRevision
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
@@ -101,7 +101,8 @@ def _fetch_hub(source: HubSource, expected: Mapping[str, str]) -> ModelLocation:
             f"{source}: the hub cannot be reached and the model is not in the local cache: connect once, "
             "or copy the model's folder here and name it path:FOLDER"
         ) from error
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except Exception as error:
+        # Anything: a cut connection comes as an error of whichever client the hub's library is built on.
         raise SourceError(
             f"{source}: the download failed ({one_line(error)}): try again, or use path:FOLDER"
         ) from error

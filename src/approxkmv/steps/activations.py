@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,3 +75,16 @@ def read_activations(path: Path) -> Shard:
                 )
 
     return Shard(scales, causal, len(contexts), each())
+
+
+def is_complete(path: Path) -> bool:
+    """Whether a safetensors file is as long as its header says; reads the header alone."""
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as handle:
+            start = 8 + int.from_bytes(handle.read(8), "little")
+            header = json.loads(handle.read(start - 8)) if start <= size else {}
+    except (OSError, ValueError):
+        return False
+    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    return bool(ends) and start + max(ends) == size

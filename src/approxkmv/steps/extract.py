@@ -12,9 +12,9 @@ import torch
 from approxkmv.config import Study
 from approxkmv.corpora import Passage
 from approxkmv.errors import ConfigError, NonFiniteError
-from approxkmv.files import write_csv
-from approxkmv.progress import progress
+from approxkmv.progress import Times, progress
 from approxkmv.steps.activations import write_activations
+from approxkmv.steps.shards import write_shard
 from approxkmv.steps.texts import read_shard
 
 if TYPE_CHECKING:
@@ -37,11 +37,18 @@ def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[lis
 
 
 def extract(
-    study: Study, model_name: str, location: ModelLocation, texts: Path, shard: int, out: Path, contexts_out: Path
+    study: Study,
+    model_name: str,
+    location: ModelLocation,
+    texts: Path,
+    shard: int,
+    out: Path,
+    contexts_out: Path,
+    times: Times | None = None,
 ) -> tuple[int, int]:
     """Write the activations of a shard (safetensors) and what became of each of its texts (CSV).
 
-    Returns how many texts were used and how many were too short.
+    Returns how many texts were used and how many were too short; `times` gets the seconds of each part.
 
     The CSV has the columns context, name, tokens, cut (tokens beyond the limit), used (False: shorter than the
     minimum). Raises NonFiniteError naming model, layer, head and context; ConfigError for a device that is not there.
@@ -51,14 +58,17 @@ def extract(
     if study.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"study {study.name} asks for device cuda, but there is none here: set device to cpu")
     passages = read_shard(texts, shard, study.shard_contexts)
-    model = CapturableModel.load(location, dtype=study.dtype, device=study.device)
+    times = Times() if times is None else times
+    with times.of("loading"):
+        model = CapturableModel.load(location, dtype=study.dtype, device=study.device)
     limit = study.max_tokens if model.max_positions is None else min(study.max_tokens, model.max_positions)
     # Without the model's own limit, so that what is cut can be counted.
-    tokens = [model.tokenizer(passage.text, verbose=False)["input_ids"] for passage in passages]
-    cut = [
-        model.tokenize(passage.text, limit) if len(t) > limit else t
-        for passage, t in zip(passages, tokens, strict=True)
-    ]
+    with times.of("tokens"):
+        tokens = [model.tokenizer(passage.text, verbose=False)["input_ids"] for passage in passages]
+        cut = [
+            model.tokenize(passage.text, limit) if len(t) > limit else t
+            for passage, t in zip(passages, tokens, strict=True)
+        ]
     used = [len(t) >= study.min_tokens for t in cut]
     taken = [i for i, use in enumerate(used) if use]
     captured: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -67,13 +77,15 @@ def extract(
     with progress(total=sum(len(cut[i]) for i in taken), unit="token", title=title) as bar:
         for batch in batches_by_length([len(cut[i]) for i in taken], study.batch_tokens):
             members = [taken[i] for i in batch]
-            results = _capture(model, model_name, [cut[i] for i in members], passages, members)
+            with times.of("model"):
+                results = _capture(model, model_name, [cut[i] for i in members], passages, members)
             for i, result in zip(members, results, strict=True):
                 captured[passages[i].index] = (result.queries.cpu(), result.keys.cpu())
                 scales = result.scales
                 bar.update(len(cut[i]))
-    write_activations(out, scales, model.is_causal, captured)
-    write_csv(
+    with times.of("writing"):
+        write_activations(out, scales, model.is_causal, captured)
+    write_shard(
         contexts_out,
         pd.DataFrame(
             {

@@ -11,6 +11,7 @@ from approxkmv.config import Study
 from approxkmv.files import read_table, write_csv
 from approxkmv.statistics.growth import FLOOR, Growth, fit_growth, verdict
 from approxkmv.steps.measure import MASKED
+from approxkmv.steps.shards import read_shards
 from approxkmv.steps.tables import model_tables
 from approxkmv.steps.texts import shard_count
 
@@ -27,7 +28,7 @@ def measure_growth(study: Study, model: str, texts: Path, statistics: Path, tabl
     reach long prefixes). Of a causal model both have each column again as masked_...
     """
     shards = shard_count(texts, study.shard_contexts)
-    values = pd.concat([read_table(statistics / f"{shard:04d}.prefixes.parquet") for shard in range(shards)])
+    values = read_shards(statistics / f"{shard:04d}.prefixes.parquet" for shard in range(shards))
     names = model_tables(tables, model)
     heads = read_table(names.heads).sort_values(PLACE)
     growth, curves = growth_of(values, heads, study.seed)

@@ -11,11 +11,12 @@ import torch
 
 from approxkmv.config import ModelEntry, Study, corpus_of
 from approxkmv.errors import ApproxKMVError, NonFiniteError, TableError
-from approxkmv.files import read_table, write_csv, write_json, write_parquet
+from approxkmv.files import read_table, write_csv, write_json
 from approxkmv.progress import progress
 from approxkmv.statistics.streaming import SHARES, LengthStatistics, length_statistics
 from approxkmv.steps.activations import Activations, read_activations
 from approxkmv.steps.measure import MASKED
+from approxkmv.steps.shards import read_shards, write_shard
 from approxkmv.steps.tables import length_tables
 from approxkmv.steps.texts import shard_count
 
@@ -51,7 +52,7 @@ def measure_lengths(study: Study, model: str, activations: Path, contexts: Path,
         table = pd.concat(tables, ignore_index=True)[list(columns)].astype(columns)
     else:
         table = pd.DataFrame({name: pd.Series(dtype=kind) for name, kind in columns.items()})
-    write_parquet(out, table)
+    write_shard(out, table)
     return missing
 
 
@@ -97,8 +98,8 @@ def summarise_lengths(
     """
     names = length_tables(out, model.name)
     shards = range(shard_count(texts, study.shard_contexts))
-    values = pd.concat([read_table(statistics / f"{s:04d}.lengths.parquet") for s in shards], ignore_index=True)
-    taken = pd.concat([read_table(statistics / f"{s:04d}.contexts.csv") for s in shards], ignore_index=True)
+    values = read_shards(statistics / f"{shard:04d}.lengths.parquet" for shard in shards)
+    taken = read_shards(statistics / f"{shard:04d}.contexts.csv" for shard in shards)
     if values.empty:
         raise TableError(
             f"model {model.name}: no text reaches the shortest length, {min(study.lengths):,} tokens: shorten lengths"

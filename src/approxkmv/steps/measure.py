@@ -12,10 +12,10 @@ import pandas as pd
 import torch
 
 from approxkmv.errors import InputError, NonFiniteError
-from approxkmv.files import write_parquet
-from approxkmv.progress import progress
+from approxkmv.progress import Times, progress
 from approxkmv.statistics import HeadStatistics, head_statistics, unmasked_and_masked_statistics
 from approxkmv.steps.activations import Activations, read_activations
+from approxkmv.steps.shards import write_shard
 
 # One value per context and head, beside where it is; a causal model has each again with MASKED in front.
 MASKED = "masked_"
@@ -33,9 +33,15 @@ VALUES = {
 
 
 def measure(
-    model_name: str, activations: Path, min_prefix: int, prefixes: Sequence[int], heads_out: Path, prefixes_out: Path
+    model_name: str,
+    activations: Path,
+    min_prefix: int,
+    prefixes: Sequence[int],
+    heads_out: Path,
+    prefixes_out: Path,
+    times: Times | None = None,
 ) -> int:
-    """Write two Parquet tables; returns the number of heads measured.
+    """Write two Parquet tables; returns the number of heads measured. `times` gets the seconds of each part.
 
     heads: context, layer, head, tokens, max_ratio (Experiment (i): the maximum of c_i over prefixes), max_prefix
     (where it is reached), last_ratio (c at full length), log_next and log_double (Experiment (ii), natural logs),
@@ -45,6 +51,7 @@ def measure(
     As in the paper, every query meets every key. Of a causal model both tables have each value again, as
     masked_max_ratio and so on, over the entries that the model uses: those of no key after its query.
     """
+    times = Times() if times is None else times
     shard = read_activations(activations)
     heads, curves = [], []
     with progress(total=shard.count, unit="context", title=f"statistics {model_name}") as bar:
@@ -59,7 +66,8 @@ def measure(
                 "head": np.repeat(head, len(reached)),
                 "prefix": np.tile(np.array(reached, dtype=np.int32), len(layer)),
             }
-            found = _statistics(model_name, item, shard.scales, min_prefix, shard.causal)
+            with times.of("kernels"):
+                found = _statistics(model_name, item, shard.scales, min_prefix, shard.causal)
             for result, before in zip(found, ("", MASKED), strict=False):
                 ratios = result.ratios.reshape(layers * n_heads, -1)
                 best = ratios.argmax(-1)
@@ -75,8 +83,9 @@ def measure(
     masks = ("", MASKED) if shard.causal else ("",)
     measured = {f"{before}{name}": kind for before in masks for name, kind in VALUES.items()}
     ratios_of = {f"{before}ratio": "float64" for before in masks}
-    write_parquet(heads_out, _table(heads, PLACE | {"tokens": "int32"} | measured))
-    write_parquet(prefixes_out, _table(curves, PLACE | {"prefix": "int32"} | ratios_of))
+    with times.of("tables"):
+        write_shard(heads_out, _table(heads, PLACE | {"tokens": "int32"} | measured))
+        write_shard(prefixes_out, _table(curves, PLACE | {"prefix": "int32"} | ratios_of))
     return sum(len(table) for table in heads)
 
 

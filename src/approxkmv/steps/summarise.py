@@ -10,8 +10,9 @@ import pandas as pd
 
 from approxkmv.config import ModelEntry, Study, corpus_of
 from approxkmv.errors import TableError
-from approxkmv.files import read_table, write_csv, write_json
+from approxkmv.files import write_csv, write_json
 from approxkmv.steps.measure import MASKED
+from approxkmv.steps.shards import read_shards
 from approxkmv.steps.tables import model_tables
 from approxkmv.steps.texts import shard_count
 
@@ -66,7 +67,7 @@ def summarise(
 
 def _together(folder: Path, shards: int, kind: str) -> pd.DataFrame:
     """The tables of one kind of all shards, in their order. Others that an earlier study left there are not read."""
-    return pd.concat([read_table(folder / f"{shard:04d}.{kind}") for shard in range(shards)], ignore_index=True)
+    return read_shards(folder / f"{shard:04d}.{kind}" for shard in range(shards))
 
 
 def per_head(values: pd.DataFrame) -> pd.DataFrame:

@@ -1,0 +1,60 @@
+"""Shards that stay whole: a hash beside each finished file, and damaged ones found and removed before a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import pandas as pd
+
+from approxkmv.errors import TableError
+from approxkmv.files import read_table, sha256, write_csv, write_parquet, write_text
+from approxkmv.steps.activations import is_complete
+
+SUFFIX = ".sha256"
+
+
+def write_shard(path: Path, table: pd.DataFrame) -> None:
+    """Write a shard's CSV or Parquet file and, beside it as FILE.sha256, its hash."""
+    (write_parquet if path.suffix == ".parquet" else write_csv)(path, table)
+    write_text(_hash_file(path), f"{sha256(path)}  {path.name}\n")
+
+
+def read_shards(paths: Iterable[Path]) -> pd.DataFrame:
+    """The tables of shards, one below the other. Raises TableError for a shard that is missing or damaged."""
+    tables = []
+    for path in paths:
+        if path.is_file() and _is_damaged(path):
+            raise TableError(f"{path} is not what its checksum says: run the study again, and it is made again")
+        tables.append(read_table(path))
+    return pd.concat(tables, ignore_index=True)
+
+
+def remove_damaged(results: Path) -> list[str]:
+    """Remove a study's shards that are not what their hash says, and activations cut short; a line for each.
+
+    Call it when nothing is being written, before a run: the workflow then makes the files again.
+    """
+    damaged = [
+        path
+        for hash_file in sorted((results / "statistics").glob(f"*/*{SUFFIX}"))
+        if (path := hash_file.with_name(hash_file.name.removesuffix(SUFFIX))).is_file() and _is_damaged(path)
+    ]
+    damaged += [path for path in sorted((results / "activations").glob("*/*.safetensors")) if not is_complete(path)]
+    for path in damaged:
+        path.unlink()
+        _hash_file(path).unlink(missing_ok=True)
+    return [f"{path} is not what its checksum says: it is made again" for path in damaged]
+
+
+def _hash_file(path: Path) -> Path:
+    return path.with_name(path.name + SUFFIX)
+
+
+def _is_damaged(path: Path) -> bool:
+    """Whether there is a hash and the file does not have it; a file without a hash is taken as it is."""
+    try:
+        expected = _hash_file(path).read_text(encoding="utf-8").split()
+    except OSError:
+        return False
+    return not expected or sha256(path) != expected[0]
