@@ -7,7 +7,7 @@ from pathlib import Path
 
 from snakemake.logging import logger
 
-from approxkmv.config import checked, settings_file, study_of
+from approxkmv.config import checked, model_of, settings_file, study_of
 from approxkmv.errors import ConfigError
 from approxkmv.steps.shards import remove_damaged
 from approxkmv.steps.texts import shard_count
