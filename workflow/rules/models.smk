@@ -4,6 +4,24 @@ rule model:
     output:
         f"{RESULTS}/models/{{model}}.json",
     log:
+        f"{RESULTS}/logs/model_{{model}}.log",
+    conda:
+        "../../environment.yml"
+    params:
+        entry=lambda wildcards: str(model_of(checked(config), wildcards.model)),
+    shell:
+        "approxkmv fetch --model {wildcards.model} --config {SETTINGS} --out {output} --log {log}"
+
+
+rule activations:
+    input:
+        location=rules.model.output[0],
+        texts=f"{RESULTS}/texts.parquet",
+        source=package("models", "steps/extract.py", "steps/activations.py"),
+    output:
+        tensors=temp(f"{RESULTS}/activations/{{model}}/{{shard}}.safetensors"),
+        contexts=f"{RESULTS}/statistics/{{model}}/{{shard}}.contexts.csv",
+    log:
         f"{RESULTS}/logs/extract_{{model}}_{{shard}}.log",
     conda:
         "../../environment.yml"
