@@ -1,4 +1,6 @@
-"""Check the CUDA kernels against float64 and, on a CUDA machine, time them: python tests/gpu/check_kernels.py [TABLE.csv].
+"""Check the CUDA kernels against float64 and, on a CUDA machine, time them.
+
+    python tests/gpu/check_kernels.py [TABLE.csv]
 
 With TRITON_INTERPRET=1 the same checks run in Triton's interpreter on a CPU, on smaller inputs and without times.
 """
@@ -47,9 +49,9 @@ def check_listed():
         for block, blocks, n_k, near, d, d_v in ((24, 3, 90, 37, 20, 1), (70, 2, 80, 33, 36, 6)):
             q, k, v = inputs(2, block * blocks, n_k, d, d_v, dtype, block)
             generator = torch.Generator().manual_seed(1)
-            chosen = torch.stack(
-                [torch.randperm(n_k, generator=generator)[:near] for _ in range(2 * blocks)]
-            ).view(2, blocks, near)
+            chosen = torch.stack([torch.randperm(n_k, generator=generator)[:near] for _ in range(2 * blocks)]).view(
+                2, blocks, near
+            )
             far_log = torch.randn(2, block * blocks, generator=generator)
             far_value = torch.randn(2, block * blocks, d_v, generator=generator)
             chosen, far_log, far_value = (t.to(DEVICE) for t in (chosen, far_log, far_value))
@@ -71,7 +73,7 @@ def check_local_expansion():
     for dtype, products in ((torch.float32, "float32"), (torch.bfloat16, "bfloat16")):
         q, k, v = inputs(2, 150, 170, 20, 1, dtype, 3)
         right = exact(q, k, v, 20**-0.5)
-        given = dict(scale=20**-0.5, seed=0, products=products, directions=0, iterations=2, sampled=8)
+        given = {"scale": 20**-0.5, "seed": 0, "products": products, "directions": 0, "iterations": 2, "sampled": 8}
         found = [
             gap(local_expansion_cuda.attend(q, k, v, block=16, near=m, **given), right, v) for m in (20, 80, 170)
         ]

@@ -23,7 +23,12 @@ def exact(q, k, v, scale):
 @pytest.mark.parametrize("name", methods())
 @pytest.mark.parametrize(
     ("n_q", "n_k", "d", "d_v", "dtype"),
-    [(97, 97, 13, 1, torch.float32), (50, 131, 16, 3, torch.float32), (83, 70, 7, 20, torch.bfloat16), (1, 5, 3, 1, torch.float32)],
+    [
+        (97, 97, 13, 1, torch.float32),
+        (50, 131, 16, 3, torch.float32),
+        (83, 70, 7, 20, torch.bfloat16),
+        (1, 5, 3, 1, torch.float32),
+    ],
 )
 def test_shape_type_and_finite(name, n_q, n_k, d, d_v, dtype):
     q, k, v = inputs(n_q, n_k, d, d_v, dtype=dtype)
