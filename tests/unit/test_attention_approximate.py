@@ -77,8 +77,8 @@ def test_a_query_far_from_its_block_is_still_answered():
 def test_sums_of_keys_against_float64():
     q, k, v = clustered(300, 10, 3)
     e = expand(
-        q, k, v, torch.Generator().manual_seed(0), block=32, near=40, directions=8, iterations=2, sampled=8,
-        low=torch.float32,
+        q, k, v, torch.Generator().manual_seed(0), scale=1.0, block=32, near=40, directions=8, iterations=2,
+        sampled=8, low=torch.float32,
     )  # fmt: skip
     extra = torch.randn(len(e.chosen), generator=torch.Generator().manual_seed(1))
     sums, scales = sums_of_keys(e.blocks, e.k, v, e.chosen, e.ends, extra, torch.float32)
@@ -113,7 +113,7 @@ def estimates(q, k, v, samples, seeds):
     found = []
     for seed in range(seeds):
         generator = torch.Generator().manual_seed(seed)
-        numerators, row_sums, logs = ours.sums(q, k, v, generator, samples=samples, **CLUSTERING)
+        numerators, row_sums, logs = ours.sums(q, k, v, generator, scale=1.0, samples=samples, **CLUSTERING)
         both = torch.cat([row_sums.unsqueeze(1), numerators], 1).double()
         found.append(both * (logs.double() - log_sum).exp().unsqueeze(1))
     weights = logits.softmax(1)
@@ -152,7 +152,7 @@ def test_error_falls_as_one_over_the_root_of_the_budget():
 
 def test_budgets_go_where_the_deviation_is():
     q, k, v = clustered(400, 8, 1)
-    e = expand(q, k, v, torch.Generator().manual_seed(0), low=torch.float32, **CLUSTERING)
+    e = expand(q, k, v, torch.Generator().manual_seed(0), scale=1.0, low=torch.float32, **CLUSTERING)
     share = torch.zeros(len(e.blocks.deltas))
     start, size = int(e.blocks.starts[0]), int(e.blocks.sizes[0])
     share[start : start + size] = 0.9

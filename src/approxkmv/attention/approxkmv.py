@@ -51,9 +51,9 @@ def budgets(e: Expansion, share: torch.Tensor, samples: int) -> torch.Tensor:
 def sums(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator, *, samples: int, **clustering: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Numerators (n_q, d_v), row sums (n_q,) and the logs (n_q,) that both are divided by, for scaled queries."""
+    """Numerators (n_q, d_v), row sums (n_q,) and the logs (n_q,) that both are divided by."""
     # Bfloat16 sums of the control variate would be a bias.
-    e = expand(q, k, v, generator, low=torch.float32, **clustering)
+    e = expand(q, k, v, generator, low=torch.float32, all_axes=True, **clustering)
     blocks, d_v = e.blocks, v.shape[1]
     heavy, scales = sums_of_keys(blocks, e.k, v, e.chosen, e.ends, None, torch.float32)
     log_weight, far_value = e.far()
@@ -135,7 +135,7 @@ def _approxkmv(
     def single(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         if near >= len(k):
             return exact_fused.attend(q, k, v, scale, 512)
-        numerators, row_sums, _ = sums(q * scale, k, v, generator, near=near, **parameters)
+        numerators, row_sums, _ = sums(q, k, v, generator, scale=scale, near=near, **parameters)
         # A row sum is positive; an estimate of one need not be.
         answer = numerators / torch.where(row_sums > 0, row_sums, torch.nan).unsqueeze(1)
         return exactly_where_lost(answer, q, k, v, scale)
