@@ -54,6 +54,20 @@ def add_exponentials(logits, columns, numerators, row_sums):
             numerators[c, i] += part
 
 
+@njit(fastmath=_FLAGS, nogil=True, cache=True)
+def nearest(distances, labels):
+    """labels (rows,) = the first column with the least of distances (rows, columns), which are finite."""
+    columns = distances.shape[1]
+    for i in range(len(labels)):
+        least = distances[i, 0]
+        for j in range(1, columns):
+            least = min(least, distances[i, j])
+        j = 0
+        while distances[i, j] != least and j < columns - 1:
+            j += 1
+        labels[i] = j
+
+
 @njit(inline="always")
 def _bits(x):
     """The upper half of a float32's bits, rounded to nearest even: a bfloat16."""

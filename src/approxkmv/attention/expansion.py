@@ -35,18 +35,32 @@ def k_means(
     points: torch.Tensor, clusters: int, iterations: int, sampled: int, generator: torch.Generator
 ) -> torch.Tensor:
     """Label (n,) of each of points (n, r): Lloyd's iterations on `sampled` points a cluster, then one on all."""
+    loops = compiled_loops()
+
+    def nearest(some: torch.Tensor) -> torch.Tensor:
+        norms = centres.square().sum(1)
+        labels = torch.empty(len(some), dtype=torch.int64)
+        distances = scratch("distances", 512, len(centres))
+        # In pieces, so that the distances stay in the cache
+        for i in range(0, len(some), 512):
+            part = some[i : i + 512]
+            here = torch.addmm(norms, part, centres.mT, alpha=-2, out=distances[: len(part)])
+            if loops is not None:
+                loops.nearest(here.numpy(), labels[i : i + 512].numpy())
+            else:
+                torch.argmin(here, 1, out=labels[i : i + 512])
+        return labels
+
     shuffled = torch.randperm(len(points), generator=generator)
     centres = points[shuffled[:clusters]]
     some = points[shuffled[: sampled * clusters]]
     for _ in range(iterations):
-        labels = torch.addmm(centres.square().sum(1), some, centres.mT, alpha=-2).argmin(1)
+        labels = nearest(some)
         members = torch.zeros(clusters, len(some))
         members[labels, torch.arange(len(some))] = 1
         counts = members.sum(1, keepdim=True)
         centres = torch.where(counts > 0, (members @ some) / counts, centres)
-    norms = centres.square().sum(1)
-    # In pieces, so that the distances stay in the cache
-    return torch.cat([torch.addmm(norms, part, centres.mT, alpha=-2).argmin(1) for part in points.split(1024)])
+    return nearest(points)
 
 
 @dataclass(frozen=True)
@@ -108,13 +122,14 @@ def rotate(q: torch.Tensor, k: torch.Tensor, scale: float) -> tuple[torch.Tensor
     The products q.k only lose a term that is the same for all keys, which attention does not see. The width is padded
     with zeros to a multiple of four.
     """
-    centred = torch.sub(k, k.mean(0), out=scratch("centred", *k.shape))
-    some = centred[:: max(1, len(k) // 2048)]
+    mean = k.mean(0)
+    some = k[:: max(1, len(k) // 2048)] - mean
     values, vectors = torch.linalg.eigh(some.mT @ some / len(some))
     axes = torch.nn.functional.pad(vectors.flip(1), (0, -k.shape[1] % _ROWS_OF_LOOP))
     width = axes.shape[1]
     queries = torch.mm(q, axes * scale, out=scratch("queries", len(q), width))
-    keys = torch.mm(centred, axes, out=scratch("keys", len(k), width))
+    # Centred before the product, long keys far from the origin keep their digits.
+    keys = torch.mm(torch.sub(k, mean, out=scratch("centred", *k.shape)), axes, out=scratch("keys", len(k), width))
     return queries, keys, values.flip(0).clamp_min(0)
 
 
