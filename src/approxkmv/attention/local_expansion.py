@@ -35,7 +35,7 @@ def attend(
     if near >= len(k):
         return exact_fused.attend(q, k, v, scale, 512)
     low = torch.bfloat16 if products == "bfloat16" else torch.float32
-    e = expand(q * scale, k, v, generator, near=near, low=low, **clustering)
+    e = expand(q, k, v, generator, scale=scale, near=near, low=low, **clustering)
     sums, scales = sums_of_keys(e.blocks, e.k, v, e.chosen, e.ends, None, low)
     log_weight, value = e.far()
     weight = (log_weight - e.blocks.of_rows(scales)).exp_().unsqueeze(1)
