@@ -89,8 +89,9 @@ def fit_growth(
         low,
         high,
         level,
-        np.exp(level + exponent * np.log(FAR_LENGTH)),
-        np.exp(np.quantile(drawn_far, ends[1], axis=0)),
+        # c is never above n - 1, which it is when all entries are equal.
+        np.minimum(np.exp(level + exponent * np.log(FAR_LENGTH)), FAR_LENGTH - 1),
+        np.minimum(np.exp(np.quantile(drawn_far, ends[1], axis=0)), FAR_LENGTH - 1),
     )
 
 
