@@ -74,9 +74,7 @@ def check_local_expansion():
         q, k, v = inputs(2, 150, 170, 20, 1, dtype, 3)
         right = exact(q, k, v, 20**-0.5)
         given = {"scale": 20**-0.5, "seed": 0, "products": products, "directions": 0, "iterations": 2, "sampled": 8}
-        found = [
-            gap(local_expansion_cuda.attend(q, k, v, block=16, near=m, **given), right, v) for m in (20, 80, 170)
-        ]
+        found = [gap(local_expansion_cuda.attend(q, k, v, block=16, near=m, **given), right, v) for m in (20, 80, 170)]
         mean = gap(v.double().mean(1, keepdim=True).expand_as(right), right, v)
         print(f"local expansion {dtype}, 20, 80, 170 of 170 keys: {found}, mean {mean:.3f}")
         assert found[1] < found[0] < 0.7 * mean
