@@ -45,7 +45,7 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
         axes.set_title(title, fontsize=8.5, loc="left")
     lengths = np.sort(table["length"].unique())
     panels[3].plot(lengths, lengths, color="#999999", linewidth=0.8)
-    panels[3].annotate("all n", (lengths[0], lengths[0]), fontsize=7, color="#777777", ha="left", va="bottom")
+    panels[3].annotate("all n", (lengths[0], 1.3 * lengths[0]), fontsize=7, color="#777777", ha="left", va="bottom")
     for axes in panels[2:]:
         axes.set_xlabel("n in tokens")
     handles, labels = panels[0].get_legend_handles_labels()
