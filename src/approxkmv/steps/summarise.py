@@ -11,9 +11,8 @@ import pandas as pd
 from approxkmv.config import ModelEntry, Study, corpus_of
 from approxkmv.errors import TableError
 from approxkmv.files import write_csv, write_json
-from approxkmv.steps.measure import MASKED
 from approxkmv.steps.shards import read_shards
-from approxkmv.steps.tables import model_tables
+from approxkmv.steps.tables import MASKED, model_tables
 from approxkmv.steps.texts import shard_count
 
 
