@@ -173,6 +173,8 @@ def sums_of_keys(low, high, deltas, starts, sizes, chosen, ends, k, v, extra, ce
         scales[b] = shift
         for first in range(0, count, _KEYS):
             some = min(_KEYS, count - first)
+            # Whole vectors, up to what is left
+            span = (some + 31) // 32 * 32
             for j in range(some):
                 key = chosen[begin + first + j]
                 for p in range(d):
@@ -181,11 +183,11 @@ def sums_of_keys(low, high, deltas, starts, sizes, chosen, ends, k, v, extra, ce
                 pairs[0, j] = weight
                 for c in range(width):
                     pairs[1 + c, j] = weight * v[key, c]
-            for j in range(some, _KEYS):
+            for j in range(some, span):
                 for c in range(1 + width):
                     pairs[c, j] = _f(0.0)
             for i in range(starts[b], starts[b] + sizes[b], 4):
-                for j in range(_KEYS):
+                for j in range(span):
                     a0[j] = _f(0.0)
                     a1[j] = _f(0.0)
                     a2[j] = _f(0.0)
@@ -207,7 +209,7 @@ def sums_of_keys(low, high, deltas, starts, sizes, chosen, ends, k, v, extra, ce
                     s1 = deltas[i + 3, p + 1]
                     s2 = deltas[i + 3, p + 2]
                     s3 = deltas[i + 3, p + 3]
-                    for j in range(_KEYS):
+                    for j in range(span):
                         x0 = panel[p, j]
                         x1 = panel[p + 1, j]
                         x2 = panel[p + 2, j]
@@ -216,7 +218,7 @@ def sums_of_keys(low, high, deltas, starts, sizes, chosen, ends, k, v, extra, ce
                         a1[j] += q0 * x0 + q1 * x1 + q2 * x2 + q3 * x3
                         a2[j] += r0 * x0 + r1 * x1 + r2 * x2 + r3 * x3
                         a3[j] += s0 * x0 + s1 * x1 + s2 * x2 + s3 * x3
-                for j in range(_KEYS):
+                for j in range(span):
                     a0[j] = _exp(a0[j])
                     a1[j] = _exp(a1[j])
                     a2[j] = _exp(a2[j])
@@ -226,7 +228,7 @@ def sums_of_keys(low, high, deltas, starts, sizes, chosen, ends, k, v, extra, ce
                     t1 = _f(0.0)
                     t2 = _f(0.0)
                     t3 = _f(0.0)
-                    for j in range(_KEYS):
+                    for j in range(span):
                         x = pairs[c, j]
                         t0 += a0[j] * x
                         t1 += a1[j] * x
