@@ -86,9 +86,9 @@ def failing(label: str, growth: pd.DataFrame) -> str:
         g = bad[f"{before}exponent"]
         out.append(
             paragraph(
-                f"{label}, {MASK_NAMES[before]}: {len(bad)} of {len(growth)} heads fail, in {len(per_layer)} of {layers} "
-                f"layers ({where}; layers and heads count from 0). Their g is {g.min():.2f} to {g.max():.2f}, median "
-                f"{g.median():.2f}. Those with the largest c:"
+                f"{label}, {MASK_NAMES[before]}: {len(bad)} of {len(growth)} heads fail, in {len(per_layer)} of "
+                f"{layers} layers ({where}; layers and heads count from 0). Their g is {g.min():.2f} to {g.max():.2f}, "
+                f"median {g.median():.2f}. Those with the largest c:"
             )
         )
         worst = bad.nlargest(WORST, f"{before}largest_ratio")
@@ -192,14 +192,16 @@ def document(reference: Path, study: str, lengths: str) -> str:
         "# Findings: does Assumption (A) hold, on which heads, and to which length?\n",
         paragraph(
             """Every number here is computed by `python benchmarks/findings.py` from tables in `results/reference/`;
-            none is typed in. For readers of Indyk, Kapralov, Sheth & Wagner (ICLR 2025); notation in [math.md](math.md)."""
+            none is typed in. For readers of Indyk, Kapralov, Sheth & Wagner (ICLR 2025); notation in
+            [math.md](math.md)."""
         ),
         paragraph(f"Measured on {sizes}. {machine(model_tables(folder, models[0]).overview)}."),
         "## Verdicts\n",
         paragraph(
             f"""c(n) ~ n^g per head, fitted within each text over its prefixes; interval: 95 %, bootstrap over texts. A
-            head holds when g's interval is below {FLAT:g}, or c extrapolated to n = {FAR_LENGTH:,} stays below {FAR_BOUND:g}
-            at the interval's upper end; it fails when the interval is above {FAST:g} and c exceeds {FAR_BOUND:g} at a
+            head holds when g's interval is below {FLAT:g}, or c extrapolated to n = {FAR_LENGTH:,} stays below
+            {FAR_BOUND:g} at the interval's upper end; it fails when the interval is above {FAST:g} and c exceeds
+            {FAR_BOUND:g} at a
             length that was seen; it grows slowly when the interval is between the two; anything else is undecided, most
             often because c grows fast from a level that is still low at these lengths. A causal model attends only
             backwards: its second row counts the entries that its attention uses, the first all of K, as the paper

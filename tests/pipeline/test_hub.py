@@ -98,6 +98,7 @@ def test_a_fault_of_the_hub_is_one_line_and_the_next_run_is_whole(machine: Machi
     assert len(pd.read_parquet(machine.folder / "texts.parquet")) == CONTEXTS
 
 
+@pytest.mark.slow
 def test_the_papers_study_from_an_empty_cache_then_offline(machine: Machine):
     code, output = machine.snakemake()
     assert code == 0, output

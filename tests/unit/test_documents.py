@@ -7,6 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -23,3 +26,23 @@ def test_links_and_pictures_lead_somewhere():
     for document in documents:
         for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text(encoding="utf-8")):
             assert (document.parent / target).exists(), f"{document.name} links to {target}"
+
+
+def test_the_findings_are_what_the_reference_tables_say():
+    if not list((ROOT / "results" / "reference" / "embedded" / "tables").glob("growth_*.csv")):
+        pytest.skip("results/reference has no growth tables yet: run the studies embedded and lengths")
+    done = subprocess.run(
+        [sys.executable, "benchmarks/findings.py", "--check"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_cost_bound_without_growth_is_the_papers_and_quadratic_at_a_third():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        from findings import bound_exponents
+    finally:
+        sys.path.pop(0)
+    exponents = bound_exponents(np.array([-1.0, 0.0, 0.1, 1 / 3]))
+    # Found on a grid of 0.002 and 0.001.
+    np.testing.assert_allclose(exponents, [1.89, 1.89, 1.89, 2.0], atol=3e-3)

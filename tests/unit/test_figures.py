@@ -9,7 +9,15 @@ import pandas as pd
 import pytest
 
 from approxkmv.errors import ConfigError, TableError
-from approxkmv.figures import catalogue, context_scaling, max_ratios, order_ratios
+from approxkmv.figures import (
+    catalogue,
+    context_scaling,
+    growth,
+    growth_curves,
+    length_scaling,
+    max_ratios,
+    order_ratios,
+)
 from approxkmv.figures.style import short
 
 
@@ -100,3 +108,66 @@ def test_unknown_figures_and_missing_tables_are_one_line(tmp_path):
         catalogue.draw("max_ratios", tmp_path, ["m", "n"], tmp_path / "x")
     with pytest.raises(TableError, match=r"context_scaling_m\.csv is missing"):
         context_scaling.draw(tmp_path, ["m"], tmp_path / "x")
+
+
+def growth_tables(folder, layers: int, heads: int, masked: bool) -> None:
+    generator = np.random.default_rng(1)
+    layer, head = (index.ravel() for index in np.indices((layers, heads)))
+    growth, curves = {"layer": layer, "head": head}, []
+    for before in ("", "masked_") if masked else ("",):
+        growth |= {
+            f"{before}exponent": generator.normal(0.4, 0.5, len(layer)),
+            f"{before}coefficient": 10 ** generator.uniform(-3, 0, len(layer)),
+            f"{before}verdict": generator.choice(["holds", "fails", "undecided", "grows slowly"], len(layer)),
+        }
+    for prefix in (50, 100, 200, 400):
+        part = {"layer": layer, "head": head, "prefix": prefix}
+        for before in ("", "masked_") if masked else ("",):
+            part[f"{before}adjusted_ratio"] = growth[f"{before}coefficient"] * prefix ** growth[f"{before}exponent"]
+        curves.append(pd.DataFrame(part))
+    pd.DataFrame(growth).to_csv(folder / "growth_m.csv", index=False)
+    pd.concat(curves).to_csv(folder / "growth_curves_m.csv", index=False)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("layers", "heads"), [(1, 1), (6, 12), (30, 9)])
+def test_growth_is_drawn_with_failing_heads_outlined_and_nothing_overlapping(
+    tmp_path, monkeypatch, layers, heads, masked
+):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    tables(tmp_path, "m", layers, heads)
+    growth_tables(tmp_path, layers, heads, masked)
+    drawn = []
+    for module in (growth, growth_curves):
+        monkeypatch.setattr(module, "save", lambda figure, stem: drawn.append(figure) or [])
+        module.draw(tmp_path, "m", tmp_path / "x")
+    fails = sum((pd.read_csv(tmp_path / "growth_m.csv").filter(like="verdict") == "fails").sum())
+    assert sum(len(axes.patches) for axes in drawn[0].axes if axes.texts) == fails
+    for figure in drawn:
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        outside = [a._left_title for a in figure.axes] + figure.texts + ([figure._suptitle] if figure._suptitle else [])
+        outside = list(dict.fromkeys(text for text in outside if text.get_text()))
+        boxes = [text.get_window_extent(canvas.get_renderer()) for text in outside]
+        for i, one in enumerate(boxes):
+            assert one.x0 >= 0
+            assert one.x1 <= figure.bbox.width
+            for other in boxes[:i]:
+                assert not one.overlaps(other)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_long_texts_are_drawn(tmp_path, masked):
+    generator = np.random.default_rng(2)
+    index = pd.MultiIndex.from_product([[0, 1], [0, 1, 2], [64, 128, 256]], names=["layer", "head", "length"])
+    table = index.to_frame(index=False)
+    for before in ("", "masked_") if masked else ("",):
+        for column, _ in length_scaling.PANELS:
+            # One head far beyond the axes: it must not squeeze the others.
+            table[f"{before}{column}"] = 10 ** generator.uniform(-5, 300, len(table))
+    table.to_csv(tmp_path / "length_scaling_m.csv", index=False)
+    facts = {"label": "model m", "texts_used": 1, "corpus": "a corpus", "layers": 2, "heads": 3}
+    (tmp_path / "lengths_m.json").write_text(json.dumps(facts))
+    first = [path.read_bytes() for path in catalogue.draw("length_scaling", tmp_path, ["m"], tmp_path / "one")]
+    assert first == [path.read_bytes() for path in catalogue.draw("length_scaling", tmp_path, ["m"], tmp_path / "two")]

@@ -19,7 +19,7 @@ HEADS = ((0.5, "median head"), (0.9, "90th of 100 heads"), (1.0, "largest head")
 PANELS = (
     ("ratio", "c(n)"),
     ("softmax_ratio", "c(n) of the softmax matrix, without the row factor"),
-    ("double_ratio", "$K_{(n)}\\,/\\,K_{(2n)}$"),
+    ("double_ratio", "$K_{(n)}\\,/\\,K_{(2n)}$ (the axis ends at $10^6$)"),
     ("keys_90_mean", "keys that hold 90 % of a row's softmax mass"),
 )
 
@@ -44,7 +44,9 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
         axes.set_title(title, fontsize=8.5, loc="left")
     lengths = np.sort(table["length"].unique())
     panels[3].plot(lengths, lengths, color="#999999", linewidth=0.8)
-    panels[3].annotate("all n", (lengths[0], 1.3 * lengths[0]), fontsize=7, color="#777777", ha="left", va="bottom")
+    panels[3].annotate(
+        "all n", (lengths[0], lengths[0]), (2, 9), textcoords="offset points", fontsize=7, color="#777777"
+    )
     for axes in panels[2:]:
         axes.set_xlabel("n in tokens")
     handles, labels = panels[0].get_legend_handles_labels()

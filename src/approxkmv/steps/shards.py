@@ -33,7 +33,8 @@ def read_shards(paths: Iterable[Path]) -> pd.DataFrame:
 def remove_damaged(results: Path) -> list[str]:
     """Remove a study's shards that are not what their hash says, and activations cut short; a line for each.
 
-    Call it when nothing is being written, before a run: the workflow then makes the files again.
+    Call it when nothing is being written, before a run: the workflow then makes the files again. The model's tables go
+    too, since a workflow whose last files are all there does not look for the ones between.
     """
     damaged = [
         path
@@ -44,6 +45,9 @@ def remove_damaged(results: Path) -> list[str]:
     for path in damaged:
         path.unlink()
         _hash_file(path).unlink(missing_ok=True)
+        if path.suffix != ".safetensors":
+            for table in (results / "tables").glob(f"*_{path.parent.name}.*"):
+                table.unlink()
     return [f"{path} is not what its checksum says: it is made again" for path in damaged]
 
 
