@@ -1,5 +1,8 @@
 rule model:
     input:
+        files=lambda wildcards: local_files(
+            model_of(checked(config), wildcards.model).source
+        ),
         source=package("models", "steps/fetch.py"),
     output:
         f"{RESULTS}/models/{{model}}.json",

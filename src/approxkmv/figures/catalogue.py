@@ -30,6 +30,8 @@ def draw(name: str, tables: Path, models: Sequence[str], stem: Path) -> list[Pat
         raise ConfigError(f"there is no figure {name!r}: there is {', '.join([*PER_MODEL, *PER_STUDY, *PER_TABLE])}")
     if name in PER_MODEL and len(models) != 1:
         raise ConfigError(f"the figure {name} is of one model: give --model once")
+    if name in PER_STUDY and not models:
+        raise ConfigError(f"the figure {name} is of models: give --model at least once")
     # On demand: some figures' modules import torch, which takes longer than drawing.
     module = importlib.import_module(f"approxkmv.figures.{name}")
     if name in PER_TABLE:
