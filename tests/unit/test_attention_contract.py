@@ -10,6 +10,15 @@ from approxkmv.errors import InputError
 BIASED_BY_DESIGN = {"mean", "uniform", "own-key"}
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """These inputs are too small for threads, which only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def inputs(n_q, n_k, d, d_v, batch=2, dtype=torch.float32, seed=0):
     generator = torch.Generator().manual_seed(seed)
     q, k, v = (torch.randn(batch, n, w, generator=generator) for n, w in ((n_q, d), (n_k, d), (n_k, d_v)))

@@ -9,6 +9,15 @@ from approxkmv.attention import acceleration, get
 EPSILON = 6e-8
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """These inputs are too small for threads, which only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(params=["compiled", "torch"])
 def loops(request, monkeypatch):
     """Both ways that a CPU may take: with numba and without."""

@@ -16,6 +16,15 @@ from approxkmv.sweep.workloads import Case, cases, load, word_vectors
 METHODS = ["exact-naive", "exact-fused", "mean", "own-key", "local-expansion", "approxkmv"]
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """These inputs are too small for threads, which only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def vectors(tmp_path):
     path = tmp_path / "vectors.npy"
