@@ -19,8 +19,8 @@ app = typer.Typer(
         "Is a model's attention sparse, head by head and length by length?\n\n"
         "A study goes through fetch, texts, extract, statistics, summary, growth, compare, figure; long texts through "
         "lengths and length-scaling; attention methods through model-heads and sweep. Snakemake runs them all; each "
-        "can be run alone. Every command reads config.yaml (--config) and works on the study that it names (or --study). "
-        "A user's mistake is one line and exit code 2."
+        "can be run alone. Every command reads config.yaml (--config) and works on the study that it names (or "
+        "--study). A user's mistake is one line and exit code 2."
     ),
     no_args_is_help=True,
     add_completion=False,
