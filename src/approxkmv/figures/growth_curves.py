@@ -60,7 +60,7 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
         axes.set_title(f"{which} (dashed: c = {FAR_BOUND:g})", fontsize=8, loc="left")
         axes.legend(frameon=False, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.14))
     panels[0].set_ylabel("c of the average text")
-    figure.suptitle(f"{facts['label']}: c(n) of typical heads and fitted power laws", fontsize=9, x=0.02, ha="left")
+    figure.suptitle(f"{facts['label']}\nc(n) of typical heads and fitted power laws", fontsize=9, x=0.02, ha="left")
     return save(figure, stem)
 
 
