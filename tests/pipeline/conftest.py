@@ -100,7 +100,7 @@ class Project:
     def snakemake(self, *arguments: str) -> tuple[int, str]:
         """Run Snakemake on this project; its exit code and what it printed."""
         process = self.start("--cores", "2", *arguments)
-        output, _ = process.communicate(timeout=300)
+        output, _ = process.communicate(timeout=600)
         return process.returncode, output
 
     def approxkmv(self, *arguments: str) -> tuple[int, str]:

@@ -137,6 +137,8 @@ def test_growth_is_drawn_with_failing_heads_outlined_and_nothing_overlapping(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     tables(tmp_path, "m", layers, heads)
+    facts = json.loads((tmp_path / "overview_m.json").read_text()) | {"label": "all-MiniLM-L6-v2 (BERT, 6 × 12 heads)"}
+    (tmp_path / "overview_m.json").write_text(json.dumps(facts))
     growth_tables(tmp_path, layers, heads, masked)
     drawn = []
     for module in (growth, growth_curves):
