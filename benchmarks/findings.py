@@ -21,8 +21,7 @@ from into_documents import REFERENCE, ROOT, machine, markdown
 
 from approxkmv.statistics.growth import FAILS, FAR_BOUND, FAR_LENGTH, FAST, FLAT, HOLDS, SLOWLY, UNDECIDED
 from approxkmv.steps.lengths import SHARE_NAMES
-from approxkmv.steps.measure import MASKED
-from approxkmv.steps.tables import length_tables, model_tables, read_overview
+from approxkmv.steps.tables import MASKED, length_tables, model_tables, read_overview
 
 VERDICTS = (HOLDS, SLOWLY, UNDECIDED, FAILS)
 WORST = 6

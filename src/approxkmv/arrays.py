@@ -11,6 +11,9 @@ import torch
 
 from approxkmv.errors import InputError
 
+# Far above any activation, and far below where float64 overflows.
+LARGEST_PRODUCT = 1e100
+
 Array: TypeAlias = torch.Tensor | np.ndarray
 
 
@@ -50,6 +53,11 @@ def queries_and_keys(q: Array, k: Array) -> tuple[torch.Tensor, torch.Tensor, Ca
         )
     if 0 in queries.shape[-2:] or 0 in keys.shape[-2:]:
         raise InputError(f"q {tuple(queries.shape)} or k {tuple(keys.shape)} has no rows or no columns")
+    # Logits and the lemma's row terms are bounded by these; beyond, float64 cannot hold their logarithms.
+    if float(queries.abs().max()) * float(keys.abs().max()) * queries.shape[-1] > LARGEST_PRODUCT or any(
+        float(points.abs().max()) ** 2 * queries.shape[-1] > LARGEST_PRODUCT for points in (queries, keys)
+    ):
+        raise InputError(f"q or k is so large that products of entries exceed {LARGEST_PRODUCT:g}: scale them down")
     back: Callable[[torch.Tensor], Array] = (lambda t: t.numpy()) if isinstance(q, np.ndarray) else (lambda t: t)
     return queries, keys, back
 

@@ -17,9 +17,10 @@ app = typer.Typer(
     name="approxkmv",
     help=(
         "Is a model's attention sparse, head by head and length by length?\n\n"
-        "The commands are the steps of the pipeline in their order: fetch, texts, extract, statistics, summary, "
-        "growth, compare, figure. Snakemake runs them all; each can be run alone. Every command reads config.yaml "
-        "(--config) and works on the study that it names (or --study). A user's mistake is one line and exit code 2."
+        "A study goes through fetch, texts, extract, statistics, summary, growth, compare, figure; long texts through "
+        "lengths and length-scaling; attention methods through model-heads and sweep. Snakemake runs them all; each "
+        "can be run alone. Every command reads config.yaml (--config) and works on the study that it names (or "
+        "--study). A user's mistake is one line and exit code 2."
     ),
     no_args_is_help=True,
     add_completion=False,

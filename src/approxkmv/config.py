@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from approxkmv.errors import ConfigError
+from approxkmv.errors import ConfigError, SourceError
 
 if TYPE_CHECKING:
     from approxkmv.sweep.settings import SweepSettings
@@ -71,7 +71,10 @@ def load_config(path: Path) -> dict[str, Any]:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"the configuration {path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"the configuration {path} is not UTF-8 text: {error.reason}") from error
     try:
+        _refuse_repeated_keys(yaml.compose(text, yaml.SafeLoader), path)
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -80,10 +83,28 @@ def load_config(path: Path) -> dict[str, Any]:
     return checked(value)
 
 
+def _refuse_repeated_keys(node: Any, path: Path) -> None:
+    """YAML keeps the last of two equal keys silently. Raises ConfigError, naming the key and its line."""
+    import yaml
+
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, item in node.value:
+            if key.value in seen:
+                raise ConfigError(f"{path} has the key {key.value!r} twice, again at line {key.start_mark.line + 1}")
+            seen.add(key.value)
+            _refuse_repeated_keys(item, path)
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _refuse_repeated_keys(item, path)
+
+
 def checked(value: Any) -> dict[str, Any]:
     """A copy with defaults filled in. Raises ConfigError, which names the wrong key and the nearest right one."""
     import jsonschema
     import yaml
+
+    from approxkmv.models.sources import parse_source
 
     schema = yaml.safe_load(SCHEMA.read_text(encoding="utf-8"))
     config = copy.deepcopy(value)
@@ -91,6 +112,7 @@ def checked(value: Any) -> dict[str, Any]:
     for error in sorted(validator.iter_errors(config), key=lambda e: (len(e.absolute_path), str(e.absolute_path))):
         raise ConfigError(_one_line(error))
     _fill(config, schema)
+    config = _whole_numbers(config)
     for name, study in config["studies"].items():
         for model in study["models"]:
             _known(model, config["models"], f"studies.{name}.models names the model")
@@ -108,7 +130,15 @@ def checked(value: Any) -> dict[str, Any]:
             raise ConfigError(f"studies.{name}: the longest of lengths is above max_tokens, to which texts are cut")
         if study["min_prefix"] > study["min_tokens"]:
             raise ConfigError(f"studies.{name}: min_prefix is above min_tokens, so some texts would have no prefix")
+        low, high = study["min_prefix"], study["max_tokens"]
+        if study["models"] and not any(low <= prefix <= high for prefix in study["prefixes"]):
+            raise ConfigError(f"studies.{name}: none of prefixes is between min_prefix {low} and max_tokens {high}")
     _known(config["study"], config["studies"], "study is")
+    for name, model in config["models"].items():
+        try:
+            parse_source(model["source"])
+        except SourceError as error:
+            raise ConfigError(f"models.{name}.source: {error}") from error
     for name, sweep in config["sweeps"].items():
         _check_sweep(name, sweep, config)
     return config
@@ -193,7 +223,9 @@ def _known(name: str, names: Mapping[str, Any], what: str) -> None:
 
 def _nearest(word: str, words: Any) -> str:
     close = difflib.get_close_matches(str(word), [str(w) for w in words], n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; there is {', '.join(sorted(map(str, words)))}"
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; there is {', '.join(sorted(map(str, words)))}" if words else "; there is none"
 
 
 def _one_line(error: Any) -> str:
@@ -203,6 +235,8 @@ def _one_line(error: Any) -> str:
         allowed = error.schema.get("properties", {})
         wrong = next(key for key in error.instance if key not in allowed)
         return f"{place} has the unknown key {wrong!r}{_nearest(wrong, allowed)}"
+    if error.validator == "pattern" and "propertyNames" in error.absolute_schema_path:
+        return f"{place} has the name {error.instance!r}: names are of letters, digits, dots and hyphens"
     if error.validator == "required":
         return f"{place} lacks a key: {error.message}"
     if error.validator == "type":
@@ -210,6 +244,15 @@ def _one_line(error: Any) -> str:
         wanted = " or ".join(wanted) if isinstance(wanted, list) else wanted
         return f"{place} is {error.instance!r}: it must be of type {wanted}"
     return f"{place}: {' '.join(error.message.split())}"
+
+
+def _whole_numbers(value: Any) -> Any:
+    """The same with 3.0, which JSON Schema takes for a whole number, as 3."""
+    if isinstance(value, dict):
+        return {key: _whole_numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_whole_numbers(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _fill(value: Any, schema: Mapping[str, Any]) -> None:

@@ -33,6 +33,11 @@ def written_whole(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     except OSError as error:
         raise TableError(f"cannot write {path}: {error.strerror or error}") from error
+    except Exception as error:
+        # safetensors says so in an exception of its own, which is no OSError.
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise TableError(f"cannot write {path}: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import subprocess
 
 import pandas as pd
 import pytest
 import torch
-from conftest import Project, save_model, save_tokenizer
+from conftest import Project, environment, save_model, save_tokenizer
 
 from approxkmv.errors import TableError
 from approxkmv.files import write_json, written_whole
@@ -51,6 +52,9 @@ def extract(project: Project, model: str) -> tuple[int, str]:
         (lambda c: c.update(study="tinny"), ["'tinny'", "'tiny'"]),
         (lambda c: c["models"]["bert"].pop("source"), ["models.bert", "source"]),
         (lambda c: c["models"]["bert"].update(source="ftp:x"), ["models.bert.source"]),
+        (lambda c: c["models"]["bert"].update(source="hub:a/b"), ["models.bert.source", "revision"]),
+        (lambda c: c["models"].update(my_bert=c["models"]["bert"]), ["'my_bert'", "hyphens"]),
+        (lambda c: c["studies"]["tiny"].update(prefixes=[5]), ["studies.tiny", "prefixes"]),
     ],
 )
 def test_a_wrong_configuration_is_named_with_the_nearest_right_key(project: Project, change, words):
@@ -216,9 +220,57 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_half_written(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["table.json"]
 
 
-def test_writing_into_a_really_full_device_is_one_line(project: Project):
-    """/dev/full refuses every write, as a full disk does."""
-    (project.folder / "full").mkdir()
-    code, output = project.approxkmv("texts", "--out", "/dev/full/texts.parquet")
+def test_a_disk_that_fills_up_while_activations_are_written_is_one_line(project: Project):
+    """A limit on the size of files stops the writing in the middle, as a full disk does."""
+    assert fetch(project, "bert")[0] == 0
+    assert project.approxkmv("texts", "--out", "texts.parquet")[0] == 0
+    command = "ulimit -f 20; trap '' XFSZ; exec approxkmv extract --model bert --location location.json "
+    command += "--texts texts.parquet --shard 0 --out out.safetensors --contexts-out contexts.csv"
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=project.folder, env=environment(), capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 2
+    assert "out.safetensors" in only_line(done.stderr + done.stdout)
+    assert not [path.name for path in project.folder.iterdir() if "out" in path.name]
+
+
+@pytest.mark.parametrize(
+    ("line", "word"),
+    [
+        ("[1, 2]", "line 2"),
+        ('{"context": 5}', "context"),
+        ('{"title": "x"}', "context"),
+        ('{"context": "w1", "questions": null}', "questions"),
+        ('{"context": "w1", "questions": "Why so?"}', "questions"),
+    ],
+)
+def test_a_corpus_line_of_the_wrong_shape_is_named(project: Project, line, word):
+    (project.folder / "words.jsonl").unlink()
+    (project.folder / "words.jsonl").write_text(json.dumps({"context": "w1"}) + "\n" + line + "\n")
+    code, output = project.approxkmv("texts", "--out", "texts.parquet")
     assert code == 2
-    assert "/dev/full" in only_line(output)
+    assert word in only_line(output)
+
+
+def test_a_shard_that_is_not_there(project: Project):
+    assert fetch(project, "bert")[0] == 0
+    assert project.approxkmv("texts", "--out", "texts.parquet")[0] == 0
+    code, output = project.approxkmv(
+        *("extract", "--model", "bert", "--location", "location.json", "--texts", "texts.parquet", "--shard", "99"),
+        *("--out", "out.safetensors", "--contexts-out", "contexts.csv"),
+    )
+    assert code == 2
+    assert "no shard 99" in only_line(output)
+
+
+def test_keys_that_stand_twice_and_text_that_is_not_utf8(project: Project):
+    path = project.folder / "config.yaml"
+    text = path.read_text()
+    path.write_text(text + "study: other\n")
+    code, output = project.approxkmv("check")
+    assert code == 2
+    assert "'study' twice" in only_line(output)
+    path.write_bytes(b"# \xe9\n" + text.encode())
+    code, output = project.approxkmv("check")
+    assert code == 2
+    assert "UTF-8" in only_line(output)

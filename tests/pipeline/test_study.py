@@ -122,8 +122,6 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(finished, project: Pr
     process.communicate()
     done = {p: p.stat().st_mtime_ns for p in (project.results / "statistics").rglob("*.heads.parquet")}
     assert len(done) < 6
-    # A killed Snakemake leaves its lock, as its documentation says.
-    assert project.snakemake("--unlock")[0] == 0
     code, output = project.snakemake()
     assert code == 0, output
     for path, written in done.items():
@@ -177,3 +175,16 @@ def test_the_project_runs_from_its_own_root():
     code, output = Project(ROOT).approxkmv_process("check")
     assert code == 0
     assert "embedded" in output
+
+
+def test_an_edited_corpus_is_read_again(project: Project):
+    project.configure(models=["bert"], contexts=3)
+    assert project.snakemake()[0] == 0
+    before = pd.read_parquet(project.results / "texts.parquet")
+    lines = (project.folder / "words.jsonl").read_text().replace("w1 ", "w2 ")
+    (project.folder / "words.jsonl").unlink()
+    (project.folder / "words.jsonl").write_text(lines)
+    code, output = project.snakemake()
+    assert code == 0, output
+    assert not pd.read_parquet(project.results / "texts.parquet").equals(before)
+    assert "extract    bert" in output

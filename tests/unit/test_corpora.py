@@ -33,6 +33,11 @@ def test_units_of_text():
     assert sentences[0] == "One is 3.5 m."
     assert sentences[-1] == "Four"
     assert "Three?" in sentences
+    assert [p.text for p in cut_into_passages([Document("c", 'He said "Stop." Then (he did.) Go.')], "sentence")] == [
+        'He said "Stop."',
+        "Then (he did.)",
+        "Go.",
+    ]
     pairs = cut_into_passages(documents, "question_context")
     assert [p.text[:4] for p in pairs] == ["Why?", "How?", "So? "]
     assert [p.index for p in pairs] == [0, 1, 2]

@@ -61,6 +61,7 @@ def test_numpy_in_numpy_out():
         (torch.ones(3, 2), torch.ones(3, 2), 0.0, "scale"),
         (torch.ones(3, 2), torch.ones(3, 2), float("nan"), "scale"),
         (torch.ones(3, 2), np.ones((3, 2)), None, "different kinds"),
+        (torch.full((3, 2), 1e160, dtype=torch.float64), torch.ones(3, 2), None, "so large"),
         ([[1.0]], [[1.0]], None, "torch tensor or a NumPy array"),
     ],
 )

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from snakemake.logging import logger
 
-from approxkmv.config import checked, settings_file, study_of
+from approxkmv.config import checked, model_of, settings_file, study_of
 from approxkmv.errors import ConfigError
-from approxkmv.steps.shards import remove_damaged
+from approxkmv.steps.shards import remove_damaged, remove_leftovers
 from approxkmv.steps.texts import shard_count
 
 # A person sees one line per finished step, from the step itself; Snakemake's own errors stay.
@@ -30,6 +30,7 @@ SETTINGS = settings_file(checked(config), Path(RESULTS) / "config.yaml")
 
 # Only before anything runs: the jobs of an executor read this file too.
 if workflow.is_main_process and not workflow.output_settings.dryrun:
+    remove_leftovers(Path(RESULTS))
     for line in remove_damaged(Path(RESULTS)):
         print(f"approxkmv: {line}", file=sys.stderr)
 
@@ -37,6 +38,19 @@ if workflow.is_main_process and not workflow.output_settings.dryrun:
 wildcard_constraints:
     model="[A-Za-z0-9][A-Za-z0-9.-]*",
     shard="[0-9]+",
+
+
+def local_files(source):
+    """The files of a source that lies on this disk, so that an edit of one reruns what reads it."""
+    kind, _, rest = source.partition(":")
+    path = Path(rest)
+    if kind != "path" or not path.exists():
+        return []
+    return (
+        [str(path)]
+        if path.is_file()
+        else sorted(str(file) for file in path.glob("*.*") if file.is_file())
+    )
 
 
 def package(*names):

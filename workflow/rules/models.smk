@@ -1,5 +1,8 @@
 rule model:
     input:
+        files=lambda wildcards: local_files(
+            model_of(checked(config), wildcards.model).source
+        ),
         source=package("models", "steps/fetch.py"),
     output:
         f"{RESULTS}/models/{{model}}.json",
@@ -8,11 +11,7 @@ rule model:
     conda:
         "../../environment.yml"
     params:
-        entry=lambda wildcards: (
-            STUDY.models[wildcards.model].source,
-            STUDY.models[wildcards.model].sha256,
-            sorted(STUDY.models[wildcards.model].files.items()),
-        ),
+        entry=lambda wildcards: str(model_of(checked(config), wildcards.model)),
     shell:
         "approxkmv fetch --model {wildcards.model} --config {SETTINGS} --out {output} --log {log}"
 

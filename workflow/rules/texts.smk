@@ -1,5 +1,6 @@
 checkpoint texts:
     input:
+        corpus=local_files(STUDY.corpus.source) if STUDY.corpus else [],
         source=package("corpora", "steps/texts.py"),
     output:
         f"{RESULTS}/texts.parquet",

@@ -1,7 +1,9 @@
-"""Compiled loops where numba is installed, and nothing where it is not."""
+"""Compiled loops where numba is installed, and memory that is used again from call to call."""
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -36,3 +38,21 @@ def over_threads(loop: Callable[[int, int], None], count: int) -> None:
     edges = [count * i // (4 * threads) for i in range(4 * threads + 1)]
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(loop, edges[:-1], edges[1:]))
+
+
+_buffers = threading.local()
+
+
+def scratch(name: str, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Uninitialised memory on the CPU, the same for each call with the same name in this thread.
+
+    Memory fresh from the system costs a page fault for every 4 KiB, which is more than these loops take to fill it.
+    What is written there holds until the next call of the method; an answer must not be scratch.
+    """
+    # A tensor made in inference mode may not be written outside of it.
+    key = name, dtype, torch.is_inference_mode_enabled()
+    held: dict[object, torch.Tensor] = _buffers.__dict__.setdefault("held", {})
+    size = math.prod(shape)
+    if key not in held or held[key].numel() < size:
+        held[key] = torch.empty(size, dtype=dtype)
+    return held[key][:size].view(shape)

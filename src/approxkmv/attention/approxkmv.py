@@ -20,6 +20,14 @@ from approxkmv.attention.expansion import Expansion, expand, project, sums_of_ke
 from approxkmv.attention.local_expansion import exactly_where_lost
 
 _LEAST_SAMPLES = 4
+# Beyond this variance of a query's logits around its block's, the far key says too little to be a control variate.
+_CONTROLLED = 2.0
+
+
+def row_variance(e: Expansion) -> torch.Tensor:
+    """Variance (rows,) over the keys of delta.k, by which a query's logits differ from its block's centre's."""
+    spread = torch.nn.functional.pad(e.spread, (0, e.blocks.deltas.shape[1] - len(e.spread)))
+    return e.blocks.deltas.square() @ spread
 
 
 def budgets(e: Expansion, share: torch.Tensor, samples: int) -> torch.Tensor:
@@ -28,8 +36,7 @@ def budgets(e: Expansion, share: torch.Tensor, samples: int) -> torch.Tensor:
     share (rows,) is the part of each row's sum that is far. Relative to it, one sample of the difference has about
     the variance exp(s) - 1 - s of a lognormal beyond its first order, s being that of the query's logits.
     """
-    spread = torch.nn.functional.pad(e.spread, (0, e.blocks.deltas.shape[1] - len(e.spread)))
-    s = (e.blocks.deltas.square() @ spread).clamp_max(10.0)
+    s = row_variance(e).clamp_max(10.0)
     # Padded rows have no delta, hence no predicted variance.
     predicted = share.square() * (s.exp() - 1 - s)
     of_row = np.repeat(np.arange(len(e.blocks)), e.blocks.sizes)
@@ -44,9 +51,9 @@ def budgets(e: Expansion, share: torch.Tensor, samples: int) -> torch.Tensor:
 def sums(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator, *, samples: int, **clustering: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Numerators (n_q, d_v), row sums (n_q,) and the logs (n_q,) that both are divided by, for scaled queries."""
+    """Numerators (n_q, d_v), row sums (n_q,) and the logs (n_q,) that both are divided by."""
     # Bfloat16 sums of the control variate would be a bias.
-    e = expand(q, k, v, generator, low=torch.float32, **clustering)
+    e = expand(q, k, v, generator, low=torch.float32, all_axes=True, **clustering)
     blocks, d_v = e.blocks, v.shape[1]
     heavy, scales = sums_of_keys(blocks, e.k, v, e.chosen, e.ends, None, torch.float32)
     log_weight, far_value = e.far()
@@ -58,55 +65,65 @@ def sums(
     share = weight / (weight + heavy[:, 0])
 
     counts = budgets(e, share, samples)
-    total = e.weights.sum(1)
-    has_light = total > 0
-    counts = torch.where(has_light, counts, 0)
-    # Systematic draws would be correlated; these are independent, by inversion of the running sum.
-    drawn, logs = draw(e, counts, generator)
-    ends = counts.cumsum(0).numpy()
-    estimate, scale = sums_of_keys(blocks, e.k, v, drawn.numpy(), ends, logs, torch.float32)
-    estimate *= (blocks.of_rows(torch.where(has_light, scale, 0.0)) - shift).exp_().unsqueeze(1)
+    drawn, of_draw, logs, control = draw(e, counts, generator)
+    estimate, scale = sums_of_keys(blocks, e.k, v, drawn.numpy(), counts.cumsum(0).numpy(), logs, torch.float32)
+    estimate *= (blocks.of_rows(scale) - shift).exp_().unsqueeze(1)
 
-    # The control variate: the far key's sums, less the same sums over the sample.
-    of_draw = torch.repeat_interleave(torch.arange(len(blocks)), counts)
-    per_draw = (1.0 / counts.clamp_min(1))[of_draw].unsqueeze(1)
-    centred = (e.k[drawn] - e.far_key[of_draw]) * per_draw
+    # The control variate: the far key's sums, less the same sums over the sample, where it is worth its own noise.
+    weight = torch.where(row_variance(e) < _CONTROLLED, weight, 0.0)
     values = v[drawn]
-    mean_value = torch.zeros(len(blocks), d_v).index_add_(0, of_draw, values * per_draw)
+    centred = (e.k[drawn] - e.far_key[of_draw]) * control
+    plain = torch.cat([control, control * values], 1)
+    means = torch.zeros(len(blocks), 1 + d_v).index_add_(0, of_draw, plain)
     # first-order sums over the sample: of the weights, then of each column of the values
-    tilts = [torch.zeros_like(e.far_key).index_add_(0, of_draw, centred)]
+    columns = [centred]
     if e.far_tilt is not None:
-        tilts += [
-            torch.zeros_like(e.far_key).index_add_(0, of_draw, centred * values[:, c : c + 1]) for c in range(d_v)
-        ]
+        columns += [centred * values[:, c : c + 1] for c in range(d_v)]
+    tilts = [torch.zeros_like(e.far_key).index_add_(0, of_draw, column) for column in columns]
     seen = project(blocks, torch.stack(tilts, 2))
-    sample_value = blocks.of_rows(mean_value)
-    if e.far_tilt is not None:
-        sample_value = sample_value + seen[:, 1:]
-    row_sums = heavy[:, 0] + estimate[:, 0] - weight * seen[:, 0]
-    numerators = heavy[:, 1:] + estimate[:, 1:] + weight.unsqueeze(1) * (far_value - sample_value)
+    sampled = blocks.of_rows(means)
+    row_sums = heavy[:, 0] + estimate[:, 0] + weight * (1 - sampled[:, 0] - seen[:, 0])
+    sampled_value = sampled[:, 1:] + seen[:, 1:] if e.far_tilt is not None else sampled[:, 1:]
+    numerators = heavy[:, 1:] + estimate[:, 1:] + weight.unsqueeze(1) * (far_value - sampled_value)
     together = e.unpermute(torch.cat([numerators, row_sums.unsqueeze(1), shift.unsqueeze(1)], 1))
     return together[:, :d_v], together[:, d_v], together[:, d_v + 1]
 
 
-def draw(e: Expansion, counts: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Light keys (sum of counts,), counts[b] independent ones of block b, and the log weights of their terms.
+def draw(
+    e: Expansion, counts: torch.Tensor, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Light keys (m,), independent, counts[b] of them for block b; the block of each; and two weights for each.
 
-    Block b's are drawn with probability w_j / sum(w); a term exp(q.k_j) then counts 1 / (counts[b] probability).
+    Half of the probability of a key is in proportion to its expected weight, half is the same for all: no term can
+    then be more than twice as large as under uniform sampling, however far a query lies from its block. The first
+    weight is the logarithm of 1 / (counts p), with which exp(q.k) counts; the second (m, 1), w / (sum(w) counts p),
+    is that of the control variate.
     """
-    cumulative = e.weights.double().cumsum(1)
-    blocks = torch.repeat_interleave(torch.arange(len(counts)), counts)
-    points = torch.rand(len(blocks), generator=generator, dtype=torch.float64) * cumulative[blocks, -1]
-    drawn = np.empty(len(blocks), np.int64)
-    begin = 0
+    n_k = e.weights.shape[1]
+    near = np.diff(e.ends, prepend=0)
+    cumulative = e.weights.cumsum(1).numpy()
+    of_draw = np.repeat(np.arange(len(counts)), counts.numpy())
+    points = torch.rand(len(of_draw), generator=generator, dtype=torch.float64).numpy()
+    drawn = np.empty(len(of_draw), np.int64)
+    begin = first = 0
     for b, count in enumerate(counts.tolist()):
-        end = begin + count
-        # right: a key of weight zero, whose interval is empty, is never drawn
-        drawn[begin:end] = np.searchsorted(cumulative[b].numpy(), points[begin:end].numpy(), side="right")
-        begin = end
-    keys = torch.from_numpy(drawn.clip(max=e.weights.shape[1] - 1))
-    weight = e.weights[blocks, keys].double() / cumulative[blocks, -1]
-    return keys, -(weight.clamp_min(1e-300).log() + counts[blocks].double().log()).float()
+        some = points[begin : begin + count]
+        # A point below one half is a place among the light keys, one above it a place in the running sum.
+        even = some < 0.5
+        place = (2 * some[even] * (n_k - near[b])).astype(np.int64)
+        # As many near keys come before the light key at a place as lie less than that many places behind it.
+        skipped = e.chosen[first : e.ends[b]] - np.arange(near[b])
+        here = drawn[begin : begin + count]
+        here[even] = place + np.searchsorted(skipped, place, side="right")
+        # right: a near key, whose interval is empty, is never drawn
+        height = ((2 * some[~even] - 1) * cumulative[b, -1]).astype(np.float32)
+        here[~even] = np.searchsorted(cumulative[b], height, side="right").clip(max=n_k - 1)
+        begin, first = begin + count, int(e.ends[b])
+    keys, blocks = torch.from_numpy(drawn), torch.from_numpy(of_draw)
+    share = e.weights[blocks, keys].double() / e.weights.sum(1).double().clamp_min(1e-300)[blocks]
+    # counts times the probability
+    rate = counts[blocks] * 0.5 * (share + 1.0 / torch.from_numpy(n_k - near).double()[blocks])
+    return keys, blocks, -rate.log().float(), (share / rate).float().unsqueeze(1)
 
 
 def _approxkmv(
@@ -118,7 +135,7 @@ def _approxkmv(
     def single(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         if near >= len(k):
             return exact_fused.attend(q, k, v, scale, 512)
-        numerators, row_sums, _ = sums(q * scale, k, v, generator, near=near, **parameters)
+        numerators, row_sums, _ = sums(q, k, v, generator, scale=scale, near=near, **parameters)
         # A row sum is positive; an estimate of one need not be.
         answer = numerators / torch.where(row_sums > 0, row_sums, torch.nan).unsqueeze(1)
         return exactly_where_lost(answer, q, k, v, scale)

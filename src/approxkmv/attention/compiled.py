@@ -55,6 +55,67 @@ def add_exponentials(logits, columns, numerators, row_sums):
 
 
 @njit(fastmath=_FLAGS, nogil=True, cache=True)
+def nearest(distances, labels):
+    """labels (rows,) = the first column with the least of distances (rows, columns), which are finite."""
+    columns = distances.shape[1]
+    for i in range(len(labels)):
+        least = distances[i, 0]
+        for j in range(1, columns):
+            least = min(least, distances[i, j])
+        j = 0
+        while distances[i, j] != least and j < columns - 1:
+            j += 1
+        labels[i] = j
+
+
+@njit(inline="always")
+def _bits(x):
+    """The upper half of a float32's bits, rounded to nearest even: a bfloat16."""
+    whole = np.float32(x).view(np.uint32)
+    return np.uint16((whole + np.uint32(0x7FFF) + ((whole >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+
+
+@njit(inline="always")
+def _widened(bits):
+    return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
+
+
+@njit(fastmath=_FLAGS, nogil=True, cache=True)
+def fill_features(low, high, k, v, squares, axes, tilted, features):
+    """Rows low to high - 1 of features, bfloat16 as bits: [squares | k | 1 | v | each column of v times k's axes]."""
+    d = k.shape[1]
+    width = v.shape[1]
+    for j in range(low, high):
+        for p in range(squares):
+            features[j, p] = _bits(k[j, p] * k[j, p])
+        for p in range(d):
+            features[j, squares + p] = _bits(k[j, p])
+        at = squares + d
+        features[j, at] = _bits(_f(1.0))
+        for c in range(width):
+            features[j, at + 1 + c] = _bits(v[j, c])
+        at += 1 + width
+        if tilted:
+            for c in range(width):
+                for p in range(axes):
+                    features[j, at + p] = _bits(v[j, c] * k[j, p])
+                at += axes
+
+
+@njit(fastmath=_FLAGS, nogil=True, cache=True)
+def fill_weights(low, high, logs, highest, thresholds, is_near, weights):
+    """Blocks low to high - 1, bfloat16 as bits: is_near = logs >= thresholds, weights = exp(logs - highest) or 0."""
+    for b in range(low, high):
+        top = highest[b]
+        bar = thresholds[b]
+        for j in range(logs.shape[1]):
+            x = _widened(logs[b, j])
+            is_near[b, j] = x >= bar
+            # Above the bar the weight is zero, and below -87 as good as zero.
+            weights[b, j] = _bits(_f(0.0) if x >= bar else _exp(x - top))
+
+
+@njit(fastmath=_FLAGS, nogil=True, cache=True)
 def centre_blocks(q, order, firsts, counts, starts, deltas, centres, variances):
     """Fill deltas (rows, d), centres and variances (blocks, d) from the queries q (n, d), block after block."""
     d = q.shape[1]
@@ -112,6 +173,8 @@ def sums_of_keys(low, high, deltas, starts, sizes, chosen, ends, k, v, extra, ce
         scales[b] = shift
         for first in range(0, count, _KEYS):
             some = min(_KEYS, count - first)
+            # Whole vectors, up to what is left
+            span = (some + 31) // 32 * 32
             for j in range(some):
                 key = chosen[begin + first + j]
                 for p in range(d):
@@ -120,11 +183,11 @@ def sums_of_keys(low, high, deltas, starts, sizes, chosen, ends, k, v, extra, ce
                 pairs[0, j] = weight
                 for c in range(width):
                     pairs[1 + c, j] = weight * v[key, c]
-            for j in range(some, _KEYS):
+            for j in range(some, span):
                 for c in range(1 + width):
                     pairs[c, j] = _f(0.0)
             for i in range(starts[b], starts[b] + sizes[b], 4):
-                for j in range(_KEYS):
+                for j in range(span):
                     a0[j] = _f(0.0)
                     a1[j] = _f(0.0)
                     a2[j] = _f(0.0)
@@ -146,7 +209,7 @@ def sums_of_keys(low, high, deltas, starts, sizes, chosen, ends, k, v, extra, ce
                     s1 = deltas[i + 3, p + 1]
                     s2 = deltas[i + 3, p + 2]
                     s3 = deltas[i + 3, p + 3]
-                    for j in range(_KEYS):
+                    for j in range(span):
                         x0 = panel[p, j]
                         x1 = panel[p + 1, j]
                         x2 = panel[p + 2, j]
@@ -155,7 +218,7 @@ def sums_of_keys(low, high, deltas, starts, sizes, chosen, ends, k, v, extra, ce
                         a1[j] += q0 * x0 + q1 * x1 + q2 * x2 + q3 * x3
                         a2[j] += r0 * x0 + r1 * x1 + r2 * x2 + r3 * x3
                         a3[j] += s0 * x0 + s1 * x1 + s2 * x2 + s3 * x3
-                for j in range(_KEYS):
+                for j in range(span):
                     a0[j] = _exp(a0[j])
                     a1[j] = _exp(a1[j])
                     a2[j] = _exp(a2[j])
@@ -165,7 +228,7 @@ def sums_of_keys(low, high, deltas, starts, sizes, chosen, ends, k, v, extra, ce
                     t1 = _f(0.0)
                     t2 = _f(0.0)
                     t3 = _f(0.0)
-                    for j in range(_KEYS):
+                    for j in range(span):
                         x = pairs[c, j]
                         t0 += a0[j] * x
                         t1 += a1[j] * x

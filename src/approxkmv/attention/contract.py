@@ -101,5 +101,6 @@ def per_batch(
 ) -> torch.Tensor:
     """Apply single(q, k, v, generator) to the float32 matrices of each batch entry in turn, and stack the answers."""
     generator = torch.Generator(device=q.device).manual_seed(seed)
-    answers = [single(*(t[i].float() for t in (q, k, v)), generator) for i in range(q.shape[0])]
+    with torch.no_grad():
+        answers = [single(*(t[i].float() for t in (q, k, v)), generator) for i in range(q.shape[0])]
     return torch.stack(answers).to(v.dtype)

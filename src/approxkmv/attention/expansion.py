@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from approxkmv.attention.acceleration import compiled_loops, over_threads
+from approxkmv.attention.acceleration import compiled_loops, over_threads, scratch
 
 # Each tilted column of v costs d more columns in the far sums; beyond these the far value is the block's mean.
 _TILTED_COLUMNS = 2
@@ -35,18 +35,32 @@ def k_means(
     points: torch.Tensor, clusters: int, iterations: int, sampled: int, generator: torch.Generator
 ) -> torch.Tensor:
     """Label (n,) of each of points (n, r): Lloyd's iterations on `sampled` points a cluster, then one on all."""
+    loops = compiled_loops()
+
+    def nearest(some: torch.Tensor) -> torch.Tensor:
+        norms = centres.square().sum(1)
+        labels = torch.empty(len(some), dtype=torch.int64)
+        distances = scratch("distances", 512, len(centres))
+        # In pieces, so that the distances stay in the cache
+        for i in range(0, len(some), 512):
+            part = some[i : i + 512]
+            here = torch.addmm(norms, part, centres.mT, alpha=-2, out=distances[: len(part)])
+            if loops is not None:
+                loops.nearest(here.numpy(), labels[i : i + 512].numpy())
+            else:
+                torch.argmin(here, 1, out=labels[i : i + 512])
+        return labels
+
     shuffled = torch.randperm(len(points), generator=generator)
     centres = points[shuffled[:clusters]]
     some = points[shuffled[: sampled * clusters]]
     for _ in range(iterations):
-        labels = torch.addmm(centres.square().sum(1), some, centres.mT, alpha=-2).argmin(1)
+        labels = nearest(some)
         members = torch.zeros(clusters, len(some))
         members[labels, torch.arange(len(some))] = 1
         counts = members.sum(1, keepdim=True)
         centres = torch.where(counts > 0, (members @ some) / counts, centres)
-    norms = centres.square().sum(1)
-    # In pieces, so that the distances stay in the cache
-    return torch.cat([torch.addmm(norms, part, centres.mT, alpha=-2).argmin(1) for part in points.split(1024)])
+    return nearest(points)
 
 
 @dataclass(frozen=True)
@@ -85,7 +99,7 @@ def make_blocks(q: torch.Tensor, labels: torch.Tensor, multiple: int) -> Blocks:
     padded = -(-counts // multiple) * multiple
     starts = np.concatenate([[0], padded.cumsum()[:-1]])
     rows = torch.from_numpy(np.arange(len(order)) + np.repeat(starts - firsts, counts))
-    deltas = q.new_zeros(int(padded.sum()), q.shape[1])
+    deltas = scratch("deltas", int(padded.sum()), q.shape[1]).zero_()
     size = torch.from_numpy(counts.astype(np.float32)).unsqueeze(1)
     loops = compiled_loops()
     if loops is not None:
@@ -102,17 +116,21 @@ def make_blocks(q: torch.Tensor, labels: torch.Tensor, multiple: int) -> Blocks:
     return Blocks(torch.from_numpy(order), rows, starts, padded, centres, deltas, variances)
 
 
-def rotate(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q and centred k in the axes of the keys' covariance, and its eigenvalues, largest first.
+def rotate(q: torch.Tensor, k: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """scale q and centred k in the axes of the keys' covariance, and its eigenvalues, largest first.
 
     The products q.k only lose a term that is the same for all keys, which attention does not see. The width is padded
     with zeros to a multiple of four.
     """
-    k = k - k.mean(0)
-    some = k[:: max(1, len(k) // 2048)]
+    mean = k.mean(0)
+    some = k[:: max(1, len(k) // 2048)] - mean
     values, vectors = torch.linalg.eigh(some.mT @ some / len(some))
     axes = torch.nn.functional.pad(vectors.flip(1), (0, -k.shape[1] % _ROWS_OF_LOOP))
-    return q @ axes, k @ axes, values.flip(0).clamp_min(0)
+    width = axes.shape[1]
+    queries = torch.mm(q, axes * scale, out=scratch("queries", len(q), width))
+    # Centred before the product, long keys far from the origin keep their digits.
+    keys = torch.mm(torch.sub(k, mean, out=scratch("centred", *k.shape)), axes, out=scratch("keys", len(k), width))
+    return queries, keys, values.flip(0).clamp_min(0)
 
 
 @dataclass(frozen=True)
@@ -172,53 +190,80 @@ def expand(
     v: torch.Tensor,
     generator: torch.Generator,
     *,
+    scale: float,
     block: int,
     near: int,
     directions: int,
     iterations: int,
     sampled: int,
     low: torch.dtype,
+    all_axes: bool = False,
 ) -> Expansion:
-    """Cluster the scaled queries q (n_q, d), choose each block's near keys and sum the others at its centre."""
+    """Cluster the queries q (n_q, d), choose each block's near keys and sum the others at its centre.
+
+    The far key has its place along the leading `directions` only, unless all_axes: a control variate needs them all.
+    Much of what is returned is scratch: it holds until the next call in this thread.
+    """
     n_k, d_v = v.shape
-    looped = d_v <= _FEW_COLUMNS and compiled_loops() is not None
+    loops = compiled_loops()
+    looped = d_v <= _FEW_COLUMNS and loops is not None
     multiple = _ROWS_OF_LOOP if looped else _ROWS_OF_BFLOAT16 if low == torch.bfloat16 else 1
-    q, k, spread = rotate(q, k)
+    q, k, spread = rotate(q, k, scale)
     d = q.shape[1]
-    metric = spread[:directions].pow(_METRIC_POWER)
-    labels = k_means(q[:, : len(metric)] * metric, -(-len(q) // block), iterations, sampled, generator)
+    r = min(directions, d)
+    a = d if all_axes else r
+    metric = torch.nn.functional.pad(spread, (0, d - len(spread)))[:r].pow(_METRIC_POWER)
+    points = torch.mul(q[:, :r], metric, out=scratch("points", len(q), r))
+    labels = k_means(points, -(-len(q) // block), iterations, sampled, generator)
     blocks = make_blocks(q, labels, multiple)
 
+    # Columns: the leading squares, the keys, one, the values, and the leading axes of keys times values.
     tilted = d_v <= _TILTED_COLUMNS
-    features = k.new_empty(n_k, 2 * d + 1 + d_v + (d * d_v if tilted else 0), dtype=low)
-    features[:, :d] = k.square()
-    features[:, d : 2 * d] = k
-    features[:, 2 * d] = 1
-    features[:, 2 * d + 1 : 2 * d + 1 + d_v] = v
-    if tilted:
-        for c in range(d_v):
-            at = 2 * d + 1 + d_v + c * d
-            features[:, at : at + d] = v[:, c : c + 1] * k
-    logs = torch.mm(torch.cat([0.5 * blocks.variances, blocks.centres], 1).to(low), features[:, : 2 * d].mT)
+    width = r + d + 1 + d_v + (a * d_v if tilted else 0)
+    features = scratch("features", n_k, width, dtype=low)
+    if loops is not None and low == torch.bfloat16:
+        given = k.numpy(), v.contiguous().numpy(), r, a, tilted, features.view(torch.uint16).numpy()
+        over_threads(lambda first, last: loops.fill_features(first, last, *given), n_k)
+    else:
+        features[:, :r] = k[:, :r].square()
+        features[:, r : r + d] = k
+        features[:, r + d] = 1
+        features[:, r + d + 1 : r + d + 1 + d_v] = v
+        for c in range(d_v if tilted else 0):
+            at = r + d + 1 + d_v + c * a
+            features[:, at : at + a] = v[:, c : c + 1] * k[:, :a]
+    ranks = torch.cat([0.5 * blocks.variances[:, :r], blocks.centres], 1).to(low)
+    logs = torch.mm(ranks, features[:, : r + d].mT, out=scratch("logs", len(blocks), n_k, dtype=low))
     highest = logs.amax(1, keepdim=True)
     sample = logs[:, generator.initial_seed() % _SAMPLED_KEYS :: _SAMPLED_KEYS].float()
     kept = sample.shape[1] - min(max(1, near // _SAMPLED_KEYS), sample.shape[1])
     thresholds = torch.from_numpy(np.partition(sample.numpy(), kept, axis=1)[:, kept].copy()).unsqueeze(1)
-    is_near = logs >= thresholds.to(low)
+    weights = scratch("weights", len(blocks), n_k, dtype=low)
+    is_near = scratch("is near", len(blocks), n_k, dtype=torch.bool)
+    if loops is not None and low == torch.bfloat16:
+        bars = highest.float().squeeze(1).numpy(), thresholds.squeeze(1).numpy()
+        filled = logs.view(torch.uint16).numpy(), *bars, is_near.numpy(), weights.view(torch.uint16).numpy()
+        over_threads(lambda first, last: loops.fill_weights(first, last, *filled), len(blocks))
+    else:
+        torch.ge(logs, thresholds.to(low), out=is_near)
+        torch.sub(logs, highest, out=weights).exp_().masked_fill_(is_near, 0)
     chosen = np.flatnonzero(is_near.numpy())
     ends = np.searchsorted(chosen, np.arange(1, len(blocks) + 1) * n_k)
     chosen %= n_k
-    weights = (logs - highest).exp_().masked_fill_(is_near, 0)
 
-    sums = torch.mm(weights, features[:, d:]).float()
-    total = sums[:, d : d + 1].clamp_min(1e-30)
-    far_key, far_value = sums[:, :d] / total, sums[:, d + 1 : d + 1 + d_v] / total
+    # The far keys' mean along the axes with little spread is next to nothing.
+    plain = torch.mm(weights, features[:, r : r + a]).float()
+    rest = torch.mm(weights, features[:, r + d :]).float()
+    total = rest[:, :1].clamp_min(1e-30)
+    far_key = torch.nn.functional.pad(plain / total, (0, d - a))
+    far_value = rest[:, 1 : 1 + d_v] / total
     # The far key's own second-order term is in its weight already.
     second = 0.5 * (blocks.variances * far_key.square()).sum(1)
     far_log = total[:, 0].log() + highest[:, 0].float() - second
     far_tilt = None
     if tilted:
-        products = sums[:, d + 1 + d_v :].view(len(blocks), d_v, d) / total.unsqueeze(2)
+        products = rest[:, 1 + d_v :].view(len(blocks), d_v, a) / total.unsqueeze(2)
+        products = torch.nn.functional.pad(products, (0, d - a))
         far_tilt = products - far_value.unsqueeze(2) * far_key.unsqueeze(1)
     return Expansion(blocks, k, v, spread, logs, weights, highest, chosen, ends, far_log, far_key, far_value, far_tilt)
 

@@ -35,7 +35,7 @@ def attend(
     if near >= len(k):
         return exact_fused.attend(q, k, v, scale, 512)
     low = torch.bfloat16 if products == "bfloat16" else torch.float32
-    e = expand(q * scale, k, v, generator, near=near, low=low, **clustering)
+    e = expand(q, k, v, generator, scale=scale, near=near, low=low, **clustering)
     sums, scales = sums_of_keys(e.blocks, e.k, v, e.chosen, e.ends, None, low)
     log_weight, value = e.far()
     weight = (log_weight - e.blocks.of_rows(scales)).exp_().unsqueeze(1)
@@ -85,16 +85,19 @@ method = Method(
     defaults={
         "block": 64,
         "near": 512,
-        "directions": 48,
+        "directions": 64,
         "iterations": 3,
         "sampled": 16,
         "products": "fastest",
     },
     grid=[
         {"block": 512, "near": 64},
+        {"block": 512, "near": 128},
         {"block": 256, "near": 128},
         {"block": 256, "near": 256},
+        {"block": 128, "near": 128},
         {"block": 128, "near": 256},
+        {"block": 256, "near": 512},
         {"block": 128, "near": 512},
         {"block": 64, "near": 512},
         {"block": 64, "near": 1024},

@@ -60,7 +60,7 @@ def steps(
     order = order_of_queries(scaled, keys, max(1, -(-n // block)), iterations, sampled, first)
     blocks = -(-n // block)
     # The last block is filled with its own last query, so that it stays one block.
-    padded = torch.nn.functional.pad(order, (0, blocks * block - n), mode="replicate")
+    padded = torch.cat([order, order[:, -1:].expand(-1, blocks * block - n)], 1)
     sorted_q = scaled.gather(1, padded.unsqueeze(2).expand(-1, -1, d))
     in_blocks = sorted_q.view(batch, blocks, block, d)
     centres = in_blocks.mean(2)

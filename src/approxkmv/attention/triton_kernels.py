@@ -14,7 +14,7 @@ try:
 except ImportError as error:
     raise UnavailableError("Triton is not installed: CUDA kernels need it") from error
 
-# Triton 3.6's interpreter multiplies the bits of bfloat16 as whole numbers; there, and only there, products are widened.
+# Triton 3.6's interpreter multiplies the bits of bfloat16 as whole numbers; there, and only there, they are widened.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Lengths of loops are constants of a kernel, at the cost of a compilation for each: the interpreter cannot turn a
 # runtime length into a range under NumPy 2.4.

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from approxkmv.errors import ConfigError
 
 # A sentence ends at . ! or ? (and closing quotes or brackets), before white space and a capital, digit or quote.
-SENTENCE_END = re.compile(r"(?<=[.!?])[\"'”’)\]]*\s+(?=[\"'“‘(\[]?[A-Z0-9])")
+SENTENCE_END = re.compile(r"(?<=[.!?])([\"'”’)\]]*)\s+(?=[\"'“‘(\[]?[A-Z0-9])")
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,18 @@ class Passage:
     text: str
 
 
+def sentences(text: str) -> list[str]:
+    """The sentences of a text by a simple rule, each with the quotes and brackets that close it.
+
+    An abbreviation before a capital (U.S. Army) ends a sentence by this rule.
+    """
+    found, start = [], 0
+    for end in SENTENCE_END.finditer(text):
+        found.append(text[start : end.end(1)])
+        start = end.end()
+    return [part for part in [*found, text[start:]] if part.strip()]
+
+
 def cut_into_passages(documents: Iterable[Document], unit: str) -> list[Passage]:
     """One passage per context, per sentence, or per question (followed by its context).
 
@@ -41,7 +53,7 @@ def cut_into_passages(documents: Iterable[Document], unit: str) -> list[Passage]
         if unit == "context":
             texts: Sequence[str] = [document.context]
         elif unit == "sentence":
-            texts = [part for part in SENTENCE_END.split(document.context) if part.strip()]
+            texts = sentences(document.context)
         elif unit == "question_context":
             if not document.questions:
                 raise ConfigError(f"unit is question_context, but {document.name!r} has no questions: use context")

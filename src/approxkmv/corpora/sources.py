@@ -31,8 +31,8 @@ def read_corpus(source: str, sha256: str | None = None) -> list[Document]:
         try:
             with lzma.open(path, "rt", encoding="utf-8") if path.suffix == ".xz" else open(path, encoding="utf-8") as f:
                 text = f.read()
-            documents = list(_json_lines(text) if name.endswith(".jsonl") else _blocks(text, name))
-        except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError, json.JSONDecodeError, KeyError) as error:
+            documents = list(_json_lines(text, name) if name.endswith(".jsonl") else _blocks(text, name))
+        except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as error:
             raise SourceError(f"the corpus {source} cannot be read: {error}") from error
     elif kind == "hub" and "@" in rest:
         documents = _from_hub(*rest.rsplit("@", 1))
@@ -43,11 +43,21 @@ def read_corpus(source: str, sha256: str | None = None) -> list[Document]:
     return documents
 
 
-def _json_lines(text: str) -> Iterator[Document]:
-    for line in text.splitlines():
-        if line.strip():
+def _json_lines(text: str, name: str) -> Iterator[Document]:
+    # Not splitlines: JSON allows other line separators inside a string.
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
             row = json.loads(line)
-            yield Document(row.get("title", ""), row["context"], tuple(row.get("questions", ())))
+        except json.JSONDecodeError as error:
+            raise SourceError(f"{name}, line {number}, is not JSON: {error.msg}") from error
+        if not isinstance(row, dict) or not isinstance(row.get("context"), str):
+            raise SourceError(f"{name}, line {number}, is no object with a string `context`")
+        title, questions = row.get("title", ""), row.get("questions", [])
+        if not isinstance(title, str) or not isinstance(questions, list) or any(type(q) is not str for q in questions):
+            raise SourceError(f"{name}, line {number}: title must be a string and questions a list of strings")
+        yield Document(title, row["context"], tuple(questions))
 
 
 def _blocks(text: str, name: str) -> Iterator[Document]:

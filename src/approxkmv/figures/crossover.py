@@ -45,7 +45,7 @@ def crossover(n: np.ndarray, ratio: np.ndarray) -> tuple[float, str]:
     return float(np.exp(max(-intercept / slope, x[-1]))), "extrapolated"
 
 
-def draw(table: Path, output_stem: Path, target: float = 0.10) -> None:
+def draw(table: Path, output_stem: Path, target: float = 0.10) -> list[Path]:
     """Draw for each workload and exact baseline the n at which each method passes it, as PDF and PNG.
 
     Only rows that reach the target count. Raises TableError when the table is missing or is not a sweep's.
@@ -89,4 +89,4 @@ def draw(table: Path, output_stem: Path, target: float = 0.10) -> None:
             axis.axvspan(longest, farthest, color="0.93", zorder=0)
         axis.xaxis.set_major_formatter(lambda n, _: f"{n / 1024:g}K")
     note = "Disc: measured; circle: extrapolated;\ntriangle: faster at every length; cross: never, or not reached"
-    save(figure, axes, output_stem, f"Error target {target:g} of |v|. {note}")
+    return save(figure, axes, output_stem, f"Error target {target:g} of |v|. {note}")

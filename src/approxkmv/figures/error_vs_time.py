@@ -7,7 +7,7 @@ from pathlib import Path
 from approxkmv.figures.sweep_table import COLOURS, conditions, new_figure, read_sweep, save
 
 
-def draw(table: Path, output_stem: Path, n: int | None = None) -> None:
+def draw(table: Path, output_stem: Path, n: int | None = None) -> list[Path]:
     """Draw every row of a sweep's table at length n (the longest by default), one panel a workload, as PDF and PNG.
 
     Bars are quartiles of the time, and of the error the median to the 95th percentile. Raises TableError when the
@@ -46,4 +46,4 @@ def draw(table: Path, output_stem: Path, n: int | None = None) -> None:
         axis.set_xlabel("seconds")
     axes[0][0].set_ylabel("error, of |v|")
     note = "Bars: quartiles of the time, error up to its 95th percentile;\n"
-    save(figure, axes, output_stem, note + "errors below 0.001 are drawn there; grey lines: targets")
+    return save(figure, axes, output_stem, note + "errors below 0.001 are drawn there; grey lines: targets")

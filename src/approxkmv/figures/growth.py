@@ -10,8 +10,7 @@ from approxkmv.figures.heatmap import draw_heatmap, grid, size_of
 from approxkmv.figures.style import new_figure, save
 from approxkmv.files import read_table
 from approxkmv.statistics.growth import FAILS, VERDICTS
-from approxkmv.steps.measure import MASKED
-from approxkmv.steps.tables import model_tables, read_overview
+from approxkmv.steps.tables import MASKED, model_tables, read_overview
 
 
 def draw(tables: Path, model: str, stem: Path) -> list[Path]:

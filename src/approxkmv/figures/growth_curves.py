@@ -10,8 +10,7 @@ import numpy as np
 from approxkmv.figures.style import COLOURS, new_figure, save
 from approxkmv.files import read_table
 from approxkmv.statistics.growth import FAR_BOUND, VERDICTS
-from approxkmv.steps.measure import MASKED
-from approxkmv.steps.tables import model_tables, read_overview
+from approxkmv.steps.tables import MASKED, model_tables, read_overview
 
 if TYPE_CHECKING:
     import pandas as pd

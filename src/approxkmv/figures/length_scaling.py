@@ -9,8 +9,7 @@ import numpy as np
 
 from approxkmv.figures.style import COLOURS, new_figure, save
 from approxkmv.files import read_table
-from approxkmv.steps.measure import MASKED
-from approxkmv.steps.tables import length_tables, read_overview
+from approxkmv.steps.tables import MASKED, length_tables, read_overview
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -16,7 +16,7 @@ from approxkmv.figures.sweep_table import (
 )
 
 
-def draw(table: Path, output_stem: Path, target: float = 0.10) -> None:
+def draw(table: Path, output_stem: Path, target: float = 0.10) -> list[Path]:
     """Draw the ratios of a sweep's table, one panel for each exact baseline and workload, as PDF and PNG.
 
     A band is the ratio at the first and third quartiles of both times. Where a method misses the target its best
@@ -59,4 +59,6 @@ def draw(table: Path, output_stem: Path, target: float = 0.10) -> None:
             axis.set_xlabel("n")
             if column == 0:
                 axis.set_ylabel("times faster")
-    save(figure, axes, output_stem, f"error target {target:g} of |v|; hollow: target not reached; dashed: baselines")
+    return save(
+        figure, axes, output_stem, f"error target {target:g} of |v|; hollow: target not reached; dashed: baselines"
+    )

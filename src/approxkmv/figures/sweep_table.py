@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from approxkmv.errors import TableError
+from approxkmv.figures import style
 from approxkmv.sweep.run import COLUMNS
 
 if TYPE_CHECKING:
@@ -89,8 +90,8 @@ def new_figure(rows: int, columns: int, sharey: Any) -> tuple[Any, Any]:
     return figure, figure.subplots(rows, columns, squeeze=False, sharey=sharey)
 
 
-def save(figure: Any, axes: Any, output_stem: Path, note: str) -> None:
-    """One legend and one line of explanation below the panels; PDF and PNG, without dates, so that runs agree."""
+def save(figure: Any, axes: Any, output_stem: Path, note: str) -> list[Path]:
+    """One legend and one line of explanation below the panels; then PDF and PNG."""
     handles: dict[str, Any] = {}
     for axis in axes.flat:
         axis.grid(True, which="major", color="0.92", linewidth=0.6)
@@ -101,8 +102,4 @@ def save(figure: Any, axes: Any, output_stem: Path, note: str) -> None:
     columns = 3 if figure.get_figwidth() < 7 else 6
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, fontsize=7, title=note)
     figure.legends[0].get_title().set_fontsize(6.5)
-    output_stem = Path(output_stem)
-    output_stem.parent.mkdir(parents=True, exist_ok=True)
-    # str.with_suffix would take the end of a name such as target-0.10 for a suffix
-    figure.savefig(f"{output_stem}.pdf", metadata={"CreationDate": None})
-    figure.savefig(f"{output_stem}.png", dpi=150)
+    return style.save(figure, output_stem)

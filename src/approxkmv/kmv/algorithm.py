@@ -98,7 +98,7 @@ def approx_kmv(
     q, k = inputs.points(queries, keys)
     inputs.same_kind(queries, "queries", x, "x")
     values = inputs.vector(x, "x", len(k))
-    width, error = inputs.positive(sigma, "sigma"), inputs.positive(epsilon, "epsilon")
+    width, error = inputs.positive(sigma, "sigma"), inputs.error(epsilon)
     power, cut = inputs.fraction(alpha, "alpha"), inputs.fraction(gamma, "gamma")
     source = inputs.seed_sequence(seed)
     inputs.choice(family, "family", hashing.FAMILIES)

@@ -105,7 +105,7 @@ def attention_product(
     if values.ndim != keys.ndim or values.shape[:-1] != keys.shape[:-1] or values.shape[-1] == 0:
         raise InputError(f"v {tuple(values.shape)} must be (..., n_k, d_v) with the keys' {tuple(keys.shape[:-1])}")
     s = resolve_scale(scale, queries.shape[-1])
-    error, floor = inputs.positive(epsilon, "epsilon"), inputs.positive(row_floor, "row_floor")
+    error, floor = inputs.error(epsilon), inputs.positive(row_floor, "row_floor")
     n_q, n_k, d, d_v = queries.shape[-2], keys.shape[-2], queries.shape[-1], values.shape[-1]
     flat_q, flat_k = queries.reshape(-1, n_q, d).cpu(), keys.reshape(-1, n_k, d).cpu()
     flat_v = values.reshape(-1, n_k, d_v).cpu().numpy()

@@ -79,7 +79,7 @@ def measure_costs(
     for name in kernels:
         inputs.choice(name, "an entry of kernels", tuple(SPARSE_KERNELS))
     error, cut, power = (
-        inputs.positive(epsilon, "epsilon"),
+        inputs.error(epsilon),
         inputs.fraction(gamma, "gamma"),
         inputs.fraction(alpha, "alpha"),
     )

@@ -16,7 +16,7 @@ class PaperConstants:
     2662
 
     They are chosen for a proof about large n. With the printed values 10 n^(1/3) ln n tables exceed n below about
-    n = 700, the budget of a row exceeds n at every n that fits a computer, and a relative error of n^-0.218 asks a
+    n = 500, the budget of a row exceeds n at every n that fits a computer, and a relative error of n^-0.218 asks a
     density structure for more samples than a bucket has points. The answer stays right in all those cases; it is
     only dear. So they can be set, and the defaults stay what was printed.
 

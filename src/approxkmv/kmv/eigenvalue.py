@@ -62,7 +62,7 @@ def top_eigenvalue(
     Source: the kernel noisy power method of Backurs, Indyk, Musco & Wagner (2021), which section 1 names as a use.
     """
     matrix = inputs.matrix(points, "points")
-    error = inputs.positive(epsilon, "epsilon")
+    error = inputs.error(epsilon)
     if error >= 1:
         raise InputError(f"epsilon is {epsilon!r}: a relative error must be below 1")
     inputs.positive(sigma, "sigma")

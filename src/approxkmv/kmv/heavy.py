@@ -85,7 +85,7 @@ def find_heavy(
 
     The pairs that collide in one of T = 10 n^alpha ln n hash tables are evaluated, and the heavy ones kept: no light
     pair is returned, and a heavy one is missed with probability n^-10. n is the number of keys, except in the
-    logarithm of T, a union bound over all pairs, where it is the larger side. Below about n = 700 the printed T
+    logarithm of T, a union bound over all pairs, where it is the larger side. At small n the printed T
     exceeds n, so that scanning all pairs would be cheaper; `constants` sets it.
 
     Args:

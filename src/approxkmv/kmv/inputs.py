@@ -52,6 +52,13 @@ def positive(value: float, name: str) -> float:
     return float(value)
 
 
+def error(value: float) -> float:
+    """epsilon: a positive number whose square, and whose budgets, float64 can hold."""
+    if positive(value, "epsilon") < 1e-30 or value > 1e30:
+        raise InputError(f"epsilon is {value!r}: it must lie between 1e-30 and 1e30")
+    return float(value)
+
+
 def fraction(value: float, name: str) -> float:
     """A number in [0, 1]."""
     if not _is_number(value) or not 0 <= value <= 1:

@@ -137,7 +137,7 @@ def head_to_tail_ratios(
         InputError: shapes that do not fit, fewer than min_prefix tokens, non-finite values, a bad scale.
     """
     ratios = _run(q, k, min_prefix, scale, (causal,), memory, order=False, softmax=False)[0].ratios
-    return ratios if isinstance(q, np.ndarray) else torch.from_numpy(ratios)
+    return ratios if isinstance(q, np.ndarray) else torch.from_numpy(ratios).to(q.device)
 
 
 def order_ratios(
@@ -162,7 +162,7 @@ def order_ratios(
     following, double = np.asarray(logs[..., 0] - logs[..., 1]), np.asarray(logs[..., 0] - logs[..., 2])
     if isinstance(q, np.ndarray):
         return OrderRatios(following, double)
-    return OrderRatios(torch.from_numpy(following), torch.from_numpy(double))
+    return OrderRatios(torch.from_numpy(following).to(q.device), torch.from_numpy(double).to(q.device))
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ def claims(overview: Mapping, heads: pd.DataFrame, scaling: pd.DataFrame) -> lis
     within = float((heads["max_ratio"] <= bound).mean())
     near_one = float((heads["median_next_ratio"] <= ABOUT_ONE).mean())
     below_20 = float((heads["median_double_ratio"] <= 20).mean())
-    rows = [
+    rows: list[tuple[str, str, float | None, float, bool | None]] = [
         (
             "c is at most a small constant for every head and text (Figures 1, 3)",
             f"largest c over {n_heads} heads and {overview['texts_used']} texts <= {bound:g}",
@@ -55,14 +55,14 @@ def claims(overview: Mapping, heads: pd.DataFrame, scaling: pd.DataFrame) -> lis
         (
             "K_(n)/K_(n+1) is about 1 for almost all heads (Figure 2)",
             f"share of heads with median <= {ABOUT_ONE:g} is at least 0.95",
-            1.0,
+            None,
             near_one,
             near_one >= 0.95,
         ),
         (
             "K_(n)/K_(2n) is about 20 or less for most heads (Figure 2)",
             "share of heads with median <= 20 is above 0.5",
-            1.0,
+            None,
             below_20,
             below_20 > 0.5,
         ),
@@ -74,7 +74,7 @@ def claims(overview: Mapping, heads: pd.DataFrame, scaling: pd.DataFrame) -> lis
             f"exponent of mean largest c against length {lengths} is at most {FLAT:g}",
             0.0,
             slope,
-            bool(slope <= FLAT),
+            None if slope != slope else bool(slope <= FLAT),
         )
     )
     return [
@@ -84,7 +84,7 @@ def claims(overview: Mapping, heads: pd.DataFrame, scaling: pd.DataFrame) -> lis
             "paper": paper,
             "model": overview["model"],
             "ours": ours,
-            "holds": "yes" if holds else "no",
+            "holds": "undecided" if holds is None else "yes" if holds else "no",
         }
         for claim, criterion, paper, ours, holds in rows
     ]

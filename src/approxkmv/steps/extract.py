@@ -15,7 +15,7 @@ from approxkmv.errors import ConfigError, NonFiniteError
 from approxkmv.progress import Times, progress
 from approxkmv.steps.activations import write_activations
 from approxkmv.steps.shards import write_shard
-from approxkmv.steps.texts import read_shard
+from approxkmv.steps.texts import read_shard, shard_count
 
 if TYPE_CHECKING:
     from approxkmv.models import CapturableModel, ModelLocation
@@ -57,6 +57,8 @@ def extract(
 
     if study.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"study {study.name} asks for device cuda, but there is none here: set device to cpu")
+    if shard >= (count := shard_count(texts, study.shard_contexts)):
+        raise ConfigError(f"there is no shard {shard}: {texts} makes {count} of them, counted from 0")
     passages = read_shard(texts, shard, study.shard_contexts)
     times = Times() if times is None else times
     with times.of("loading"):

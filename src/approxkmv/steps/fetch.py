@@ -28,7 +28,7 @@ def read_location(path: Path) -> ModelLocation:
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
         location = ModelLocation(Path(value["folder"]), value["gguf_file"])
-    except (OSError, json.JSONDecodeError, KeyError) as error:
+    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise TableError(f"{path} cannot be read ({error}): run fetch again") from error
     if not location.folder.is_dir():
         raise TableError(f"{path} names {location.folder}, which is gone: delete {path} and run again")

@@ -10,9 +10,8 @@ import pandas as pd
 from approxkmv.config import Study
 from approxkmv.files import read_table, write_csv
 from approxkmv.statistics.growth import FLOOR, Growth, fit_growth, verdict
-from approxkmv.steps.measure import MASKED
 from approxkmv.steps.shards import read_shards
-from approxkmv.steps.tables import model_tables
+from approxkmv.steps.tables import MASKED, model_tables
 from approxkmv.steps.texts import shard_count
 
 PLACE = ["layer", "head"]

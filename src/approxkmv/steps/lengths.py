@@ -15,9 +15,8 @@ from approxkmv.files import read_table, write_csv, write_json
 from approxkmv.progress import progress
 from approxkmv.statistics.streaming import SHARES, LengthStatistics, length_statistics
 from approxkmv.steps.activations import Activations, read_activations
-from approxkmv.steps.measure import MASKED
 from approxkmv.steps.shards import read_shards, write_shard
-from approxkmv.steps.tables import length_tables
+from approxkmv.steps.tables import MASKED, length_tables
 from approxkmv.steps.texts import shard_count
 
 PLACE = {"context": "int32", "layer": "int16", "head": "int16", "length": "int32"}

@@ -16,9 +16,9 @@ from approxkmv.progress import Times, progress
 from approxkmv.statistics import HeadStatistics, head_statistics, unmasked_and_masked_statistics
 from approxkmv.steps.activations import Activations, read_activations
 from approxkmv.steps.shards import write_shard
+from approxkmv.steps.tables import MASKED
 
 # One value per context and head, beside where it is; a causal model has each again with MASKED in front.
-MASKED = "masked_"
 PLACE = {"context": "int32", "layer": "int16", "head": "int16"}
 VALUES = {
     "max_ratio": "float64",

@@ -10,6 +10,7 @@ import pandas as pd
 from approxkmv.errors import TableError
 from approxkmv.files import read_table, sha256, write_csv, write_parquet, write_text
 from approxkmv.steps.activations import is_complete
+from approxkmv.steps.fetch import read_location
 
 SUFFIX = ".sha256"
 
@@ -49,6 +50,22 @@ def remove_damaged(results: Path) -> list[str]:
             for table in (results / "tables").glob(f"*_{path.parent.name}.*"):
                 table.unlink()
     return [f"{path} is not what its checksum says: it is made again" for path in damaged]
+
+
+def remove_leftovers(results: Path) -> None:
+    """Remove what killed runs left in a study's folder: half-written files, and locations of models that are gone.
+
+    A half-written file has the number of the process that wrote it in its name; those of living processes stay.
+    """
+    for path in results.rglob(".*"):
+        number = path.name.split(".")[-2] if path.name.count(".") >= 3 else ""
+        if path.is_file() and number.isdigit() and not Path("/proc", number).exists():
+            path.unlink(missing_ok=True)
+    for path in (results / "models").glob("*.json"):
+        try:
+            read_location(path)
+        except TableError:
+            path.unlink(missing_ok=True)
 
 
 def _hash_file(path: Path) -> Path:

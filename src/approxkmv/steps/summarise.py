@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from approxkmv.config import ModelEntry, Study, corpus_of
 from approxkmv.errors import TableError
 from approxkmv.files import write_csv, write_json
-from approxkmv.steps.measure import MASKED
 from approxkmv.steps.shards import read_shards
-from approxkmv.steps.tables import model_tables
+from approxkmv.steps.tables import MASKED, model_tables
 from approxkmv.steps.texts import shard_count
+
+# exp of it is half of the largest float64, so that two of them still have a mean.
+LARGEST_LOG = 709.0
 
 
 def summarise(
@@ -92,7 +94,6 @@ def _over_contexts(values: pd.DataFrame, before: str) -> pd.DataFrame:
     """The columns of per_head that begin with `before`, indexed by (layer, head)."""
     groups = values.groupby(["layer", "head"], sort=True)
     worst = values.loc[groups[f"{before}max_ratio"].idxmax()].set_index(["layer", "head"])
-    # Medians of logarithms: exp is monotone, so this is the log of the median but for the mean of two middle values.
     table = pd.DataFrame(
         {
             "max_ratio": worst[f"{before}max_ratio"],
@@ -104,11 +105,11 @@ def _over_contexts(values: pd.DataFrame, before: str) -> pd.DataFrame:
             "median_log_double": groups[f"{before}log_double"].median(),
         }
     )
-    largest = np.finfo(np.float64).max
-    with np.errstate(over="ignore"):
-        # Capped at the largest float64, so that no ratio is infinite; the logarithm has the truth.
-        table["median_next_ratio"] = np.minimum(np.exp(table["median_log_next"]), largest)
-        table["median_double_ratio"] = np.minimum(np.exp(table["median_log_double"]), largest)
+    for name in ("next", "double"):
+        # Medians of the ratios as the paper takes them, each capped so that none is infinite; the median of logarithms
+        # above has no cap, and differs where the median is the mean of two middle values.
+        ratios = values[f"{before}log_{name}"].clip(upper=LARGEST_LOG).map(math.exp)
+        table[f"median_{name}_ratio"] = ratios.groupby([values["layer"], values["head"]], sort=True).median()
     for name in ("last_ratio", "softmax_ratio", "tail_exponent", "column_exponent"):
         if f"{before}{name}" in values:
             table[f"median_{name}"] = groups[f"{before}{name}"].median()

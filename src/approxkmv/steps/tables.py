@@ -9,6 +9,9 @@ from typing import Any
 
 from approxkmv.errors import TableError
 
+# In front of a column: the same statistic without the keys after each query, as a causal model sees them.
+MASKED = "masked_"
+
 
 @dataclass(frozen=True)
 class ModelTables:

@@ -1,0 +1,199 @@
+"""The approximate methods: what they promise about error, bias and budget."""
+
+import numpy as np
+import pytest
+import torch
+
+from approxkmv.attention import acceleration, approxkmv_paper, get
+from approxkmv.attention import approxkmv as ours
+from approxkmv.attention.expansion import expand, k_means, sums_of_keys
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """These inputs are too small for threads, which only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def clustered(n, d, d_v, seed=0, spread=0.35):
+    """Queries and keys around shared centres, as in real heads: near keys matter, far ones do not vanish."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = 1.2 * torch.randn(12, d, generator=generator)
+    q, k = (
+        centres[torch.randint(12, (n,), generator=generator)] + spread * torch.randn(n, d, generator=generator)
+        for _ in range(2)
+    )
+    return q, k, torch.randn(n, d_v, generator=generator) + 0.3 * k[:, :1]
+
+
+def exact(q, k, v, scale):
+    return (scale * q.double() @ k.double().mT).softmax(-1) @ v.double()
+
+
+@pytest.fixture(params=["compiled", "torch"])
+def loops(request, monkeypatch):
+    if request.param == "compiled":
+        pytest.importorskip("numba")
+    else:
+        monkeypatch.setattr(acceleration, "_module", lambda: None)
+
+
+@pytest.mark.usefixtures("loops")
+@pytest.mark.parametrize("products", ["float32", "bfloat16"])
+@pytest.mark.parametrize("d_v", [1, 2, 5, 12])
+def test_local_expansion_beats_the_mean_tenfold(products, d_v):
+    q, k, v = clustered(1500, 21, d_v)
+    right = exact(q, k, v, 0.5)
+    out = get("local-expansion")(q[None], k[None], v[None], scale=0.5, block=32, near=128, products=products)[0]
+    mean_gap = (v.double().mean(0) - right).norm()
+    assert (out.double() - right).norm() < 0.1 * mean_gap
+
+
+def test_more_near_keys_less_error():
+    q, k, v = clustered(1200, 16, 1)
+    right = exact(q, k, v, 0.5)
+    gaps = [
+        float((get("local-expansion")(q[None], k[None], v[None], scale=0.5, near=m)[0].double() - right).norm())
+        for m in (16, 64, 256, 1200)
+    ]
+    # Few keys in a block that holds two clusters are no better than fewer; then the error falls.
+    assert max(gaps[:2]) > 5 * gaps[2] > 5 * gaps[3]
+    # All keys near is the exact product.
+    assert gaps[3] < 1e-5 * float(right.norm())
+
+
+def test_a_query_far_from_its_block_is_still_answered():
+    q, k, v = clustered(400, 8, 1)
+    q[5] *= 300
+    out = get("local-expansion")(q[None], k[None], v[None], scale=1.0, block=64, near=32)[0]
+    assert bool(out.isfinite().all())
+    assert abs(float(out[5, 0]) - float(exact(q, k, v, 1.0)[5, 0])) < 0.5
+
+
+@pytest.mark.usefixtures("loops")
+def test_sums_of_keys_against_float64():
+    q, k, v = clustered(300, 10, 3)
+    e = expand(
+        q, k, v, torch.Generator().manual_seed(0), scale=1.0, block=32, near=40, directions=8, iterations=2,
+        sampled=8, low=torch.float32,
+    )  # fmt: skip
+    extra = torch.randn(len(e.chosen), generator=torch.Generator().manual_seed(1))
+    sums, scales = sums_of_keys(e.blocks, e.k, v, e.chosen, e.ends, extra, torch.float32)
+    begin = 0
+    for b, (start, size, end) in enumerate(zip(e.blocks.starts, e.blocks.sizes, e.ends, strict=True)):
+        keys = e.chosen[begin:end]
+        queries = (e.blocks.centres[b] + e.blocks.deltas[start : start + size]).double()
+        weights = (queries @ e.k[keys].double().mT + extra[begin:end] - scales[b]).exp()
+        right = weights @ torch.cat([torch.ones(len(keys), 1), v[keys]], 1).double()
+        assert torch.allclose(sums[start : start + size].double(), right, rtol=1e-4, atol=1e-5)
+        begin = end
+
+
+def test_k_means_finds_separate_clusters():
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.randint(3, (600,), generator=generator)
+    points = 20.0 * torch.eye(3)[truth] + torch.randn(600, 3, generator=generator)
+    labels = k_means(points, 12, 4, 32, generator)
+    # With four times as many clusters as needed none may hold points of two.
+    for label in labels.unique():
+        assert len(truth[labels == label].unique()) == 1
+
+
+CLUSTERING = {"block": 12, "near": 24, "directions": 8, "iterations": 2, "sampled": 16}
+
+
+def estimates(q, k, v, samples, seeds):
+    """Row sums and numerators (seeds, n, 1 + d_v) relative to the exact row sum, in float64."""
+    logits = q.double() @ k.double().mT
+    # sums() works with centred keys, which takes q.mean(k) off every logit.
+    log_sum = (logits - q.double() @ k.double().mean(0).unsqueeze(1)).logsumexp(1)
+    found = []
+    for seed in range(seeds):
+        generator = torch.Generator().manual_seed(seed)
+        numerators, row_sums, logs = ours.sums(q, k, v, generator, scale=1.0, samples=samples, **CLUSTERING)
+        both = torch.cat([row_sums.unsqueeze(1), numerators], 1).double()
+        found.append(both * (logs.double() - log_sum).exp().unsqueeze(1))
+    weights = logits.softmax(1)
+    right = torch.cat([torch.ones(len(q), 1).double(), weights @ v.double()], 1)
+    return torch.stack(found), right
+
+
+def test_numerators_and_row_sums_are_unbiased():
+    """40 fixed combinations of the rows, each within 4.5 standard errors over 200 seeds.
+
+    False alarms: a normal variable passes 4.5 with probability 7e-6, 40 of them with less than 3e-4; the seeds are
+    fixed, so that the test says the same each time.
+    """
+    q, k, v = clustered(240, 8, 1, spread=0.6)
+    q = 0.5 * q
+    found, right = estimates(q, k, v, 16, 200)
+    signs = torch.from_numpy(np.random.default_rng(0).choice([-1.0, 1.0], (20, 240)))
+    signs[0] = 1.0
+    combined = torch.einsum("cn,snw->scw", signs, found)
+    gap = combined.mean(0) - torch.einsum("cn,nw->cw", signs, right)
+    error = combined.std(0) / 200**0.5
+    assert bool((gap.abs() < 4.5 * error).all()), (gap / error).abs().max()
+    # The test could have seen a bias of one part in a hundred of the row sums.
+    assert float(error[0, 0]) * 4.5 < 0.01 * 240
+
+
+def test_error_falls_as_one_over_the_root_of_the_budget():
+    """Sixteen times the samples, a quarter of the deviation; 60 seeds know it to about a tenth."""
+    q, k, v = clustered(240, 8, 1, spread=0.6)
+    q = 0.5 * q
+    few, right = estimates(q, k, v, 8, 60)
+    many, _ = estimates(q, k, v, 128, 60)
+    ratio = ((few - right).square().mean() / (many - right).square().mean()).sqrt()
+    assert 2.8 < float(ratio) < 5.7
+
+
+def test_budgets_go_where_the_deviation_is():
+    q, k, v = clustered(400, 8, 1)
+    e = expand(q, k, v, torch.Generator().manual_seed(0), scale=1.0, low=torch.float32, **CLUSTERING)
+    share = torch.zeros(len(e.blocks.deltas))
+    start, size = int(e.blocks.starts[0]), int(e.blocks.sizes[0])
+    share[start : start + size] = 0.9
+    counts = ours.budgets(e, share, 32)
+    assert int(counts[0]) == 128
+    assert bool((counts[1:] == 4).all())
+
+
+def test_gray_order_changes_one_bit_at_a_time():
+    codes = torch.tensor([[int(b) for b in f"{i:04b}"] for i in range(16)])
+    ordered = codes[approxkmv_paper.gray_rank(codes).argsort()]
+    assert sorted(approxkmv_paper.gray_rank(codes).tolist()) == list(range(16))
+    assert bool(((ordered[1:] - ordered[:-1]).abs().sum(1) == 1).all())
+
+
+def test_paper_probabilities_follow_the_column_norms():
+    v = torch.tensor([[0.0], [3.0], [0.0], [0.0]])
+    p = approxkmv_paper.column_probabilities(v)
+    assert float(p.sum()) == pytest.approx(1.0, abs=1e-6)
+    extended = np.array([[0, 1], [3, 1], [0, 1], [0, 1]], float)
+    right = np.linalg.norm(extended, axis=1) / np.linalg.norm(extended, 2) + 0.25
+    assert np.allclose(p.numpy(), right / right.sum(), atol=1e-6)
+
+
+def test_paper_with_one_block_is_exact():
+    q, k, v = clustered(100, 8, 2)
+    out = get("approxkmv-paper")(q[None], k[None], v[None], scale=0.5, block=100, samples=16)
+    # Every pair is in the block, so that nothing is left to sample.
+    assert (out[0].double() - exact(q, k, v, 0.5)).abs().max() < 1e-5
+
+
+def test_paper_improves_with_its_budget():
+    q, k, v = clustered(1000, 12, 1)
+    right = exact(q, k, v, 0.5)
+    gaps = []
+    for block, samples in ((16, 16), (128, 512)):
+        each = [
+            float((get("approxkmv-paper")(
+                q[None], k[None], v[None], scale=0.5, seed=s, block=block, samples=samples
+            )[0].double() - right).norm())
+            for s in range(5)
+        ]  # fmt: skip
+        gaps.append(np.median(each))
+    assert gaps[1] < 0.5 * gaps[0]

@@ -1,0 +1,100 @@
+"""Every method keeps the contract: names, parameters, shapes, types, bad input."""
+
+import pytest
+import torch
+
+from approxkmv.attention import UnavailableError, get, methods
+from approxkmv.attention import exact_naive as naive_module
+from approxkmv.errors import InputError
+
+BIASED_BY_DESIGN = {"mean", "uniform", "own-key"}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """These inputs are too small for threads, which only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def inputs(n_q, n_k, d, d_v, batch=2, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(batch, n, w, generator=generator) for n, w in ((n_q, d), (n_k, d), (n_k, d_v)))
+    return q.to(dtype), k.to(dtype), v.to(dtype)
+
+
+def exact(q, k, v, scale):
+    return (scale * q.double() @ k.double().mT).softmax(-1) @ v.double()
+
+
+@pytest.mark.parametrize("name", methods())
+@pytest.mark.parametrize(
+    ("n_q", "n_k", "d", "d_v", "dtype"),
+    [
+        (97, 97, 13, 1, torch.float32),
+        (50, 131, 16, 3, torch.float32),
+        (83, 70, 7, 20, torch.bfloat16),
+        (1, 5, 3, 1, torch.float32),
+    ],
+)
+def test_shape_type_and_finite(name, n_q, n_k, d, d_v, dtype):
+    q, k, v = inputs(n_q, n_k, d, d_v, dtype=dtype)
+    if name == "own-key" and n_q != n_k:
+        with pytest.raises(UnavailableError, match="pairs query"):
+            get(name)(q, k, v)
+        return
+    out = get(name)(q, k, v, scale=d**-0.5, seed=3)
+    assert out.shape == (2, n_q, d_v)
+    assert out.dtype == dtype
+    assert bool(out.isfinite().all())
+    # Logits have deviation 1 here: even the mean of the values is within a few tenths of the answer.
+    gap = (out.double() - exact(q, k, v, d**-0.5)).norm() / v.double().norm()
+    assert gap < 1.0
+
+
+@pytest.mark.parametrize("name", methods())
+def test_same_seed_same_answer(name):
+    q, k, v = inputs(90, 90, 8, 2)
+    method = get(name)
+    assert torch.equal(method(q, k, v, seed=5), method(q, k, v, seed=5))
+
+
+@pytest.mark.parametrize("name", methods())
+def test_grid_holds_known_parameters(name):
+    method = get(name)
+    assert method.name == name
+    assert len(method.grid) >= 1
+    for given in method.grid:
+        assert set(method.parameters(given)) == set(method.defaults)
+
+
+def test_unknown_names_are_answered_with_the_nearest():
+    with pytest.raises(InputError, match="did you mean 'local-expansion'"):
+        get("local-expanson")
+    with pytest.raises(InputError, match="no parameter 'blok'; it has: block"):
+        get("local-expansion").parameters({"blok": 3})
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_not_finite_input_is_named(which, bad):
+    tensors = list(inputs(8, 8, 4, 1))
+    tensors[which][1, 2, 0] = bad
+    with pytest.raises(InputError, match=f"^{'qkv'[which]} holds a NaN or an infinity"):
+        get("exact-fused")(*tensors)
+
+
+def test_shapes_that_do_not_fit():
+    q, k, v = inputs(8, 9, 4, 1)
+    with pytest.raises(InputError, match="must be"):
+        get("mean")(q, k, v[:, :8])
+    with pytest.raises(InputError, match="float32 or bfloat16"):
+        get("mean")(q.double(), k.double(), v.double())
+
+
+def test_naive_says_how_much_memory_it_lacks(monkeypatch):
+    monkeypatch.setattr(naive_module, "_free_bytes", lambda device: 1000)
+    with pytest.raises(UnavailableError, match=r"stores the 50 x 60 matrix"):
+        get("exact-naive")(*inputs(50, 60, 4, 1))

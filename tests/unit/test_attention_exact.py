@@ -1,0 +1,62 @@
+"""The exact methods against float64, at logits that break a careless shift."""
+
+import pytest
+import torch
+
+from approxkmv.attention import acceleration, get
+
+# float32 logits of size L carry an error of about L 6e-8, which the weights inherit.
+EPSILON = 6e-8
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """These inputs are too small for threads, which only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=["compiled", "torch"])
+def loops(request, monkeypatch):
+    """Both ways that a CPU may take: with numba and without."""
+    if request.param == "compiled":
+        pytest.importorskip("numba")
+    else:
+        monkeypatch.setattr(acceleration, "_module", lambda: None)
+
+
+@pytest.mark.usefixtures("loops")
+@pytest.mark.parametrize("name", ["exact-naive", "exact-sdpa", "exact-fused"])
+@pytest.mark.parametrize("d_v", [1, 3, 40])
+@pytest.mark.parametrize("scale", [0.1, 1.0, 30.0])
+def test_against_float64(name, d_v, scale):
+    generator = torch.Generator().manual_seed(1)
+    # More than one tile, none of them full at the end
+    q, k = torch.randn(1, 530, 24, generator=generator), torch.randn(1, 1100, 24, generator=generator)
+    v = torch.randn(1, 1100, d_v, generator=generator)
+    logits = scale * q.double() @ k.double().mT
+    right = logits.softmax(-1) @ v.double()
+    gap = (get(name)(q, k, v, scale=scale).double() - right).norm() / right.norm()
+    assert gap < 30 * EPSILON * max(1.0, float(logits.abs().max()))
+
+
+@pytest.mark.usefixtures("loops")
+def test_fused_survives_a_bound_that_underflows():
+    """One long key turned away from all queries makes the Cauchy-Schwarz shift useless."""
+    generator = torch.Generator().manual_seed(2)
+    q, k = torch.randn(1, 40, 8, generator=generator).abs(), torch.randn(1, 600, 8, generator=generator)
+    k[0, 17] = -1000.0
+    v = torch.randn(1, 600, 2, generator=generator)
+    logits = q.double() @ k.double().mT
+    out = get("exact-fused")(q, k, v, scale=1.0)
+    # Centring keys of length 1,000 costs three digits.
+    assert (out.double() - logits.softmax(-1) @ v.double()).abs().max() < 1e-3
+
+
+def test_all_keys_moved_together_change_nothing():
+    generator = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(1, 300, 8, generator=generator) for _ in range(3))
+    moved = get("exact-fused")(q, k + 5.0, v, scale=1.0)
+    assert torch.allclose(moved, get("exact-fused")(q, k, v, scale=1.0), atol=1e-4)

@@ -1,0 +1,166 @@
+"""A small sweep from end to end: its table, its record, its figures, and what happens when something is wrong."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from approxkmv.attention import exact_naive as naive_module
+from approxkmv.errors import ConfigError, InputError, SourceError, TableError
+from approxkmv.sweep import SweepSettings, run_sweep
+from approxkmv.sweep.run import COLUMNS
+from approxkmv.sweep.workloads import Case, cases, load, word_vectors
+
+METHODS = ["exact-naive", "exact-fused", "mean", "own-key", "local-expansion", "approxkmv"]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """These inputs are too small for threads, which only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def vectors(tmp_path):
+    path = tmp_path / "vectors.npy"
+    np.save(path, np.random.default_rng(0).normal(size=(1500, 10)).astype(np.float32))
+    return path
+
+
+def settings(vectors, **more):
+    workload = {"name": "glove-split", "lengths": [150, 300], "path": str(vectors), **more.pop("workload", {})}
+    return SweepSettings.from_mapping(
+        {"workloads": [workload], "methods": METHODS, "targets": [0.2, 1e-9], "repeats": 2, "warmups": 1, **more}
+    )
+
+
+def read(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_table_and_record(vectors, tmp_path, monkeypatch):
+    monkeypatch.setattr(naive_module, "_free_bytes", lambda device: 8 * 150 * 150)
+    table = tmp_path / "out" / "sweep.csv"
+    run_sweep(settings(vectors), table, {"commit": "abc"}, say=lambda line: None)
+    rows = read(table)
+    assert list(rows[0]) == list(COLUMNS)
+    by = {(r["method"], r["n"], r["target"]): r for r in rows}
+    assert by["exact-naive", "150", ""]["status"] == "ok"
+    assert by["exact-naive", "300", ""]["status"] == "unavailable"
+    assert "stores the 300 x 300 matrix" in by["exact-naive", "300", ""]["reason"]
+    assert by["mean", "300", "1e-09"]["status"] == "unreached"
+    assert "the best has" in by["mean", "300", "1e-09"]["reason"]
+    assert float(by["exact-fused", "300", ""]["error_v_median"]) < 1e-5
+    # Near keys more than there are: both go over to the exact product and reach any target that rounding allows.
+    row = by["local-expansion", "300", "0.2"]
+    assert row["status"] == "ok"
+    assert float(row["seconds_q1"]) <= float(row["seconds"]) <= float(row["seconds_q3"])
+    record = json.loads(table.with_suffix(".json").read_text())
+    assert record["provenance"] == {"commit": "abc"}
+    assert record["settings"]["targets"] == [0.2, 1e-9]
+    assert record["machine"]["torch"] == torch.__version__
+    assert all(c["reference_error"] < 1e-5 for c in record["reference"]["error_against_float64"])
+    assert [p.name for p in sorted(table.parent.iterdir())] == ["sweep.csv", "sweep.json"]
+
+
+def test_same_settings_same_errors(vectors, tmp_path):
+    for name in ("a", "b"):
+        run_sweep(settings(vectors, workload={"lengths": [150]}), tmp_path / f"{name}.csv", {}, say=lambda line: None)
+    of_a, of_b = (
+        [[row[c] for c in COLUMNS if not c.startswith("seconds")] for row in read(tmp_path / f"{name}.csv")]
+        for name in "ab"
+    )
+    assert of_a == of_b
+
+
+def test_figures_are_drawn_from_the_table_alone(vectors, tmp_path):
+    pytest.importorskip("matplotlib")
+    from approxkmv.figures import crossover, error_vs_time, speedup
+
+    table = tmp_path / "sweep.csv"
+    run_sweep(settings(vectors), table, {}, say=lambda line: None)
+    for module in (crossover, error_vs_time, speedup):
+        stem = tmp_path / "figures" / f"{module.__name__}-0.10"
+        module.draw(table, stem)
+        for suffix in ("pdf", "png"):
+            assert stem.with_name(f"{stem.name}.{suffix}").stat().st_size > 3000
+        with pytest.raises(TableError, match="could be read"):
+            module.draw(tmp_path / "missing.csv", stem)
+
+
+def test_crossover_by_hand():
+    pytest.importorskip("matplotlib")
+    from approxkmv.figures.crossover import crossover
+
+    n = np.array([1000.0, 2000.0, 4000.0])
+    # time ratio n / 1500: crosses at 1500
+    assert crossover(n, n / 1500) == (pytest.approx(1500), "measured")
+    assert crossover(n, n / 500) == (1000, "below")
+    assert crossover(n, n / 16000) == (pytest.approx(16000), "extrapolated")
+    assert crossover(n, 0.5 * np.ones(3))[1] == "never"
+
+
+def test_parts_and_inputs_differ(vectors):
+    case = next(cases(settings(vectors, workload={"lengths": [150]}).workloads[0]))
+    tuning, evaluation = load(case, "tuning", 0), load(case, "evaluation", 0)
+    assert not torch.equal(evaluation.q, load(case, "evaluation", 1).q)
+    # 300 of 1,200 rows are needed for each, so that none is in both.
+    seen = {tuple(row) for row in torch.cat([tuning.q[0], tuning.k[0]]).tolist()}
+    assert not seen & {tuple(row) for row in torch.cat([evaluation.q[0], evaluation.k[0]]).tolist()}
+    assert torch.equal(evaluation.v[..., 0], evaluation.k[..., 1])
+
+
+def test_more_rows_than_there_are(vectors):
+    case = Case(settings(vectors).workloads[0], 800, 1, "one")
+    with pytest.raises(InputError, match="needs 1600 word vectors, there are 1500"):
+        load(case, "evaluation", 0)
+
+
+def test_capture_of_a_model(tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    tensors = {name: torch.randn(2, 400, 8) for name in "qkv"}
+    path = tmp_path / "capture.safetensors"
+    safetensors.save_file(tensors, path, metadata={"scale": "0.25"})
+    given = {"name": "model-qk", "lengths": [100], "path": str(path), "heads": [0, 1], "columns": ["all"]}
+    first, second = cases(SweepSettings.from_mapping({"workloads": [given]}).workloads[0])
+    assert (first.name, second.name) == ("model-qk-0", "model-qk-1")
+    problem = load(second, "evaluation", 0)
+    assert problem.scale == 0.25
+    assert torch.equal(problem.q[0], tensors["q"][1, 300:])
+    assert torch.equal(load(second, "tuning", 0).v[0], tensors["v"][1, :100])
+    with pytest.raises(InputError, match="needs 500 tokens of 400"):
+        load(Case(first.settings, 500, 1, "one", 0), "evaluation", 0)
+    with pytest.raises(SourceError, match="no capture"):
+        load(Case(SweepSettings.from_mapping(
+            {"workloads": [{**given, "path": str(tmp_path / "none")}]}
+        ).workloads[0], 100, 1, "one", 0), "evaluation", 0)  # fmt: skip
+
+
+def test_a_nan_among_the_vectors_and_a_missing_device(vectors, tmp_path):
+    broken = np.load(vectors)
+    broken[7, 3] = np.nan
+    np.save(tmp_path / "broken.npy", broken)
+    with pytest.raises(SourceError, match="finite numbers"):
+        word_vectors(str(tmp_path / "broken.npy"))
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="finds no CUDA device"):
+            run_sweep(settings(vectors, device="cuda"), tmp_path / "x.csv", {})
+    with pytest.raises(InputError, match="did you mean 'approxkmv'"):
+        run_sweep(settings(vectors, methods=["aproxkmv"]), tmp_path / "x.csv", {})
+
+
+def test_shipped_vectors_are_what_their_hash_says():
+    import hashlib
+
+    from approxkmv.sweep.workloads import shipped_vectors
+
+    file = shipped_vectors()
+    readme = (file.parent / "README.md").read_text()
+    assert hashlib.sha256(file.read_bytes()).hexdigest() in readme
+    assert word_vectors(None).shape == (16384, 100)

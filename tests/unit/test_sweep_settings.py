@@ -1,0 +1,37 @@
+"""Settings of a sweep from dictionaries, and the one line that a mistake gets."""
+
+import pytest
+
+from approxkmv.errors import ConfigError
+from approxkmv.sweep import SweepSettings
+
+GOOD = {"workloads": [{"name": "glove-split", "lengths": [128, 256]}]}
+
+
+def test_lists_become_tuples_and_defaults_hold():
+    settings = SweepSettings.from_mapping({**GOOD, "targets": [0.1]})
+    assert settings.targets == (0.1,)
+    assert settings.workloads[0].lengths == (128, 256)
+    assert settings.repeats >= 9
+    assert len(settings.seeds) >= 10
+    assert settings.as_dict()["workloads"][0]["name"] == "glove-split"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({**GOOD, "target": [0.1]}, "did you mean 'targets'"),
+        ({"workloads": [{"name": "glove-spilt", "lengths": [8]}]}, "did you mean 'glove-split'"),
+        ({"workloads": [{"name": "glove-split", "lengths": [8], "colums": ["one"]}]}, "did you mean 'columns'"),
+        ({"workloads": [{"name": "glove-split", "lengths": [0]}]}, "lengths is"),
+        ({"workloads": [{"name": "glove-split"}]}, "lengths"),
+        ({"workloads": [{"name": "model-qk", "lengths": [8]}]}, "path is missing"),
+        ({"workloads": []}, "workloads is empty"),
+        ({**GOOD, "seeds": [1, 1000]}, "overlap"),
+        ({**GOOD, "dtype": "float16"}, "dtype is 'float16'"),
+    ],
+)
+def test_mistakes_are_named(given, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        SweepSettings.from_mapping(given)
+    assert "\n" not in str(caught.value)

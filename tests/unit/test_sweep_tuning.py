@@ -1,0 +1,87 @@
+"""Tuning walks the grid from its cheap end, and measuring interleaves."""
+
+import math
+
+import pytest
+import torch
+
+from approxkmv.attention import Method, UnavailableError
+from approxkmv.sweep.measure import errors, interleaved_seconds, quartiles, summary
+from approxkmv.sweep.tuning import tune
+
+
+def method(sizes):
+    return Method(
+        name="made-up", compute=lambda *_: None, summary="", defaults={"m": 0}, grid=[{"m": m} for m in sizes]
+    )
+
+
+def run(targets, errors_of, band=None, seeds=(0, 1, 2)):
+    asked = []
+
+    def error_of(parameters, i):
+        asked.append((parameters["m"], i))
+        return errors_of[parameters["m"]] + 0.001 * (i - 1)
+
+    made = method(sorted(errors_of))
+    return tune(made, made.grid, error_of, targets, seeds, band), asked
+
+
+def test_the_cheapest_that_reaches_each_target():
+    choices, asked = run((0.15, 0.1, 0.05), {1: 0.4, 2: 0.12, 4: 0.13, 8: 0.04, 16: 0.01})
+    assert [c.trial.parameters["m"] for c in choices] == [2, 8, 8]
+    assert all(c.reached for c in choices)
+    # The smallest target is reached at 8: nothing dearer is tried.
+    assert max(m for m, _ in asked) == 8
+
+
+def test_a_target_out_of_reach_gives_the_best():
+    choices, _ = run((0.1, 0.001), {1: 0.4, 2: 0.02, 4: math.nan, 8: 0.03})
+    assert choices[0].reached
+    assert not choices[1].reached
+    assert choices[1].trial.parameters["m"] == 2
+
+
+def test_a_band_refuses_an_answer_that_is_too_good():
+    choices, _ = run((0.1,), {1: 0.4, 2: 0.01}, band=0.05)
+    assert not choices[0].reached
+    choices, _ = run((0.1,), {1: 0.4, 2: 0.12}, band=0.05)
+    assert choices[0].reached
+
+
+def test_unavailable_settings_are_passed_over_until_none_is_left():
+    made = method([1, 2])
+
+    def some(parameters, i):
+        if parameters["m"] == 1:
+            raise UnavailableError("too small")
+        return 0.01
+
+    assert tune(made, made.grid, some, (0.1,), (0,))[0].trial.parameters["m"] == 2
+
+    def none(parameters, i):
+        raise UnavailableError("no room")
+
+    with pytest.raises(UnavailableError, match="no room"):
+        tune(made, made.grid, none, (0.1,), (0,))
+
+
+def test_runs_are_interleaved_and_inputs_rotated():
+    order = []
+    runs = {name: (lambda i, name=name: order.append((name, i))) for name in "abc"}
+    seconds = interleaved_seconds(runs, torch.device("cpu"), "wall", warmups=1, repeats=3, inputs=2)
+    assert order == [
+        ("a", 0), ("b", 0), ("c", 0), ("b", 1), ("c", 1), ("a", 1),
+        ("c", 0), ("a", 0), ("b", 0), ("a", 1), ("b", 1), ("c", 1),
+    ]  # fmt: skip
+    assert all(len(s) == 3 for s in seconds.values())
+
+
+def test_errors_and_their_summaries():
+    out, exact, v = torch.tensor([[[3.0]]]), torch.tensor([[[2.0]]]), torch.tensor([[[10.0]]])
+    assert errors(out, exact, v) == (0.1, 0.5)
+    assert quartiles([4, 1, 2, 3, 5]) == (2, 3, 4)
+    found = summary([1.0] * 18 + [2.0, 3.0])
+    assert found["median"] == 1.0
+    assert found["mean"] == pytest.approx(1.15)
+    assert found["p95"] == pytest.approx(2.05)
