@@ -15,7 +15,7 @@ test: .venv/ready-for-tests
 	PATH="$(CURDIR)/$(BIN):$$PATH" pytest
 
 benchmarks: .venv/ready
-	$(BIN)/python benchmarks/statistics.py
+	$(BIN)/python benchmarks/statistics_speed.py
 
 .venv/ready: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info[:2] == (3, 11) else "The pins are for Python 3.11, this is " + sys.version.split()[0] + ": say make PYTHON=python3.11")'

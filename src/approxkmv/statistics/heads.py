@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -17,7 +18,7 @@ from approxkmv.statistics.order import order_logarithms
 from approxkmv.statistics.softmax import softmax_statistics
 
 # Logits of as many heads at a time as fit here, in bytes.
-DEFAULT_MEMORY = 256 * 2**20
+DEFAULT_MEMORY = 32 * 2**20
 
 
 @dataclass(frozen=True)
@@ -231,14 +232,28 @@ def _run(
 
 
 def _logits(q: torch.Tensor, k: torch.Tensor, s: float, memory: int) -> Iterator[tuple[int, np.ndarray]]:
-    """s <q_i, k_j> - s |q_i|^2 / 2 of a few heads at a time: log K up to a constant.
+    """s <q_i, k_j> - s |q_i|^2 / 2 of a few heads at a time: log K up to a constant. Each lasts until the next.
 
     The row's term is one more column of q against ones, which costs less than a pass over the product.
     """
     rows = -0.5 * s * q.square().sum(-1, keepdim=True)
     queries = torch.cat([s * q, rows], -1)
     keys = torch.cat([k, torch.ones_like(rows)], -1)
-    at_once = max(1, memory // (8 * q.shape[1] ** 2))
+    n = q.shape[1]
+    at_once = max(1, min(memory // (8 * n * n), q.shape[0]))
     for start in range(0, q.shape[0], at_once):
-        logits = queries[start : start + at_once] @ keys[start : start + at_once].mT
+        part = queries[start : start + at_once]
+        out = _scratch(part.shape[0] * n * n).view(part.shape[0], n, n) if part.device.type == "cpu" else None
+        logits = torch.bmm(part, keys[start : start + at_once].mT, out=out)
         yield start, logits.cpu().numpy()
+
+
+_KEPT = threading.local()
+
+
+def _scratch(size: int) -> torch.Tensor:
+    """float64 memory that this thread uses again: fresh pages cost as much as a third of the product."""
+    kept = getattr(_KEPT, "memory", None)
+    if kept is None or len(kept) < size:
+        kept = _KEPT.memory = torch.empty(size, dtype=torch.float64)
+    return kept[:size]

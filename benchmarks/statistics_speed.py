@@ -1,4 +1,4 @@
-"""How fast the statistics are, as ratios within one run: python benchmarks/statistics.py
+"""How fast the statistics are, as ratios within one run: python benchmarks/statistics_speed.py
 
 Head-to-tail ratios of every prefix against torch.topk of every prefix, interleaved, one thread each; then all heads of
 many contexts on all cores. Writes results/benchmarks/statistics.csv and .json.
