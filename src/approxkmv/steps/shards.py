@@ -34,8 +34,8 @@ def read_shards(paths: Iterable[Path]) -> pd.DataFrame:
 def remove_damaged(results: Path) -> list[str]:
     """Remove a study's shards that are not what their hash says, and activations cut short; a line for each.
 
-    Call it when nothing is being written, before a run: the workflow then makes the files again. The model's tables go
-    too, since a workflow whose last files are all there does not look for the ones between.
+    Call it when nothing is being written, before a run: the workflow then makes the files again. What was made of
+    them goes too, since a workflow whose last files are all there does not look for the ones between.
     """
     damaged = [
         path
@@ -47,8 +47,10 @@ def remove_damaged(results: Path) -> list[str]:
         path.unlink()
         _hash_file(path).unlink(missing_ok=True)
         if path.suffix != ".safetensors":
-            for table in (results / "tables").glob(f"*_{path.parent.name}.*"):
-                table.unlink()
+            model = path.parent.name
+            for pattern in (f"tables/*_{model}.*", f"figures/*_{model}.*", "tables/paper_*", "figures/context_*"):
+                for made in results.glob(pattern):
+                    made.unlink()
     return [f"{path} is not what its checksum says: it is made again" for path in damaged]
 
 
