@@ -64,3 +64,28 @@ def package(*names):
             else [root / name]
         )
     return [os.path.relpath(path) for path in found]
+
+
+def shard_files(kind):
+    """The files of one kind of all shards of a model."""
+
+    def files(wildcards):
+        return [
+            f"{RESULTS}/statistics/{wildcards.model}/{shard}.{kind}"
+            for shard in shards(wildcards)
+        ]
+
+    return files
+
+
+def study_figures(kind):
+    """The figures of the study: those of the paper and of growth, or those of long texts; and those of costs."""
+    if STUDY.lengths:
+        names = [f"length_scaling_{model}" for model in MODELS]
+    else:
+        per_model = ["max_ratios", "order_ratios", "growth", "growth_curves"]
+        names = [f"{figure}_{model}" for figure in per_model for model in MODELS]
+        names += ["context_scaling"] if MODELS else []
+    names += ["complexity"] if STUDY.complexity else []
+    names += ["speedup", "error_vs_time", "crossover"] if STUDY.sweep else []
+    return [f"{RESULTS}/figures/{name}.{kind}" for name in names]

@@ -16,9 +16,10 @@ rule complexity:
         "../../environment.yml"
     threads: workflow.cores
     params:
+        config=lambda wildcards: SETTINGS,
         settings=STUDY.complexity,
     shell:
-        "approxkmv complexity --config {SETTINGS} --counts-out {output.counts} --fits-out {output.fits} --log {log}"
+        "approxkmv complexity --config {params.config} --counts-out {output.counts} --fits-out {output.fits} --log {log}"
 
 
 rule complexity_figure:
@@ -38,6 +39,7 @@ rule complexity_figure:
     conda:
         "../../environment.yml"
     params:
+        results=lambda wildcards: RESULTS,
         stem=lambda wildcards, output: output.png.removesuffix(".png"),
     shell:
-        "approxkmv figure complexity --tables {RESULTS}/tables --out {params.stem} --log {log}"
+        "approxkmv figure complexity --tables {params.results}/tables --out {params.stem} --log {log}"

@@ -24,9 +24,10 @@ rule max_ratios:
     conda:
         "../../environment.yml"
     params:
+        tables=lambda wildcards: TABLES,
         stem=lambda wildcards, output: output.png.removesuffix(".png"),
     shell:
-        "approxkmv figure max_ratios --model {wildcards.model} --tables {TABLES} --out {params.stem} --log {log}"
+        "approxkmv figure max_ratios --model {wildcards.model} --tables {params.tables} --out {params.stem} --log {log}"
 
 
 rule order_ratios:
@@ -49,9 +50,10 @@ rule order_ratios:
     conda:
         "../../environment.yml"
     params:
+        tables=lambda wildcards: TABLES,
         stem=lambda wildcards, output: output.png.removesuffix(".png"),
     shell:
-        "approxkmv figure order_ratios --model {wildcards.model} --tables {TABLES} --out {params.stem} --log {log}"
+        "approxkmv figure order_ratios --model {wildcards.model} --tables {params.tables} --out {params.stem} --log {log}"
 
 
 rule context_scaling:
@@ -72,10 +74,11 @@ rule context_scaling:
     conda:
         "../../environment.yml"
     params:
+        tables=lambda wildcards: TABLES,
         stem=lambda wildcards, output: output.png.removesuffix(".png"),
         models=" ".join(f"--model {name}" for name in MODELS),
     shell:
-        "approxkmv figure context_scaling {params.models} --tables {TABLES} --out {params.stem} --log {log}"
+        "approxkmv figure context_scaling {params.models} --tables {params.tables} --out {params.stem} --log {log}"
 
 
 rule growth:
@@ -97,9 +100,10 @@ rule growth:
     conda:
         "../../environment.yml"
     params:
+        tables=lambda wildcards: TABLES,
         stem=lambda wildcards, output: output.png.removesuffix(".png"),
     shell:
-        "approxkmv figure growth --model {wildcards.model} --tables {TABLES} --out {params.stem} --log {log}"
+        "approxkmv figure growth --model {wildcards.model} --tables {params.tables} --out {params.stem} --log {log}"
 
 
 rule growth_curves:
@@ -121,9 +125,10 @@ rule growth_curves:
     conda:
         "../../environment.yml"
     params:
+        tables=lambda wildcards: TABLES,
         stem=lambda wildcards, output: output.png.removesuffix(".png"),
     shell:
-        "approxkmv figure growth_curves --model {wildcards.model} --tables {TABLES} --out {params.stem} --log {log}"
+        "approxkmv figure growth_curves --model {wildcards.model} --tables {params.tables} --out {params.stem} --log {log}"
 
 
 rule length_scaling:
@@ -144,22 +149,10 @@ rule length_scaling:
     conda:
         "../../environment.yml"
     params:
+        tables=lambda wildcards: TABLES,
         stem=lambda wildcards, output: output.png.removesuffix(".png"),
     shell:
-        "approxkmv figure length_scaling --model {wildcards.model} --tables {TABLES} --out {params.stem} --log {log}"
-
-
-def study_figures(kind):
-    """The figures of the study: those of the paper and of growth, or those of long texts; and those of costs."""
-    if STUDY.lengths:
-        names = [f"length_scaling_{model}" for model in MODELS]
-    else:
-        per_model = ["max_ratios", "order_ratios", "growth", "growth_curves"]
-        names = [f"{figure}_{model}" for figure in per_model for model in MODELS]
-        names += ["context_scaling"] if MODELS else []
-    names += ["complexity"] if STUDY.complexity else []
-    names += ["speedup", "error_vs_time", "crossover"] if STUDY.sweep else []
-    return [f"{RESULTS}/figures/{name}.{kind}" for name in names]
+        "approxkmv figure length_scaling --model {wildcards.model} --tables {params.tables} --out {params.stem} --log {log}"
 
 
 rule figures:

@@ -11,9 +11,10 @@ rule model:
     conda:
         "../../environment.yml"
     params:
+        config=lambda wildcards: SETTINGS,
         entry=lambda wildcards: str(model_of(checked(config), wildcards.model)),
     shell:
-        "approxkmv fetch --model {wildcards.model} --config {SETTINGS} --out {output} --log {log}"
+        "approxkmv fetch --model {wildcards.model} --config {params.config} --out {output} --log {log}"
 
 
 rule activations:
@@ -32,6 +33,7 @@ rule activations:
     resources:
         gpu=int(STUDY.device == "cuda"),
     params:
+        config=lambda wildcards: SETTINGS,
         settings=(
             STUDY.min_tokens,
             STUDY.max_tokens,
@@ -43,4 +45,4 @@ rule activations:
         shard=lambda wildcards: int(wildcards.shard),
     shell:
         "approxkmv extract --model {wildcards.model} --location {input.location} --texts {input.texts} "
-        "--shard {params.shard} --config {SETTINGS} --out {output.tensors} --contexts-out {output.contexts} --log {log}"
+        "--shard {params.shard} --config {params.config} --out {output.tensors} --contexts-out {output.contexts} --log {log}"

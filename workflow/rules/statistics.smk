@@ -15,22 +15,11 @@ rule statistics:
         "../../environment.yml"
     threads: workflow.cores
     params:
+        config=lambda wildcards: SETTINGS,
         settings=(STUDY.min_prefix, STUDY.prefixes),
     shell:
-        "approxkmv statistics --model {wildcards.model} --activations {input.tensors} --config {SETTINGS} "
+        "approxkmv statistics --model {wildcards.model} --activations {input.tensors} --config {params.config} "
         "--heads-out {output.heads} --prefixes-out {output.prefixes} --log {log}"
-
-
-def shard_files(kind):
-    """The files of one kind of all shards of a model."""
-
-    def files(wildcards):
-        return [
-            f"{RESULTS}/statistics/{wildcards.model}/{shard}.{kind}"
-            for shard in shards(wildcards)
-        ]
-
-    return files
 
 
 rule summary:
@@ -49,13 +38,15 @@ rule summary:
     conda:
         "../../environment.yml"
     params:
+        config=lambda wildcards: SETTINGS,
+        results=lambda wildcards: RESULTS,
         label=lambda wildcards: (
             STUDY.models[wildcards.model].label,
             STUDY.models[wildcards.model].paper_bound,
         ),
     shell:
-        "approxkmv summary --model {wildcards.model} --statistics {RESULTS}/statistics/{wildcards.model} --texts {input.texts} --config {SETTINGS} "
-        "--out {RESULTS}/tables --log {log}"
+        "approxkmv summary --model {wildcards.model} --statistics {params.results}/statistics/{wildcards.model} --texts {input.texts} --config {params.config} "
+        "--out {params.results}/tables --log {log}"
 
 
 rule growth_per_head:
@@ -77,10 +68,12 @@ rule growth_per_head:
     conda:
         "../../environment.yml"
     params:
+        config=lambda wildcards: SETTINGS,
+        results=lambda wildcards: RESULTS,
         seed=STUDY.seed,
     shell:
-        "approxkmv growth --model {wildcards.model} --statistics {RESULTS}/statistics/{wildcards.model} "
-        "--texts {input.texts} --tables {RESULTS}/tables --config {SETTINGS} --log {log}"
+        "approxkmv growth --model {wildcards.model} --statistics {params.results}/statistics/{wildcards.model} "
+        "--texts {input.texts} --tables {params.results}/tables --config {params.config} --log {log}"
 
 
 rule paper_comparison:
@@ -99,8 +92,11 @@ rule paper_comparison:
         f"{RESULTS}/logs/paper_comparison.log",
     conda:
         "../../environment.yml"
+    params:
+        config=lambda wildcards: SETTINGS,
+        results=lambda wildcards: RESULTS,
     shell:
-        "approxkmv compare --tables {RESULTS}/tables --config {SETTINGS} --out {output} --log {log}"
+        "approxkmv compare --tables {params.results}/tables --config {params.config} --out {output} --log {log}"
 
 
 rule lengths:
@@ -120,10 +116,11 @@ rule lengths:
         "../../environment.yml"
     threads: workflow.cores
     params:
+        config=lambda wildcards: SETTINGS,
         lengths=STUDY.lengths,
     shell:
         "approxkmv lengths --model {wildcards.model} --activations {input.tensors} --contexts {input.contexts} "
-        "--config {SETTINGS} --out {output} --log {log}"
+        "--config {params.config} --out {output} --log {log}"
 
 
 rule length_table:
@@ -145,7 +142,9 @@ rule length_table:
     conda:
         "../../environment.yml"
     params:
+        config=lambda wildcards: SETTINGS,
+        results=lambda wildcards: RESULTS,
         label=lambda wildcards: STUDY.models[wildcards.model].label,
     shell:
-        "approxkmv length-scaling --model {wildcards.model} --statistics {RESULTS}/statistics/{wildcards.model} "
-        "--texts {input.texts} --config {SETTINGS} --out {RESULTS}/tables --log {log}"
+        "approxkmv length-scaling --model {wildcards.model} --statistics {params.results}/statistics/{wildcards.model} "
+        "--texts {input.texts} --config {params.config} --out {params.results}/tables --log {log}"

@@ -6,7 +6,7 @@ rule model_heads:
         location=f"{RESULTS}/models/{CAPTURE['model']}.json" if CAPTURE else [],
         source=package("models", "corpora", "steps/model_heads.py"),
     output:
-        f"{RESULTS}/sweep/heads.safetensors",
+        heads=f"{RESULTS}/sweep/heads.safetensors",
         tuning=f"{RESULTS}/sweep/heads_tuning.safetensors",
     log:
         f"{RESULTS}/logs/model_heads.log",
@@ -14,9 +14,10 @@ rule model_heads:
         "../../environment.yml"
     threads: workflow.cores
     params:
+        config=lambda wildcards: SETTINGS,
         capture=CAPTURE,
     shell:
-        "approxkmv model-heads --location {input.location} --config {SETTINGS} --out {output[0]} "
+        "approxkmv model-heads --location {input.location} --config {params.config} --out {output.heads} "
         "--tuning-out {output.tuning} --log {log}"
 
 
@@ -26,7 +27,7 @@ rule sweep:
         # A comment in a method must not cost hours of timing: delete the table to time anew.
         source=ancient(package("attention", "sweep")),
     output:
-        report(
+        table=report(
             f"{RESULTS}/tables/sweep.csv",
             caption="../report/sweep.rst",
             category="Tables",
@@ -42,6 +43,7 @@ rule sweep:
     resources:
         gpu=int((STUDY.sweep or {}).get("device") == "cuda"),
     params:
+        config=lambda wildcards: SETTINGS,
         settings=STUDY.sweep,
         capture=lambda wildcards, input: (
             f"--capture {input.heads[0]} --tuning-capture {input.heads[1]}"
@@ -49,7 +51,7 @@ rule sweep:
             else ""
         ),
     shell:
-        "approxkmv sweep --config {SETTINGS} {params.capture} --out {output[0]} --log {log}"
+        "approxkmv sweep --config {params.config} {params.capture} --out {output.table} --log {log}"
 
 
 rule sweep_figure:
@@ -76,6 +78,7 @@ rule sweep_figure:
     conda:
         "../../environment.yml"
     params:
+        results=lambda wildcards: RESULTS,
         stem=lambda wildcards, output: output.png.removesuffix(".png"),
     shell:
-        "approxkmv figure {wildcards.figure} --tables {RESULTS}/tables --out {params.stem} --log {log}"
+        "approxkmv figure {wildcards.figure} --tables {params.results}/tables --out {params.stem} --log {log}"

@@ -9,9 +9,10 @@ checkpoint texts:
     conda:
         "../../environment.yml"
     params:
+        config=lambda wildcards: SETTINGS,
         corpus=(str(STUDY.corpus), STUDY.unit, STUDY.contexts, STUDY.seed),
     shell:
-        "approxkmv texts --config {SETTINGS} --out {output} --log {log}"
+        "approxkmv texts --config {params.config} --out {output} --log {log}"
 
 
 def shards(wildcards):
