@@ -113,7 +113,7 @@ def test_the_papers_study_from_an_empty_cache_then_offline(machine: Machine):
     comparison = pd.read_csv(tables / "paper_comparison.csv")
     assert set(comparison["model"]) == set(models)
     assert not [name for name in machine.hub.sent if name.endswith((".bin", ".onnx"))]
-    first = {path.name: pd.read_csv(path) for path in tables.glob("*.csv")}
+    first = {path.name: path.read_bytes() for path in tables.glob("*.csv")}
     shutil.rmtree(machine.folder / "results")
     # A request that the last process left behind is answered within this time.
     time.sleep(2)
@@ -121,11 +121,8 @@ def test_the_papers_study_from_an_empty_cache_then_offline(machine: Machine):
     code, output = machine.snakemake(HF_HUB_OFFLINE="1")
     assert code == 0, output
     assert not machine.hub.sent
-    again = {path.name: pd.read_csv(path) for path in tables.glob("*.csv")}
-    assert set(again) == set(first)
-    for name, table in first.items():
-        # The forward passes are in float32.
-        pd.testing.assert_frame_equal(again[name], table, rtol=1e-4)
+    again = {path.name: path.read_bytes() for path in tables.glob("*.csv")}
+    assert again == first
 
 
 @pytest.mark.parametrize("offline", ["0", "1"])

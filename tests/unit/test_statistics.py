@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import fields
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -255,3 +259,30 @@ def test_selection_puts_the_largest_first(kind):
         select_largest(mine, mine.size, count)
         np.testing.assert_array_equal(np.sort(mine[:count]), np.sort(values)[-count:])
         np.testing.assert_array_equal(np.sort(mine), np.sort(values))
+
+
+_PRINT_BYTES = """
+import torch
+from approxkmv.statistics import unmasked_and_masked_statistics
+from approxkmv.statistics.streaming import length_statistics
+generator = torch.Generator().manual_seed(0)
+for n in (50, 51, 64, 77):
+    for spread in (0.1, 1.2, 2.0):
+        q, k = (spread * torch.randn(2, n, 16, generator=generator) for _ in range(2))
+        for part in unmasked_and_masked_statistics(q, k):
+            print(n, spread, *(value.tobytes().hex() for value in vars(part).values()))
+        print(repr(length_statistics(q, k, causal=True)))
+"""
+
+
+def test_freshly_compiled_and_cached_code_give_the_same_bytes(tmp_path: Path):
+    def run() -> str:
+        environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+        return subprocess.run(
+            [sys.executable, "-c", _PRINT_BYTES], env=environment, capture_output=True, text=True, check=True
+        ).stdout
+
+    fresh = run()
+    assert list(tmp_path.rglob("*.nbi"))
+    assert fresh.count("LengthStatistics") >= 12
+    assert run() == fresh

@@ -15,7 +15,15 @@ SMALLEST = -707.0
 LARGEST = 690.0
 
 
-@numba.njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz", "nnan", "ninf"}, error_model="numpy")
+# forceinline, here and wherever sums may be reordered: as a symbol of its own the function would be compiled differently
+# alone and inside its callers, and which copy a process links depends on what it found in the cache.
+@numba.njit(
+    cache=True,
+    nogil=True,
+    fastmath={"reassoc", "contract", "nsz", "nnan", "ninf"},
+    error_model="numpy",
+    forceinline=True,
+)
 def exp_and_sum(values: np.ndarray, size: int, shift: float, out: np.ndarray) -> float:
     """out[:size] = exp(values[:size] - shift); returns their sum.
 

@@ -16,7 +16,7 @@ SLACK = 3
 TOO_LARGE = 1e250
 
 
-@numba.njit(cache=True, nogil=True, fastmath={"reassoc", "nsz"})
+@numba.njit(cache=True, nogil=True, fastmath={"reassoc", "nsz"}, forceinline=True)
 def _sum(values: np.ndarray, size: int) -> float:
     total = 0.0
     for j in range(size):
@@ -24,7 +24,7 @@ def _sum(values: np.ndarray, size: int) -> float:
     return total
 
 
-@numba.njit(cache=True, nogil=True, fastmath={"reassoc", "nsz"})
+@numba.njit(cache=True, nogil=True, fastmath={"reassoc", "nsz"}, forceinline=True)
 def _sum_up_to(values: np.ndarray, size: int, bound: float) -> float:
     total = 0.0
     for j in range(size):

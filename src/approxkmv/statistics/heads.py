@@ -236,9 +236,10 @@ def _logits(q: torch.Tensor, k: torch.Tensor, s: float, memory: int) -> Iterator
 
     The row's term is one more column of q against ones, which costs less than a pass over the product.
     """
-    rows = -0.5 * s * q.square().sum(-1, keepdim=True)
-    queries = torch.cat([s * q, rows], -1)
-    keys = torch.cat([k, torch.ones_like(rows)], -1)
+    queries = torch.empty(*q.shape[:-1], q.shape[-1] + 1, dtype=q.dtype, device=q.device)
+    torch.mul(q, s, out=queries[..., :-1])
+    torch.mul(torch.linalg.vecdot(q, q), -0.5 * s, out=queries[..., -1])
+    keys = torch.nn.functional.pad(k, (0, 1), value=1.0)
     n = q.shape[1]
     at_once = max(1, min(memory // (8 * n * n), q.shape[0]))
     for start in range(0, q.shape[0], at_once):

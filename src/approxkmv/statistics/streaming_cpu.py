@@ -49,7 +49,7 @@ def _log_add(one: float, other: float) -> float:
     return larger + math.log(math.exp(one - larger) + math.exp(other - larger))
 
 
-@numba.njit(cache=True, nogil=True, fastmath={"reassoc", "nsz"})
+@numba.njit(cache=True, nogil=True, fastmath={"reassoc", "nsz"}, forceinline=True)
 def _row_maximum(values: np.ndarray, size: int) -> float:
     largest = values[0]
     for j in range(1, size):
@@ -57,7 +57,7 @@ def _row_maximum(values: np.ndarray, size: int) -> float:
     return largest
 
 
-@numba.njit(cache=True, nogil=True, fastmath={"reassoc", "nsz"})
+@numba.njit(cache=True, nogil=True, fastmath={"reassoc", "nsz"}, forceinline=True)
 def _sum(values: np.ndarray, start: int, stop: int) -> float:
     total = 0.0
     for j in range(start, stop):
@@ -65,7 +65,7 @@ def _sum(values: np.ndarray, start: int, stop: int) -> float:
     return total
 
 
-@numba.njit(cache=True, nogil=True, fastmath={"reassoc", "nsz"})
+@numba.njit(cache=True, nogil=True, fastmath={"reassoc", "nsz"}, forceinline=True)
 def _sum_where_at_most(weights: np.ndarray, values: np.ndarray, size: int, limit: float) -> float:
     total = 0.0
     for j in range(size):
