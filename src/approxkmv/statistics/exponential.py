@@ -15,8 +15,8 @@ SMALLEST = -707.0
 LARGEST = 690.0
 
 
-# forceinline, here and wherever sums may be reordered: as a symbol of its own the function would be compiled differently
-# alone and inside its callers, and which copy a process links depends on what it found in the cache.
+# forceinline, here and wherever sums may be reordered: as a symbol of its own the function would be compiled
+# differently alone and inside its callers, and which copy a process links depends on what it found in the cache.
 @numba.njit(
     cache=True,
     nogil=True,
