@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from approxkmv.errors import ConfigError, SourceError
+from approxkmv.errors import ConfigError, InputError, SourceError
 
 if TYPE_CHECKING:
     from approxkmv.sweep.settings import SweepSettings
@@ -213,7 +213,12 @@ def _check_sweep(name: str, sweep: Mapping[str, Any], config: Mapping[str, Any])
     for workload in sweep["workloads"]:
         if workload["name"] == "model-qk" and captured is None and workload["path"] is None:
             raise ConfigError(f"sweeps.{name} has the workload model-qk and no capture: say which heads of which model")
-    sweep_settings(sweep, "capture")
+    settings = sweep_settings(sweep, "capture")
+    if settings.methods or settings.parameters:
+        try:
+            settings.check_methods()
+        except InputError as error:
+            raise ConfigError(f"sweeps.{name}: {error}") from error
 
 
 def _known(name: str, names: Mapping[str, Any], what: str) -> None:

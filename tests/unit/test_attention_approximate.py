@@ -56,7 +56,9 @@ def test_more_near_keys_less_error():
     q, k, v = clustered(1200, 16, 1)
     right = exact(q, k, v, 0.5)
     gaps = [
-        float((get("local-expansion")(q[None], k[None], v[None], scale=0.5, near=m)[0].double() - right).norm())
+        float(
+            (get("local-expansion")(q[None], k[None], v[None], scale=0.5, block=64, near=m)[0].double() - right).norm()
+        )
         for m in (16, 64, 256, 1200)
     ]
     # Few keys in a block that holds two clusters are no better than fewer; then the error falls.
@@ -81,12 +83,12 @@ def test_sums_of_keys_against_float64():
         sampled=8, low=torch.float32,
     )  # fmt: skip
     extra = torch.randn(len(e.chosen), generator=torch.Generator().manual_seed(1))
-    sums, scales = sums_of_keys(e.blocks, e.k, v, e.chosen, e.ends, extra, torch.float32)
+    sums, scales = sums_of_keys(e.blocks, k, e.mean, v, e.chosen, e.ends, extra, torch.float32)
     begin = 0
     for b, (start, size, end) in enumerate(zip(e.blocks.starts, e.blocks.sizes, e.ends, strict=True)):
         keys = e.chosen[begin:end]
         queries = (e.blocks.centres[b] + e.blocks.deltas[start : start + size]).double()
-        weights = (queries @ e.k[keys].double().mT + extra[begin:end] - scales[b]).exp()
+        weights = (queries @ (k[keys] - e.mean).double().mT + extra[begin:end] - scales[b]).exp()
         right = weights @ torch.cat([torch.ones(len(keys), 1), v[keys]], 1).double()
         assert torch.allclose(sums[start : start + size].double(), right, rtol=1e-4, atol=1e-5)
         begin = end

@@ -26,8 +26,7 @@ _CONTROLLED = 2.0
 
 def row_variance(e: Expansion) -> torch.Tensor:
     """Variance (rows,) over the keys of delta.k, by which a query's logits differ from its block's centre's."""
-    spread = torch.nn.functional.pad(e.spread, (0, e.blocks.deltas.shape[1] - len(e.spread)))
-    return e.blocks.deltas.square() @ spread
+    return (e.blocks.deltas @ e.axes).square() @ e.spread
 
 
 def budgets(e: Expansion, share: torch.Tensor, samples: int) -> torch.Tensor:
@@ -53,9 +52,9 @@ def sums(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Numerators (n_q, d_v), row sums (n_q,) and the logs (n_q,) that both are divided by."""
     # Bfloat16 sums of the control variate would be a bias.
-    e = expand(q, k, v, generator, low=torch.float32, all_axes=True, **clustering)
+    e = expand(q, k, v, generator, low=torch.float32, **clustering)
     blocks, d_v = e.blocks, v.shape[1]
-    heavy, scales = sums_of_keys(blocks, e.k, v, e.chosen, e.ends, None, torch.float32)
+    heavy, scales = sums_of_keys(blocks, k, e.mean, v, e.chosen, e.ends, None, torch.float32)
     log_weight, far_value = e.far()
     row_scale = blocks.of_rows(scales)
     # One scale for both parts, so that neither overflows
@@ -66,13 +65,13 @@ def sums(
 
     counts = budgets(e, share, samples)
     drawn, of_draw, logs, control = draw(e, counts, generator)
-    estimate, scale = sums_of_keys(blocks, e.k, v, drawn.numpy(), counts.cumsum(0).numpy(), logs, torch.float32)
+    estimate, scale = sums_of_keys(blocks, k, e.mean, v, drawn.numpy(), counts.cumsum(0).numpy(), logs, torch.float32)
     estimate *= (blocks.of_rows(scale) - shift).exp_().unsqueeze(1)
 
     # The control variate: the far key's sums, less the same sums over the sample, where it is worth its own noise.
     weight = torch.where(row_variance(e) < _CONTROLLED, weight, 0.0)
     values = v[drawn]
-    centred = (e.k[drawn] - e.far_key[of_draw]) * control
+    centred = (k[drawn] - e.mean - e.far_key[of_draw]) * control
     plain = torch.cat([control, control * values], 1)
     means = torch.zeros(len(blocks), 1 + d_v).index_add_(0, of_draw, plain)
     # first-order sums over the sample: of the weights, then of each column of the values

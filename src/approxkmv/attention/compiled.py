@@ -8,7 +8,9 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-_KEYS = 128  # keys of a panel: one value per key and query in flight, four queries at a time, fits the first cache
+from approxkmv.attention.tiles import KEYS, LANES, multiply_tile
+
+_QUERIES = 64  # queries of a panel, so that it and their logits stay in the first cache
 _f = np.float32
 # Sums may be reordered, or nothing is vectorised; NaN and infinity keep their meaning.
 _FLAGS = {"reassoc", "contract", "nsz", "arcp"}
@@ -55,17 +57,28 @@ def add_exponentials(logits, columns, numerators, row_sums):
 
 
 @njit(fastmath=_FLAGS, nogil=True, cache=True)
-def nearest(distances, labels):
-    """labels (rows,) = the first column with the least of distances (rows, columns), which are finite."""
+def nearest(distances, points, labels):
+    """labels (rows,) = the column with the least of distances (rows, columns) + |points|^2, which is not negative.
+
+    The bits of a float32 that is not negative are in the order of the numbers; with the column in place of the last
+    ones a single minimum of integers, which the compiler vectorises, finds both. Distances that agree to 12 bits or
+    more may be taken for equal: for a clustering they are.
+    """
     columns = distances.shape[1]
+    places = 1
+    while places < columns:
+        places *= 2
+    mask = np.int32(places - 1)
+    keep = np.int32(-places)
     for i in range(len(labels)):
-        least = distances[i, 0]
-        for j in range(1, columns):
-            least = min(least, distances[i, j])
-        j = 0
-        while distances[i, j] != least and j < columns - 1:
-            j += 1
-        labels[i] = j
+        least = np.int32(2147483647)
+        square = _f(0.0)
+        for p in range(points.shape[1]):
+            square += points[i, p] * points[i, p]
+        for j in range(columns):
+            x = _f(max(distances[i, j] + square, _f(0.0)))
+            least = min(least, (x.view(np.int32) & keep) | np.int32(j))
+        labels[i] = least & mask
 
 
 @njit(inline="always")
@@ -81,15 +94,20 @@ def _widened(bits):
 
 
 @njit(fastmath=_FLAGS, nogil=True, cache=True)
-def fill_features(low, high, k, v, squares, axes, tilted, features):
-    """Rows low to high - 1 of features, bfloat16 as bits: [squares | k | 1 | v | each column of v times k's axes]."""
+def fill_features(low, high, k, mean, along, middle, v, tilted, features):
+    """Rows low to high - 1 of features: [(along - middle)^2 | k - mean | 1 | v | each column of v times k - mean].
+
+    features and along are bfloat16 as bits.
+    """
     d = k.shape[1]
     width = v.shape[1]
+    squares = along.shape[1]
     for j in range(low, high):
         for p in range(squares):
-            features[j, p] = _bits(k[j, p] * k[j, p])
+            x = _widened(along[j, p]) - middle[p]
+            features[j, p] = _bits(x * x)
         for p in range(d):
-            features[j, squares + p] = _bits(k[j, p])
+            features[j, squares + p] = _bits(k[j, p] - mean[p])
         at = squares + d
         features[j, at] = _bits(_f(1.0))
         for c in range(width):
@@ -97,144 +115,152 @@ def fill_features(low, high, k, v, squares, axes, tilted, features):
         at += 1 + width
         if tilted:
             for c in range(width):
-                for p in range(axes):
-                    features[j, at + p] = _bits(v[j, c] * k[j, p])
-                at += axes
+                for p in range(d):
+                    features[j, at + p] = _bits(v[j, c] * (k[j, p] - mean[p]))
+                at += d
 
 
 @njit(fastmath=_FLAGS, nogil=True, cache=True)
-def fill_weights(low, high, logs, highest, thresholds, is_near, weights):
-    """Blocks low to high - 1, bfloat16 as bits: is_near = logs >= thresholds, weights = exp(logs - highest) or 0."""
+def fill_weights(low, high, logs, highest, thresholds, weights, counts):
+    """Blocks low to high - 1, bfloat16 as bits: weights = exp(logs - highest), 0 at the near keys, and their counts.
+
+    A key is near where its log is at least the block's threshold.
+    """
     for b in range(low, high):
         top = highest[b]
         bar = thresholds[b]
+        count = np.int32(0)
         for j in range(logs.shape[1]):
             x = _widened(logs[b, j])
-            is_near[b, j] = x >= bar
-            # Above the bar the weight is zero, and below -87 as good as zero.
+            count += np.int32(x >= bar)
+            # Below -87 the weight is as good as zero.
             weights[b, j] = _bits(_f(0.0) if x >= bar else _exp(x - top))
+        counts[b] = count
 
 
 @njit(fastmath=_FLAGS, nogil=True, cache=True)
-def centre_blocks(q, order, firsts, counts, starts, deltas, centres, variances):
-    """Fill deltas (rows, d), centres and variances (blocks, d) from the queries q (n, d), block after block."""
+def list_near(low, high, logs, thresholds, ends, chosen):
+    """The near keys of blocks low to high - 1, counted by fill_weights, into chosen[ends[b - 1]:ends[b]]."""
+    for b in range(low, high):
+        bar = thresholds[b]
+        at = ends[b - 1] if b > 0 else 0
+        end = ends[b]
+        for j in range(logs.shape[1]):
+            # Written in any case and kept if near: a branch on every key would be guessed wrong too often.
+            if at < end:
+                chosen[at] = j
+                at += np.int64(_widened(logs[b, j]) >= bar)
+
+
+@njit(fastmath=_FLAGS, nogil=True, cache=True)
+def centre_blocks(q, points, order, firsts, counts, starts, deltas, centres, variances):
+    """Fill deltas (rows, d), centres (blocks, d) and variances (blocks, r), block after block.
+
+    q (n, d) queries, whose centre and distances from it are wanted; points (n, r), whose variance is.
+    """
     d = q.shape[1]
+    r = points.shape[1]
+    middle = np.empty(r, np.float32)
     for b in range(len(counts)):
         share = _f(1.0) / _f(counts[b])
         for p in range(d):
             centres[b, p] = _f(0.0)
+        for p in range(r):
+            middle[p] = _f(0.0)
             variances[b, p] = _f(0.0)
         for i in range(counts[b]):
             query = order[firsts[b] + i]
             for p in range(d):
                 centres[b, p] += q[query, p]
+            for p in range(r):
+                middle[p] += points[query, p]
         for p in range(d):
             centres[b, p] *= share
+        for p in range(r):
+            middle[p] *= share
         for i in range(counts[b]):
             query = order[firsts[b] + i]
             row = starts[b] + i
             for p in range(d):
-                delta = q[query, p] - centres[b, p]
-                deltas[row, p] = delta
+                deltas[row, p] = q[query, p] - centres[b, p]
+            for p in range(r):
+                delta = points[query, p] - middle[p]
                 variances[b, p] += delta * delta
-        for p in range(d):
+        for p in range(r):
             variances[b, p] *= share
 
 
 @njit(fastmath=_FLAGS, nogil=True, cache=True)
-def sums_of_keys(low, high, deltas, starts, sizes, chosen, ends, k, v, extra, centres, scales, sums):
-    """Sums of exp(q.k + extra) [1, v] over the chosen keys of the blocks low to high - 1, for each of their queries.
+def sums_of_keys(low, high, deltas, starts, sizes, chosen, ends, k, mean, v, extra, centres, scales, sums):
+    """Sums of exp(q.(k - mean) + extra) [1, v] over the chosen keys of the blocks low to high - 1, for their queries.
 
-    deltas (rows, d) with d, starts and sizes multiples of 4; chosen[ends[b-1]:ends[b]] the keys of block b. scales
-    (blocks,) receives the exponent that the block's sums are divided by; sums (rows, 1 + d_v), zero on entry, the row
-    sums and the numerators.
+    q is its block's centre plus its row of deltas (rows, d); chosen[ends[b-1]:ends[b]] are the keys of block b.
+    scales (blocks,) receives the exponent that the block's sums are divided by; sums (rows, 1 + d_v) the row sums and
+    the numerators.
     """
-    d = deltas.shape[1]
+    d = k.shape[1]
     width = v.shape[1]
+    panel = np.zeros((d, _QUERIES), np.float32)
+    start = np.zeros(_QUERIES, np.float32)
+    logits = np.zeros((KEYS, _QUERIES), np.float32)
+    totals = np.zeros((1 + width, _QUERIES), np.float32)
     for b in range(low, high):
         begin = ends[b - 1] if b > 0 else 0
         count = ends[b] - begin
-        panel = np.zeros((d, _KEYS), np.float32)
-        pairs = np.zeros((1 + width, _KEYS), np.float32)
-        base = np.empty(count, np.float32)
-        a0 = np.empty(_KEYS, np.float32)
-        a1 = np.empty(_KEYS, np.float32)
-        a2 = np.empty(_KEYS, np.float32)
-        a3 = np.empty(_KEYS, np.float32)
+        # The last tile is filled with key 0 at weight 0.
+        whole = (count + KEYS - 1) // KEYS * KEYS
+        places = np.zeros(whole, np.int64)
+        pairs = np.zeros((whole, 1 + width), np.float32)
         shift = _f(-np.inf)
         for j in range(count):
             key = chosen[begin + j]
+            places[j] = key
             dot = _f(0.0)
             for p in range(d):
-                dot += centres[b, p] * k[key, p]
+                dot += centres[b, p] * (k[key, p] - mean[p])
             dot += extra[begin + j]
-            base[j] = dot
+            pairs[j, 0] = dot
             shift = max(shift, dot)
         scales[b] = shift
-        for first in range(0, count, _KEYS):
-            some = min(_KEYS, count - first)
-            # Whole vectors, up to what is left
-            span = (some + 31) // 32 * 32
-            for j in range(some):
-                key = chosen[begin + first + j]
+        for j in range(count):
+            weight = _exp(pairs[j, 0] - shift)
+            pairs[j, 0] = weight
+            for c in range(width):
+                pairs[j, 1 + c] = weight * v[places[j], c]
+        for i in range(starts[b], starts[b] + sizes[b], _QUERIES):
+            some = min(_QUERIES, starts[b] + sizes[b] - i)
+            span = (some + LANES - 1) // LANES * LANES
+            for t in range(some):
+                dot = _f(0.0)
                 for p in range(d):
-                    panel[p, j] = k[key, p]
-                weight = _exp(base[first + j] - shift)
-                pairs[0, j] = weight
-                for c in range(width):
-                    pairs[1 + c, j] = weight * v[key, c]
-            for j in range(some, span):
-                for c in range(1 + width):
-                    pairs[c, j] = _f(0.0)
-            for i in range(starts[b], starts[b] + sizes[b], 4):
-                for j in range(span):
-                    a0[j] = _f(0.0)
-                    a1[j] = _f(0.0)
-                    a2[j] = _f(0.0)
-                    a3[j] = _f(0.0)
-                for p in range(0, d, 4):
-                    p0 = deltas[i, p]
-                    p1 = deltas[i, p + 1]
-                    p2 = deltas[i, p + 2]
-                    p3 = deltas[i, p + 3]
-                    q0 = deltas[i + 1, p]
-                    q1 = deltas[i + 1, p + 1]
-                    q2 = deltas[i + 1, p + 2]
-                    q3 = deltas[i + 1, p + 3]
-                    r0 = deltas[i + 2, p]
-                    r1 = deltas[i + 2, p + 1]
-                    r2 = deltas[i + 2, p + 2]
-                    r3 = deltas[i + 2, p + 3]
-                    s0 = deltas[i + 3, p]
-                    s1 = deltas[i + 3, p + 1]
-                    s2 = deltas[i + 3, p + 2]
-                    s3 = deltas[i + 3, p + 3]
-                    for j in range(span):
-                        x0 = panel[p, j]
-                        x1 = panel[p + 1, j]
-                        x2 = panel[p + 2, j]
-                        x3 = panel[p + 3, j]
-                        a0[j] += p0 * x0 + p1 * x1 + p2 * x2 + p3 * x3
-                        a1[j] += q0 * x0 + q1 * x1 + q2 * x2 + q3 * x3
-                        a2[j] += r0 * x0 + r1 * x1 + r2 * x2 + r3 * x3
-                        a3[j] += s0 * x0 + s1 * x1 + s2 * x2 + s3 * x3
-                for j in range(span):
-                    a0[j] = _exp(a0[j])
-                    a1[j] = _exp(a1[j])
-                    a2[j] = _exp(a2[j])
-                    a3[j] = _exp(a3[j])
-                for c in range(1 + width):
-                    t0 = _f(0.0)
-                    t1 = _f(0.0)
-                    t2 = _f(0.0)
-                    t3 = _f(0.0)
-                    for j in range(span):
-                        x = pairs[c, j]
-                        t0 += a0[j] * x
-                        t1 += a1[j] * x
-                        t2 += a2[j] * x
-                        t3 += a3[j] * x
-                    sums[i, c] += t0
-                    sums[i + 1, c] += t1
-                    sums[i + 2, c] += t2
-                    sums[i + 3, c] += t3
+                    x = deltas[i + t, p]
+                    panel[p, t] = x
+                    dot += x * mean[p]
+                start[t] = -dot
+            for c in range(1 + width):
+                for t in range(span):
+                    totals[c, t] = _f(0.0)
+            for j in range(0, whole, KEYS):
+                for t in range(0, span, LANES):
+                    multiply_tile(k, places, j, panel, t, start, logits)  # type: ignore[call-arg]
+                for r in range(0, KEYS, 4):
+                    for t in range(span):
+                        logits[r, t] = _exp(logits[r, t])
+                        logits[r + 1, t] = _exp(logits[r + 1, t])
+                        logits[r + 2, t] = _exp(logits[r + 2, t])
+                        logits[r + 3, t] = _exp(logits[r + 3, t])
+                    for c in range(1 + width):
+                        w0 = pairs[j + r, c]
+                        w1 = pairs[j + r + 1, c]
+                        w2 = pairs[j + r + 2, c]
+                        w3 = pairs[j + r + 3, c]
+                        for t in range(span):
+                            totals[c, t] += (
+                                w0 * logits[r, t]
+                                + w1 * logits[r + 1, t]
+                                + w2 * logits[r + 2, t]
+                                + w3 * logits[r + 3, t]
+                            )
+            for c in range(1 + width):
+                for t in range(some):
+                    sums[i + t, c] = totals[c, t]

@@ -19,8 +19,6 @@ from approxkmv.attention.acceleration import compiled_loops, over_threads, scrat
 _TILTED_COLUMNS = 2
 # The compiled loop keeps a query's weights in the cache for so many columns; for more, matrix products are faster.
 _FEW_COLUMNS = 8
-# The compiled loop takes four queries and four coordinates at a time.
-_ROWS_OF_LOOP = 4
 # oneDNN compiles a kernel for each new shape of a bfloat16 product, so that shapes should repeat.
 _ROWS_OF_BFLOAT16 = 16
 _KEYS_OF_BFLOAT16 = 64
@@ -46,7 +44,7 @@ def k_means(
             part = some[i : i + 512]
             here = torch.addmm(norms, part, centres.mT, alpha=-2, out=distances[: len(part)])
             if loops is not None:
-                loops.nearest(here.numpy(), labels[i : i + 512].numpy())
+                loops.nearest(here.numpy(), part.numpy(), labels[i : i + 512].numpy())
             else:
                 torch.argmin(here, 1, out=labels[i : i + 512])
         return labels
@@ -56,10 +54,9 @@ def k_means(
     some = points[shuffled[: sampled * clusters]]
     for _ in range(iterations):
         labels = nearest(some)
-        members = torch.zeros(clusters, len(some))
-        members[labels, torch.arange(len(some))] = 1
-        counts = members.sum(1, keepdim=True)
-        centres = torch.where(counts > 0, (members @ some) / counts, centres)
+        totals = torch.zeros_like(centres).index_add_(0, labels, some)
+        counts = torch.bincount(labels, minlength=len(centres)).unsqueeze(1)
+        centres = torch.where(counts > 0, totals / counts, centres)
     return nearest(points)
 
 
@@ -79,7 +76,7 @@ class Blocks:
     deltas: torch.Tensor
     """(padded n, d) query minus its block's centre, zero where padded."""
     variances: torch.Tensor
-    """(blocks, d) mean square of the deltas along each axis."""
+    """(blocks, r) mean square of the points' distances from their block's, along each of their axes."""
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -89,8 +86,8 @@ class Blocks:
         return per_block.repeat_interleave(torch.from_numpy(self.sizes), 0)
 
 
-def make_blocks(q: torch.Tensor, labels: torch.Tensor, multiple: int) -> Blocks:
-    """Blocks of the queries q (n, d) that share a label."""
+def make_blocks(q: torch.Tensor, points: torch.Tensor, labels: torch.Tensor, multiple: int) -> Blocks:
+    """Blocks of the queries q (n, d), and of their points (n, r), that share a label."""
     label = labels.numpy().astype(np.uint16 if len(q) <= 65536 else np.int64)
     order = np.argsort(label, kind="stable")
     counts = np.bincount(label)
@@ -99,38 +96,40 @@ def make_blocks(q: torch.Tensor, labels: torch.Tensor, multiple: int) -> Blocks:
     padded = -(-counts // multiple) * multiple
     starts = np.concatenate([[0], padded.cumsum()[:-1]])
     rows = torch.from_numpy(np.arange(len(order)) + np.repeat(starts - firsts, counts))
-    deltas = scratch("deltas", int(padded.sum()), q.shape[1]).zero_()
-    size = torch.from_numpy(counts.astype(np.float32)).unsqueeze(1)
+    d = q.shape[1]
+    deltas = scratch("deltas", int(padded.sum()), d).zero_()
+    centres, variances = q.new_empty(len(counts), d), q.new_empty(len(counts), points.shape[1])
     loops = compiled_loops()
     if loops is not None:
-        centres, variances = q.new_empty(len(counts), q.shape[1]), q.new_empty(len(counts), q.shape[1])
-        loops.centre_blocks(
-            q.numpy(), order, firsts, counts, starts, deltas.numpy(), centres.numpy(), variances.numpy()
-        )
+        given = q.numpy(), points.numpy(), order, firsts, counts, starts
+        loops.centre_blocks(*given, deltas.numpy(), centres.numpy(), variances.numpy())
     else:
-        ordered = q[torch.from_numpy(order)]
-        centres = torch.from_numpy(np.add.reduceat(ordered.numpy(), firsts, axis=0)) / size
-        ordered -= centres.repeat_interleave(torch.from_numpy(counts), 0)
-        variances = torch.from_numpy(np.add.reduceat(ordered.square().numpy(), firsts, axis=0)) / size
-        deltas[rows] = ordered
+        size = torch.from_numpy(counts.astype(np.float32)).unsqueeze(1)
+        places = torch.from_numpy(order)
+        of_row = torch.from_numpy(np.repeat(np.arange(len(counts)), counts))
+
+        def means(ordered: torch.Tensor) -> torch.Tensor:
+            return torch.from_numpy(np.add.reduceat(ordered.numpy(), firsts, axis=0)) / size
+
+        torch.div(means(q[places]), 1, out=centres)
+        deltas[rows] = q[places] - centres[of_row]
+        ordered = points[places]
+        torch.div(means((ordered - means(ordered)[of_row]).square()), 1, out=variances)
     return Blocks(torch.from_numpy(order), rows, starts, padded, centres, deltas, variances)
 
 
-def rotate(q: torch.Tensor, k: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """scale q and centred k in the axes of the keys' covariance, and its eigenvalues, largest first.
-
-    The products q.k only lose a term that is the same for all keys, which attention does not see. The width is padded
-    with zeros to a multiple of four.
-    """
+def principal_axes(k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Mean (d,) of the keys k (n, d), the axes (d, d) of their covariance and its eigenvalues (d,), largest first."""
     mean = k.mean(0)
     some = k[:: max(1, len(k) // 2048)] - mean
     values, vectors = torch.linalg.eigh(some.mT @ some / len(some))
-    axes = torch.nn.functional.pad(vectors.flip(1), (0, -k.shape[1] % _ROWS_OF_LOOP))
-    width = axes.shape[1]
-    queries = torch.mm(q, axes * scale, out=scratch("queries", len(q), width))
-    # Centred before the product, long keys far from the origin keep their digits.
-    keys = torch.mm(torch.sub(k, mean, out=scratch("centred", *k.shape)), axes, out=scratch("keys", len(k), width))
-    return queries, keys, values.flip(0).clamp_min(0)
+    return mean, vectors.flip(1), values.flip(0).clamp_min(0)
+
+
+def along_axes(name: str, rows: torch.Tensor, axes: torch.Tensor, low: torch.dtype) -> torch.Tensor:
+    """rows (n, d) times axes (d, r), computed in the type `low`; scratch of that name."""
+    given = scratch(f"low {name}", *rows.shape, dtype=low).copy_(rows)
+    return torch.mm(given, axes.to(low), out=scratch(f"along {name}", len(rows), axes.shape[1], dtype=low))
 
 
 @dataclass(frozen=True)
@@ -138,9 +137,10 @@ class Expansion:
     """Everything that is known about the blocks before a single query is looked at again."""
 
     blocks: Blocks
-    k: torch.Tensor
-    """(n_k, d) keys in the axes of their covariance, which `spread` (d,) is the diagonal of."""
-    v: torch.Tensor
+    mean: torch.Tensor
+    """(d,) of the keys, which are taken relative to it: attention does not see a common shift."""
+    axes: torch.Tensor
+    """(d, d) of their covariance, one a column, and its eigenvalues."""
     spread: torch.Tensor
     logs: torch.Tensor
     """(blocks, n_k) c.k + k'Vk/2."""
@@ -155,7 +155,7 @@ class Expansion:
     """(blocks,) log of the far key's weight at the centre."""
     far_key: torch.Tensor
     far_value: torch.Tensor
-    """(blocks, d), (blocks, d_v): weighted means over the far keys."""
+    """(blocks, d), (blocks, d_v): weighted means over the far keys, the keys' relative to `mean`."""
     far_tilt: torch.Tensor | None
     """(blocks, d_v, d) weighted covariance of the far values and keys, where there are few columns."""
 
@@ -197,87 +197,101 @@ def expand(
     iterations: int,
     sampled: int,
     low: torch.dtype,
-    all_axes: bool = False,
 ) -> Expansion:
     """Cluster the queries q (n_q, d), choose each block's near keys and sum the others at its centre.
 
-    The far key has its place along the leading `directions` only, unless all_axes: a control variate needs them all.
-    Much of what is returned is scratch: it holds until the next call in this thread.
+    Queries are clustered, and a block's second moment is taken, along the keys' leading `directions`. Much of what is
+    returned is scratch: it holds until the next call in this thread.
     """
     n_k, d_v = v.shape
+    d = q.shape[1]
     loops = compiled_loops()
     looped = d_v <= _FEW_COLUMNS and loops is not None
-    multiple = _ROWS_OF_LOOP if looped else _ROWS_OF_BFLOAT16 if low == torch.bfloat16 else 1
-    q, k, spread = rotate(q, k, scale)
-    d = q.shape[1]
+    multiple = _ROWS_OF_BFLOAT16 if low == torch.bfloat16 and not looped else 1
+    mean, axes, spread = principal_axes(k)
     r = min(directions, d)
-    a = d if all_axes else r
-    metric = torch.nn.functional.pad(spread, (0, d - len(spread)))[:r].pow(_METRIC_POWER)
-    points = torch.mul(q[:, :r], metric, out=scratch("points", len(q), r))
+    queries = torch.mul(q, scale, out=scratch("queries", len(q), d))
+    metric = spread[:r].pow(_METRIC_POWER).clamp_min(1e-30)
+    # Clustering and curvature are estimates: half the digits do for their coordinates.
+    points = scratch("points", len(q), r).copy_(along_axes("queries", queries, axes[:, :r] * metric, low))
     labels = k_means(points, -(-len(q) // block), iterations, sampled, generator)
-    blocks = make_blocks(q, labels, multiple)
+    blocks = make_blocks(queries, points, labels, multiple)
 
-    # Columns: the leading squares, the keys, one, the values, and the leading axes of keys times values.
+    # Columns: the squares along the leading axes, the keys, one, the values, and the keys times values.
     tilted = d_v <= _TILTED_COLUMNS
-    width = r + d + 1 + d_v + (a * d_v if tilted else 0)
+    width = r + d + 1 + d_v + (d * d_v if tilted else 0)
     features = scratch("features", n_k, width, dtype=low)
+    along, middle = along_axes("keys", k, axes[:, :r], low), mean @ axes[:, :r]
     if loops is not None and low == torch.bfloat16:
-        given = k.numpy(), v.contiguous().numpy(), r, a, tilted, features.view(torch.uint16).numpy()
-        over_threads(lambda first, last: loops.fill_features(first, last, *given), n_k)
+        given = (
+            k.numpy(),
+            mean.numpy(),
+            along.view(torch.uint16).numpy(),
+            middle.numpy(),
+            v.contiguous().numpy(),
+            tilted,
+        )
+        output = features.view(torch.uint16).numpy()
+        over_threads(lambda first, last: loops.fill_features(first, last, *given, output), n_k)
     else:
-        features[:, :r] = k[:, :r].square()
-        features[:, r : r + d] = k
+        torch.square(along - middle.to(low), out=features[:, :r])
+        features[:, r : r + d] = k - mean
         features[:, r + d] = 1
         features[:, r + d + 1 : r + d + 1 + d_v] = v
         for c in range(d_v if tilted else 0):
-            at = r + d + 1 + d_v + c * a
-            features[:, at : at + a] = v[:, c : c + 1] * k[:, :a]
-    ranks = torch.cat([0.5 * blocks.variances[:, :r], blocks.centres], 1).to(low)
+            at = r + d + 1 + d_v + c * d
+            features[:, at : at + d] = v[:, c : c + 1] * (k - mean)
+    variances = blocks.variances / metric.square()
+    ranks = torch.cat([0.5 * variances, blocks.centres], 1).to(low)
     logs = torch.mm(ranks, features[:, : r + d].mT, out=scratch("logs", len(blocks), n_k, dtype=low))
     highest = logs.amax(1, keepdim=True)
     sample = logs[:, generator.initial_seed() % _SAMPLED_KEYS :: _SAMPLED_KEYS].float()
     kept = sample.shape[1] - min(max(1, near // _SAMPLED_KEYS), sample.shape[1])
     thresholds = torch.from_numpy(np.partition(sample.numpy(), kept, axis=1)[:, kept].copy()).unsqueeze(1)
     weights = scratch("weights", len(blocks), n_k, dtype=low)
-    is_near = scratch("is near", len(blocks), n_k, dtype=torch.bool)
     if loops is not None and low == torch.bfloat16:
+        bits = logs.view(torch.uint16).numpy()
         bars = highest.float().squeeze(1).numpy(), thresholds.squeeze(1).numpy()
-        filled = logs.view(torch.uint16).numpy(), *bars, is_near.numpy(), weights.view(torch.uint16).numpy()
+        counts = np.empty(len(blocks), np.int64)
+        filled = bits, *bars, weights.view(torch.uint16).numpy(), counts
         over_threads(lambda first, last: loops.fill_weights(first, last, *filled), len(blocks))
+        ends = counts.cumsum()
+        chosen = np.empty(ends[-1], np.int64)
+        listed = bits, bars[1], ends, chosen
+        over_threads(lambda first, last: loops.list_near(first, last, *listed), len(blocks))
     else:
-        torch.ge(logs, thresholds.to(low), out=is_near)
+        is_near = logs >= thresholds.to(low)
         torch.sub(logs, highest, out=weights).exp_().masked_fill_(is_near, 0)
-    chosen = np.flatnonzero(is_near.numpy())
-    ends = np.searchsorted(chosen, np.arange(1, len(blocks) + 1) * n_k)
-    chosen %= n_k
+        chosen = np.flatnonzero(is_near.numpy())
+        ends = np.searchsorted(chosen, np.arange(1, len(blocks) + 1) * n_k)
+        chosen %= n_k
 
-    # The far keys' mean along the axes with little spread is next to nothing.
-    plain = torch.mm(weights, features[:, r : r + a]).float()
-    rest = torch.mm(weights, features[:, r + d :]).float()
-    total = rest[:, :1].clamp_min(1e-30)
-    far_key = torch.nn.functional.pad(plain / total, (0, d - a))
-    far_value = rest[:, 1 : 1 + d_v] / total
+    far = torch.mm(weights, features[:, r:]).float()
+    total = far[:, d : d + 1].clamp_min(1e-30)
+    far_key, far_value = far[:, :d] / total, far[:, d + 1 : d + 1 + d_v] / total
     # The far key's own second-order term is in its weight already.
-    second = 0.5 * (blocks.variances * far_key.square()).sum(1)
+    second = 0.5 * (variances * (far_key @ axes[:, :r]).square()).sum(1)
     far_log = total[:, 0].log() + highest[:, 0].float() - second
     far_tilt = None
     if tilted:
-        products = rest[:, 1 + d_v :].view(len(blocks), d_v, a) / total.unsqueeze(2)
-        products = torch.nn.functional.pad(products, (0, d - a))
+        products = far[:, d + 1 + d_v :].view(len(blocks), d_v, d) / total.unsqueeze(2)
         far_tilt = products - far_value.unsqueeze(2) * far_key.unsqueeze(1)
-    return Expansion(blocks, k, v, spread, logs, weights, highest, chosen, ends, far_log, far_key, far_value, far_tilt)
+    return Expansion(
+        blocks, mean, axes, spread, logs, weights, highest, chosen, ends, far_log, far_key, far_value, far_tilt
+    )
 
 
 def sums_of_keys(
     blocks: Blocks,
     k: torch.Tensor,
+    mean: torch.Tensor,
     v: torch.Tensor,
     chosen: np.ndarray,
     ends: np.ndarray,
     extra: torch.Tensor | None,
     low: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sums (rows, 1 + d_v) of exp(q.k + extra) times [1, v] over each block's chosen keys, and their log scales.
+    """Sums (rows, 1 + d_v) of exp(q.(k - mean) + extra) [1, v] over each block's chosen keys, and their log scales.
 
     Block b's keys are chosen[ends[b-1]:ends[b]], its sums are divided by exp(scale_b); extra (len(chosen),) or 0.
     """
@@ -287,7 +301,7 @@ def sums_of_keys(
     if extra is None:
         extra = torch.zeros(len(chosen))
     if loops is not None:
-        given = [t.contiguous().numpy() for t in (k, v, extra, blocks.centres, scales, sums)]
+        given = [t.contiguous().numpy() for t in (k, mean, v, extra, blocks.centres, scales, sums)]
         fixed = blocks.deltas.numpy(), blocks.starts, blocks.sizes, chosen, ends
         over_threads(lambda first, last: loops.sums_of_keys(first, last, *fixed, *given), count)
         return sums, scales
@@ -304,7 +318,7 @@ def sums_of_keys(
     for b, (start, rows, end) in enumerate(each):
         here, m = indices[begin:end], end - begin
         wide = -(-m // step) * step
-        torch.index_select(k, 0, here, out=keys[:m])
+        torch.sub(k[here], mean, out=keys[:m])
         base = keys[:m] @ blocks.centres[b] + extra[begin:end]
         begin = end
         scales[b] = base.max()

@@ -36,7 +36,7 @@ def attend(
         return exact_fused.attend(q, k, v, scale, 512)
     low = torch.bfloat16 if products == "bfloat16" else torch.float32
     e = expand(q, k, v, generator, scale=scale, near=near, low=low, **clustering)
-    sums, scales = sums_of_keys(e.blocks, e.k, v, e.chosen, e.ends, None, low)
+    sums, scales = sums_of_keys(e.blocks, k, e.mean, v, e.chosen, e.ends, None, low)
     log_weight, value = e.far()
     weight = (log_weight - e.blocks.of_rows(scales)).exp_().unsqueeze(1)
     out = e.unpermute((sums[:, 1:] + weight * value) / (sums[:, :1] + weight))
@@ -83,7 +83,7 @@ method = Method(
     compute=_local_expansion,
     summary="near keys exactly, far keys expanded around the centre of a block of queries",
     defaults={
-        "block": 64,
+        "block": 128,
         "near": 512,
         "directions": 64,
         "iterations": 3,
@@ -92,14 +92,18 @@ method = Method(
     },
     grid=[
         {"block": 512, "near": 64},
-        {"block": 512, "near": 128},
+        {"block": 256, "near": 64},
         {"block": 256, "near": 128},
+        {"block": 256, "near": 192},
         {"block": 256, "near": 256},
-        {"block": 128, "near": 128},
-        {"block": 128, "near": 256},
-        {"block": 256, "near": 512},
+        {"block": 192, "near": 256},
+        {"block": 256, "near": 384},
+        {"block": 192, "near": 384},
+        {"block": 192, "near": 512},
         {"block": 128, "near": 512},
-        {"block": 64, "near": 512},
+        {"block": 128, "near": 640},
+        {"block": 128, "near": 768},
+        {"block": 96, "near": 768},
         {"block": 64, "near": 1024},
         {"block": 32, "near": 1024},
         {"block": 32, "near": 2048},

@@ -38,11 +38,11 @@ COLUMNS = {
     "dtype": "type of the inputs",
     "method": "name of the method",
     "kind": "exact, trivial or approximate",
-    "target": "largest median error |out - exact|_2 / |v|_2 that tuning accepted; empty for exact rows",
+    "target": "largest error |out - exact|_2 / |v|_2 that tuning accepted; empty for exact rows",
     "status": "ok, unreached (the best error is given) or unavailable (the reason is given)",
     "reason": "why a row could not run",
     "parameters": "the chosen parameters, JSON",
-    "tuning_error": "median error over the tuning seeds",
+    "tuning_error": "largest error over the tuning seeds",
     "error_v_mean": "error relative to |v|_2 on other seeds and inputs: mean",
     "error_v_median": "median",
     "error_v_p95": "95th percentile",
@@ -251,8 +251,7 @@ def run_sweep(
     """
     output = Path(output)
     names = list(settings.methods or methods())
-    for name in names:
-        get(name)
+    settings.check_methods()
     if settings.device.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(f"sweep: device is {settings.device!r}, and torch finds no CUDA device here")
     if settings.threads is not None:

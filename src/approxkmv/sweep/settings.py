@@ -39,6 +39,9 @@ class WorkloadSettings:
     batches: tuple[int, ...] = (1,)
     columns: tuple[str, ...] = ("one",)
     """'one' value column, as in the paper, or 'all' of them."""
+    values: str = "other"
+    """Word vectors as values: 'other' rows, as in the paper, or the 'keys' themselves, which makes similar keys have
+    similar values. A model has its own."""
     path: str | None = None
     """Word vectors (.npy, .npy.xz) or a capture of a model (.safetensors with q, k, v (heads, n, d))."""
     tuning_path: str | None = None
@@ -55,6 +58,8 @@ class WorkloadSettings:
             raise ConfigError(f"workload {self.name}: lengths is {self.lengths!r}; give whole numbers above 1")
         if any(c not in ("one", "all") for c in self.columns):
             raise ConfigError(f"workload {self.name}: columns is {self.columns!r}; give 'one', 'all' or both")
+        if self.values not in ("other", "keys"):
+            raise ConfigError(f"workload {self.name}: values is {self.values!r}; give 'other' or 'keys'")
         if self.name == "model-qk" and self.path is None:
             raise ConfigError("workload model-qk: path is missing; give the capture of a model (.safetensors)")
 
@@ -109,6 +114,15 @@ class SweepSettings:
             raise ConfigError("sweep: workloads must be a list of mappings, each with a name and lengths")
         built = [_build(WorkloadSettings, w, f"sweep workload {w.get('name', i)}") for i, w in enumerate(workloads)]
         return _build(cls, {**given, "workloads": built}, "sweep")
+
+    def check_methods(self) -> None:
+        """Raise InputError at a method, or at a parameter of one, that does not exist. Imports torch."""
+        from approxkmv.attention import get
+
+        for name in (*self.methods, *self.parameters):
+            method = get(name)
+            for given in self.parameters.get(name, ()):
+                method.parameters(given)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for a JSON record."""

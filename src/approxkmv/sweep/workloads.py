@@ -117,7 +117,11 @@ def _word_problem(case: Case, part: str, index: int) -> Problem:
         q, k = rows[:, 0::2], rows[:, 1::2]
     else:
         q = k = rows
-    v = k[..., 1:2] if case.columns == "one" else k
+    # As in the paper, Q = K and V are selections of their own. Of all rows there may be no others left: the keys' rows
+    # in another order have as little to do with the keys.
+    values = rows[:, torch.randperm(needed, generator=torch.Generator().manual_seed(index))]
+    v = k if case.settings.values == "keys" else values[:, : k.shape[1]]
+    v = v[..., 1:2] if case.columns == "one" else v
     q, k, v = (t.contiguous().clone() for t in (q, k, v))
     return Problem(q, k, v, _SCALES[case.settings.name])
 
