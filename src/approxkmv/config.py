@@ -60,6 +60,7 @@ class Study:
     device: str
     batch_tokens: int
     shard_contexts: int
+    rotary_scaling: Mapping[str, Any] | None
     lengths: tuple[int, ...]
 
 

@@ -41,6 +41,7 @@ rule activations:
             STUDY.device,
             STUDY.batch_tokens,
             STUDY.shard_contexts,
+            STUDY.rotary_scaling,
         ),
         shard=lambda wildcards: int(wildcards.shard),
     shell:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 
 from approxkmv.errors import ApproxKMVError, CaptureError, InputError
 from approxkmv.models.recording import ADVICE, Captured, Recording
+from approxkmv.models.rotary import scaled_positions
 from approxkmv.models.sources import ModelLocation
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -37,7 +38,7 @@ class CapturableModel:
         self.name: str = location.gguf_file or location.folder.resolve().name
         self.architecture: str = type(backbone).__name__
         self.n_layers = n_layers
-        self.max_positions = _max_positions(backbone)
+        self.max_positions = scaled_positions(backbone.config) or _max_positions(backbone)
         # Two tokens through the whole model: shapes and causality as they are, not as a configuration words them,
         # and an architecture that cannot be captured is refused before any text is read.
         short, long = self._probe_texts()
@@ -51,22 +52,32 @@ class CapturableModel:
         self._pads = _agree(alone, self._probe([short, long]).texts(require_finite=False)[0])
 
     @classmethod
-    def load(cls, location: ModelLocation, *, dtype: str = "float32", device: str = "cpu") -> CapturableModel:
+    def load(
+        cls,
+        location: ModelLocation,
+        *,
+        dtype: str = "float32",
+        device: str = "cpu",
+        rotary_scaling: Mapping[str, Any] | None = None,
+    ) -> CapturableModel:
         """Load a model for capture.
 
         Args:
             location: what fetch returned.
             dtype: float32, bfloat16 or float16, of the weights and of what is captured.
             device: cpu, cuda or cuda:N.
+            rotary_scaling: method (linear or yarn) and factor, to go on where the model's positions end.
         Raises:
             SourceError: files that cannot be read, or missing weights.
-            CaptureError: an architecture whose queries and keys cannot be captured, with what to do.
+            CaptureError: an architecture whose queries and keys cannot be captured, with what to do; a model without
+                rotary embeddings where they are to be scaled.
             InputError: an unknown dtype, or a device that is not there.
         """
         # transformers takes seconds to import: not before a model is wanted.
         from approxkmv.models.families import ADAPTERS
         from approxkmv.models.interface import implementation_for
         from approxkmv.models.loading import backbone_class, load_backbone, load_config
+        from approxkmv.models.rotary import scale_rotary
 
         if dtype not in DTYPES:
             raise InputError(f"dtype is {dtype!r}: use one of {', '.join(DTYPES)}")
@@ -74,7 +85,11 @@ class CapturableModel:
         config = load_config(location)
         wanted = backbone_class(config)
         attention = "eager" if wanted.__name__ in ADAPTERS else implementation_for(wanted)
-        backbone = load_backbone(location, dtype=DTYPES[dtype], attention=attention)
+        changed = None
+        if rotary_scaling is not None:
+            scale_rotary(config, rotary_scaling["method"], float(rotary_scaling["factor"]))
+            changed = config
+        backbone = load_backbone(location, dtype=DTYPES[dtype], attention=attention, config=changed)
         if config.is_encoder_decoder:
             backbone = backbone.get_encoder()
         text_config = backbone.config.get_text_config()

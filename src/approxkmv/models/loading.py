@@ -87,11 +87,12 @@ def backbone_class(config: Any) -> Any:
     return first
 
 
-def load_backbone(location: ModelLocation, *, dtype: torch.dtype, attention: str) -> Any:
+def load_backbone(location: ModelLocation, *, dtype: torch.dtype, attention: str, config: Any = None) -> Any:
     """The model without a head, in evaluation mode, on the CPU.
 
     Args:
         dtype: of the weights. attention: the name of a registered attention implementation.
+        config: one of load_config's that was changed since; None takes what the files say.
     Raises:
         SourceError: files that cannot be read, or weights that are missing, which transformers would fill at random.
     """
@@ -103,6 +104,7 @@ def load_backbone(location: ModelLocation, *, dtype: torch.dtype, attention: str
             dtype=dtype,
             attn_implementation=attention,
             output_loading_info=True,
+            **({} if config is None else {"config": config}),
             **_options(location),
             **_weight_options(location),
         )

@@ -62,7 +62,9 @@ def extract(
     passages = read_shard(texts, shard, study.shard_contexts)
     times = Times() if times is None else times
     with times.of("loading"):
-        model = CapturableModel.load(location, dtype=study.dtype, device=study.device)
+        model = CapturableModel.load(
+            location, dtype=study.dtype, device=study.device, rotary_scaling=study.rotary_scaling
+        )
     limit = study.max_tokens if model.max_positions is None else min(study.max_tokens, model.max_positions)
     # Without the model's own limit, so that what is cut can be counted.
     with times.of("tokens"):
