@@ -19,6 +19,8 @@ _MODULES = {
     "uniform": "uniform",
     "own-key": "own_key",
     "approxkmv-paper": "approxkmv_paper",
+    "kdeformer": "kdeformer",
+    "hyperattention": "hyperattention",
     "approxkmv": "approxkmv",
     "local-expansion": "local_expansion",
 }
