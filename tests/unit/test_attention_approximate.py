@@ -6,7 +6,8 @@ import torch
 
 from approxkmv.attention import acceleration, get
 from approxkmv.attention import approxkmv as ours
-from approxkmv.attention.expansion import expand, k_means, sums_of_keys
+from approxkmv.attention.expansion import expand, sums_of_keys
+from approxkmv.attention.k_means import k_means
 
 
 @pytest.fixture(autouse=True)

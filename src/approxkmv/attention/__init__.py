@@ -21,6 +21,8 @@ _MODULES = {
     "approxkmv-paper": "approxkmv_paper",
     "kdeformer": "kdeformer",
     "hyperattention": "hyperattention",
+    "clustered": "clustered",
+    "vkde-lsh": "vkde_lsh",
     "approxkmv": "approxkmv",
     "local-expansion": "local_expansion",
 }
