@@ -101,9 +101,7 @@ def test_exponent_by_hand():
     assert error == pytest.approx((0.02 / 5) ** 0.5 / np.log(2))
     assert fit_exponent([100, 200], [10, 40]) == (pytest.approx(2), None)
     assert fit_exponent([100, 100], [10, 40]) == (None, None)
-    row = dict.fromkeys(
-        ("workload", "batch", "columns", "d", "d_v", "device", "dtype", "method", "kind", "target"), "x"
-    )
+    row = dict.fromkeys(PROFILE, "x")
     counts = {"kernel_evaluations": 7, "inner_products": 9}
     rows = [{**row, **counts, "n": n, "status": s} for n, s in ((1, "ok"), (2, "unreached"), (3, "ok"))]
     (found,) = evaluation_exponents(rows)
