@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from approxkmv.attention import get, hyperattention, kdeformer, vkde_lsh
+from approxkmv.attention import acceleration, get, hyperattention, kdeformer, vkde_lsh
 from approxkmv.attention.angular_hashing import gray_rank, sort_into_blocks
 from approxkmv.attention.column_sampling import column_probabilities
 from approxkmv.attention.hyperattention import hyperattention_causal
@@ -159,6 +159,17 @@ def test_large_logits_stay_finite_and_inside_the_values(name, d_v):
         # Weights are positive and sum to one, to rounding.
         assert bool((out <= v.amax(0) + 1e-4).all())
         assert bool((out >= v.amin(0) - 1e-4).all())
+
+
+@pytest.mark.parametrize("name", ["kdeformer", "hyperattention", "approxkmv-paper"])
+def test_compiled_loops_and_torch_agree(name, monkeypatch):
+    pytest.importorskip("numba")
+    q, k, v = inputs(170, 150, 6, 2)
+    given = {"scale": 5.0, "seed": 3, "block": 16, "samples": 40}
+    compiled = get(name)(q[None], k[None], v[None], **given)
+    monkeypatch.setattr(acceleration, "_module", lambda: None)
+    # The compiled exponential is good to 2e-7, of weights that sum to one.
+    assert torch.allclose(compiled, get(name)(q[None], k[None], v[None], **given), atol=2e-5)
 
 
 @pytest.mark.parametrize(("n_q", "n_k", "block"), [(100, 100, 16), (7, 100, 3), (100, 7, 10), (33, 34, 50)])

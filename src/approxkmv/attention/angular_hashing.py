@@ -10,10 +10,13 @@ from dataclasses import dataclass
 
 import torch
 
+from approxkmv.attention.acceleration import compiled_loops
 from approxkmv.attention.counting import count
 
 # So many queries at a time: their logits with the sample stay near the cache.
 _ROWS = 1024
+# For more columns than these a matrix product is faster than the compiled loop.
+_FEW_COLUMNS = 8
 
 
 def gray_rank(bits: torch.Tensor) -> torch.Tensor:
@@ -81,31 +84,63 @@ def sort_into_blocks(
     return SortedBlocks(queries, keys, padded, block_of_key)
 
 
-def block_sums(
-    q: torch.Tensor, k: torch.Tensor, extended: torch.Tensor, blocks: SortedBlocks, drawn: torch.Tensor
-) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """For some blocks at a time: which, their exact sums, and exponentials for an estimate of everything outside.
+@dataclass(frozen=True)
+class Sample:
+    """Keys drawn for all queries alike, in the order of their blocks."""
 
-    For scaled queries q (n_q, d), keys k (n_k, d), [v, 1] (n_k, w) and keys drawn (m,), the same for all queries,
-    yields (slice of blocks, sums over the own block (b, rows, w), exponentials with the drawn keys (b, rows, m), which
-    are 0 for drawn keys of the own block, logs (b, rows) that both are divided by). The shift is the largest logit
-    that takes part, so that nothing overflows and one term at least is 1.
+    keys: torch.Tensor
+    """(m,)"""
+    starts: torch.Tensor
+    """(blocks + 1,) the keys of block b are starts[b] to starts[b + 1] - 1 of the sample."""
+
+
+def sorted_sample(drawn: torch.Tensor, blocks: SortedBlocks) -> tuple[Sample, torch.Tensor]:
+    """The drawn keys (m,) in the order of their blocks, and that order (m,)."""
+    of_drawn, order = blocks.block_of_key[drawn].sort(stable=True)
+    edges = torch.arange(len(blocks.queries) + 1, device=drawn.device)
+    return Sample(drawn[order], torch.searchsorted(of_drawn, edges)), order
+
+
+def block_sums(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    extended: torch.Tensor,
+    blocks: SortedBlocks,
+    sample: Sample,
+    columns: torch.Tensor,
+) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """For some blocks at a time: which, their exact sums, and sums over the sampled keys outside of each block.
+
+    For scaled queries q (n_q, d), keys k (n_k, d), [v, 1] (n_k, w) and columns (m, c), weighted values of the sampled
+    keys, yields (slice of blocks, sums over the own block (b, rows, w), exponentials with the sampled keys
+    (b, rows, m), which are 0 for those of the own block, their products with the columns (b, rows, c), logs (b, rows)
+    that all are divided by). The shift is the largest logit that takes part, so that nothing overflows and one term
+    at least is 1.
     """
-    of_drawn, drawn_k = blocks.block_of_key[drawn], k[drawn].mT
-    count_of_blocks, rows = blocks.queries.shape
+    number, rows = blocks.queries.shape
+    sampled_k = k[sample.keys].mT
+    loops = compiled_loops() if q.device.type == "cpu" and columns.shape[1] <= _FEW_COLUMNS else None
+    columns = columns.mT.contiguous()
+    place = torch.arange(len(sample.keys), device=q.device)
     step = max(1, _ROWS // rows)
-    for b in range(0, count_of_blocks, step):
-        here = slice(b, min(b + step, count_of_blocks))
+    for b in range(0, number, step):
+        here = slice(b, min(b + step, number))
         some = q[blocks.queries[here]]
-        logits = some @ k[blocks.keys[here]].mT
-        logits.masked_fill_(blocks.padded[here].unsqueeze(1), -torch.inf)
-        light = (some.flatten(0, 1) @ drawn_k).view(*some.shape[:2], len(drawn))
-        own = of_drawn == torch.arange(here.start, here.stop, device=q.device).unsqueeze(1)
-        light.masked_fill_(own.unsqueeze(1), -torch.inf)
-        shift = logits.amax(-1)
-        if len(drawn):
-            shift = torch.maximum(shift, light.amax(-1))
-        heavy = logits.sub_(shift.unsqueeze(-1)).exp_() @ extended[blocks.keys[here]]
-        light.sub_(shift.unsqueeze(-1)).exp_()
-        count(kernel_evaluations=logits.numel() + light.numel())
-        yield here, heavy, light, shift
+        near = some @ k[blocks.keys[here]].mT
+        near.masked_fill_(blocks.padded[here].unsqueeze(1), -torch.inf)
+        far = some.flatten(0, 1) @ sampled_k
+        count(kernel_evaluations=near.numel() + far.numel())
+        shift = near.amax(-1)
+        low, high = sample.starts[b : here.stop], sample.starts[b + 1 : here.stop + 1]
+        if loops is not None:
+            sums = far.new_empty(len(far), len(columns))
+            skipped = low.repeat_interleave(rows).numpy(), high.repeat_interleave(rows).numpy()
+            loops.shifted_exponentials(far.numpy(), *skipped, columns.numpy(), shift.view(-1).numpy(), sums.numpy())
+        else:
+            own = (place >= low.unsqueeze(1)) & (place < high.unsqueeze(1))
+            far.view(*shift.shape, -1).masked_fill_(own.unsqueeze(1), -torch.inf)
+            if len(place):
+                shift = torch.maximum(shift, far.amax(1).view_as(shift))
+            sums = far.sub_(shift.view(-1, 1)).exp_() @ columns.mT
+        heavy = near.sub_(shift.unsqueeze(-1)).exp_() @ extended[blocks.keys[here]]
+        yield here, heavy, far.view(*shift.shape, -1), sums.view(*shift.shape, -1), shift

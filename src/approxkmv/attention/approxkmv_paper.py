@@ -12,7 +12,7 @@ import math
 
 import torch
 
-from approxkmv.attention.angular_hashing import block_sums, sort_into_blocks
+from approxkmv.attention.angular_hashing import block_sums, sort_into_blocks, sorted_sample
 from approxkmv.attention.column_sampling import column_probabilities, with_ones
 from approxkmv.attention.contract import Method, per_batch
 
@@ -36,17 +36,22 @@ def sums(
     more = round(_MORE * samples)
     drawn = torch.multinomial(probabilities, more, replacement=True, generator=generator)
     extended = with_ones(v)
-    drawn_v = extended[drawn] / probabilities[drawn].unsqueeze(1)
-    drawn_size = drawn_v.square().sum(1)
+    sample, order = sorted_sample(drawn, blocks)
+    drawn_v = extended[sample.keys] / probabilities[sample.keys].unsqueeze(1)
+    # Every row takes the first of the draws; all of them serve where the variance is high.
+    is_first = (order < samples).unsqueeze(1)
+    first_v = drawn_v * is_first
+    first_size = first_v.square().sum(1)
 
-    heavy = q.new_empty(*blocks.queries.shape, extended.shape[1])
+    width = extended.shape[1]
+    heavy = q.new_empty(*blocks.queries.shape, width)
     first, all_of_them = torch.empty_like(heavy), torch.empty_like(heavy)
     variance, shifts = torch.empty_like(heavy[..., 0]), torch.empty_like(heavy[..., 0])
-    for here, near, light, shift in block_sums(q, k, extended, blocks, drawn):
+    columns = torch.cat([first_v, drawn_v], 1)
+    for here, near, light, far, shift in block_sums(q, k, extended, blocks, sample, columns):
         heavy[here], shifts[here] = near, shift
-        first[here] = light[..., :samples] @ drawn_v[:samples]
-        all_of_them[here] = first[here] + light[..., samples:] @ drawn_v[samples:]
-        variance[here] = light[..., :samples].square() @ drawn_size[:samples] / samples
+        first[here], all_of_them[here] = far[..., :width], far[..., width:]
+        variance[here] = light.square() @ first_size / samples
         variance[here] -= (first[here] / samples).square().sum(-1)
     # The average is over the variances of the estimates, each with its row's own factor exp(shift) back in place.
     if normalised:

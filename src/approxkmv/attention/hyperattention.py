@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from approxkmv.arrays import resolve_scale
-from approxkmv.attention.angular_hashing import block_sums, sort_into_blocks
+from approxkmv.attention.angular_hashing import block_sums, sort_into_blocks, sorted_sample
 from approxkmv.attention.column_sampling import with_ones
 from approxkmv.attention.contract import Method, check_inputs, per_batch
 from approxkmv.attention.counting import count
@@ -42,13 +42,12 @@ def sums(
         # In a single block nothing is left to estimate.
         drawn = drawn[:0]
     extended = with_ones(v)
-    drawn_v = extended[drawn]
-    own = blocks.block_of_key[drawn].bincount(minlength=len(blocks.queries))
+    sample, _ = sorted_sample(drawn, blocks)
     # Keys outside of each block for each of the sample that is outside
-    weights = (n_k - blocks.keys_in_block()) / (len(drawn) - own).clamp_min(1)
+    weights = (n_k - blocks.keys_in_block()) / (len(drawn) - sample.starts.diff()).clamp_min(1)
     out, logs = q.new_empty(*blocks.queries.shape, extended.shape[1]), q.new_empty(blocks.queries.shape)
-    for here, heavy, light, shift in block_sums(q, k, extended, blocks, drawn):
-        out[here] = heavy + weights[here].view(-1, 1, 1) * (light @ drawn_v)
+    for here, heavy, _, light, shift in block_sums(q, k, extended, blocks, sample, extended[sample.keys]):
+        out[here] = heavy + weights[here].view(-1, 1, 1) * light
         logs[here] = shift
     return blocks.unsorted(out, n_q), blocks.unsorted(logs, n_q)
 

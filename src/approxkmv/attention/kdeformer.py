@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from approxkmv.attention.angular_hashing import block_sums, sort_into_blocks
+from approxkmv.attention.angular_hashing import block_sums, sort_into_blocks, sorted_sample
 from approxkmv.attention.column_sampling import column_probabilities, with_ones
 from approxkmv.attention.contract import Method, per_batch
 
@@ -35,10 +35,11 @@ def sums(
         # In a single block nothing is left to estimate.
         drawn = drawn[:0]
     extended = with_ones(v)
-    weighted = extended[drawn] / (samples * probabilities[drawn]).unsqueeze(1)
+    sample, _ = sorted_sample(drawn, blocks)
+    weighted = extended[sample.keys] / (samples * probabilities[sample.keys]).unsqueeze(1)
     out = q.new_empty(*blocks.queries.shape, extended.shape[1] + 1)
-    for here, heavy, light, shift in block_sums(q, k, extended, blocks, drawn):
-        out[here] = torch.cat([heavy + light @ weighted, shift.unsqueeze(-1)], -1)
+    for here, heavy, _, light, shift in block_sums(q, k, extended, blocks, sample, weighted):
+        out[here] = torch.cat([heavy + light, shift.unsqueeze(-1)], -1)
     answers = blocks.unsorted(out, len(q))
     return answers[:, :-2], answers[:, -2], answers[:, -1]
 

@@ -73,25 +73,26 @@ def sums(
         code_q = ((q @ directions[:-1] > 0) * powers).sum(1)
         code_k = ((lifted @ directions > 0) * powers).sum(1)
         order_q, order_k = code_q.argsort(stable=True), code_k.argsort(stable=True)
-        sorted_k, sorted_e = k[order_k], extended[order_k]
-        sizes_q, sizes_k = (c.bincount(minlength=1 << bits) for c in (code_q, code_k))
-        ends_q, ends_k = sizes_q.cumsum(0).tolist(), sizes_k.cumsum(0).tolist()
-        met = ((sizes_q > 0) & (sizes_k > 0)).nonzero().squeeze(1).tolist()
-        for code in met:
-            rows = order_q[ends_q[code - 1] if code else 0 : ends_q[code]]
-            these = slice(ends_k[code - 1] if code else 0, ends_k[code])
-            logits = q[rows] @ sorted_k[these].mT
+        # Gathered once, so that every bucket is a slice
+        sorted_q, sorted_k, sorted_e = q[order_q], k[order_k], extended[order_k]
+        inverse, held, shift = inverse_norms[order_q], out[:, order_q], shifts[order_q]
+        # Sizes and ends of the buckets of queries and of keys, as lists
+        sizes = [c.bincount(minlength=1 << bits) for c in (code_q, code_k)]
+        buckets = [(c.tolist(), c.cumsum(0).tolist()) for c in sizes]
+        for size_q, end_q, size_k, end_k in zip(*buckets[0], *buckets[1], strict=True):
+            if not size_q or not size_k:
+                continue
+            rows, these = slice(end_q - size_q, end_q), slice(end_k - size_k, end_k)
+            logits = sorted_q[rows] @ sorted_k[these].mT
             count(kernel_evaluations=logits.numel())
             if bits:
-                logits -= log_collision_probability(logits * inverse_norms[rows].unsqueeze(1), bits)
-            before = shifts[rows]
-            shift = torch.maximum(before, logits.amax(1))
-            shifts[rows] = shift
-            logits.sub_(shift.unsqueeze(1)).exp_()
+                logits -= log_collision_probability(logits * inverse[rows].unsqueeze(1), bits)
+            highest = torch.maximum(shift[rows], logits.amax(1))
             # All groups share the row's shift.
-            held = out[:, rows] * (before - shift).exp_().unsqueeze(1)
-            held[table % groups] += logits @ sorted_e[these]
-            out[:, rows] = held
+            held[:, rows] *= (shift[rows] - highest).exp_().unsqueeze(1)
+            shift[rows] = highest
+            held[table % groups, rows] += logits.sub_(highest.unsqueeze(1)).exp_() @ sorted_e[these]
+        out[:, order_q], shifts[order_q] = held, shift
     in_group = torch.arange(tables, device=q.device).remainder(groups).bincount(minlength=groups)
     return out / in_group.view(-1, 1, 1), shifts
 
