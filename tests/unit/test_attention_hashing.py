@@ -264,6 +264,18 @@ def test_groups_share_the_tables_out():
     assert bool(medians.isfinite().all())
 
 
+def test_a_far_cluster_of_equal_keys_is_exact():
+    """Six places that hold 5 to 105 keys each: every cluster is one place, so that centroids lose nothing."""
+    q, places, _ = inputs(120, 6, 5, 1)
+    k = places.repeat_interleave(torch.tensor([5, 25, 45, 65, 85, 105]), 0)
+    v = torch.randn(len(k), 2, generator=torch.Generator().manual_seed(0))
+    right = exact(q, k, v, 0.7)
+    out = get("clustered")(q[None], k[None], v[None], scale=0.7, block=20, clusters=8.0, near=1)[0]
+    assert (out.double() - right).abs().max() < 2e-5
+    # The values' mean is far off, so that the weights of the places are what is tested.
+    assert (v.double().mean(0) - right).abs().max() > 0.05
+
+
 def test_near_clusters_are_worth_their_cost():
     q, k, v = inputs(600, 600, 16, 1)
     right = exact(q, k, v, 2.0)
