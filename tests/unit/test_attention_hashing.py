@@ -11,6 +11,7 @@ from approxkmv.attention.angular_hashing import gray_rank, sort_into_blocks
 from approxkmv.attention.column_sampling import column_probabilities
 from approxkmv.attention.hyperattention import hyperattention_causal
 from approxkmv.errors import InputError
+from approxkmv.kmv.hashing import PStableHash
 
 
 @pytest.fixture(autouse=True)
@@ -249,6 +250,18 @@ def test_signs_agree_as_often_as_the_angle_says():
     assert bool(((same.double().mean(0) - p).abs() < 4.5 * (p * (1 - p) / 2000).sqrt()).all())
     # As the angle's definition has it
     assert float(vkde_lsh.log_collision_probability(torch.tensor([0.0]), 3)) == pytest.approx(3 * math.log(0.5))
+
+
+def test_signs_tell_more_per_collision_than_shifted_grids_do():
+    """Slope of log p in the cosine at a right angle, for one norm of all points, over -log p there."""
+    step = 1e-3
+    p = [float(vkde_lsh.log_collision_probability(torch.tensor(c), 1)) for c in (-step, 0.0, step)]
+    signs = (p[2] - p[0]) / (2 * step) / -p[1]
+    assert signs == pytest.approx(2 / (math.pi * math.log(2)), rel=1e-3)
+    # Width 1 at all norms is all widths at one norm. The squared distance is 2 norm^2 (1 - cosine).
+    norm = np.logspace(-3, 3, 2001)
+    logs = [np.log(PStableHash(1.0).collision_probability(norm * math.sqrt(2 * (1 - c)))) for c in (-step, 0.0, step)]
+    assert 0.5 < ((logs[2] - logs[0]) / (2 * step) / -logs[1]).max() < 0.6
 
 
 def test_groups_share_the_tables_out():

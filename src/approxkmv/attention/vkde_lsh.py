@@ -10,7 +10,8 @@ inequality, since h(x) != h(z) needs h(x) != h(y) or h(y) != h(z), and 1 - exp(-
 short line. So the probability only resembles the kernel, and the weights mend the rest. The family is the signs of m
 projections of the vectors of Lemma 4.1, all keys of which have one norm R: p = (1 - angle / pi)^m, exactly, with
 log p = -m log 2 + (2 m / pi) cos(angle) + O(m cos^2), while log of the kernel is linear in cos(angle) with slope
-scale |q| R. Signs waste less than shifted grids do: there the slope is at most half of what collisions cost in log p.
+scale |q| R. Signs waste less than shifted grids do: per unit of -log p at a right angle, which is what collisions cost,
+their slope is 2 / (pi log 2), and that of p-stable grids 0.6 at most.
 
 Source: section 2.3 of A. Andoni's lecture on kernel density and attention (2025); importance weights as in
 Charikar & Siminelakis (2017); angular hashing, Charikar (2002).
@@ -103,7 +104,8 @@ def _vkde_lsh(
     def single(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         # Attention does not change when all keys move together, and angles tell more around their mean.
         both, _ = sums(q * scale, k - k.mean(0), v, generator, **parameters)
-        mean, median = both.mean(0), both.quantile(0.5, 0) if len(both) > 1 else both[0]
+        ordered = both.sort(0).values
+        mean, median = both.mean(0), 0.5 * (ordered[(len(both) - 1) // 2] + ordered[len(both) // 2])
         # Half of the groups may have met nothing.
         both = torch.where(median[:, -1:] > 0, median, mean)
         # Of a query that met no key nothing is known.
@@ -127,6 +129,5 @@ method = Method(
         {"tables": 16, "bucket": 128},
         {"tables": 32, "bucket": 128},
         {"tables": 32, "bucket": 256},
-        {"tables": 64, "bucket": 256},
     ],
 )
