@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from approxkmv.attention import acceleration, approxkmv_paper, get
+from approxkmv.attention import acceleration, get
 from approxkmv.attention import approxkmv as ours
-from approxkmv.attention.expansion import expand, k_means, sums_of_keys
+from approxkmv.attention.expansion import expand, sums_of_keys
+from approxkmv.attention.k_means import k_means
 
 
 @pytest.fixture(autouse=True)
@@ -161,22 +162,6 @@ def test_budgets_go_where_the_deviation_is():
     counts = ours.budgets(e, share, 32)
     assert int(counts[0]) == 128
     assert bool((counts[1:] == 4).all())
-
-
-def test_gray_order_changes_one_bit_at_a_time():
-    codes = torch.tensor([[int(b) for b in f"{i:04b}"] for i in range(16)])
-    ordered = codes[approxkmv_paper.gray_rank(codes).argsort()]
-    assert sorted(approxkmv_paper.gray_rank(codes).tolist()) == list(range(16))
-    assert bool(((ordered[1:] - ordered[:-1]).abs().sum(1) == 1).all())
-
-
-def test_paper_probabilities_follow_the_column_norms():
-    v = torch.tensor([[0.0], [3.0], [0.0], [0.0]])
-    p = approxkmv_paper.column_probabilities(v)
-    assert float(p.sum()) == pytest.approx(1.0, abs=1e-6)
-    extended = np.array([[0, 1], [3, 1], [0, 1], [0, 1]], float)
-    right = np.linalg.norm(extended, axis=1) / np.linalg.norm(extended, 2) + 0.25
-    assert np.allclose(p.numpy(), right / right.sum(), atol=1e-6)
 
 
 def test_paper_with_one_block_is_exact():

@@ -66,7 +66,46 @@ def test_table_and_record(vectors, tmp_path, monkeypatch):
     assert record["settings"]["targets"] == [0.2, 1e-9]
     assert record["machine"]["torch"] == torch.__version__
     assert all(c["reference_error"] < 1e-5 for c in record["reference"]["error_against_float64"])
-    assert [p.name for p in sorted(table.parent.iterdir())] == ["sweep.csv", "sweep.json"]
+    assert [p.name for p in sorted(table.parent.iterdir())] == ["sweep.csv", "sweep.json", "sweep_exponents.csv"]
+
+
+def test_evaluations_and_their_exponents(vectors, tmp_path):
+    table = tmp_path / "sweep.csv"
+    asked = settings(
+        vectors, methods=["exact-fused", "mean", "uniform"], targets=[0.9], workload={"lengths": [100, 200, 300]}
+    )
+    run_sweep(asked, table, {}, say=lambda line: None)
+    by = {(r["method"], r["n"]): r for r in read(table)}
+    assert int(by["exact-fused", "200"]["kernel_evaluations"]) == 200 * 200
+    assert (
+        int(by["uniform", "300"]["inner_products"]) == 300 * json.loads(by["uniform", "300"]["parameters"])["samples"]
+    )
+    fits = {r["method"]: r for r in read(tmp_path / "sweep_exponents.csv")}
+    assert fits["exact-fused"]["lengths"] == "[100, 200, 300]"
+    assert float(fits["exact-fused"]["evaluation_exponent"]) == pytest.approx(2)
+    assert float(by["exact-fused", "100"]["evaluation_exponent"]) == pytest.approx(2)
+    # The mean evaluates nothing, which has no logarithm.
+    assert fits["mean"]["kernel_evaluations"] == "[0, 0, 0]"
+    assert fits["mean"]["evaluation_exponent"] == ""
+    assert float(fits["uniform"]["target"]) == 0.9
+
+
+def test_exponent_by_hand():
+    from approxkmv.sweep.exponents import PROFILE, evaluation_exponents, fit_exponent
+
+    n = np.array([1000, 2000, 4000, 8000])
+    noise = np.array([0.1, -0.1, -0.1, 0.1])
+    slope, error = fit_exponent(n, 5 * n**1.5 * np.exp(noise))
+    # The noise is orthogonal to log n: residual variance 0.04 / 2 over 5 (log 2)^2.
+    assert slope == pytest.approx(1.5)
+    assert error == pytest.approx((0.02 / 5) ** 0.5 / np.log(2))
+    assert fit_exponent([100, 200], [10, 40]) == (pytest.approx(2), None)
+    assert fit_exponent([100, 100], [10, 40]) == (None, None)
+    row = dict.fromkeys(PROFILE, "x")
+    counts = {"kernel_evaluations": 7, "inner_products": 9}
+    rows = [{**row, **counts, "n": n, "status": s} for n, s in ((1, "ok"), (2, "unreached"), (3, "ok"))]
+    (found,) = evaluation_exponents(rows)
+    assert found["lengths"] == "[1, 3]"
 
 
 def test_same_settings_same_errors(vectors, tmp_path):

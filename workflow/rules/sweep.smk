@@ -34,6 +34,12 @@ rule sweep:
             labels={"table": "time at equal error"},
         ),
         record=f"{RESULTS}/tables/sweep.json",
+        exponents=report(
+            f"{RESULTS}/tables/sweep_exponents.csv",
+            caption="../report/sweep_exponents.rst",
+            category="Tables",
+            labels={"table": "kernel evaluations against n"},
+        ),
     log:
         f"{RESULTS}/logs/sweep.log",
     conda:

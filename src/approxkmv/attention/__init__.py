@@ -19,6 +19,10 @@ _MODULES = {
     "uniform": "uniform",
     "own-key": "own_key",
     "approxkmv-paper": "approxkmv_paper",
+    "kdeformer": "kdeformer",
+    "hyperattention": "hyperattention",
+    "clustered": "clustered",
+    "vkde-lsh": "vkde_lsh",
     "approxkmv": "approxkmv",
     "local-expansion": "local_expansion",
 }

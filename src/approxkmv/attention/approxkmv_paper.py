@@ -8,29 +8,15 @@ the average take 1.5 times the samples.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
+from approxkmv.attention.angular_hashing import block_sums, sort_into_blocks, sorted_sample
+from approxkmv.attention.column_sampling import column_probabilities, with_ones
 from approxkmv.attention.contract import Method, per_batch
 
 _MORE = 1.5
-
-
-def gray_rank(bits: torch.Tensor) -> torch.Tensor:
-    """Position (n,) in Gray order of each row of bits (n, p), so that neighbours differ in one bit."""
-    rank = torch.zeros(bits.shape[0], dtype=torch.int64, device=bits.device)
-    running = torch.zeros_like(rank)
-    for i in range(bits.shape[1]):
-        running = running ^ bits[:, i].long()
-        rank = 2 * rank + running
-    return rank
-
-
-def column_probabilities(v: torch.Tensor) -> torch.Tensor:
-    """Sampling probabilities (n_k,), proportional to |[v, 1]_j| / |[v, 1]|_op + 1/n_k."""
-    extended = torch.cat([v, v.new_ones(len(v), 1)], 1)
-    largest = torch.linalg.eigvalsh(extended.mT @ extended)[-1].clamp_min(1e-30).sqrt()
-    share = extended.square().sum(1).sqrt() / largest + 1.0 / len(v)
-    return share / share.sum()
 
 
 def sums(
@@ -45,46 +31,27 @@ def sums(
     normalised: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Numerators (n_q, d_v), row sums (n_q,) and the logs (n_q,) that both are divided by, for scaled queries."""
-    n_q, n_k, d = len(q), len(k), q.shape[1]
-    directions = torch.randn(d, projections, generator=generator, device=q.device)
-    order_q = gray_rank(q @ directions > 0).argsort(stable=True)
-    order_k = gray_rank(k @ directions > 0).argsort(stable=True)
-    blocks = max(1, -(-n_q // block))
-    # Equal blocks for any n: the last ones are padded, queries with rows that are dropped, keys with weight zero.
-    rows, columns = -(-n_q // blocks), -(-n_k // blocks)
-    place_q = torch.nn.functional.pad(order_q, (0, blocks * rows - n_q)).view(blocks, rows)
-    place_k = torch.nn.functional.pad(order_k, (0, blocks * columns - n_k)).view(blocks, columns)
-    padding = torch.arange(blocks * columns, device=q.device).view(blocks, 1, columns) >= n_k
-    block_of_key = torch.empty_like(order_k)
-    block_of_key[order_k] = torch.arange(n_k, device=q.device) // columns
-
+    blocks = sort_into_blocks(q, k, generator, block=block, projections=projections)
     probabilities = column_probabilities(v)
     more = round(_MORE * samples)
     drawn = torch.multinomial(probabilities, more, replacement=True, generator=generator)
-    drawn_k, drawn_p, drawn_block = k[drawn], probabilities[drawn], block_of_key[drawn]
-    extended = torch.cat([v, v.new_ones(n_k, 1)], 1)
-    drawn_v = extended[drawn] / drawn_p.unsqueeze(1)
-    drawn_size = drawn_v.square().sum(1)
+    extended = with_ones(v)
+    sample, order = sorted_sample(drawn, blocks)
+    drawn_v = extended[sample.keys] / probabilities[sample.keys].unsqueeze(1)
+    # Every row takes the first of the draws; all of them serve where the variance is high.
+    is_first = (order < samples).unsqueeze(1)
+    first_v = drawn_v * is_first
+    first_size = first_v.square().sum(1)
 
-    heavy = q.new_empty(blocks, rows, extended.shape[1])
+    width = extended.shape[1]
+    heavy = q.new_empty(*blocks.queries.shape, width)
     first, all_of_them = torch.empty_like(heavy), torch.empty_like(heavy)
-    variance, shifts = q.new_empty(blocks, rows), q.new_empty(blocks, rows)
-    step = max(1, 1024 // rows)
-    for b in range(0, blocks, step):
-        here = slice(b, b + step)
-        some = q[place_q[here]]
-        logits = (some @ k[place_k[here]].mT).masked_fill_(padding[here], -torch.inf)
-        light = some @ drawn_k.mT
-        # One shift for both, so that neither overflows
-        shift = torch.maximum(logits.amax(-1), light.amax(-1))
-        shifts[here] = shift
-        heavy[here] = logits.sub_(shift.unsqueeze(-1)).exp_() @ extended[place_k[here]]
-        light.sub_(shift.unsqueeze(-1)).exp_()
-        own = drawn_block == torch.arange(b, b + len(some), device=q.device).unsqueeze(1)
-        light.masked_fill_(own.unsqueeze(1), 0)
-        first[here] = light[..., :samples] @ drawn_v[:samples]
-        all_of_them[here] = first[here] + light[..., samples:] @ drawn_v[samples:]
-        variance[here] = light[..., :samples].square() @ drawn_size[:samples] / samples
+    variance, shifts = torch.empty_like(heavy[..., 0]), torch.empty_like(heavy[..., 0])
+    columns = torch.cat([first_v, drawn_v], 1)
+    for here, near, light, far, shift in block_sums(q, k, extended, blocks, sample, columns):
+        heavy[here], shifts[here] = near, shift
+        first[here], all_of_them[here] = far[..., :width], far[..., width:]
+        variance[here] = light.square() @ first_size / samples
         variance[here] -= (first[here] / samples).square().sum(-1)
     # The average is over the variances of the estimates, each with its row's own factor exp(shift) back in place.
     if normalised:
@@ -92,15 +59,11 @@ def sums(
         log_variance = variance.clamp_min(1e-37).log() - 2 * size.clamp_min(1e-37).log()
     else:
         log_variance = variance.clamp_min(1e-37).log() + 2 * shifts
-    counted = torch.arange(blocks * rows, device=q.device).view(blocks, rows) < n_q
-    logs = log_variance[counted]
-    average = torch.logsumexp(logs.double(), 0) - torch.log(logs.new_tensor(float(n_q), dtype=torch.float64))
+    logs = blocks.unsorted(log_variance, len(q)).double()
+    average = torch.logsumexp(logs, 0) - math.log(len(q))
     above = (log_variance.double() > average).unsqueeze(-1)
-    answers = heavy + torch.where(above, all_of_them / more, first / samples)
-    out, out_shift = q.new_empty(n_q, extended.shape[1]), q.new_empty(n_q)
-    out[order_q] = answers.flatten(0, 1)[:n_q]
-    out_shift[order_q] = shifts.flatten()[:n_q]
-    return out[:, :-1], out[:, -1], out_shift
+    answers = blocks.unsorted(heavy + torch.where(above, all_of_them / more, first / samples), len(q))
+    return answers[:, :-1], answers[:, -1], blocks.unsorted(shifts, len(q))
 
 
 def _approxkmv_paper(
@@ -126,7 +89,7 @@ def _approxkmv_paper(
             projections=projections,
             normalised=normalised,
         )
-        # Where the logits are large a row's sampled terms may all vanish beside its shift; then nothing is known.
+        # A row may vanish beside its largest logit, if that is of a sample that it does not use.
         return numerators / row_sums.clamp_min(torch.finfo(q.dtype).tiny).unsqueeze(1)
 
     return per_batch(single, q, k, v, seed)

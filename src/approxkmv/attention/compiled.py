@@ -57,6 +57,33 @@ def add_exponentials(logits, columns, numerators, row_sums):
 
 
 @njit(fastmath=_FLAGS, nogil=True, cache=True)
+def shifted_exponentials(logits, skip_from, skip_to, columns, shifts, sums):
+    """logits (rows, keys) become exp(logits - shifts), or 0 for the keys skip_from_i to skip_to_i - 1 of row i.
+
+    shifts (rows,) rise to the largest logit that is not skipped, and stay where that is less; sums (rows, width) are
+    the products with columns (width, keys).
+    """
+    rows, keys = logits.shape
+    width = columns.shape[0]
+    for i in range(rows):
+        for j in range(skip_from[i], skip_to[i]):
+            logits[i, j] = _f(-1e30)
+        top = shifts[i]
+        for j in range(keys):
+            top = max(top, logits[i, j])
+        shifts[i] = top
+        for j in range(keys):
+            logits[i, j] = _exp(logits[i, j] - top)
+        for j in range(skip_from[i], skip_to[i]):
+            logits[i, j] = _f(0.0)
+        for c in range(width):
+            part = _f(0.0)
+            for j in range(keys):
+                part += logits[i, j] * columns[c, j]
+            sums[i, c] = part
+
+
+@njit(fastmath=_FLAGS, nogil=True, cache=True)
 def nearest(distances, points, labels):
     """labels (rows,) = the column with the least of distances (rows, columns) + |points|^2, which is not negative.
 

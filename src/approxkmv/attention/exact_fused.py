@@ -6,6 +6,7 @@ import torch
 
 from approxkmv.attention.acceleration import compiled_loops
 from approxkmv.attention.contract import Method, UnavailableError
+from approxkmv.attention.counting import count
 
 # Below this row sum the shift was so far above the row's maximum that float32 may have lost whole terms: the
 # smallest normal number is 1e-38, so that what is lost of a larger sum is under n 1e-13 of it.
@@ -77,9 +78,11 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, tile
     # Attention does not change when all keys move together, and the bound is tighter around their mean.
     k = k - k.mean(0)
     numerators, row_sums = _by_bound(q, k, v, tile)
+    count(kernel_evaluations=len(q) * len(k))
     lost = (row_sums < _UNDERFLOW).nonzero().squeeze(1)
     if len(lost):
         again, sums = _by_running_maximum(q[lost], k, v, tile)
+        count(kernel_evaluations=len(lost) * len(k))
         numerators = numerators.contiguous()
         numerators[lost], row_sums[lost] = again, sums
     return numerators / row_sums.unsqueeze(1)
@@ -91,6 +94,7 @@ def _exact_fused(
     if q.device.type == "cuda":
         from approxkmv.attention import triton_kernels
 
+        count(kernel_evaluations=q.shape[0] * q.shape[1] * k.shape[1])
         return triton_kernels.exact(q, k, v, scale)
     if q.device.type != "cpu":
         raise UnavailableError(f"exact-fused has no kernel for the device {q.device}")

@@ -7,6 +7,7 @@ import os
 import torch
 
 from approxkmv.attention.contract import Method, UnavailableError
+from approxkmv.attention.counting import count
 
 
 def _free_bytes(device: torch.device) -> int:
@@ -33,6 +34,7 @@ def _exact_naive(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: fl
             f"exact-naive stores the {q.shape[1]} x {k.shape[1]} matrix {q.shape[0]} times over: "
             f"{needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free"
         )
+    count(kernel_evaluations=q.shape[0] * q.shape[1] * k.shape[1])
     return (scale * q.float() @ k.float().mT).softmax(-1).to(v.dtype) @ v
 
 

@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from approxkmv.attention.contract import Method, UnavailableError
+from approxkmv.attention.counting import count
 
 _BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -74,6 +75,7 @@ def _exact_sdpa(
         backend = choose_backend(q, k, v, scale)
     elif backend not in _BACKENDS:
         raise UnavailableError(f"exact-sdpa has no backend {backend!r}; it has: {', '.join(_BACKENDS)}")
+    count(kernel_evaluations=q.shape[0] * q.shape[1] * k.shape[1])
     try:
         return _run(backend, q, k, v, scale)
     except RuntimeError as error:

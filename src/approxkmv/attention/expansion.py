@@ -14,6 +14,8 @@ import numpy as np
 import torch
 
 from approxkmv.attention.acceleration import compiled_loops, over_threads, scratch
+from approxkmv.attention.counting import count
+from approxkmv.attention.k_means import k_means
 
 # Each tilted column of v costs d more columns in the far sums; beyond these the far value is the block's mean.
 _TILTED_COLUMNS = 2
@@ -27,37 +29,6 @@ _SAMPLED_KEYS = 8
 # Eigenvalues to this power weigh the axes in the distance of queries. One half would be the standard deviation of the
 # change of the logits; a little less keeps weight on axes along which only the keys near the top differ.
 _METRIC_POWER = 0.4
-
-
-def k_means(
-    points: torch.Tensor, clusters: int, iterations: int, sampled: int, generator: torch.Generator
-) -> torch.Tensor:
-    """Label (n,) of each of points (n, r): Lloyd's iterations on `sampled` points a cluster, then one on all."""
-    loops = compiled_loops()
-
-    def nearest(some: torch.Tensor) -> torch.Tensor:
-        norms = centres.square().sum(1)
-        labels = torch.empty(len(some), dtype=torch.int64)
-        distances = scratch("distances", 512, len(centres))
-        # In pieces, so that the distances stay in the cache
-        for i in range(0, len(some), 512):
-            part = some[i : i + 512]
-            here = torch.addmm(norms, part, centres.mT, alpha=-2, out=distances[: len(part)])
-            if loops is not None:
-                loops.nearest(here.numpy(), part.numpy(), labels[i : i + 512].numpy())
-            else:
-                torch.argmin(here, 1, out=labels[i : i + 512])
-        return labels
-
-    shuffled = torch.randperm(len(points), generator=generator)
-    centres = points[shuffled[:clusters]]
-    some = points[shuffled[: sampled * clusters]]
-    for _ in range(iterations):
-        labels = nearest(some)
-        totals = torch.zeros_like(centres).index_add_(0, labels, some)
-        counts = torch.bincount(labels, minlength=len(centres)).unsqueeze(1)
-        centres = torch.where(counts > 0, totals / counts, centres)
-    return nearest(points)
 
 
 @dataclass(frozen=True)
@@ -161,6 +132,7 @@ class Expansion:
 
     def far(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Log weight (rows,) and value (rows, d_v) of its block's far key, as each query sees them."""
+        count(kernel_evaluations=len(self.blocks.deltas))
         axes = self.far_key.unsqueeze(2)
         if self.far_tilt is not None:
             axes = torch.cat([axes, self.far_tilt.mT], 2)
@@ -244,6 +216,7 @@ def expand(
     variances = blocks.variances / metric.square()
     ranks = torch.cat([0.5 * variances, blocks.centres], 1).to(low)
     logs = torch.mm(ranks, features[:, : r + d].mT, out=scratch("logs", len(blocks), n_k, dtype=low))
+    count(kernel_evaluations=logs.numel())
     highest = logs.amax(1, keepdim=True)
     sample = logs[:, generator.initial_seed() % _SAMPLED_KEYS :: _SAMPLED_KEYS].float()
     kept = sample.shape[1] - min(max(1, near // _SAMPLED_KEYS), sample.shape[1])
@@ -295,15 +268,17 @@ def sums_of_keys(
 
     Block b's keys are chosen[ends[b-1]:ends[b]], its sums are divided by exp(scale_b); extra (len(chosen),) or 0.
     """
-    count, d_v = len(blocks), v.shape[1]
-    sums, scales = torch.zeros(len(blocks.deltas), 1 + d_v), torch.empty(count)
+    number, d_v = len(blocks), v.shape[1]
+    sums, scales = torch.zeros(len(blocks.deltas), 1 + d_v), torch.empty(number)
+    # Each key with each query, padded rows too, and with the block's centre
+    count(kernel_evaluations=int(((blocks.sizes + 1) * np.diff(ends, prepend=0)).sum()))
     loops = compiled_loops() if d_v <= _FEW_COLUMNS else None
     if extra is None:
         extra = torch.zeros(len(chosen))
     if loops is not None:
         given = [t.contiguous().numpy() for t in (k, mean, v, extra, blocks.centres, scales, sums)]
         fixed = blocks.deltas.numpy(), blocks.starts, blocks.sizes, chosen, ends
-        over_threads(lambda first, last: loops.sums_of_keys(first, last, *fixed, *given), count)
+        over_threads(lambda first, last: loops.sums_of_keys(first, last, *fixed, *given), number)
         return sums, scales
     step = _KEYS_OF_BFLOAT16 if low == torch.bfloat16 else 1
     indices = torch.from_numpy(chosen)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from approxkmv.attention import triton_kernels
+from approxkmv.attention.counting import count
 from approxkmv.attention.expansion import _METRIC_POWER, _TILTED_COLUMNS
 
 _GRAPHS = 8
@@ -139,8 +140,17 @@ def attend(
 
     The seed shifts the queries that k-means starts from; `directions` has no use here, since all axes fit.
     """
-    if near >= k.shape[1]:
+    batch, n_q, _ = q.shape
+    n_k = k.shape[1]
+    if near >= n_k:
+        count(kernel_evaluations=batch * n_q * n_k)
         return triton_kernels.exact(q, k, v, scale)
+    # Counted from the sizes, since a replayed graph runs no Python: all keys at the centres, near keys and the far key
+    # for each query, and the distances of k-means.
+    blocks = -(-n_q // block)
+    count(kernel_evaluations=batch * blocks * (n_k + block * (near + 1)))
+    of_sample = len(range(0, n_q, max(1, n_q // (sampled * blocks))))
+    count(other_products=batch * blocks * (n_q + iterations * of_sample))
     low = torch.float32 if products == "float32" else torch.bfloat16
     given: dict[str, Any] = {
         "scale": scale,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from approxkmv.attention.contract import Method, UnavailableError, per_batch
+from approxkmv.attention.counting import count
 
 
 def _own_key(
@@ -17,6 +18,7 @@ def _own_key(
         n = len(k)
         chosen = torch.randint(n, (min(samples, n),), generator=generator, device=k.device)
         own = scale * (q * k).sum(-1)
+        count(kernel_evaluations=n * (1 + len(chosen)))
         # log of the sum over the other n - 1 keys, estimated from the sample
         rest = torch.logsumexp(scale * (q @ k[chosen].mT), -1) + torch.log(own.new_tensor((n - 1) / len(chosen)))
         weight = torch.sigmoid(own - rest).unsqueeze(-1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from approxkmv.attention.contract import Method, per_batch
+from approxkmv.attention.counting import count
 
 
 def _uniform(
@@ -12,6 +13,7 @@ def _uniform(
 ) -> torch.Tensor:
     def single(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         chosen = torch.randint(len(k), (min(samples, len(k)),), generator=generator, device=k.device)
+        count(kernel_evaluations=len(q) * len(chosen))
         return ((q * scale) @ k[chosen].mT).softmax(-1) @ v[chosen]
 
     return per_batch(single, q, k, v, seed)

@@ -139,7 +139,7 @@ def _one(
     memory: int,
     options: dict[str, object],
 ) -> tuple[np.ndarray, int, Tally]:
-    centre, balance = _best_origin(q, k)
+    centre, balance = best_origin(q, k)
     centred = k - centre
     reduction = reduce_attention(q * balance, centred / balance, scale)
     n_q, n_k = len(q), len(k)
@@ -182,7 +182,7 @@ def _one(
     return out, len(rest), total + Tally(pairs, pairs)
 
 
-def _best_origin(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, float]:
+def best_origin(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, float]:
     """The origin of the keys (0 or their mean) and the balance a with the larger kernel, by the mean of log K."""
     query_norm = float(q.square().sum(-1).mean().sqrt())
     best: tuple[float, torch.Tensor, float] | None = None

@@ -17,7 +17,9 @@ import torch
 
 from approxkmv.attention import Method, UnavailableError, get, methods
 from approxkmv.attention.contract import check_inputs
+from approxkmv.attention.counting import counting
 from approxkmv.errors import ConfigError
+from approxkmv.sweep.exponents import EXPONENT_COLUMNS, add_exponents, evaluation_exponents
 from approxkmv.sweep.measure import errors, interleaved_seconds, quartiles, summary
 from approxkmv.sweep.settings import SweepSettings
 from approxkmv.sweep.tuning import tune
@@ -54,6 +56,10 @@ COLUMNS = {
     "seconds": "median of the timed runs",
     "seconds_q3": "third quartile of the timed runs",
     "repeats": "number of timed runs",
+    "kernel_evaluations": "kernel evaluations of a run over the whole batch: median over the evaluation seeds",
+    "inner_products": "those, and the inner products that choose or place points",
+    "evaluation_exponent": "slope of log kernel evaluations on log n, over the n at which this target was reached",
+    "evaluation_exponent_error": "its standard error",
 }
 Row = dict[str, Any]
 
@@ -155,7 +161,7 @@ def _rows_of_case(
     runs: dict[str, Callable[[int], object]] = {}
     for name in names:
         method = get(name)
-        row: Row = {**common, "method": name, "kind": _kind(method)}
+        row: Row = {**common, "method": name, "kind": _kind(method), "target": None}
         grid = settings.parameters.get(name, method.grid)
 
         def error_of(parameters: dict[str, Any], i: int, method: Method = method) -> float:
@@ -211,17 +217,24 @@ def _measure(
             continue
         method, parameters = get(row["method"]), json.loads(row["parameters"])
         of_v, of_exact = [], []
+        kernel_evaluations, inner_products = [], []
         # An answer that does not depend on a seed still depends on the input.
         seeds = settings.seeds if method.seeded else settings.seeds[: settings.inputs]
         for i, seed in enumerate(seeds):
             problem = inputs.problem("evaluation", i)
-            pair = errors(_compute(method, problem, seed, parameters), inputs.exact("evaluation", i), problem.v)
+            with counting() as counts:
+                out = _compute(method, problem, seed, parameters)
+            pair = errors(out, inputs.exact("evaluation", i), problem.v)
+            kernel_evaluations.append(counts.kernel_evaluations)
+            inner_products.append(counts.inner_products)
             of_v.append(pair[0])
             of_exact.append(pair[1])
         measured[label] = {
             **{f"error_v_{name}": value for name, value in summary(of_v).items()},
             **{f"error_exact_{name}": value for name, value in summary(of_exact).items()},
             "seeds": len(seeds),
+            "kernel_evaluations": int(np.median(kernel_evaluations)),
+            "inner_products": int(np.median(inner_products)),
         }
     seconds = interleaved_seconds(
         runs,
@@ -243,11 +256,12 @@ def run_sweep(
     provenance: dict[str, Any],
     say: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
 ) -> None:
-    """Run a sweep and write its table (CSV) to `output` and the record of how it was made beside it (JSON).
+    """Run a sweep and write its table (CSV) to `output`; beside it the record of how it was made, and the exponents.
 
-    provenance (commit, versions, whatever the caller knows) goes into the record as it is. `say` gets a line for each
-    case. Raises InputError when a workload has too few rows, an input holds a NaN or a method is unknown, ConfigError
-    when the device is not there, SourceError when a file cannot be read; a method that cannot run is a row.
+    The record has the table's name with .json, the table of evaluation exponents with _exponents.csv. provenance
+    (commit, versions, whatever the caller knows) goes into the record as it is. `say` gets a line for each case.
+    Raises InputError when a workload has too few rows, an input holds a NaN or a method is unknown, ConfigError when
+    the device is not there, SourceError when a file cannot be read; a method that cannot run is a row.
     """
     output = Path(output)
     names = list(settings.methods or methods())
@@ -274,6 +288,8 @@ def run_sweep(
                         "reference_error": reference_error,
                     }
                 )
+    exponents = evaluation_exponents(rows)
+    add_exponents(rows, exponents)
     record = {
         "started": started.isoformat(timespec="seconds"),
         "seconds": (datetime.now(UTC) - started).total_seconds(),
@@ -281,15 +297,18 @@ def run_sweep(
         "machine": machine(settings.device),
         "reference": {"method": REFERENCE, "error_against_float64": checks},
         "columns": COLUMNS,
+        "columns_of_exponents": EXPONENT_COLUMNS,
         "provenance": provenance,
     }
     output.parent.mkdir(parents=True, exist_ok=True)
     _write(output.with_suffix(".json"), lambda file: json.dump(record, file, indent=2, default=str))
-    _write(output, lambda file: _write_csv(rows, file))
+    beside = output.with_name(f"{output.stem}_exponents.csv")
+    _write(beside, lambda file: _write_csv(exponents, EXPONENT_COLUMNS, file))
+    _write(output, lambda file: _write_csv(rows, COLUMNS, file))
 
 
-def _write_csv(rows: list[Row], file: Any) -> None:
-    writer = csv.DictWriter(file, list(COLUMNS), restval="", lineterminator="\n")
+def _write_csv(rows: list[Row], columns: dict[str, str], file: Any) -> None:
+    writer = csv.DictWriter(file, list(columns), restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
 

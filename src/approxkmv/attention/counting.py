@@ -1,0 +1,56 @@
+"""How many kernel evaluations and inner products a method takes, counted where they are made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+
+@dataclass
+class Counts:
+    """What a method evaluated while it was watched.
+
+    A kernel evaluation is one exponential of an inner product of a query, or of the centre of a block of queries, with
+    a key, or with a point that stands for many keys (a centroid). The other inner products only choose or place
+    points: distances of k-means and of searches, projections of a hash. Padding that is computed counts. Sums over
+    evaluations (products with values, moments of far keys) do not.
+    """
+
+    kernel_evaluations: int = 0
+    other_products: int = 0
+
+    @property
+    def inner_products(self) -> int:
+        """All inner products, those in a kernel evaluation and the others."""
+        return self.kernel_evaluations + self.other_products
+
+
+_watching: list[Counts] = []
+
+
+@contextmanager
+def counting() -> Iterator[Counts]:
+    """Collect what methods count inside the block, in every thread.
+
+    >>> import torch
+    >>> from approxkmv.attention import get
+    >>> with counting() as counts:
+    ...     _ = get("exact-fused")(torch.ones(2, 5, 4), torch.ones(2, 7, 4), torch.ones(2, 7, 1))
+    >>> counts.kernel_evaluations, counts.inner_products
+    (70, 70)
+    """
+    counts = Counts()
+    _watching.append(counts)
+    try:
+        yield counts
+    finally:
+        # By identity: two dataclasses that counted the same are equal.
+        _watching[:] = [other for other in _watching if other is not counts]
+
+
+def count(kernel_evaluations: int = 0, other_products: int = 0) -> None:
+    """Report evaluations to whoever is counting; next to nothing when nobody is."""
+    for counts in _watching:
+        counts.kernel_evaluations += kernel_evaluations
+        counts.other_products += other_products

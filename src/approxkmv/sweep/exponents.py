@@ -1,0 +1,93 @@
+"""How evaluations grow with n at equal error: one fitted exponent per workload, method and target."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+Row = dict[str, Any]
+
+# What makes one profile: everything of a row but its n and what was measured there.
+PROFILE = ("workload", "batch", "columns", "d", "d_v", "device", "dtype", "method", "kind", "target")
+EXPONENT_COLUMNS = {
+    "workload": "name of the workload, with the head for a model",
+    "batch": "attentions computed in one call",
+    "columns": "one value column, or all of them",
+    "d": "width of queries and keys",
+    "d_v": "width of the values",
+    "device": "cpu or cuda",
+    "dtype": "type of the inputs",
+    "method": "name of the method",
+    "kind": "exact, trivial or approximate",
+    "target": "the error that the method was tuned to at each n; empty for exact rows",
+    "lengths": "the n at which the target was reached, JSON",
+    "kernel_evaluations": "kernel evaluations at these n, JSON",
+    "evaluation_exponent": "slope of log kernel evaluations on log n",
+    "evaluation_exponent_error": "its standard error; empty with fewer than three n",
+    "inner_products": "all inner products at these n, JSON",
+    "product_exponent": "slope of log inner products on log n",
+    "product_exponent_error": "its standard error; empty with fewer than three n",
+}
+
+
+def fit_exponent(lengths: Sequence[float], evaluations: Sequence[float]) -> tuple[float | None, float | None]:
+    """Slope of log evaluations on log n by least squares, and its standard error.
+
+    >>> fit_exponent([1000, 2000, 4000], [3e6, 12e6, 48e6])
+    (2.0, 0.0)
+
+    None for a slope without two different n or with nothing evaluated, and for an error without a third n: two points
+    say nothing about how far from a line they are.
+    """
+    x, y = np.asarray(lengths, np.float64), np.asarray(evaluations, np.float64)
+    if len(np.unique(x)) < 2 or not (y > 0).all():
+        return None, None
+    x, y = np.log(x), np.log(y)
+    x = x - x.mean()
+    slope = float(x @ y / (x @ x))
+    if len(x) < 3:
+        return round(slope, 12), None
+    rest = y - y.mean() - slope * x
+    # Twelve digits are more than counts have.
+    return round(slope, 12), round(float(np.sqrt(rest @ rest / (len(x) - 2) / (x @ x))), 12)
+
+
+def evaluation_exponents(rows: Sequence[Row]) -> list[Row]:
+    """One row per workload, method and target of a sweep's rows, over the n at which the target was reached."""
+    profiles: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        if row["status"] == "ok":
+            profiles.setdefault(tuple(row[name] for name in PROFILE), []).append(row)
+    found = []
+    for key, some in profiles.items():
+        lengths, kernel, products = (
+            [row[name] for row in some] for name in ("n", "kernel_evaluations", "inner_products")
+        )
+        evaluation, evaluation_error = fit_exponent(lengths, kernel)
+        product, product_error = fit_exponent(lengths, products)
+        found.append(
+            {
+                **dict(zip(PROFILE, key, strict=True)),
+                "lengths": json.dumps(lengths),
+                "kernel_evaluations": json.dumps(kernel),
+                "evaluation_exponent": evaluation,
+                "evaluation_exponent_error": evaluation_error,
+                "inner_products": json.dumps(products),
+                "product_exponent": product,
+                "product_exponent_error": product_error,
+            }
+        )
+    return found
+
+
+def add_exponents(rows: Sequence[Row], exponents: Sequence[Row]) -> None:
+    """Write each profile's evaluation exponent and its error into the sweep's rows that it was fitted to."""
+    by_profile = {tuple(row[name] for name in PROFILE): row for row in exponents}
+    for row in rows:
+        fitted = by_profile.get(tuple(row[name] for name in PROFILE)) if row["status"] == "ok" else None
+        if fitted is not None:
+            for name in ("evaluation_exponent", "evaluation_exponent_error"):
+                row[name] = fitted[name]

@@ -1,0 +1,53 @@
+"""docs/add-a-method.md, followed to the letter on a copy of the package: one file and one line make a method."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+USE = """
+import approxkmv, torch
+from approxkmv.attention import get, methods
+from approxkmv.attention.counting import counting
+
+assert approxkmv.__file__.startswith({folder!r}), approxkmv.__file__
+assert "my-method" in methods()
+q, k, v = torch.randn(2, 9, 4), torch.randn(2, 12, 4), torch.randn(2, 12, 3)
+exact = get("exact-fused")(q, k, v, scale=0.5)
+with counting() as counts:
+    out = get("my-method")(q, k, v, scale=0.5, step=1)
+assert counts.kernel_evaluations == 2 * 9 * 12
+assert torch.allclose(out, exact, atol=1e-5)
+"""
+
+
+def test_one_file_and_one_line_add_a_method(tmp_path):
+    text = (ROOT / "docs" / "add-a-method.md").read_text(encoding="utf-8")
+    module, line = (textwrap.dedent(block) for block in re.findall(r"^ *```python\n(.*?)^ *```$", text, re.S | re.M))
+    shutil.copytree(ROOT / "src" / "approxkmv", tmp_path / "approxkmv", ignore=shutil.ignore_patterns("__pycache__"))
+    package = tmp_path / "approxkmv" / "attention"
+    (package / "my_method.py").write_text(module, encoding="utf-8")
+    registry = (package / "__init__.py").read_text(encoding="utf-8")
+    start = "_MODULES = {\n"
+    assert start in registry
+    (package / "__init__.py").write_text(registry.replace(start, f"{start}    {line}"), encoding="utf-8")
+
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+
+    def run(*command: str) -> None:
+        done = subprocess.run(
+            [sys.executable, *command], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    run("-c", USE.format(folder=str(tmp_path)))
+    tests = [str(ROOT / "tests" / "unit" / f"test_attention_{part}.py") for part in ("contract", "counting")]
+    # Its own tests alone; none would be an error of pytest's (5), so that this cannot pass on nothing.
+    run("-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "my-method", f"--rootdir={tmp_path}", *tests)

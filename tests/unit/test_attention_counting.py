@@ -1,0 +1,109 @@
+"""Every method counts the kernel evaluations and inner products that it makes."""
+
+import pytest
+import torch
+
+from approxkmv.attention import acceleration, get, methods
+from approxkmv.attention.counting import count, counting
+from approxkmv.attention.hyperattention import hyperattention_causal
+
+N_Q, N_K, D = 203, 203, 8
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """These inputs are too small for threads, which only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def inputs(batch=1):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(batch, n, w, generator=generator) for n, w in ((N_Q, D), (N_K, D), (N_K, 1))]
+
+
+def counts_of(name, batch=1, **parameters):
+    with counting() as counts:
+        get(name)(*inputs(batch), scale=0.3, **parameters)
+    return counts
+
+
+@pytest.mark.parametrize("name", methods())
+def test_every_method_counts_and_counts_each_batch_entry(name):
+    one, two = counts_of(name), counts_of(name, batch=2)
+    assert one.inner_products >= one.kernel_evaluations
+    if name == "mean":
+        assert one.inner_products == 0
+    else:
+        assert one.kernel_evaluations >= N_Q
+        # Clusters and buckets of random sizes differ from entry to entry.
+        assert 1.5 * one.inner_products < two.inner_products < 2.5 * one.inner_products
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "expected"),
+    [
+        ("exact-naive", {}, N_Q * N_K),
+        ("exact-sdpa", {}, N_Q * N_K),
+        ("exact-fused", {"tile": 50}, N_Q * N_K),
+        ("uniform", {"samples": 10}, N_Q * 10),
+        ("own-key", {"samples": 10}, N_Q * 11),
+        # 11 blocks of 19 queries and 19 keys at most, and a sample for each place
+        ("kdeformer", {"block": 20, "samples": 30}, 11 * 19 * (19 + 30)),
+        ("hyperattention", {"block": 20, "samples": 30}, 11 * 19 * (19 + 30)),
+        ("approxkmv-paper", {"block": 20, "samples": 30}, 11 * 19 * (19 + 45)),
+        # Everything in one bucket
+        ("vkde-lsh", {"bucket": 1000, "tables": 5}, N_Q * N_K),
+        ("local-expansion", {"near": 1000}, N_Q * N_K),
+        ("approxkmv", {"near": 1000}, N_Q * N_K),
+        ("clustered", {"near": 1000}, N_Q * N_K),
+    ],
+)
+def test_counts_by_hand(name, parameters, expected):
+    assert counts_of(name, **parameters).kernel_evaluations == expected
+
+
+@pytest.mark.parametrize("loops", ["compiled", "torch"])
+@pytest.mark.parametrize("name", ["local-expansion", "approxkmv", "clustered"])
+def test_compiled_loops_and_torch_count_alike(name, loops, monkeypatch):
+    if loops == "compiled":
+        pytest.importorskip("numba")
+    else:
+        monkeypatch.setattr(acceleration, "_module", lambda: None)
+    counts = counts_of(name, block=16, near=3 if name == "clustered" else 20)
+    # Some near keys and the far field for each query, and the ranking of the keys; far fewer than all pairs
+    assert 3 * N_Q < counts.kernel_evaluations < 0.8 * N_Q * N_K
+    assert counts.inner_products > counts.kernel_evaluations + N_Q
+
+
+def test_near_keys_and_centres_of_the_expansion():
+    """One block's centre ranks all keys and meets m of them; each query meets those m and the far key."""
+    counts = counts_of("local-expansion", block=N_Q, near=64, products="float32")
+    m = (counts.kernel_evaluations - N_K - N_Q) / (N_Q + 1)
+    # One key in eight decides the bar, so that m is near 64 only.
+    assert m == int(m)
+    assert 40 <= m <= 90
+
+
+def test_causal_halves_what_is_seen():
+    with counting() as counts:
+        hyperattention_causal(*inputs(), threshold=1000)
+    # One tile of rows sees its whole square.
+    assert counts.kernel_evaluations == N_Q * N_K
+    with counting() as counts:
+        hyperattention_causal(*inputs(), threshold=51, block=10, samples=10)
+    assert counts.kernel_evaluations < 0.5 * N_Q * N_K
+
+
+def test_who_listens_hears_everything_and_nobody_else_does():
+    count(5, 5)
+    with counting() as outer:
+        count(1)
+        with counting() as inner:
+            count(2, 3)
+        count(4)
+    count(100)
+    assert (outer.kernel_evaluations, outer.other_products, outer.inner_products) == (7, 3, 10)
+    assert (inner.kernel_evaluations, inner.other_products) == (2, 3)
