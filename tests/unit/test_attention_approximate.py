@@ -68,6 +68,17 @@ def test_more_near_keys_less_error():
     assert gaps[3] < 1e-5 * float(right.norm())
 
 
+@pytest.mark.usefixtures("loops")
+def test_the_own_key_is_exact_where_it_is_all_that_matters():
+    """K = Q with rows far apart: a softmax of nearly one weight, which no block of many queries lists as near."""
+    q = 3.0 * torch.randn(300, 12, generator=torch.Generator().manual_seed(0))
+    v = torch.randn(300, 1, generator=torch.Generator().manual_seed(1))
+    right = exact(q, q, v, 1.0)
+    for name in ("local-expansion", "approxkmv"):
+        out = get(name)(q[None], q[None], v[None], scale=1.0, block=150, near=20)[0].double()
+        assert float((out - right).norm() / right.norm()) < 0.02, name
+
+
 def test_a_query_far_from_its_block_is_still_answered():
     q, k, v = clustered(400, 8, 1)
     q[5] *= 300
@@ -124,14 +135,20 @@ def estimates(q, k, v, samples, seeds):
     return torch.stack(found), right
 
 
-def test_numerators_and_row_sums_are_unbiased():
+@pytest.mark.parametrize("keys", ["as many", "fewer", "the queries"])
+def test_numerators_and_row_sums_are_unbiased(keys):
     """40 fixed combinations of the rows, each within 4.5 standard errors over 200 seeds.
 
     False alarms: a normal variable passes 4.5 with probability 7e-6, 40 of them with less than 3e-4; the seeds are
     fixed, so that the test says the same each time.
     """
     q, k, v = clustered(240, 8, 1, spread=0.6)
+    # As many keys as queries have a key of the query's own, which is exact; queries as keys make it the nearest.
     q = 0.5 * q
+    if keys == "fewer":
+        k, v = k[:200], v[:200]
+    elif keys == "the queries":
+        k = q = 2 * q
     found, right = estimates(q, k, v, 16, 200)
     signs = torch.from_numpy(np.random.default_rng(0).choice([-1.0, 1.0], (20, 240)))
     signs[0] = 1.0
@@ -159,7 +176,7 @@ def test_budgets_go_where_the_deviation_is():
     share = torch.zeros(len(e.blocks.deltas))
     start, size = int(e.blocks.starts[0]), int(e.blocks.sizes[0])
     share[start : start + size] = 0.9
-    counts = ours.budgets(e, share, 32)
+    counts = ours.budgets(e, share, ours.row_variance(e), 32)
     assert int(counts[0]) == 128
     assert bool((counts[1:] == 4).all())
 

@@ -148,6 +148,30 @@ def fill_features(low, high, k, mean, along, middle, v, tilted, features):
 
 
 @njit(fastmath=_FLAGS, nogil=True, cache=True)
+def fill_plain_features(low, high, k, mean, along, middle, v, tilted, features):
+    """As fill_features, in float32."""
+    d = k.shape[1]
+    width = v.shape[1]
+    squares = along.shape[1]
+    for j in range(low, high):
+        for p in range(squares):
+            x = along[j, p] - middle[p]
+            features[j, p] = x * x
+        for p in range(d):
+            features[j, squares + p] = k[j, p] - mean[p]
+        at = squares + d
+        features[j, at] = _f(1.0)
+        for c in range(width):
+            features[j, at + 1 + c] = v[j, c]
+        at += 1 + width
+        if tilted:
+            for c in range(width):
+                for p in range(d):
+                    features[j, at + p] = v[j, c] * (k[j, p] - mean[p])
+                at += d
+
+
+@njit(fastmath=_FLAGS, nogil=True, cache=True)
 def fill_weights(low, high, logs, highest, thresholds, weights, counts):
     """Blocks low to high - 1, bfloat16 as bits: weights = exp(logs - highest), 0 at the near keys, and their counts.
 
@@ -227,6 +251,23 @@ def project(low, high, deltas, starts, sizes, axes, out):
                 for p in range(axes.shape[2]):
                     dot += deltas[i, p] * axes[b, c, p]
                 out[i, c] = dot
+
+
+@njit(fastmath=_FLAGS, nogil=True, cache=True)
+def own_keys(low, high, order, rows, of_query, deltas, centres, k, mean, far_key, log, lean):
+    """Per row: log = q.(k - mean) and lean = delta.(k - mean - far_key), k being the key with the query's index."""
+    for i in range(low, high):
+        key = order[i]
+        row = rows[i]
+        b = of_query[i]
+        dot = _f(0.0)
+        part = _f(0.0)
+        for p in range(k.shape[1]):
+            x = k[key, p] - mean[p]
+            dot += (centres[b, p] + deltas[row, p]) * x
+            part += deltas[row, p] * (x - far_key[b, p])
+        log[row] = dot
+        lean[row] = part
 
 
 @njit(fastmath=_FLAGS, nogil=True, cache=True)

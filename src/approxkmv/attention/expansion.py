@@ -89,18 +89,34 @@ def make_blocks(q: torch.Tensor, points: torch.Tensor, labels: torch.Tensor, mul
     return Blocks(torch.from_numpy(order), rows, starts, padded, centres, deltas, variances)
 
 
-def principal_axes(k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Mean (d,) of the keys k (n, d), the axes (d, d) of their covariance and its eigenvalues (d,), largest first."""
+def principal_axes(k: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Mean (d,) of the keys k (n, d), the `count` leading axes (d, count) of their covariance, their eigenvalues."""
     mean = k.mean(0)
+    if count == 0:
+        return mean, k.new_empty(k.shape[1], 0), k.new_empty(0)
     some = k[:: max(1, len(k) // 2048)] - mean
     values, vectors = torch.linalg.eigh(some.mT @ some / len(some))
-    return mean, vectors.flip(1), values.flip(0).clamp_min(0)
+    return mean, vectors.flip(1)[:, :count], values.flip(0)[:count].clamp_min(0)
 
 
 def along_axes(name: str, rows: torch.Tensor, axes: torch.Tensor, low: torch.dtype) -> torch.Tensor:
     """rows (n, d) times axes (d, r), computed in the type `low`; scratch of that name."""
     given = scratch(f"low {name}", *rows.shape, dtype=low).copy_(rows)
     return torch.mm(given, axes.to(low), out=scratch(f"along {name}", len(rows), axes.shape[1], dtype=low))
+
+
+@dataclass(frozen=True)
+class OwnKeys:
+    """What each row's own key adds, and what the far key had counted for it; nothing where that key is near."""
+
+    log: torch.Tensor
+    """(rows,) q_i.(k_i - mean), -inf where the key is near."""
+    share: torch.Tensor
+    """(rows,) the key's part of the far key's weight, as the block's centre sees it, and"""
+    share_seen: torch.Tensor
+    """(rows,) to first order in the row's distance from the centre."""
+    values: torch.Tensor
+    """(rows, d_v)"""
 
 
 @dataclass(frozen=True)
@@ -111,17 +127,20 @@ class Expansion:
     mean: torch.Tensor
     """(d,) of the keys, which are taken relative to it: attention does not see a common shift."""
     axes: torch.Tensor
-    """(d, d) of their covariance, one a column, and its eigenvalues."""
+    """(d, r) leading ones of their covariance, one a column; `spread` (r,) are its eigenvalues."""
     spread: torch.Tensor
     logs: torch.Tensor
     """(blocks, n_k) c.k + k'Vk/2."""
     weights: torch.Tensor
     """(blocks, n_k) exp(logs - highest), zero for the near keys."""
     highest: torch.Tensor
-    """(blocks, 1)"""
+    thresholds: torch.Tensor
+    """(blocks, 1) the largest of logs; the least at which a key is near."""
     chosen: np.ndarray
     ends: np.ndarray
     """The near keys of block b are chosen[ends[b-1]:ends[b]]."""
+    total: torch.Tensor
+    """(blocks,) sum of the weights."""
     far_log: torch.Tensor
     """(blocks,) log of the far key's weight at the centre."""
     far_key: torch.Tensor
@@ -140,6 +159,36 @@ class Expansion:
         log_weight = seen[:, 0] + self.blocks.of_rows(self.far_log)
         value = self.blocks.of_rows(self.far_value)
         return log_weight, value if self.far_tilt is None else value + seen[:, 1:]
+
+    def own_keys(self, k: torch.Tensor, v: torch.Tensor) -> OwnKeys:
+        """The key of the same index as each query, of as many keys as queries: in self-attention often its nearest.
+
+        Seen from the block's centre it is one of many, and its block does not list it as near.
+        """
+        blocks = self.blocks
+        rows, order = blocks.rows, blocks.order
+        log, lean = torch.full((len(blocks.deltas),), -torch.inf), torch.zeros(len(blocks.deltas))
+        of_row = blocks.of_rows(torch.arange(len(blocks)))
+        of_query = of_row[rows]
+        count(kernel_evaluations=len(order))
+        loops = compiled_loops()
+        if loops is not None:
+            tensors = (order, rows, of_query, blocks.deltas, blocks.centres, k, self.mean, self.far_key, log, lean)
+            given = [t.contiguous().numpy() for t in tensors[:-2]] + [t.numpy() for t in tensors[-2:]]
+            over_threads(lambda first, last: loops.own_keys(first, last, *given), len(order))
+        else:
+            deltas, keys = blocks.deltas[rows], k[order] - self.mean
+            log[rows] = ((blocks.centres[of_query] + deltas) * keys).sum(1)
+            lean[rows] = (deltas * (keys - self.far_key[of_query])).sum(1)
+        weights = self.weights[of_query, order].float()
+        # A weight of zero is that of a near key, or one too small for its type.
+        zero = (weights == 0).nonzero().squeeze(1)
+        bars = self.thresholds.to(self.logs.dtype)[of_query[zero], 0]
+        log[rows[zero[self.logs[of_query[zero], order[zero]] >= bars]]] = -torch.inf
+        share, values = torch.zeros(len(log)), torch.zeros(len(log), v.shape[1])
+        share[rows] = weights / self.total[of_query]
+        values[rows] = v[order]
+        return OwnKeys(log, share, share * (1 + lean), values)
 
     def unpermute(self, answer: torch.Tensor) -> torch.Tensor:
         """Rows of the blocks (padded n, d_v) back in the order of the queries (n, d_v)."""
@@ -177,28 +226,32 @@ def expand(
 ) -> Expansion:
     """Cluster the queries q (n_q, d), choose each block's near keys and sum the others at its centre.
 
-    Queries are clustered, and a block's second moment is taken, along the keys' leading `directions`. Much of what is
-    returned is scratch: it holds until the next call in this thread.
+    Queries are clustered, and a block's second moment is taken, along the keys' leading `directions`; without any
+    there is one block, and the expansion is of first order. Much of what is returned is scratch: it holds until the
+    next call in this thread.
     """
     n_k, d_v = v.shape
     d = q.shape[1]
     loops = compiled_loops()
     looped = d_v <= _FEW_COLUMNS and loops is not None
     multiple = _ROWS_OF_BFLOAT16 if low == torch.bfloat16 and not looped else 1
-    mean, axes, spread = principal_axes(k)
-    r = min(directions, d)
+    mean, axes, spread = principal_axes(k, min(directions, d))
+    r = len(spread)
     queries = torch.mul(q, scale, out=scratch("queries", len(q), d))
-    metric = spread[:r].pow(_METRIC_POWER).clamp_min(1e-30)
+    metric = spread.pow(_METRIC_POWER).clamp_min(1e-30)
     # Clustering and curvature are estimates: half the digits do for their coordinates.
-    points = scratch("points", len(q), r).copy_(along_axes("queries", queries, axes[:, :r] * metric, low))
-    labels = k_means(points, -(-len(q) // block), iterations, sampled, generator)
+    points = scratch("points", len(q), r).copy_(along_axes("queries", queries, axes * metric, low))
+    clusters = -(-len(q) // block)
+    labels = torch.zeros(len(q), dtype=torch.int64)
+    if clusters > 1 and r > 0:
+        labels = k_means(points, clusters, iterations, sampled, generator)
     blocks = make_blocks(queries, points, labels, multiple)
 
     # Columns: the squares along the leading axes, the keys, one, the values, and the keys times values.
     tilted = d_v <= _TILTED_COLUMNS
     width = r + d + 1 + d_v + (d * d_v if tilted else 0)
     features = scratch("features", n_k, width, dtype=low)
-    along, middle = along_axes("keys", k, axes[:, :r], low), mean @ axes[:, :r]
+    along, middle = along_axes("keys", k, axes, low), mean @ axes
     if loops is not None and low == torch.bfloat16:
         given = (
             k.numpy(),
@@ -210,6 +263,10 @@ def expand(
         )
         output = features.view(torch.uint16).numpy()
         over_threads(lambda first, last: loops.fill_features(first, last, *given, output), n_k)
+    elif loops is not None:
+        plain = k.numpy(), mean.numpy(), along.numpy(), middle.numpy(), v.contiguous().numpy(), tilted
+        written = features.numpy()
+        over_threads(lambda first, last: loops.fill_plain_features(first, last, *plain, written), n_k)
     else:
         torch.square(along - middle.to(low), out=features[:, :r])
         features[:, r : r + d] = k - mean
@@ -248,14 +305,28 @@ def expand(
     total = far[:, d : d + 1].clamp_min(1e-30)
     far_key, far_value = far[:, :d] / total, far[:, d + 1 : d + 1 + d_v] / total
     # The far key's own second-order term is in its weight already.
-    second = 0.5 * (variances * (far_key @ axes[:, :r]).square()).sum(1)
+    second = 0.5 * (variances * (far_key @ axes).square()).sum(1)
     far_log = total[:, 0].log() + highest[:, 0].float() - second
     far_tilt = None
     if tilted:
         products = far[:, d + 1 + d_v :].view(len(blocks), d_v, d) / total.unsqueeze(2)
         far_tilt = products - far_value.unsqueeze(2) * far_key.unsqueeze(1)
     return Expansion(
-        blocks, mean, axes, spread, logs, weights, highest, chosen, ends, far_log, far_key, far_value, far_tilt
+        blocks,
+        mean,
+        axes,
+        spread,
+        logs,
+        weights,
+        highest,
+        thresholds,
+        chosen,
+        ends,
+        total[:, 0],
+        far_log,
+        far_key,
+        far_value,
+        far_tilt,
     )
 
 

@@ -38,8 +38,17 @@ def attend(
     e = expand(q, k, v, generator, scale=scale, near=near, low=low, **clustering)
     sums, scales = sums_of_keys(e.blocks, k, e.mean, v, e.chosen, e.ends, None, low)
     log_weight, value = e.far()
-    weight = (log_weight - e.blocks.of_rows(scales)).exp_().unsqueeze(1)
-    out = e.unpermute((sums[:, 1:] + weight * value) / (sums[:, :1] + weight))
+    scale_of_row = e.blocks.of_rows(scales)
+    weight = (log_weight - scale_of_row).exp_().unsqueeze(1)
+    numerators, row_sums = sums[:, 1:] + weight * value, sums[:, :1] + weight
+    if len(q) == len(k):
+        own = e.own_keys(k, v)
+        added = (own.log - scale_of_row).exp_().unsqueeze(1)
+        # Exactly in place of its share of the far key.
+        counted = own.share_seen if e.far_tilt is not None else own.share
+        numerators += (added - weight * counted.unsqueeze(1)) * own.values
+        row_sums += added - weight * own.share_seen.unsqueeze(1)
+    out = e.unpermute(numerators / row_sums)
     return exactly_where_lost(out, q, k, v, scale)
 
 
@@ -91,6 +100,8 @@ method = Method(
         "products": "fastest",
     },
     grid=[
+        # One block, first order: for attention that is nearly uniform.
+        {"block": 2**24, "near": 16, "directions": 0},
         {"block": 512, "near": 64},
         {"block": 256, "near": 64},
         {"block": 256, "near": 128},
