@@ -110,6 +110,7 @@ method = Method(
         {"block": 192, "near": 256},
         {"block": 256, "near": 384},
         {"block": 192, "near": 384},
+        {"block": 128, "near": 384},
         {"block": 192, "near": 512},
         {"block": 128, "near": 512},
         {"block": 128, "near": 640},
