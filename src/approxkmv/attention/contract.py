@@ -75,7 +75,6 @@ class Method:
             q, k, v, scale=resolve_scale(scale, q.shape[-1]), seed=int(seed), **self.parameters(parameters)
         )
 
-
     def attend_causally(
         self,
         q: torch.Tensor,

@@ -31,7 +31,7 @@ class SampledRows:
     """(n_q, h), or None where the head is sampled like the tail."""
     rows: torch.Tensor
     keys: torch.Tensor
-    """(t,) each: the rows and keys that were sampled."""
+    """(t,) each: the rows and keys that were sampled, in no random order."""
     weight: float
     """Of each sampled pair: one over the samples of a row."""
 
@@ -40,9 +40,7 @@ class SampledRows:
         if self.head_weights is None:
             out = v.new_zeros(len(self.head_keys), v.shape[1])
         else:
-            out = torch.nn.functional.embedding_bag(
-                self.head_keys, v, per_sample_weights=self.head_weights, mode="sum"
-            )
+            out = torch.nn.functional.embedding_bag(self.head_keys, v, per_sample_weights=self.head_weights, mode="sum")
         for some, keys in zip(self.rows.split(_PAIRS), self.keys.split(_PAIRS), strict=True):
             out.index_add_(0, some, v[keys], alpha=self.weight)
         return out
@@ -63,6 +61,8 @@ class SampledRows:
 
 def products_of_pairs(q: torch.Tensor, k: torch.Tensor, rows: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """<q[rows], k[keys]> (t,) for t pairs."""
+    if len(rows) == 0:
+        return q.new_empty(0)
     if q.device.type == "cpu" and compiled_loops() is not None:
         from approxkmv.attention.compiled_pairs import products
 

@@ -65,9 +65,11 @@ class VamanaGraph:
 
 def _loops() -> ModuleType:
     try:
-        from approxkmv.search import vamana_loops
+        import numba  # noqa: F401
     except ImportError as error:
         raise UnavailableError("the Vamana graph needs numba: pip install 'approxkmv[pipeline]'") from error
+    from approxkmv.search import vamana_loops
+
     return vamana_loops
 
 
