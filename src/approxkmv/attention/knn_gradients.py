@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
+from approxkmv.arrays import resolve_scale
 from approxkmv.attention.contract import check_inputs
 from approxkmv.attention.knn import sampled_attention
 from approxkmv.attention.lazy_gumbel import SampledRows, products_of_pairs
-from approxkmv.arrays import resolve_scale
 from approxkmv.errors import InputError
 
 _ENTRIES = 1 << 18  # gathered at a time
@@ -109,9 +109,9 @@ class _KNNAttention(torch.autograd.Function):
         streams = [torch.Generator(device=q.device).manual_seed(3 * seed + i) for i in (1, 2)]
         each = []
         for b in range(len(q)):
-            sampled = [_rows(q[b], k[b], scale, stream, parameters) for stream in streams]
-            inputs = (t[b].float().contiguous() for t in (q, k, v, gradients[0]))
-            each.append(estimated_gradients(*inputs, scale, *sampled))
+            first, second = (_rows(q[b], k[b], scale, stream, parameters) for stream in streams)
+            queries, keys, values, of_answer = (t[b].float().contiguous() for t in (q, k, v, gradients[0]))
+            each.append(estimated_gradients(queries, keys, values, of_answer, scale, first, second))
         found = (torch.stack(parts).to(t.dtype) for parts, t in zip(zip(*each, strict=True), (q, k, v), strict=True))
         return (*found, None, None, None)
 
@@ -149,7 +149,5 @@ def knn_attention(
     """
     check_inputs(q.detach(), k.detach(), v.detach())
     parameters = {"top": top, "samples": samples, "index": index, "head": head}
-    answer: torch.Tensor = _KNNAttention.apply(  # type: ignore[no-untyped-call]
-        q, k, v, resolve_scale(scale, q.shape[-1]), seed, parameters
-    )
+    answer: torch.Tensor = _KNNAttention.apply(q, k, v, resolve_scale(scale, q.shape[-1]), seed, parameters)
     return answer

@@ -32,8 +32,9 @@ def sums(
 
     near = min(near, len(k))
     reduced = reduce_attention(q, k, 1.0)
-    graph = build(reduced.keys, alpha=alpha, degree=degree, beam=construction, generator=generator)
-    found = graph.search(reduced.queries, near, breadth).keys
+    queries, keys = torch.as_tensor(reduced.queries), torch.as_tensor(reduced.keys)
+    graph = build(keys, alpha=alpha, degree=degree, beam=construction, generator=generator)
+    found = graph.search(queries, near, breadth).keys
     rows = torch.arange(len(q)).repeat_interleave(near)
     logits = products_of_pairs(q, k, rows, found.flatten().clamp_min(0)).view(-1, near)
     return estimate(q, k, v, found, logits.masked_fill_(found < 0, -torch.inf), samples, generator)

@@ -33,7 +33,7 @@ def load_faiss(what: str) -> ModuleType:
     except ImportError as error:
         raise UnavailableError(f"{what} needs faiss: pip install 'approxkmv[faiss]'") from error
     faiss.omp_set_num_threads(torch.get_num_threads())
-    return faiss  # type: ignore[no-any-return]
+    return faiss
 
 
 def _found(index: Any, q: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -82,7 +82,7 @@ class HNSWIndex:
         if k.device.type != "cpu":
             raise UnavailableError(f"graph search runs on a CPU only, not on {k.device.type}")
         faiss = load_faiss("a graph index of keys")
-        self._keys = reduce_attention(k, k).keys.float().numpy()
+        self._keys = torch.as_tensor(reduce_attention(k, k).keys).float().numpy()
         self._index = faiss.IndexHNSWFlat(self._keys.shape[1], links, faiss.METRIC_INNER_PRODUCT)
         self._index.hnsw.efConstruction = construction
         self._breadth = breadth

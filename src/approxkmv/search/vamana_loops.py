@@ -44,7 +44,8 @@ def beam_search(points, neighbours, degrees, start, queries, query, stamps, stam
     """Search from `start` for row `query`, with as many candidates as there are places in keys.
 
     keys, distances and expanded hold the candidates, nearest first; stamps (n,) marks points that were looked at by
-    `stamp`; trail receives the expanded points in turn, as many as it has places for. Returns the number of candidates, of expanded points and of distances that were computed.
+    `stamp`; trail receives the expanded points in turn, as many as it has places for. Returns the number of
+    candidates, of expanded points and of distances that were computed.
     """
     beam = len(keys)
     keys[0] = start
