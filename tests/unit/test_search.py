@@ -109,6 +109,44 @@ def test_indexes_grow_and_return_products():
             assert torch.allclose(products, q.unsqueeze(1).mul(k[keys]).sum(2), atol=1e-4)
 
 
+def test_faiss_and_torch_keep_the_same_number_of_threads():
+    """Both bring an OpenMP of their own into this process: each works after the other, and neither changes torch's."""
+    faiss = pytest.importorskip("faiss")
+    from approxkmv.search.indexes import make_index
+
+    k, before = points(400, 16), torch.get_num_threads()
+    answers = []
+    try:
+        for threads in (2, 1, 2):
+            torch.set_num_threads(threads)
+            for name in ("flat", "hnsw"):
+                index = make_index(name, k)
+                index.add(0, len(k))
+                answers.append(index.search(k, 8)[0])
+                assert faiss.omp_get_max_threads() == threads == torch.get_num_threads()
+                assert bool((k @ k.mT).isfinite().all())
+    finally:
+        torch.set_num_threads(before)
+    # The same graph and the same answers on any number of threads.
+    for place, answer in enumerate(answers):
+        assert torch.equal(answer, answers[place % 2])
+
+
+def test_the_exact_index_of_other_devices_agrees():
+    pytest.importorskip("faiss")
+    from approxkmv.search.indexes import FlatIndex
+
+    k, q = points(600, 9), points(30, 9, 1)
+    index = FlatIndex(k)
+    index.add(0, 500)
+    keys, products = index.search(q, 7)
+    # What it does where faiss' index has no place.
+    index._index = None
+    other_keys, other_products = index.search(q, 7)
+    assert torch.equal(keys, other_keys)
+    assert torch.allclose(products, other_products, atol=1e-5)
+
+
 @pytest.mark.parametrize("d", [1, 2, 4])
 def test_doubling_dimension_grows_with_that_of_the_space(d):
     side = {1: 256, 2: 16, 4: 4}[d]

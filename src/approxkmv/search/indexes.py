@@ -88,8 +88,11 @@ class HNSWIndex:
         self._breadth = breadth
 
     def add(self, first: int, last: int) -> None:
-        """Make keys first to last - 1 findable."""
+        """Make keys first to last - 1 findable: on one thread, since the order of the links would vary with several."""
+        faiss = load_faiss("a graph index of keys")
+        faiss.omp_set_num_threads(1)
         self._index.add(np.ascontiguousarray(self._keys[first:last]))
+        faiss.omp_set_num_threads(torch.get_num_threads())
 
     def search(self, q: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """See Index."""
