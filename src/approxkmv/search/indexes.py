@@ -89,10 +89,14 @@ class HNSWIndex:
 
     def add(self, first: int, last: int) -> None:
         """Make keys first to last - 1 findable: on one thread, since the order of the links would vary with several."""
+        # Where faiss finds torch's OpenMP in the process it shares it: the number must be kept before it is changed.
+        threads = torch.get_num_threads()
         faiss = load_faiss("a graph index of keys")
-        faiss.omp_set_num_threads(1)
-        self._index.add(np.ascontiguousarray(self._keys[first:last]))
-        faiss.omp_set_num_threads(torch.get_num_threads())
+        try:
+            faiss.omp_set_num_threads(1)
+            self._index.add(np.ascontiguousarray(self._keys[first:last]))
+        finally:
+            faiss.omp_set_num_threads(threads)
 
     def search(self, q: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """See Index."""
