@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from approxkmv.attention.counting import count
+
 _ROWS = 512  # queries at a time: products with the sample stay in the cache
 
 
@@ -39,6 +41,7 @@ def estimate(
     for i in range(0, len(q), _ROWS):
         here, heavy, some = found[i : i + _ROWS], logits[i : i + _ROWS], q[i : i + _ROWS]
         light = some @ drawn_k.mT
+        count(kernel_evaluations=heavy.numel() + light.numel())
         # -1 is the last of `place`, which is no key's; the column beyond the sample takes what is not in it.
         both = torch.zeros(len(some), m + 1, dtype=torch.bool, device=k.device).scatter_(1, place[here], True)[:, :m]
         light.masked_fill_(both, -torch.inf)
@@ -82,6 +85,7 @@ def _add_own_samples(
     free = free[:, :-1]
     own = torch.multinomial(free, samples, replacement=True, generator=generator)
     logits = torch.einsum("nd,nmd->nm", q[lost], k[own])
+    count(kernel_evaluations=logits.numel())
     higher = torch.maximum(shift[lost], logits.amax(1))
     fade = (shift[lost] - higher).exp()
     weights = (logits - higher.unsqueeze(1)).exp() * (free.sum(1) / samples).unsqueeze(1)

@@ -14,6 +14,7 @@ import torch
 
 from approxkmv.attention import exact_fused
 from approxkmv.attention.contract import Method, per_batch
+from approxkmv.attention.counting import count
 from approxkmv.attention.lazy_gumbel import SampledRows, sample_rows
 from approxkmv.errors import InputError
 from approxkmv.search.indexes import Index, make_index
@@ -74,6 +75,7 @@ def _knn(
         if head_size(top, len(k)) == len(k) and head == "exact":
             if q.device.type == "cpu":
                 return exact_fused.attend(q, k, v, scale, 512)
+            count(kernel_evaluations=len(q) * len(k))
             return ((q * scale) @ k.mT).softmax(-1) @ v
         # Attention does not change when all keys move together, and distances of the graph do not matter to it.
         sampled = sampled_attention(
@@ -153,8 +155,8 @@ method = Method(
         "breadth": 64,
     },
     grid=[
-        {"top": 16, "samples": 1, "index": "hnsw", "breadth": 16},
-        {"top": 32, "samples": 4, "index": "hnsw", "breadth": 32},
+        {"top": 16, "samples": 1, "index": "hnsw", "links": 6, "construction": 16, "breadth": 16},
+        {"top": 32, "samples": 4, "index": "hnsw", "links": 8, "construction": 24, "breadth": 32},
         {"top": 32, "samples": 4},
         {"top": 0, "samples": 8},
         {"top": 0, "samples": 32},

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from approxkmv.attention.acceleration import compiled_loops, over_threads
+from approxkmv.attention.counting import count
 
 _GAMES = 1 << 15  # samples of all rows at a time, each of which may meet as many tail keys as the root of n
 _PAIRS = 1 << 20  # rows gathered at a time
@@ -107,32 +108,33 @@ def sample_rows(
         here = slice(i, min(i + step, n))
         logits, members = head_logits[here], head_keys[here]
         highest = logits.logsumexp(1)
-        count = len(logits)
+        games = len(logits) * samples
         # exp(-G) of a Gumbel variable G is exponential: exp(-M) = exp(-highest) e, the level of the head's winner.
-        e = torch.empty(count, samples, device=q.device).exponential_(generator=generator)
+        e = torch.empty(len(logits), samples, device=q.device).exponential_(generator=generator)
         rates = population * (floor[here] - highest).clamp_max(0).exp().unsqueeze(1) * e
         points = torch.poisson(rates, generator=generator).long().flatten()
-        game = torch.repeat_interleave(torch.arange(count * samples, device=q.device), points)
+        game = torch.repeat_interleave(torch.arange(games, device=q.device), points)
         where = torch.rand(len(game), generator=generator, device=q.device, dtype=torch.float64)
         drawn = (where * population).long().clamp_max(max(population - 1, 0))
         column = torch.where(logits > -torch.inf, members, population).clamp_max(population)
-        in_head = torch.zeros(count, population + 1, dtype=torch.bool, device=q.device).scatter_(1, column, True)
+        in_head = torch.zeros(len(logits), population + 1, dtype=torch.bool, device=q.device).scatter_(1, column, True)
         is_tail = ~in_head[game // samples, drawn]
         game, drawn = game[is_tail], drawn[is_tail]
         row = game // samples
         # Height of a point above the head's winner, when both are measured from S_min: an exponential variable.
         height = torch.empty(len(game), device=q.device).exponential_(generator=generator)
         lead = products_of_pairs(q, k, row + i, drawn) - floor[here][row] + height
+        count(kernel_evaluations=logits.numel(), other_products=len(game))
         game, drawn, lead = (t[lead > 0] for t in (game, drawn, lead))
-        best = torch.zeros(count * samples, device=q.device).scatter_reduce_(0, game, lead, "amax")
+        best = torch.zeros(games, device=q.device).scatter_reduce_(0, game, lead, "amax")
         wins = lead == best[game]
-        lost = torch.zeros(count * samples, dtype=torch.bool, device=q.device)
+        lost = torch.zeros(games, dtype=torch.bool, device=q.device)
         lost[game[wins]] = True
         rows.append(game[wins] // samples + i)
         keys.append(drawn[wins])
         share = (logits - highest.unsqueeze(1)).exp_()
         if head == "exact":
-            heads.append(share * (1 - lost.view(count, samples).float().mean(1, keepdim=True)))
+            heads.append(share * (1 - lost.view(len(logits), samples).float().mean(1, keepdim=True)))
         else:
             chosen = members.gather(1, torch.multinomial(share, samples, replacement=True, generator=generator))
             kept = (~lost).nonzero().squeeze(1)

@@ -11,6 +11,8 @@ from collections.abc import Callable
 
 import torch
 
+from approxkmv.attention.counting import count
+
 Sums = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Numerators (n_q, d_v), row sums (n_q,) and the logs (n_q,) that both are divided by."""
 
@@ -21,6 +23,7 @@ SumsOfKeys = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Generator
 def exact_sums(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, is_causal: bool = False) -> Sums:
     """The sums of exp(q k^T), of key j <= query i only where is_causal, for scaled queries."""
     logits = q @ k.mT
+    count(kernel_evaluations=logits.numel())
     if is_causal:
         future = torch.ones(logits.shape, dtype=torch.bool, device=q.device).triu_(1)
         logits.masked_fill_(future, -torch.inf)

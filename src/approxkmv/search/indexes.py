@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from approxkmv.attention.contract import UnavailableError
+from approxkmv.attention.counting import count as report
 from approxkmv.errors import InputError
 from approxkmv.kernels import reduce_attention
 
@@ -59,6 +60,8 @@ class FlatIndex:
 
     def search(self, q: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """See Index."""
+        # Those that are found are counted by whoever weighs them.
+        report(other_products=len(q) * (self._count - count))
         if self._index is not None:
             return _found(self._index, q, count)
         parts = [(some @ self._k[: self._count].mT).topk(count) for some in q.split(512)]
@@ -101,7 +104,12 @@ class HNSWIndex:
     def search(self, q: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """See Index."""
         self._index.hnsw.efSearch = max(self._breadth, count)
-        return _found(self._index, torch.nn.functional.pad(q, (0, 1)), count)
+        statistics = load_faiss("a graph index of keys").cvar.hnsw_stats
+        before = statistics.ndis
+        found = _found(self._index, torch.nn.functional.pad(q, (0, 1)), count)
+        # faiss counts the distances of a search, but not those by which it makes the graph.
+        report(other_products=statistics.ndis - before)
+        return found
 
 
 def make_index(name: str, k: torch.Tensor, *, links: int = 16, construction: int = 40, breadth: int = 64) -> Index:

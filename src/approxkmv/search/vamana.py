@@ -16,6 +16,7 @@ import torch
 
 from approxkmv.attention.acceleration import over_threads
 from approxkmv.attention.contract import UnavailableError
+from approxkmv.attention.counting import count as report
 from approxkmv.errors import InputError
 
 _WIDTH = 16  # coordinates are padded to whole vectors of the processor
@@ -59,6 +60,7 @@ class VamanaGraph:
         out = keys, distances, steps, evaluations
         loops = _loops()
         over_threads(lambda low, high: loops.search_all(low, high, *graph, padded, max(beam, count), *out), n_q)
+        report(other_products=int(evaluations.sum()))
         found = (torch.from_numpy(array) for array in (keys, np.sqrt(distances), steps, evaluations))
         return Found(*found)
 
@@ -104,7 +106,8 @@ def build(points: torch.Tensor, *, alpha: float, degree: int, beam: int, generat
     order = torch.randperm(n, generator=generator).numpy()
     order = np.concatenate([[start], order[order != start]])
     neighbours, degrees = np.zeros((n, min(degree, max(1, n - 1))), np.int32), np.zeros(n, np.int32)
-    _loops().insert_all(padded, order, neighbours, degrees, beam, np.float32(alpha * alpha))
+    made = _loops().insert_all(padded, order, neighbours, degrees, beam, np.float32(alpha * alpha))
+    report(other_products=int(made))
     return VamanaGraph(padded, neighbours, degrees, start)
 
 
@@ -124,8 +127,9 @@ def build_exhaustively(points: torch.Tensor, *, alpha: float) -> VamanaGraph:
         order = order[order != i]
         kept = np.empty(max(1, n - 1), np.int64)
         # Points in the same place link to each other first.
-        size = loops.prune(padded, order, gaps[order], len(order), np.float32(alpha * alpha), kept)
+        size, made = loops.prune(padded, order, gaps[order], len(order), np.float32(alpha * alpha), kept)
         lists.append(kept[:size])
+        report(other_products=n - 1 + int(made))
     degrees = np.array([len(some) for some in lists], np.int32)
     neighbours = np.zeros((n, max(1, int(degrees.max()))), np.int32)
     for i, some in enumerate(lists):

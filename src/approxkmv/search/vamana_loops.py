@@ -22,12 +22,14 @@ def prune(points, candidates, distances, count, bar, out):
     """Robust prune: out receives neighbours from candidates (count,), sorted by their squared distances to a point.
 
     The nearest candidate v stays and removes every w with alpha |v - w| <= |p - w|, and so on with those that are
-    left; `bar` is alpha squared. Returns how many stay, at most len(out).
+    left; `bar` is alpha squared. Returns how many stay, at most len(out), and the distances that were computed.
     """
     kept = 0
+    evaluations = 0
     for c in range(count):
         is_covered = False
         for i in range(kept):
+            evaluations += 1
             if bar * _squared(points, out[i], points, candidates[c]) <= distances[c]:
                 is_covered = True
                 break
@@ -36,7 +38,7 @@ def prune(points, candidates, distances, count, bar, out):
             kept += 1
             if kept == len(out):
                 break
-    return kept
+    return kept, evaluations
 
 
 @njit(fastmath=_FLAGS, nogil=True, cache=True)
@@ -93,7 +95,10 @@ def beam_search(points, neighbours, degrees, start, queries, query, stamps, stam
 
 @njit(fastmath=_FLAGS, nogil=True, cache=True)
 def insert_all(points, order, neighbours, degrees, beam, bar):
-    """Build the graph point by point in `order`: search, robust prune, and links back, pruned where they are many."""
+    """Build the graph point by point in `order`: search, robust prune, and links back, pruned where they are many.
+
+    Returns the number of distances that were computed.
+    """
     n = len(points)
     degree = neighbours.shape[1]
     stamps = np.full(n, -1, np.int64)
@@ -105,9 +110,10 @@ def insert_all(points, order, neighbours, degrees, beam, bar):
     kept = np.empty(degree, np.int64)
     others = np.empty(degree + 1, np.int64)
     gaps = np.empty(degree + 1, np.float32)
+    total = 0
     for turn in range(1, n):
         point = order[turn]
-        _, steps, _ = beam_search(
+        _, steps, evaluations = beam_search(
             points, neighbours, degrees, order[0], points, point, stamps, turn, keys, distances, expanded, trail
         )
         # The whole way is a candidate: what lies near its beginning makes the long links.
@@ -115,7 +121,8 @@ def insert_all(points, order, neighbours, degrees, beam, bar):
         for i in range(count):
             gap[i] = _squared(points, point, points, trail[i])
         sorting = np.argsort(gap[:count])
-        size = prune(points, trail[sorting], gap[sorting], count, bar, kept)
+        size, compared = prune(points, trail[sorting], gap[sorting], count, bar, kept)
+        total += evaluations + count + compared
         degrees[point] = size
         for i in range(size):
             neighbours[point, i] = kept[i]
@@ -132,10 +139,13 @@ def insert_all(points, order, neighbours, degrees, beam, bar):
             others[held] = point
             gaps[held] = _squared(points, other, points, point)
             sorting = np.argsort(gaps)
-            held = prune(points, others[sorting], gaps[sorting], held + 1, bar, kept)
+            total += held + 1
+            held, compared = prune(points, others[sorting], gaps[sorting], held + 1, bar, kept)
+            total += compared
             degrees[other] = held
             for j in range(held):
                 neighbours[other, j] = kept[j]
+    return total
 
 
 @njit(fastmath=_FLAGS, nogil=True, cache=True)
