@@ -77,7 +77,7 @@ def _knn(
                 return exact_fused.attend(q, k, v, scale, 512)
             count(kernel_evaluations=len(q) * len(k))
             return ((q * scale) @ k.mT).softmax(-1) @ v
-        # Attention does not change when all keys move together, and distances of the graph do not matter to it.
+        # Attention does not change when all keys move together; around their mean a graph has shorter distances.
         sampled = sampled_attention(
             q * scale, k - k.mean(0), generator, top=top, samples=samples, index=index, head=head, **graph
         )
