@@ -82,7 +82,7 @@ def sums(
     if e.far_tilt is not None:
         columns += [centred * values[:, c : c + 1] for c in range(d_v)]
     tilts = [torch.zeros_like(e.far_key).index_add_(0, of_draw, column) for column in columns]
-    seen = project(blocks, torch.stack(tilts, 2))
+    seen = project(blocks, torch.stack(tilts, 1))
     sampled = blocks.of_rows(means)
     row_sums = heavy[:, 0] + estimate[:, 0] + weight * (1 - sampled[:, 0] - seen[:, 0])
     sampled_value = sampled[:, 1:] + seen[:, 1:] if e.far_tilt is not None else sampled[:, 1:]

@@ -218,6 +218,18 @@ def centre_blocks(q, points, order, firsts, counts, starts, deltas, centres, var
 
 
 @njit(fastmath=_FLAGS, nogil=True, cache=True)
+def project(low, high, deltas, starts, sizes, axes, out):
+    """out (rows, r) = deltas (rows, d) times their block's axes (blocks, r, d), for the blocks low to high - 1."""
+    for b in range(low, high):
+        for i in range(starts[b], starts[b] + sizes[b]):
+            for c in range(axes.shape[1]):
+                dot = _f(0.0)
+                for p in range(axes.shape[2]):
+                    dot += deltas[i, p] * axes[b, c, p]
+                out[i, c] = dot
+
+
+@njit(fastmath=_FLAGS, nogil=True, cache=True)
 def sums_of_keys(low, high, deltas, starts, sizes, chosen, ends, k, mean, v, extra, centres, scales, sums):
     """Sums of exp(q.(k - mean) + extra) [1, v] over the chosen keys of the blocks low to high - 1, for their queries.
 

@@ -133,9 +133,9 @@ class Expansion:
     def far(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Log weight (rows,) and value (rows, d_v) of its block's far key, as each query sees them."""
         count(kernel_evaluations=len(self.blocks.deltas))
-        axes = self.far_key.unsqueeze(2)
+        axes = self.far_key.unsqueeze(1)
         if self.far_tilt is not None:
-            axes = torch.cat([axes, self.far_tilt.mT], 2)
+            axes = torch.cat([axes, self.far_tilt], 1)
         seen = project(self.blocks, axes)
         log_weight = seen[:, 0] + self.blocks.of_rows(self.far_log)
         value = self.blocks.of_rows(self.far_value)
@@ -149,10 +149,15 @@ class Expansion:
 
 
 def project(blocks: Blocks, axes: torch.Tensor) -> torch.Tensor:
-    """deltas (rows, d) of each block times its own axes (blocks, d, r): (rows, r)."""
-    out = torch.empty(len(blocks.deltas), axes.shape[2])
+    """deltas (rows, d) of each block times its own axes (blocks, r, d): (rows, r)."""
+    out = torch.empty(len(blocks.deltas), axes.shape[1])
+    loops = compiled_loops()
+    if loops is not None and axes.shape[1] <= _FEW_COLUMNS:
+        given = blocks.deltas.numpy(), blocks.starts, blocks.sizes, axes.contiguous().numpy(), out.numpy()
+        over_threads(lambda first, last: loops.project(first, last, *given), len(blocks))
+        return out
     for b, (start, rows) in enumerate(zip(blocks.starts.tolist(), blocks.sizes.tolist(), strict=True)):
-        torch.mm(blocks.deltas[start : start + rows], axes[b], out=out[start : start + rows])
+        torch.mm(blocks.deltas[start : start + rows], axes[b].mT, out=out[start : start + rows])
     return out
 
 

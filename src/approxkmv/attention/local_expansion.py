@@ -85,7 +85,7 @@ method = Method(
     defaults={
         "block": 128,
         "near": 512,
-        "directions": 64,
+        "directions": 48,
         "iterations": 3,
         "sampled": 16,
         "products": "fastest",
