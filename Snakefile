@@ -16,6 +16,7 @@ include: "workflow/rules/statistics.smk"
 include: "workflow/rules/figures.smk"
 include: "workflow/rules/complexity.smk"
 include: "workflow/rules/sweep.smk"
+include: "workflow/rules/perplexity.smk"
 
 
 localrules:
@@ -30,6 +31,7 @@ rule all:
         f"{RESULTS}/tables/paper_comparison.csv" if MODELS and not STUDY.lengths else [],
         rules.complexity.output if STUDY.complexity else [],
         rules.sweep.output if STUDY.sweep else [],
+        rules.perplexity.output if STUDY.perplexity else [],
     conda:
         "environment.yml"
 

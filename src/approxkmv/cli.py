@@ -18,9 +18,9 @@ app = typer.Typer(
     help=(
         "Is a model's attention sparse, head by head and length by length?\n\n"
         "A study goes through fetch, texts, extract, statistics, summary, growth, compare, figure; long texts through "
-        "lengths and length-scaling; attention methods through model-heads and sweep. Snakemake runs them all; each "
-        "can be run alone. Every command reads config.yaml (--config) and works on the study that it names (or "
-        "--study). A user's mistake is one line and exit code 2."
+        "lengths and length-scaling; attention methods through model-heads and sweep, and perplexity. Snakemake runs "
+        "them all; each can be run alone. Every command reads config.yaml (--config) and works on the study that it "
+        "names (or --study). A user's mistake is one line and exit code 2."
     ),
     no_args_is_help=True,
     add_completion=False,
@@ -354,6 +354,88 @@ def sweep(
 
 
 @app.command()
+def perplexity(
+    out: Annotated[
+        Path, typer.Option("--out", "--output", help="CSV file to write; its record is written beside it as JSON.")
+    ],
+    method: Annotated[
+        str | None,
+        typer.Option("--method", help="The attention method, one with a causal form; without it, those of the study."),
+    ] = None,
+    model: Annotated[str, typer.Option("--model", help="With --method: a model of the catalogue.")] = "smollm2-135m",
+    corpus: Annotated[str, typer.Option("--corpus", help="With --method: a corpus.")] = "moby-dick",
+    tokens: Annotated[
+        str, typer.Option("--tokens", help="With --method: lengths of the text, separated by commas.")
+    ] = "1024,2048,4096",
+    layers: Annotated[
+        str, typer.Option("--layers", help="With --method: layers to replace, all or as 0,5-9, counted from 0.")
+    ] = "all",
+    parameters: Annotated[
+        str, typer.Option("--parameters", help="With --method: its parameters, a JSON object; the rest are defaults.")
+    ] = "{}",
+    seed: Annotated[int, typer.Option("--seed", min=0, help="With --method: its seed.")] = 0,
+    location: Annotated[
+        Path | None, typer.Option("--location", help="JSON file of `approxkmv fetch`; without it the model is fetched.")
+    ] = None,
+    config: Config = CONFIG,
+    study: StudyName = None,
+    log: Log = None,
+) -> None:
+    """Perplexity of a causal language model with a method in place of its attention, beside the exact one."""
+    from approxkmv.config import corpus_entry, load_config, model_of
+    from approxkmv.errors import ConfigError
+    from approxkmv.progress import LOG, log_to, step
+
+    log_to(log)
+    checked = load_config(config)
+    if method is not None:
+        from approxkmv.perplexity.settings import from_options
+
+        settings = from_options(
+            model=model,
+            corpus=corpus,
+            tokens=tokens,
+            layers=layers,
+            method=method,
+            parameters=parameters,
+            seed=seed,
+        )
+    else:
+        asked = _study(config, study)
+        if asked.perplexity is None:
+            raise ConfigError(f"study {asked.name} has no perplexity: give --method, or name methods in the study")
+        settings = dict(asked.perplexity)
+    entry, chosen = model_of(checked, settings["model"]), corpus_entry(checked, settings["corpus"])
+    with step(f"perplexity {entry.name}"):
+        from approxkmv.models import fetch as find
+        from approxkmv.models import parse_source
+        from approxkmv.perplexity.model import CausalModel
+        from approxkmv.perplexity.run import chosen_methods, measure_perplexity
+        from approxkmv.provenance import describe
+        from approxkmv.steps.fetch import read_location
+
+        methods = chosen_methods(settings["methods"])
+        if location is not None:
+            found = read_location(location)
+        else:
+            cache = Path(checked["cache"]) / "models" / entry.name
+            found = find(parse_source(entry.source), cache, sha256=entry.sha256, files=dict(entry.files))
+        measure_perplexity(
+            CausalModel.load(found, dtype=settings["dtype"], device=settings["device"]),
+            entry.name,
+            chosen,
+            tokens=settings["tokens"],
+            methods=methods,
+            layers=settings["layers"],
+            seed=settings["seed"],
+            out=out,
+            record=describe(settings),
+            say=lambda line: LOG.info("  %s", line),
+            require_all=method is not None,
+        )
+
+
+@app.command()
 def show(
     results: Annotated[Path, typer.Argument(help="Folder of a study, as results/embedded.")],
 ) -> None:
@@ -379,6 +461,8 @@ def check(config: Config = CONFIG, study: StudyName = None) -> None:
         typer.echo(f"  sweep {chosen.sweep_name}: {names}")
     if chosen.complexity:
         typer.echo(f"  complexity: n = {', '.join(map(str, chosen.complexity['sizes']))}")
+    if chosen.perplexity:
+        typer.echo(f"  perplexity of {chosen.perplexity['model']} with {', '.join(chosen.perplexity['methods'])}")
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from approxkmv.errors import ConfigError, InputError, SourceError
+from approxkmv.errors import ApproxKMVError, ConfigError, InputError, SourceError
 
 if TYPE_CHECKING:
     from approxkmv.sweep.settings import SweepSettings
@@ -49,6 +49,7 @@ class Study:
     complexity: Mapping[str, Any] | None
     sweep: Mapping[str, Any] | None
     sweep_name: str | None
+    perplexity: Mapping[str, Any] | None
     unit: str
     contexts: int | None
     seed: int
@@ -123,8 +124,12 @@ def checked(value: Any) -> dict[str, Any]:
             _known(study["corpus"], config["corpora"], f"studies.{name}.corpus names the corpus")
         if study["sweep"] is not None:
             _known(study["sweep"], config["sweeps"], f"studies.{name}.sweep names the sweep")
-        if not study["models"] and study["complexity"] is None and study["sweep"] is None:
-            raise ConfigError(f"studies.{name} has nothing to do: give it models and a corpus, a sweep or complexity")
+        if study["perplexity"] is not None:
+            _check_perplexity(name, study["perplexity"], config)
+        if not study["models"] and all(study[part] is None for part in ("complexity", "sweep", "perplexity")):
+            raise ConfigError(
+                f"studies.{name} has nothing to do: give it models and a corpus, a sweep, perplexity or complexity"
+            )
         if study["min_tokens"] > study["max_tokens"]:
             raise ConfigError(f"studies.{name}: min_tokens is above max_tokens")
         if study["lengths"] and max(study["lengths"]) > study["max_tokens"]:
@@ -220,6 +225,22 @@ def _check_sweep(name: str, sweep: Mapping[str, Any], config: Mapping[str, Any])
             settings.check_methods()
         except InputError as error:
             raise ConfigError(f"sweeps.{name}: {error}") from error
+
+
+def _check_perplexity(name: str, perplexity: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    from approxkmv.attention import get
+
+    place = f"studies.{name}.perplexity"
+    _known(perplexity["model"], config["models"], f"{place} names the model")
+    _known(perplexity["corpus"], config["corpora"], f"{place} names the corpus")
+    for method, settings in perplexity["methods"].items():
+        try:
+            found = get(method)
+            found.causal_form()
+            for given in settings:
+                found.parameters(given)
+        except ApproxKMVError as error:
+            raise ConfigError(f"{place}.methods: {error}") from error
 
 
 def _known(name: str, names: Mapping[str, Any], what: str) -> None:

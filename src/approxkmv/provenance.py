@@ -10,7 +10,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("numpy", "torch", "numba", "transformers", "datasets", "pandas", "matplotlib", "snakemake", "triton")
+PACKAGES = (
+    "numpy",
+    "torch",
+    "numba",
+    "transformers",
+    "datasets",
+    "pandas",
+    "matplotlib",
+    "snakemake",
+    "triton",
+    "faiss-cpu",
+)
 
 
 def processor() -> str:

@@ -59,6 +59,11 @@ def test_every_method_counts_and_counts_each_batch_entry(name):
         ("local-expansion", {"near": 1000}, N_Q * N_K),
         ("approxkmv", {"near": 1000}, N_Q * N_K),
         ("clustered", {"near": 1000}, N_Q * N_K),
+        # The head; tail keys are only compared with it.
+        ("knn", {"top": 10, "samples": 3}, N_Q * 10),
+        # Neighbours and the sample that all queries share
+        ("hnsw", {"near": 10, "samples": 30}, N_Q * (10 + 30)),
+        ("vamana", {"near": 10, "samples": 30}, N_Q * (10 + 30)),
     ],
 )
 def test_counts_by_hand(name, parameters, expected):

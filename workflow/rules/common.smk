@@ -7,7 +7,13 @@ from pathlib import Path
 
 from snakemake.logging import logger
 
-from approxkmv.config import checked, model_of, settings_file, study_of
+from approxkmv.config import (
+    checked,
+    corpus_entry,
+    model_of,
+    settings_file,
+    study_of,
+)
 from approxkmv.errors import ConfigError
 from approxkmv.steps.shards import remove_damaged, remove_leftovers
 from approxkmv.steps.texts import shard_count

@@ -25,6 +25,9 @@ _MODULES = {
     "vkde-lsh": "vkde_lsh",
     "approxkmv": "approxkmv",
     "local-expansion": "local_expansion",
+    "knn": "knn",
+    "hnsw": "hnsw",
+    "vamana": "vamana",
 }
 
 

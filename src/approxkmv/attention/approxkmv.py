@@ -18,10 +18,13 @@ from approxkmv.attention import exact_fused
 from approxkmv.attention.contract import Method, UnavailableError, per_batch
 from approxkmv.attention.expansion import Expansion, expand, project, sums_of_keys
 from approxkmv.attention.local_expansion import exactly_where_lost
+from approxkmv.attention.recursive import Sums, causal_attention, exact_sums
 
 _LEAST_SAMPLES = 4
 # Beyond this variance of a query's logits around its block's, the far key says too little to be a control variate.
 _CONTROLLED = 2.0
+# In the causal form, triangles of at most so many queries are exact.
+_EXACT_BELOW = 256
 
 
 def row_variance(e: Expansion) -> torch.Tensor:
@@ -171,9 +174,29 @@ def _approxkmv(
     return per_batch(single, q, k, v, seed)
 
 
+def _causal(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, seed: int, near: int, **parameters: Any
+) -> torch.Tensor:
+    if q.device.type != "cpu":
+        raise UnavailableError(f"approxkmv runs on a CPU only, not on {q.device.type}")
+
+    def square(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator) -> Sums:
+        if near >= len(k):
+            return exact_sums(q, k, v)
+        numerators, row_sums, logs = sums(q, k, v, generator, scale=1.0, near=near, **parameters)
+        # The sums are those of centred keys, which are the same for one set of keys but not for two.
+        return numerators, row_sums, logs + q @ k.mean(0)
+
+    def single(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        return causal_attention(q * scale, k, v, generator, square, max(_EXACT_BELOW, near))
+
+    return per_batch(single, q, k, v, seed)
+
+
 method = Method(
     name="approxkmv",
     compute=_approxkmv,
+    causal=_causal,
     summary="heavy keys exactly, light keys by unbiased sampling with a control variate and budgets by variance",
     defaults={"block": 128, "near": 256, "samples": 32, "directions": 48, "iterations": 3, "sampled": 16},
     grid=[

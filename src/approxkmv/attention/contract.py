@@ -44,6 +44,8 @@ class Method:
     """Whether it is a row that any method should beat, such as the mean of the values."""
     seeded: bool = True
     """Whether the answer depends on the seed."""
+    causal: Callable[..., torch.Tensor] | None = None
+    """The same as `compute` with query i attending to keys 0 to i only, as many queries as keys; None: not offered."""
 
     def parameters(self, given: Parameters | None = None) -> dict[str, Any]:
         """The defaults with `given` put over them. Raises InputError at a parameter that the method has not."""
@@ -72,6 +74,34 @@ class Method:
         return self.compute(
             q, k, v, scale=resolve_scale(scale, q.shape[-1]), seed=int(seed), **self.parameters(parameters)
         )
+
+    def attend_causally(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        scale: float | None = None,
+        seed: int = 0,
+        **parameters: Any,
+    ) -> torch.Tensor:
+        """Attention of each query of q (batch, n, d) on the keys up to its own, with values v: (batch, n, d_v).
+
+        Raises InputError as a call does, and for unequal numbers of queries and keys; UnavailableError where the
+        method has no causal form or cannot run.
+        """
+        check_inputs(q, k, v)
+        if q.shape[1] != k.shape[1]:
+            raise InputError(f"causal attention has a key for each query: q has {q.shape[1]} rows, k {k.shape[1]}")
+        return self.causal_form()(
+            q, k, v, scale=resolve_scale(scale, q.shape[-1]), seed=int(seed), **self.parameters(parameters)
+        )
+
+    def causal_form(self) -> Callable[..., torch.Tensor]:
+        """`causal`. Raises UnavailableError when there is none."""
+        if self.causal is None:
+            raise UnavailableError(f"method {self.name} has no causal form: query i would attend to keys after i")
+        return self.causal
 
 
 def check_inputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -22,7 +23,9 @@ _BACKENDS = {
 _fastest: dict[tuple[object, ...], str] = {}
 
 
-def _run(backend: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+def _run(
+    backend: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, is_causal: bool = False
+) -> torch.Tensor:
     # The fused backends want one width for q, k and v, a multiple of 8; zero columns change no product.
     width = 8 * -(-max(q.shape[-1], min(v.shape[-1], 256)) // 8)
     q, k = (pad(t, (0, width - t.shape[-1])).unsqueeze(1) for t in (q, k))
@@ -31,7 +34,7 @@ def _run(backend: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale:
         warnings.simplefilter("ignore")  # torch warns about each reason for which a backend refuses, then raises
         for columns in v.split(width, -1):
             padded = pad(columns, (0, width - columns.shape[-1])).unsqueeze(1)
-            answer = scaled_dot_product_attention(q, k, padded, scale=scale)
+            answer = scaled_dot_product_attention(q, k, padded, scale=scale, is_causal=is_causal)
             answers.append(answer[:, 0, :, : columns.shape[-1]])
     return answers[0] if len(answers) == 1 else torch.cat(answers, -1)
 
@@ -69,7 +72,14 @@ def choose_backend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: flo
 
 
 def _exact_sdpa(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, seed: int, backend: str
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    scale: float,
+    seed: int,
+    backend: str,
+    is_causal: bool = False,
 ) -> torch.Tensor:
     if backend == "fastest":
         backend = choose_backend(q, k, v, scale)
@@ -77,7 +87,7 @@ def _exact_sdpa(
         raise UnavailableError(f"exact-sdpa has no backend {backend!r}; it has: {', '.join(_BACKENDS)}")
     count(kernel_evaluations=q.shape[0] * q.shape[1] * k.shape[1])
     try:
-        return _run(backend, q, k, v, scale)
+        return _run(backend, q, k, v, scale, is_causal)
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise UnavailableError(f"exact-sdpa: backend {backend} refuses these inputs ({reason})") from error
@@ -86,6 +96,7 @@ def _exact_sdpa(
 method = Method(
     name="exact-sdpa",
     compute=_exact_sdpa,
+    causal=partial(_exact_sdpa, is_causal=True),
     summary="torch's scaled_dot_product_attention, the fastest of its fused backends",
     defaults={"backend": "fastest"},
     exact=True,

@@ -9,6 +9,7 @@ Source: Han, Jayaram, Karbasi, Mirrokni, Woodruff & Zandieh (2024); the causal f
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from approxkmv.errors import InputError
 
 # Rows of the exact causal product at a time: the part of a tile above the diagonal is wasted.
 _TILE = 256
+# In the causal form of the method, squares on the diagonal up to this size are exact.
+_EXACT_BELOW = 256
 
 
 def sums(
@@ -149,6 +152,7 @@ def _hyperattention(
 method = Method(
     name="hyperattention",
     compute=_hyperattention,
+    causal=partial(hyperattention_causal, threshold=_EXACT_BELOW),
     summary="sorted angular hashing, the rest from uniform keys shared by all queries",
     defaults={"block": 128, "samples": 256, "projections": 7},
     grid=[

@@ -38,7 +38,7 @@ class CapturableModel:
         self.name: str = location.gguf_file or location.folder.resolve().name
         self.architecture: str = type(backbone).__name__
         self.n_layers = n_layers
-        self.max_positions = scaled_positions(backbone.config) or _max_positions(backbone)
+        self.max_positions = scaled_positions(backbone.config) or max_positions(backbone)
         # Two tokens through the whole model: shapes and causality as they are, not as a configuration words them,
         # and an architecture that cannot be captured is refused before any text is read.
         short, long = self._probe_texts()
@@ -81,7 +81,7 @@ class CapturableModel:
 
         if dtype not in DTYPES:
             raise InputError(f"dtype is {dtype!r}: use one of {', '.join(DTYPES)}")
-        place = _device(device)
+        place = device_named(device)
         config = load_config(location)
         wanted = backbone_class(config)
         attention = "eager" if wanted.__name__ in ADAPTERS else implementation_for(wanted)
@@ -218,7 +218,8 @@ def _agree(one: Captured, other: Captured) -> bool:
     )
 
 
-def _device(device: str) -> torch.device:
+def device_named(device: str) -> torch.device:
+    """cpu, cuda or cuda:N. Raises InputError for another name and for a device that is not there."""
     try:
         place = torch.device(device)
     except RuntimeError as error:
@@ -234,7 +235,7 @@ def _pad_token(config: Any, embedded: int) -> int:
     return pad if isinstance(pad, int) and 0 <= pad < embedded else 0
 
 
-def _max_positions(backbone: Any) -> int | None:
+def max_positions(backbone: Any) -> int | None:
     """How many tokens a text may have, or None when the architecture sets no limit.
 
     RoBERTa and its kin count positions from one past the padding's id, so 514 rows of the table serve 512 tokens.

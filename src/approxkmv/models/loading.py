@@ -11,8 +11,12 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModel, AutoTokenizer
-from transformers.models.auto.modeling_auto import MODEL_MAPPING
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_MAPPING,
+)
 from transformers.utils import logging
 
 from approxkmv.errors import CaptureError, SourceError
@@ -87,6 +91,22 @@ def backbone_class(config: Any) -> Any:
     return first
 
 
+def causal_class(config: Any) -> Any:
+    """The causal language model's class for a configuration. Raises CaptureError where the model is none."""
+    name = type(config).__name__
+    # Encoders have a class of this kind too, for use as decoders, and say so in their configuration.
+    is_encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or is_encoder or config.is_encoder_decoder:
+        raise CaptureError(f"{name} is not that of a causal language model: its tokens are not predicted one by one")
+    found: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return found[0] if isinstance(found, tuple) else found
+
+
+def load_causal_model(location: ModelLocation, *, dtype: torch.dtype, attention: str, config: Any = None) -> Any:
+    """The model with its head over the vocabulary, else as load_backbone."""
+    return _load(AutoModelForCausalLM, location, dtype, attention, config)
+
+
 def load_backbone(location: ModelLocation, *, dtype: torch.dtype, attention: str, config: Any = None) -> Any:
     """The model without a head, in evaluation mode, on the CPU.
 
@@ -96,10 +116,14 @@ def load_backbone(location: ModelLocation, *, dtype: torch.dtype, attention: str
     Raises:
         SourceError: files that cannot be read, or weights that are missing, which transformers would fill at random.
     """
+    return _load(AutoModel, location, dtype, attention, config)
+
+
+def _load(kind: Any, location: ModelLocation, dtype: torch.dtype, attention: str, config: Any) -> Any:
     # The reader of GGUF draws a progress bar of its own that no setting turns off.
     no_bar = contextlib.redirect_stderr(io.StringIO()) if location.gguf_file else contextlib.nullcontext()
     with quiet(), no_bar, _one_line_errors(location, "model"):
-        model, info = AutoModel.from_pretrained(
+        model, info = kind.from_pretrained(
             location.folder,
             dtype=dtype,
             attn_implementation=attention,

@@ -1,0 +1,19 @@
+"""Products of single pairs of rows, compiled by numba, one core: import this only where numba is installed."""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+
+@njit(fastmath={"reassoc", "contract", "nsz"}, nogil=True, cache=True)
+def products(low, high, q, k, rows, keys, out):
+    """out[t] = <q[rows[t]], k[keys[t]]> for t from low to high - 1."""
+    d = q.shape[1]
+    for t in range(low, high):
+        i = rows[t]
+        j = keys[t]
+        total = np.float32(0.0)
+        for p in range(d):
+            total += q[i, p] * k[j, p]
+        out[t] = total

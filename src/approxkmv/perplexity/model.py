@@ -1,0 +1,115 @@
+"""A causal language model whose attention can be replaced, and its perplexity on one text."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from approxkmv.errors import CaptureError, InputError
+from approxkmv.models.capture import DTYPES, device_named, max_positions
+from approxkmv.models.loading import causal_class, load_causal_model, load_config, load_tokenizer
+from approxkmv.models.sources import ModelLocation
+from approxkmv.perplexity.replacement import REPLACED, Replacement, replaced
+
+_ROWS = 512  # of the logits, as wide as the vocabulary, that are widened to float32 at a time
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """One run of a text through the model."""
+
+    perplexity: float
+    """exp of the mean negative log probability (natural) of each token but the first, given those before it."""
+    seconds: float
+    """Of the forward pass."""
+    attention_seconds: float
+    """Of the attention in the chosen layers."""
+
+
+class CausalModel:
+    """Use CausalModel.load."""
+
+    def __init__(self, model: Any, location: ModelLocation, device: torch.device) -> None:
+        """Refuses a model whose predictions depend on later tokens. Raises CaptureError."""
+        self._model = model
+        self._location = location
+        self._device = device
+        self.n_layers = int(model.config.get_text_config().num_hidden_layers)
+        self.max_positions = max_positions(model)
+        one, other = self._logits([3, 4, 5, 6]), self._logits([3, 4, 5, 7])
+        if not torch.allclose(one[:3].float(), other[:3].float(), rtol=1e-3, atol=1e-3):
+            raise CaptureError(f"{type(model).__name__} sees later tokens: perplexity needs a causal model")
+
+    @classmethod
+    def load(cls, location: ModelLocation, *, dtype: str = "float32", device: str = "cpu") -> CausalModel:
+        """Load a causal language model.
+
+        Args:
+            location: what fetch returned. dtype: float32, bfloat16 or float16. device: cpu, cuda or cuda:N.
+        Raises:
+            SourceError: files that cannot be read, or missing weights.
+            CaptureError: the model is not causal, or does not compute its attention through transformers' interface.
+            InputError: an unknown dtype, or a device that is not there.
+        """
+        if dtype not in DTYPES:
+            raise InputError(f"dtype is {dtype!r}: use one of {', '.join(DTYPES)}")
+        place = device_named(device)
+        wanted = causal_class(load_config(location))
+        if not (wanted._can_set_attn_implementation() and wanted._supports_sdpa):
+            raise CaptureError(f"{wanted.__name__} does not let its attention be replaced by plain softmax attention")
+        return cls(load_causal_model(location, dtype=DTYPES[dtype], attention=REPLACED).to(place), location, place)
+
+    def tokens(self, documents: Sequence[str], count: int) -> list[int]:
+        """The first `count` tokens of the documents, joined by blank lines. Raises InputError when they have fewer."""
+        tokenizer = load_tokenizer(self._location)
+        text, ids = "", []
+        for document in documents:
+            text += ("\n\n" if text else "") + document
+            # Hardly a text has fewer tokens than words: this saves reading the same text again and again.
+            if len(text.split()) >= count:
+                ids = tokenizer(text, verbose=False)["input_ids"]
+                if len(ids) >= count:
+                    break
+        else:
+            ids = tokenizer(text, verbose=False)["input_ids"]
+        if len(ids) < count:
+            raise InputError(f"the text has {len(ids)} tokens, {count} are asked for")
+        return list(ids[:count])
+
+    def perplexity(self, ids: Sequence[int], replacement: Replacement) -> Perplexity:
+        """Perplexity of the text `ids` with the replacement's method in its layers, and the time of it.
+
+        Raises InputError for fewer than two tokens or more than the model has positions, CaptureError where a layer
+        cannot be replaced, UnavailableError where the method cannot run.
+        """
+        if len(ids) < 2 or (self.max_positions is not None and len(ids) > self.max_positions):
+            raise InputError(f"the text has {len(ids)} tokens: give 2 to {self.max_positions or 'any number'}")
+        start = time.perf_counter()
+        with replaced(replacement):
+            logits = self._logits(ids)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        seconds = time.perf_counter() - start - replacement.warm_up_seconds
+        if replacement.calls != len(replacement.layers):
+            raise CaptureError(
+                f"{type(self._model).__name__}: {replacement.calls} of {len(replacement.layers)} layers handed their "
+                "attention over"
+            )
+        targets = torch.tensor(ids[1:], device=logits.device)
+        total = 0.0
+        for i in range(0, len(targets), _ROWS):
+            some = logits[i : i + _ROWS][: len(targets) - i].float()
+            total += float(torch.nn.functional.cross_entropy(some, targets[i : i + _ROWS], reduction="sum"))
+        return Perplexity(math.exp(min(total / len(targets), 700.0)), seconds, replacement.seconds)
+
+    def _logits(self, ids: Sequence[int]) -> torch.Tensor:
+        with torch.inference_mode():
+            logits: torch.Tensor = self._model(
+                input_ids=torch.tensor([list(ids)], device=self._device), use_cache=False
+            ).logits
+        return logits[0]

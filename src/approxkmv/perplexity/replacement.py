@@ -1,0 +1,123 @@
+"""A method in place of a model's attention, through the attention interface of transformers."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Collection, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from approxkmv.attention import Method
+from approxkmv.errors import CaptureError
+
+# A name without "sdpa", "flash" or "flex" in it: transformers treats names with these words specially.
+REPLACED = "approxkmv_replaced"
+
+# The seed of layer l is that of the run times this, plus l.
+_SEEDS = 1009
+
+
+@dataclass
+class Replacement:
+    """What computes the attention of some layers, and how long it took."""
+
+    method: Method | None
+    """None: the model's own attention, which is only timed."""
+    parameters: dict[str, Any]
+    layers: Collection[int]
+    seed: int
+    seconds: float = field(default=0.0, init=False)
+    warm_up_seconds: float = field(default=0.0, init=False)
+    """Of the first call, which is made twice: what a method loads or compiles once is not its time."""
+    calls: int = field(default=0, init=False)
+
+
+_current: ContextVar[Replacement | None] = ContextVar("replacement", default=None)
+
+
+@contextlib.contextmanager
+def replaced(replacement: Replacement) -> Iterator[None]:
+    """Within the block, the layers of a model loaded with REPLACED are computed by the replacement's method."""
+    token = _current.set(replacement)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def _attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    current = _current.get()
+    if current is None or getattr(module, "layer_idx", None) not in current.layers:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    if current.method is None:
+        start = _now(query.device)
+        out = sdpa_attention_forward(module, query, key, value, attention_mask, **options)[0]
+    else:
+        _refuse_what_no_method_does(module, query, key, attention_mask, options)
+        scaling = options.get("scaling")
+        given = {
+            "scale": query.shape[-1] ** -0.5 if scaling is None else float(scaling),
+            "seed": _SEEDS * current.seed + int(module.layer_idx),  # type: ignore[arg-type]
+            **current.parameters,
+        }
+        attend = current.method.causal_form()
+        if not current.calls:
+            start = _now(query.device)
+            attend(*_heads(query, key, value), **given)
+            current.warm_up_seconds = _now(query.device) - start
+        start = _now(query.device)
+        out = attend(*_heads(query, key, value), **given).unsqueeze(0).transpose(1, 2).contiguous()
+    current.seconds += _now(query.device) - start
+    current.calls += 1
+    return out, None
+
+
+def _heads(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> list[torch.Tensor]:
+    """(heads, n, width) of each, a key head that several query heads share repeated for each."""
+    repeats = query.shape[1] // key.shape[1]
+    return [query[0], key[0].repeat_interleave(repeats, 0), value[0].repeat_interleave(repeats, 0)]
+
+
+def _refuse_what_no_method_does(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    mask: torch.Tensor | None,
+    options: dict[str, Any],
+) -> None:
+    """Raise CaptureError unless the layer is softmax attention of each token to all before it, of one text."""
+    name = f"layer {getattr(module, 'layer_idx', '?')} ({type(module).__name__})"
+    if query.shape[0] != 1 or query.shape[2] != key.shape[2]:
+        raise CaptureError(f"{name} attends from {tuple(query.shape)} to {tuple(key.shape)}: one whole text is wanted")
+    window = options.get("sliding_window")
+    # Without padding a mask is made only for what is not plainly causal.
+    if mask is not None or (window is not None and window < key.shape[2]):
+        raise CaptureError(f"{name} has a mask of its own, as a sliding window: the methods compute full attention")
+    if any(options.get(word) is not None for word in ("softcap", "s_aux")) or not getattr(module, "is_causal", True):
+        raise CaptureError(
+            f"{name} is not plain causal softmax attention: it caps its logits, has sinks or looks ahead"
+        )
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+AttentionInterface.register(REPLACED, _attend)
+AttentionMaskInterface.register(REPLACED, sdpa_mask)

@@ -1,0 +1,75 @@
+"""How many balls of half the radius cover a ball: the intrinsic dimension that graph search depends on."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from approxkmv.errors import InputError
+
+_QUANTILES = (0.01, 0.03, 0.1, 0.3, 0.6, 1.0)
+
+
+@dataclass(frozen=True)
+class DoublingDimension:
+    """Bounds from the balls that were looked at."""
+
+    lower: float
+    """log2 of the most points of a ball that lie further than its radius from each other.
+
+    No ball of half the radius holds two of them, so that the doubling dimension is at least this.
+    """
+    upper: float
+    """log2 of the most balls of half the radius that a greedy cover needed; no ball looked at needs more."""
+    aspect_ratio: float
+    """Largest distance over the smallest that is not zero."""
+
+
+def doubling_dimension(
+    points: torch.Tensor, *, centres: int | None = 64, generator: torch.Generator | None = None
+) -> DoublingDimension:
+    """Doubling dimension of points (n, d) in Euclidean distance (Definition 5 of the lecture), from below and above.
+
+    >>> import torch
+    >>> line = torch.arange(64.0).unsqueeze(1)
+    >>> found = doubling_dimension(line, centres=None)
+    >>> found.lower <= found.upper < 2.5
+    True
+
+    Args:
+        points: at least two, not all equal; their n^2 distances are kept.
+        centres: balls around so many points, drawn at random, at six radii each; None takes every point.
+        generator: draws them.
+    Raises:
+        InputError: fewer than two different points.
+    """
+    x = points.double()
+    if len(x) < 2 or bool((x == x[0]).all()):
+        raise InputError("a doubling dimension needs at least two different points")
+    distances = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
+    chosen = torch.arange(len(x)) if centres is None else torch.randperm(len(x), generator=generator)[:centres]
+    most_apart = most_balls = 1
+    for centre in chosen.tolist():
+        from_centre = distances[centre]
+        for radius in from_centre.quantile(torch.tensor(_QUANTILES, dtype=x.dtype)).tolist():
+            ball = (from_centre <= radius).nonzero().squeeze(1)
+            if radius == 0 or len(ball) < 2:
+                continue
+            inside = distances[ball][:, ball]
+            most_apart = max(most_apart, _separated(inside, radius))
+            most_balls = max(most_balls, _separated(inside, radius / 2))
+    smallest = distances[distances > 0].min()
+    return DoublingDimension(math.log2(most_apart), math.log2(most_balls), float(distances.max() / smallest))
+
+
+def _separated(distances: torch.Tensor, gap: float) -> int:
+    """Size of a greedy set of points further than `gap` apart; balls of that radius around them cover all points."""
+    is_left = torch.ones(len(distances), dtype=torch.bool)
+    count = 0
+    while bool(is_left.any()):
+        # Any order makes a maximal set.
+        is_left &= distances[int(is_left.int().argmax())] > gap
+        count += 1
+    return count

@@ -1,0 +1,121 @@
+"""Keys of largest inner product, exactly or through a hierarchical small-world graph, with keys added as they come."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from approxkmv.attention.contract import UnavailableError
+from approxkmv.attention.counting import count as report
+from approxkmv.errors import InputError
+from approxkmv.kernels import reduce_attention
+
+
+class Index(Protocol):
+    """Keys that can be searched while more are added; they are numbered in the order in which they came."""
+
+    def add(self, first: int, last: int) -> None:
+        """Make keys first to last - 1 findable, those before `first` being so already."""
+
+    def search(self, q: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Numbers (n_q, count) int64 of the best keys of each query and their inner products (n_q, count).
+
+        -1 and -inf where fewer were found.
+        """
+
+
+def load_faiss(what: str) -> ModuleType:
+    """The module faiss, on as many threads as torch has. Raises UnavailableError where it is not installed."""
+    try:
+        import faiss
+    except ImportError as error:
+        raise UnavailableError(f"{what} needs faiss: pip install 'approxkmv[faiss]'") from error
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    return faiss
+
+
+def _found(index: Any, q: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    products, keys = index.search(np.ascontiguousarray(q.numpy()), count)
+    keys = torch.from_numpy(keys)
+    return keys, torch.from_numpy(products).masked_fill_(keys < 0, -torch.inf)
+
+
+class FlatIndex:
+    """The exact answer: faiss' IndexFlatIP on a CPU, products and torch.topk elsewhere."""
+
+    def __init__(self, k: torch.Tensor) -> None:
+        """k (n_k, d) float32: the keys to come."""
+        self._k = k
+        self._count = 0
+        self._index = load_faiss("an exact index of keys").IndexFlatIP(k.shape[1]) if k.device.type == "cpu" else None
+
+    def add(self, first: int, last: int) -> None:
+        """Make keys first to last - 1 findable."""
+        self._count = last
+        if self._index is not None:
+            self._index.add(np.ascontiguousarray(self._k[first:last].numpy()))
+
+    def search(self, q: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """See Index."""
+        # Those that are found are counted by whoever weighs them.
+        report(other_products=len(q) * (self._count - count))
+        if self._index is not None:
+            return _found(self._index, q, count)
+        parts = [(some @ self._k[: self._count].mT).topk(count) for some in q.split(512)]
+        return torch.cat([part.indices for part in parts]), torch.cat([part.values for part in parts])
+
+
+class HNSWIndex:
+    """A hierarchical navigable small-world graph (Malkov & Yashunin 2018) in faiss, of the keys of Lemma 4.1.
+
+    The lemma's keys have one norm, so that inner products order them as Euclidean distances do, for which the graph is
+    made; the queries' new coordinate is zero, so that the products are those of the original keys.
+    """
+
+    def __init__(self, k: torch.Tensor, links: int, construction: int, breadth: int) -> None:
+        """k (n_k, d) float32: the keys to come.
+
+        Args:
+            links: neighbours of a key on each level above the lowest, which has twice as many.
+            construction, breadth: candidates that are kept while the graph is made and searched.
+        """
+        if k.device.type != "cpu":
+            raise UnavailableError(f"graph search runs on a CPU only, not on {k.device.type}")
+        faiss = load_faiss("a graph index of keys")
+        self._keys = torch.as_tensor(reduce_attention(k, k).keys).float().numpy()
+        self._index = faiss.IndexHNSWFlat(self._keys.shape[1], links, faiss.METRIC_INNER_PRODUCT)
+        self._index.hnsw.efConstruction = construction
+        self._breadth = breadth
+
+    def add(self, first: int, last: int) -> None:
+        """Make keys first to last - 1 findable: on one thread, since the order of the links would vary with several."""
+        # Where faiss finds torch's OpenMP in the process it shares it: the number must be kept before it is changed.
+        threads = torch.get_num_threads()
+        faiss = load_faiss("a graph index of keys")
+        try:
+            faiss.omp_set_num_threads(1)
+            self._index.add(np.ascontiguousarray(self._keys[first:last]))
+        finally:
+            faiss.omp_set_num_threads(threads)
+
+    def search(self, q: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """See Index."""
+        self._index.hnsw.efSearch = max(self._breadth, count)
+        statistics = load_faiss("a graph index of keys").cvar.hnsw_stats
+        before = statistics.ndis
+        found = _found(self._index, torch.nn.functional.pad(q, (0, 1)), count)
+        # faiss counts the distances of a search, but not those by which it makes the graph.
+        report(other_products=statistics.ndis - before)
+        return found
+
+
+def make_index(name: str, k: torch.Tensor, *, links: int = 16, construction: int = 40, breadth: int = 64) -> Index:
+    """An empty index for keys k (n_k, d): "flat" or "hnsw". Raises InputError for another name."""
+    if name == "flat":
+        return FlatIndex(k)
+    if name == "hnsw":
+        return HNSWIndex(k, links, construction, breadth)
+    raise InputError(f"no index is called {name!r}; there are: flat, hnsw")

@@ -1,0 +1,137 @@
+"""The graph of DiskANN (Subramanya et al. 2019), its robust prune and greedy search, in Euclidean space.
+
+An edge p-v makes p's edge to w needless where alpha |v - w| <= |p - w|. With the prune run over all other points the
+graph is alpha-shortcut reachable, and greedy search from any start ends within (alpha + 1) / (alpha - 1) of the
+nearest distance (Indyk & Xu 2023; Theorem 7 of the lecture). `build` is the practical one: candidates from a search,
+a bound on the degree, and no guarantee.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+
+import numpy as np
+import torch
+
+from approxkmv.attention.acceleration import over_threads
+from approxkmv.attention.contract import UnavailableError
+from approxkmv.attention.counting import count as report
+from approxkmv.errors import InputError
+
+_WIDTH = 16  # coordinates are padded to whole vectors of the processor
+
+
+@dataclass(frozen=True)
+class Found:
+    """The candidates of each query, nearest first."""
+
+    keys: torch.Tensor
+    """(n_q, count) int64, -1 where fewer were found."""
+    distances: torch.Tensor
+    """(n_q, count), inf where there is none."""
+    steps: torch.Tensor
+    """(n_q,) points whose neighbours were looked at."""
+    evaluations: torch.Tensor
+    """(n_q,) distances that were computed."""
+
+
+@dataclass(frozen=True)
+class VamanaGraph:
+    """Points (n, d), and for each the points that it links to."""
+
+    points: np.ndarray
+    neighbours: np.ndarray
+    """(n, largest degree); those beyond `degrees` mean nothing."""
+    degrees: np.ndarray
+    start: int
+
+    def search(self, queries: torch.Tensor, count: int, beam: int) -> Found:
+        """The `count` best candidates of each of queries (n_q, d); with a beam of 1 this is greedy search.
+
+        Args:
+            beam: candidates that are kept on the way, at least `count`.
+        """
+        n_q = len(queries)
+        padded = _padded(queries)
+        keys, distances = np.full((n_q, count), -1, np.int64), np.full((n_q, count), np.inf, np.float32)
+        steps, evaluations = np.zeros(n_q, np.int64), np.zeros(n_q, np.int64)
+        graph = self.points, self.neighbours, self.degrees, self.start
+        out = keys, distances, steps, evaluations
+        loops = _loops()
+        over_threads(lambda low, high: loops.search_all(low, high, *graph, padded, max(beam, count), *out), n_q)
+        report(other_products=int(evaluations.sum()))
+        found = (torch.from_numpy(array) for array in (keys, np.sqrt(distances), steps, evaluations))
+        return Found(*found)
+
+
+def _loops() -> ModuleType:
+    try:
+        import numba  # noqa: F401
+    except ImportError as error:
+        raise UnavailableError("the Vamana graph needs numba: pip install 'approxkmv[pipeline]'") from error
+    from approxkmv.search import vamana_loops
+
+    return vamana_loops
+
+
+def _padded(points: torch.Tensor) -> np.ndarray:
+    wide = torch.nn.functional.pad(points.float(), (0, -points.shape[1] % _WIDTH))
+    return wide.contiguous().numpy()
+
+
+def _start(points: np.ndarray) -> int:
+    """The point nearest to the mean of all."""
+    return int(np.square(points - points.mean(0)).sum(1).argmin())
+
+
+def _check(alpha: float) -> None:
+    if alpha < 1:
+        raise InputError(f"alpha is {alpha}: the prune needs at least 1, and a guarantee more")
+
+
+def build(points: torch.Tensor, *, alpha: float, degree: int, beam: int, generator: torch.Generator) -> VamanaGraph:
+    """The practical graph of points (n, d): each in turn searched for, pruned and linked both ways.
+
+    Args:
+        alpha: how much nearer a shortcut must be, at least 1. degree: at most so many links of a point.
+        beam: candidates kept while a point is searched for. generator: the order of the points.
+    Raises:
+        InputError: alpha below 1. UnavailableError: numba is missing.
+    """
+    _check(alpha)
+    padded = _padded(points)
+    n = len(padded)
+    start = _start(padded)
+    order = torch.randperm(n, generator=generator).numpy()
+    order = np.concatenate([[start], order[order != start]])
+    neighbours, degrees = np.zeros((n, min(degree, max(1, n - 1))), np.int32), np.zeros(n, np.int32)
+    made = _loops().insert_all(padded, order, neighbours, degrees, beam, np.float32(alpha * alpha))
+    report(other_products=int(made))
+    return VamanaGraph(padded, neighbours, degrees, start)
+
+
+def build_exhaustively(points: torch.Tensor, *, alpha: float) -> VamanaGraph:
+    """The graph of points (n, d) with the guarantee: every point pruned over all others, in time n^2 times degree.
+
+    Raises InputError for alpha below 1, and UnavailableError where numba is missing.
+    """
+    _check(alpha)
+    loops = _loops()
+    padded = _padded(points)
+    n = len(padded)
+    lists = []
+    for i in range(n):
+        gaps = np.square(padded - padded[i]).sum(1)
+        order = np.argsort(gaps, kind="stable")
+        order = order[order != i]
+        kept = np.empty(max(1, n - 1), np.int64)
+        # Points in the same place link to each other first.
+        size, made = loops.prune(padded, order, gaps[order], len(order), np.float32(alpha * alpha), kept)
+        lists.append(kept[:size])
+        report(other_products=n - 1 + int(made))
+    degrees = np.array([len(some) for some in lists], np.int32)
+    neighbours = np.zeros((n, max(1, int(degrees.max()))), np.int32)
+    for i, some in enumerate(lists):
+        neighbours[i, : len(some)] = some
+    return VamanaGraph(padded, neighbours, degrees, _start(padded))

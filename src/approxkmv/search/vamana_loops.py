@@ -1,0 +1,165 @@
+"""Loops of the Vamana graph, compiled by numba, one core each: import this only where numba is installed."""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+_FLAGS = {"reassoc", "contract", "nsz"}
+
+
+@njit(fastmath=_FLAGS, nogil=True, inline="always")
+def _squared(a, i, b, j):
+    total = np.float32(0.0)
+    for p in range(a.shape[1]):
+        x = a[i, p] - b[j, p]
+        total += x * x
+    return total
+
+
+@njit(fastmath=_FLAGS, nogil=True, cache=True)
+def prune(points, candidates, distances, count, bar, out):
+    """Robust prune: out receives neighbours from candidates (count,), sorted by their squared distances to a point.
+
+    The nearest candidate v stays and removes every w with alpha |v - w| <= |p - w|, and so on with those that are
+    left; `bar` is alpha squared. Returns how many stay, at most len(out), and the distances that were computed.
+    """
+    kept = 0
+    evaluations = 0
+    for c in range(count):
+        is_covered = False
+        for i in range(kept):
+            evaluations += 1
+            if bar * _squared(points, out[i], points, candidates[c]) <= distances[c]:
+                is_covered = True
+                break
+        if not is_covered:
+            out[kept] = candidates[c]
+            kept += 1
+            if kept == len(out):
+                break
+    return kept, evaluations
+
+
+@njit(fastmath=_FLAGS, nogil=True, cache=True)
+def beam_search(points, neighbours, degrees, start, queries, query, stamps, stamp, keys, distances, expanded, trail):
+    """Search from `start` for row `query`, with as many candidates as there are places in keys.
+
+    keys, distances and expanded hold the candidates, nearest first; stamps (n,) marks points that were looked at by
+    `stamp`; trail receives the expanded points in turn, as many as it has places for. Returns the number of
+    candidates, of expanded points and of distances that were computed.
+    """
+    beam = len(keys)
+    keys[0] = start
+    distances[0] = _squared(queries, query, points, start)
+    expanded[0] = False
+    stamps[start] = stamp
+    count = 1
+    steps = 0
+    evaluations = 1
+    at = 0
+    while at < count:
+        if expanded[at]:
+            at += 1
+            continue
+        expanded[at] = True
+        point = keys[at]
+        if steps < len(trail):
+            trail[steps] = point
+        steps += 1
+        lowest = at
+        for i in range(degrees[point]):
+            other = neighbours[point, i]
+            if stamps[other] == stamp:
+                continue
+            stamps[other] = stamp
+            evaluations += 1
+            distance = _squared(queries, query, points, other)
+            if count == beam and distance >= distances[beam - 1]:
+                continue
+            place = count if count < beam else beam - 1
+            while place > 0 and distances[place - 1] > distance:
+                distances[place] = distances[place - 1]
+                keys[place] = keys[place - 1]
+                expanded[place] = expanded[place - 1]
+                place -= 1
+            distances[place] = distance
+            keys[place] = other
+            expanded[place] = False
+            if count < beam:
+                count += 1
+            lowest = min(lowest, place)
+        at = lowest
+    return count, steps, evaluations
+
+
+@njit(fastmath=_FLAGS, nogil=True, cache=True)
+def insert_all(points, order, neighbours, degrees, beam, bar):
+    """Build the graph point by point in `order`: search, robust prune, and links back, pruned where they are many.
+
+    Returns the number of distances that were computed.
+    """
+    n = len(points)
+    degree = neighbours.shape[1]
+    stamps = np.full(n, -1, np.int64)
+    keys = np.empty(beam, np.int64)
+    distances = np.empty(beam, np.float32)
+    expanded = np.empty(beam, np.bool_)
+    trail = np.empty(8 * beam, np.int64)
+    gap = np.empty(8 * beam, np.float32)
+    kept = np.empty(degree, np.int64)
+    others = np.empty(degree + 1, np.int64)
+    gaps = np.empty(degree + 1, np.float32)
+    total = 0
+    for turn in range(1, n):
+        point = order[turn]
+        _, steps, evaluations = beam_search(
+            points, neighbours, degrees, order[0], points, point, stamps, turn, keys, distances, expanded, trail
+        )
+        # The whole way is a candidate: what lies near its beginning makes the long links.
+        count = min(steps, len(trail))
+        for i in range(count):
+            gap[i] = _squared(points, point, points, trail[i])
+        sorting = np.argsort(gap[:count])
+        size, compared = prune(points, trail[sorting], gap[sorting], count, bar, kept)
+        total += evaluations + count + compared
+        degrees[point] = size
+        for i in range(size):
+            neighbours[point, i] = kept[i]
+        for i in range(size):
+            other = neighbours[point, i]
+            held = degrees[other]
+            if held < degree:
+                neighbours[other, held] = point
+                degrees[other] = held + 1
+                continue
+            for j in range(held):
+                others[j] = neighbours[other, j]
+                gaps[j] = _squared(points, other, points, others[j])
+            others[held] = point
+            gaps[held] = _squared(points, other, points, point)
+            sorting = np.argsort(gaps)
+            total += held + 1
+            held, compared = prune(points, others[sorting], gaps[sorting], held + 1, bar, kept)
+            total += compared
+            degrees[other] = held
+            for j in range(held):
+                neighbours[other, j] = kept[j]
+    return total
+
+
+@njit(fastmath=_FLAGS, nogil=True, cache=True)
+def search_all(low, high, points, neighbours, degrees, start, queries, beam, found, distances, steps, evaluations):
+    """Rows low to high - 1 of found (n_q, count), -1 where fewer were found, with distances, steps and evaluations."""
+    stamps = np.full(len(points), -1, np.int64)
+    keys = np.empty(beam, np.int64)
+    held = np.empty(beam, np.float32)
+    expanded = np.empty(beam, np.bool_)
+    trail = np.empty(0, np.int64)
+    for i in range(low, high):
+        count, steps[i], evaluations[i] = beam_search(
+            points, neighbours, degrees, start, queries, i, stamps, i, keys, held, expanded, trail
+        )
+        for j in range(min(count, found.shape[1])):
+            found[i, j] = keys[j]
+            distances[i, j] = held[j]

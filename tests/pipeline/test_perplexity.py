@@ -1,0 +1,73 @@
+"""A study of perplexity through Snakemake, and the command's refusals."""
+
+from __future__ import annotations
+
+import json
+
+import pandas as pd
+import pytest
+import torch
+from conftest import WORDS, Project, save_tokenizer
+
+
+@pytest.fixture
+def speaker(project: Project) -> Project:
+    """A project whose catalogue has a small random language model with its head, and a study of its perplexity."""
+    import transformers
+
+    torch.manual_seed(0)
+    settings = {"vocab_size": len(WORDS) + 2, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    settings |= {"intermediate_size": 32, "max_position_embeddings": 512, "initializer_range": 0.3}
+    folder = project.folder / "speaker"
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings)).save_pretrained(folder)
+    save_tokenizer(folder)
+    asked = {"model": "speaker", "corpus": "words", "tokens": [40, 300], "layers": "1"}
+    asked |= {"methods": {"approxkmv": [{"near": 8, "block": 64}, {"near": 300}]}}
+    config = project.read()
+    config["models"]["speaker"] = {"source": f"path:{folder}"}
+    config["studies"]["tiny"] = {"perplexity": asked}
+    project.write(config)
+    return project
+
+
+def test_the_study_through_snakemake_writes_its_table(speaker: Project):
+    code, output = speaker.snakemake()
+    assert code == 0, output
+    table = pd.read_csv(speaker.results / "tables" / "perplexity.csv")
+    assert table["tokens"].tolist() == [40, 40, 300, 300]
+    assert table["layers"].tolist() == [1] * 4
+    assert [json.loads(words)["near"] for words in table["parameters"]] == [8, 300, 8, 300]
+    # All keys near, or a text that is one exact triangle: the model's own perplexity up to rounding.
+    assert table["ratio"][[0, 1, 3]].tolist() == pytest.approx([1.0] * 3, rel=1e-5)
+    assert table["ratio"][2] != 1.0
+    assert (table[["seconds", "exact_seconds", "attention_seconds", "exact_attention_seconds"]] > 0).all(axis=None)
+    record = json.loads((speaker.results / "tables" / "perplexity.json").read_text())
+    assert record["settings"]["tokens"] == [40, 300]
+    assert record["versions"]["torch"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--method", "mean"], "method mean has no causal form"),
+        (["--method", "approxkmv", "--model", "bert"], "BertConfig is not that of a causal language model"),
+        (["--method", "approxkmv", "--tokens", "1000"], "the text has"),
+        (["--method", "approxkmv", "--tokens", "40", "--layers", "2"], "the model has layers 0 to 1"),
+        (["--method", "approxkmv", "--parameters", "{near: 3}"], "parameters is '{near: 3}', which is no JSON"),
+        (["--method", "approxkmv", "--model", "speeker"], "did you mean 'speaker'"),
+    ],
+)
+def test_refusals_are_one_line_and_write_nothing(speaker: Project, words, message):
+    given = ["perplexity", "--model", "speaker", "--corpus", "words", "--out", "perplexity.csv", *words]
+    code, output = speaker.approxkmv(*given)
+    lines = [line for line in output.splitlines() if line.startswith("approxkmv: ")]
+    assert code == 2, output
+    assert len(lines) == 1, output
+    assert message in lines[0]
+    assert not (speaker.folder / "perplexity.csv").exists()
+
+
+def test_a_study_without_perplexity_says_what_to_give(project: Project):
+    code, output = project.approxkmv("perplexity", "--out", "perplexity.csv")
+    assert code == 2
+    assert "study tiny has no perplexity: give --method" in output

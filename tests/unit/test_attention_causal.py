@@ -1,0 +1,167 @@
+"""Causal forms: no query sees a later key, the exact ones are exact, the sampled ones unbiased."""
+
+import numpy as np
+import pytest
+import torch
+
+from approxkmv.attention import UnavailableError, get, methods
+from approxkmv.attention import approxkmv as ours
+from approxkmv.attention.recursive import causal_attention, causal_sums, exact_sums, merged
+from approxkmv.errors import InputError
+
+CAUSAL = [name for name in methods() if get(name).causal is not None]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """These inputs are too small for threads, which only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def heads(n, d, d_v, seed=0, spread=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    q, k = (spread * torch.randn(n, d, generator=generator) for _ in range(2))
+    return q, k, torch.randn(n, d_v, generator=generator) + 0.3 * k[:, :1]
+
+
+def exact(q, k, v, scale=1.0):
+    logits = scale * q.double() @ k.double().mT
+    future = torch.ones(logits.shape[-2:], dtype=torch.bool).triu(1)
+    return logits.masked_fill(future, -torch.inf).softmax(-1) @ v.double()
+
+
+def form(name):
+    if name == "knn":
+        pytest.importorskip("faiss")
+    return get(name)
+
+
+def test_the_wanted_methods_have_causal_forms():
+    assert {"exact-sdpa", "knn", "approxkmv"} <= set(CAUSAL)
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize(
+    ("n", "d", "d_v", "dtype"), [(1, 4, 2, torch.float32), (97, 13, 1, torch.float32), (300, 8, 12, torch.bfloat16)]
+)
+def test_shape_type_and_the_first_rows(name, n, d, d_v, dtype):
+    q, k, v = (torch.stack([t, -t]).to(dtype) for t in heads(n, d, d_v))
+    out = form(name).attend_causally(q, k, v, seed=2)
+    assert out.shape == (2, n, d_v)
+    assert out.dtype == dtype
+    assert bool(out.isfinite().all())
+    # The first query has one key, whose value is its answer; bfloat16 has eight bits.
+    assert torch.allclose(out[:, 0].float(), v[:, 0].float(), rtol=1e-2, atol=1e-5)
+    assert torch.equal(out, form(name).attend_causally(q, k, v, seed=2))
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_rows_do_not_see_later_values(name):
+    """With values zero before a place and large from it on, rows before it are zero, however keys are sampled."""
+    q, k, v = (t[None] for t in heads(700, 8, 3))
+    v[:, :400] = 0
+    v[:, 400:] = 1e6
+    out = form(name).attend_causally(q, k, v, seed=1)
+    assert float(out[0, :400].abs().max()) == 0
+    assert float(out[0, 400:].abs().max()) > 1e3
+
+
+@pytest.mark.parametrize(("name", "given"), [("exact-sdpa", {}), ("knn", {"top": 1000}), ("approxkmv", {"near": 1000})])
+def test_a_budget_for_all_keys_is_exact(name, given):
+    q, k, v = heads(600, 8, 2)
+    out = form(name).attend_causally(q[None], k[None], v[None], scale=1.0, **given)[0]
+    assert (out.double() - exact(q, k, v)).abs().max() < 2e-5
+
+
+def within(found, right):
+    error = found.std(0) / len(found) ** 0.5
+    return float(((found.mean(0) - right).abs() / error.clamp_min(1e-12)).max())
+
+
+@pytest.mark.parametrize("index", ["flat"])
+def test_causal_knn_is_unbiased(index):
+    """30 combinations of the rows after the first block over 120 seeds, within 4.5 standard errors (2e-4 by chance)."""
+    q, k, v = heads(420, 6, 1)
+    method = form("knn")
+    right = exact(q, k, v)[256:]
+    found = torch.stack(
+        [
+            method.attend_causally(
+                q[None], k[None], v[None], scale=1.0, seed=seed, top=6, samples=2, index=index
+            )[0, 256:].double()
+            for seed in range(120)
+        ]
+    )  # fmt: skip
+    assert float(found.std(0).mean()) > 0.01
+    signs = torch.from_numpy(np.random.default_rng(0).choice([-1.0, 1.0], (30, len(right), 1)))
+    assert within(*(torch.einsum("cnw,...nw->...c", signs, t) for t in (found, right))) < 4.5
+
+
+def test_causal_sums_of_approxkmv_are_unbiased():
+    """Row sums and numerators of 30 combinations over 120 seeds, within 4.5 standard errors (2e-4 by chance).
+
+    Keys far from the origin: the squares' sums must be brought to a common origin before they are merged.
+    """
+    q, k, v = heads(256, 8, 1, spread=0.5)
+    k = k + 0.7
+    logits = (q.double() @ k.double().mT).masked_fill(torch.ones(256, 256, dtype=torch.bool).triu(1), -torch.inf)
+    log_sum = logits.logsumexp(1)
+    right = torch.cat([torch.ones(256, 1).double(), logits.softmax(1) @ v.double()], 1)
+    clustering = {"block": 16, "near": 12, "directions": 8, "iterations": 2, "sampled": 16}
+
+    def square(q, k, v, generator):
+        numerators, row_sums, logs = ours.sums(q, k, v, generator, scale=1.0, samples=8, **clustering)
+        return numerators, row_sums, logs + q @ k.mean(0)
+
+    found = []
+    for seed in range(120):
+        generator = torch.Generator().manual_seed(seed)
+        numerators, row_sums, logs = causal_sums(q, k, v, generator, square, 64)
+        both = torch.cat([row_sums.unsqueeze(1), numerators], 1).double()
+        found.append(both * (logs.double() - log_sum).exp().unsqueeze(1))
+    found = torch.stack(found)[:, 64:]
+    signs = torch.from_numpy(np.random.default_rng(0).choice([-1.0, 1.0], (30, 192, 2)))
+    assert within(*(torch.einsum("cnw,...nw->...c", signs, t) for t in (found, right[64:]))) < 4.5
+
+
+def test_recursion_by_exact_squares_is_exact_at_any_cut():
+    q, k, v = heads(77, 5, 2)
+
+    def square(q, k, v, generator):
+        return exact_sums(q, k, v)
+
+    for exact_below in (0, 1, 10, 100):
+        out = causal_attention(q, k, v, torch.Generator(), square, exact_below)
+        assert (out.double() - exact(q, k, v)).abs().max() < 1e-5
+
+
+def test_rows_without_a_positive_sum_are_computed_exactly():
+    q, k, v = heads(40, 5, 2)
+
+    def square(q, k, v, generator):
+        numerators, row_sums, logs = exact_sums(q, k, v)
+        return numerators, -1e3 * row_sums, logs
+
+    out = causal_attention(q, k, v, torch.Generator(), square, 20)
+    assert (out.double() - exact(q, k, v)).abs().max() < 1e-5
+
+
+def test_merging_does_not_overflow():
+    """Two parts whose logs lie 500 apart, where the exponential of either difference would leave float32."""
+    q, k, v = heads(6, 4, 2)
+    one, other = exact_sums(300 * q, k, v), exact_sums(300 * q, -k, v)
+    numerators, row_sums, _ = merged(one, other)
+    right = (300 * q.double() @ torch.cat([k, -k]).double().mT).softmax(1) @ torch.cat([v, v]).double()
+    # Logits of some hundreds in float32 are known to about 1e-4.
+    assert (numerators / row_sums.unsqueeze(1) - right).abs().max() < 1e-2
+
+
+def test_refusals_are_one_line():
+    q, k, v = (t[None] for t in heads(20, 4, 1))
+    with pytest.raises(UnavailableError, match=r"^method local-expansion has no causal form: query i would"):
+        get("local-expansion").attend_causally(q, k, v)
+    with pytest.raises(InputError, match="a key for each query: q has 10 rows, k 20"):
+        get("exact-sdpa").attend_causally(q[:, :10], k, v)

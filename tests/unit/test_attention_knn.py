@@ -1,0 +1,261 @@
+"""kNN attention: exact samples of the softmax, unbiased answers, the paper's bounds, gradients that train."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import chi2
+
+from approxkmv.attention import UnavailableError, acceleration, get
+from approxkmv.attention.knn import head_size, sampled_attention
+from approxkmv.attention.knn_gradients import estimated_gradients, knn_attention, random_walks
+from approxkmv.errors import InputError
+
+pytest.importorskip("faiss")
+
+SIGMAS = 4.5
+"""A normal variable passes it with probability 7e-6; no test here looks at more than 300 of them, so that all seeds
+being fixed, each had a chance of at most 2e-3 of a false alarm when it was written, and has none since."""
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """These inputs are too small for threads, which only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def heads(n_q, n_k, d, d_v, seed=0, spread=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    q, k = (spread * torch.randn(n, d, generator=generator) for n in (n_q, n_k))
+    return q, k, torch.randn(n_k, d_v, generator=generator) + 0.3 * k[:, :1]
+
+
+def exact(q, k, v, scale=1.0):
+    return (scale * q.double() @ k.double().mT).softmax(-1) @ v.double()
+
+
+def within(found, right, axis=0):
+    """Largest distance of the mean over seeds from what is right, in standard errors."""
+    error = found.std(axis) / found.shape[axis] ** 0.5
+    return float(((found.mean(axis) - right).abs() / error.clamp_min(1e-12)).max())
+
+
+@pytest.mark.parametrize("loops", ["compiled", "torch"])
+@pytest.mark.parametrize("head", ["exact", "sampled"])
+def test_samples_have_the_softmax_as_their_distribution(head, loops, monkeypatch):
+    """Chi-squared over 40 keys, passed with probability 1e-4 by a right sampler."""
+    if loops == "compiled":
+        pytest.importorskip("numba")
+    else:
+        monkeypatch.setattr(acceleration, "_module", lambda: None)
+    q, k, _ = heads(1, 40, 4, 1, spread=0.8)
+    samples = 40000
+    generator = torch.Generator().manual_seed(2)
+    sampled = sampled_attention(q, k, generator, top=5, samples=samples, index="flat", head=head)
+    rows, keys, weights = sampled.entries()
+    frequency = torch.zeros(40).index_add_(0, keys, weights).double()
+    right = (q.double() @ k.double().mT).softmax(1)[0]
+    assert float(frequency.sum()) == pytest.approx(1.0, abs=1e-5)
+    if head == "sampled":
+        freedom, statistic = 39, samples * float(((frequency - right).square() / right).sum())
+    else:
+        # The head's keys share what the tail left; the tail's own counts are multinomial.
+        tail = torch.ones(40, dtype=torch.bool)
+        tail[sampled.head_keys[0]] = False
+        rest = (frequency[~tail].sum() - right[~tail].sum()).square() / right[~tail].sum()
+        statistic = samples * float(((frequency - right)[tail].square() / right[tail]).sum() + rest)
+        freedom = 35
+    assert statistic < chi2.isf(1e-4, freedom)
+    assert len(rows) == len(keys)
+
+
+@pytest.mark.parametrize("head", ["exact", "sampled"])
+def test_the_answer_is_unbiased_and_its_head_alone_is_not(head):
+    """30 combinations of the entries over 250 seeds, each within 4.5 standard errors."""
+    q, k, v = heads(60, 150, 6, 2)
+    method = get("knn")
+    right = exact(q, k, v)
+    found = torch.stack(
+        [
+            method(q[None], k[None], v[None], scale=1.0, seed=seed, top=8, samples=2, head=head)[0].double()
+            for seed in range(250)
+        ]
+    )
+    signs = torch.from_numpy(np.random.default_rng(0).choice([-1.0, 1.0], (30, 60, 2)))
+    signs[0] = 1.0
+    combined, wanted = (torch.einsum("cnw,...nw->...c", signs, t) for t in (found, right))
+    assert within(combined, wanted) < SIGMAS
+    # The test sees a bias: attention to the eight nearest keys alone is far outside.
+    logits = q @ k.mT
+    best = logits.topk(8)
+    nearest = torch.einsum("nh,nhw->nw", best.values.softmax(1), v[best.indices]).double()
+    error = combined.std(0) / 250**0.5
+    assert float(((torch.einsum("cnw,nw->c", signs, nearest) - wanted).abs() / error).max()) > 2 * SIGMAS
+
+
+def test_error_falls_as_one_over_the_root_of_the_samples():
+    """Sixteen times the samples, a quarter of the error; 400 rows know it to a tenth."""
+    q, k, v = heads(400, 200, 6, 1)
+    right = exact(q, k, v)
+    few, many = (
+        get("knn")(q[None], k[None], v[None], scale=1.0, samples=m, head="sampled")[0].double() for m in (8, 128)
+    )
+    assert 3.0 < float((few - right).norm() / (many - right).norm()) < 5.3
+
+
+@pytest.mark.parametrize("head", ["exact", "sampled"])
+def test_additive_and_multiplicative_bounds(head):
+    """Hoeffding's and Chernoff's bounds, for all entries at once, at delta 0.01 and five seeds each."""
+    q, k, v = heads(100, 120, 6, 3)
+    samples, delta = 2000, 0.01
+    union = math.log(2 * v.shape[1] * len(q) / delta)
+    positive = v.abs() / v.abs().max() + 0.5
+    for seed in range(5):
+        for values, relative in ((v, False), (positive, True)):
+            out = get("knn")(q[None], k[None], values[None], scale=1.0, seed=seed, samples=samples, head=head)[0]
+            right = exact(q, k, values)
+            gap, largest = (out.double() - right).abs(), float(values.abs().max())
+            if relative:
+                assert bool((gap / right < (3 * largest * union / (samples * right)).sqrt()).all())
+            else:
+                assert float(gap.max()) < largest * (2 * union / samples) ** 0.5
+    # A tenth of the samples would not keep the additive bound of all of them: it is no empty statement.
+    rough = get("knn")(q[None], k[None], v[None], scale=1.0, samples=samples // 100, head="sampled")[0]
+    assert float((rough.double() - exact(q, k, v)).abs().max()) > float(v.abs().max()) * (2 * union / samples) ** 0.5
+
+
+def test_the_head_is_the_root_of_the_keys_unless_given():
+    assert [head_size(0, n) for n in (1, 16, 17, 10000)] == [1, 4, 5, 100]
+    assert head_size(50, 20) == 20
+
+
+def test_all_keys_in_the_head_is_exact():
+    q, k, v = heads(50, 70, 8, 3)
+    out = get("knn")(q[None], k[None], v[None], scale=1.0, top=70)[0]
+    assert (out.double() - exact(q, k, v)).abs().max() < 1e-5
+
+
+def test_large_logits_neither_overflow_nor_lose_the_row():
+    q, k, v = heads(40, 60, 8, 2)
+    out = get("knn")(300 * q[None], k[None], v[None], scale=1.0, top=5)[0]
+    # One key holds each row; float32 rounds logits of some thousands to about 3e-4.
+    assert (out.double() - exact(300 * q, k, v)).abs().max() < 5e-3
+
+
+def test_a_graph_search_that_looks_everywhere_is_as_good_as_the_exact_index():
+    q, k, v = heads(300, 400, 8, 2)
+    right = exact(q, k, v)
+
+    def gap(**given):
+        return float((get("knn")(q[None], k[None], v[None], scale=1.0, samples=64, **given)[0].double() - right).norm())
+
+    # Each is one draw: 300 rows know the size of their errors to a twentieth or so.
+    assert gap(index="hnsw", breadth=400) < 1.2 * gap(index="flat")
+    # A narrow search misses heavy keys, which no sample of the tail makes up for.
+    assert gap(index="hnsw", breadth=20) > 1.2 * gap(index="flat")
+
+
+def test_bad_parameters_are_named():
+    q, k, v = (t[None] for t in heads(30, 40, 4, 1))
+    with pytest.raises(InputError, match="no index is called 'tree'; there are: flat, hnsw"):
+        get("knn")(q, k, v, index="tree")
+    with pytest.raises(InputError, match="samples of 1 or more"):
+        get("knn")(q, k, v, samples=0)
+
+
+@pytest.mark.parametrize("name", ["knn", "hnsw"])
+def test_without_faiss_one_line_names_the_extra(name, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "faiss", None)
+    q, k, v = (t[None] for t in heads(90, 100, 4, 1))
+    with pytest.raises(UnavailableError, match=r"needs faiss: pip install 'approxkmv\[faiss\]'$"):
+        get(name)(q, k, v)
+
+
+def exact_gradients(q, k, v, gradient, scale):
+    given = [t.double().requires_grad_() for t in (q, k, v)]
+    exact_answer = (scale * given[0] @ given[1].mT).softmax(-1) @ given[2]
+    return torch.autograd.grad(exact_answer, given, gradient.double())
+
+
+@pytest.mark.parametrize("head", ["exact", "sampled"])
+def test_gradients_are_unbiased(head):
+    """20 combinations of the entries of each gradient over 200 seeds, each within 4.5 standard errors."""
+    q, k, v = heads(24, 40, 4, 2)
+    gradient = torch.randn(24, 2, generator=torch.Generator().manual_seed(9))
+    right = exact_gradients(q, k, v, gradient, 0.7)
+    found = [[], [], []]
+    for seed in range(200):
+        given = [t[None].clone().requires_grad_() for t in (q, k, v)]
+        out = knn_attention(*given, scale=0.7, seed=seed, samples=4, head=head)
+        for held, one in zip(found, torch.autograd.grad(out, given, gradient[None]), strict=True):
+            held.append(one[0].double())
+    rng = np.random.default_rng(1)
+    for held, wanted in zip(found, right, strict=True):
+        signs = torch.from_numpy(rng.choice([-1.0, 1.0], (20, *wanted.shape)))
+        combined = torch.einsum("cnw,snw->sc", signs, torch.stack(held))
+        assert within(combined, torch.einsum("cnw,nw->c", signs, wanted)) < SIGMAS
+        # Errors small enough to see a bias of a quarter of the gradient.
+        assert float(combined.std(0).mean()) / 200**0.5 * SIGMAS < float(wanted.abs().sum()) / 4
+
+
+def test_gradients_with_a_head_of_all_keys_are_exact():
+    q, k, v = heads(20, 30, 4, 3)
+    gradient = torch.randn(20, 3, generator=torch.Generator().manual_seed(9))
+    generators = [torch.Generator().manual_seed(i) for i in (0, 1)]
+    samples = [sampled_attention(q * 0.5, k, g, top=30, samples=1, index="flat", head="exact") for g in generators]
+    found = estimated_gradients(q, k, v, gradient, 0.5, *samples)
+    for one, wanted in zip(found, exact_gradients(q, k, v, gradient, 0.5), strict=True):
+        assert (one.double() - wanted).abs().max() < 1e-5
+
+
+def test_walks_keep_the_bound_of_the_paper():
+    """P^T x within |x_j|_1 sqrt(2 log(2 n w / delta) / walks) of the right product, at delta 0.01."""
+    q, k, _ = heads(50, 40, 4, 1)
+    x = torch.randn(50, 3, generator=torch.Generator().manual_seed(4))
+    right = (q.double() @ k.double().mT).softmax(1).mT @ x.double()
+    walks = 3000
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        sampled = sampled_attention(q, k, generator, top=0, samples=600, index="flat", head="sampled")
+        found = random_walks(sampled, x, walks, generator)
+        bound = x.abs().sum(0) * (2 * math.log(2 * 40 * 3 / 0.01) / walks) ** 0.5
+        assert bool(((found.double() - right).abs() < bound).all())
+        assert float((found.double() - right).norm()) < 0.25 * float(right.norm())
+
+
+def test_walks_want_single_steps():
+    q, k, _ = heads(5, 40, 4, 1)
+    sampled = sampled_attention(q, k, torch.Generator(), top=0, samples=4, index="flat", head="exact")
+    with pytest.raises(InputError, match="head='sampled'"):
+        random_walks(sampled, torch.ones(5, 1), 10, torch.Generator())
+
+
+@pytest.mark.parametrize("is_convex", [True, False])
+def test_training_with_sampled_gradients_follows_the_exact_run(is_convex):
+    """Regression on attention's answers: over V alone, which is convex, or over Q, K and V."""
+    q, k, v = heads(48, 48, 6, 2, seed=1)
+    wanted = exact(*heads(48, 48, 6, 2, seed=2)).float()
+    start = [t[None].clone() for t in (q, k, v)]
+
+    def losses(attend):
+        given = [t.clone().requires_grad_(not is_convex or place == 2) for place, t in enumerate(start)]
+        optimiser = torch.optim.SGD([t for t in given if t.requires_grad], lr=6.0 if is_convex else 2.0)
+        found = []
+        for step in range(60):
+            optimiser.zero_grad()
+            loss = (attend(*given, step) - wanted).square().mean()
+            loss.backward()
+            optimiser.step()
+            with torch.no_grad():
+                # The loss that counts is that of exact attention with these weights.
+                found.append(float(((given[0] @ given[1].mT).softmax(-1) @ given[2] - wanted).square().mean()))
+        return found
+
+    right = losses(lambda q, k, v, step: (q @ k.mT).softmax(-1) @ v)
+    found = losses(lambda q, k, v, step: knn_attention(q, k, v, scale=1.0, seed=step, samples=16))
+    assert right[-1] < 0.5 * right[0]
+    assert found[-1] < 0.6 * found[0]

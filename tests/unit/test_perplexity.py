@@ -1,0 +1,242 @@
+"""Perplexity with a method in place of a model's attention: the model's own when exact, one line when impossible."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+import transformers
+import yaml
+from models_support import VOCABULARY
+
+from approxkmv import cli
+from approxkmv.attention import get
+from approxkmv.config import CorpusEntry, checked
+from approxkmv.errors import CaptureError, ConfigError, InputError
+from approxkmv.models import ModelLocation
+from approxkmv.models.loading import quiet
+from approxkmv.perplexity.layers import parse_layers
+from approxkmv.perplexity.model import CausalModel
+from approxkmv.perplexity.replacement import Replacement
+from approxkmv.perplexity.run import chosen_methods, measure_perplexity
+from approxkmv.perplexity.settings import from_options
+
+ROOT = Path(__file__).resolve().parents[2]
+SETTINGS = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "max_position_embeddings": 1200,
+    "pad_token_id": 1,
+}
+IDS = torch.randint(3, VOCABULARY, (700,), generator=torch.Generator().manual_seed(0)).tolist()
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """These inputs are too small for threads, which only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def save(folder, class_name="LlamaConfig", **more):
+    """A random language model whose attention is far from uniform, so that a wrong one shows."""
+    torch.manual_seed(0)
+    with quiet():
+        model = transformers.AutoModelForCausalLM.from_config(
+            getattr(transformers, class_name)(**SETTINGS | more)
+        ).eval()
+        with torch.no_grad():
+            for tensor in model.parameters():
+                if tensor.ndim == 2:
+                    tensor.normal_(0.0, 1.5 * tensor.shape[-1] ** -0.5)
+        model.save_pretrained(folder)
+    return ModelLocation(folder)
+
+
+@pytest.fixture(scope="module")
+def location(tmp_path_factory):
+    return save(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def model(location):
+    return CausalModel.load(location)
+
+
+def own_perplexity(location, ids):
+    """What the untouched model says, in eager mode."""
+    with quiet(), torch.inference_mode():
+        model = transformers.AutoModelForCausalLM.from_pretrained(location.folder, attn_implementation="eager").eval()
+        logits = model(torch.tensor([ids])).logits[0, :-1].double()
+    return math.exp(float(torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]))))
+
+
+def replacement(name, layers=(0, 1, 2), **given):
+    return Replacement(get(name), get(name).parameters(given), layers, 0)
+
+
+def test_exact_methods_give_the_models_own_perplexity(location, model):
+    right = own_perplexity(location, IDS)
+    own = model.perplexity(IDS, Replacement(None, {}, range(3), 0))
+    found = model.perplexity(IDS, replacement("exact-sdpa"))
+    assert own.perplexity == pytest.approx(right, rel=1e-5)
+    assert found.perplexity == pytest.approx(right, rel=1e-5)
+    assert 0 < found.attention_seconds < found.seconds
+    # Other attention is seen: this model is not indifferent to it.
+    rough = model.perplexity(IDS, replacement("approxkmv", near=8, samples=4, block=256))
+    assert abs(rough.perplexity / right - 1) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["knn", "approxkmv"])
+def test_budgets_for_all_keys_give_the_models_own_perplexity(name, location, model):
+    if name == "knn":
+        pytest.importorskip("faiss")
+    given = {"top": 700} if name == "knn" else {"near": 700}
+    found = model.perplexity(IDS, replacement(name, **given))
+    assert found.perplexity == pytest.approx(own_perplexity(location, IDS), rel=1e-5)
+
+
+def test_only_the_chosen_layers_are_replaced(location, model):
+    right = own_perplexity(location, IDS)
+    rough = {"near": 8, "samples": 4, "block": 256}
+    gaps = [
+        abs(model.perplexity(IDS, replacement("approxkmv", layers, **rough)).perplexity - right)
+        for layers in ((), (1,), (0, 1, 2))
+    ]
+    assert gaps[0] < 1e-5 * right
+    assert gaps[1] > 1e-4 * right
+    assert gaps[1] != gaps[2]
+
+
+def test_rough_attention_is_far_and_more_budget_is_near(location, model):
+    pytest.importorskip("faiss")
+    right = own_perplexity(location, IDS)
+    gaps = [
+        abs(math.log(model.perplexity(IDS, replacement("knn", top=top, samples=samples)).perplexity / right))
+        for top, samples in ((1, 1), (128, 64))
+    ]
+    assert gaps[1] < 0.3 * gaps[0]
+
+
+@pytest.mark.parametrize(
+    ("class_name", "more", "message"),
+    [
+        ("BertConfig", {}, "BertConfig is not that of a causal language model"),
+        ("Gemma2Config", {"head_dim": 8}, "does not let its attention be replaced"),
+        ("OpenAIGPTConfig", {"n_embd": 32, "n_layer": 2, "n_head": 4}, "does not let its attention be replaced"),
+    ],
+)
+def test_other_models_are_refused_with_the_reason(class_name, more, message, tmp_path):
+    if class_name == "BertConfig":
+        with quiet():
+            transformers.AutoModel.from_config(transformers.BertConfig(**SETTINGS)).save_pretrained(tmp_path)
+        found = ModelLocation(tmp_path)
+    else:
+        found = save(tmp_path, class_name, **more)
+    with pytest.raises(CaptureError, match=message) as caught:
+        CausalModel.load(found)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_sliding_window_is_refused_where_it_cuts(tmp_path):
+    found = CausalModel.load(save(tmp_path, "MistralConfig", sliding_window=64))
+    assert found.perplexity(IDS[:60], replacement("exact-sdpa")).perplexity > 1
+    with pytest.raises(CaptureError, match=r"layer 0 \(MistralAttention\) has a mask of its own"):
+        found.perplexity(IDS[:200], replacement("exact-sdpa"))
+
+
+def test_texts_too_short_or_too_long(model):
+    for ids in (IDS[:1], IDS + IDS):
+        with pytest.raises(InputError, match="give 2 to 1200"):
+            model.perplexity(ids, replacement("exact-sdpa"))
+
+
+def test_layers_as_a_person_writes_them():
+    assert parse_layers("all", 3) == [0, 1, 2]
+    assert parse_layers("5, 0,2-3", 6) == [0, 2, 3, 5]
+    for wrong in ("", "a", "3-1", "0,6", "-1"):
+        with pytest.raises(InputError, match="layers "):
+            parse_layers(wrong, 6)
+
+
+def test_the_table_has_a_row_for_each_setting_and_names_what_cannot_run(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(model, "tokens", lambda documents, count: IDS[:count])
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    text = tmp_path / "text.txt"
+    text.write_text("some words")
+    out = tmp_path / "perplexity.csv"
+    measure_perplexity(
+        model,
+        "llama",
+        CorpusEntry("words", f"path:{text}", None, "words"),
+        tokens=[300, 30],
+        methods=chosen_methods({"approxkmv": [{}, {"near": 16}], "knn": [{}]}),
+        layers="0,2",
+        seed=0,
+        out=out,
+        record={"made": "here"},
+        say=lambda line: None,
+        require_all=False,
+    )
+    table = pd.read_csv(out)
+    assert table["tokens"].tolist() == [30] * 3 + [300] * 3
+    assert table["layers"].tolist() == [2] * 6
+    assert table["ratio"].notna().tolist() == [True, True, False] * 2
+    assert "needs faiss" in table["unavailable"][2]
+    assert json.loads(table["parameters"][1])["near"] == 16
+    assert json.loads(out.with_suffix(".json").read_text()) == {"made": "here"}
+    # 30 tokens lie below what the recursion computes exactly.
+    assert table["ratio"][0] == pytest.approx(1, abs=1e-5)
+
+
+def test_options_become_settings_or_one_line():
+    given = {"model": "m", "corpus": "c", "layers": "all", "method": "knn", "seed": 3}
+    found = from_options(tokens="64,128", parameters='{"top": 5}', **given)
+    assert found["methods"] == {"knn": [{"top": 5}]}
+    assert found["tokens"] == [64, 128]
+    for wrong in ({"tokens": "a"}, {"tokens": "1"}, {"parameters": "{"}, {"parameters": "[1]"}):
+        with pytest.raises(InputError, match=r"tokens is|parameters is"):
+            from_options(**{"tokens": "64", "parameters": "{}"} | given | wrong)
+
+
+def config_with(perplexity):
+    value = yaml.safe_load((ROOT / "config.yaml").read_text())
+    value["studies"] = {"p": {"perplexity": perplexity}}
+    value["study"] = "p"
+    return value
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"methods": {"mean": [{}]}}, "method mean has no causal form"),
+        ({"methods": {"kn": [{}]}}, "did you mean 'knn'"),
+        ({"methods": {"knn": [{"tpo": 3}]}}, "no parameter 'tpo'"),
+        ({"model": "smollm"}, "did you mean 'smollm2-135m'"),
+    ],
+)
+def test_a_study_that_cannot_be_is_refused_before_anything_runs(more, message):
+    good = {"model": "smollm2-135m", "corpus": "moby-dick", "methods": {"knn": [{"top": 4}]}}
+    assert checked(config_with(good))["studies"]["p"]["perplexity"]["tokens"] == [1024, 2048, 4096]
+    with pytest.raises(ConfigError, match=message):
+        checked(config_with(good | more))
+
+
+def test_the_command_refuses_in_one_line(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(ROOT)
+    words = ["approxkmv", "perplexity", "--method", "own-key", "--out", str(tmp_path / "p.csv")]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("approxkmv: method own-key has no causal form")
