@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -337,15 +338,14 @@ def sweep(
 
         chosen = read_settings(settings)
     else:
-        from approxkmv.config import sweep_settings
+        from approxkmv.config import load_config, sweep_settings
         from approxkmv.errors import ConfigError
 
         asked = _study(config, study)
         if asked.sweep is None:
             raise ConfigError(f"study {asked.name} has no sweep: name one of the configuration's sweeps in it")
-        chosen = sweep_settings(
-            asked.sweep, str(capture) if capture else None, str(tuning_capture) if tuning_capture else None
-        )
+        captures = [str(path) if path else None for path in (capture, tuning_capture)]
+        chosen = replace(sweep_settings(asked.sweep, *captures), cache=load_config(config)["cache"])
     with step(f"sweep      {out.stem}"):
         from approxkmv.provenance import describe
         from approxkmv.sweep import run_sweep

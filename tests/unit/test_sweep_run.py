@@ -11,7 +11,8 @@ from approxkmv.attention import exact_naive as naive_module
 from approxkmv.errors import ConfigError, InputError, SourceError, TableError
 from approxkmv.sweep import SweepSettings, run_sweep
 from approxkmv.sweep.run import COLUMNS
-from approxkmv.sweep.workloads import Case, cases, load, word_vectors
+from approxkmv.sweep.word_vectors import word_vectors
+from approxkmv.sweep.workloads import Case, cases, load
 
 METHODS = ["exact-naive", "exact-fused", "mean", "own-key", "local-expansion", "approxkmv"]
 
@@ -203,7 +204,7 @@ def test_a_nan_among_the_vectors_and_a_missing_device(vectors, tmp_path):
 def test_shipped_vectors_are_what_their_hash_says():
     import hashlib
 
-    from approxkmv.sweep.workloads import shipped_vectors
+    from approxkmv.sweep.word_vectors import shipped_vectors
 
     file = shipped_vectors()
     readme = (file.parent / "README.md").read_text()

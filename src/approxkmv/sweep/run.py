@@ -8,6 +8,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,9 @@ from approxkmv.attention.counting import counting
 from approxkmv.errors import ConfigError
 from approxkmv.sweep.exponents import EXPONENT_COLUMNS, add_exponents, evaluation_exponents
 from approxkmv.sweep.measure import errors, interleaved_seconds, quartiles, summary
-from approxkmv.sweep.settings import SweepSettings
+from approxkmv.sweep.settings import SweepSettings, WorkloadSettings
 from approxkmv.sweep.tuning import tune
+from approxkmv.sweep.word_vectors import fetch_vectors
 from approxkmv.sweep.workloads import Case, Problem, cases, load
 
 REFERENCE = "exact-fused"
@@ -250,6 +252,14 @@ def _measure(
     return measured
 
 
+def _here(workload: WorkloadSettings, settings: SweepSettings) -> WorkloadSettings:
+    """The workload with its vectors on this machine: fetched before anything is timed."""
+    if workload.path is None or not workload.path.startswith("npm:"):
+        return workload
+    found = fetch_vectors(workload.path, workload.sha256, Path(settings.cache) / "vectors")
+    return replace(workload, path=str(found))
+
+
 def run_sweep(
     settings: SweepSettings,
     output: Path,
@@ -271,10 +281,11 @@ def run_sweep(
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     started = datetime.now(UTC)
+    workloads = [_here(workload, settings) for workload in settings.workloads]
     rows: list[Row] = []
     checks = []
     with torch.inference_mode():
-        for workload in settings.workloads:
+        for workload in workloads:
             for case in cases(workload):
                 say(f"{case.name} n={case.n} batch={case.batch} columns={case.columns}")
                 found, reference_error = _rows_of_case(case, settings, names, say)

