@@ -42,16 +42,12 @@ def statistics_speed() -> str:
     folder = REFERENCE / "benchmarks"
     table = pd.read_csv(folder / "statistics.csv")
     single = table[table["against"].notna()]
+    single = single[single["against"] == "topk float64"]
     shown = pd.DataFrame(
         {
-            "one head, one thread": single["what"].str.extract(r"one (\w+) head")[0]
-            + " head, n = "
-            + single["n"].astype(str)
-            + ", d = "
-            + single["d"].astype(str),
-            "compared with": "torch.topk of every prefix, " + single["against"].str.removeprefix("topk "),
-            "ours": single["ours_ms"].map("{:.2f} ms".format),
-            "torch.topk": single["other_ms"].map("{:.0f} ms".format),
+            "one thread": single["what"] + ", n = " + single["n"].astype(str) + ", d = " + single["d"].astype(str),
+            "ours, per head": single["ours_ms"].map("{:.2f} ms".format),
+            "torch.topk of every prefix": single["other_ms"].map("{:.0f} ms".format),
             "times faster (median, lowest to highest)": [
                 f"{m:.0f} ({low:.0f} to {high:.0f})"
                 for m, low, high in zip(single["times_faster"], single["lowest"], single["highest"], strict=True)
@@ -63,6 +59,115 @@ def statistics_speed() -> str:
         f"{markdown(shown)}\n\n{whole['what']}: {whole['ours_ms'] / 1e3:.0f} s. "
         f"Measured on {machine(folder / 'statistics.json')} by `make benchmarks`.\n"
     )
+
+
+BASELINE = "exact-fused"
+TARGETS = (0.15, 0.1, 0.05)
+
+
+def _sweep(study: str) -> pd.DataFrame:
+    """A reference sweep with the column `times`: how many times faster than exact-fused on the same inputs."""
+    table = pd.read_csv(REFERENCE / study / "tables" / "sweep.csv")
+    where = ["workload", "n", "batch", "columns"]
+    base = table[table["method"] == BASELINE].set_index(where)["seconds"]
+    table = table.join(base.rename("baseline"), on=where)
+    table["times"] = table["baseline"] / table["seconds"]
+    return table
+
+
+def _workload(name: str) -> str:
+    return name.replace("model-qk-", "model head ")
+
+
+def at_equal_error(study: str) -> str:
+    """Times exact-fused's speed at each target: a row per method, a column per workload and length."""
+    table = _sweep(study)
+    longest = table["n"].max() if study == "rows" else 0
+    table = table[(table["n"] >= longest) & (table["kind"] != "exact")]
+    columns = list(table[["workload", "n"]].drop_duplicates().itertuples(index=False, name=None))
+    lines = []
+    for method in table["method"].drop_duplicates():
+        line = {"method": method}
+        for workload, n in columns:
+            here = table[(table["method"] == method) & (table["workload"] == workload) & (table["n"] == n)]
+            cells = []
+            for target in TARGETS:
+                row = here[(here["target"] == target) & (here["status"] == "ok")]
+                cells.append(f"{row['times'].iloc[0]:.1f}" if len(row) else "–")
+            line[f"{_workload(workload)}, n = {n:,}"] = " / ".join(cells) if set(cells) != {"–"} else "–"
+        lines.append(line)
+    record = REFERENCE / study / "tables" / "sweep.json"
+    seconds = json.loads(record.read_text(encoding="utf-8"))["seconds"]
+    return (
+        f"{markdown(pd.DataFrame(lines))}\n\nTimes as fast as `{BASELINE}` at error 0.15 / 0.10 / 0.05; – where no setting "
+        f"reaches it. One thread, one value column; {machine(record)}; {seconds / 60:.0f} minutes.\n"
+    )
+
+
+def wins() -> str:
+    """Of how many workloads, lengths and errors each method beats exact-fused, or is the fastest."""
+    table = pd.concat([_sweep("rows"), _sweep("long")])
+    table = table[(table["kind"] != "exact") & table["target"].notna()]
+    where = ["workload", "n", "batch", "columns", "target"]
+    reached = table[table["status"] == "ok"].copy()
+    approximate = reached[reached["kind"] == "approximate"].copy()
+    approximate["first"] = approximate.groupby(where)["times"].transform("max") == approximate["times"]
+    lines = []
+    for method, rows in table.groupby("method", sort=False):
+        mine = reached[reached["method"] == method]
+        first = approximate[approximate["method"] == method]["first"].sum() if len(mine) else 0
+        trivial = rows["kind"].iloc[0] == "trivial"
+        lines.append(
+            {
+                "method": method,
+                "asked": len(rows),
+                "error reached": len(mine),
+                "faster than exact": int((mine["times"] > 1).sum()),
+                "fastest that is not trivial": "trivial" if trivial else int(first),
+            }
+        )
+    return markdown(pd.DataFrame(lines)) + "\n"
+
+
+def evaluations() -> str:
+    """Exponents of kernel evaluations in n, per method: the range over workloads and errors."""
+    table = pd.read_csv(REFERENCE / "rows" / "tables" / "sweep_exponents.csv")
+    lines = []
+    for method, rows in table.groupby("method", sort=False):
+        e = rows["evaluation_exponent"].dropna()
+        if e.empty:
+            continue
+        lines.append(
+            {
+                "method": method,
+                "fits": len(e),
+                "lowest": f"{e.min():.2f}",
+                "median": f"{e.median():.2f}",
+                "highest": f"{e.max():.2f}",
+                "below 2 by two standard errors": int(
+                    (rows["evaluation_exponent"] + 2 * rows["evaluation_exponent_error"] < 2).sum()
+                ),
+            }
+        )
+    return markdown(pd.DataFrame(lines)) + "\n"
+
+
+def perplexity() -> str:
+    """Perplexity with a method in place of a model's attention."""
+    path = REFERENCE / "perplexity" / "tables" / "perplexity.csv"
+    table = pd.read_csv(path)
+    shown = pd.DataFrame(
+        {
+            "method": table["method"],
+            "parameters": table["parameters"],
+            "tokens": table["tokens"],
+            "perplexity": table["perplexity"].map("{:.2f}".format),
+            "exact": table["exact_perplexity"].map("{:.2f}".format),
+            "seconds": table["seconds"].map("{:.1f}".format),
+            "exact, seconds": table["exact_seconds"].map("{:.1f}".format),
+        }
+    )
+    return f"{markdown(shown)}\n\n{machine(path.with_suffix('.json'))}.\n"
 
 
 def embedded_study() -> str:
@@ -84,7 +189,15 @@ def embedded_study() -> str:
     return markdown(pd.DataFrame(lines)) + "\n"
 
 
-TABLES: dict[str, Callable[[], str]] = {"statistics-speed": statistics_speed, "embedded-study": embedded_study}
+TABLES: dict[str, Callable[[], str]] = {
+    "statistics-speed": statistics_speed,
+    "embedded-study": embedded_study,
+    "methods-at-equal-error": lambda: at_equal_error("rows"),
+    "methods-long": lambda: at_equal_error("long"),
+    "methods-wins": wins,
+    "methods-evaluations": evaluations,
+    "methods-perplexity": perplexity,
+}
 
 
 def filled(text: str) -> str:

@@ -465,6 +465,11 @@ def check(config: Config = CONFIG, study: StudyName = None) -> None:
         typer.echo(f"  perplexity of {chosen.perplexity['model']} with {', '.join(chosen.perplexity['methods'])}")
 
 
+# The list of commands shows first lines whole; left alone it cuts them after 45 characters.
+for _command in app.registered_commands:
+    _command.short_help = (getattr(_command.callback, "__doc__", None) or "").strip().split("\n")[0]
+
+
 def main() -> None:
     """Run the command line; a user's mistake is one line on stderr (and in the log) and exit code 2."""
     try:
