@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -100,8 +101,8 @@ def at_equal_error(study: str) -> str:
     record = REFERENCE / study / "tables" / "sweep.json"
     seconds = json.loads(record.read_text(encoding="utf-8"))["seconds"]
     return (
-        f"{markdown(pd.DataFrame(lines))}\n\nTimes as fast as `{BASELINE}` at error 0.15 / 0.10 / 0.05; – where no setting "
-        f"reaches it. One thread, one value column; {machine(record)}; {seconds / 60:.0f} minutes.\n"
+        f"{markdown(pd.DataFrame(lines))}\n\nTimes the speed of `{BASELINE}`, at error 0.15 / 0.10 / 0.05; – where no "
+        f"setting reaches it. One thread, one value column; {machine(record)}; {seconds / 60:.0f} minutes.\n"
     )
 
 
@@ -127,6 +128,26 @@ def wins() -> str:
                 "fastest that is not trivial": "trivial" if trivial else int(first),
             }
         )
+    return markdown(pd.DataFrame(lines)) + "\n"
+
+
+def rising() -> str:
+    """Slope of log(exact-fused's time / the method's time) on log n, at error 0.10: above 0, the ratio rises with n."""
+    table = pd.concat([_sweep("rows"), _sweep("long")])
+    table = table[(table["kind"] == "approximate") & (table["target"] == 0.1) & (table["status"] == "ok")]
+    # Two sweeps may share a length; one is enough.
+    table = table.drop_duplicates(["method", "workload", "n"], keep="last")
+    lines = []
+    for method in table["method"].drop_duplicates():
+        line = {"method": method}
+        for workload in table["workload"].drop_duplicates():
+            here = table[(table["method"] == method) & (table["workload"] == workload)].sort_values("n")
+            if len(here) < 3:
+                line[_workload(workload)] = "–"
+                continue
+            slope = np.polyfit(np.log(here["n"]), np.log(here["times"]), 1)[0]
+            line[_workload(workload)] = f"{slope:+.2f} ({here['n'].iloc[0]:,} to {here['n'].iloc[-1]:,})"
+        lines.append(line)
     return markdown(pd.DataFrame(lines)) + "\n"
 
 
@@ -196,6 +217,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "methods-at-equal-error": lambda: at_equal_error("rows"),
     "methods-long": lambda: at_equal_error("long"),
     "methods-wins": wins,
+    "methods-rising": rising,
     "methods-evaluations": evaluations,
     "methods-perplexity": perplexity,
 }
