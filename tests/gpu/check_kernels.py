@@ -7,6 +7,7 @@ With TRITON_INTERPRET=1 the same checks run in Triton's interpreter on a CPU, on
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -79,10 +80,93 @@ def check_local_expansion():
         print(f"local expansion {dtype}, 20, 80, 170 of 170 keys: {found}, mean {mean:.3f}")
         assert found[1] < found[0] < 0.7 * mean
         assert found[2] < LARGEST[dtype]
+        # A block larger than all queries together is all of them.
+        one = gap(local_expansion_cuda.attend(q, k, v, block=2**24, near=20, **given), right, v)
+        print(f"local expansion {dtype}, one block: {one:.3f}")
+        assert one < 1.5 * mean
+
+
+def long_inputs(n, d, dtype):
+    """Queries and keys (1, n, d) around common centres, as tokens are, and one value column that follows the keys."""
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(n // 64, d, generator=generator)
+    q, k = (
+        centres[torch.randint(len(centres), (n,), generator=generator)] + 0.7 * torch.randn(n, d, generator=generator)
+        for _ in range(2)
+    )
+    v = k[:, :1] + 0.5 * torch.randn(n, 1, generator=generator)
+    return tuple(t[None].to(device=DEVICE, dtype=dtype) for t in (q, k, v))
+
+
+def run(method, tensors, scale, given, i):
+    return method.compute(*tensors, scale=scale, seed=i, **given)
+
+
+def measure_long(table, n=131_072, d=64, repeats=9):
+    """Every setting of local-expansion against every exact row at one long length: error, time, what cannot run."""
+    from approxkmv.attention import UnavailableError, get
+    from approxkmv.sweep.measure import errors, interleaved_seconds, quartiles
+
+    rows = []
+    for dtype in (torch.bfloat16, torch.float32):
+        q, k, v = long_inputs(n, d, dtype)
+        right = get("exact-fused")(q.float(), k.float(), v.float()).double()
+        runs, found = {}, {}
+        settings = [(name, get(name).defaults) for name in ("exact-naive", "exact-sdpa", "exact-fused", "mean")]
+        settings += [
+            ("local-expansion", get("local-expansion").parameters(given)) for given in get("local-expansion").grid
+        ]
+        for name, given in settings:
+            label = f"{name} {given}"
+            try:
+                found[label] = errors(get(name)(q, k, v, **given), right, v)[0]
+            except UnavailableError as refusal:
+                rows.append({"dtype": str(dtype), "n": n, "method": label, "reason": str(refusal)})
+                continue
+            runs[label] = partial(run, get(name), (q, k, v), d**-0.5, given)
+        seconds = interleaved_seconds(runs, torch.device(DEVICE), "wall", 2, repeats, 3)
+        for label, taken in seconds.items():
+            low, middle, high = quartiles(taken)
+            row = {"dtype": str(dtype), "n": n, "method": label, "error": found[label], "seconds": middle}
+            rows.append({**row, "seconds_q1": low, "seconds_q3": high})
+    rows.append(measure_statistics(n, d))
+    write(table, rows)
+
+
+def measure_statistics(n, d):
+    """c, order ratios and keys per row of one head at a long length, both masks, on the device."""
+    import time
+
+    from approxkmv.statistics.streaming import length_statistics
+
+    q, k, _ = long_inputs(n, d, torch.float32)
+    taken = []
+    for _ in range(3):
+        started = time.perf_counter()
+        length_statistics(q, k)
+        taken.append(time.perf_counter() - started)
+    return {"dtype": "float64", "n": n, "method": "length_statistics, one head", "seconds": min(taken)}
+
+
+def write(table, rows):
+    """The rows as CSV, and the machine beside them as JSON."""
+    import csv
+    import json
+
+    from approxkmv.sweep.run import machine
+
+    with table.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(
+            file, ["dtype", "n", "method", "error", "seconds", "seconds_q1", "seconds_q3", "reason"]
+        )
+        writer.writeheader()
+        writer.writerows(rows)
+    record = {"made by": "tests/gpu/check_kernels.py", "machine": machine(DEVICE)}
+    table.with_suffix(".json").write_text(json.dumps(record, indent=2), encoding="utf-8")
 
 
 def measure(table):
-    """The sweep of the word vectors and of long random inputs, in both types."""
+    """The sweep of the word vectors, in both types."""
     from approxkmv.sweep import SweepSettings, run_sweep
 
     for dtype in ("bfloat16", "float32"):
@@ -106,4 +190,6 @@ if __name__ == "__main__":
     check_listed()
     check_local_expansion()
     if not INTERPRETED:
-        measure(Path(sys.argv[1]) if len(sys.argv) > 1 else Path("sweep-cuda.csv"))
+        where = Path(sys.argv[1]) if len(sys.argv) > 1 else Path("sweep-cuda.csv")
+        measure_long(where.with_name(f"{where.stem}-long.csv"))
+        measure(where)

@@ -33,7 +33,7 @@ def order_of_queries(
         centres = torch.where(counts.unsqueeze(2) > 0, totals / counts.clamp_min(1).unsqueeze(2), centres)
     labels = torch.baddbmm(centres.square().sum(2).unsqueeze(1), points, centres.mT, alpha=-2).argmin(2)
     # Blocks are cut across clusters, so that the next cluster should be a near one: by the widest axis.
-    widest = centres.var(1).argmax(1)
+    widest = centres.var(1, correction=0).argmax(1)
     place = centres.gather(2, widest.view(-1, 1, 1).expand(-1, centres.shape[1], 1)).squeeze(2)
     rank = place.argsort(1).argsort(1)
     return rank.gather(1, labels).argsort(1)
@@ -152,6 +152,8 @@ def attend(
     of_sample = len(range(0, n_q, max(1, n_q // (sampled * blocks))))
     count(other_products=batch * blocks * (n_q + iterations * of_sample))
     low = torch.float32 if products == "float32" else torch.bfloat16
+    # The last block is padded to a whole one.
+    block = min(block, q.shape[1])
     given: dict[str, Any] = {
         "scale": scale,
         "first": seed % max(1, block),
