@@ -107,6 +107,29 @@ def test_a_model_whose_positions_end_earlier_is_named(project: Project, tmp_path
     code, output = lengths(project)
     assert code == 0, output
     assert "text 1: no 40, 60, the model's positions or max_tokens end at 25" in output
+    # With its rotary embedding scaled the same model reads on.
+    config["studies"]["tiny"]["rotary_scaling"] = {"method": "linear", "factor": 1.7}
+    project.write(config)
+    prepared(project)
+    code, output = lengths(project)
+    assert code == 0, output
+    assert "text 1: no 60, the model's positions or max_tokens end at 42" in output
+    found = pd.read_parquet(project.folder / "0000.lengths.parquet")
+    assert set(found["length"]) == {20, 40}
+
+
+def test_a_model_without_rotary_embeddings_is_not_scaled(project: Project):
+    long_study(project, models=["bert"], rotary_scaling={"factor": 2})
+    code, output = project.approxkmv("fetch", "--model", "bert", "--out", "location.json")
+    assert code == 0, output
+    code, output = project.approxkmv("texts", "--out", "texts.parquet")
+    assert code == 0, output
+    code, output = project.approxkmv(
+        *("extract", "--model", "bert", "--location", "location.json", "--texts", "texts.parquet"),
+        *("--shard", "0", "--out", "out.safetensors", "--contexts-out", "0000.contexts.csv"),
+    )
+    assert code == 2
+    assert "no single rotary embedding" in output
 
 
 def test_no_text_reaches_any_length(project: Project):
