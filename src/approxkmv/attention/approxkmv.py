@@ -202,6 +202,8 @@ method = Method(
     grid=[
         # One block, first order: for attention that is nearly uniform.
         {"block": 2**24, "near": 16, "samples": 8, "directions": 0},
+        {"block": 2**24, "near": 32, "samples": 32, "directions": 0},
+        {"block": 2**24, "near": 64, "samples": 128, "directions": 0},
         {"block": 512, "near": 64, "samples": 8},
         {"block": 256, "near": 128, "samples": 16},
         {"block": 256, "near": 256, "samples": 32},
