@@ -11,7 +11,7 @@ from approxkmv.figures.sweep_table import (
     COLOURS,
     NAMES_OF_BASELINES,
     conditions,
-    new_figure,
+    new_panels,
     read_sweep,
     save,
     select,
@@ -50,13 +50,15 @@ def draw(table: Path, output_stem: Path, target: float = 0.10) -> list[Path]:
 
     Only rows that reach the target count. Raises TableError when the table is missing or is not a sweep's.
     """
+    from matplotlib.ticker import LogLocator, NullLocator
+
     frame = read_sweep(table)
     workloads = conditions(frame)
     baselines = [b for b in BASELINES if (frame["method"].eq(b) & frame["seconds"].notna()).any()]
     methods = [m for m in COLOURS if frame["method"].eq(m).any() and not m.startswith("exact")]
-    figure, axes = new_figure(1, len(workloads), sharey=True)
+    figure, axes = new_panels(len(workloads), sharey=True, height=1.0 + 0.16 * len(methods))
     longest = float(frame["n"].max())
-    for axis, workload in zip(axes[0], workloads, strict=True):
+    for axis, workload in zip(axes, workloads, strict=True):
         some = workload.rows(frame)
         axis.set_xscale("log", base=2)
         for place, method in enumerate(methods):
@@ -80,13 +82,15 @@ def draw(table: Path, output_stem: Path, target: float = 0.10) -> list[Path]:
         axis.set_title(workload.title, fontsize=8)
         axis.set_xlabel("n")
     for offset, baseline in enumerate(baselines):
-        axes[0][0].plot([], [], "s", color=f"C{offset}", label=f"against {NAMES_OF_BASELINES[baseline]}")
-    limits = [axis.get_xlim() for axis in axes[0]]
+        axes[0].plot([], [], "s", color=f"C{offset}", label=f"against {NAMES_OF_BASELINES[baseline]}")
+    limits = [axis.get_xlim() for axis in axes]
     shortest, farthest = min(low for low, _ in limits) / 1.1, max(high for _, high in limits) * 1.1
-    for axis in axes[0]:
+    for axis in axes:
         axis.set_xlim(shortest, farthest)
         if farthest > longest:
             axis.axvspan(longest, farthest, color="0.93", zorder=0)
-        axis.xaxis.set_major_formatter(lambda n, _: f"{n / 1024:g}K")
+        axis.xaxis.set_major_locator(LogLocator(base=2, numticks=6))
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.xaxis.set_major_formatter(lambda n, _: f"{n / 1024:g}K" if n < 2**20 else f"{n / 2**20:g}M")
     note = "Disc: measured; circle: extrapolated;\ntriangle: faster at every length; cross: never, or not reached"
     return save(figure, axes, output_stem, f"Error target {target:g} of |v|. {note}")

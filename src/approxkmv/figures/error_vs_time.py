@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from approxkmv.figures.sweep_table import COLOURS, conditions, new_figure, read_sweep, save
+from approxkmv.figures.sweep_table import COLOURS, conditions, new_panels, read_sweep, save
 
 
 def draw(table: Path, output_stem: Path, n: int | None = None) -> list[Path]:
@@ -15,8 +15,8 @@ def draw(table: Path, output_stem: Path, n: int | None = None) -> list[Path]:
     """
     frame = read_sweep(table)
     workloads = conditions(frame)
-    figure, axes = new_figure(1, len(workloads), sharey=False)
-    for axis, workload in zip(axes[0], workloads, strict=True):
+    figure, axes = new_panels(len(workloads), sharey=False)
+    for axis, workload in zip(axes, workloads, strict=True):
         some = workload.rows(frame)
         length = n if n is not None and n in set(some["n"]) else int(some["n"].max())
         some = some[(some["n"] == length) & some["seconds"].notna()]
@@ -44,6 +44,6 @@ def draw(table: Path, output_stem: Path, n: int | None = None) -> list[Path]:
         axis.set_yscale("log")
         axis.set_title(f"{workload.title}\nn = {length:,}", fontsize=8)
         axis.set_xlabel("seconds")
-    axes[0][0].set_ylabel("error, of |v|")
+    axes[0].set_ylabel("error, of |v|")
     note = "Bars: quartiles of the time, error up to its 95th percentile;\n"
     return save(figure, axes, output_stem, note + "errors below 0.001 are drawn there; grey lines: targets")

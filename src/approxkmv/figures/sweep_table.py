@@ -63,6 +63,9 @@ class Conditions:
         ]
 
 
+_PANELS_IN_A_ROW = 4
+
+
 def read_sweep(table: Path) -> pd.DataFrame:
     """The table of a sweep. Raises TableError when it is missing, cut short or not a sweep's."""
     import pandas as pd
@@ -99,10 +102,23 @@ def new_figure(rows: int, columns: int, sharey: Any) -> tuple[Any, Any]:
     return figure, figure.subplots(rows, columns, squeeze=False, sharey=sharey)
 
 
+def new_panels(count: int, sharey: Any, height: float = 2.5) -> tuple[Any, Any]:
+    """A figure of so many panels, at most four in a row; the places of the last row that are left over are empty."""
+    from matplotlib.figure import Figure
+
+    columns = min(count, _PANELS_IN_A_ROW)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(max(4.5, 2.9 * columns), 0.9 + height * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, sharey=sharey)
+    for axis in axes.flat[count:]:
+        axis.remove()
+    return figure, axes.flat[:count]
+
+
 def save(figure: Any, axes: Any, output_stem: Path, note: str) -> list[Path]:
     """One legend and one line of explanation below the panels; then PDF and PNG."""
     handles: dict[str, Any] = {}
-    for axis in axes.flat:
+    for axis in getattr(axes, "flat", axes):
         axis.grid(True, which="major", color="0.92", linewidth=0.6)
         axis.set_axisbelow(True)
         axis.tick_params(labelsize=7)
