@@ -10,6 +10,7 @@ from approxkmv.figures.sweep_table import (
     NAMES_OF_BASELINES,
     conditions,
     new_figure,
+    new_panels,
     read_sweep,
     save,
     select,
@@ -25,10 +26,15 @@ def draw(table: Path, output_stem: Path, target: float = 0.10) -> list[Path]:
     frame = read_sweep(table)
     workloads = conditions(frame)
     baselines = [b for b in BASELINES if (frame["method"].eq(b) & frame["seconds"].notna()).any()]
-    figure, axes = new_figure(len(workloads), len(baselines), sharey="row")
+    if len(baselines) == 1:
+        figure, axes = new_panels(len(workloads), sharey=False)
+        places = [[axis] for axis in axes]
+    else:
+        figure, axes = new_figure(len(workloads), len(baselines), sharey="row")
+        places = list(axes)
     for row, workload in enumerate(workloads):
         for column, baseline in enumerate(baselines):
-            axis = axes[row][column]
+            axis = places[row][column]
             some = workload.rows(frame)
             exact = some[some["method"] == baseline].set_index("n")
             for method in COLOURS:
@@ -53,8 +59,10 @@ def draw(table: Path, output_stem: Path, target: float = 0.10) -> list[Path]:
                     axis.plot([], [], "o", markerfacecolor="white", color=colour, markersize=4, label=method)
             axis.axhline(1, color="0.4", linewidth=0.8)
             axis.set_yscale("log")
+            axis.set_xscale("log", base=2)
             axis.xaxis.set_major_formatter(lambda n, _: f"{n / 1024:g}K")
             axis.set_xticks(sorted(some["n"].unique())[:: max(1, -(-some["n"].nunique() // 5))])
+            axis.set_xticks([], minor=True)
             axis.set_title(f"{workload.title}\nagainst {NAMES_OF_BASELINES[baseline]}", fontsize=8)
             axis.set_xlabel("n")
             if column == 0:
