@@ -34,5 +34,6 @@ def lines(results: Path) -> list[str]:
     for facts in long_texts:
         out.append(f"{facts['label']}: n = {facts['lengths'][0]:,} to {facts['lengths'][-1]:,} on {facts['corpus']}")
         out += [f"  {line}" for line in facts["texts_missing"]]
-    out.append(f"figures: {results / 'figures'}   tables: {results / 'tables'}")
+    figures = f"figures: {results / 'figures'}   " if (results / "figures").is_dir() else ""
+    out.append(f"{figures}tables: {results / 'tables'}")
     return out
