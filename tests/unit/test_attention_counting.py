@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from approxkmv.attention import acceleration, get, methods
+from approxkmv.attention import acceleration, get, hyperattention, methods
 from approxkmv.attention.counting import count, counting
-from approxkmv.attention.hyperattention import hyperattention_causal
 
 N_Q, N_K, D = 203, 203, 8
 
@@ -93,12 +92,13 @@ def test_near_keys_and_centres_of_the_expansion():
 
 
 def test_causal_halves_what_is_seen():
+    given = {"scale": 0.4, "seed": 0, "projections": 7}
     with counting() as counts:
-        hyperattention_causal(*inputs(), threshold=1000)
-    # One tile of rows sees its whole square.
+        hyperattention.causal(*inputs(), block=10, samples=10, exact_below=1000, **given)
+    # One triangle is computed as a square.
     assert counts.kernel_evaluations == N_Q * N_K
     with counting() as counts:
-        hyperattention_causal(*inputs(), threshold=51, block=10, samples=10)
+        hyperattention.causal(*inputs(), block=10, samples=10, exact_below=51, **given)
     assert counts.kernel_evaluations < 0.5 * N_Q * N_K
 
 

@@ -1,6 +1,7 @@
 """Methods built on hashing: what they promise about bias, budget and large logits."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,8 +10,7 @@ import torch
 from approxkmv.attention import acceleration, get, hyperattention, kdeformer, vkde_lsh
 from approxkmv.attention.angular_hashing import gray_rank, sort_into_blocks
 from approxkmv.attention.column_sampling import column_probabilities
-from approxkmv.attention.hyperattention import hyperattention_causal
-from approxkmv.errors import InputError
+from approxkmv.attention.recursive import causal_sums
 from approxkmv.kmv.hashing import PStableHash
 
 
@@ -38,17 +38,23 @@ def exact(q, k, v, scale):
     return (scale * q.double() @ k.double().mT).softmax(-1) @ v.double()
 
 
-def kdeformer_sums(q, k, v, generator, **budget):
-    numerators, row_sums, logs = kdeformer.sums(q, k, v, generator, projections=4, **budget)
-    return torch.cat([numerators, row_sums.unsqueeze(1)], 1), logs
+def joined(sums):
+    """[Numerators, row sums] and logs from a function that gives the three apart."""
+
+    def both(q, k, v, generator, **budget):
+        numerators, row_sums, logs = sums(q, k, v, generator, **budget)
+        return torch.cat([numerators, row_sums.unsqueeze(1)], 1), logs
+
+    return both
 
 
-def hyperattention_sums(q, k, v, generator, **budget):
-    return hyperattention.sums(q, k, v, generator, projections=4, **budget)
+kdeformer_sums = joined(partial(kdeformer.sums, projections=4))
+hyperattention_sums = joined(partial(hyperattention.sums, projections=4))
 
 
-def causal_sums(q, k, v, generator, **budget):
-    return hyperattention.causal_sums(q, k, v, generator, projections=4, threshold=30, **budget)
+@joined
+def causal_hyperattention_sums(q, k, v, generator, **budget):
+    return causal_sums(q, k, v, generator, partial(hyperattention.sums, projections=4, **budget), 30)
 
 
 def vkde_sums(q, k, v, generator, **budget):
@@ -74,7 +80,7 @@ UNBIASED = {
     "kdeformer": (kdeformer_sums, {"block": 20, "samples": 40}),
     # More samples than keys of a block: one at least lies outside.
     "hyperattention": (hyperattention_sums, {"block": 20, "samples": 40}),
-    "causal": (causal_sums, {"block": 20, "samples": 30}),
+    "causal": (causal_hyperattention_sums, {"block": 20, "samples": 30}),
     "vkde-lsh": (vkde_sums, {"tables": 12, "bucket": 50}),
 }
 
@@ -212,30 +218,29 @@ def masked(q, k, v, scale):
     return logits.masked_fill(later, -torch.inf).softmax(-1) @ v.double()
 
 
-@pytest.mark.parametrize("budget", [{"threshold": 1000}, {"threshold": 10, "block": 1000}, {"threshold": 1}])
+def causal(q, k, v, **budget):
+    given = {"scale": 0.6, "seed": 0, "block": 16, "samples": 1000, "projections": 7}
+    return hyperattention.causal(q, k, v, **(given | budget))
+
+
+@pytest.mark.parametrize("budget", [{"exact_below": 1000}, {"exact_below": 10, "block": 1000}, {"exact_below": 1}])
 def test_causal_with_all_it_needs_is_masked_attention(budget):
     q, k, v = (torch.stack(t) for t in zip(inputs(301, 301, 7, 2), inputs(301, 301, 7, 2, seed=1), strict=True))
-    out = hyperattention_causal(q, k, v, scale=0.6, **{"block": 16, "samples": 1000, **budget})
+    out = causal(q, k, v, **budget)
     for b in range(2):
         assert (out[b].double() - masked(q[b], k[b], v[b], 0.6)).abs().max() < 2e-5
 
 
 def test_causal_rows_do_not_see_later_keys():
     q, k, v = inputs(200, 200, 7, 2)
-    given = {"scale": 0.6, "block": 16, "samples": 32, "threshold": 25}
-    before = hyperattention_causal(q[None], k[None], v[None], **given)[0]
-    # Row i < 25 is exact, and so is the part of every row in its own square.
+    given = {"samples": 32, "exact_below": 25}
+    before = causal(q[None], k[None], v[None], **given)[0]
+    # Row i < 25 is exact, and so is the part of every row in its own triangle.
     assert (before[:25].double() - masked(q, k, v, 0.6)[:25]).abs().max() < 2e-5
     v[150:] += 100
-    after = hyperattention_causal(q[None], k[None], v[None], **given)[0]
+    after = causal(q[None], k[None], v[None], **given)[0]
     assert torch.equal(before[:150], after[:150])
     assert not torch.equal(before[150:], after[150:])
-
-
-def test_causal_refuses_what_has_no_order():
-    q, k, v = inputs(9, 8, 4, 1)
-    with pytest.raises(InputError, match="a key for each query, there are 9 and 8"):
-        hyperattention_causal(q[None], k[None], v[None])
 
 
 def test_signs_agree_as_often_as_the_angle_says():
