@@ -77,6 +77,32 @@ def test_unknown_names_are_answered_with_the_nearest():
         get("local-expansion").parameters({"blok": 3})
 
 
+@pytest.mark.parametrize(
+    ("name", "given", "says"),
+    [
+        ("approxkmv", {"block": 0}, "block is 0: give a whole number of at least 1"),
+        ("approxkmv", {"near": -1}, "a whole number of at least 1"),
+        ("approxkmv", {"samples": 1.5}, "a whole number of at least 1"),
+        ("approxkmv", {"block": True}, "a whole number of at least 1"),
+        ("approxkmv", {"directions": -1}, "a whole number of at least 0"),
+        ("clustered", {"clusters": 0.0}, "a number above 0"),
+        ("clustered", {"clusters": "2"}, "a number above 0"),
+        ("approxkmv-paper", {"normalised": 1}, "true or false"),
+        ("local-expansion", {"products": "bfloat17"}, "'fastest' or 'bfloat16' or 'float32'"),
+        ("exact-sdpa", {"backend": 3}, "a word"),
+    ],
+)
+def test_values_that_a_parameter_cannot_have_are_one_line(name, given, says):
+    with pytest.raises(InputError, match=says) as caught:
+        get(name).parameters(given)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["approxkmv", "local-expansion"])
+def test_zero_where_it_has_a_meaning(name):
+    assert get(name).parameters({"directions": 0})["directions"] == 0
+
+
 @pytest.mark.parametrize("which", [0, 1, 2])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_not_finite_input_is_named(which, bad):

@@ -163,8 +163,10 @@ def test_bad_parameters_are_named():
     q, k, v = (t[None] for t in heads(30, 40, 4, 1))
     with pytest.raises(InputError, match="no index is called 'tree'; there are: flat, hnsw"):
         get("knn")(q, k, v, index="tree")
-    with pytest.raises(InputError, match="samples of 1 or more"):
+    with pytest.raises(InputError, match="give a whole number of at least 1"):
         get("knn")(q, k, v, samples=0)
+    with pytest.raises(InputError, match="head is 'all': give 'exact' or 'sampled'"):
+        knn_attention(q, k, v, head="all")
 
 
 @pytest.mark.parametrize("name", ["knn", "hnsw"])

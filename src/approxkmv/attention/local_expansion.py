@@ -99,6 +99,8 @@ method = Method(
         "sampled": 16,
         "products": "fastest",
     },
+    may_be_zero=frozenset({"directions"}),
+    choices={"products": ("fastest", "bfloat16", "float32")},
     grid=[
         # One block, first order: for attention that is nearly uniform.
         {"block": 2**24, "near": 16, "directions": 0},

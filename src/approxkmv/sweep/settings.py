@@ -65,6 +65,8 @@ class WorkloadSettings:
             raise ConfigError(f"workload {self.name}: columns is {self.columns!r}; give 'one', 'all' or both")
         if self.values not in ("other", "keys"):
             raise ConfigError(f"workload {self.name}: values is {self.values!r}; give 'other' or 'keys'")
+        if self.rows is not None and (not isinstance(self.rows, int) or self.rows < 2):
+            raise ConfigError(f"workload {self.name}: rows is {self.rows!r}; give a whole number above 1, or none")
         if self.name == "model-qk" and self.path is None:
             raise ConfigError("workload model-qk: path is missing; give the capture of a model (.safetensors)")
 

