@@ -127,7 +127,9 @@ def estimates(q, k, v, samples, seeds):
     found = []
     for seed in range(seeds):
         generator = torch.Generator().manual_seed(seed)
-        numerators, row_sums, logs = ours.sums(q, k, v, generator, scale=1.0, samples=samples, **CLUSTERING)
+        numerators, row_sums, logs = ours.sums(
+            q, k, v, generator, scale=1.0, samples=samples, with_own_keys=len(q) == len(k), **CLUSTERING
+        )
         both = torch.cat([row_sums.unsqueeze(1), numerators], 1).double()
         found.append(both * (logs.double() - log_sum).exp().unsqueeze(1))
     weights = logits.softmax(1)

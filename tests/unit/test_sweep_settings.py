@@ -1,5 +1,7 @@
 """Settings of a sweep from dictionaries, and the one line that a mistake gets."""
 
+import json
+
 import pytest
 
 from approxkmv.errors import ConfigError
@@ -35,3 +37,13 @@ def test_mistakes_are_named(given, message):
     with pytest.raises(ConfigError, match=message) as caught:
         SweepSettings.from_mapping(given)
     assert "\n" not in str(caught.value)
+
+
+def test_a_record_does_not_overwrite_the_settings(tmp_path):
+    from approxkmv.cli import sweep
+
+    settings = tmp_path / "sweep.json"
+    settings.write_text(json.dumps(GOOD))
+    with pytest.raises(ConfigError, match="would overwrite its settings"):
+        sweep(out=tmp_path / "sweep.csv", settings=settings)
+    assert json.loads(settings.read_text()) == GOOD

@@ -55,9 +55,19 @@ def budgets(e: Expansion, share: torch.Tensor, variance: torch.Tensor, samples: 
 
 
 def sums(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator, *, samples: int, **clustering: Any
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Numerators (n_q, d_v), row sums (n_q,) and the logs (n_q,) that both are divided by."""
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    generator: torch.Generator,
+    *,
+    samples: int,
+    with_own_keys: bool,
+    **clustering: Any,
+) -> Sums:
+    """Numerators (n_q, d_v), row sums (n_q,) and the logs (n_q,) that both are divided by.
+
+    with_own_keys: key i is the query's own, of as many keys as queries, and is summed exactly.
+    """
     # Bfloat16 sums of the control variate would be a bias.
     e = expand(q, k, v, generator, low=torch.float32, **clustering)
     blocks, d_v = e.blocks, v.shape[1]
@@ -68,7 +78,7 @@ def sums(
     share = torch.sigmoid(log_weight - row_scale - heavy[:, 0].log()).nan_to_num(1.0)
     # One scale for all parts, so that none overflows
     shift = torch.maximum(row_scale, log_weight)
-    own = e.own_keys(k, v) if len(q) == len(k) else None
+    own = e.own_keys(k, v) if with_own_keys else None
     if own is not None:
         shift = torch.maximum(shift, own.log)
     heavy *= (row_scale - shift).exp_().unsqueeze(1)
@@ -166,7 +176,9 @@ def _approxkmv(
     def single(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         if near >= len(k):
             return exact_fused.attend(q, k, v, scale, 512)
-        numerators, row_sums, _ = sums(q, k, v, generator, scale=scale, near=near, **parameters)
+        numerators, row_sums, _ = sums(
+            q, k, v, generator, scale=scale, near=near, with_own_keys=len(q) == len(k), **parameters
+        )
         # A row sum is positive; an estimate of one need not be.
         answer = numerators / torch.where(row_sums > 0, row_sums, torch.nan).unsqueeze(1)
         return exactly_where_lost(answer, q, k, v, scale)
@@ -183,7 +195,8 @@ def _causal(
     def square(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator) -> Sums:
         if near >= len(k):
             return exact_sums(q, k, v)
-        numerators, row_sums, logs = sums(q, k, v, generator, scale=1.0, near=near, **parameters)
+        # Query i and key i of a square belong to different tokens.
+        numerators, row_sums, logs = sums(q, k, v, generator, scale=1.0, near=near, with_own_keys=False, **parameters)
         # The sums are those of centred keys, which are the same for one set of keys but not for two.
         return numerators, row_sums, logs + q @ k.mean(0)
 

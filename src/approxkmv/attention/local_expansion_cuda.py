@@ -1,4 +1,7 @@
-"""Local expansion on CUDA: blocks of equal size, no size that depends on the data, so that a graph can replay it."""
+"""Local expansion on CUDA: blocks of equal size, no size that depends on the data, so that a graph can replay it.
+
+A query's own key is one of many here; on a CPU it is always exact.
+"""
 
 from __future__ import annotations
 
