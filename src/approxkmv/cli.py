@@ -413,7 +413,8 @@ def perplexity(
         from approxkmv.models import fetch as find
         from approxkmv.models import parse_source
         from approxkmv.perplexity.model import CausalModel
-        from approxkmv.perplexity.run import chosen_methods, measure_perplexity
+        from approxkmv.perplexity.run import measure_perplexity
+        from approxkmv.perplexity.settings import chosen_methods
         from approxkmv.provenance import describe
         from approxkmv.steps.fetch import read_location
 

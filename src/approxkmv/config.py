@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from approxkmv.errors import ApproxKMVError, ConfigError, InputError, SourceError
+from approxkmv.attention import check_name
+from approxkmv.errors import ApproxKMVError, ConfigError, SourceError
 
 if TYPE_CHECKING:
     from approxkmv.sweep.settings import SweepSettings
@@ -155,6 +157,12 @@ def study_of(config: Mapping[str, Any], name: str | None = None) -> Study:
     name = config["study"] if name is None else name
     _known(name, config["studies"], "study is")
     entry = dict(config["studies"][name])
+    if entry["perplexity"] is not None:
+        # Only of the study that runs: it takes torch.
+        from approxkmv.perplexity.settings import chosen_methods
+
+        with _naming(f"studies.{name}.perplexity.methods"):
+            chosen_methods(entry["perplexity"]["methods"])
     if entry["corpus"] is not None:
         entry["corpus"] = corpus_entry(config, entry["corpus"])
     entry["models"] = {key: model_of(config, key) for key in entry["models"]}
@@ -220,27 +228,29 @@ def _check_sweep(name: str, sweep: Mapping[str, Any], config: Mapping[str, Any])
         if workload["name"] == "model-qk" and captured is None and workload["path"] is None:
             raise ConfigError(f"sweeps.{name} has the workload model-qk and no capture: say which heads of which model")
     settings = sweep_settings(sweep, "capture")
-    if settings.methods or settings.parameters:
-        try:
+    with _naming(f"sweeps.{name}"):
+        for method in settings.methods:
+            check_name(method)
+        if settings.parameters:
             settings.check_methods()
-        except InputError as error:
-            raise ConfigError(f"sweeps.{name}: {error}") from error
 
 
 def _check_perplexity(name: str, perplexity: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-    from approxkmv.attention import get
-
     place = f"studies.{name}.perplexity"
     _known(perplexity["model"], config["models"], f"{place} names the model")
     _known(perplexity["corpus"], config["corpora"], f"{place} names the corpus")
-    for method, settings in perplexity["methods"].items():
-        try:
-            found = get(method)
-            found.causal_form()
-            for given in settings:
-                found.parameters(given)
-        except ApproxKMVError as error:
-            raise ConfigError(f"{place}.methods: {error}") from error
+    with _naming(f"{place}.methods"):
+        for method in perplexity["methods"]:
+            check_name(method)
+
+
+@contextmanager
+def _naming(place: str) -> Iterator[None]:
+    """Say in front of an error which part of the configuration it is in."""
+    try:
+        yield
+    except ApproxKMVError as error:
+        raise ConfigError(f"{place}: {error}") from error
 
 
 def _known(name: str, names: Mapping[str, Any], what: str) -> None:

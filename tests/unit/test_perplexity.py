@@ -21,8 +21,8 @@ from approxkmv.models.loading import quiet
 from approxkmv.perplexity.layers import parse_layers
 from approxkmv.perplexity.model import CausalModel
 from approxkmv.perplexity.replacement import Replacement
-from approxkmv.perplexity.run import chosen_methods, measure_perplexity
-from approxkmv.perplexity.settings import from_options
+from approxkmv.perplexity.run import measure_perplexity
+from approxkmv.perplexity.settings import chosen_methods, from_options
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {

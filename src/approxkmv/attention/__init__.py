@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import difflib
 from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from approxkmv.attention.contract import Method, UnavailableError
 from approxkmv.errors import InputError
+
+if TYPE_CHECKING:
+    from approxkmv.attention.contract import Method as Method
+    from approxkmv.attention.contract import UnavailableError as UnavailableError
 
 __all__ = ["Method", "UnavailableError", "get", "methods"]
 
@@ -36,11 +40,23 @@ def methods() -> list[str]:
     return list(_MODULES)
 
 
-def get(name: str) -> Method:
-    """The method of that name. Raises InputError, with the nearest right name, when there is none."""
+def check_name(name: str) -> None:
+    """Raise InputError, with the nearest right name, unless a method is called that. Needs no torch."""
     if name not in _MODULES:
         near = difflib.get_close_matches(str(name), _MODULES, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(_MODULES)}"
         raise InputError(f"no method is called {name!r}; {hint}")
+
+
+def get(name: str) -> Method:
+    """The method of that name. Raises InputError, with the nearest right name, when there is none."""
+    check_name(name)
     method: Method = import_module(f"{__name__}.{_MODULES[name]}").method
     return method
+
+
+def __getattr__(name: str) -> Any:
+    # A configuration is checked for the names of methods, without torch.
+    if name not in ("Method", "UnavailableError"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.contract"), name)

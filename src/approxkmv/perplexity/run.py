@@ -3,30 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from approxkmv.attention import Method, UnavailableError, get
+from approxkmv.attention import Method, UnavailableError
 from approxkmv.config import CorpusEntry
 from approxkmv.corpora import read_corpus
 from approxkmv.files import write_csv, write_json
 from approxkmv.perplexity.layers import parse_layers
 from approxkmv.perplexity.model import CausalModel
 from approxkmv.perplexity.replacement import Replacement
-
-
-def chosen_methods(methods: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[tuple[Method, dict[str, Any]]]:
-    """Each method with each of its settings, completed by its defaults.
-
-    Raises InputError for an unknown method or parameter, UnavailableError for a method without a causal form.
-    """
-    found = []
-    for name, settings in methods.items():
-        method = get(name)
-        method.causal_form()
-        found += [(method, method.parameters(given)) for given in settings]
-    return found
 
 
 def measure_perplexity(

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
+from approxkmv.attention import get
 from approxkmv.errors import InputError
+
+if TYPE_CHECKING:
+    from approxkmv.attention import Method
 
 
 def from_options(
@@ -34,3 +39,16 @@ def from_options(
         "dtype": "float32",
         "device": "cpu",
     }
+
+
+def chosen_methods(methods: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[tuple[Method, dict[str, Any]]]:
+    """Each method with each of its settings, completed by its defaults.
+
+    Raises InputError for an unknown method or parameter, UnavailableError for a method without a causal form.
+    """
+    found = []
+    for name, settings in methods.items():
+        method = get(name)
+        method.causal_form()
+        found += [(method, method.parameters(given)) for given in settings]
+    return found
