@@ -14,7 +14,7 @@ from models_support import VOCABULARY
 
 from approxkmv import cli
 from approxkmv.attention import get
-from approxkmv.config import CorpusEntry, checked
+from approxkmv.config import CorpusEntry, checked, study_of
 from approxkmv.errors import CaptureError, ConfigError, InputError
 from approxkmv.models import ModelLocation
 from approxkmv.models.loading import quiet
@@ -226,9 +226,9 @@ def config_with(perplexity):
 )
 def test_a_study_that_cannot_be_is_refused_before_anything_runs(more, message):
     good = {"model": "smollm2-135m", "corpus": "moby-dick", "methods": {"knn": [{"top": 4}]}}
-    assert checked(config_with(good))["studies"]["p"]["perplexity"]["tokens"] == [1024, 2048, 4096]
+    assert study_of(checked(config_with(good))).perplexity["tokens"] == [1024, 2048, 4096]
     with pytest.raises(ConfigError, match=message):
-        checked(config_with(good | more))
+        study_of(checked(config_with(good | more)))
 
 
 def test_the_command_refuses_in_one_line(monkeypatch, capsys, tmp_path):
