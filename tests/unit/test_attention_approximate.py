@@ -137,6 +137,7 @@ def estimates(q, k, v, samples, seeds):
     return torch.stack(found), right
 
 
+@pytest.mark.usefixtures("loops")
 @pytest.mark.parametrize("keys", ["as many", "fewer", "the queries"])
 def test_numerators_and_row_sums_are_unbiased(keys):
     """40 fixed combinations of the rows, each within 4.5 standard errors over 200 seeds.
@@ -172,15 +173,62 @@ def test_error_falls_as_one_over_the_root_of_the_budget():
     assert 2.8 < float(ratio) < 5.7
 
 
+@pytest.mark.usefixtures("loops")
 def test_budgets_go_where_the_deviation_is():
     q, k, v = clustered(400, 8, 1)
     e = expand(q, k, v, torch.Generator().manual_seed(0), scale=1.0, low=torch.float32, **CLUSTERING)
-    share = torch.zeros(len(e.blocks.deltas))
+    heavy, log_weight = torch.ones(len(e.blocks.deltas), 2), torch.full((len(e.blocks.deltas),), -60.0)
     start, size = int(e.blocks.starts[0]), int(e.blocks.sizes[0])
-    share[start : start + size] = 0.9
-    counts = ours.budgets(e, share, ours.row_variance(e), 32)
+    # The far key holds nine tenths of the sums of one block and nothing of the others'.
+    log_weight[start : start + size] = np.log(9.0)
+    deviation = ours.predicted_deviation(e, heavy, torch.zeros(len(e.blocks)), log_weight)
+    s = e.blocks.row_variances[start : start + size].double().clamp_max(10)
+    assert torch.allclose(deviation[0], 0.9 * (s.exp() - 1 - s).mean().sqrt(), rtol=1e-4)
+    counts = ours.budgets(e, deviation, 32)
     assert int(counts[0]) == 128
     assert bool((counts[1:] == 4).all())
+
+
+@pytest.mark.usefixtures("loops")
+def test_row_variances_are_those_of_the_logits():
+    """With all axes: delta.k over the keys, in the keys' own covariance, but for the metric's exponent."""
+    q, k, v = clustered(400, 8, 1)
+    e = expand(
+        q, k, v, torch.Generator().manual_seed(0), scale=0.7, low=torch.float32, **{**CLUSTERING, "directions": 8}
+    )
+    variance = (e.blocks.deltas.double() @ (k - k.mean(0)).double().mT).square().mean(1)
+    assert torch.allclose(e.blocks.row_variances.double(), variance, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.usefixtures("loops")
+def test_draws_have_the_probability_that_they_say():
+    """Of each key, the mean of 1 / (counts p) over many draws is one: within 4.5 standard errors for 188 light keys.
+
+    False alarms: 188 normal variables pass 4.5 with probability under 2e-3; the seed is fixed.
+    """
+    q, k, v = clustered(212, 8, 1)
+    e = expand(q, k, v, torch.Generator().manual_seed(0), scale=1.0, low=torch.float32, **{**CLUSTERING, "block": 212})
+    number = 400_000
+    sample = ours.draw(e, torch.tensor([number]), torch.Generator().manual_seed(1))
+    rate = (-sample.logs.double()).exp() / number
+    drawn = torch.bincount(sample.keys, minlength=212)
+    probability = torch.zeros(212, dtype=torch.float64).index_copy_(0, sample.keys, rate)
+    light = torch.ones(212, dtype=torch.bool)
+    light[torch.from_numpy(e.chosen)] = False
+    assert int(drawn[~light].sum()) == 0
+    assert abs(float(probability.sum()) - 1) < 1e-5
+    deviation = (number * probability * (1 - probability)).sqrt()
+    assert bool(((drawn - number * probability)[light].abs() < 4.5 * deviation[light]).all())
+    share = e.weights[0, 0].double() / e.weights[0, 0].double().sum()
+    assert torch.allclose(sample.control.double(), share[sample.keys] / (number * rate), rtol=1e-4)
+
+
+@pytest.mark.usefixtures("loops")
+@pytest.mark.parametrize("name", ["local-expansion", "approxkmv"])
+def test_keys_that_are_all_the_same_leave_nothing_light(name):
+    q, k, v = clustered(300, 8, 1)
+    out = get(name)(q[None], k[:1].expand(300, -1)[None], v[None], scale=1.0, block=30, near=20)
+    assert torch.allclose(out, v.mean(0).expand(1, 300, 1), atol=1e-3)
 
 
 def test_paper_with_one_block_is_exact():

@@ -9,14 +9,16 @@ of their rows, which depends on no sample, so that it leaves the estimates unbia
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 from approxkmv.attention import exact_fused
+from approxkmv.attention.acceleration import compiled_loops, over_threads
 from approxkmv.attention.contract import Method, UnavailableError, per_batch
-from approxkmv.attention.expansion import Expansion, expand, project, sums_of_keys
+from approxkmv.attention.expansion import FEW_COLUMNS, Expansion, OwnKeys, expand, project, sums_of_keys
 from approxkmv.attention.local_expansion import exactly_where_lost
 from approxkmv.attention.recursive import Sums, causal_attention, exact_sums
 
@@ -27,31 +29,36 @@ _CONTROLLED = 2.0
 _EXACT_BELOW = 256
 
 
-def row_variance(e: Expansion) -> torch.Tensor:
-    """Variance (rows,) over the keys of delta.k, by which a query's logits differ from its block's centre's.
-
-    Along the leading axes; without any, nothing is known and it is zero.
-    """
-    return (e.blocks.deltas @ e.axes).square() @ e.spread
-
-
-def budgets(e: Expansion, share: torch.Tensor, variance: torch.Tensor, samples: int) -> torch.Tensor:
-    """Samples (blocks,) for each block, `samples` on average, from the deviation predicted for its rows.
-
-    share (rows,) is the part of each row's sum that is far, variance (rows,) that of row_variance. Relative to it,
-    one sample of the difference has about the variance exp(s) - 1 - s of a lognormal beyond its first order, s being
-    that of the query's logits.
-    """
-    s = variance.clamp_max(10.0)
-    # Padded rows have no delta, hence no predicted variance.
-    predicted = share.square() * (s.exp() - 1 - s)
-    of_row = np.repeat(np.arange(len(e.blocks)), e.blocks.sizes)
-    per_block = np.bincount(of_row, weights=predicted.double().numpy(), minlength=len(e.blocks))
-    deviation = torch.from_numpy(np.sqrt(per_block / e.blocks.sizes))
+def budgets(e: Expansion, deviation: torch.Tensor, samples: int) -> torch.Tensor:
+    """Samples (blocks,) for each block, `samples` on average over the queries, from its predicted deviation."""
     rows = torch.from_numpy(e.blocks.sizes).double()
     average = (deviation * rows).sum() / rows.sum()
     counts = samples * deviation / average.clamp_min(1e-30)
     return counts.clamp(min(_LEAST_SAMPLES, samples), 4 * samples).round().long()
+
+
+def predicted_deviation(
+    e: Expansion, heavy: torch.Tensor, scales: torch.Tensor, log_weight: torch.Tensor
+) -> torch.Tensor:
+    """Root mean square (blocks,), float64, over a block's rows, of what one sample would leave uncertain.
+
+    Relative to the row's sum: the far part of it, times the deviation of one sample of the difference from the
+    control variate, which is about that of a lognormal beyond its first order, exp(s) - 1 - s, s being the variance
+    of the query's logits around its block's.
+    """
+    loops = compiled_loops()
+    if loops is not None:
+        out = torch.empty(len(e.blocks), dtype=torch.float64)
+        tensors = (heavy, scales, log_weight, e.blocks.row_variances, out)
+        given = e.blocks.starts, e.blocks.sizes, *(t.numpy() for t in tensors)
+        over_threads(lambda first, last: loops.far_deviations(first, last, *given), len(e.blocks))
+        return out
+    # A row whose sums left float32 is made again in the end; until then its light keys count as all there is.
+    share = torch.sigmoid(log_weight - e.blocks.of_rows(scales) - heavy[:, 0].log()).nan_to_num(1.0)
+    s = e.blocks.row_variances.clamp_max(10.0)
+    # Padded rows have no variance.
+    predicted = share.square() * (s.exp() - 1 - s)
+    return torch.from_numpy(np.add.reduceat(predicted.double().numpy(), e.blocks.starts) / e.blocks.sizes).sqrt()
 
 
 def sums(
@@ -73,98 +80,135 @@ def sums(
     blocks, d_v = e.blocks, v.shape[1]
     heavy, scales = sums_of_keys(blocks, k, e.mean, v, e.chosen, e.ends, None, torch.float32)
     log_weight, far_value = e.far()
-    row_scale = blocks.of_rows(scales)
-    # A row whose sums left float32 is made again in the end; until then its light keys count as all there is.
-    share = torch.sigmoid(log_weight - row_scale - heavy[:, 0].log()).nan_to_num(1.0)
-    # One scale for all parts, so that none overflows
-    shift = torch.maximum(row_scale, log_weight)
-    own = e.own_keys(k, v) if with_own_keys else None
-    if own is not None:
-        shift = torch.maximum(shift, own.log)
-    heavy *= (row_scale - shift).exp_().unsqueeze(1)
-    weight = (log_weight - shift).exp_()
+    own = e.own_keys(k) if with_own_keys else OwnKeys.none(len(blocks.deltas))
 
-    variance = row_variance(e)
-    counts = budgets(e, share, variance, samples)
-    drawn, of_draw, logs, control = draw(e, counts, generator)
-    estimate, scale = sums_of_keys(blocks, k, e.mean, v, drawn.numpy(), counts.cumsum(0).numpy(), logs, torch.float32)
-    estimate *= (blocks.of_rows(scale) - shift).exp_().unsqueeze(1)
-
+    counts = budgets(e, predicted_deviation(e, heavy, scales, log_weight), samples)
+    sample = draw(e, counts, generator)
+    drawn = sample.keys.numpy()
+    estimate, estimate_scales = sums_of_keys(
+        blocks, k, e.mean, v, drawn, counts.cumsum(0).numpy(), sample.logs, torch.float32
+    )
     # The control variate: the far key's sums, less the same sums over the sample, where it is worth its own noise.
-    weight = torch.where(variance < _CONTROLLED, weight, 0.0)
-    values = v[drawn]
-    centred = (k[drawn] - e.mean - e.far_key[of_draw]) * control
-    plain = torch.cat([control, control * values], 1)
-    means = torch.zeros(len(blocks), 1 + d_v).index_add_(0, of_draw, plain)
-    # first-order sums over the sample: of the weights, then of each column of the values
-    columns = [centred]
-    if e.far_tilt is not None:
-        columns += [centred * values[:, c : c + 1] for c in range(d_v)]
-    tilts = [torch.zeros_like(e.far_key).index_add_(0, of_draw, column) for column in columns]
-    seen = project(blocks, torch.stack(tilts, 1))
+    means, tilts = sampled_moments(e, sample, counts, k, v)
+    seen = project(blocks, tilts)
+    own_drawn = sampled_own(e, sample) if with_own_keys else torch.zeros(len(blocks.deltas))
+    loops = compiled_loops()
+    if loops is not None and d_v <= FEW_COLUMNS:
+        out = torch.empty(len(q), d_v + 2)
+        parts = (blocks.order, heavy, scales, estimate, estimate_scales, log_weight, blocks.row_variances)
+        controls = (far_value, means, seen, own.log, own.share, own.share_seen, own_drawn, v)
+        given = [blocks.starts, blocks.sizes, *(t.contiguous().numpy() for t in parts), np.float32(_CONTROLLED)]
+        given += [*(t.contiguous().numpy() for t in controls), out.numpy()]
+        over_threads(lambda first, last: loops.controlled_sums(first, last, *given), len(blocks))
+        return out[:, :d_v], out[:, d_v], out[:, d_v + 1]
+
+    # One scale for all parts, so that none overflows
+    row_scale = blocks.of_rows(scales)
+    shift = torch.maximum(torch.maximum(row_scale, log_weight), own.log)
+    heavy *= (row_scale - shift).exp_().unsqueeze(1)
+    estimate *= (blocks.of_rows(estimate_scales) - shift).exp_().unsqueeze(1)
+    weight = torch.where(blocks.row_variances < _CONTROLLED, (log_weight - shift).exp_(), 0.0)
+    tilted = e.far_tilt is not None
     sampled = blocks.of_rows(means)
     row_sums = heavy[:, 0] + estimate[:, 0] + weight * (1 - sampled[:, 0] - seen[:, 0])
-    sampled_value = sampled[:, 1:] + seen[:, 1:] if e.far_tilt is not None else sampled[:, 1:]
+    sampled_value = sampled[:, 1:] + seen[:, 1:] if tilted else sampled[:, 1:]
     numerators = heavy[:, 1:] + estimate[:, 1:] + weight.unsqueeze(1) * (far_value - sampled_value)
-    if own is not None:
-        left = 1 - sampled_own(e, drawn, of_draw, logs)
+    if with_own_keys:
         # A light key like the others, but its term is known: of the difference from its control nothing is estimated.
+        left = torch.where(torch.isfinite(own.log), 1 - own_drawn, 0.0)
         exact = torch.exp(own.log - shift)
-        light = torch.isfinite(own.log)
-        seen_value = own.share_seen if e.far_tilt is not None else own.share
-        row_sums = row_sums + torch.where(light, left * (exact - weight * own.share_seen), 0.0)
-        numerators = (
-            numerators + torch.where(light, left * (exact - weight * seen_value), 0.0).unsqueeze(1) * own.values
-        )
-    together = e.unpermute(torch.cat([numerators, row_sums.unsqueeze(1), shift.unsqueeze(1)], 1))
+        row_sums = row_sums + left * (exact - weight * own.share_seen)
+        counted = weight * (own.share_seen if tilted else own.share)
+        numerators = numerators + (left * (exact - counted)).unsqueeze(1) * e.of_rows(v)
+    together = e.of_queries(torch.cat([numerators, row_sums.unsqueeze(1), shift.unsqueeze(1)], 1))
     return together[:, :d_v], together[:, d_v], together[:, d_v + 1]
 
 
-def sampled_own(e: Expansion, drawn: torch.Tensor, of_draw: torch.Tensor, logs: torch.Tensor) -> torch.Tensor:
+@dataclass(frozen=True)
+class Sample:
+    """Light keys (m,), independent, so many of them for each block, block after block."""
+
+    keys: torch.Tensor
+    of_draw: torch.Tensor
+    """(m,) the block of each."""
+    logs: torch.Tensor
+    """(m,) logarithm of 1 / (counts p), p being the probability of the key: with it exp(q.k) counts."""
+    control: torch.Tensor
+    """(m,) w / (sum(w) counts p), with which the key counts in the sums of the control variate."""
+
+
+def draw(e: Expansion, counts: torch.Tensor, generator: torch.Generator) -> Sample:
+    """counts[b] light keys for block b.
+
+    Half of the probability of a key is in proportion to its expected weight w, half is the same for all: no term can
+    then be more than twice as large as under uniform sampling, however far a query lies from its block.
+    """
+    blocks, n_k = len(counts), e.weights.shape[2]
+    of_draw = torch.arange(blocks).repeat_interleave(counts)
+    points = torch.rand(len(of_draw), generator=generator, dtype=torch.float64)
+    keys = torch.empty(len(of_draw), dtype=torch.int64)
+    loops = compiled_loops()
+    if loops is not None:
+        logs, control = torch.empty(len(keys)), torch.empty(len(keys))
+        given = counts.numpy(), e.ends, e.chosen, e.weights.numpy(), e.total.numpy()
+        written = points.numpy(), keys.numpy(), logs.numpy(), control.numpy()
+        over_threads(lambda first, last: loops.draw_light(first, last, *given, *written), blocks)
+        return Sample(keys, of_draw, logs, control)
+    # Without a light key there is nothing to draw: any key, of weight 0.
+    even = 1.0 / torch.from_numpy(n_k - np.diff(e.ends, prepend=0)).double()
+    heights = e.weights[:, 0].double().cumsum(1)
+    by_weight = heights[:, -1] > 0
+    begin = first = 0
+    for b, number in enumerate(counts.tolist()):
+        u = points[begin : begin + number].numpy() * (2 if by_weight[b] else 1)
+        near = e.chosen[first : e.ends[b]]
+        # A point below one half is a place among the light keys, one above it a place in the running sum.
+        place = (u * (n_k - len(near))).astype(np.int64).clip(max=max(n_k - len(near) - 1, 0))
+        # As many near keys come before the light key at a place as lie less than that many places behind it.
+        evenly = place + np.searchsorted(near - np.arange(len(near)), place, side="right")
+        # right: a near key, whose interval is empty, is never drawn
+        row = heights[b].numpy()
+        weighed = np.searchsorted(row, (u - 1) * row[-1], side="right")
+        keys[begin : begin + number] = torch.from_numpy(np.where(u < 1, evenly, weighed).clip(max=n_k - 1))
+        begin, first = begin + number, int(e.ends[b])
+    share = e.weights[of_draw, 0, keys].double() / e.total.double()[of_draw]
+    rate = counts[of_draw] * torch.where(by_weight[of_draw], 0.5 * (share + even[of_draw]), even[of_draw])
+    return Sample(keys, of_draw, -rate.log().float(), (share / rate).float())
+
+
+def sampled_moments(
+    e: Expansion, sample: Sample, counts: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums over each block's sample with the weights of the control variate, to first order around its far key.
+
+    Of one and the values, (blocks, 1 + d_v); of the distances from the far key and, where the far values are tilted,
+    of these times each value, (blocks, 1 or 1 + d_v, d).
+    """
+    d, d_v = k.shape[1], v.shape[1]
+    means = torch.zeros(len(counts), 1 + d_v)
+    tilts = torch.zeros(len(counts), 1 if e.far_tilt is None else 1 + d_v, d)
+    loops = compiled_loops()
+    if loops is not None and d_v <= FEW_COLUMNS:
+        tensors = (counts, sample.keys, sample.control, k, e.mean, e.far_key, v, means, tilts)
+        given = [t.contiguous().numpy() for t in tensors]
+        over_threads(lambda first, last: loops.sampled_moments(first, last, *given), len(counts))
+        return means, tilts
+    control, values = sample.control.unsqueeze(1), v[sample.keys]
+    means.index_add_(0, sample.of_draw, torch.cat([control, control * values], 1))
+    centred = (k[sample.keys] - e.mean - e.far_key[sample.of_draw]) * control
+    for c in range(tilts.shape[1]):
+        tilts[:, c].index_add_(0, sample.of_draw, centred if c == 0 else centred * values[:, c - 1 : c])
+    return means, tilts
+
+
+def sampled_own(e: Expansion, sample: Sample) -> torch.Tensor:
     """Per row, the sum of 1 / (counts p) over the draws of its block that drew its own key; its mean is one."""
     blocks = e.blocks
     row_of, block_of = torch.empty(len(blocks.order), dtype=torch.int64), torch.empty_like(blocks.order)
     row_of[blocks.order] = blocks.rows
-    block_of[blocks.order] = blocks.of_rows(torch.arange(len(blocks)))[blocks.rows]
-    met = block_of[drawn] == of_draw
-    return torch.zeros(len(blocks.deltas)).index_add_(0, row_of[drawn[met]], logs[met].exp())
-
-
-def draw(
-    e: Expansion, counts: torch.Tensor, generator: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Light keys (m,), independent, counts[b] of them for block b; the block of each; and two weights for each.
-
-    Half of the probability of a key is in proportion to its expected weight, half is the same for all: no term can
-    then be more than twice as large as under uniform sampling, however far a query lies from its block. The first
-    weight is the logarithm of 1 / (counts p), with which exp(q.k) counts; the second (m, 1), w / (sum(w) counts p),
-    is that of the control variate.
-    """
-    n_k = e.weights.shape[1]
-    near = np.diff(e.ends, prepend=0)
-    cumulative = e.weights.cumsum(1).numpy()
-    of_draw = np.repeat(np.arange(len(counts)), counts.numpy())
-    points = torch.rand(len(of_draw), generator=generator, dtype=torch.float64).numpy()
-    drawn = np.empty(len(of_draw), np.int64)
-    begin = first = 0
-    for b, count in enumerate(counts.tolist()):
-        some = points[begin : begin + count]
-        # A point below one half is a place among the light keys, one above it a place in the running sum.
-        even = some < 0.5
-        place = (2 * some[even] * (n_k - near[b])).astype(np.int64)
-        # As many near keys come before the light key at a place as lie less than that many places behind it.
-        skipped = e.chosen[first : e.ends[b]] - np.arange(near[b])
-        here = drawn[begin : begin + count]
-        here[even] = place + np.searchsorted(skipped, place, side="right")
-        # right: a near key, whose interval is empty, is never drawn
-        height = ((2 * some[~even] - 1) * cumulative[b, -1]).astype(np.float32)
-        here[~even] = np.searchsorted(cumulative[b], height, side="right").clip(max=n_k - 1)
-        begin, first = begin + count, int(e.ends[b])
-    keys, blocks = torch.from_numpy(drawn), torch.from_numpy(of_draw)
-    share = e.weights[blocks, keys].double() / e.total.double()[blocks]
-    # counts times the probability
-    rate = counts[blocks] * 0.5 * (share + 1.0 / torch.from_numpy(n_k - near).double()[blocks])
-    return keys, blocks, -rate.log().float(), (share / rate).float().unsqueeze(1)
+    block_of[blocks.order] = blocks.of_queries()
+    met = block_of[sample.keys] == sample.of_draw
+    return torch.zeros(len(blocks.deltas)).index_add_(0, row_of[sample.keys[met]], sample.logs[met].exp())
 
 
 def _approxkmv(

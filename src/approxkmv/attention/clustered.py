@@ -64,7 +64,7 @@ def attend(
     centroids, values = (sums / counts.unsqueeze(1)).split([keys.shape[1], v.shape[1]], 1)
 
     of_queries = k_means(queries, -(-len(q) // block), _ITERATIONS, _SAMPLED, generator)
-    blocks = make_blocks(queries, queries, of_queries, 1)
+    blocks = make_blocks(queries, 1.0, queries, torch.ones(queries.shape[1]), of_queries, 1)
     log_counts = counts.float().log()
     ranks = torch.addmm(log_counts, blocks.centres, centroids.mT)
     nearest = ranks.topk(min(near, len(counts)), 1, sorted=False).indices

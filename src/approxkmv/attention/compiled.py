@@ -6,10 +6,13 @@ numba's own threads are not used: its OpenMP layer changes the number of threads
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+from numba import njit, types
+from numba.extending import overload
 
 from approxkmv.attention.tiles import KEYS, LANES, multiply_tile
 
+_CHUNK = 64  # keys whose weights are summed together before one of them is looked for
+_LARGEST = 80.0  # exponents above this leave float32 together with what they are multiplied by
 _QUERIES = 64  # queries of a panel, so that it and their logits stay in the first cache
 _f = np.float32
 # Sums may be reordered, or nothing is vectorised; NaN and infinity keep their meaning.
@@ -32,6 +35,12 @@ def _exp(x):
     p = p * r + _f(0.5)
     p = p * r * r + r + _f(1.0)
     return p * np.int32((np.int32(i) + np.int32(127)) << np.int32(23)).view(np.float32)
+
+
+@njit(inline="always")
+def _fading(x):
+    """exp(x), and 0 where that is below the normal numbers: what it is multiplied by may be as large as they get."""
+    return _exp(x) if x > _f(-87.0) else _f(0.0)
 
 
 @njit(fastmath=_FLAGS, nogil=True, cache=True)
@@ -120,73 +129,60 @@ def _widened(bits):
     return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
 
 
-@njit(fastmath=_FLAGS, nogil=True, cache=True)
-def fill_features(low, high, k, mean, along, middle, v, tilted, features):
-    """Rows low to high - 1 of features: [(along - middle)^2 | k - mean | 1 | v | each column of v times k - mean].
+def _number(stored):
+    """The float32 that an array holds, as it is or as the bits of a bfloat16: one loop serves both."""
+    raise NotImplementedError
 
-    features and along are bfloat16 as bits.
+
+@overload(_number, inline="always")
+def _number_by_type(stored):
+    if stored == types.uint16:
+        return lambda stored: _widened(stored)
+    return lambda stored: stored
+
+
+def _stored(number, like):
+    """A float32 as an array of the type of `like` holds it."""
+    raise NotImplementedError
+
+
+@overload(_stored, inline="always")
+def _stored_by_type(number, like):
+    if like == types.uint16:
+        return lambda number, like: _bits(number)
+    return lambda number, like: number
+
+
+@njit(fastmath=_FLAGS, nogil=True, cache=True)
+def fill_weights(low, high, logs, highest, thresholds, columns, weights, counts, totals, values):
+    """Blocks low to high - 1: weights = exp(logs - highest), 0 at the near keys, whose number goes to counts.
+
+    A key is near where its log (blocks, n) is at least the block's threshold. weights (blocks, 1 + tilts, n) has the
+    weights, then their products with the first `tilts` of the value columns (d_v, n); totals (blocks,) and values
+    (blocks, tilts) are their sums. logs and weights are float32, or bfloat16 as bits.
     """
-    d = k.shape[1]
-    width = v.shape[1]
-    squares = along.shape[1]
-    for j in range(low, high):
-        for p in range(squares):
-            x = _widened(along[j, p]) - middle[p]
-            features[j, p] = _bits(x * x)
-        for p in range(d):
-            features[j, squares + p] = _bits(k[j, p] - mean[p])
-        at = squares + d
-        features[j, at] = _bits(_f(1.0))
-        for c in range(width):
-            features[j, at + 1 + c] = _bits(v[j, c])
-        at += 1 + width
-        if tilted:
-            for c in range(width):
-                for p in range(d):
-                    features[j, at + p] = _bits(v[j, c] * (k[j, p] - mean[p]))
-                at += d
-
-
-@njit(fastmath=_FLAGS, nogil=True, cache=True)
-def fill_plain_features(low, high, k, mean, along, middle, v, tilted, features):
-    """As fill_features, in float32."""
-    d = k.shape[1]
-    width = v.shape[1]
-    squares = along.shape[1]
-    for j in range(low, high):
-        for p in range(squares):
-            x = along[j, p] - middle[p]
-            features[j, p] = x * x
-        for p in range(d):
-            features[j, squares + p] = k[j, p] - mean[p]
-        at = squares + d
-        features[j, at] = _f(1.0)
-        for c in range(width):
-            features[j, at + 1 + c] = v[j, c]
-        at += 1 + width
-        if tilted:
-            for c in range(width):
-                for p in range(d):
-                    features[j, at + p] = v[j, c] * (k[j, p] - mean[p])
-                at += d
-
-
-@njit(fastmath=_FLAGS, nogil=True, cache=True)
-def fill_weights(low, high, logs, highest, thresholds, weights, counts):
-    """Blocks low to high - 1, bfloat16 as bits: weights = exp(logs - highest), 0 at the near keys, and their counts.
-
-    A key is near where its log is at least the block's threshold.
-    """
+    n = logs.shape[1]
     for b in range(low, high):
         top = highest[b]
         bar = thresholds[b]
         count = np.int32(0)
-        for j in range(logs.shape[1]):
-            x = _widened(logs[b, j])
+        total = _f(0.0)
+        for j in range(n):
+            x = _number(logs[b, j])
             count += np.int32(x >= bar)
             # Below -87 the weight is as good as zero.
-            weights[b, j] = _bits(_f(0.0) if x >= bar else _exp(x - top))
+            weight = _stored(_f(0.0) if x >= bar else _exp(x - top), logs[b, j])
+            weights[b, 0, j] = weight
+            total += _number(weight)
         counts[b] = count
+        totals[b] = total
+        for c in range(weights.shape[1] - 1):
+            value = _f(0.0)
+            for j in range(n):
+                x = _number(weights[b, 0, j]) * columns[c, j]
+                weights[b, 1 + c, j] = _stored(x, weights[b, 0, j])
+                value += x
+            values[b, c] = value
 
 
 @njit(fastmath=_FLAGS, nogil=True, cache=True)
@@ -200,14 +196,17 @@ def list_near(low, high, logs, thresholds, ends, chosen):
             # Written in any case and kept if near: a branch on every key would be guessed wrong too often.
             if at < end:
                 chosen[at] = j
-                at += np.int64(_widened(logs[b, j]) >= bar)
+                at += np.int64(_number(logs[b, j]) >= bar)
 
 
 @njit(fastmath=_FLAGS, nogil=True, cache=True)
-def centre_blocks(q, points, order, firsts, counts, starts, deltas, centres, variances):
-    """Fill deltas (rows, d), centres (blocks, d) and variances (blocks, r), block after block.
+def centre_blocks(
+    q, scale, points, importance, order, firsts, counts, starts, deltas, centres, variances, row_variances
+):
+    """Fill deltas (rows, d), centres (blocks, d), variances (blocks, r) and row_variances (rows,), block after block.
 
-    q (n, d) queries, whose centre and distances from it are wanted; points (n, r), whose variance is.
+    q (n, d) times scale are the queries, whose centre and distances from it are wanted; points (n, r), whose variance
+    is, for each block along each axis, and for each row over the axes, times their importance (r,).
     """
     d = q.shape[1]
     r = points.shape[1]
@@ -226,17 +225,21 @@ def centre_blocks(q, points, order, firsts, counts, starts, deltas, centres, var
             for p in range(r):
                 middle[p] += points[query, p]
         for p in range(d):
-            centres[b, p] *= share
+            centres[b, p] *= share * scale
         for p in range(r):
             middle[p] *= share
         for i in range(counts[b]):
             query = order[firsts[b] + i]
             row = starts[b] + i
             for p in range(d):
-                deltas[row, p] = q[query, p] - centres[b, p]
+                deltas[row, p] = q[query, p] * scale - centres[b, p]
+            whole = _f(0.0)
             for p in range(r):
                 delta = points[query, p] - middle[p]
-                variances[b, p] += delta * delta
+                square = delta * delta
+                variances[b, p] += square
+                whole += square * importance[p]
+            row_variances[row] = whole
         for p in range(r):
             variances[b, p] *= share
 
@@ -254,12 +257,21 @@ def project(low, high, deltas, starts, sizes, axes, out):
 
 
 @njit(fastmath=_FLAGS, nogil=True, cache=True)
-def own_keys(low, high, order, rows, of_query, deltas, centres, k, mean, far_key, log, lean):
-    """Per row: log = q.(k - mean) and lean = delta.(k - mean - far_key), k being the key with the query's index."""
+def own_keys(
+    low, high, order, rows, of_query, deltas, centres, k, mean, far_key, logs, thresholds, weights, totals, log, share,
+    lean
+):  # fmt: skip
+    """Per row of the queries order[low:high], about the key with the query's index, if it is not near.
+
+    log = q.(k - mean), which stays as it is for a near key; share = its part of the far key's weight; lean =
+    delta.(k - mean - far_key).
+    """
     for i in range(low, high):
         key = order[i]
         row = rows[i]
         b = of_query[i]
+        if _number(logs[b, key]) >= thresholds[b]:
+            continue
         dot = _f(0.0)
         part = _f(0.0)
         for p in range(k.shape[1]):
@@ -268,6 +280,189 @@ def own_keys(low, high, order, rows, of_query, deltas, centres, k, mean, far_key
             part += deltas[row, p] * (x - far_key[b, p])
         log[row] = dot
         lean[row] = part
+        share[row] = _number(weights[b, 0, key]) / totals[b]
+
+
+@njit(fastmath=_FLAGS, nogil=True, cache=True)
+def far_deviations(low, high, starts, sizes, heavy, scales, log_weight, variances, out):
+    """Per block, the root of the mean over its rows of share^2 (exp(s) - 1 - s), s their variance, at most 10.
+
+    share is the far part of a row's sum: exp(log_weight) beside heavy[:, 0] exp(scale of the block).
+    """
+    for b in range(low, high):
+        total = 0.0
+        for row in range(starts[b], starts[b] + sizes[b]):
+            far = _exp(log_weight[row] - scales[b])
+            share = far / (far + heavy[row, 0])
+            # A row whose sums left float32 is made again in the end; until then its light keys are all there is.
+            share = share if share >= _f(0.0) else _f(1.0)
+            s = min(variances[row], _f(10.0))
+            total += share * share * (_exp(s) - _f(1.0) - s)
+        out[b] = np.sqrt(total / sizes[b])
+
+
+@njit(fastmath=_FLAGS, nogil=True, cache=True)
+def draw_light(low, high, counts, ends, chosen, weights, totals, points, keys, logs, control):
+    """Light keys of blocks low to high - 1, and the two weights of each: see `approxkmv.draw`.
+
+    points (m,) are uniform random numbers, counts[b] of them for block b, each turned into one key.
+    """
+    n = weights.shape[2]
+    chunks = (n + _CHUNK - 1) // _CHUNK
+    heights = np.empty(chunks)
+    begin = 0
+    for b in range(low):
+        begin += counts[b]
+    for b in range(low, high):
+        first = ends[b - 1] if b > 0 else 0
+        near = ends[b] - first
+        row = weights[b, 0]
+        running = 0.0
+        for c in range(chunks):
+            part = _f(0.0)
+            for j in range(c * _CHUNK, min(n, (c + 1) * _CHUNK)):
+                part += row[j]
+            running += part
+            heights[c] = running
+        for t in range(begin, begin + counts[b]):
+            if near == n:
+                # Nothing is light: a key of weight 0
+                keys[t], logs[t], control[t] = 0, -np.inf, 0.0
+                continue
+            even = 1.0 / (n - near)
+            # A point below one half is a place among the light keys, one above it a place in the running sum.
+            by_weight = running > 0.0
+            u = 2.0 * points[t]
+            if u < 1.0 or not by_weight:
+                place = min(np.int64((u if by_weight else 0.5 * u) * (n - near)), n - near - 1)
+                # As many near keys come before the light key at a place as lie less than that many places behind it.
+                left, right = 0, near
+                while left < right:
+                    middle = (left + right) // 2
+                    if chosen[first + middle] - middle <= place:
+                        left = middle + 1
+                    else:
+                        right = middle
+                key = place + left
+            else:
+                height = (u - 1.0) * running
+                left, right = 0, chunks - 1
+                while left < right:
+                    middle = (left + right) // 2
+                    if heights[middle] > height:
+                        right = middle
+                    else:
+                        left = middle + 1
+                height -= heights[left - 1] if left > 0 else 0.0
+                key = -1
+                for j in range(left * _CHUNK, min(n, (left + 1) * _CHUNK)):
+                    # A near key, whose weight is 0, is never drawn.
+                    if row[j] > 0.0:
+                        key = j
+                        height -= row[j]
+                        if height < 0.0:
+                            break
+            share = row[key] / totals[b]
+            rate = counts[b] * (0.5 * (share + even) if by_weight else even)
+            keys[t] = key
+            logs[t] = -np.log(rate)
+            control[t] = share / rate
+        begin += counts[b]
+
+
+@njit(fastmath=_FLAGS, nogil=True, cache=True)
+def sampled_moments(low, high, counts, keys, control, k, mean, far_key, v, means, tilts):
+    """Sums over the draws of blocks low to high - 1, with the weights `control`, which the control variate is about.
+
+    means (blocks, 1 + d_v): of 1 and the values. tilts (blocks, 1 or 1 + d_v, d): of k - mean - far_key, and of that
+    times each value.
+    """
+    d = k.shape[1]
+    t = 0
+    for b in range(low):
+        t += counts[b]
+    for b in range(low, high):
+        for _ in range(counts[b]):
+            key = keys[t]
+            weight = control[t]
+            means[b, 0] += weight
+            for c in range(v.shape[1]):
+                means[b, 1 + c] += weight * v[key, c]
+            for p in range(d):
+                tilts[b, 0, p] += weight * (k[key, p] - mean[p] - far_key[b, p])
+            for c in range(tilts.shape[1] - 1):
+                part = weight * v[key, c]
+                for p in range(d):
+                    tilts[b, 1 + c, p] += part * (k[key, p] - mean[p] - far_key[b, p])
+            t += 1
+
+
+@njit(fastmath=_FLAGS, nogil=True, cache=True)
+def controlled_sums(
+    low, high, starts, sizes, order, heavy, scales, estimate, estimate_scales, log_weight, variances, limit, far_value,
+    means, seen, own_log, own_share, own_seen, own_drawn, v, out
+):  # fmt: skip
+    """Numerators, row sum and log (n, d_v + 2) of each query of blocks low to high - 1, by the control variate.
+
+    For every row: heavy keys + estimate over the sample + far key - far key over the sample, and the own key (of log
+    own_log, -inf for none) exactly instead of its share. seen (rows, 1 or 1 + d_v) are first-order sums over the
+    sample; far_value (rows, d_v). All rows are queries, in the blocks' order.
+    """
+    width = far_value.shape[1]
+    tilted = seen.shape[1] > 1
+    for b in range(low, high):
+        for row in range(starts[b], starts[b] + sizes[b]):
+            shift = max(max(scales[b], log_weight[row]), own_log[row])
+            exact = _fading(scales[b] - shift)
+            light = _fading(estimate_scales[b] - shift)
+            weight = _fading(log_weight[row] - shift) if variances[row] < limit else _f(0.0)
+            query = order[row]
+            mine = own_log[row] > _f(-1e30)
+            left = _f(1.0) - own_drawn[row]
+            own = _fading(own_log[row] - shift) if mine else _f(0.0)
+            row_sum = heavy[row, 0] * exact + estimate[row, 0] * light
+            row_sum += weight * (_f(1.0) - means[b, 0] - seen[row, 0])
+            if mine:
+                row_sum += left * (own - weight * own_seen[row])
+            for c in range(width):
+                sampled = means[b, 1 + c] + (seen[row, 1 + c] if tilted else _f(0.0))
+                value = heavy[row, 1 + c] * exact + estimate[row, 1 + c] * light
+                value += weight * (far_value[row, c] - sampled)
+                if mine:
+                    value += left * (own - weight * (own_seen[row] if tilted else own_share[row])) * v[query, c]
+                out[query, c] = value
+            out[query, width] = row_sum
+            out[query, width + 1] = shift
+
+
+@njit(fastmath=_FLAGS, nogil=True, cache=True)
+def expanded_answers(
+    low, high, order, rows, of_query, sums, scales, log_weight, far_value, tilted, own_log, own_share, own_seen, v, out
+):  # fmt: skip
+    """Answers (n, d_v) of the queries order[low:high]: heavy keys, far key, and the own key instead of its share.
+
+    NaN where an exponential would leave float32.
+    """
+    width = far_value.shape[1]
+    for i in range(low, high):
+        query = order[i]
+        row = rows[i]
+        scale = scales[of_query[i]]
+        mine = own_log[row] > _f(-1e30)
+        if not max(log_weight[row], own_log[row]) - scale < _LARGEST:
+            for c in range(width):
+                out[query, c] = np.nan
+            continue
+        weight = _fading(log_weight[row] - scale)
+        own = _fading(own_log[row] - scale) if mine else _f(0.0)
+        row_sum = sums[row, 0] + weight
+        if mine:
+            row_sum += own - weight * own_seen[row]
+        for c in range(width):
+            value = sums[row, 1 + c] + weight * far_value[row, c]
+            if mine:
+                value += (own - weight * (own_seen[row] if tilted else own_share[row])) * v[query, c]
+            out[query, c] = value / row_sum
 
 
 @njit(fastmath=_FLAGS, nogil=True, cache=True)

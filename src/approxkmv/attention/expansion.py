@@ -20,7 +20,7 @@ from approxkmv.attention.k_means import k_means
 # Each tilted column of v costs d more columns in the far sums; beyond these the far value is the block's mean.
 _TILTED_COLUMNS = 2
 # The compiled loop keeps a query's weights in the cache for so many columns; for more, matrix products are faster.
-_FEW_COLUMNS = 8
+FEW_COLUMNS = 8
 # oneDNN compiles a kernel for each new shape of a bfloat16 product, so that shapes should repeat.
 _ROWS_OF_BFLOAT16 = 16
 _KEYS_OF_BFLOAT16 = 64
@@ -48,6 +48,8 @@ class Blocks:
     """(padded n, d) query minus its block's centre, zero where padded."""
     variances: torch.Tensor
     """(blocks, r) mean square of the points' distances from their block's, along each of their axes."""
+    row_variances: torch.Tensor
+    """(padded n,) each point's squares of these distances, times the axes' importance, in all; zero where padded."""
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -56,9 +58,18 @@ class Blocks:
         """Repeat (blocks, ...) for each row of each block."""
         return per_block.repeat_interleave(torch.from_numpy(self.sizes), 0)
 
+    def of_queries(self) -> torch.Tensor:
+        """(n,) the block of query order[i]."""
+        return torch.from_numpy(np.repeat(np.arange(len(self.sizes)), self.sizes)[self.rows.numpy()])
 
-def make_blocks(q: torch.Tensor, points: torch.Tensor, labels: torch.Tensor, multiple: int) -> Blocks:
-    """Blocks of the queries q (n, d), and of their points (n, r), that share a label."""
+
+def make_blocks(
+    q: torch.Tensor, scale: float, points: torch.Tensor, importance: torch.Tensor, labels: torch.Tensor, multiple: int
+) -> Blocks:
+    """Blocks of the queries, scale times q (n, d), and of their points (n, r), that share a label.
+
+    importance (r,): what a square along each of the points' axes counts in `row_variances`.
+    """
     label = labels.numpy().astype(np.uint16 if len(q) <= 65536 else np.int64)
     order = np.argsort(label, kind="stable")
     counts = np.bincount(label)
@@ -67,13 +78,17 @@ def make_blocks(q: torch.Tensor, points: torch.Tensor, labels: torch.Tensor, mul
     padded = -(-counts // multiple) * multiple
     starts = np.concatenate([[0], padded.cumsum()[:-1]])
     rows = torch.from_numpy(np.arange(len(order)) + np.repeat(starts - firsts, counts))
-    d = q.shape[1]
-    deltas = scratch("deltas", int(padded.sum()), d).zero_()
-    centres, variances = q.new_empty(len(counts), d), q.new_empty(len(counts), points.shape[1])
+    whole = int(padded.sum())
+    deltas = scratch("deltas", whole, q.shape[1])
+    row_variances = torch.zeros(whole)
+    if whole > len(q):
+        deltas.zero_()
+    centres, variances = q.new_empty(len(counts), q.shape[1]), q.new_empty(len(counts), points.shape[1])
     loops = compiled_loops()
     if loops is not None:
-        given = q.numpy(), points.numpy(), order, firsts, counts, starts
-        loops.centre_blocks(*given, deltas.numpy(), centres.numpy(), variances.numpy())
+        given = q.contiguous().numpy(), np.float32(scale), points.numpy(), importance.numpy()
+        written = (t.numpy() for t in (deltas, centres, variances, row_variances))
+        loops.centre_blocks(*given, order, firsts, counts, starts, *written)
     else:
         size = torch.from_numpy(counts.astype(np.float32)).unsqueeze(1)
         places = torch.from_numpy(order)
@@ -82,11 +97,13 @@ def make_blocks(q: torch.Tensor, points: torch.Tensor, labels: torch.Tensor, mul
         def means(ordered: torch.Tensor) -> torch.Tensor:
             return torch.from_numpy(np.add.reduceat(ordered.numpy(), firsts, axis=0)) / size
 
-        centres.copy_(means(q[places]))
-        deltas[rows] = q[places] - centres[of_row]
+        centres.copy_(scale * means(q[places]))
+        deltas[rows] = scale * q[places] - centres[of_row]
         ordered = points[places]
-        variances.copy_(means((ordered - means(ordered)[of_row]).square()))
-    return Blocks(torch.from_numpy(order), rows, starts, padded, centres, deltas, variances)
+        squares = (ordered - means(ordered)[of_row]).square()
+        variances.copy_(means(squares))
+        row_variances[rows] = squares @ importance
+    return Blocks(torch.from_numpy(order), rows, starts, padded, centres, deltas, variances, row_variances)
 
 
 def principal_axes(k: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -99,12 +116,6 @@ def principal_axes(k: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Ten
     return mean, vectors.flip(1)[:, :count], values.flip(0)[:count].clamp_min(0)
 
 
-def along_axes(name: str, rows: torch.Tensor, axes: torch.Tensor, low: torch.dtype) -> torch.Tensor:
-    """rows (n, d) times axes (d, r), computed in the type `low`; scratch of that name."""
-    given = scratch(f"low {name}", *rows.shape, dtype=low).copy_(rows)
-    return torch.mm(given, axes.to(low), out=scratch(f"along {name}", len(rows), axes.shape[1], dtype=low))
-
-
 @dataclass(frozen=True)
 class OwnKeys:
     """What each row's own key adds, and what the far key had counted for it; nothing where that key is near."""
@@ -115,8 +126,11 @@ class OwnKeys:
     """(rows,) the key's part of the far key's weight, as the block's centre sees it, and"""
     share_seen: torch.Tensor
     """(rows,) to first order in the row's distance from the centre."""
-    values: torch.Tensor
-    """(rows, d_v)"""
+
+    @classmethod
+    def none(cls, rows: int) -> OwnKeys:
+        """For queries that have no keys of their own."""
+        return cls(torch.full((rows,), -torch.inf), torch.zeros(rows), torch.zeros(rows))
 
 
 @dataclass(frozen=True)
@@ -126,16 +140,12 @@ class Expansion:
     blocks: Blocks
     mean: torch.Tensor
     """(d,) of the keys, which are taken relative to it: attention does not see a common shift."""
-    axes: torch.Tensor
-    """(d, r) leading ones of their covariance, one a column; `spread` (r,) are its eigenvalues."""
-    spread: torch.Tensor
     logs: torch.Tensor
     """(blocks, n_k) c.k + k'Vk/2."""
     weights: torch.Tensor
-    """(blocks, n_k) exp(logs - highest), zero for the near keys."""
-    highest: torch.Tensor
+    """(blocks, 1 + tilts, n_k) exp(logs - highest), zero for the near keys; then those times each tilted column of v."""
     thresholds: torch.Tensor
-    """(blocks, 1) the largest of logs; the least at which a key is near."""
+    """(blocks, 1) the least of logs at which a key is near."""
     chosen: np.ndarray
     ends: np.ndarray
     """The near keys of block b are chosen[ends[b-1]:ends[b]]."""
@@ -160,48 +170,56 @@ class Expansion:
         value = self.blocks.of_rows(self.far_value)
         return log_weight, value if self.far_tilt is None else value + seen[:, 1:]
 
-    def own_keys(self, k: torch.Tensor, v: torch.Tensor) -> OwnKeys:
+    def own_keys(self, k: torch.Tensor) -> OwnKeys:
         """The key of the same index as each query, of as many keys as queries: in self-attention often its nearest.
 
         Seen from the block's centre it is one of many, and its block does not list it as near.
         """
         blocks = self.blocks
         rows, order = blocks.rows, blocks.order
-        log, lean = torch.full((len(blocks.deltas),), -torch.inf), torch.zeros(len(blocks.deltas))
-        of_row = blocks.of_rows(torch.arange(len(blocks)))
-        of_query = of_row[rows]
+        whole = len(blocks.deltas)
+        log, share, lean = torch.full((whole,), -torch.inf), torch.zeros(whole), torch.zeros(whole)
+        of_query = blocks.of_queries()
         count(kernel_evaluations=len(order))
         loops = compiled_loops()
         if loops is not None:
-            tensors = (order, rows, of_query, blocks.deltas, blocks.centres, k, self.mean, self.far_key, log, lean)
-            given = [t.contiguous().numpy() for t in tensors[:-2]] + [t.numpy() for t in tensors[-2:]]
+            geometry = (order, rows, of_query, blocks.deltas, blocks.centres, k, self.mean, self.far_key)
+            given = [t.contiguous().numpy() for t in geometry]
+            given += [as_numbers(self.logs), self.thresholds.squeeze(1).numpy(), as_numbers(self.weights)]
+            given += [t.numpy() for t in (self.total, log, share, lean)]
             over_threads(lambda first, last: loops.own_keys(first, last, *given), len(order))
         else:
             deltas, keys = blocks.deltas[rows], k[order] - self.mean
-            log[rows] = ((blocks.centres[of_query] + deltas) * keys).sum(1)
+            is_near = self.logs[of_query, order] >= self.thresholds.to(self.logs.dtype)[of_query, 0]
+            own = ((blocks.centres[of_query] + deltas) * keys).sum(1)
+            log[rows] = own.masked_fill_(is_near, -torch.inf)
             lean[rows] = (deltas * (keys - self.far_key[of_query])).sum(1)
-        weights = self.weights[of_query, order].float()
-        # A weight of zero is that of a near key, or one too small for its type.
-        zero = (weights == 0).nonzero().squeeze(1)
-        bars = self.thresholds.to(self.logs.dtype)[of_query[zero], 0]
-        log[rows[zero[self.logs[of_query[zero], order[zero]] >= bars]]] = -torch.inf
-        share, values = torch.zeros(len(log)), torch.zeros(len(log), v.shape[1])
-        share[rows] = weights / self.total[of_query]
-        values[rows] = v[order]
-        return OwnKeys(log, share, share * (1 + lean), values)
+            share[rows] = self.weights[of_query, 0, order].float() / self.total[of_query]
+        return OwnKeys(log, share, share * (1 + lean))
 
-    def unpermute(self, answer: torch.Tensor) -> torch.Tensor:
-        """Rows of the blocks (padded n, d_v) back in the order of the queries (n, d_v)."""
-        out = torch.empty(len(self.blocks.order), answer.shape[1])
-        out[self.blocks.order] = answer[self.blocks.rows]
+    def of_queries(self, per_row: torch.Tensor) -> torch.Tensor:
+        """Rows of the blocks (padded n, d_v) in the order of the queries (n, d_v)."""
+        out = torch.empty(len(self.blocks.order), per_row.shape[1])
+        out[self.blocks.order] = per_row[self.blocks.rows]
         return out
+
+    def of_rows(self, per_query: torch.Tensor) -> torch.Tensor:
+        """Something of the queries (n, ...) in the order of the blocks' rows (padded n, ...), zero where padded."""
+        out = torch.zeros(len(self.blocks.deltas), *per_query.shape[1:])
+        out[self.blocks.rows] = per_query[self.blocks.order]
+        return out
+
+
+def as_numbers(stored: torch.Tensor) -> np.ndarray:
+    """float32 numbers, or the bits of bfloat16 ones, which NumPy does not have: what the compiled loops take."""
+    return (stored.view(torch.uint16) if stored.dtype == torch.bfloat16 else stored).numpy()
 
 
 def project(blocks: Blocks, axes: torch.Tensor) -> torch.Tensor:
     """deltas (rows, d) of each block times its own axes (blocks, r, d): (rows, r)."""
     out = torch.empty(len(blocks.deltas), axes.shape[1])
     loops = compiled_loops()
-    if loops is not None and axes.shape[1] <= _FEW_COLUMNS:
+    if loops is not None and axes.shape[1] <= FEW_COLUMNS:
         given = blocks.deltas.numpy(), blocks.starts, blocks.sizes, axes.contiguous().numpy(), out.numpy()
         over_threads(lambda first, last: loops.project(first, last, *given), len(blocks))
         return out
@@ -233,92 +251,73 @@ def expand(
     n_k, d_v = v.shape
     d = q.shape[1]
     loops = compiled_loops()
-    looped = d_v <= _FEW_COLUMNS and loops is not None
+    looped = d_v <= FEW_COLUMNS and loops is not None
     multiple = _ROWS_OF_BFLOAT16 if low == torch.bfloat16 and not looped else 1
     mean, axes, spread = principal_axes(k, min(directions, d))
     r = len(spread)
-    queries = torch.mul(q, scale, out=scratch("queries", len(q), d))
-    metric = spread.pow(_METRIC_POWER).clamp_min(1e-30)
+    metric = spread.pow(_METRIC_POWER).clamp_min(1e-15)
     # Clustering and curvature are estimates: half the digits do for their coordinates.
-    points = scratch("points", len(q), r).copy_(along_axes("queries", queries, axes * metric, low))
+    some = q if low == q.dtype else scratch("low queries", len(q), d, dtype=low).copy_(q)
+    points = torch.mm(some, (scale * axes * metric).to(low), out=scratch("points", len(q), r, dtype=low))
+    if low != torch.float32:
+        points = scratch("points", len(q), r).copy_(points)
     clusters = -(-len(q) // block)
     labels = torch.zeros(len(q), dtype=torch.int64)
     if clusters > 1 and r > 0:
         labels = k_means(points, clusters, iterations, sampled, generator)
-    blocks = make_blocks(queries, points, labels, multiple)
+    blocks = make_blocks(q, scale, points, spread / metric.square(), labels, multiple)
 
-    # Columns: the squares along the leading axes, the keys, one, the values, and the keys times values.
-    tilted = d_v <= _TILTED_COLUMNS
-    width = r + d + 1 + d_v + (d * d_v if tilted else 0)
-    features = scratch("features", n_k, width, dtype=low)
-    along, middle = along_axes("keys", k, axes, low), mean @ axes
-    if loops is not None and low == torch.bfloat16:
-        given = (
-            k.numpy(),
-            mean.numpy(),
-            along.view(torch.uint16).numpy(),
-            middle.numpy(),
-            v.contiguous().numpy(),
-            tilted,
-        )
-        output = features.view(torch.uint16).numpy()
-        over_threads(lambda first, last: loops.fill_features(first, last, *given, output), n_k)
-    elif loops is not None:
-        plain = k.numpy(), mean.numpy(), along.numpy(), middle.numpy(), v.contiguous().numpy(), tilted
-        written = features.numpy()
-        over_threads(lambda first, last: loops.fill_plain_features(first, last, *plain, written), n_k)
-    else:
-        torch.square(along - middle.to(low), out=features[:, :r])
-        features[:, r : r + d] = k - mean
-        features[:, r + d] = 1
-        features[:, r + d + 1 : r + d + 1 + d_v] = v
-        for c in range(d_v if tilted else 0):
-            at = r + d + 1 + d_v + c * d
-            features[:, at : at + d] = v[:, c : c + 1] * (k - mean)
+    # Columns: the squares along the leading axes, then the keys.
+    features = scratch("features", n_k, r + d, dtype=low)
+    keys = torch.sub(k, mean, out=features[:, r:])
+    if r > 0:
+        torch.square(torch.mm(keys, axes.to(low), out=scratch("along", n_k, r, dtype=low)), out=features[:, :r])
     variances = blocks.variances / metric.square()
     ranks = torch.cat([0.5 * variances, blocks.centres], 1).to(low)
-    logs = torch.mm(ranks, features[:, : r + d].mT, out=scratch("logs", len(blocks), n_k, dtype=low))
+    logs = torch.mm(ranks, features.mT, out=scratch("logs", len(blocks), n_k, dtype=low))
     count(kernel_evaluations=logs.numel())
     highest = logs.amax(1, keepdim=True)
     sample = logs[:, generator.initial_seed() % _SAMPLED_KEYS :: _SAMPLED_KEYS].float()
     kept = sample.shape[1] - min(max(1, near // _SAMPLED_KEYS), sample.shape[1])
     thresholds = torch.from_numpy(np.partition(sample.numpy(), kept, axis=1)[:, kept].copy()).unsqueeze(1)
-    weights = scratch("weights", len(blocks), n_k, dtype=low)
-    if loops is not None and low == torch.bfloat16:
-        bits = logs.view(torch.uint16).numpy()
-        bars = highest.float().squeeze(1).numpy(), thresholds.squeeze(1).numpy()
+    tilts = d_v if d_v <= _TILTED_COLUMNS else 0
+    weights = scratch("weights", len(blocks), 1 + tilts, n_k, dtype=low)
+    if loops is not None:
+        totals, values = torch.empty(len(blocks)), torch.empty(len(blocks), tilts)
         counts = np.empty(len(blocks), np.int64)
-        filled = bits, *bars, weights.view(torch.uint16).numpy(), counts
-        over_threads(lambda first, last: loops.fill_weights(first, last, *filled), len(blocks))
+        bars = thresholds.squeeze(1).numpy()
+        columns = v[:, :tilts].mT.contiguous().numpy()
+        given = (as_numbers(logs), highest.float().squeeze(1).numpy(), bars, columns, as_numbers(weights), counts)
+        sums = totals.numpy(), values.numpy()
+        over_threads(lambda first, last: loops.fill_weights(first, last, *given, *sums), len(blocks))
         ends = counts.cumsum()
         chosen = np.empty(ends[-1], np.int64)
-        listed = bits, bars[1], ends, chosen
+        listed = as_numbers(logs), bars, ends, chosen
         over_threads(lambda first, last: loops.list_near(first, last, *listed), len(blocks))
     else:
         is_near = logs >= thresholds.to(low)
-        torch.sub(logs, highest, out=weights).exp_().masked_fill_(is_near, 0)
+        torch.sub(logs, highest, out=weights[:, 0]).exp_().masked_fill_(is_near, 0)
+        torch.mul(weights[:, :1], v[:, :tilts].mT.to(low), out=weights[:, 1:])
+        totals, values = weights[:, 0].float().sum(1), weights[:, 1:].float().sum(2)
         chosen = np.flatnonzero(is_near.numpy())
         ends = np.searchsorted(chosen, np.arange(1, len(blocks) + 1) * n_k)
         chosen %= n_k
 
-    far = torch.mm(weights, features[:, r:]).float()
-    total = far[:, d : d + 1].clamp_min(1e-30)
-    far_key, far_value = far[:, :d] / total, far[:, d + 1 : d + 1 + d_v] / total
+    far = torch.mm(weights.view(-1, n_k), keys).float().view(len(blocks), 1 + tilts, d)
+    total = totals.clamp_min(1e-30).unsqueeze(1)
+    far_key = far[:, 0] / total
+    far_value = (values if tilts else torch.mm(weights[:, 0], v.to(low)).float()) / total
     # The far key's own second-order term is in its weight already.
     second = 0.5 * (variances * (far_key @ axes).square()).sum(1)
     far_log = total[:, 0].log() + highest[:, 0].float() - second
     far_tilt = None
-    if tilted:
-        products = far[:, d + 1 + d_v :].view(len(blocks), d_v, d) / total.unsqueeze(2)
-        far_tilt = products - far_value.unsqueeze(2) * far_key.unsqueeze(1)
+    if tilts:
+        far_tilt = far[:, 1:] / total.unsqueeze(2) - far_value.unsqueeze(2) * far_key.unsqueeze(1)
     return Expansion(
         blocks,
         mean,
-        axes,
-        spread,
         logs,
         weights,
-        highest,
         thresholds,
         chosen,
         ends,
@@ -348,7 +347,7 @@ def sums_of_keys(
     sums, scales = torch.zeros(len(blocks.deltas), 1 + d_v), torch.empty(number)
     # Each key with each query, padded rows too, and with the block's centre
     count(kernel_evaluations=int(((blocks.sizes + 1) * np.diff(ends, prepend=0)).sum()))
-    loops = compiled_loops() if d_v <= _FEW_COLUMNS else None
+    loops = compiled_loops() if d_v <= FEW_COLUMNS else None
     if extra is None:
         extra = torch.zeros(len(chosen))
     if loops is not None:
@@ -384,7 +383,7 @@ def sums_of_keys(
         logits.exp_()
         if low == torch.bfloat16:
             sums[start : start + rows] = torch.mm(logits, part.to(low)).float()
-        elif d_v < _FEW_COLUMNS:
+        elif d_v < FEW_COLUMNS:
             for c in range(1 + d_v):
                 sums[start : start + rows, c] = torch.mv(logits, part[:, c])
         else:

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from approxkmv.attention import exact_fused
+from approxkmv.attention.acceleration import compiled_loops, over_threads
 from approxkmv.attention.contract import Method, UnavailableError, per_batch
-from approxkmv.attention.expansion import expand, sums_of_keys
+from approxkmv.attention.expansion import OwnKeys, expand, sums_of_keys
 
 
 def native_bfloat16() -> bool:
@@ -38,18 +39,31 @@ def attend(
     e = expand(q, k, v, generator, scale=scale, near=near, low=low, **clustering)
     sums, scales = sums_of_keys(e.blocks, k, e.mean, v, e.chosen, e.ends, None, low)
     log_weight, value = e.far()
+    own = e.own_keys(k) if len(q) == len(k) else OwnKeys.none(len(e.blocks.deltas))
+    tilted = e.far_tilt is not None
+    loops = compiled_loops()
+    if loops is not None:
+        out = torch.empty(len(q), v.shape[1])
+        rows = (e.blocks.order, e.blocks.rows, e.blocks.of_queries(), sums, scales, log_weight, value)
+        given = [t.contiguous().numpy() for t in rows]
+        given += [
+            tilted,
+            *(t.numpy() for t in (own.log, own.share, own.share_seen)),
+            v.contiguous().numpy(),
+            out.numpy(),
+        ]
+        over_threads(lambda first, last: loops.expanded_answers(first, last, *given), len(q))
+        return exactly_where_lost(out, q, k, v, scale)
     scale_of_row = e.blocks.of_rows(scales)
-    weight = (log_weight - scale_of_row).exp_().unsqueeze(1)
-    numerators, row_sums = sums[:, 1:] + weight * value, sums[:, :1] + weight
+    weight = (log_weight - scale_of_row).exp_()
+    # Exactly in place of its share of the far key.
+    added = (own.log - scale_of_row).exp_()
+    counted = added - weight * (own.share_seen if tilted else own.share)
+    numerators = sums[:, 1:] + weight.unsqueeze(1) * value
     if len(q) == len(k):
-        own = e.own_keys(k, v)
-        added = (own.log - scale_of_row).exp_().unsqueeze(1)
-        # Exactly in place of its share of the far key.
-        counted = own.share_seen if e.far_tilt is not None else own.share
-        numerators += (added - weight * counted.unsqueeze(1)) * own.values
-        row_sums += added - weight * own.share_seen.unsqueeze(1)
-    out = e.unpermute(numerators / row_sums)
-    return exactly_where_lost(out, q, k, v, scale)
+        numerators += counted.unsqueeze(1) * e.of_rows(v)
+    row_sums = sums[:, 0] + weight + added - weight * own.share_seen
+    return exactly_where_lost(e.of_queries(numerators / row_sums.unsqueeze(1)), q, k, v, scale)
 
 
 def exactly_where_lost(
