@@ -345,7 +345,7 @@ def draw_light(low, high, counts, ends, chosen, weights, totals, points, keys, l
                         right = middle
                 key = place + left
             else:
-                height = (u - 1.0) * running
+                height = np.float64((u - 1.0) * running)
                 left, right = 0, chunks - 1
                 while left < right:
                     middle = (left + right) // 2
@@ -353,7 +353,8 @@ def draw_light(low, high, counts, ends, chosen, weights, totals, points, keys, l
                         right = middle
                     else:
                         left = middle + 1
-                height -= heights[left - 1] if left > 0 else 0.0
+                if left > 0:
+                    height -= heights[left - 1]
                 key = -1
                 for j in range(left * _CHUNK, min(n, (left + 1) * _CHUNK)):
                     # A near key, whose weight is 0, is never drawn.

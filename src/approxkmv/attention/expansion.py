@@ -143,7 +143,7 @@ class Expansion:
     logs: torch.Tensor
     """(blocks, n_k) c.k + k'Vk/2."""
     weights: torch.Tensor
-    """(blocks, 1 + tilts, n_k) exp(logs - highest), zero for the near keys; then those times each tilted column of v."""
+    """(blocks, 1 + tilts, n_k) exp(logs - highest), zero for the near keys; then these times each tilted column."""
     thresholds: torch.Tensor
     """(blocks, 1) the least of logs at which a key is near."""
     chosen: np.ndarray
