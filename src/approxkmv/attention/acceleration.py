@@ -28,6 +28,12 @@ def compiled_loops() -> ModuleType | None:
     return _module()
 
 
+def native_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware; elsewhere such products are emulated and slow."""
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return bool(supported and supported()) and torch.backends.mkldnn.is_available()
+
+
 def over_threads(loop: Callable[[int, int], None], count: int) -> None:
     """Call loop(low, high) for parts of range(count), on as many threads as torch has."""
     threads = min(torch.get_num_threads(), count)

@@ -9,7 +9,7 @@ import numpy as np
 from numba import njit, types
 from numba.extending import overload
 
-from approxkmv.attention.tiles import KEYS, LANES, multiply_tile
+from approxkmv.attention.tiles import KEYS, LANES, WIDE, multiply_tile, multiply_tile_of_pairs
 
 _CHUNK = 64  # keys whose weights are summed together before one of them is looked for
 _LARGEST = 80.0  # exponents above this leave float32 together with what they are multiplied by
@@ -322,7 +322,7 @@ def draw_light(low, high, counts, ends, chosen, weights, totals, points, keys, l
             part = _f(0.0)
             for j in range(c * _CHUNK, min(n, (c + 1) * _CHUNK)):
                 part += row[j]
-            running += part
+            running += float(part)
             heights[c] = running
         for t in range(begin, begin + counts[b]):
             if near == n:
@@ -345,7 +345,7 @@ def draw_light(low, high, counts, ends, chosen, weights, totals, points, keys, l
                         right = middle
                 key = place + left
             else:
-                height = np.float64((u - 1.0) * running)
+                height = running * (u - 1.0)
                 left, right = 0, chunks - 1
                 while left < right:
                     middle = (left + right) // 2
@@ -466,6 +466,51 @@ def expanded_answers(
             out[query, c] = value / row_sum
 
 
+@njit(inline="always")
+def _weigh_keys(chosen, k, mean, v, extra, centre, places, pairs):
+    """The rows of `chosen` to places, and their weights exp(centre.(k - mean) + extra - shift) times [1, v] to pairs.
+
+    Returns the shift, the largest of these exponents.
+    """
+    width = v.shape[1]
+    shift = _f(-np.inf)
+    for j in range(len(chosen)):
+        key = chosen[j]
+        places[j] = key
+        dot = _f(0.0)
+        for p in range(k.shape[1]):
+            dot += centre[p] * (k[key, p] - mean[p])
+        dot += extra[j]
+        pairs[j, 0] = dot
+        shift = max(shift, dot)
+    for j in range(len(chosen)):
+        weight = _exp(pairs[j, 0] - shift)
+        pairs[j, 0] = weight
+        for c in range(width):
+            pairs[j, 1 + c] = weight * v[places[j], c]
+    return shift
+
+
+@njit(inline="always")
+def _add_tile(logits, span, pairs, j, totals):
+    """totals (columns, queries) gain exp(logits) (KEYS, queries) times the rows j to j + KEYS - 1 of pairs."""
+    for r in range(0, KEYS, 4):
+        for t in range(span):
+            logits[r, t] = _exp(logits[r, t])
+            logits[r + 1, t] = _exp(logits[r + 1, t])
+            logits[r + 2, t] = _exp(logits[r + 2, t])
+            logits[r + 3, t] = _exp(logits[r + 3, t])
+        for c in range(pairs.shape[1]):
+            w0 = pairs[j + r, c]
+            w1 = pairs[j + r + 1, c]
+            w2 = pairs[j + r + 2, c]
+            w3 = pairs[j + r + 3, c]
+            for t in range(span):
+                totals[c, t] += (
+                    w0 * logits[r, t] + w1 * logits[r + 1, t] + w2 * logits[r + 2, t] + w3 * logits[r + 3, t]
+                )
+
+
 @njit(fastmath=_FLAGS, nogil=True, cache=True)
 def sums_of_keys(low, high, deltas, starts, sizes, chosen, ends, k, mean, v, extra, centres, scales, sums):
     """Sums of exp(q.(k - mean) + extra) [1, v] over the chosen keys of the blocks low to high - 1, for their queries.
@@ -482,27 +527,12 @@ def sums_of_keys(low, high, deltas, starts, sizes, chosen, ends, k, mean, v, ext
     totals = np.zeros((1 + width, _QUERIES), np.float32)
     for b in range(low, high):
         begin = ends[b - 1] if b > 0 else 0
-        count = ends[b] - begin
         # The last tile is filled with key 0 at weight 0.
-        whole = (count + KEYS - 1) // KEYS * KEYS
+        whole = (ends[b] - begin + KEYS - 1) // KEYS * KEYS
         places = np.zeros(whole, np.int64)
         pairs = np.zeros((whole, 1 + width), np.float32)
-        shift = _f(-np.inf)
-        for j in range(count):
-            key = chosen[begin + j]
-            places[j] = key
-            dot = _f(0.0)
-            for p in range(d):
-                dot += centres[b, p] * (k[key, p] - mean[p])
-            dot += extra[begin + j]
-            pairs[j, 0] = dot
-            shift = max(shift, dot)
-        scales[b] = shift
-        for j in range(count):
-            weight = _exp(pairs[j, 0] - shift)
-            pairs[j, 0] = weight
-            for c in range(width):
-                pairs[j, 1 + c] = weight * v[places[j], c]
+        here = slice(begin, ends[b])
+        scales[b] = _weigh_keys(chosen[here], k, mean, v, extra[here], centres[b], places, pairs)
         for i in range(starts[b], starts[b] + sizes[b], _QUERIES):
             some = min(_QUERIES, starts[b] + sizes[b] - i)
             span = (some + LANES - 1) // LANES * LANES
@@ -513,30 +543,50 @@ def sums_of_keys(low, high, deltas, starts, sizes, chosen, ends, k, mean, v, ext
                     panel[p, t] = x
                     dot += x * mean[p]
                 start[t] = -dot
-            for c in range(1 + width):
-                for t in range(span):
-                    totals[c, t] = _f(0.0)
+            totals[:, :span] = _f(0.0)
             for j in range(0, whole, KEYS):
                 for t in range(0, span, LANES):
                     multiply_tile(k, places, j, panel, t, start, logits)  # type: ignore[call-arg]
-                for r in range(0, KEYS, 4):
-                    for t in range(span):
-                        logits[r, t] = _exp(logits[r, t])
-                        logits[r + 1, t] = _exp(logits[r + 1, t])
-                        logits[r + 2, t] = _exp(logits[r + 2, t])
-                        logits[r + 3, t] = _exp(logits[r + 3, t])
-                    for c in range(1 + width):
-                        w0 = pairs[j + r, c]
-                        w1 = pairs[j + r + 1, c]
-                        w2 = pairs[j + r + 2, c]
-                        w3 = pairs[j + r + 3, c]
-                        for t in range(span):
-                            totals[c, t] += (
-                                w0 * logits[r, t]
-                                + w1 * logits[r + 1, t]
-                                + w2 * logits[r + 2, t]
-                                + w3 * logits[r + 3, t]
-                            )
+                _add_tile(logits, span, pairs, j, totals)
+            for c in range(1 + width):
+                for t in range(some):
+                    sums[i + t, c] = totals[c, t]
+
+
+@njit(fastmath=_FLAGS, nogil=True, cache=True)
+def sums_of_rounded_keys(
+    low, high, deltas, starts, sizes, chosen, ends, k, mean, v, extra, centres, scales, sums, rounded
+):  # fmt: skip
+    """As sums_of_keys, with the products of deltas and keys, but not of centres and keys, of bfloat16 numbers.
+
+    rounded (n, d, or d + 1 with zeros at the end, for an odd d): k - mean in bfloat16 as bits.
+    """
+    d = k.shape[1]
+    width = v.shape[1]
+    panel = np.zeros((rounded.shape[1] // 2, _QUERIES), np.uint32)
+    logits = np.zeros((KEYS, _QUERIES), np.float32)
+    totals = np.zeros((1 + width, _QUERIES), np.float32)
+    for b in range(low, high):
+        begin = ends[b - 1] if b > 0 else 0
+        whole = (ends[b] - begin + KEYS - 1) // KEYS * KEYS
+        places = np.zeros(whole, np.int64)
+        pairs = np.zeros((whole, 1 + width), np.float32)
+        here = slice(begin, ends[b])
+        scales[b] = _weigh_keys(chosen[here], k, mean, v, extra[here], centres[b], places, pairs)
+        for i in range(starts[b], starts[b] + sizes[b], _QUERIES):
+            some = min(_QUERIES, starts[b] + sizes[b] - i)
+            span = (some + WIDE - 1) // WIDE * WIDE
+            for t in range(some):
+                for p in range(d // 2):
+                    first, second = _bits(deltas[i + t, 2 * p]), _bits(deltas[i + t, 2 * p + 1])
+                    panel[p, t] = np.uint32(first) | (np.uint32(second) << np.uint32(16))
+                if d % 2:
+                    panel[d // 2, t] = np.uint32(_bits(deltas[i + t, d - 1]))
+            totals[:, :span] = _f(0.0)
+            for j in range(0, whole, KEYS):
+                for t in range(0, span, WIDE):
+                    multiply_tile_of_pairs(rounded, places, j, panel, t, logits)  # type: ignore[call-arg]
+                _add_tile(logits, span, pairs, j, totals)
             for c in range(1 + width):
                 for t in range(some):
                     sums[i + t, c] = totals[c, t]

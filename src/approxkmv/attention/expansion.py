@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from approxkmv.attention.acceleration import compiled_loops, over_threads, scratch
+from approxkmv.attention.acceleration import compiled_loops, native_bfloat16, over_threads, scratch
 from approxkmv.attention.counting import count
 from approxkmv.attention.k_means import k_means
 
@@ -140,6 +140,8 @@ class Expansion:
     blocks: Blocks
     mean: torch.Tensor
     """(d,) of the keys, which are taken relative to it: attention does not see a common shift."""
+    rounded: torch.Tensor | None
+    """(n_k, d or d + 1) the keys less their mean in bfloat16, if those were asked for; zeros at the end if d is odd."""
     logs: torch.Tensor
     """(blocks, n_k) c.k + k'Vk/2."""
     weights: torch.Tensor
@@ -268,13 +270,16 @@ def expand(
     blocks = make_blocks(q, scale, points, spread / metric.square(), labels, multiple)
 
     # Columns: the squares along the leading axes, then the keys.
-    features = scratch("features", n_k, r + d, dtype=low)
-    keys = torch.sub(k, mean, out=features[:, r:])
+    # Products of bfloat16 take numbers by twos.
+    spare = d % 2 if low == torch.bfloat16 else 0
+    features = scratch("features", n_k, r + d + spare, dtype=low)
+    keys = torch.sub(k, mean, out=features[:, r : r + d])
+    features[:, r + d :] = 0
     if r > 0:
         torch.square(torch.mm(keys, axes.to(low), out=scratch("along", n_k, r, dtype=low)), out=features[:, :r])
     variances = blocks.variances / metric.square()
     ranks = torch.cat([0.5 * variances, blocks.centres], 1).to(low)
-    logs = torch.mm(ranks, features.mT, out=scratch("logs", len(blocks), n_k, dtype=low))
+    logs = torch.mm(ranks, features[:, : r + d].mT, out=scratch("logs", len(blocks), n_k, dtype=low))
     count(kernel_evaluations=logs.numel())
     highest = logs.amax(1, keepdim=True)
     sample = logs[:, generator.initial_seed() % _SAMPLED_KEYS :: _SAMPLED_KEYS].float()
@@ -316,6 +321,7 @@ def expand(
     return Expansion(
         blocks,
         mean,
+        features[:, r:] if low == torch.bfloat16 else None,
         logs,
         weights,
         thresholds,
@@ -338,10 +344,12 @@ def sums_of_keys(
     ends: np.ndarray,
     extra: torch.Tensor | None,
     low: torch.dtype,
+    rounded: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sums (rows, 1 + d_v) of exp(q.(k - mean) + extra) [1, v] over each block's chosen keys, and their log scales.
 
     Block b's keys are chosen[ends[b-1]:ends[b]], its sums are divided by exp(scale_b); extra (len(chosen),) or 0.
+    rounded is that of the expansion: with it products of bfloat16 numbers do, where the CPU has them.
     """
     number, d_v = len(blocks), v.shape[1]
     sums, scales = torch.zeros(len(blocks.deltas), 1 + d_v), torch.empty(number)
@@ -353,7 +361,11 @@ def sums_of_keys(
     if loops is not None:
         given = [t.contiguous().numpy() for t in (k, mean, v, extra, blocks.centres, scales, sums)]
         fixed = blocks.deltas.numpy(), blocks.starts, blocks.sizes, chosen, ends
-        over_threads(lambda first, last: loops.sums_of_keys(first, last, *fixed, *given), number)
+        if rounded is not None and native_bfloat16():
+            bits = as_numbers(rounded)
+            over_threads(lambda first, last: loops.sums_of_rounded_keys(first, last, *fixed, *given, bits), number)
+        else:
+            over_threads(lambda first, last: loops.sums_of_keys(first, last, *fixed, *given), number)
         return sums, scales
     step = _KEYS_OF_BFLOAT16 if low == torch.bfloat16 else 1
     indices = torch.from_numpy(chosen)

@@ -10,15 +10,9 @@ from typing import Any
 import torch
 
 from approxkmv.attention import exact_fused
-from approxkmv.attention.acceleration import compiled_loops, over_threads
+from approxkmv.attention.acceleration import compiled_loops, native_bfloat16, over_threads
 from approxkmv.attention.contract import Method, UnavailableError, per_batch
 from approxkmv.attention.expansion import OwnKeys, expand, sums_of_keys
-
-
-def native_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware; elsewhere such products are emulated and slow."""
-    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return bool(supported and supported()) and torch.backends.mkldnn.is_available()
 
 
 def attend(
@@ -37,7 +31,7 @@ def attend(
         return exact_fused.attend(q, k, v, scale, 512)
     low = torch.bfloat16 if products == "bfloat16" else torch.float32
     e = expand(q, k, v, generator, scale=scale, near=near, low=low, **clustering)
-    sums, scales = sums_of_keys(e.blocks, k, e.mean, v, e.chosen, e.ends, None, low)
+    sums, scales = sums_of_keys(e.blocks, k, e.mean, v, e.chosen, e.ends, None, low, e.rounded)
     log_weight, value = e.far()
     own = e.own_keys(k) if len(q) == len(k) else OwnKeys.none(len(e.blocks.deltas))
     tilted = e.far_tilt is not None
@@ -45,13 +39,9 @@ def attend(
     if loops is not None:
         out = torch.empty(len(q), v.shape[1])
         rows = (e.blocks.order, e.blocks.rows, e.blocks.of_queries(), sums, scales, log_weight, value)
-        given = [t.contiguous().numpy() for t in rows]
-        given += [
-            tilted,
-            *(t.numpy() for t in (own.log, own.share, own.share_seen)),
-            v.contiguous().numpy(),
-            out.numpy(),
-        ]
+        keys = own.log, own.share, own.share_seen, v, out
+        given: list[Any] = [t.contiguous().numpy() for t in rows]
+        given += [tilted, *(t.contiguous().numpy() for t in keys)]
         over_threads(lambda first, last: loops.expanded_answers(first, last, *given), len(q))
         return exactly_where_lost(out, q, k, v, scale)
     scale_of_row = e.blocks.of_rows(scales)
