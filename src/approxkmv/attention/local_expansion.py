@@ -116,6 +116,7 @@ method = Method(
         {"block": 192, "near": 256},
         {"block": 256, "near": 384},
         {"block": 192, "near": 384},
+        {"block": 160, "near": 384},
         {"block": 128, "near": 384},
         {"block": 192, "near": 512},
         {"block": 128, "near": 512},
