@@ -48,6 +48,7 @@ def statistics_speed() -> str:
         {
             "one thread": single["what"] + ", n = " + single["n"].astype(str) + ", d = " + single["d"].astype(str),
             "ours, per head": single["ours_ms"].map("{:.2f} ms".format),
+            "of it the float64 product": single["product_ms"].map("{:.2f} ms".format),
             "torch.topk of every prefix": single["other_ms"].map("{:.0f} ms".format),
             "times faster (median, lowest to highest)": [
                 f"{m:.0f} ({low:.0f} to {high:.0f})"
@@ -129,6 +130,74 @@ def wins() -> str:
             }
         )
     return markdown(pd.DataFrame(lines)) + "\n"
+
+
+def against_paper() -> str:
+    """How many times faster than approxkmv-paper approxkmv is, where the former reaches an error."""
+    table = pd.concat([_sweep("rows"), _sweep("long")])
+    table = table[(table["status"] == "ok") & table["target"].notna()]
+    where = ["workload", "n", "target"]
+    # Two sweeps may share a length; one is enough.
+    ours, paper = (
+        table[table["method"] == name].drop_duplicates(where, keep="last").set_index(where)["seconds"]
+        for name in ("approxkmv", "approxkmv-paper")
+    )
+    times = (paper / ours).dropna().rename("times").reset_index()
+    lines = []
+    for n, rows in times.groupby("n"):
+        lines.append(
+            {
+                "n": f"{n:,}",
+                "workloads and errors that approxkmv-paper reaches": len(rows),
+                "approxkmv is faster: lowest": f"{rows['times'].min():.1f} times",
+                "median": f"{rows['times'].median():.1f} times",
+                "at least twice as fast": int((rows["times"] >= 2).sum()),
+            }
+        )
+    return markdown(pd.DataFrame(lines)) + "\n"
+
+
+def figure5() -> str:
+    """The paper's Figure 5: batches of 8, times the speed of each exact baseline at error 0.1."""
+    table = pd.read_csv(REFERENCE / "figure5" / "tables" / "sweep.csv")
+    seconds = {name: rows.set_index("n")["seconds"] for name, rows in table.groupby("method", sort=False)}
+    reached = {name: rows.set_index("n")["status"] == "ok" for name, rows in table.groupby("method", sort=False)}
+    baselines = ["exact-naive", "exact-fused"]
+    lines = []
+    for name, mine in seconds.items():
+        if name in baselines:
+            continue
+        line = {"method": name}
+        for n in mine.index:
+            cells = [f"{seconds[base][n] / mine[n]:.1f}" for base in baselines]
+            line[f"n = {n:,}"] = " / ".join(cells) if reached[name][n] else "–"
+        lines.append(line)
+    record = REFERENCE / "figure5" / "tables" / "sweep.json"
+    return (
+        f"{markdown(pd.DataFrame(lines))}\n\nTimes the speed of `exact-naive` / of `exact-fused`. All cores, batches of "
+        f"8, one value column, error at most 0.1; {machine(record)}.\n"
+    )
+
+
+def whole_squad() -> str:
+    """The pipeline on all contexts of the development set, with a model of BERT-base's shape."""
+    path = REFERENCE / "benchmarks" / "whole_squad.csv"
+    table = pd.read_csv(path)
+    record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    shown = pd.DataFrame(
+        {
+            "step": table["step"],
+            "jobs": table["jobs"],
+            "minutes in which it ran": (table["running"] / 60).map("{:.1f}".format),
+        }
+    )
+    found = record["measured"]
+    return (
+        f"{markdown(shown)}\n\nWhole run {found['seconds'] / 60:.1f} minutes; largest memory of all processes together "
+        f"{found['memory_of_all_processes_gb']:.1f} GB, of one {found['memory_of_the_largest_process_gb']:.1f} GB; "
+        f"activations on disk at most {found['activations_gb']:.1f} GB. "
+        f"{machine(path.with_suffix('.json'))}, `python benchmarks/whole_squad.py`.\n"
+    )
 
 
 def rising() -> str:
@@ -218,6 +287,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "methods-long": lambda: at_equal_error("long"),
     "methods-wins": wins,
     "methods-rising": rising,
+    "methods-against-paper": against_paper,
+    "methods-figure5": figure5,
+    "whole-squad": whole_squad,
     "methods-evaluations": evaluations,
     "methods-perplexity": perplexity,
 }

@@ -1,8 +1,8 @@
 """How fast the statistics are, as ratios within one run: python benchmarks/statistics_speed.py
 
 Head-to-tail ratios of every prefix against torch.topk of every prefix, interleaved, one thread each: one call per head
-and all heads in one call; then all heads of many contexts on all cores. Writes results/benchmarks/statistics.csv and
-.json.
+and all heads in one call, and beside them the float64 product of queries and keys alone, below which no exact code can
+come; then all heads of many contexts on all cores. Writes results/benchmarks/statistics.csv and .json.
 """
 
 from __future__ import annotations
@@ -38,6 +38,12 @@ def topk_of_every_prefix(q: torch.Tensor, k: torch.Tensor, dtype: torch.dtype) -
     return torch.stack(out)
 
 
+def products(q: torch.Tensor, k: torch.Tensor, out: torch.Tensor) -> None:
+    """The float64 products of some heads, one after the other into the same memory."""
+    for one, other in zip(q, k, strict=True):
+        torch.mm(one, other.mT, out=out)
+
+
 def times(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
     """Seconds of each call, all calls in turn in every round, after one that is not counted."""
     found: dict[str, list[float]] = {name: [] for name in calls}
@@ -67,10 +73,12 @@ def main() -> None:
             # As many as a small model has, so that a head is not in the cache when its turn comes again.
             pairs = [heads(kind, n, d, generator) for _ in range(AT_ONCE)]
             q, k = (torch.stack(parts) for parts in zip(*pairs, strict=True))
+            wide = q.double(), k.double(), torch.empty(n, n, dtype=torch.float64)
             found = times(
                 {
                     "a call each": lambda pairs=pairs: [head_to_tail_ratios(q, k, FIRST) for q, k in pairs],
                     "one call": lambda q=q, k=k: head_to_tail_ratios(q, k, FIRST),
+                    "product": lambda wide=wide: products(*wide),
                     "float64": lambda q=q, k=k: topk_of_every_prefix(q[0], k[0], torch.float64),
                     "float32": lambda q=q, k=k: topk_of_every_prefix(q[0], k[0], torch.float32),
                 },
@@ -89,6 +97,7 @@ def main() -> None:
                             "against": f"topk {dtype}",
                             "ours_ms": 1e3 * statistics.median(found[how]) / AT_ONCE,
                             "other_ms": 1e3 * statistics.median(found[dtype]),
+                            "product_ms": 1e3 * statistics.median(found["product"]) / AT_ONCE,
                             "times_faster": statistics.median(against),
                             "lowest": min(against),
                             "highest": max(against),

@@ -1,0 +1,139 @@
+"""What the whole of SQuAD's development set costs for a model of BERT-base's shape: python benchmarks/whole_squad.py
+
+A random model of 12 x 12 heads and 110 million parameters, with the vocabulary of the default study's BERT, goes
+through the pipeline with all 2,067 contexts, in a folder of its own. Writes results/benchmarks/whole_squad.csv (a row
+per step: jobs, their seconds added up, and the seconds in which one at least was running) and .json (the whole time,
+the largest memory of all processes together, the most that activations took on disk).
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import pandas as pd
+import psutil
+import torch
+import yaml
+
+from approxkmv.config import entry_of, load_config, study_of
+from approxkmv.files import write_csv, write_json
+from approxkmv.provenance import describe
+from approxkmv.steps.fetch import fetch_model
+
+ROOT = Path(__file__).resolve().parents[1]
+OUT = Path("results/benchmarks/whole_squad.csv")
+STEPS = ("extract", "statistics", "summary", "growth")
+GIGABYTE = 1e9
+
+
+def random_bert(folder: Path) -> None:
+    """Save a random model of BERT-base's shape, with the tokenizer of minilm-l6."""
+    import transformers
+
+    config = load_config(ROOT / "config.yaml")
+    entry = entry_of(study_of(config, "embedded"), "minilm-l6")
+    tokenizer = fetch_model(entry, ROOT / config["cache"], folder.with_suffix(".json")).folder
+    torch.manual_seed(0)
+    # Five times the usual deviation, so that attention is not uniform.
+    transformers.BertModel(transformers.BertConfig(initializer_range=0.1)).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"):
+        shutil.copy(tokenizer / name, folder / name)
+
+
+def configure(folder: Path) -> None:
+    """The configuration of the run: all contexts, everything else as in the study `paper`."""
+    config = yaml.safe_load((ROOT / "config.yaml").read_text(encoding="utf-8"))
+    corpus = config["corpora"]["squad-dev"]
+    corpus["source"] = f"path:{ROOT / corpus['source'].removeprefix('path:')}"
+    study = config["studies"]["paper"] | {"models": ["bert-shape"], "corpus": "squad-dev"}
+    new = {
+        "study": "whole",
+        "models": {"bert-shape": {"source": f"path:{folder / 'model'}"}},
+        "corpora": {"squad-dev": corpus},
+        "studies": {"whole": study},
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(new), encoding="utf-8")
+
+
+def size(folder: Path) -> int:
+    """Bytes of the files in a folder, of those that are still there when they are looked at."""
+    total = 0
+    for path in folder.rglob("*"):
+        try:
+            total += path.stat().st_size
+        except FileNotFoundError:
+            continue
+    return total
+
+
+def watched(command: list[str], folder: Path) -> dict[str, float]:
+    """Run a command; its seconds, and the largest memory and activations seen, looked at twice a second."""
+    start = time.perf_counter()
+    process = subprocess.Popen(command, cwd=folder)
+    root = psutil.Process(process.pid)
+    memory = disk = largest = 0
+    while process.poll() is None:
+        found = []
+        for one in [root, *root.children(recursive=True)]:
+            try:
+                # Pages shared with others are counted once for each: an upper bound.
+                found.append(one.memory_info().rss)
+            except psutil.Error:
+                continue
+        memory, largest = max(memory, sum(found)), max([largest, *found])
+        disk = max(disk, size(folder / "results" / "whole" / "activations"))
+        time.sleep(0.5)
+    if process.returncode:
+        sys.exit(f"whole_squad: the run ended with code {process.returncode}")
+    return {
+        "seconds": time.perf_counter() - start,
+        "memory_of_all_processes_gb": memory / GIGABYTE,
+        "memory_of_the_largest_process_gb": largest / GIGABYTE,
+        "activations_gb": disk / GIGABYTE,
+    }
+
+
+def of_logs(folder: Path) -> pd.DataFrame:
+    """A row per step from the lines that its jobs logged."""
+    rows = []
+    for step in STEPS:
+        spans = []
+        for path in sorted(folder.glob(f"{step}_*.log")):
+            line = path.read_text(encoding="utf-8").strip().splitlines()[-1]
+            end = datetime.fromisoformat(line[:23].replace(",", "."))
+            seconds = float(line.split(" s", 1)[0].split()[-1])
+            spans.append((end - timedelta(seconds=seconds), end))
+        running, until = timedelta(0), datetime.min
+        for begin, end in sorted(spans):
+            running += max(timedelta(0), end - max(begin, until))
+            until = max(until, end)
+        total = sum(((end - begin) for begin, end in spans), timedelta(0))
+        rows.append(
+            {"step": step, "jobs": len(spans), "seconds": total.total_seconds(), "running": running.total_seconds()}
+        )
+    return pd.DataFrame(rows)
+
+
+def main() -> None:
+    """Run all, print a table and write it."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        random_bert(folder / "model")
+        configure(folder)
+        snakemake = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--cores", "all"]
+        found = watched(snakemake, folder)
+        table = of_logs(folder / "results" / "whole" / "logs")
+    write_csv(OUT, table)
+    write_json(OUT.with_suffix(".json"), describe({"contexts": 2067, "heads": 144}) | {"measured": found})
+    print(table.to_string(index=False))
+    print(found)
+
+
+if __name__ == "__main__":
+    main()
