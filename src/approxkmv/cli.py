@@ -334,12 +334,9 @@ def sweep(
 
     log_to(log)
     if settings is not None:
-        from approxkmv.errors import ConfigError
         from approxkmv.sweep.settings_file import read_settings
 
-        if settings.resolve() == out.with_suffix(".json").resolve():
-            raise ConfigError(f"the record of the sweep would overwrite its settings {settings}: choose another --out")
-        chosen = read_settings(settings)
+        chosen = read_settings(settings, out)
     else:
         from approxkmv.config import load_config, sweep_settings
         from approxkmv.errors import ConfigError

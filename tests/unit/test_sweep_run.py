@@ -2,6 +2,9 @@
 
 import csv
 import json
+import subprocess
+import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -61,6 +64,8 @@ def test_table_and_record(vectors, tmp_path, monkeypatch):
     # Near keys more than there are: both go over to the exact product and reach any target that rounding allows.
     row = by["local-expansion", "300", "0.2"]
     assert row["status"] == "ok"
+    assert row["held"] == ("yes" if float(row["error_v_mean"]) <= 0.2 else "no")
+    assert row["tuning_inputs"] == "apart"
     assert float(row["seconds_q1"]) <= float(row["seconds"]) <= float(row["seconds_q3"])
     record = json.loads(table.with_suffix(".json").read_text())
     assert record["provenance"] == {"commit": "abc"}
@@ -68,6 +73,83 @@ def test_table_and_record(vectors, tmp_path, monkeypatch):
     assert record["machine"]["torch"] == torch.__version__
     assert all(c["reference_error"] < 1e-5 for c in record["reference"]["error_against_float64"])
     assert [p.name for p in sorted(table.parent.iterdir())] == ["sweep.csv", "sweep.json", "sweep_exponents.csv"]
+
+
+def test_head_to_tail_is_that_of_the_kernel_and_shared_inputs_are_said(vectors, tmp_path):
+    pytest.importorskip("numba")
+    from approxkmv import head_to_tail_ratios
+
+    asked = settings(vectors, methods=["exact-fused"], workload={"name": "glove-sharp", "lengths": [150, 1000]})
+    run_sweep(asked, tmp_path / "sweep.csv", {}, say=lambda line: None)
+    short, long = read(tmp_path / "sweep.csv")
+    p = load(Case(asked.workloads[0], 150, 1, "one"), "evaluation", 0)
+    assert p.scale == pytest.approx(1.0)
+    right = float(head_to_tail_ratios(p.q[0], p.k[0], 150, p.scale)[-1])
+    assert float(short["head_to_tail"]) == pytest.approx(right, rel=1e-6)
+    # Of 1,500 rows no two sets of 1,000 are apart.
+    assert (short["tuning_inputs"], long["tuning_inputs"]) == ("apart", "shared")
+
+
+def test_a_row_that_runs_out_of_memory_later_leaves_the_others(vectors, tmp_path, monkeypatch):
+    calls = []
+
+    def only_while_tuning(q, k, v, *, scale, seed):
+        calls.append(1)
+        if len(calls) > 2:
+            raise MemoryError
+        return v.mean(1, keepdim=True).expand(-1, q.shape[1], -1)
+
+    monkeypatch.setattr(naive_module, "method", replace(naive_module.method, compute=only_while_tuning))
+    asked = settings(vectors, methods=["exact-naive", "exact-fused"], workload={"lengths": [150]})
+    run_sweep(asked, tmp_path / "sweep.csv", {}, say=lambda line: None)
+    naive, fused = read(tmp_path / "sweep.csv")
+    assert (naive["status"], naive["seconds"]) == ("unavailable", "")
+    assert "out of memory" in naive["reason"]
+    assert fused["status"] == "ok"
+
+
+def test_every_case_is_checked_before_the_first_runs(vectors, tmp_path):
+    said = []
+    with pytest.raises(InputError, match="needs 1600 word vectors"):
+        run_sweep(settings(vectors, workload={"lengths": [150, 800]}), tmp_path / "x.csv", {}, say=said.append)
+    assert said == []
+
+
+def test_free_memory_is_that_of_the_control_group(tmp_path, monkeypatch):
+    limit, used = tmp_path / "memory.max", tmp_path / "memory.current"
+    monkeypatch.setattr(naive_module, "_GROUPS", [(limit, used)])
+    limit.write_text("max\n")
+    used.write_text("1000\n")
+    without = naive_module._free_bytes(torch.device("cpu"))
+    assert without > 2**20
+    limit.write_text("5000\n")
+    assert naive_module._free_bytes(torch.device("cpu")) == 4000
+
+
+def test_a_sweep_needs_torch_and_little_else(vectors, tmp_path):
+    """The packages that a bare machine lacks cannot be imported; a mistake is one line all the same."""
+    missing = "typer snakemake transformers datasets pandas matplotlib yaml jsonschema tqdm numba faiss safetensors"
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({missing.split()!r})); sys.argv = ['sweep', *sys.argv[1:]]; "
+        "import runpy; runpy.run_module('approxkmv.sweep', run_name='__main__')"
+    )
+    given = {"workloads": [{"name": "glove-split", "lengths": [150], "path": str(vectors)}], "repeats": 1}
+    given |= {"methods": ["exact-fused", "local-expansion", "knn"], "targets": [0.2], "threads": 1}
+    (tmp_path / "settings.json").write_text(json.dumps(given))
+
+    def run(*words):
+        return subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=tmp_path)
+
+    done = run("--settings", "settings.json", "--out", "sweep.csv")
+    assert done.returncode == 0, done.stderr
+    rows = {row["method"]: row for row in read(tmp_path / "sweep.csv")}
+    assert rows["local-expansion"]["status"] == "ok"
+    assert rows["knn"]["status"] == "unavailable"
+    assert "faiss" in rows["knn"]["reason"]
+    (tmp_path / "settings.json").write_text(json.dumps({**given, "methods": ["knm"]}))
+    done = run("--settings", "settings.json", "--out", "sweep.csv")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == "approxkmv: no method is called 'knm'; did you mean 'knn'?"
 
 
 def test_evaluations_and_their_exponents(vectors, tmp_path):
@@ -110,8 +192,11 @@ def test_exponent_by_hand():
 
 
 def test_same_settings_same_errors(vectors, tmp_path):
+    # One setting of each, since which of several is the fastest is a matter of noise at these sizes.
+    one = {"local-expansion": [{"block": 16, "near": 32}], "approxkmv": [{"block": 16, "near": 32, "samples": 8}]}
+    asked = settings(vectors, workload={"lengths": [150]}, parameters=one)
     for name in ("a", "b"):
-        run_sweep(settings(vectors, workload={"lengths": [150]}), tmp_path / f"{name}.csv", {}, say=lambda line: None)
+        run_sweep(asked, tmp_path / f"{name}.csv", {}, say=lambda line: None)
     of_a, of_b = (
         [[row[c] for c in COLUMNS if not c.startswith("seconds")] for row in read(tmp_path / f"{name}.csv")]
         for name in "ab"

@@ -31,6 +31,17 @@ def test_lists_become_tuples_and_defaults_hold():
         ({"workloads": []}, "workloads is empty"),
         ({**GOOD, "seeds": [1, 1000]}, "overlap"),
         ({**GOOD, "dtype": "float16"}, "dtype is 'float16'"),
+        ({**GOOD, "device": "gpu"}, "device is 'gpu'"),
+        ({**GOOD, "seeds": []}, "seeds is"),
+        ({**GOOD, "tuning_seeds": []}, "tuning_seeds is"),
+        ({**GOOD, "threads": 0}, "threads is 0"),
+        ({**GOOD, "repeats": 2.5}, "repeats is 2.5"),
+        ({**GOOD, "targets": ["0.1"]}, "targets is"),
+        ({**GOOD, "band": -1}, "band is -1"),
+        ({**GOOD, "parameters": {"uniform": {"samples": 8}}}, "a list of parameter sets"),
+        ({"workloads": [{"name": "glove-split", "lengths": [8], "batches": [0]}]}, "batches is"),
+        ({"workloads": [{"name": "glove-split", "lengths": [8], "columns": []}]}, "columns is"),
+        ({"workloads": [{"name": "glove-split", "lengths": [8], "heads": [-1]}]}, "heads is"),
     ],
 )
 def test_mistakes_are_named(given, message):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from approxkmv.attention import Method, UnavailableError
-from approxkmv.sweep.measure import errors, interleaved_seconds, quartiles, summary
+from approxkmv.sweep.measure import errors, interleaved_seconds, quartiles, running_out_of_memory, summary
 from approxkmv.sweep.tuning import tune
 
 
@@ -16,15 +16,16 @@ def method(sizes):
     )
 
 
-def run(targets, errors_of, band=None, seeds=(0, 1, 2)):
+def run(targets, errors_of, band=None, seeds=(0, 1, 2), seconds_of=float):
     asked = []
 
-    def error_of(parameters, i):
+    def trial_of(parameters, i):
         asked.append((parameters["m"], i))
-        return errors_of[parameters["m"]] + 0.001 * (i - 1)
+        # The first run compiles.
+        return errors_of[parameters["m"]] + 0.001 * (i - 1), seconds_of(parameters["m"]) + (100 if i == 0 else 0)
 
     made = method(sorted(errors_of))
-    return tune(made, made.grid, error_of, targets, seeds, band), asked
+    return tune(made, made.grid, trial_of, targets, seeds, band), asked
 
 
 def test_the_cheapest_that_reaches_each_target():
@@ -33,6 +34,14 @@ def test_the_cheapest_that_reaches_each_target():
     assert all(c.reached for c in choices)
     # The smallest target is reached at 8: nothing dearer is tried.
     assert max(m for m, _ in asked) == 8
+
+
+def test_of_what_reaches_a_target_the_fastest_by_more_than_noise():
+    found = {1: 0.4, 2: 0.12, 4: 0.13, 8: 0.04}
+    choices, _ = run((0.15, 0.05), found, seconds_of={1: 0.1, 2: 5.0, 4: 4.9, 8: 3.0}.get)
+    assert [c.trial.parameters["m"] for c in choices] == [8, 8]
+    choices, _ = run((0.15, 0.05), found, seconds_of={1: 0.1, 2: 5.0, 4: 4.9, 8: 4.8}.get)
+    assert [c.trial.parameters["m"] for c in choices] == [2, 8]
 
 
 def test_a_target_out_of_reach_gives_the_best():
@@ -55,7 +64,7 @@ def test_unavailable_settings_are_passed_over_until_none_is_left():
     def some(parameters, i):
         if parameters["m"] == 1:
             raise UnavailableError("too small")
-        return 0.01
+        return 0.01, 1.0
 
     assert tune(made, made.grid, some, (0.1,), (0,))[0].trial.parameters["m"] == 2
 
@@ -75,6 +84,22 @@ def test_runs_are_interleaved_and_inputs_rotated():
         ("c", 0), ("a", 0), ("b", 0), ("a", 1), ("b", 1), ("c", 1),
     ]  # fmt: skip
     assert all(len(s) == 3 for s in seconds.values())
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried\nand more"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried"),
+    ],
+)
+def test_memory_that_is_not_there_is_one_line(error):
+    with pytest.raises(UnavailableError, match="knn runs out of memory") as caught, running_out_of_memory("knn"):
+        raise error
+    assert "\n" not in str(caught.value)
+    with pytest.raises(RuntimeError, match="something else"), running_out_of_memory("knn"):
+        raise RuntimeError("something else")
 
 
 def test_errors_and_their_summaries():

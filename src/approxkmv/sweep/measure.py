@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 
+from approxkmv.attention import UnavailableError
+
 Run = Callable[[int], object]
+
+
+@contextmanager
+def running_out_of_memory(what: str) -> Iterator[None]:
+    """Turn memory that is not there, on any device, into an UnavailableError of one line about `what`."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        # What torch raises on a CPU has no type of its own.
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
+            raise
+        reason = (str(error).splitlines() or ["no more is said"])[0]
+        raise UnavailableError(f"{what} runs out of memory: {reason}") from error
 
 
 def errors(out: torch.Tensor, exact: torch.Tensor, v: torch.Tensor) -> tuple[float, float]:
@@ -28,7 +44,8 @@ def summary(values: Sequence[float]) -> dict[str, float]:
     }
 
 
-def _timer(device: torch.device, clock: str) -> Callable[[Callable[[], object]], float]:
+def timer(device: torch.device, clock: str) -> Callable[[Callable[[], object]], float]:
+    """A function that runs another one and gives its seconds: of events on CUDA, of `clock` (wall or cpu) elsewhere."""
     if device.type == "cuda":
 
         def events(run: Callable[[], object]) -> float:
@@ -58,13 +75,13 @@ def interleaved_seconds(
 
     runs[name](i) works on input i. Round after round, the input and the order of the runs move on by one.
     """
-    timer = _timer(device, clock)
+    seconds_of = timer(device, clock)
     names = list(runs)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(warmups + repeats):
         first = turn % len(names) if names else 0
         for name in names[first:] + names[:first]:
-            taken = timer(lambda name=name, turn=turn: runs[name](turn % inputs))  # type: ignore[misc]
+            taken = seconds_of(lambda name=name, turn=turn: runs[name](turn % inputs))  # type: ignore[misc]
             if turn >= warmups:
                 seconds[name].append(taken)
     return seconds

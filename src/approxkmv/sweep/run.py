@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,19 +17,29 @@ import numpy as np
 import torch
 
 from approxkmv.attention import Method, UnavailableError, get, methods
+from approxkmv.attention.acceleration import compiled_loops
 from approxkmv.attention.contract import check_inputs
 from approxkmv.attention.counting import counting
 from approxkmv.errors import ConfigError
 from approxkmv.sweep.exponents import EXPONENT_COLUMNS, add_exponents, evaluation_exponents
-from approxkmv.sweep.measure import errors, interleaved_seconds, quartiles, summary
+from approxkmv.sweep.measure import (
+    errors,
+    interleaved_seconds,
+    quartiles,
+    running_out_of_memory,
+    summary,
+    timer,
+)
 from approxkmv.sweep.settings import SweepSettings, WorkloadSettings
 from approxkmv.sweep.tuning import tune
 from approxkmv.sweep.word_vectors import fetch_vectors
-from approxkmv.sweep.workloads import Case, Problem, cases, load
+from approxkmv.sweep.workloads import Case, Problem, cases, check_case, load, shares_inputs
 
 REFERENCE = "exact-fused"
 # Errors of exact rows are against this many rows of the answer in float64.
 _CHECKED_ROWS = 256
+# Seconds at this length, four times as many at twice as much.
+_LONGEST_KERNEL = 32768
 
 COLUMNS = {
     "workload": "name of the workload, with the head for a model",
@@ -47,9 +57,12 @@ COLUMNS = {
     "reason": "why a row could not run",
     "parameters": "the chosen parameters, JSON",
     "tuning_error": "largest error over the tuning seeds",
+    "head_to_tail": "c of Assumption (A) of the first input's kernel at this n; empty where it was not computed",
+    "tuning_inputs": "apart, or shared: rows that tuning used are among those of the evaluation",
     "error_v_mean": "error relative to |v|_2 on other seeds and inputs: mean",
     "error_v_median": "median",
     "error_v_p95": "95th percentile",
+    "held": "whether that mean is within the target: yes or no",
     "error_exact_mean": "error relative to |exact|_2: mean",
     "error_exact_median": "median",
     "error_exact_p95": "95th percentile",
@@ -130,6 +143,15 @@ class _Inputs:
             )
         return self._exact[key]
 
+    def head_to_tail(self) -> float | None:
+        """c of the first input's kernel; None where that takes too long or numba, which it needs, is not installed."""
+        if self.case.n > _LONGEST_KERNEL or compiled_loops() is None:
+            return None
+        from approxkmv.statistics.streaming import length_statistics
+
+        p = self.problem("evaluation", 0)
+        return length_statistics(p.q[0].float().cpu(), p.k[0].float().cpu(), p.scale)[0][0].ratio
+
     def reference_error(self) -> float:
         """Error of the exact answer itself, against float64 on some rows."""
         p, exact = self.problem("evaluation", 0), self.exact("evaluation", 0)
@@ -158,7 +180,10 @@ def _rows_of_case(
         "d_v": first.v.shape[2],
         "device": settings.device,
         "dtype": settings.dtype,
+        "head_to_tail": inputs.head_to_tail(),
+        "tuning_inputs": "shared" if shares_inputs(case) else "apart",
     }
+    seconds_of = timer(torch.device(settings.device), settings.clock)
     rows: list[Row] = []
     runs: dict[str, Callable[[int], object]] = {}
     for name in names:
@@ -166,20 +191,23 @@ def _rows_of_case(
         row: Row = {**common, "method": name, "kind": _kind(method), "target": None}
         grid = settings.parameters.get(name, method.grid)
 
-        def error_of(parameters: dict[str, Any], i: int, method: Method = method) -> float:
-            problem = inputs.problem("tuning", i)
-            out = _compute(method, problem, settings.tuning_seeds[i], parameters)
-            return errors(out, inputs.exact("tuning", i), problem.v)[0]
+        def trial_of(parameters: dict[str, Any], i: int, method: Method = method) -> tuple[float, float]:
+            problem, exact = inputs.problem("tuning", i), inputs.exact("tuning", i)
+            found: list[torch.Tensor] = []
+
+            def run() -> None:
+                found.append(_compute(method, problem, settings.tuning_seeds[i], parameters))
+
+            with running_out_of_memory(method.name):
+                seconds = seconds_of(run)
+                return errors(found[0], exact, problem.v)[0], seconds
 
         targets = (float("inf"),) if method.exact else settings.targets
         try:
-            choices = tune(method, grid, error_of, targets, settings.tuning_seeds, settings.band)
+            choices = tune(method, grid, trial_of, targets, settings.tuning_seeds, settings.band)
         except UnavailableError as error:
             say(f"{case.name} n={case.n}: {name} is skipped: {error}")
             rows.append({**row, "status": "unavailable", "reason": str(error)})
-            continue
-        except torch.OutOfMemoryError as error:
-            rows.append({**row, "status": "unavailable", "reason": f"out of memory: {str(error).splitlines()[0]}"})
             continue
         for choice in choices:
             parameters = choice.trial.parameters
@@ -201,43 +229,38 @@ def _rows_of_case(
                 runs[label] = lambda i, method=method, parameters=parameters: _compute(  # type: ignore[misc]
                     method, inputs.problem("evaluation", i), i, parameters
                 )
-    measured = _measure(inputs, settings, rows, runs)
+    measured, failures = _measure(inputs, settings, rows, runs)
     for row in rows:
         label = row.pop("_label", None)
-        if label is not None:
+        if label in failures:
+            row.update(status="unavailable", reason=failures[label])
+            say(f"{case.name} n={case.n}: {row['method']} is skipped: {failures[label]}")
+        elif label is not None:
             row.update(measured[label])
+            if row["target"] is not None:
+                row["held"] = "yes" if row["error_v_mean"] <= row["target"] else "no"
     return rows, inputs.reference_error()
 
 
 def _measure(
     inputs: _Inputs, settings: SweepSettings, rows: list[Row], runs: dict[str, Callable[[int], object]]
-) -> dict[str, Row]:
+) -> tuple[dict[str, Row], dict[str, str]]:
+    """Errors and times of each label of the rows, and why those ran no more that had run while tuning."""
     measured: dict[str, Row] = {}
+    failures: dict[str, str] = {}
     for row in rows:
         label = row.get("_label")
-        if label is None or label in measured:
+        if label is None or label in measured or label in failures:
             continue
         method, parameters = get(row["method"]), json.loads(row["parameters"])
-        of_v, of_exact = [], []
-        kernel_evaluations, inner_products = [], []
         # An answer that does not depend on a seed still depends on the input.
         seeds = settings.seeds if method.seeded else settings.seeds[: settings.inputs]
-        for i, seed in enumerate(seeds):
-            problem = inputs.problem("evaluation", i)
-            with counting() as counts:
-                out = _compute(method, problem, seed, parameters)
-            pair = errors(out, inputs.exact("evaluation", i), problem.v)
-            kernel_evaluations.append(counts.kernel_evaluations)
-            inner_products.append(counts.inner_products)
-            of_v.append(pair[0])
-            of_exact.append(pair[1])
-        measured[label] = {
-            **{f"error_v_{name}": value for name, value in summary(of_v).items()},
-            **{f"error_exact_{name}": value for name, value in summary(of_exact).items()},
-            "seeds": len(seeds),
-            "kernel_evaluations": int(np.median(kernel_evaluations)),
-            "inner_products": int(np.median(inner_products)),
-        }
+        try:
+            with running_out_of_memory(method.name):
+                measured[label] = _errors_and_counts(inputs, method, seeds, parameters)
+        except UnavailableError as error:
+            failures[label] = str(error)
+            del runs[label]
     seconds = interleaved_seconds(
         runs,
         torch.device(settings.device),
@@ -249,7 +272,28 @@ def _measure(
     for label, taken in seconds.items():
         low, middle, high = quartiles(taken)
         measured[label].update(seconds_q1=low, seconds=middle, seconds_q3=high, repeats=len(taken))
-    return measured
+    return measured, failures
+
+
+def _errors_and_counts(inputs: _Inputs, method: Method, seeds: Sequence[int], parameters: dict[str, Any]) -> Row:
+    of_v, of_exact = [], []
+    kernel_evaluations, inner_products = [], []
+    for i, seed in enumerate(seeds):
+        problem = inputs.problem("evaluation", i)
+        with counting() as counts:
+            out = _compute(method, problem, seed, parameters)
+        pair = errors(out, inputs.exact("evaluation", i), problem.v)
+        kernel_evaluations.append(counts.kernel_evaluations)
+        inner_products.append(counts.inner_products)
+        of_v.append(pair[0])
+        of_exact.append(pair[1])
+    return {
+        **{f"error_v_{name}": value for name, value in summary(of_v).items()},
+        **{f"error_exact_{name}": value for name, value in summary(of_exact).items()},
+        "seeds": len(seeds),
+        "kernel_evaluations": int(np.median(kernel_evaluations)),
+        "inner_products": int(np.median(inner_products)),
+    }
 
 
 def _here(workload: WorkloadSettings, settings: SweepSettings) -> WorkloadSettings:
@@ -276,12 +320,19 @@ def run_sweep(
     output = Path(output)
     names = list(settings.methods or methods())
     settings.check_methods()
-    if settings.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"sweep: device is {settings.device!r}, and torch finds no CUDA device here")
+    if settings.device.startswith("cuda"):
+        if not torch.cuda.is_available():
+            raise ConfigError(f"sweep: device is {settings.device!r}, and torch finds no CUDA device here")
+        # Events and kernels take the current device.
+        torch.cuda.set_device(torch.device(settings.device))
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     started = datetime.now(UTC)
     workloads = [_here(workload, settings) for workload in settings.workloads]
+    for workload in workloads:
+        for case in cases(workload):
+            # Before hours of other cases
+            check_case(case)
     rows: list[Row] = []
     checks = []
     with torch.inference_mode():

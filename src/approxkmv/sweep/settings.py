@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypeVar
@@ -61,7 +62,11 @@ class WorkloadSettings:
             raise ConfigError(f"no workload is called {self.name!r}; {hint}")
         if not self.lengths or any(not isinstance(n, int) or n < 2 for n in self.lengths):
             raise ConfigError(f"workload {self.name}: lengths is {self.lengths!r}; give whole numbers above 1")
-        if any(c not in ("one", "all") for c in self.columns):
+        if not self.batches or any(not isinstance(b, int) or b < 1 for b in self.batches):
+            raise ConfigError(f"workload {self.name}: batches is {self.batches!r}; give whole numbers of at least 1")
+        if not self.heads or any(not isinstance(h, int) or h < 0 for h in self.heads):
+            raise ConfigError(f"workload {self.name}: heads is {self.heads!r}; give whole numbers of at least 0")
+        if not self.columns or any(c not in ("one", "all") for c in self.columns):
             raise ConfigError(f"workload {self.name}: columns is {self.columns!r}; give 'one', 'all' or both")
         if self.values not in ("other", "keys"):
             raise ConfigError(f"workload {self.name}: values is {self.values!r}; give 'other' or 'keys'")
@@ -73,7 +78,7 @@ class WorkloadSettings:
 
 @dataclass(frozen=True)
 class SweepSettings:
-    """Every choice of a sweep; the same settings and seeds give the same errors."""
+    """Every choice of a sweep; the same settings and seeds give the same errors of the same parameters."""
 
     workloads: tuple[WorkloadSettings, ...]
     methods: tuple[str, ...] = ()
@@ -107,13 +112,27 @@ class SweepSettings:
             raise ConfigError(f"sweep: dtype is {self.dtype!r}; give 'float32' or 'bfloat16'")
         if self.clock not in ("wall", "cpu"):
             raise ConfigError(f"sweep: clock is {self.clock!r}; give 'wall' or 'cpu'")
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
+            raise ConfigError(f"sweep: device is {self.device!r}; give 'cpu', 'cuda' or 'cuda:1'")
+        for name in ("seeds", "tuning_seeds"):
+            seeds = getattr(self, name)
+            if not seeds or any(not isinstance(seed, int) or seed < 0 for seed in seeds):
+                raise ConfigError(f"sweep: {name} is {seeds!r}; give whole numbers of at least 0")
         if set(self.seeds) & set(self.tuning_seeds):
             raise ConfigError("sweep: seeds and tuning_seeds overlap; an error measured on a tuning seed is too low")
-        if not self.targets or any(not 0 < t < 10 for t in self.targets):
+        if not self.targets or any(not isinstance(t, (int, float)) or not 0 < t < 10 for t in self.targets):
             raise ConfigError(f"sweep: targets is {self.targets!r}; give errors above 0")
-        for name in ("repeats", "inputs"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"sweep: {name} is {getattr(self, name)}; give at least 1")
+        if self.band is not None and (not isinstance(self.band, (int, float)) or not self.band > 0):
+            raise ConfigError(f"sweep: band is {self.band!r}; give a number above 0, or none")
+        for name, least in (("repeats", 1), ("inputs", 1), ("warmups", 0), ("threads", 1)):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < least):
+                raise ConfigError(f"sweep: {name} is {value!r}; give a whole number of at least {least}")
+        if not isinstance(self.parameters, Mapping) or not all(
+            isinstance(sets, (list, tuple)) and sets and all(isinstance(one, Mapping) for one in sets)
+            for sets in self.parameters.values()
+        ):
+            raise ConfigError('sweep: parameters must give each method a list of parameter sets, as [{"samples": 8}]')
 
     @classmethod
     def from_mapping(cls, given: Mapping[str, Any]) -> SweepSettings:

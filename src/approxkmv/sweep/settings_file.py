@@ -9,8 +9,13 @@ from approxkmv.errors import ConfigError
 from approxkmv.sweep.settings import SweepSettings
 
 
-def read_settings(path: Path) -> SweepSettings:
-    """The settings in a JSON file with the keys of one entry of `sweeps`. Raises ConfigError in one line."""
+def read_settings(path: Path, out: Path) -> SweepSettings:
+    """The settings in a JSON file with the keys of one entry of `sweeps`, for a table `out`.
+
+    Raises ConfigError in one line, also where the table's record would overwrite the settings.
+    """
+    if path.resolve() == out.with_suffix(".json").resolve():
+        raise ConfigError(f"the record of the sweep would overwrite its settings {path}: choose another --out")
     try:
         given = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:

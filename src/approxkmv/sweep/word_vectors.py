@@ -90,6 +90,8 @@ def word_vectors(path: str | None) -> np.ndarray:
                 array = _wink_vectors(stream)
         else:
             array = np.load(file)
+        if not isinstance(array, np.ndarray):
+            raise ValueError("an archive of several arrays")
     except (OSError, ValueError, EOFError, KeyError, TypeError, lzma.LZMAError) as error:
         raise SourceError(
             f"{file}: no word vectors could be read ({error}); give a .npy, .npy.xz or wink-embeddings .json file"

@@ -15,7 +15,7 @@ from approxkmv.sweep.word_vectors import word_vectors
 
 PARTS = ("tuning", "evaluation")
 # KDEformer's demonstration divides the logits by sqrt(10) instead of sqrt(100), which makes them sharp.
-_SCALES = {"glove-paper": 100**-0.5, "glove-sharp": 10**-0.5, "glove-split": 10**-0.5}
+_SHARPER = {"glove-paper": 1.0, "glove-sharp": 10**0.5, "glove-split": 10**0.5}
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,38 @@ def cases(settings: WorkloadSettings) -> Iterator[Case]:
                     yield Case(settings, n, batch, columns, head)
 
 
+def _needed(case: Case) -> int:
+    return 2 * case.n if case.settings.name == "glove-split" else case.n
+
+
+def check_case(case: Case) -> None:
+    """Raise InputError when n is larger than the rows there are, SourceError when a file cannot be read."""
+    if case.settings.name == "model-qk":
+        _capture_of(case, "evaluation")
+        _capture_of(case, "tuning")
+        return
+    rows = len(word_vectors(case.settings.path)[: case.settings.rows])
+    if _needed(case) > rows:
+        raise InputError(f"{case.name} at n = {case.n} needs {_needed(case)} word vectors, there are {rows}")
+
+
+def shares_inputs(case: Case) -> bool:
+    """Whether rows that a case is tuned on can be among those that it is measured on: there are too few of them."""
+    settings = case.settings
+    if settings.name != "model-qk":
+        rows = len(word_vectors(settings.path)[: settings.rows])
+        return 2 * _needed(case) > min(rows, 4 * _needed(case))
+    if settings.tuning_path is not None:
+        return False
+    rows = _capture_of(case, "evaluation")[0]["q"].shape[1]
+    # Each of three inputs or so moves on by 64.
+    return 2 * case.n * case.batch + 512 > rows
+
+
 def _word_problem(case: Case, part: str, index: int) -> Problem:
+    check_case(case)
     vectors = word_vectors(case.settings.path)[: case.settings.rows]
-    needed = 2 * case.n if case.settings.name == "glove-split" else case.n
-    if needed > len(vectors):
-        raise InputError(f"{case.name} at n = {case.n} needs {needed} word vectors, there are {len(vectors)}")
+    needed = _needed(case)
     # The most frequent words, four times as many as needed where there are, tuning and evaluation on every other one.
     pool = np.arange(min(len(vectors), 4 * needed))
     if 2 * needed <= len(pool):
@@ -78,7 +105,7 @@ def _word_problem(case: Case, part: str, index: int) -> Problem:
     v = k if case.settings.values == "keys" else values[:, : k.shape[1]]
     v = v[..., 1:2] if case.columns == "one" else v
     q, k, v = (t.contiguous().clone() for t in (q, k, v))
-    return Problem(q, k, v, _SCALES[case.settings.name])
+    return Problem(q, k, v, _SHARPER[case.settings.name] * q.shape[2] ** -0.5)
 
 
 @cache
@@ -95,16 +122,23 @@ def _capture(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         raise SourceError(f"{path}: no capture with tensors q, k, v could be read ({error})") from error
 
 
-def _model_problem(case: Case, part: str, index: int) -> Problem:
+def _capture_of(case: Case, part: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     settings, head = case.settings, case.head or 0
     elsewhere = part == "tuning" and settings.tuning_path is not None
     path = str(settings.tuning_path if elsewhere else settings.path)
     tensors, metadata = _capture(path)
-    heads, rows, d = tensors["q"].shape
+    heads, rows, _ = tensors["q"].shape
     if head >= heads:
         raise InputError(f"model-qk: head {head} is asked for, {path} holds {heads} of them")
     if case.n * case.batch > rows:
         raise InputError(f"model-qk at n = {case.n}, batch {case.batch} needs {case.n * case.batch} tokens of {rows}")
+    return tensors, metadata
+
+
+def _model_problem(case: Case, part: str, index: int) -> Problem:
+    tensors, metadata = _capture_of(case, part)
+    head = case.head or 0
+    rows, d = tensors["q"].shape[1:]
     # Tuning from the front and evaluation from the back, a little further in for each input where there is room.
     room = rows - case.n * case.batch
     offset = min(room, index * 64)
