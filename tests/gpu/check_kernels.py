@@ -1,12 +1,15 @@
-"""Check the CUDA kernels against float64 and, on a CUDA machine, time them.
+"""Check the CUDA kernels against float64 and, where a table is named, time them.
 
-    python tests/gpu/check_kernels.py [TABLE.csv]
+    python tests/gpu/check_kernels.py [TABLE.csv [bfloat16] [float32]]
 
-With TRITON_INTERPRET=1 the same checks run in Triton's interpreter on a CPU, on smaller inputs and without times.
+With TRITON_INTERPRET=1 the checks run in Triton's interpreter on a CPU; tables are then of small inputs, on which the
+methods run as they do on a CPU, and their times say nothing.
 """
 
 import os
 import sys
+import time
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +21,22 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 # bfloat16 keeps 8 bits: its inputs are exact here, its weights and answers are rounded to 2^-9 of their size.
 LARGEST = {torch.float32: 2e-5, torch.bfloat16: 4e-3}
+# What is timed, by name: others take minutes on these lengths, or run on a CPU only.
+METHODS = (
+    "exact-naive",
+    "exact-sdpa",
+    "exact-fused",
+    "mean",
+    "uniform",
+    "own-key",
+    "approxkmv-paper",
+    "kdeformer",
+    "hyperattention",
+    "local-expansion",
+)
+INPUTS = 3
+# Seconds of one run above which it is recorded, and not repeated for its quartiles.
+LONGEST = 5.0
 
 
 def inputs(batch, n_q, n_k, d, d_v, dtype, seed):
@@ -36,41 +55,113 @@ def gap(out, right, v):
 
 
 def check_exact():
+    shapes = ((70, 90, 24, 1), (33, 129, 100, 5), (64, 64, 16, 16), (5, 200, 40, 3), (17, 40, 256, 200))
     for dtype in (torch.float32, torch.bfloat16):
-        for n_q, n_k, d, d_v in ((70, 90, 24, 1), (33, 129, 100, 5), (64, 64, 16, 16), (5, 200, 40, 3)):
+        for n_q, n_k, d, d_v in shapes:
             q, k, v = inputs(2, n_q, n_k, d, d_v, dtype, n_q)
             found = gap(triton_kernels.exact(q, k, v, d**-0.5), exact(q, k, v, d**-0.5), v)
             print(f"exact {dtype} {n_q} x {n_k}, d {d}, d_v {d_v}: {found:.2e}")
             assert found < LARGEST[dtype]
 
 
+def plain_listed(q, k, v, near, far_log, far_value, block, scale):
+    """What `triton_kernels.listed` computes, block by block in float64."""
+    q, k, v, far_log, far_value = (t.double() for t in (q, k, v, far_log, far_value))
+    out = torch.empty_like(far_value)
+    for e in range(q.shape[0]):
+        for b in range(near.shape[1]):
+            rows = slice(b * block, (b + 1) * block)
+            logits = torch.cat([scale * q[e, rows] @ k[e, near[e, b]].mT, far_log[e, rows].unsqueeze(1)], 1)
+            weights = logits.softmax(1)
+            out[e, rows] = weights[:, :-1] @ v[e, near[e, b]] + weights[:, -1:] * far_value[e, rows]
+    return out
+
+
 def check_listed():
     """A block's own keys and one far key, against the same sum in float64."""
+    shapes = ((24, 3, 90, 37, 20, 1), (70, 2, 80, 33, 36, 6), (5, 3, 50, 7, 100, 5))
     for dtype in (torch.float32, torch.bfloat16):
-        for block, blocks, n_k, near, d, d_v in ((24, 3, 90, 37, 20, 1), (70, 2, 80, 33, 36, 6)):
+        for block, blocks, n_k, near, d, d_v in shapes:
             q, k, v = inputs(2, block * blocks, n_k, d, d_v, dtype, block)
             generator = torch.Generator().manual_seed(1)
-            chosen = torch.stack([torch.randperm(n_k, generator=generator)[:near] for _ in range(2 * blocks)]).view(
-                2, blocks, near
-            )
+            chosen = torch.stack([torch.randperm(n_k, generator=generator)[:near] for _ in range(2 * blocks)])
             far_log = torch.randn(2, block * blocks, generator=generator)
             far_value = torch.randn(2, block * blocks, d_v, generator=generator)
-            chosen, far_log, far_value = (t.to(DEVICE) for t in (chosen, far_log, far_value))
-            out = triton_kernels.listed(q, k, v, chosen, far_log, far_value, block, 0.3)
-            right = torch.empty(2, block * blocks, d_v, dtype=torch.float64, device=DEVICE)
-            for e in range(2):
-                for b in range(blocks):
-                    rows = slice(b * block, (b + 1) * block)
-                    weights = (0.3 * q[e, rows].double() @ k[e, chosen[e, b]].double().mT).exp()
-                    far = far_log[e, rows].double().exp().unsqueeze(1)
-                    sums = weights @ v[e, chosen[e, b]].double() + far * far_value[e, rows].double()
-                    right[e, rows] = sums / (weights.sum(1, keepdim=True) + far)
-            found = gap(out, right, v)
+            given = [t.to(DEVICE) for t in (chosen.view(2, blocks, near), far_log, far_value)]
+            out = triton_kernels.listed(q, k, v, *given, block, 0.3)
+            found = gap(out, plain_listed(q, k, v, *given, block, 0.3), v)
             print(f"listed {dtype} blocks of {block}, {near} keys, d {d}, d_v {d_v}: {found:.2e}")
             assert found < LARGEST[dtype]
 
 
+def plain_local_expansion(q, k, v, scale, order, block, near):
+    """The method on a given order of the queries, block by block in float64."""
+    q, k, v = scale * q.double(), k.double(), v.double()
+    k = k - k.mean(1, keepdim=True)
+    out = torch.empty(*q.shape[:2], v.shape[2], dtype=torch.float64, device=q.device)
+    for e in range(q.shape[0]):
+        for rows in order[e].split(block):
+            # The last query fills the last block.
+            padded = torch.cat([rows, rows[-1:].expand(block - len(rows))])
+            centre = q[e, padded].mean(0)
+            variance = (q[e, padded] - centre).square().mean(0)
+            logs = k[e] @ centre + 0.5 * k[e].square() @ variance
+            chosen = logs.topk(near).indices
+            weights = logs.exp().index_fill(0, chosen, 0.0).unsqueeze(1)
+            far_key, far_value = ((weights * t[e]).sum(0) / weights.sum() for t in (k, v))
+            delta = q[e, rows] - centre
+            value = far_value.expand(len(rows), -1)
+            if v.shape[2] <= 2:
+                together = (weights * (k[e] - far_key)).mT @ (v[e] - far_value) / weights.sum()
+                value = value + delta @ together
+            far = delta @ far_key + weights.sum().log() - 0.5 * variance @ far_key.square()
+            shares = torch.cat([q[e, rows] @ k[e, chosen].mT, far.unsqueeze(1)], 1).softmax(1)
+            out[e, rows] = shares[:, :-1] @ v[e, chosen] + shares[:, -1:] * value
+    return out
+
+
+@contextmanager
+def ordered_by(order_of_queries):
+    """Another order of the queries: that of k-means depends on the order in which a GPU adds."""
+    original = local_expansion_cuda.order_of_queries
+    local_expansion_cuda.order_of_queries = order_of_queries
+    try:
+        yield
+    finally:
+        local_expansion_cuda.order_of_queries = original
+
+
+def check_order():
+    """Every query once, with as many centres as queries, more, and clusters that stay empty."""
+    first = torch.full((1,), 3, device=DEVICE)
+    q, k, _ = inputs(2, 37, 20, 6, 1, torch.float32, 0)
+    for queries, clusters in ((q, 5), (q, 37), (q, 60), (q[:, :1].expand(-1, 37, -1), 5)):
+        order = local_expansion_cuda.order_of_queries(queries, k, first, clusters, 3, 2)
+        assert torch.equal(order.sort(1).values, torch.arange(37, device=DEVICE).expand(2, -1))
+    print("order of queries: each once")
+
+
 def check_local_expansion():
+    shapes = ((150, 170, 20, 1, 16, 80), (90, 100, 100, 5, 32, 40), (10, 60, 20, 2, 16, 24), (33, 50, 24, 3, 1, 7))
+    first = torch.full((1,), 3, device=DEVICE)
+    for n_q, n_k, d, d_v, block, near in shapes:
+        q, k, v = inputs(2, n_q, n_k, d, d_v, torch.float32, n_q)
+        block = min(block, n_q)
+        order = local_expansion_cuda.order_of_queries(q, k, first, -(-n_q // block), 2, 8)
+        right = plain_local_expansion(q, k, v, d**-0.5, order, block, near)
+        for dtype in (torch.float32, torch.bfloat16):
+            with ordered_by(lambda *_, order=order: order):
+                out = local_expansion_cuda.steps(
+                    q, k, v, first, scale=d**-0.5, block=block, near=near, iterations=2, sampled=8, products=dtype
+                )
+            found = gap(out, right, v)
+            print(f"local expansion, products {dtype}, {n_q} x {n_k}, d {d}, d_v {d_v}, blocks of {block}: {found:.2e}")
+            # Rounded, the ranking may take other near keys.
+            assert found < (LARGEST[dtype] if dtype == torch.float32 else 2e-2)
+
+
+def check_errors():
+    """More near keys make a smaller error, all of them none."""
     for dtype, products in ((torch.float32, "float32"), (torch.bfloat16, "bfloat16")):
         q, k, v = inputs(2, 150, 170, 20, 1, dtype, 3)
         right = exact(q, k, v, 20**-0.5)
@@ -86,9 +177,53 @@ def check_local_expansion():
         assert one < 1.5 * mean
 
 
-def long_inputs(n, d, dtype):
+def rolled(q, k, first, *_):
+    """An order of the queries that depends on `first` and on nothing that is rounded."""
+    return ((torch.arange(q.shape[1], device=q.device) + first) % q.shape[1]).expand(len(q), -1)
+
+
+def check_graphs():
+    """CUDA graphs: one for all seeds, each answer that of its own inputs and seed, in inference mode and out of it."""
+    given = {"block": 16, "iterations": 2, "sampled": 8}
+    near = (20, 30)
+    problems = [inputs(2, 150, 170, 20, 1, torch.float32, seed) for seed in range(INPUTS)]
+    local_expansion_cuda._graphs.clear()
+    with ordered_by(rolled):
+        answers = {}
+        for seed in range(10):
+            for m in near:
+                with torch.inference_mode(seed % 2 == 0):
+                    q, k, v = (t.clone() for t in problems[seed % INPUTS])
+                    answers[seed, m] = local_expansion_cuda.attend(
+                        q, k, v, scale=0.3, seed=seed, products="float32", directions=0, near=m, **given
+                    )
+        assert len(local_expansion_cuda._graphs) == len(near)
+        assert len({graph.pool for graph in local_expansion_cuda._graphs.values()}) == 1
+        for (seed, m), answer in answers.items():
+            q, k, v = problems[seed % INPUTS]
+            first = torch.full((1,), seed, device=DEVICE)
+            right = local_expansion_cuda.steps(q, k, v, first, scale=0.3, near=m, products=torch.float32, **given)
+            assert gap(answer, right.double(), v) < LARGEST[torch.float32]
+        assert gap(answers[0, 20], answers[INPUTS, 20].double(), problems[0][2]) > LARGEST[torch.float32]
+    local_expansion_cuda._graphs.clear()
+    print("graphs: one for all seeds, answers as without")
+
+
+def check_second_device():
+    """Kernels and graphs on a device that is not the current one."""
+    q, k, v = (t.to("cuda:1") for t in inputs(2, 150, 170, 20, 1, torch.float32, 3))
+    right = exact(q, k, v, 0.3)
+    assert gap(triton_kernels.exact(q, k, v, 0.3), right, v) < LARGEST[torch.float32]
+    given = {"products": "float32", "directions": 0, "iterations": 2, "sampled": 8}
+    answer = local_expansion_cuda.attend(q, k, v, scale=0.3, seed=0, block=16, near=120, **given)
+    mean = gap(v.double().mean(1, keepdim=True).expand_as(right), right, v)
+    assert gap(answer, right, v) < 0.5 * mean
+    print("a second device: as the first")
+
+
+def long_inputs(n, d, dtype, seed=0):
     """Queries and keys (1, n, d) around common centres, as tokens are, and one value column that follows the keys."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     centres = torch.randn(n // 64, d, generator=generator)
     q, k = (
         centres[torch.randint(len(centres), (n,), generator=generator)] + 0.7 * torch.randn(n, d, generator=generator)
@@ -98,45 +233,64 @@ def long_inputs(n, d, dtype):
     return tuple(t[None].to(device=DEVICE, dtype=dtype) for t in (q, k, v))
 
 
-def run(method, tensors, scale, given, i):
-    return method.compute(*tensors, scale=scale, seed=i, **given)
+def run(method, problems, scale, given, i):
+    return method.compute(*problems[i], scale=scale, seed=i, **given)
 
 
-def measure_long(table, n=131_072, d=64, repeats=9):
-    """Every setting of local-expansion against every exact row at one long length: error, time, what cannot run."""
+def error_and_seconds(one, problems, rights):
+    """Mean error over the inputs, and the seconds of a run after the first, which compiles."""
+    from approxkmv.sweep.measure import errors
+
+    found = []
+    for i, (right, (_, _, v)) in enumerate(zip(rights, problems, strict=True)):
+        started = time.perf_counter()
+        out = one(i)
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - started
+        found.append(errors(out, right, v)[0])
+        if i == 0 and seconds > 10 * LONGEST:
+            break
+    return sum(found) / len(found), seconds
+
+
+@torch.inference_mode()
+def measure_long(table, dtype, n, d=64, repeats=9):
+    """Every setting of local-expansion and the defaults of the others at one long length: error, time, what fails."""
     from approxkmv.attention import UnavailableError, get
-    from approxkmv.sweep.measure import errors, interleaved_seconds, quartiles
+    from approxkmv.sweep.measure import interleaved_seconds, quartiles
 
-    rows = []
-    for dtype in (torch.bfloat16, torch.float32):
-        q, k, v = long_inputs(n, d, dtype)
-        right = get("exact-fused")(q.float(), k.float(), v.float()).double()
-        runs, found = {}, {}
-        settings = [(name, get(name).defaults) for name in ("exact-naive", "exact-sdpa", "exact-fused", "mean")]
-        settings += [
-            ("local-expansion", get("local-expansion").parameters(given)) for given in get("local-expansion").grid
-        ]
-        for name, given in settings:
-            label = f"{name} {given}"
+    problems = [long_inputs(n, d, dtype, seed) for seed in range(INPUTS)]
+    rights = [get("exact-fused")(*(t.float() for t in problem)).double() for problem in problems]
+    runs, found, rows = {}, {}, []
+    for name in METHODS:
+        method = get(name)
+        for given in method.grid if name == "local-expansion" else ({},):
+            parameters = method.parameters(given)
+            label = f"{name} {parameters}"
+            row = {"dtype": str(dtype), "n": n, "method": label}
+            one = partial(run, method, problems, d**-0.5, parameters)
             try:
-                found[label] = errors(get(name)(q, k, v, **given), right, v)[0]
+                error, seconds = error_and_seconds(one, problems, rights)
             except UnavailableError as refusal:
-                rows.append({"dtype": str(dtype), "n": n, "method": label, "reason": str(refusal)})
+                rows.append({**row, "reason": str(refusal)})
                 continue
-            runs[label] = partial(run, get(name), (q, k, v), d**-0.5, given)
-        seconds = interleaved_seconds(runs, torch.device(DEVICE), "wall", 2, repeats, 3)
-        for label, taken in seconds.items():
-            low, middle, high = quartiles(taken)
-            row = {"dtype": str(dtype), "n": n, "method": label, "error": found[label], "seconds": middle}
-            rows.append({**row, "seconds_q1": low, "seconds_q3": high})
-    rows.append(measure_statistics(n, d))
+            except torch.OutOfMemoryError as refusal:
+                rows.append({**row, "reason": f"out of memory: {str(refusal).splitlines()[0]}"})
+                continue
+            if seconds > LONGEST:
+                rows.append({**row, "error": error, "seconds": seconds, "reason": "one run only: too slow to repeat"})
+                continue
+            runs[label], found[label] = one, {**row, "error": error}
+    taken = interleaved_seconds(runs, torch.device(DEVICE), "wall", 2, repeats, INPUTS)
+    for label, seconds in taken.items():
+        low, middle, high = quartiles(seconds)
+        rows.append({**found[label], "seconds": middle, "seconds_q1": low, "seconds_q3": high})
     write(table, rows)
 
 
-def measure_statistics(n, d):
+def measure_statistics(table, n, d=64):
     """c, order ratios and keys per row of one head at a long length, both masks, on the device."""
-    import time
-
     from approxkmv.statistics.streaming import length_statistics
 
     q, k, _ = long_inputs(n, d, torch.float32)
@@ -145,7 +299,7 @@ def measure_statistics(n, d):
         started = time.perf_counter()
         length_statistics(q, k)
         taken.append(time.perf_counter() - started)
-    return {"dtype": "float64", "n": n, "method": "length_statistics, one head", "seconds": min(taken)}
+    write(table, [{"dtype": "float64", "n": n, "method": "length_statistics, one head", "seconds": min(taken)}])
 
 
 def write(table, rows):
@@ -165,31 +319,44 @@ def write(table, rows):
     table.with_suffix(".json").write_text(json.dumps(record, indent=2), encoding="utf-8")
 
 
-def measure(table):
-    """The sweep of the word vectors, in both types."""
+def measure(table, dtype, sharp, split, batches):
+    """The sweep of the word vectors, at lengths with Q = K and with other keys than queries."""
     from approxkmv.sweep import SweepSettings, run_sweep
 
-    for dtype in ("bfloat16", "float32"):
-        settings = SweepSettings.from_mapping(
-            {
-                "device": "cuda",
-                "dtype": dtype,
-                "workloads": [
-                    {"name": "glove-sharp", "lengths": [4096, 8192, 16384], "batches": [1, 8]},
-                    {"name": "glove-split", "lengths": [4096, 8192], "batches": [1, 8]},
-                ],
-            }
-        )
-        run_sweep(settings, table.with_name(f"{table.stem}-{dtype}.csv"), {"made by": "tests/gpu/check_kernels.py"})
+    settings = SweepSettings.from_mapping(
+        {
+            "device": DEVICE,
+            "dtype": dtype,
+            "methods": list(METHODS),
+            "workloads": [
+                {"name": "glove-sharp", "lengths": sharp, "batches": batches},
+                {"name": "glove-split", "lengths": split, "batches": batches},
+            ],
+        }
+    )
+    run_sweep(settings, table, {"made by": "tests/gpu/check_kernels.py"})
+
+
+def main(table=None, *dtypes):
+    if not INTERPRETED and not torch.cuda.is_available():
+        sys.exit("check_kernels: torch finds no CUDA device; set TRITON_INTERPRET=1 to check in the interpreter")
+    checks = [check_exact, check_listed, check_order, check_local_expansion, check_errors]
+    if not INTERPRETED:
+        checks += [check_graphs] + [check_second_device] * (torch.cuda.device_count() > 1)
+    for check in checks:
+        check()
+    if table is None:
+        return
+    table = Path(table)
+    n, repeats = (512, 2) if INTERPRETED else (131_072, 9)
+    sharp, split, batches = ([128], [128], [2]) if INTERPRETED else ([4096, 8192, 16384], [4096, 8192], [1, 8])
+    # A table when it is made, the shorter ones first, so that a run cut short leaves those behind.
+    for dtype in dtypes or ("bfloat16", "float32"):
+        measure_long(table.with_name(f"{table.stem}-long-{dtype}.csv"), getattr(torch, dtype), n, repeats=repeats)
+    measure_statistics(table.with_name(f"{table.stem}-long-statistics.csv"), n)
+    for dtype in dtypes or ("bfloat16", "float32"):
+        measure(table.with_name(f"{table.stem}-{dtype}.csv"), dtype, sharp, split, batches)
 
 
 if __name__ == "__main__":
-    if not INTERPRETED and not torch.cuda.is_available():
-        sys.exit("check_kernels: torch finds no CUDA device; set TRITON_INTERPRET=1 to check in the interpreter")
-    check_exact()
-    check_listed()
-    check_local_expansion()
-    if not INTERPRETED:
-        where = Path(sys.argv[1]) if len(sys.argv) > 1 else Path("sweep-cuda.csv")
-        measure_long(where.with_name(f"{where.stem}-long.csv"))
-        measure(where)
+    main(*sys.argv[1:])

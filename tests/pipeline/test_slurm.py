@@ -1,4 +1,4 @@
-"""The study through a real Slurm, one job killed on the way: the same bytes as the local run."""
+"""The small study of two models, whole, through a real Slurm, one job killed on the way: the local run's bytes."""
 
 from __future__ import annotations
 
@@ -27,13 +27,12 @@ def slurm() -> Iterator[dict[str, str]]:
 
 @pytest.mark.slow
 def test_slurm_gives_the_bytes_of_the_local_run_though_one_job_is_killed(slurm, finished, project: Project):
-    project.configure(models=["bert"])
     first = str(sys.executable).rpartition("/")[0]
     environment = slurm | {"PATH": f"{first}:{slurm['PATH']}", "HF_HUB_OFFLINE": "1"}
-    arguments = ["--profile", str(ROOT / "profiles" / "slurm"), "--cores", "2", "--latency-wait", "10"]
-    arguments += ["--default-resources", "mem_mb=400", "runtime=10", "--slurm-init-seconds-before-status-checks", "2"]
-    # The tables are enough: figures are drawn from them.
-    arguments += ["--seconds-between-status-checks", "2", "--", "results/tiny/tables/growth_bert.csv"]
+    # As a person starts it, but for what suits one small node. No target: the default one, with tables and figures.
+    arguments = ["--profile", str(ROOT / "profiles" / "slurm"), "--workflow-profile", "none"]
+    arguments += ["--cores", "2", "--latency-wait", "10", "--default-resources", "mem_mb=400", "runtime=10"]
+    arguments += ["--slurm-init-seconds-before-status-checks", "2", "--seconds-between-status-checks", "2"]
     process = subprocess.Popen(
         [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), *arguments],
         cwd=project.folder,
@@ -44,7 +43,7 @@ def test_slurm_gives_the_bytes_of_the_local_run_though_one_job_is_killed(slurm, 
         start_new_session=True,
     )
     killed, seen = "", set()
-    deadline = time.monotonic() + 500
+    deadline = time.monotonic() + 900
     while process.poll() is None:
         assert time.monotonic() < deadline
         listed = subprocess.run(["squeue", "-h", "-o", "%i %t"], env=slurm, capture_output=True, text=True).stdout
@@ -59,8 +58,8 @@ def test_slurm_gives_the_bytes_of_the_local_run_though_one_job_is_killed(slurm, 
     assert process.returncode == 0, output
     assert killed
     cluster = fingerprints(project.results)
-    local = fingerprints(finished[0].results)
-    assert cluster == {name: local[name] for name in cluster}
-    assert sum(name.endswith(".heads.parquet") for name in cluster) == 3
-    # Two jobs before the shards, two a shard, two tables.
-    assert len(seen) >= 9
+    assert cluster == fingerprints(finished[0].results)
+    assert sum(name.endswith(".heads.parquet") for name in cluster) == 6
+    assert "results/tiny/figures" in output
+    # The texts and two models, two a shard; then tables and figures, so short that some are never seen running.
+    assert len(seen) >= 15

@@ -62,6 +62,47 @@ def test_plain_text_is_one_document_per_block(tmp_path):
     assert [d.context for d in read_corpus(f"path:{path}")] == ["First line goes on.", "Second."]
 
 
+def data_set(monkeypatch: pytest.MonkeyPatch, **columns: list) -> None:
+    """What the hub would answer, in two splits."""
+    import datasets
+
+    split = datasets.Dataset.from_dict(columns)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.DatasetDict(train=split, test=split))
+
+
+def test_a_data_set_becomes_documents_with_their_questions(monkeypatch):
+    data_set(monkeypatch, context=["One.", "Two.", "One."], title=["a", None, "a"], question=["Why?", None, "How?"])
+    assert read_corpus("hub:somebody/squad@abc") == [
+        Document("a", "One.", ("Why?", "How?", "Why?", "How?")),
+        Document("", "Two.", ()),
+    ]
+    data_set(monkeypatch, context=["One."])
+    assert read_corpus("hub:somebody/squad@abc") == [Document("", "One.", ())]
+
+
+@pytest.mark.parametrize(
+    ("columns", "words"),
+    [
+        ({"text": ["One."], "label": [1]}, ["somebody/squad", "`context`", "text, label"]),
+        ({"context": ["One.", None]}, ["somebody/squad", "no text", "None"]),
+        ({"context": [1]}, ["somebody/squad", "no text", "1"]),
+    ],
+)
+def test_a_data_set_of_another_shape_is_one_line_that_names_its_columns(monkeypatch, columns, words):
+    data_set(monkeypatch, **columns)
+    with pytest.raises(SourceError) as caught:
+        read_corpus("hub:somebody/squad@abc")
+    assert "\n" not in str(caught.value)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_a_hash_of_a_data_set_is_refused_and_not_ignored(monkeypatch):
+    data_set(monkeypatch, context=["One."])
+    with pytest.raises(SourceError, match="sha256 is of a file"):
+        read_corpus("hub:somebody/squad@abc", "0" * 64)
+
+
 def test_bad_sources_are_one_line(tmp_path):
     empty = tmp_path / "empty.txt"
     empty.write_text("\n")

