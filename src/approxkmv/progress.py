@@ -10,7 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from approxkmv.errors import ApproxKMVError
+
 LOG = logging.getLogger("approxkmv")
+
+
+def on_terminal() -> bool:
+    """Whether somebody sees stderr, and so the bars of pip and of the hub's library."""
+    return sys.stderr.isatty()
 
 
 def progress(total: int, unit: str, title: str) -> Any:
@@ -24,6 +31,8 @@ def progress(total: int, unit: str, title: str) -> Any:
 
 def log_to(path: Path | None) -> None:
     """Send the lines of finished steps to stderr and, when given, to a log file as well."""
+    # On a full disk the log cannot be written either: its lines are lost, without a traceback for each.
+    logging.raiseExceptions = False
     LOG.setLevel(logging.INFO)
     LOG.handlers.clear()
     terminal = logging.StreamHandler(sys.stderr)
@@ -34,6 +43,21 @@ def log_to(path: Path | None) -> None:
         file = logging.FileHandler(path, mode="w", encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         LOG.addHandler(file)
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """For the workflow's own code: a user's mistake or a full disk is one line on stderr and exit code 2."""
+    try:
+        yield
+    except ApproxKMVError as error:
+        reason = str(error)
+    except OSError as error:
+        reason = f"{error.filename or 'a file'}: {error.strerror or error}"
+    else:
+        return
+    print(f"approxkmv: {' '.join(reason.split())}", file=sys.stderr)
+    sys.exit(2)
 
 
 @contextmanager

