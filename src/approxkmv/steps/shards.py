@@ -9,6 +9,7 @@ import pandas as pd
 
 from approxkmv.errors import TableError
 from approxkmv.files import read_table, sha256, write_csv, write_parquet, write_text
+from approxkmv.models.fetching import is_running
 from approxkmv.steps.activations import is_complete
 from approxkmv.steps.fetch import read_location
 
@@ -37,12 +38,13 @@ def remove_damaged(results: Path) -> list[str]:
     Call it when nothing is being written, before a run: the workflow then makes the files again. What was made of
     them goes too, since a workflow whose last files are all there does not look for the ones between.
     """
+    # Not what starts with a dot: that is half-written, by a living process or as remove_leftovers finds it.
     damaged = [
         path
-        for hash_file in sorted((results / "statistics").glob(f"*/*{SUFFIX}"))
+        for hash_file in sorted((results / "statistics").glob(f"*/[!.]*{SUFFIX}"))
         if (path := hash_file.with_name(hash_file.name.removesuffix(SUFFIX))).is_file() and _is_damaged(path)
     ]
-    damaged += [path for path in sorted((results / "activations").glob("*/*.safetensors")) if not is_complete(path)]
+    damaged += [path for path in sorted((results / "activations").glob("*/[!.]*.safetensors")) if not is_complete(path)]
     for path in damaged:
         path.unlink()
         _hash_file(path).unlink(missing_ok=True)
@@ -61,7 +63,7 @@ def remove_leftovers(results: Path) -> None:
     """
     for path in results.rglob(".*"):
         number = path.name.split(".")[-2] if path.name.count(".") >= 3 else ""
-        if path.is_file() and number.isdigit() and not Path("/proc", number).exists():
+        if path.is_file() and number.isdigit() and not is_running(int(number)):
             path.unlink(missing_ok=True)
     for path in (results / "models").glob("*.json"):
         try:
