@@ -5,15 +5,12 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
 from approxkmv.errors import TableError
+from approxkmv.figures.style import new_figure, save
 from approxkmv.kmv.complexity import COLUMNS, FITTED, PAPER_EXPONENT, fit_exponents
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
@@ -48,22 +45,12 @@ def draw(table_path: str | Path, output_stem: str | Path) -> list[Path]:
     if missing:
         raise TableError(f"{path} lacks the columns {', '.join(missing)}: write it with measure_costs")
     fits = fit_exponents(table)
-    with plt.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
-        figure, (costs, exponents) = plt.subplots(
-            1, 2, figsize=(11.5, 5.4), width_ratios=(1.15, 1), layout="constrained"
-        )
-        _draw_costs(costs, table)
-        _draw_exponents(exponents, fits)
-        figure.suptitle(_verdict(table, fits), fontsize=10.5, x=0.01, ha="left")
-        outputs = [Path(f"{output_stem}{suffix}") for suffix in (".pdf", ".png")]
-        for output in outputs:
-            output.parent.mkdir(parents=True, exist_ok=True)
-            # Written beside and renamed, so that a killed job leaves nothing half-written.
-            part = output.with_name(f".{output.name}.part")
-            figure.savefig(part, format=output.suffix[1:], dpi=160)
-            part.replace(output)
-        plt.close(figure)
-    return outputs
+    figure = new_figure(11.5, 5.4)
+    costs, exponents = figure.subplots(1, 2, width_ratios=(1.15, 1))
+    _draw_costs(costs, table)
+    _draw_exponents(exponents, fits)
+    figure.suptitle(_verdict(table, fits), fontsize=10.5, x=0.01, ha="left")
+    return save(figure, Path(output_stem))
 
 
 def _draw_costs(axes: Axes, table: pd.DataFrame) -> None:
