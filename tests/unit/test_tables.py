@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
 
-from approxkmv.steps.compare import claims, growth_exponent
-from approxkmv.steps.summarise import per_head, scaling_with_length
+from approxkmv.config import Study, load_config, study_of
+from approxkmv.errors import TableError
+from approxkmv.figures import context_scaling, max_ratios, order_ratios
+from approxkmv.files import write_parquet
+from approxkmv.steps.compare import claims, compare, growth_exponent
+from approxkmv.steps.growth import measure_growth
+from approxkmv.steps.show import lines
+from approxkmv.steps.summarise import per_head, scaling_with_length, summarise
 
 HEADS = pd.DataFrame(
     {
@@ -59,6 +68,25 @@ def test_scaling_takes_the_maximum_over_heads_per_context_then_mean_and_deviatio
     assert (table.loc[100, "contexts"], table.loc[100, "mean"], table.loc[100, "std"]) == (1, 9.0, 0.0)
 
 
+def test_of_a_causal_model_the_scaling_is_there_again_over_the_masked_ratios():
+    values = pd.DataFrame(
+        {
+            "prefix": [50] * 4,
+            "context": [0, 0, 1, 1],
+            "layer": 0,
+            "head": [0, 1, 0, 1],
+            "ratio": [1.0, 3.0, 5.0, 2.0],
+            # The largest head is another one than above.
+            "masked_ratio": [0.5, 0.25, 0.125, 1.5],
+        }
+    )
+    row = scaling_with_length(values).iloc[0]
+    assert (row["contexts"], row["mean"], row["std"]) == (2, 4.0, 1.0)
+    assert (row["masked_mean"], row["masked_std"], row["masked_min"], row["masked_max"]) == (1.0, 0.5, 0.5, 1.5)
+    assert row["masked_median_of_heads"] == (0.375 + 0.8125) / 2
+    assert not [name for name in scaling_with_length(values.drop(columns="masked_ratio")) if "masked" in name]
+
+
 def scaling(slope: float, contexts: int = 10) -> pd.DataFrame:
     prefix = np.array([50, 100, 200, 400])
     return pd.DataFrame({"prefix": prefix, "contexts": contexts, "mean": 3.0 * prefix**slope})
@@ -85,3 +113,140 @@ def test_claims_hold_or_not_by_their_criterion():
         {"max_ratio": [1.0, 4.7], "median_next_ratio": [1.0, 1.2], "median_double_ratio": [21.0, 30.0]}
     )
     assert [row["holds"] for row in claims(overview, worse, scaling(0.4))] == ["no"] * 5
+
+
+def test_masked_claims_are_judged_over_the_masked_columns_and_say_nothing_of_the_paper():
+    overview = {"model": "m", "paper_bound": 4.6, "texts_used": 3}
+    names = ("max_ratio", "median_next_ratio", "median_double_ratio")
+    bad, good = ([4.7, 1.2, 30.0], [4.5, 1.0, 2.0])
+    heads = pd.DataFrame([bad + good], columns=[*names, *(f"masked_{name}" for name in names)])
+    table = scaling(0.4).assign(masked_mean=2.0)
+    every, masked = claims(overview, heads, table), claims(overview, heads, table, "masked_")
+    assert [row["holds"] for row in every] == ["no"] * 5
+    assert [row["holds"] for row in masked] == ["yes"] * 5
+    assert {row["entries"] for row in every} == {"all"}
+    assert {row["entries"] for row in masked} == {"causal"}
+    assert every[0]["paper"] == 4.6
+    assert {row["paper"] for row in masked} == {None}
+    assert masked[0]["ours"] == 4.5
+
+
+LAYERS, HEADS_PER_LAYER, TEXTS, PREFIXES = 3, 2, 6, (50, 100)
+
+
+def shards(folder: Path, *, causal: bool, prefixes: tuple[int, ...] = PREFIXES) -> Study:
+    """One shard as the statistics step writes it, masked values a quarter of the others; returns its study."""
+    study = study_of(load_config(Path(__file__).parents[2] / "config.yaml"), "embedded")
+    study = replace(study, prefixes=PREFIXES, shard_contexts=TEXTS)
+    generator = np.random.default_rng(3)
+    context, layer, head = (i.ravel() for i in np.indices((TEXTS, LAYERS, HEADS_PER_LAYER)))
+    heads = pd.DataFrame({"context": context, "layer": layer, "head": head, "tokens": 120})
+    # Layer 0 is above any bound without a mask, and below it with one.
+    ratio = np.where(layer == 0, 10.0, 1.0) + generator.uniform(0, 0.5, len(layer))
+    for before, factor in (("", 1.0), ("masked_", 0.25))[: 2 if causal else 1]:
+        heads[f"{before}max_ratio"] = factor * ratio
+        heads[f"{before}max_prefix"] = 100
+        heads[f"{before}log_next"], heads[f"{before}log_double"] = 0.01, 4.0 * factor
+    curves = [
+        heads[["context", "layer", "head"]].assign(
+            prefix=prefix,
+            **{f"{before}ratio": heads[f"{before}max_ratio"] for before in ("", "masked_")[: 2 if causal else 1]},
+        )
+        for prefix in prefixes
+    ]
+    empty = heads[["context", "layer", "head"]].assign(prefix=0, ratio=0.0).iloc[:0]
+    write_parquet(folder / "0000.heads.parquet", heads)
+    write_parquet(folder / "0000.prefixes.parquet", pd.concat(curves) if curves else empty)
+    write_parquet(folder / "texts.parquet", pd.DataFrame({"index": range(TEXTS), "name": "t", "text": "t"}))
+    taken = pd.DataFrame({"context": range(TEXTS), "name": "t", "tokens": 120, "cut": 0, "used": True})
+    taken.to_csv(folder / "0000.contexts.csv", index=False)
+    return study
+
+
+def summarised(folder: Path, *, causal: bool) -> tuple[Study, str]:
+    """All tables of a model in folder/tables."""
+    study = shards(folder, causal=causal)
+    name, model = next(iter(study.models.items()))
+    summarise(study, replace(model, paper_bound=4.6), folder / "texts.parquet", folder, folder / "tables", {})
+    measure_growth(study, name, folder / "texts.parquet", folder, folder / "tables")
+    return study, name
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_overview_and_comparison_have_the_masked_values_of_a_causal_model_beside_the_others(tmp_path, causal):
+    study = shards(tmp_path, causal=causal)
+    name, model = next(iter(study.models.items()))
+    model = replace(model, paper_bound=4.6)
+    facts = summarise(study, model, tmp_path / "texts.parquet", tmp_path, tmp_path / "tables", {})
+    assert facts["causal"] == causal
+    assert facts["heads_within_bound"] == 4
+    assert (facts["largest_ratio_layer"], 10.0 < facts["largest_ratio"] < 10.5) == (0, True)
+    assert ("masked_heads_within_bound" in facts) == causal
+    if causal:
+        assert facts["masked_heads_within_bound"] == 6
+        assert facts["masked_largest_ratio"] == facts["largest_ratio"] / 4
+        assert facts["masked_median_ratio"] == facts["median_ratio"] / 4
+        assert facts["masked_largest_ratio_head"] == facts["largest_ratio_head"]
+    table = compare(tmp_path / "tables", [name], tmp_path / "comparison.csv")
+    assert table["entries"].tolist() == ["all"] * 5 + ["causal"] * 5 * causal
+    first = table[table["claim"].str.startswith("c is at most")].set_index("entries")["holds"]
+    assert first.to_dict() == {"all": "no"} | ({"causal": "yes"} if causal else {})
+
+
+def test_the_last_words_of_a_run_give_both_masks(tmp_path):
+    summarised(tmp_path, causal=True)
+    said = "\n".join(lines(tmp_path))
+    assert "c is at most 4.6, the paper's bound, for 4 of 6 heads" in said
+    assert "no key after its query: c is at most 4.6, the paper's bound, for 6 of 6 heads" in said
+
+
+def test_texts_that_reach_no_prefix_are_one_line_that_says_what_to_change(tmp_path):
+    study = shards(tmp_path, causal=False, prefixes=())
+    name, model = next(iter(study.models.items()))
+    with pytest.raises(TableError, match="no text reaches the shortest of prefixes, 50 tokens: put a shorter") as error:
+        summarise(study, model, tmp_path / "texts.parquet", tmp_path, tmp_path / "tables", {})
+    assert "\n" not in str(error.value)
+    assert name in str(error.value)
+    assert not (tmp_path / "tables").exists()
+    # The growth step reads the same file.
+    (tmp_path / "tables").mkdir()
+    with pytest.raises(TableError, match="put a shorter one there"):
+        measure_growth(study, name, tmp_path / "texts.parquet", tmp_path, tmp_path / "tables")
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_figures_draw_both_masks_of_a_causal_model(tmp_path, monkeypatch, causal):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    _, name = summarised(tmp_path, causal=causal)
+    drawn = {}
+    for module in (max_ratios, order_ratios, context_scaling):
+        monkeypatch.setattr(module, "save", lambda figure, stem: drawn.setdefault(stem, figure) and [])
+    max_ratios.draw(tmp_path / "tables", name, "c")
+    order_ratios.draw(tmp_path / "tables", name, "order")
+    context_scaling.draw(tmp_path / "tables", [name], "scaling")
+    cells = LAYERS * HEADS_PER_LAYER
+
+    def panels(stem: str) -> dict[str, int]:
+        """Title of each panel with a grid, and how many of its cells are outlined."""
+        return {a._left_title.get_text(): len(a.patches) for a in drawn[stem].axes if len(a.texts) == cells}
+
+    # Of the masked values no cell is above the bound of c, nor above the 20 of K_(n)/K_(2n): e^4 is, e^1 is not.
+    assert list(panels("c").values()) == [HEADS_PER_LAYER, 0][: 1 + causal]
+    assert list(panels("order").values()) == [0, cells, 0, 0][: 2 + 2 * causal]
+    assert sum("no key after its query" in title for title in panels("c") | panels("order")) == 3 * causal
+    dashed = [line for line in drawn["scaling"].axes[0].lines if line.get_linestyle() == "--" and len(line.get_xdata())]
+    assert len(dashed) == causal
+    if causal:
+        solid = drawn["scaling"].axes[0].lines[0]
+        np.testing.assert_allclose(dashed[0].get_ydata(), solid.get_ydata() / 4)
+    for figure in drawn.values():
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        outside = [a._left_title for a in figure.axes] + figure.texts + ([figure._suptitle] if figure._suptitle else [])
+        texts = [text for text in dict.fromkeys(outside) if text.get_text()]
+        boxes = [text.get_window_extent(canvas.get_renderer()) for text in texts]
+        for i, one in enumerate(boxes):
+            assert one.x0 >= 0
+            assert one.x1 <= figure.bbox.width
+            assert not any(one.overlaps(other) for other in boxes[:i])

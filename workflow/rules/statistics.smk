@@ -54,7 +54,7 @@ rule growth_per_head:
         heads=f"{RESULTS}/tables/heads_{{model}}.csv",
         prefixes=shard_files("prefixes.parquet"),
         texts=f"{RESULTS}/texts.parquet",
-        source=package("statistics/growth.py", "steps/growth.py"),
+        source=package("statistics/growth.py", "steps/growth.py", "steps/tables.py"),
     output:
         report(
             f"{RESULTS}/tables/growth_{{model}}.csv",
@@ -79,8 +79,9 @@ rule growth_per_head:
 rule paper_comparison:
     input:
         collect(f"{RESULTS}/tables/heads_{{model}}.csv", model=MODELS),
+        collect(f"{RESULTS}/tables/context_scaling_{{model}}.csv", model=MODELS),
         collect(f"{RESULTS}/tables/overview_{{model}}.json", model=MODELS),
-        source=package("steps/compare.py"),
+        source=package("steps/compare.py", "steps/tables.py"),
     output:
         report(
             f"{RESULTS}/tables/paper_comparison.csv",

@@ -1,23 +1,31 @@
-"""Figure 4: the largest c over all heads against the length of the context, one line per model."""
+"""Figure 4: the largest c over all heads against the length of the context, a line per model and mask."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from approxkmv.figures.style import COLOURS, new_figure, save
+from approxkmv.figures.style import COLOURS, ENTRIES, new_figure, save
 from approxkmv.files import read_table
-from approxkmv.steps.tables import model_tables, read_overview
+from approxkmv.steps.tables import MASKED, masks_of, model_tables, read_overview
+
+DASHED = f"the same model, {ENTRIES[MASKED]} (mean)"
+# Characters of a label of which two fit side by side.
+LONGEST_IN_TWO_COLUMNS = 45
 
 
 def draw(tables: Path, models: Sequence[str], stem: Path) -> list[Path]:
     """From the scaling table and overview of each model, write STEM.pdf and STEM.png."""
-    figure = new_figure(7.2, 4.6)
+    # Read before the figure is made: its legend needs a height and, where labels are long, a column for itself.
+    names = [model_tables(tables, model) for model in models]
+    read = [(read_table(name.scaling), read_overview(name.overview)) for name in names]
+    causal = any(MASKED in masks_of(table, "mean") for table, _ in read)
+    labels = [facts["label"] for _, facts in read] + ([DASHED] if causal else [])
+    columns = 2 if max(map(len, labels)) <= LONGEST_IN_TWO_COLUMNS else 1
+    figure = new_figure(7.2, 4.2 + 0.18 * -(-len(labels) // columns))
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
     bounds = []
-    for i, model in enumerate(models):
-        names = model_tables(tables, model)
-        table, facts = read_table(names.scaling), read_overview(names.overview)
+    for i, (table, facts) in enumerate(read):
         colour = COLOURS[i % len(COLOURS)]
         top.fill_between(
             table["prefix"],
@@ -28,6 +36,9 @@ def draw(tables: Path, models: Sequence[str], stem: Path) -> list[Path]:
             linewidth=0,
         )
         top.plot(table["prefix"], table["mean"], color=colour, marker="o", markersize=3.5, label=facts["label"])
+        if MASKED in masks_of(table, "mean"):
+            # The mean alone: two bands per model would hide each other.
+            top.plot(table["prefix"], table[f"{MASKED}mean"], color=colour, marker="o", markersize=2.5, linestyle="--")
         bottom.plot(table["prefix"], table["contexts"], color=colour, marker="o", markersize=3)
         bounds.append(facts["paper_bound"])
     top.set_yscale("log")
@@ -41,7 +52,7 @@ def draw(tables: Path, models: Sequence[str], stem: Path) -> list[Path]:
     lowest, highest = min(bounds), max(bounds)
     if lowest < highest:
         top.axhspan(lowest, highest, color="#D00000", alpha=0.12, linewidth=0)
-    top.axhline(highest, color="#D00000", linewidth=1.0, linestyle="--")
+    top.axhline(highest, color="#D00000", linewidth=1.0, linestyle=":")
     top.annotate(
         f"the paper's bound {highest:g}" if lowest == highest else f"the paper's bounds {lowest:g} to {highest:g}",
         (1.0, highest),
@@ -55,7 +66,9 @@ def draw(tables: Path, models: Sequence[str], stem: Path) -> list[Path]:
     top.set_title(
         "Scaling of c with the length of the context: mean and standard deviation over texts", fontsize=9, loc="left"
     )
-    figure.legend(frameon=False, fontsize=8, loc="outside lower left", ncols=2)
+    if causal:
+        top.plot([], [], color="#555555", linestyle="--", label=DASHED)
+    figure.legend(frameon=False, fontsize=8, loc="outside lower left", ncols=columns)
     bottom.set_yscale("log")
     bottom.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
     bottom.yaxis.set_minor_formatter(FuncFormatter(lambda y, _: ""))

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from approxkmv.figures.heatmap import draw_heatmap, grid, size_of
-from approxkmv.figures.style import new_figure, save
+from approxkmv.figures.heatmap import draw_heatmap, grid, is_wide, new_panels
+from approxkmv.figures.style import ENTRIES, save
 from approxkmv.files import read_table
 from approxkmv.statistics.growth import FAILS, VERDICTS
-from approxkmv.steps.tables import MASKED, model_tables, read_overview
+from approxkmv.steps.tables import masks_of, model_tables, read_overview
 
 
 def draw(tables: Path, model: str, stem: Path) -> list[Path]:
@@ -18,15 +18,9 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
     names = model_tables(tables, model)
     facts = read_overview(names.overview)
     table = read_table(names.growth)
-    masks = [before for before in ("", MASKED) if f"{before}exponent" in table]
+    masks = masks_of(table, "exponent")
     values = grid(table, "exponent")
-    width, height = size_of(values)
-    # Wide grids one above the other, tall ones side by side.
-    stacked = values.shape[1] >= values.shape[0]
-    many = len(masks)
-    rows, columns = (many, 1) if stacked else (1, many)
-    figure = new_figure(columns * (max(width, 3.4) + 1.5), rows * (height + 0.9) + 0.5)
-    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    figure, panels = new_panels(values, *((len(masks), 1) if is_wide(values) else (1, len(masks))))
     for axes, before in zip(panels, masks, strict=True):
         fails = np.zeros(values.shape, dtype=bool)
         fails[table["layer"], table["head"]] = table[f"{before}verdict"] == FAILS
@@ -45,8 +39,7 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
         )
         counts = table[f"{before}verdict"].value_counts()
         found = ", ".join(f"{word} {counts[word]}" for word in VERDICTS if word in counts)
-        which = "no key after its query" if before else "every query with every key"
-        axes.set_title(f"{which}\n{found}", fontsize=8, loc="left")
+        axes.set_title(f"{ENTRIES[before]}\n{found}", fontsize=8, loc="left")
     figure.suptitle(
         f"{facts['label']}: exponent g of c(n) ~ n$^g$ on {facts['texts_used']} texts\noutlined: fails",
         fontsize=9,

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from approxkmv.figures.style import COLOURS, new_figure, save
+from approxkmv.figures.style import COLOURS, ENTRIES, new_figure, save
 from approxkmv.files import read_table
 from approxkmv.statistics.growth import FAR_BOUND, VERDICTS
-from approxkmv.steps.tables import MASKED, model_tables, read_overview
+from approxkmv.steps.tables import masks_of, model_tables, read_overview
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,7 +26,7 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
     names = model_tables(tables, model)
     facts = read_overview(names.overview)
     growth, curves = read_table(names.growth), read_table(names.curves)
-    masks = [before for before in ("", MASKED) if f"{before}exponent" in growth]
+    masks = masks_of(growth, "exponent")
     figure = new_figure(0.6 + 4.4 * len(masks), 5.2)
     panels = figure.subplots(1, len(masks), squeeze=False, sharey=True).ravel()
     prefixes = np.sort(curves["prefix"].unique())
@@ -55,8 +55,7 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
         axes.set_xlabel("prefix length n in tokens")
-        which = "no key after its query" if before else "every query with every key"
-        axes.set_title(f"{which} (dashed: c = {FAR_BOUND:g})", fontsize=8, loc="left")
+        axes.set_title(f"{ENTRIES[before]} (dashed: c = {FAR_BOUND:g})", fontsize=8, loc="left")
         axes.legend(frameon=False, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.14))
     panels[0].set_ylabel("c of the average text")
     figure.suptitle(f"{facts['label']}\nc(n) of typical heads and fitted power laws", fontsize=9, x=0.02, ha="left")

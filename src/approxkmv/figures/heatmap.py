@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from approxkmv.figures.style import short
+from approxkmv.figures.style import new_figure, short
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,6 +28,25 @@ def grid(table: pd.DataFrame, column: str) -> np.ndarray:
 def size_of(values: np.ndarray) -> tuple[float, float]:
     """Width and height in inches of the cells alone."""
     return max(2.6, CELL_WIDTH * values.shape[1]), max(1.2, CELL_HEIGHT * values.shape[0])
+
+
+def new_panels(values: np.ndarray, rows: int, columns: int, title_lines: int = 2) -> tuple[Figure, list[Axes]]:
+    """A figure of rows x columns heat maps of the shape of `values`, and its axes row by row.
+
+    `title_lines`: of the figure's own title. Narrow grids get the width that a panel's title needs.
+    """
+    width, height = size_of(values)
+    figure = new_figure(columns * (max(width, 3.4) + 1.5), rows * (height + 0.9) + 0.2 + 0.16 * title_lines)
+    engine = figure.get_layout_engine()
+    assert engine is not None
+    # Between the colour bar of a panel and the next panel.
+    engine.set(w_pad=0.12)  # type: ignore[call-arg]
+    return figure, list(figure.subplots(rows, columns, squeeze=False).ravel())
+
+
+def is_wide(values: np.ndarray) -> bool:
+    """Whether two such grids stand better one above the other than side by side."""
+    return values.shape[1] >= values.shape[0]
 
 
 def draw_heatmap(

@@ -4,37 +4,42 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from approxkmv.figures.heatmap import draw_heatmap, grid, size_of
-from approxkmv.figures.style import new_figure, save
+from approxkmv.figures.heatmap import draw_heatmap, grid, is_wide, new_panels
+from approxkmv.figures.style import ENTRIES, save
 from approxkmv.files import read_table
-from approxkmv.steps.tables import model_tables, read_overview
+from approxkmv.steps.tables import masks_of, model_tables, read_overview
 
 
 def draw(tables: Path, model: str, stem: Path) -> list[Path]:
-    """From the per-head table and the overview of one model, write STEM.pdf and STEM.png."""
+    """From the per-head table and the overview of one model, write STEM.pdf and STEM.png; masked too if it is there."""
     names = model_tables(tables, model)
     facts = read_overview(names.overview)
-    values = grid(read_table(names.heads), "max_ratio")
-    width, height = size_of(values)
-    figure = new_figure(width + 1.7, height + 1.35)
-    axes = figure.add_subplot()
+    table = read_table(names.heads)
+    masks = masks_of(table, "max_ratio")
+    values = grid(table, "max_ratio")
+    figure, panels = new_panels(values, *((len(masks), 1) if is_wide(values) else (1, len(masks))))
     bound = facts["paper_bound"]
-    draw_heatmap(
-        figure,
-        axes,
-        values,
-        low=0.05,
-        high=100.0,
-        ticks=(0.1, 0.3, 1, 3, 10, 30, 100),
-        bound=bound,
-        label="largest c over texts and prefixes",
-    )
-    above = facts["layers"] * facts["heads"] - facts["heads_within_bound"]
-    figure.suptitle(facts["label"], fontsize=10, fontweight="bold", x=0.02, ha="left")
-    axes.set_title(
-        f"Head-to-tail ratio c on {facts['texts_used']} texts of {facts['corpus']}\n"
-        f"outlined: above the paper's bound {bound:g} ({above} of {facts['layers'] * facts['heads']} heads)",
-        fontsize=8,
-        loc="left",
+    for axes, before in zip(panels, masks, strict=True):
+        draw_heatmap(
+            figure,
+            axes,
+            grid(table, f"{before}max_ratio"),
+            low=0.05,
+            high=100.0,
+            ticks=(0.1, 0.3, 1, 3, 10, 30, 100),
+            bound=bound,
+            label="largest c over texts and prefixes",
+        )
+        above = int((table[f"{before}max_ratio"] > bound).sum())
+        axes.set_title(
+            f"{ENTRIES[before]}\noutlined: above the paper's bound {bound:g} ({above} of {len(table)} heads)",
+            fontsize=8,
+            loc="left",
+        )
+    figure.suptitle(
+        f"{facts['label']}\nhead-to-tail ratio c on {facts['texts_used']} texts of {facts['corpus']}",
+        fontsize=9,
+        x=0.02,
+        ha="left",
     )
     return save(figure, stem)

@@ -7,56 +7,56 @@ from typing import Any
 
 import numpy as np
 
-from approxkmv.figures.heatmap import draw_heatmap, grid, size_of
-from approxkmv.figures.style import new_figure, save, short
+from approxkmv.figures.heatmap import draw_heatmap, grid, is_wide, new_panels
+from approxkmv.figures.style import ENTRIES, save, short
 from approxkmv.files import read_table
-from approxkmv.steps.tables import model_tables, read_overview
+from approxkmv.steps.tables import masks_of, model_tables, read_overview
+
+# 1 is the least that a ratio can be. The paper says "about 1" of K_(n)/K_(n+1): a narrow scale where that holds.
+WIDE: dict[str, Any] = {"low": 1.0, "high": 1000.0, "ticks": (1, 3, 10, 30, 100, 300, 1000)}
+NARROW: dict[str, Any] = {"low": 1.0, "high": 1.1, "ticks": (1.0, 1.02, 1.04, 1.06, 1.08, 1.1)}
+
+TITLE: dict[str, Any] = {"fontsize": 8, "loc": "left"}
 
 
 def draw(tables: Path, model: str, stem: Path) -> list[Path]:
-    """From the per-head table and the overview of one model, write STEM.pdf and STEM.png."""
+    """From the per-head table and the overview of one model, write STEM.pdf and STEM.png; masked too if it is there.
+
+    Of a causal model a row of panels is over all entries and a row is masked; else the two stand as they fit best.
+    """
     names = model_tables(tables, model)
     facts = read_overview(names.overview)
     table = read_table(names.heads)
-    following, double = grid(table, "median_next_ratio"), grid(table, "median_double_ratio")
-    width, height = size_of(following)
-    # Wide grids one above the other, tall ones side by side.
-    stacked = following.shape[1] >= following.shape[0]
-    size = (width + 1.7, 2 * (height + 0.8) + 0.5) if stacked else (2 * (width + 1.5), height + 1.35)
-    figure = new_figure(*size)
-    first, second = figure.subplots(2, 1) if stacked else figure.subplots(1, 2)
-    # 1 is the least that a ratio can be. The paper says "about 1" of the first: a narrow scale where that holds.
-    wide: dict[str, Any] = {"low": 1.0, "high": 1000.0, "ticks": (1, 3, 10, 30, 100, 300, 1000)}
-    narrow: dict[str, Any] = {"low": 1.0, "high": 1.1, "ticks": (1.0, 1.02, 1.04, 1.06, 1.08, 1.1)}
-    scale = narrow if np.nanmax(following) <= 1.1 else wide
-    draw_heatmap(
-        figure,
-        first,
-        following,
-        **scale,
-        bound=None,
-        label="median over texts",
-        write=near_one,
-    )
-    draw_heatmap(
-        figure,
-        second,
-        double,
-        **wide,
-        bound=20.0,
-        label="median over texts",
-    )
+    masks = masks_of(table, "median_next_ratio")
+    values = grid(table, "median_next_ratio")
+    rows, columns = (len(masks), 2) if len(masks) > 1 or not is_wide(values) else (2, 1)
+    figure, panels = new_panels(values, rows, columns)
+    following = {before: grid(table, f"{before}median_next_ratio") for before in masks}
+    # One scale for both masks, so that a colour means the same in both.
+    scale = NARROW if max(map(np.nanmax, following.values())) <= NARROW["high"] else WIDE
+    for i, before in enumerate(masks):
+        first, second = panels[2 * i : 2 * i + 2]
+        draw_heatmap(
+            figure,
+            first,
+            following[before],
+            **scale,
+            bound=None,
+            label="median over texts",
+            write=near_one,
+        )
+        double = grid(table, f"{before}median_double_ratio")
+        draw_heatmap(figure, second, double, **WIDE, bound=20.0, label="median over texts")
+        first.set_title(
+            f"$K_{{(n)}}\\,/\\,K_{{(n+1)}}$, last of the head over first of the tail\n{ENTRIES[before]}", **TITLE
+        )
+        second.set_title(f"$K_{{(n)}}\\,/\\,K_{{(2n)}}$; outlined: above the paper's 20\n{ENTRIES[before]}", **TITLE)
     figure.suptitle(
-        f"{facts['label']}: {facts['texts_used']} texts of {facts['corpus']}",
-        fontsize=10,
-        fontweight="bold",
+        f"{facts['label']}\nratios of ordered entries on {facts['texts_used']} texts of {facts['corpus']}",
+        fontsize=9,
         x=0.02,
         ha="left",
     )
-    first.set_title(
-        "$K_{(n)}\\,/\\,K_{(n+1)}$, the last entry of the head over the first of the tail", fontsize=8, loc="left"
-    )
-    second.set_title("$K_{(n)}\\,/\\,K_{(2n)}$; outlined: above the paper's 20", fontsize=8, loc="left")
     return save(figure, stem)
 
 

@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from approxkmv.files import written_whole
+from approxkmv.steps.tables import MASKED
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Okabe and Ito's palette, readable with colour-blind eyes.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#B8A200")
+# Which entries of K a statistic is over, by what stands before its column.
+ENTRIES = {"": "every query with every key", MASKED: "no key after its query"}
 
 
 def new_figure(width: float, height: float) -> Figure:

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from approxkmv.files import read_table, write_csv
-from approxkmv.steps.tables import model_tables, read_overview
+from approxkmv.steps.tables import masks_of, model_tables, read_overview
 
 # Lengths with fewer texts than this say little about a trend.
 ENOUGH_CONTEXTS = 5
@@ -20,30 +20,40 @@ ABOUT_ONE = 1.05
 
 
 def compare(tables: Path, models: Sequence[str], out: Path) -> pd.DataFrame:
-    """Write and return paper_comparison.csv: claim, criterion, paper, model, ours, holds."""
+    """Write and return paper_comparison.csv: claim, criterion, paper, model, entries, ours, holds.
+
+    entries is `all`, which the paper's claims are about, and of a causal model again `causal`: the same criterion over
+    the entries that the model uses, of which the paper says nothing, so that its column is empty there.
+    """
     rows = []
     for model in models:
         names = model_tables(tables, model)
-        rows += claims(read_overview(names.overview), read_table(names.heads), read_table(names.scaling))
+        tables_of_model = read_overview(names.overview), read_table(names.heads), read_table(names.scaling)
+        for before in masks_of(tables_of_model[1], "max_ratio"):
+            rows += claims(*tables_of_model, before)
     table = pd.DataFrame(rows)
     write_csv(out, table)
     return table
 
 
-def claims(overview: Mapping, heads: pd.DataFrame, scaling: pd.DataFrame) -> list[dict]:
-    """The paper's claims for one model; each row says by which criterion it is judged."""
+def claims(overview: Mapping, heads: pd.DataFrame, scaling: pd.DataFrame, before: str = "") -> list[dict]:
+    """The paper's claims for one model; each row says by which criterion it is judged.
+
+    `before` is in front of the tables' columns: "" for all entries, MASKED for those that a causal model uses.
+    """
     bound = overview["paper_bound"]
     n_heads = len(heads)
-    within = float((heads["max_ratio"] <= bound).mean())
-    near_one = float((heads["median_next_ratio"] <= ABOUT_ONE).mean())
-    below_20 = float((heads["median_double_ratio"] <= 20).mean())
+    largest = float(heads[f"{before}max_ratio"].max())
+    within = float((heads[f"{before}max_ratio"] <= bound).mean())
+    near_one = float((heads[f"{before}median_next_ratio"] <= ABOUT_ONE).mean())
+    below_20 = float((heads[f"{before}median_double_ratio"] <= 20).mean())
     rows: list[tuple[str, str, float | None, float, bool | None]] = [
         (
             "c is at most a small constant for every head and text (Figures 1, 3)",
             f"largest c over {n_heads} heads and {overview['texts_used']} texts <= {bound:g}",
             bound,
-            float(heads["max_ratio"].max()),
-            bool(heads["max_ratio"].max() <= bound),
+            largest,
+            largest <= bound,
         ),
         (
             "share of heads whose largest c is within that constant",
@@ -67,7 +77,7 @@ def claims(overview: Mapping, heads: pd.DataFrame, scaling: pd.DataFrame) -> lis
             below_20 > 0.5,
         ),
     ]
-    slope, lengths = growth_exponent(scaling)
+    slope, lengths = growth_exponent(scaling, before)
     rows.append(
         (
             "c does not grow with the length of the context (Figure 4)",
@@ -81,8 +91,9 @@ def claims(overview: Mapping, heads: pd.DataFrame, scaling: pd.DataFrame) -> lis
         {
             "claim": claim,
             "criterion": criterion,
-            "paper": paper,
+            "paper": None if before else paper,
             "model": overview["model"],
+            "entries": "causal" if before else "all",
             "ours": ours,
             "holds": "undecided" if holds is None else "yes" if holds else "no",
         }
@@ -90,11 +101,12 @@ def claims(overview: Mapping, heads: pd.DataFrame, scaling: pd.DataFrame) -> lis
     ]
 
 
-def growth_exponent(scaling: pd.DataFrame) -> tuple[float, str]:
+def growth_exponent(scaling: pd.DataFrame, before: str = "") -> tuple[float, str]:
     """Least-squares slope of log(mean) against log(prefix), over lengths with enough texts; nan with fewer than two."""
     part = scaling[scaling["contexts"] >= min(ENOUGH_CONTEXTS, scaling["contexts"].max())]
-    part = part[part["mean"] > 0]
+    mean = f"{before}mean"
+    part = part[part[mean] > 0]
     if len(part) < 2:
         return float("nan"), "(too few lengths)"
-    slope = np.polyfit(np.log(part["prefix"]), np.log(part["mean"]), 1)[0]
+    slope = np.polyfit(np.log(part["prefix"]), np.log(part[mean]), 1)[0]
     return float(slope), f"{int(part['prefix'].min())} to {int(part['prefix'].max())}"

@@ -10,9 +10,8 @@ import pandas as pd
 from approxkmv.config import Study
 from approxkmv.files import read_table, write_csv
 from approxkmv.statistics.growth import FLOOR, Growth, fit_growth, verdict
-from approxkmv.steps.shards import read_shards
-from approxkmv.steps.tables import MASKED, model_tables
-from approxkmv.steps.texts import shard_count
+from approxkmv.steps.summarise import read_prefixes
+from approxkmv.steps.tables import masks_of, model_tables
 
 PLACE = ["layer", "head"]
 
@@ -26,8 +25,7 @@ def measure_growth(study: Study, model: str, texts: Path, statistics: Path, tabl
     over texts) and adjusted_ratio (the same with every text brought to the average text's level, since fewer texts
     reach long prefixes). Of a causal model both have each column again as masked_...
     """
-    shards = shard_count(texts, study.shard_contexts)
-    values = read_shards(statistics / f"{shard:04d}.prefixes.parquet" for shard in range(shards))
+    values = read_prefixes(study, model, texts, statistics)
     names = model_tables(tables, model)
     heads = read_table(names.heads).sort_values(PLACE)
     growth, curves = growth_of(values, heads, study.seed)
@@ -42,8 +40,7 @@ def growth_of(values: pd.DataFrame, heads: pd.DataFrame, seed: int) -> tuple[pd.
     # One row per text and prefix, one column per head: the index is the same for masked and unmasked.
     tables = {
         before: values.pivot(index=["context", "prefix"], columns=PLACE, values=f"{before}ratio").sort_index(axis=1)
-        for before in ("", MASKED)
-        if f"{before}ratio" in values
+        for before in masks_of(values, "ratio")
     }
     curves = None
     for before, wide in tables.items():

@@ -7,7 +7,7 @@ from pathlib import Path
 from approxkmv.errors import TableError
 from approxkmv.files import read_table
 from approxkmv.statistics.growth import VERDICTS
-from approxkmv.steps.tables import read_overview
+from approxkmv.steps.tables import masks_of, read_overview
 
 
 def lines(results: Path) -> list[str]:
@@ -20,17 +20,26 @@ def lines(results: Path) -> list[str]:
     for facts in overviews:
         heads = facts["layers"] * facts["heads"]
         skipped = f" ({facts['texts_too_short']} too short)" if facts["texts_too_short"] else ""
-        out += [
-            f"{facts['label']}: {facts['texts_used']} texts of {facts['corpus']}{skipped}",
-            f"  c is at most {facts['paper_bound']:g}, the paper's bound, for {facts['heads_within_bound']} of {heads} "
-            f"heads; median {facts['median_ratio']:.2f}, largest {facts['largest_ratio']:.1f} "
-            f"(layer {facts['largest_ratio_layer']}, head {facts['largest_ratio_head']}, counting from 0)",
-        ]
+        out.append(f"{facts['label']}: {facts['texts_used']} texts of {facts['corpus']}{skipped}")
         growth = results / "tables" / f"growth_{facts['model']}.csv"
-        if growth.is_file():
-            counts = read_table(growth)["verdict"].value_counts()
-            found = ", ".join(f"{word} {counts[word]}" for word in VERDICTS if word in counts)
-            out.append(f"  growth of c with the length: {found}")
+        verdicts = read_table(growth) if growth.is_file() else None
+        for before in masks_of(facts, "largest_ratio"):
+            within, median, largest, layer, head = (
+                facts[f"{before}{name}"]
+                for name in (
+                    *("heads_within_bound", "median_ratio", "largest_ratio"),
+                    *("largest_ratio_layer", "largest_ratio_head"),
+                )
+            )
+            where = "no key after its query: " if before else ""
+            out.append(
+                f"  {where}c is at most {facts['paper_bound']:g}, the paper's bound, for {within} of {heads} heads; "
+                f"median {median:.2f}, largest {largest:.1f} (layer {layer}, head {head}, counting from 0)"
+            )
+            if verdicts is not None:
+                counts = verdicts[f"{before}verdict"].value_counts()
+                found = ", ".join(f"{word} {counts[word]}" for word in VERDICTS if word in counts)
+                out.append(f"  {where}growth of c with the length: {found}")
     for facts in long_texts:
         out.append(f"{facts['label']}: n = {facts['lengths'][0]:,} to {facts['lengths'][-1]:,} on {facts['corpus']}")
         out += [f"  {line}" for line in facts["texts_missing"]]

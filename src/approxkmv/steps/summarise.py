@@ -12,7 +12,7 @@ from approxkmv.config import ModelEntry, Study, corpus_of
 from approxkmv.errors import TableError
 from approxkmv.files import write_csv, write_json
 from approxkmv.steps.shards import read_shards
-from approxkmv.steps.tables import MASKED, model_tables
+from approxkmv.steps.tables import MASKED, masks_of, model_tables
 from approxkmv.steps.texts import shard_count
 
 # exp of it is half of the largest float64, so that two of them still have a mean.
@@ -36,11 +36,11 @@ def summarise(
             "(and min_prefix), or take a longer unit of text"
         )
     table = per_head(values)
+    # Read before anything is written: without a prefix there is nothing to say about growth.
+    scaling = scaling_with_length(read_prefixes(study, model.name, texts, statistics))
     write_csv(tables.heads, table)
-    scaling = scaling_with_length(_together(statistics, shards, "prefixes.parquet"))
     write_csv(tables.scaling, scaling)
     used = taken[taken["used"]]
-    worst = table.iloc[int(table["max_ratio"].to_numpy().argmax())]
     overview = {
         "model": model.name,
         "label": model.label,
@@ -54,17 +54,42 @@ def summarise(
         "tokens_max": int(used["tokens"].max()),
         "layers": int(table["layer"].max()) + 1,
         "heads": int(table["head"].max()) + 1,
-        "largest_ratio": float(worst["max_ratio"]),
-        "largest_ratio_layer": int(worst["layer"]),
-        "largest_ratio_head": int(worst["head"]),
-        "median_ratio": float(table["max_ratio"].median()),
         "paper_bound": model.paper_bound,
-        "heads_within_bound": int((table["max_ratio"] <= model.paper_bound).sum()),
         "causal": f"{MASKED}max_ratio" in table,
         "provenance": provenance,
     }
+    for before in masks_of(table, "max_ratio"):
+        overview |= _largest_and_median(table, before, model.paper_bound)
     write_json(tables.overview, overview)
     return overview
+
+
+def _largest_and_median(heads: pd.DataFrame, before: str, bound: float) -> dict[str, Any]:
+    """What the overview says about c over heads; the keys begin with `before`."""
+    ratios = heads[f"{before}max_ratio"]
+    worst = heads.iloc[int(ratios.to_numpy().argmax())]
+    return {
+        f"{before}largest_ratio": float(ratios.max()),
+        f"{before}largest_ratio_layer": int(worst["layer"]),
+        f"{before}largest_ratio_head": int(worst["head"]),
+        f"{before}median_ratio": float(ratios.median()),
+        f"{before}heads_within_bound": int((ratios <= bound).sum()),
+    }
+
+
+def read_prefixes(study: Study, model: str, texts: Path, statistics: Path) -> pd.DataFrame:
+    """c at the prefixes of every text: context, layer, head, prefix, ratio and, of a causal model, masked_ratio.
+
+    Raises TableError when no text reaches any prefix: neither the scaling with length nor the growth has a value then.
+    """
+    values = _together(statistics, shard_count(texts, study.shard_contexts), "prefixes.parquet")
+    if values.empty:
+        shortest = min(prefix for prefix in study.prefixes if prefix >= study.min_prefix)
+        raise TableError(
+            f"model {model}: no text reaches the shortest of prefixes, {shortest} tokens: put a shorter one there "
+            f"(min_prefix is {study.min_prefix}), or take a longer unit of text"
+        )
+    return values
 
 
 def _together(folder: Path, shards: int, kind: str) -> pd.DataFrame:
@@ -84,9 +109,8 @@ def per_head(values: pd.DataFrame) -> pd.DataFrame:
     """
     groups = values.groupby(["layer", "head"], sort=True)
     table = pd.DataFrame({"contexts": groups.size()})
-    for before in ("", MASKED):
-        if f"{before}max_ratio" in values:
-            table = table.join(_over_contexts(values, before))
+    for before in masks_of(values, "max_ratio"):
+        table = table.join(_over_contexts(values, before))
     return table.reset_index()
 
 
@@ -121,13 +145,14 @@ def _over_contexts(values: pd.DataFrame, before: str) -> pd.DataFrame:
 def scaling_with_length(values: pd.DataFrame) -> pd.DataFrame:
     """A.1.3: per prefix length, the mean and standard deviation over contexts of the maximum of c over all heads.
 
-    median_of_heads is the mean over contexts of the median head, which the paper does not give.
+    median_of_heads is the mean over contexts of the median head, which the paper does not give. Of a causal model each
+    column but contexts is there again with masked_ in front.
     """
-    per_context = values.groupby(["prefix", "context"])["ratio"].agg(["max", "median"]).reset_index()
-    groups = per_context.groupby("prefix", sort=True)
-    return pd.DataFrame(
-        {
-            "contexts": groups.size(),
+    table = pd.DataFrame({"contexts": values.groupby("prefix", sort=True)["context"].nunique()})
+    for before in masks_of(values, "ratio"):
+        per_context = values.groupby(["prefix", "context"])[f"{before}ratio"].agg(["max", "median"]).reset_index()
+        groups = per_context.groupby("prefix", sort=True)
+        columns = {
             "mean": groups["max"].mean(),
             # Over the texts at hand, not an estimate for others: one text has deviation 0, not nan.
             "std": groups["max"].std(ddof=0),
@@ -135,4 +160,5 @@ def scaling_with_length(values: pd.DataFrame) -> pd.DataFrame:
             "max": groups["max"].max(),
             "median_of_heads": groups["median"].mean(),
         }
-    ).reset_index()
+        table = table.join(pd.DataFrame(columns).add_prefix(before))
+    return table.reset_index()

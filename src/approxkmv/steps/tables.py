@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,11 @@ from approxkmv.errors import TableError
 
 # In front of a column: the same statistic without the keys after each query, as a causal model sees them.
 MASKED = "masked_"
+
+
+def masks_of(table: Container[str], column: str) -> list[str]:
+    """What stands before `column` in a table (or among a dict's keys): nothing and, of a causal model, MASKED."""
+    return [before for before in ("", MASKED) if f"{before}{column}" in table]
 
 
 @dataclass(frozen=True)
