@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -133,30 +136,54 @@ def _listed_kernel(
     )
 
 
-def _widths(d: int, d_v: int, dtype: torch.dtype) -> tuple[int, int, str]:
+def _options(d: int, d_v: int, dtype: torch.dtype) -> dict[str, Any]:
+    """What a launch depends on beside its tiles: padded widths, precision, stages of the pipeline."""
     if d > 256 or d_v > 256:
         raise UnavailableError(f"the CUDA kernels hold up to 256 columns on chip, these inputs have {max(d, d_v)}")
-    value_width = 1 if d_v == 1 else max(16, triton.next_power_of_2(d_v))
-    # Three tensor-core products make one of float32's precision; plain tf32 would not be exact.
-    return max(16, triton.next_power_of_2(d)), value_width, "tf32x3" if dtype == torch.float32 else "ieee"
+    width, value_width = max(16, triton.next_power_of_2(d)), 1 if d_v == 1 else max(16, triton.next_power_of_2(d_v))
+    full = dtype == torch.float32
+    options: dict[str, Any] = {
+        "BD": width,
+        "BV": value_width,
+        # Three tensor-core products make one of float32's precision; plain tf32 would not be exact.
+        "PRECISION": "tf32x3" if full else "ieee",
+        "WIDEN": _INTERPRETED and dtype == torch.bfloat16,
+    }
+    if full and max(width, value_width) > 128:
+        # With tiles loaded ahead it would be up to 320 KiB of shared memory, of the 227 that a block may have on an
+        # H100; without them it is 192.
+        options["num_stages"] = 1
+    return options
+
+
+@contextmanager
+def on_device(device: torch.device) -> Iterator[None]:
+    """Make a CUDA device the current one, where Triton launches. A kernel too large for it raises UnavailableError."""
+    try:
+        # A negative index changes nothing.
+        with torch.cuda.device(device if device.type == "cuda" else -1):
+            yield
+    except triton.OutOfResources as error:
+        raise UnavailableError(
+            f"the CUDA kernels need more {error.name} than {device} has: {error.required}, there are {error.limit}"
+        ) from error
 
 
 def exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
     """softmax(scale q k^T) v for q (batch, n_q, d), k (batch, n_k, d), v (batch, n_k, d_v), the matrix never stored.
 
-    Raises UnavailableError where the columns do not fit on the chip.
+    Raises UnavailableError where the columns do not fit on the chip. The answer carries no gradient.
     """
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     batch, n_q, d = q.shape
     n_k, d_v = v.shape[1:]
-    width, value_width, precision = _widths(d, d_v, q.dtype)
+    options = _options(d, d_v, q.dtype)
     out = torch.empty(batch, n_q, d_v, device=q.device, dtype=torch.float32)
     rows, keys = (64, 64) if q.dtype == torch.bfloat16 else (64, 32)
-    _exact_kernel[(triton.cdiv(n_q, rows), batch)](
-        q, k, v, out, n_q, n_k, d, d_v, scale * _LOG2_E,
-        KEYS=n_k, BM=rows, BN=keys, BD=width, BV=value_width,
-        PRECISION=precision, WIDEN=_INTERPRETED and q.dtype == torch.bfloat16,
-    )  # fmt: skip
+    with on_device(q.device):
+        _exact_kernel[(triton.cdiv(n_q, rows), batch)](
+            q, k, v, out, n_q, n_k, d, d_v, scale * _LOG2_E, KEYS=n_k, BM=rows, BN=keys, **options
+        )  # fmt: skip
     return out.to(v.dtype)
 
 
@@ -177,15 +204,15 @@ def listed(
     """
     batch, rows, d = q.shape
     n_k, d_v = v.shape[1:]
-    width, value_width, precision = _widths(d, d_v, q.dtype)
+    options = _options(d, d_v, q.dtype)
     out = torch.empty(batch, rows, d_v, device=q.device, dtype=torch.float32)
     tile = min(64, max(16, triton.next_power_of_2(block)))
     blocks = near.shape[1]
-    _listed_kernel[(triton.cdiv(block, tile), blocks, batch)](
-        q.contiguous(), k.contiguous(), v.contiguous(), near.to(torch.int32).contiguous(),
-        (far_log.float() * _LOG2_E).contiguous(), far_value.float().contiguous(), out,
-        block, rows, n_k, near.shape[2], d, d_v, scale * _LOG2_E,
-        NEAR=near.shape[2], BM=tile, BN=32, BD=width, BV=value_width,
-        PRECISION=precision, WIDEN=_INTERPRETED and q.dtype == torch.bfloat16,
-    )  # fmt: skip
+    with on_device(q.device):
+        _listed_kernel[(triton.cdiv(block, tile), blocks, batch)](
+            q.contiguous(), k.contiguous(), v.contiguous(), near.to(torch.int32).contiguous(),
+            (far_log.float() * _LOG2_E).contiguous(), far_value.float().contiguous(), out,
+            block, rows, n_k, near.shape[2], d, d_v, scale * _LOG2_E,
+            NEAR=near.shape[2], BM=tile, BN=32, **options,
+        )  # fmt: skip
     return out
