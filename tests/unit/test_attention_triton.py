@@ -1,4 +1,7 @@
-"""The CUDA kernels in Triton's interpreter, chosen before the first import: in a process of its own."""
+"""The CUDA kernels: in Triton's interpreter, which is chosen before the first import, and on a GPU where there is one.
+
+Each run has a process of its own.
+"""
 
 import os
 import subprocess
@@ -6,18 +9,29 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 SCRIPT = Path(__file__).parents[1] / "gpu" / "check_kernels.py"
 
 
-def test_kernels_in_the_interpreter():
+def check_kernels(interpret: str, timeout: int) -> None:
     pytest.importorskip("triton")
     done = subprocess.run(
         [sys.executable, SCRIPT],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
+        env={**os.environ, "TRITON_INTERPRET": interpret},
         capture_output=True,
         text=True,
-        timeout=150,
+        timeout=timeout,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_kernels_in_the_interpreter():
+    check_kernels("1", 150)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_kernels_on_a_gpu():
+    check_kernels("0", 600)
