@@ -3,22 +3,121 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from approxkmv.config import SCHEMA
 from approxkmv.errors import ConfigError, TableError
-from approxkmv.figures import (
-    catalogue,
-    context_scaling,
-    growth,
-    growth_curves,
-    length_scaling,
-    max_ratios,
-    order_ratios,
-)
+from approxkmv.figures import catalogue, context_scaling, length_scaling
 from approxkmv.figures.style import short
+
+REFERENCE = SCHEMA.parents[2] / "results" / "reference"
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The figures that a test draws, in place of the files that they would be saved to."""
+    from matplotlib.figure import Figure
+
+    kept: list[Any] = []
+
+    def keep(figure: Figure, path: Path, **options: Any) -> None:
+        Path(path).touch()
+        if figure not in kept:
+            kept.append(figure)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    return kept
+
+
+def drawn_texts(figure: Any) -> list[tuple[str, np.ndarray]]:
+    """Every text that the figure shows, of titles, labels, ticks, legends, notes and cells, with its box in pixels."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.text import Text
+
+    found: list[tuple[str, np.ndarray]] = []
+    plain = Text.draw
+
+    # What is drawn is what is seen: many ticks that there are stand outside the axes' limits.
+    def draw(text: Text, renderer: Any) -> None:
+        plain(text, renderer)
+        if text.get_visible() and text.get_text().strip():
+            found.append((text.get_text(), Text.get_window_extent(text, renderer).extents))
+
+    figure.set_dpi(160)
+    FigureCanvasAgg(figure)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Text, "draw", draw)
+        figure.draw_without_rendering()
+    return found
+
+
+def misplaced_texts(figure: Any) -> list[str]:
+    """What a reader could not read: two texts of which one lies on the other, and texts cut by the figure's edge."""
+    found = drawn_texts(figure)
+    words, boxes = [word for word, _ in found], np.array([box for _, box in found])
+    # Boxes include a little air: a pixel is no overlap.
+    low, high = boxes[:, :2] + 1, boxes[:, 2:] - 1
+    wrong = [
+        f"{word!r} leaves the figure"
+        for word, start, end in zip(words, low, high, strict=True)
+        if (start < 0).any() or (end > figure.bbox.size).any()
+    ]
+    for i, word in enumerate(words):
+        over = ((low[i] < high[:i]) & (low[:i] < high[i])).all(axis=1)
+        wrong += [f"{word!r} lies on {words[j]!r}" for j in np.flatnonzero(over)]
+    return wrong
+
+
+def test_texts_that_overlap_or_are_cut_are_found():
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 3))
+    axes = figure.subplots()
+    axes.set_title("a title")
+    axes.plot([0, 1], label="a line")
+    axes.legend(loc="upper left")
+    assert {"a title", "a line", "0.0", "1.0"} <= {word for word, _ in drawn_texts(figure)}
+    assert misplaced_texts(figure) == []
+    axes.annotate("a note", (0.06, 0.93), xycoords="axes fraction")
+    axes.text(2.0, 0.5, "beyond", clip_on=False)
+    axes.text(0.5, 0.5, "unseen").set_visible(False)
+    axes.text(0.5, 0.5, "seen")
+    wrong = misplaced_texts(figure)
+    assert sum("lies on" in line for line in wrong) == 1
+    assert "'beyond' leaves the figure" in wrong
+    assert any("'a note'" in line and "'a line'" in line for line in wrong)
+
+
+MODELS = ["minilm-l6", "smollm2-135m"]
+OF_THE_REFERENCE = [
+    *[("embedded", name, [model]) for name in ("max_ratios", "order_ratios") for model in MODELS],
+    *[("embedded", name, [model]) for name in ("growth", "growth_curves") for model in MODELS],
+    ("embedded", "context_scaling", MODELS),
+    *[
+        (study, name, [])
+        for study in ("embedded", "long", "rows")
+        for name in ("speedup", "error_vs_time", "crossover")
+    ],
+    ("lengths", "length_scaling", ["smollm2-135m"]),
+    ("complexity", "complexity", []),
+]
+
+
+@pytest.mark.parametrize(("study", "name", "models"), OF_THE_REFERENCE)
+def test_no_text_of_the_reference_figures_lies_on_another(tmp_path, figures, study, name, models):
+    catalogue.draw(name, REFERENCE / study / "tables", models, tmp_path / name)
+    assert len(figures) == 1
+    assert misplaced_texts(figures[0]) == []
+
+
+def test_the_reference_figures_are_all_figures():
+    names = {*catalogue.PER_MODEL, *catalogue.PER_STUDY, *catalogue.PER_TABLE}
+    assert {name for _, name, _ in OF_THE_REFERENCE} == names
 
 
 @pytest.mark.parametrize(
@@ -56,38 +155,29 @@ def tables(folder, model: str, layers: int, heads: int, bound: float = 4.6) -> N
 
 
 @pytest.mark.parametrize(("layers", "heads"), [(1, 1), (6, 12), (30, 9), (48, 40)])
-def test_any_grid_is_drawn_and_no_cell_text_leaves_its_cell(tmp_path, monkeypatch, layers, heads):
+def test_any_grid_is_drawn_and_no_cell_text_leaves_its_cell(tmp_path, figures, layers, heads):
     tables(tmp_path, "m", layers, heads)
-    drawn = []
-
-    def keep(figure, stem):
-        drawn.append(figure)
-        return []
-
-    monkeypatch.setattr(max_ratios, "save", keep)
-    monkeypatch.setattr(order_ratios, "save", keep)
-    max_ratios.draw(tmp_path, "m", tmp_path / "x")
-    order_ratios.draw(tmp_path, "m", tmp_path / "y")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    for figure in drawn:
-        canvas = FigureCanvasAgg(figure)
-        canvas.draw()
-        for axes in figure.axes:
-            if len(axes.texts) != layers * heads:
-                continue
-            cell_width = abs(axes.transData.transform((1, 0))[0] - axes.transData.transform((0, 0))[0])
-            cell_height = abs(axes.transData.transform((0, 1))[1] - axes.transData.transform((0, 0))[1])
+    for name in ("max_ratios", "order_ratios"):
+        catalogue.draw(name, tmp_path, ["m"], tmp_path / name)
+    for figure in figures:
+        assert misplaced_texts(figure) == []
+        grids = [axes for axes in figure.axes if len(axes.texts) == layers * heads]
+        assert grids
+        for axes in grids:
+            cell = np.abs(axes.transData.transform((1, 1)) - axes.transData.transform((0, 0)))
             for text in axes.texts:
-                box = text.get_window_extent(canvas.get_renderer())
-                assert box.width < cell_width
-                assert box.height < cell_height
-        # What stands outside the cells: titles and labels, none over another.
-        outside = [a.title for a in figure.axes] + [a._left_title for a in figure.axes] + figure.texts
-        boxes = [t.get_window_extent(canvas.get_renderer()) for t in outside if t.get_text()]
-        for i, one in enumerate(boxes):
-            for other in boxes[:i]:
-                assert not one.overlaps(other)
+                box = text.get_window_extent(figure.canvas.get_renderer())
+                assert box.width < cell[0]
+                assert box.height < cell[1]
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_the_scaling_of_any_number_of_models_is_drawn(tmp_path, figures, count):
+    names = [f"m{i}" for i in range(count)]
+    for i, name in enumerate(names):
+        tables(tmp_path, name, 2, 3, bound=4.6 + i)
+    catalogue.draw("context_scaling", tmp_path, names, tmp_path / "x")
+    assert misplaced_texts(figures[0]) == []
 
 
 def test_files_are_the_same_bytes_each_time(tmp_path):
@@ -131,36 +221,20 @@ def growth_tables(folder, layers: int, heads: int, masked: bool) -> None:
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(("layers", "heads"), [(1, 1), (6, 12), (30, 9)])
-def test_growth_is_drawn_with_failing_heads_outlined_and_nothing_overlapping(
-    tmp_path, monkeypatch, layers, heads, masked
-):
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
+def test_growth_is_drawn_with_failing_heads_outlined_and_nothing_overlapping(tmp_path, figures, layers, heads, masked):
     tables(tmp_path, "m", layers, heads)
     facts = json.loads((tmp_path / "overview_m.json").read_text()) | {"label": "all-MiniLM-L6-v2 (BERT, 6 × 12 heads)"}
     (tmp_path / "overview_m.json").write_text(json.dumps(facts))
     growth_tables(tmp_path, layers, heads, masked)
-    drawn = []
-    for module in (growth, growth_curves):
-        monkeypatch.setattr(module, "save", lambda figure, stem: drawn.append(figure) or [])
-        module.draw(tmp_path, "m", tmp_path / "x")
+    for name in ("growth", "growth_curves"):
+        catalogue.draw(name, tmp_path, ["m"], tmp_path / name)
     fails = sum((pd.read_csv(tmp_path / "growth_m.csv").filter(like="verdict") == "fails").sum())
-    assert sum(len(axes.patches) for axes in drawn[0].axes if axes.texts) == fails
-    for figure in drawn:
-        canvas = FigureCanvasAgg(figure)
-        canvas.draw()
-        outside = [a._left_title for a in figure.axes] + figure.texts + ([figure._suptitle] if figure._suptitle else [])
-        outside = list(dict.fromkeys(text for text in outside if text.get_text()))
-        boxes = [text.get_window_extent(canvas.get_renderer()) for text in outside]
-        for i, one in enumerate(boxes):
-            assert one.x0 >= 0
-            assert one.x1 <= figure.bbox.width
-            for other in boxes[:i]:
-                assert not one.overlaps(other)
+    assert sum(len(axes.patches) for axes in figures[0].axes if axes.texts) == fails
+    for figure in figures:
+        assert misplaced_texts(figure) == []
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_long_texts_are_drawn(tmp_path, masked):
+def long_tables(folder: Path, masked: bool) -> None:
     generator = np.random.default_rng(2)
     index = pd.MultiIndex.from_product([[0, 1], [0, 1, 2], [64, 128, 256]], names=["layer", "head", "length"])
     table = index.to_frame(index=False)
@@ -168,8 +242,20 @@ def test_long_texts_are_drawn(tmp_path, masked):
         for column, _ in length_scaling.PANELS:
             # One head far beyond the axes: it must not squeeze the others.
             table[f"{before}{column}"] = 10 ** generator.uniform(-5, 300, len(table))
-    table.to_csv(tmp_path / "length_scaling_m.csv", index=False)
+    table.to_csv(folder / "length_scaling_m.csv", index=False)
     facts = {"label": "model m", "texts_used": 1, "corpus": "a corpus", "layers": 2, "heads": 3}
-    (tmp_path / "lengths_m.json").write_text(json.dumps(facts))
+    (folder / "lengths_m.json").write_text(json.dumps(facts))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_long_texts_are_drawn(tmp_path, masked):
+    long_tables(tmp_path, masked)
     first = [path.read_bytes() for path in catalogue.draw("length_scaling", tmp_path, ["m"], tmp_path / "one")]
     assert first == [path.read_bytes() for path in catalogue.draw("length_scaling", tmp_path, ["m"], tmp_path / "two")]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_no_text_of_long_texts_lies_on_another(tmp_path, figures, masked):
+    long_tables(tmp_path, masked)
+    catalogue.draw("length_scaling", tmp_path, ["m"], tmp_path / "x")
+    assert misplaced_texts(figures[0]) == []
