@@ -191,14 +191,16 @@ def lengths(
     log: Log = None,
 ) -> None:
     """Long texts: c, order ratios and keys per row at the study's lengths, on the queries and keys of a shard."""
-    from approxkmv.progress import LOG, log_to, step
+    from approxkmv.progress import LOG, Times, log_to, step
 
     log_to(log)
     chosen = _study(config, study)
     with step(f"lengths    {model}, {activations.stem}") as notes:
         from approxkmv.steps.lengths import measure_lengths
 
-        missing = measure_lengths(chosen, model, activations, contexts, out)
+        times = Times()
+        missing = measure_lengths(chosen, model, activations, contexts, out, times)
+        notes.append(f"({chosen.device}: {times})")
         if missing:
             notes.append("lengths left out")
     for line in missing:

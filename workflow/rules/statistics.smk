@@ -116,9 +116,11 @@ rule lengths:
     conda:
         "../../environment.yml"
     threads: workflow.cores
+    resources:
+        gpu=int(STUDY.device == "cuda"),
     params:
         config=lambda wildcards: SETTINGS,
-        lengths=STUDY.lengths,
+        settings=(STUDY.lengths, STUDY.device),
     shell:
         "approxkmv lengths --model {wildcards.model} --activations {input.tensors} --contexts {input.contexts} "
         "--config {params.config} --out {output} --log {log}"

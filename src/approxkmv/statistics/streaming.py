@@ -1,6 +1,7 @@
 """Statistics of one long text without any n x n array: strips of rows, one pass, candidates and a running far tail.
 
-The same torch code runs on CPU and CUDA; on the CPU a compiled loop (streaming_cpu.py) does the work of a strip.
+Torch makes the logits of a strip on the device of its input. What is done with them is a compiled loop on the CPU
+(streaming_cpu.py) and plain torch on any other device (add_strip_by_torch); tests hold the two against each other.
 
 No sum over the n or 2n largest entries needs an entry that is not among the 2n largest seen so far. So a pass over the
 strips keeps as candidates the entries above a bound, cut back to the 2n largest whenever there are too many, which

@@ -10,11 +10,11 @@ import pandas as pd
 import torch
 
 from approxkmv.config import ModelEntry, Study, corpus_of
-from approxkmv.errors import ApproxKMVError, NonFiniteError, TableError
+from approxkmv.errors import ApproxKMVError, ConfigError, NonFiniteError, TableError
 from approxkmv.files import read_table, write_csv, write_json
-from approxkmv.progress import progress
+from approxkmv.progress import Times, progress
 from approxkmv.statistics.streaming import SHARES, LengthStatistics, length_statistics
-from approxkmv.steps.activations import Activations, read_activations
+from approxkmv.steps.activations import Activations, Shard, read_activations
 from approxkmv.steps.shards import read_shards, write_shard
 from approxkmv.steps.tables import MASKED, length_tables
 from approxkmv.steps.texts import shard_count
@@ -25,13 +25,21 @@ COUNTS = [f"keys_{name}_{what}" for name in SHARE_NAMES for what in ("mean", "me
 VALUES = ["ratio", "log_next", "log_double", "softmax_ratio", "tail_exponent", *COUNTS]
 
 
-def measure_lengths(study: Study, model: str, activations: Path, contexts: Path, out: Path) -> list[str]:
+def measure_lengths(
+    study: Study, model: str, activations: Path, contexts: Path, out: Path, times: Times | None = None
+) -> list[str]:
     """Write a Parquet table with a row per text, layer, head and length; returns a line per text that is too short.
+
+    The statistics are computed on the study's device; `times` gets the seconds of each length, over all texts. They are
+    for the log and stand in no table, since a second run would write other bytes.
 
     The queries and keys of the first n tokens are those of a causal model on a text of n tokens; of another model they
     are those of the whole text, as in the paper's prefixes. Columns: see length_scaling; of a causal model each value
-    again as masked_...
+    again as masked_... Raises ConfigError for a device that is not there.
     """
+    if study.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"study {study.name} asks for device cuda, but there is none here: set device to cpu")
+    times = Times() if times is None else times
     shard = read_activations(activations)
     taken = read_table(contexts).set_index("context")
     tables: list[pd.DataFrame] = []
@@ -43,7 +51,8 @@ def measure_lengths(study: Study, model: str, activations: Path, contexts: Path,
             if len(fitting) < len(study.lengths):
                 missing.append(_missing(item.context, n, bool(taken.loc[item.context, "cut"]), study.lengths))
             for length in fitting:
-                tables.append(_one_length(model, item, shard.scales, length, shard.causal))
+                with times.of(f"{length:,} tokens"):
+                    tables.append(_one_length(model, item, shard, length, study.device))
                 bar.update(1)
     masks = ("", MASKED) if shard.causal else ("",)
     columns = PLACE | {f"{before}{name}": "float64" for before in masks for name in VALUES}
@@ -61,11 +70,13 @@ def _missing(context: int, n: int, cut: bool, lengths: tuple[int, ...]) -> str:
     return f"text {context}: no {left_out}, {why}"
 
 
-def _one_length(model: str, item: Activations, scales: torch.Tensor, length: int, causal: bool) -> pd.DataFrame:
+def _one_length(model: str, item: Activations, shard: Shard, length: int, device: str) -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
-    for layer, (q, k, scale) in enumerate(zip(item.queries, item.keys, scales.tolist(), strict=True)):
+    for layer, (q, k, scale) in enumerate(zip(item.queries, item.keys, shard.scales.tolist(), strict=True)):
         try:
-            heads = length_statistics(q[:, :length], k[:, :length], scale, causal=causal)
+            # A layer at a time: all layers of a long text might not fit on the device.
+            q_here, k_here = (x[:, :length].to(device) for x in (q, k))
+            heads = length_statistics(q_here, k_here, scale, causal=shard.causal)
         except ApproxKMVError as error:
             raise NonFiniteError(f"model {model}, context {item.context}, layer {layer}: {error}") from error
         for head, masks in enumerate(heads):
