@@ -58,6 +58,103 @@ SMALL: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Configuration class and settings by the name that the tests use."""
 
+_ROBERTA = _BERT | {"max_position_embeddings": 42}
+_GPT = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 40}
+_WIDE = _LLAMA | {"head_dim": 16}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "BERT": SMALL["bert"],
+    "RoBERTa": SMALL["roberta"],
+    "XLM-R": ("XLMRobertaConfig", _ROBERTA),
+    "CamemBERT": ("CamembertConfig", _ROBERTA),
+    "Data2Vec-text": ("Data2VecTextConfig", _ROBERTA),
+    "DistilBERT": (
+        "DistilBertConfig",
+        {"dim": 32, "n_layers": 3, "n_heads": 4, "hidden_dim": 48, "max_position_embeddings": 40},
+    ),
+    "ELECTRA": ("ElectraConfig", _BERT | {"embedding_size": 16}),
+    "ALBERT": ("AlbertConfig", _BERT | {"embedding_size": 16}),
+    "ModernBERT": ("ModernBertConfig", _BERT | {"local_attention": 4, "global_attn_every_n_layers": 2}),
+    "NomicBERT": ("NomicBertConfig", _BERT),
+    "EuroBERT": ("EuroBertConfig", _LLAMA),
+    "MobileBERT": ("MobileBertConfig", _BERT | {"embedding_size": 32}),
+    "GPT-2": SMALL["gpt2"],
+    "GPT-NeoX": ("GPTNeoXConfig", _BERT),
+    "GPT-BigCode": ("GPTBigCodeConfig", _GPT),
+    "BioGPT": ("BioGptConfig", _BERT),
+    "Llama": SMALL["llama"],
+    "Mistral": ("MistralConfig", _LLAMA | {"sliding_window": 4}),
+    "Mixtral": ("MixtralConfig", _LLAMA | {"num_local_experts": 4}),
+    "Qwen2": ("Qwen2Config", _LLAMA),
+    "Qwen3": SMALL["qwen3"],
+    "Qwen3-MoE": ("Qwen3MoeConfig", _WIDE | _EXPERTS),
+    "Gemma": ("GemmaConfig", _WIDE),
+    "Gemma3 (text)": (
+        "Gemma3TextConfig",
+        _WIDE
+        | {"sliding_window": 4, "query_pre_attn_scalar": 100}
+        | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    ),
+    "Phi": ("PhiConfig", _LLAMA),
+    "Phi-3": ("Phi3Config", _LLAMA),
+    "OLMo": ("OlmoConfig", _LLAMA),
+    "OLMo2": ("Olmo2Config", _LLAMA),
+    "Cohere": ("CohereConfig", _LLAMA),
+    "StableLM": ("StableLmConfig", _LLAMA),
+    "StarCoder2": ("Starcoder2Config", _LLAMA),
+    "Granite": ("GraniteConfig", _LLAMA | {"attention_multiplier": 0.25}),
+    "SmolLM3": ("SmolLM3Config", _LLAMA),
+    "GLM-4": ("Glm4Config", _WIDE),
+    "DeepSeek-V3": (
+        "DeepseekV3Config",
+        _BERT
+        | {"num_key_value_heads": 4, "q_lora_rank": 12, "kv_lora_rank": 12}
+        | {"qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8, "first_k_dense_replace": 1}
+        | {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1}
+        | {"moe_intermediate_size": 16, "n_shared_experts": 1},
+    ),
+    "CLIP (text)": ("CLIPTextConfig", _BERT),
+    "OPT": SMALL["opt"],
+    "GPT-OSS": ("GptOssConfig", _WIDE | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4}),
+    "GPT-1": SMALL["openai-gpt"],
+}
+"""By the names of docs/add-a-model.md: those whose attentions follow from q and k alone (and a mask, or a sink)."""
+
+REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
+    "GPT-J": ("GPTJConfig", {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4}),
+    "GPT-Neo": (
+        "GPTNeoConfig",
+        {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "attention_types": [[["global"], 2]]},
+    ),
+    "CodeGen": ("CodeGenConfig", {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4}),
+    "DeBERTa": ("DebertaConfig", _BERT),
+    "DeBERTa-v2": ("DebertaV2Config", _BERT),
+    "BLOOM": ("BloomConfig", {"hidden_size": 32, "n_layer": 2, "n_head": 4}),
+    "Falcon": ("FalconConfig", {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}),
+    "MPT": ("MptConfig", {"d_model": 32, "n_layers": 2, "n_heads": 4}),
+    "XLNet": ("XLNetConfig", {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48}),
+    "XLM": ("XLMConfig", {"emb_dim": 32, "n_layers": 2, "n_heads": 4}),
+    "XGLM": ("XGLMConfig", {"d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 48}),
+    "Longformer": ("LongformerConfig", _ROBERTA | {"attention_window": 4}),
+    "ConvBERT": ("ConvBertConfig", _BERT | {"embedding_size": 32}),
+    "RoFormer": ("RoFormerConfig", _BERT | {"embedding_size": 32}),
+    "Mamba": ("MambaConfig", {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}),
+    "Qwen3-Next": (
+        "Qwen3NextConfig",
+        _WIDE
+        | _EXPERTS
+        | {"shared_expert_intermediate_size": 16, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+        | {"linear_num_key_heads": 2, "linear_num_value_heads": 4},
+    ),
+    "ViT": (
+        "ViTConfig",
+        {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+        | {"image_size": 16, "patch_size": 8},
+    ),
+}
+"""By the names of docs/add-a-model.md: those whose queries and keys cannot be had."""
+
 
 def save_small(folder: Path, name: str, seed: int = 0) -> ModelLocation:
     """Save a random model whose attention is far from uniform, so that a wrong factor shows."""
@@ -65,8 +162,13 @@ def save_small(folder: Path, name: str, seed: int = 0) -> ModelLocation:
     return save_random(folder, class_name, settings, seed)
 
 
-def save_random(folder: Path, class_name: str, settings: dict[str, Any], seed: int = 0) -> ModelLocation:
-    """Save a random model of a configuration class, its matrices large enough for logits of about 1 to 5."""
+def save_random(
+    folder: Path, class_name: str, settings: dict[str, Any], seed: int = 0, gain: float = 1.5
+) -> ModelLocation:
+    """Save a random model of a configuration class, its matrices large enough for logits of about 1 to 5.
+
+    `gain` multiplies them: 1.5 suits layers behind a normalisation.
+    """
     torch.manual_seed(seed)
     config = getattr(transformers, class_name)(**{"vocab_size": VOCABULARY, "pad_token_id": 1} | settings)
     with quiet():
@@ -74,7 +176,7 @@ def save_random(folder: Path, class_name: str, settings: dict[str, Any], seed: i
         with torch.no_grad():
             for tensor in model.parameters():
                 if tensor.ndim == 2:
-                    tensor.normal_(0.0, 1.5 * tensor.shape[-1] ** -0.5)
+                    tensor.normal_(0.0, gain * tensor.shape[-1] ** -0.5)
         model.save_pretrained(folder)
     return ModelLocation(folder)
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from models_support import SMALL, TEXTS, own_attentions, recomputed, save_random, save_small
+from models_support import ARCHITECTURES, REFUSED, SMALL, TEXTS, own_attentions, recomputed, save_random, save_small
 from safetensors.torch import load_file, save_file
 
 from approxkmv.errors import CaptureError, InputError, NonFiniteError, SourceError
@@ -21,6 +22,7 @@ from approxkmv.models.loading import quiet
 # from each of a few matrix products; 1e-5 leaves an order of magnitude, and a wrong factor shows at 0.01 and more.
 ATOL = 1e-5
 CAUSAL = {"gpt2", "gpt2-unscaled", "gpt2-by-layer", "openai-gpt", "llama", "qwen3", "opt"}
+ROOT = Path(__file__).parents[2]
 EXACT = sorted(CAUSAL | {"bert", "roberta", "mpnet"})
 
 
@@ -180,23 +182,52 @@ def test_a_batch_that_is_no_batch_is_refused(tmp_path, batch, says):
         model.capture(batch)
 
 
-@pytest.mark.parametrize(
-    ("class_name", "settings"),
-    [
-        ("DebertaV2Config", SMALL["bert"][1]),
-        ("BloomConfig", {"hidden_size": 32, "n_layer": 2, "n_head": 4}),
-        ("MambaConfig", {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}),
-        ("GPTJConfig", {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4}),
-    ],
-)
-def test_an_architecture_that_hides_its_queries_is_refused_in_one_line(tmp_path, class_name, settings):
+@pytest.mark.parametrize("name", REFUSED)
+def test_an_architecture_that_hides_its_queries_is_refused_in_one_line(tmp_path, name):
+    class_name, settings = REFUSED[name]
     location = save_random(tmp_path, class_name, settings)
     with pytest.raises(CaptureError) as error:
         CapturableModel.load(location)
     assert "\n" not in str(error.value)
     assert class_name.removesuffix("Config") in str(error.value)
-    assert "models/openai_gpt.py" in str(error.value)
-    assert "docs/add-a-model.md" in str(error.value)
+    if name == "ViT":
+        assert "choose a model of text" in str(error.value)
+    else:
+        assert "models/openai_gpt.py" in str(error.value)
+        assert "docs/add-a-model.md" in str(error.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_of_the_list_gives_its_own_attentions(tmp_path, name):
+    # MobileBERT normalises nothing, and its logits would leave one key per row.
+    location = save_random(tmp_path, *ARCHITECTURES[name], gain=0.8 if name == "MobileBERT" else 1.5)
+    model = CapturableModel.load(location)
+    for text, captured in zip(TEXTS, model.capture(TEXTS), strict=True):
+        theirs = own_attentions(location, text).double()
+        assert captured.queries.shape[:3] == (model.n_layers, model.n_heads, len(text))
+        above = torch.ones(len(text), len(text), dtype=torch.bool).triu(1)
+        assert model.is_causal == bool((theirs[..., above] == 0).all())
+        # A sink (GPT-OSS) takes a share of each row: what is left is the softmax of q and k.
+        theirs = theirs / theirs.sum(-1, keepdim=True)
+
+        def ours(factor: float, captured=captured, theirs=theirs) -> torch.Tensor:
+            scales = factor * captured.scales[:, None, None, None]
+            logits = scales * (captured.queries.double() @ captured.keys.double().mT)
+            # Zeros are the model's own mask: no key after its query, or a sliding window.
+            return logits.masked_fill(theirs == 0, -torch.inf).softmax(-1)
+
+        torch.testing.assert_close(ours(1.0), theirs, atol=ATOL, rtol=0)
+        assert float((ours(1.5) - theirs).abs().amax((-1, -2)).min()) > 100 * ATOL
+
+
+def test_the_list_of_architectures_names_those_that_are_tested():
+    rows = re.findall(r"^\| (.+) \| (.+) \|$", (ROOT / "docs" / "add-a-model.md").read_text(encoding="utf-8"), re.M)[2:]
+    listed = {name: how for names, how in rows for name in names.split(", ")}
+    assert {name for name, how in listed.items() if how.startswith("refused")} == set(REFUSED)
+    # Tests of their own, since something is added to the logits, or a part of the model is left out.
+    apart = {"Gemma2", "MPNet", "T5", "BART"}
+    assert {name for name, how in listed.items() if not how.startswith("refused")} == set(ARCHITECTURES) | apart
 
 
 def test_a_layer_that_is_not_captured_is_an_error_and_not_a_shorter_answer(tmp_path):
