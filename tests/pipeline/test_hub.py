@@ -33,6 +33,12 @@ class Machine:
         self.environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_ETAG_TIMEOUT": "5"}
         self.environment |= {"HF_DATASETS_CACHE": str(folder / "home" / "datasets"), "HF_HUB_DOWNLOAD_TIMEOUT": "5"}
         shutil.copy(ROOT / "config.yaml", folder / "config.yaml")
+        # Snakemake's jobs call the command by its name.
+        command = folder / "bin" / "approxkmv"
+        command.parent.mkdir()
+        command.write_text(f"#!{sys.executable}\n{COMMAND}")
+        command.chmod(0o755)
+        self.environment["PATH"] = f"{command.parent}{os.pathsep}{self.environment['PATH']}"
 
     def approxkmv(self, *arguments: str, **changes: str) -> tuple[int, str]:
         command = [sys.executable, "-c", COMMAND, *arguments]
@@ -41,8 +47,8 @@ class Machine:
         )
         return run.returncode, run.stdout + run.stderr
 
-    def snakemake(self, **changes: str) -> tuple[int, str]:
-        command = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--cores", "2"]
+    def snakemake(self, cores: int = 2, **changes: str) -> tuple[int, str]:
+        command = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--cores", str(cores)]
         run = subprocess.run(
             [*command, "--config", "study=paper"],
             cwd=self.folder,
@@ -100,7 +106,14 @@ def test_a_fault_of_the_hub_is_one_line_and_the_next_run_is_whole(machine: Machi
 
 
 @pytest.mark.slow
-def test_the_papers_study_from_an_empty_cache_then_offline(machine: Machine):
+def test_the_papers_study_with_a_fault_then_whole_then_offline(machine: Machine):
+    # One job at a time, so that one fails.
+    machine.hub.fault = "cut connection"
+    code, output = machine.snakemake(cores=1)
+    assert code == 2, output
+    assert any(name.partition("/")[2] in only_line(output) for name in machine.hub.repositories)
+    assert not list((machine.folder / "results" / "paper").glob("tables/*"))
+    machine.hub.fault = None
     code, output = machine.snakemake()
     assert code == 0, output
     tables = machine.folder / "results" / "paper" / "tables"
