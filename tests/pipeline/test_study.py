@@ -6,16 +6,19 @@ import hashlib
 import json
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pytest
 import torch
 from conftest import ROOT, Project
 
 from approxkmv import log_kernel
 from approxkmv.models import CapturableModel, ModelLocation
+from approxkmv.steps.shards import remove_damaged, remove_leftovers
 
 TABLES = ["heads_{m}.csv", "context_scaling_{m}.csv"]
 FIGURES = ["max_ratios_bert", "max_ratios_llama", "order_ratios_bert", "order_ratios_llama", "context_scaling"]
@@ -109,25 +112,67 @@ def test_the_report_is_one_html_file(finished):
     assert "paper_comparison" in html
 
 
-def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(finished, project: Project):
+def a_shard_is_done_and_another_under_way(project: Project) -> list[Path]:
+    """The finished statistics, once the queries and keys of another shard wait for theirs; before that nothing."""
+    # Shards go one at a time, so that what came before the one under way is finished in Snakemake's eyes too.
+    made = sorted((project.results / "statistics").glob("*/[!.]*.heads.parquet"))
+    waiting = [
+        path
+        for path in (project.results / "activations").glob("*/[!.]*.safetensors")
+        if project.results / "statistics" / path.parent.name / f"{path.stem}.heads.parquet" not in made
+    ]
+    return made if waiting else []
+
+
+def a_table_is_written(project: Project) -> list[Path]:
+    """The statistics of which a table is made, once there is one."""
+    models = [path.stem.removeprefix("overview_") for path in (project.results / "tables").glob("overview_*.json")]
+    return [path for m in models for path in (project.results / "statistics" / m).glob("[!.]*.heads.parquet")]
+
+
+@pytest.mark.parametrize("point", [a_shard_is_done_and_another_under_way, a_table_is_written])
+def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(finished, project: Project, point):
     process = project.start("--cores", "2")
-    deadline = time.monotonic() + 120
-    first = project.results / "statistics" / "bert" / "0001.contexts.csv"
-    other = project.results / "statistics" / "llama" / "0001.contexts.csv"
-    while not (first.exists() or other.exists()):
+    deadline = time.monotonic() + 300
+    while not (done := point(project)):
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    done = {p: p.stat().st_mtime_ns for p in (project.results / "statistics").rglob("*.heads.parquet")}
-    assert len(done) < 6
+    whole = fingerprints(finished[0].results)
+    before = fingerprints(project.results)
+    assert 0 < len(before) < len(whole), "the kill came after the end"
+    assert done
+    written = {path: path.stat().st_mtime_ns for path in done}
     code, output = project.snakemake()
     assert code == 0, output
-    for path, written in done.items():
-        assert path.stat().st_mtime_ns == written, f"{path} was made again"
-    assert fingerprints(project.results) == fingerprints(finished[0].results)
+    for path, time_before in written.items():
+        assert path.stat().st_mtime_ns == time_before, f"{path} was made again"
+    assert fingerprints(project.results) == whole
     assert not list(project.results.rglob(".*"))
+
+
+def test_half_written_files_are_left_to_living_processes_and_taken_from_dead_ones(tmp_path: Path):
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    folders = {kind: tmp_path / kind / "bert" for kind in ("activations", "statistics")}
+    for folder in folders.values():
+        folder.mkdir(parents=True)
+    for number in (os.getpid(), ended.pid):
+        (folders["activations"] / f".0000.{number}.safetensors").write_bytes(b"half")
+        (folders["statistics"] / f".0000.heads.{number}.parquet").write_bytes(b"half")
+    damaged = folders["activations"] / "0001.safetensors"
+    damaged.write_bytes(b"half")
+    lines = remove_damaged(tmp_path)
+    assert [str(damaged) in line for line in lines] == [True]
+    assert not damaged.exists()
+    assert len(list(tmp_path.rglob(".*"))) == 4
+    remove_leftovers(tmp_path)
+    assert {path.name for path in tmp_path.rglob(".*")} == {
+        f".0000.{os.getpid()}.safetensors",
+        f".0000.heads.{os.getpid()}.parquet",
+    }
 
 
 def test_damaged_shards_are_found_by_their_checksums_and_made_again(finished, project: Project):
