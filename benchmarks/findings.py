@@ -72,25 +72,49 @@ def verdict_rows(label: str, growth: pd.DataFrame) -> list[dict[str, str]]:
     return rows
 
 
-def failing(label: str, growth: pd.DataFrame) -> str:
-    """Which heads fail, how fast, and the worst of them."""
+def undecided_rows(label: str, growth: pd.DataFrame) -> list[dict[str, str]]:
+    """Why heads are undecided, by the reasons that the table gives."""
+    rows = []
+    for before in masks_of(growth, "exponent"):
+        reasons = growth.loc[growth[f"{before}verdict"] == UNDECIDED, f"{before}reason"]
+        why = {
+            f"g above {FAST:g}, c not yet above {FAR_BOUND:g}": "but c is at most",
+            f"g's interval on both sides of {FLAT:g} or {FAST:g}": "on both sides of",
+            "too few texts": "are needed",
+        }
+        counts = {name: int(reasons.str.contains(words, regex=False).sum()) for name, words in why.items()}
+        assert sum(counts.values()) == len(reasons), "a reason that is not known here"
+        rows.append(
+            {"model": label, "entries": MASK_NAMES[before], "undecided": str(len(reasons))}
+            | {name: str(count) for name, count in counts.items()}
+        )
+    return rows
+
+
+def where(growth: pd.DataFrame, before: str, verdict: str) -> str:
+    """How many heads of a verdict are in each layer that has any."""
+    per_layer = growth[growth[f"{before}verdict"] == verdict].groupby("layer").size()
+    return ", ".join(f"layer {layer}: {count}" for layer, count in per_layer.items()) or "none"
+
+
+def holding_and_failing(label: str, growth: pd.DataFrame) -> str:
+    """Which heads hold and which fail, how fast, and the worst of them."""
     out = []
-    layers = int(growth["layer"].max()) + 1
     for before in masks_of(growth, "exponent"):
         bad = growth[growth[f"{before}verdict"] == FAILS]
-        if bad.empty:
-            out.append(f"{label}, {MASK_NAMES[before]}: no head fails.\n")
-            continue
-        per_layer = bad.groupby("layer").size()
-        where = ", ".join(f"layer {layer}: {count}" for layer, count in per_layer.items())
+        holds = int((growth[f"{before}verdict"] == HOLDS).sum())
         g = bad[f"{before}exponent"]
-        out.append(
+        speed = f"Their g is {g.min():.2f} to {g.max():.2f}, median {g.median():.2f}. Those with the largest c:"
+        out += [
+            f"**{label}, {MASK_NAMES[before]}**\n",
+            paragraph(f"{holds} of {len(growth)} heads hold: {where(growth, before, HOLDS)}."),
             paragraph(
-                f"{label}, {MASK_NAMES[before]}: {len(bad)} of {len(growth)} heads fail, in {len(per_layer)} of "
-                f"{layers} layers ({where}; layers and heads count from 0). Their g is {g.min():.2f} to {g.max():.2f}, "
-                f"median {g.median():.2f}. Those with the largest c:"
-            )
-        )
+                f"{len(bad)} of {len(growth)} heads fail: {where(growth, before, FAILS)}. "
+                + (speed if len(bad) else "")
+            ),
+        ]
+        if bad.empty:
+            continue
         worst = bad.nlargest(WORST, f"{before}largest_ratio")
         shown = pd.DataFrame(
             {
@@ -143,7 +167,9 @@ def stronger_rows(label: str, heads: pd.DataFrame) -> list[dict[str, str]]:
                 "c of K": number(part["median_last_ratio"].median()),
                 "c of D⁻¹A": number(part["median_softmax_ratio"].median()),
                 "heads with c of D⁻¹A above c of K": f"{int((factor < 1).sum())} of {len(heads)}",
-                f"heads with c of D⁻¹A above {FAR_BOUND:g}": str(int((part["max_softmax_ratio"] > FAR_BOUND).sum())),
+                f"heads with c of D⁻¹A above {FAR_BOUND:g} on some text": str(
+                    int((part["max_softmax_ratio"] > FAR_BOUND).sum())
+                ),
                 "K_(n)/K_(n+1)": number(part["median_next_ratio"].median()),
                 "K_(n)/K_(2n)": number(part["median_double_ratio"].median()),
                 "tail exponent": number(part["median_tail_exponent"].median()),
@@ -202,14 +228,20 @@ def document(reference: Path, study: str, lengths: str) -> str:
             head holds when g's interval is below {FLAT:g}, or c extrapolated to n = {FAR_LENGTH:,} stays below
             {FAR_BOUND:g} at the interval's upper end; it fails when the interval is above {FAST:g} and c exceeds
             {FAR_BOUND:g} at a
-            length that was seen; it grows slowly when the interval is between the two; anything else is undecided, most
-            often because c grows fast from a level that is still low at these lengths. A causal model attends only
-            backwards: its second row counts the entries that its attention uses, the first all of K, as the paper
-            does."""
+            length that was seen; it grows slowly when the interval is between the two; anything else is undecided. A
+            causal model attends only backwards: its second row counts the entries that its attention uses, the first
+            all of K, as the paper does."""
         ),
         markdown(pd.DataFrame([row for m in models for row in verdict_rows(labels[m], growth[m])])) + "\n",
-        "## Which heads fail, and how fast\n",
-        *[failing(labels[m], growth[m]) for m in models],
+        "Why heads are undecided:\n",
+        markdown(pd.DataFrame([row for m in models for row in undecided_rows(labels[m], growth[m])])) + "\n",
+        "## Which heads hold and which fail, and how fast\n",
+        paragraph(
+            "Layers and heads count from 0. Every head with its g, interval, c, verdict and reason: "
+            + ", ".join(f"[growth_{m}.csv](../results/reference/{study}/tables/growth_{m}.csv)" for m in models)
+            + "."
+        ),
+        *[holding_and_failing(labels[m], growth[m]) for m in models],
         "## What that does to the cost bound\n",
         paragraph(
             f"""The proof of Theorem 1.1 uses the assumption once, as |K|₁ ≤ (1 + c) n. With c = n^g its terms have the
@@ -261,7 +293,8 @@ def document(reference: Path, study: str, lengths: str) -> str:
             f"""{len(models)} small models, one language, and these texts: half of the study's texts have at most
             {median:.0f} tokens, the longest {tokens}. c at {FAR_LENGTH:,} is an extrapolation of a power law far beyond
             what was seen; longer texts are the check on it as far as they go. The interval is over texts of one data
-            set and says nothing about other kinds of text."""
+            set and says nothing about other kinds of text. The speed of the statistics of long texts on a GPU is
+            unmeasured, and that they are the same there is a test that needs one."""
         ),
     ]
     return "\n".join(out)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -134,3 +136,23 @@ def test_the_tables_have_both_masks_side_by_side_and_curves_follow_the_fit():
         merged["adjusted_ratio"], merged["coefficient"] * merged["prefix"] ** merged["exponent"], rtol=1e-9
     )
     assert curves.groupby("prefix")["texts_x" if "texts_x" in curves else "texts"].first().tolist() == [40, 40, 26, 13]
+
+
+def test_the_findings_count_undecided_heads_by_the_reasons_of_the_verdicts(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    from findings import undecided_rows, where
+
+    found = [
+        verdict(growth(0.6, 0.9, 100.0), 0, 1.0),
+        verdict(growth(0.3, 0.7, 9.0), 0, 80.0),
+        verdict(growth(0.6, 0.7, 9.0), 0, 2.0),
+        verdict(growth(0.0, 0.0, 0.1, texts=4), 0, 0.1),
+        verdict(growth(-0.2, 0.0, 80.0), 0, 80.0),
+    ]
+    table = pd.DataFrame(found, columns=["verdict", "reason"]).assign(layer=[0, 0, 1, 1, 4], exponent=0.0)
+    row = undecided_rows("a model", table)[0]
+    assert row["undecided"] == "4"
+    assert list(row.values())[3:] == ["2", "1", "1"]
+    assert where(table, "", "undecided") == "layer 0: 2, layer 1: 2"
+    assert where(table, "", "holds") == "layer 4: 1"
+    assert where(table, "", "fails") == "none"
