@@ -1,4 +1,7 @@
-"""docs/add-a-method.md, followed to the letter on a copy of the package: one file and one line make a method."""
+"""docs/add-a-method.md, followed to the letter on a copy of the package: one file and one line make a method.
+
+The sweep runs it and the figures draw it.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +30,44 @@ assert counts.kernel_evaluations == 2 * 9 * 12
 assert torch.allclose(out, exact, atol=1e-5)
 """
 
+SWEEP = """
+from pathlib import Path
+
+import approxkmv, numpy as np
+from approxkmv.figures import crossover, error_vs_time, speedup, style, sweep_table
+from approxkmv.sweep import SweepSettings, run_sweep
+
+assert approxkmv.__file__.startswith({folder!r}), approxkmv.__file__
+np.save("vectors.npy", np.random.default_rng(0).normal(size=(600, 8)).astype(np.float32))
+run_sweep(
+    SweepSettings.from_mapping(
+        {{
+            "workloads": [{{"name": "glove-split", "lengths": [60, 120], "path": "vectors.npy"}}],
+            "methods": ["exact-fused", "mean", "my-method"],
+            "targets": [0.5],
+            "repeats": 2,
+            "warmups": 0,
+            "threads": 1,
+        }}
+    ),
+    Path("sweep.csv"),
+    {{}},
+    say=print,
+)
+drawn = []
+style.save = lambda figure, stem: drawn.append(figure) or []
+for module in (speedup, error_vs_time, crossover):
+    module.draw(Path("sweep.csv"), Path(module.__name__), **({{}} if module is error_vs_time else {{"target": 0.5}}))
+for figure in drawn[:2]:
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert {{"mean", "my-method"}} <= set(names), names
+found = sweep_table.colours(sweep_table.read_sweep(Path("sweep.csv")))
+assert list(found) == ["mean", "exact-fused", "my-method"], found
+assert found["my-method"] not in sweep_table.COLOURS.values(), found
+# The legend of the crossovers is of baselines; methods are the names of its rows.
+assert "my-method" in [label.get_text() for label in drawn[2].axes[0].get_yticklabels()]
+"""
+
 
 def test_one_file_and_one_line_add_a_method(tmp_path):
     text = (ROOT / "docs" / "add-a-method.md").read_text(encoding="utf-8")
@@ -48,6 +89,7 @@ def test_one_file_and_one_line_add_a_method(tmp_path):
         assert done.returncode == 0, done.stdout + done.stderr
 
     run("-c", USE.format(folder=str(tmp_path)))
+    run("-c", SWEEP.format(folder=str(tmp_path)))
     tests = [str(ROOT / "tests" / "unit" / f"test_attention_{part}.py") for part in ("contract", "counting")]
     # Its own tests alone; none would be an error of pytest's (5), so that this cannot pass on nothing.
     run("-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "my-method", f"--rootdir={tmp_path}", *tests)

@@ -7,8 +7,6 @@ from approxkmv.attention import UnavailableError, get, methods
 from approxkmv.attention import exact_naive as naive_module
 from approxkmv.errors import InputError
 
-BIASED_BY_DESIGN = {"mean", "uniform", "own-key"}
-
 
 @pytest.fixture(autouse=True)
 def _one_thread():
@@ -49,9 +47,42 @@ def test_shape_type_and_finite(name, n_q, n_k, d, d_v, dtype):
     assert out.shape == (2, n_q, d_v)
     assert out.dtype == dtype
     assert bool(out.isfinite().all())
-    # Logits have deviation 1 here: even the mean of the values is within a few tenths of the answer.
-    gap = (out.double() - exact(q, k, v, d**-0.5)).norm() / v.double().norm()
-    assert gap < 1.0
+    if dtype == torch.bfloat16:
+        # Rounding the answer to 8 bits moves it by 2^-9 of its size at most, and methods that multiply in bfloat16
+        # round logits and weights alike; choices that depend on the seed must not change.
+        same = get(name)(q.float(), k.float(), v.float(), scale=d**-0.5, seed=3)
+        assert float((out.float() - same).norm()) < 2**-7 * float(same.norm())
+
+
+def gap_to_the_means(method, **parameters):
+    """Distance from exact attention, over that of the mean of the values, where that is a fair competitor.
+
+    Values follow the keys, so that it matters which are attended to (logits have deviation 2), and their mean is 4, so
+    that an answer of zeros scores 6.7.
+    """
+    q, k, v = inputs(203, 203, 16, 3)
+    q, v = 2 * q, 0.5 * v + k[..., :1] + 4
+    right = exact(q, k, v, 0.25)
+    out = method(q, k, v, scale=0.25, seed=3, **parameters)
+    return float((out.double() - right).norm() / (v.double().mean(1, keepdim=True) - right).norm())
+
+
+@pytest.mark.parametrize("name", methods())
+def test_answers_beat_the_mean_of_the_values(name):
+    """The seed is fixed. Of 20 others none gave a method more than 0.63 with its defaults or 0.01 at its grid's end.
+
+    The cheapest setting may be worse than the mean (3.1 at most), not as bad as zeros.
+    """
+    method = get(name)
+    if method.exact:
+        assert gap_to_the_means(method) < 1e-4
+    elif method.trivial:
+        # Rows that others should beat: nearly as good as the mean of the values, which is one of them.
+        assert gap_to_the_means(method) < 1.5
+    else:
+        assert gap_to_the_means(method, **method.grid[0]) < 5
+        assert gap_to_the_means(method) < 0.9
+        assert gap_to_the_means(method, **method.grid[-1]) < 0.2
 
 
 @pytest.mark.parametrize("name", methods())

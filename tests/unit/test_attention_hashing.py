@@ -278,8 +278,35 @@ def test_groups_share_the_tables_out():
     # Tables 0, 3, 6 make the first group, 1 and 4 the second, 2 and 5 the third.
     weights = torch.tensor([3.0, 2.0, 2.0]) / 7
     assert torch.allclose(together[0], torch.einsum("g,gnw->nw", weights, apart), rtol=1e-5, atol=1e-6)
-    medians = get("vkde-lsh")(q[None], k[None], v[None], scale=1.0, **given, groups=3)
-    assert bool(medians.isfinite().all())
+
+
+@pytest.mark.parametrize("groups", [3, 4])
+def test_the_answer_is_the_quotient_of_the_medians(groups):
+    q, k, v = inputs(60, 60, 5, 2)
+    given = {"tables": 12, "bucket": 30, "groups": groups}
+    both, _ = vkde_lsh.sums(q, k - k.mean(0), v, torch.Generator().manual_seed(0), **given)
+    medians = np.median(both.numpy(), axis=0)
+    # A query of which half of the groups met no key has an answer of another kind.
+    met = medians[:, -1] > 0
+    assert met.mean() > 0.9
+    out = get("vkde-lsh")(q[None], k[None], v[None], scale=1.0, seed=0, **given)[0].numpy()
+    assert np.allclose(out[met], (medians[:, :-1] / medians[:, -1:])[met], rtol=1e-5, atol=1e-6)
+
+
+def test_a_median_of_three_means_misses_by_less_than_one_of_them():
+    """The error that one row in a hundred exceeds, over 60 rows and 100 seeds.
+
+    Over 16 sets of 100 other seeds the quotient was 0.57 with a deviation of 0.05: 0.8 is 4.5 of them away, a false
+    alarm of 1e-5, and none with these seeds. An answer from one group alone had quotients of 0.89 to 1.09.
+    """
+    q, k, v = inputs(60, 60, 8, 1)
+    right = exact(q, k, v, 1.0)
+
+    def missed_by(**given):
+        outs = [get("vkde-lsh")(q[None], k[None], v[None], scale=1.0, seed=s, bucket=12, **given) for s in range(100)]
+        return float((torch.cat(outs).double() - right).abs().quantile(0.99))
+
+    assert missed_by(tables=24, groups=3) < 0.8 * missed_by(tables=8)
 
 
 def test_a_far_cluster_of_equal_keys_is_exact():

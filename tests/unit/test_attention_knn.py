@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import chi2
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from approxkmv.attention import UnavailableError, acceleration, get
+from approxkmv.attention import UnavailableError, acceleration, get, lazy_gumbel
 from approxkmv.attention.knn import head_size, sampled_attention
 from approxkmv.attention.knn_gradients import estimated_gradients, knn_attention, random_walks
 from approxkmv.errors import InputError
@@ -73,9 +74,10 @@ def test_samples_have_the_softmax_as_their_distribution(head, loops, monkeypatch
     assert len(rows) == len(keys)
 
 
-@pytest.mark.parametrize("head", ["exact", "sampled"])
-def test_the_answer_is_unbiased_and_its_head_alone_is_not(head):
-    """30 combinations of the entries over 250 seeds, each within 4.5 standard errors."""
+@pytest.mark.parametrize(("head", "rows"), [("exact", 60), ("sampled", 60), ("exact", 7)])
+def test_the_answer_is_unbiased_and_its_head_alone_is_not(head, rows, monkeypatch):
+    """30 combinations of the entries over 250 seeds, each within 4.5 standard errors, with so many rows at a time."""
+    monkeypatch.setattr(lazy_gumbel, "_MARKS", rows * 151)
     q, k, v = heads(60, 150, 6, 2)
     method = get("knn")
     right = exact(q, k, v)
@@ -126,6 +128,27 @@ def test_additive_and_multiplicative_bounds(head):
     # A tenth of the samples would not keep the additive bound of all of them: it is no empty statement.
     rough = get("knn")(q[None], k[None], v[None], scale=1.0, samples=samples // 100, head="sampled")[0]
     assert float((rough.double() - exact(q, k, v)).abs().max()) > float(v.abs().max()) * (2 * union / samples) ** 0.5
+
+
+def test_no_array_is_as_large_as_all_pairs():
+    class Largest(TorchDispatchMode):
+        seen = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, (tuple, list)) else [out]:
+                if isinstance(tensor, torch.Tensor):
+                    self.seen = max(self.seen, tensor.numel())
+            return out
+
+    n = 4000
+    q, k, _ = heads(n, n, 4, 1)
+    best = (q @ k.mT).topk(64)
+    with Largest() as largest:
+        lazy_gumbel.sample_rows(
+            q, k, best.indices, best.values, best.values.amin(1), n, 1, torch.Generator().manual_seed(0)
+        )
+    assert 64 * n <= largest.seen < n * n / 3
 
 
 def test_the_head_is_the_root_of_the_keys_unless_given():
@@ -223,41 +246,63 @@ def test_walks_keep_the_bound_of_the_paper():
     for seed in range(3):
         generator = torch.Generator().manual_seed(seed)
         sampled = sampled_attention(q, k, generator, top=0, samples=600, index="flat", head="sampled")
-        found = random_walks(sampled, x, walks, generator)
+        found = random_walks(sampled, x, 40, walks, generator)
         bound = x.abs().sum(0) * (2 * math.log(2 * 40 * 3 / 0.01) / walks) ** 0.5
         assert bool(((found.double() - right).abs() < bound).all())
         assert float((found.double() - right).norm()) < 0.25 * float(right.norm())
+
+
+def test_walks_are_unbiased_even_where_they_use_a_step_again():
+    """20 combinations of the entries over 300 seeds, each within 4.5 standard errors."""
+    q, k, _ = heads(12, 40, 4, 1)
+    x = torch.randn(12, 2, generator=torch.Generator().manual_seed(4))
+    right = (q.double() @ k.double().mT).softmax(1).mT @ x.double()
+    found = []
+    for seed in range(300):
+        generator = torch.Generator().manual_seed(seed)
+        sampled = sampled_attention(q, k, generator, top=0, samples=2, index="flat", head="sampled")
+        found.append(random_walks(sampled, x, 40, 60, generator).double())
+    signs = torch.from_numpy(np.random.default_rng(0).choice([-1.0, 1.0], (20, 40, 2)))
+    combined = torch.einsum("cnw,snw->sc", signs, torch.stack(found))
+    assert within(combined, torch.einsum("cnw,nw->c", signs, right)) < SIGMAS
+    # Errors small enough to see a bias of a quarter of the product
+    assert float(combined.std(0).mean()) / 300**0.5 * SIGMAS < float(right.abs().sum()) / 4
 
 
 def test_walks_want_single_steps():
     q, k, _ = heads(5, 40, 4, 1)
     sampled = sampled_attention(q, k, torch.Generator(), top=0, samples=4, index="flat", head="exact")
     with pytest.raises(InputError, match="head='sampled'"):
-        random_walks(sampled, torch.ones(5, 1), 10, torch.Generator())
+        random_walks(sampled, torch.ones(5, 1), 40, 10, torch.Generator())
 
 
-@pytest.mark.parametrize("is_convex", [True, False])
-def test_training_with_sampled_gradients_follows_the_exact_run(is_convex):
-    """Regression on attention's answers: over V alone, which is convex, or over Q, K and V."""
+@pytest.mark.parametrize(("trained", "rate"), [("v", 6.0), ("qkv", 2.0), ("qk", 2.0)])
+def test_training_with_sampled_gradients_follows_the_exact_run(trained, rate):
+    """Regression on attention's answers: over V alone, which is convex, over all, or over Q and K with V frozen.
+
+    The losses at the end are within 0.0125 of the loss at the start. Over 30 other seeds their difference had a
+    deviation of 0.003 at most and a mean of 0.003: a false alarm of 1e-4 at worst, and none with this seed. Gradients
+    of three quarters of the right size, let alone none for Q and K, end farther away than 0.018.
+    """
     q, k, v = heads(48, 48, 6, 2, seed=1)
     wanted = exact(*heads(48, 48, 6, 2, seed=2)).float()
-    start = [t[None].clone() for t in (q, k, v)]
+
+    def attention(q, k, v, step=None):
+        return (q @ k.mT).softmax(-1) @ v
 
     def losses(attend):
-        given = [t.clone().requires_grad_(not is_convex or place == 2) for place, t in enumerate(start)]
-        optimiser = torch.optim.SGD([t for t in given if t.requires_grad], lr=6.0 if is_convex else 2.0)
+        given = [t[None].clone().requires_grad_(name in trained) for name, t in zip("qkv", (q, k, v), strict=True)]
+        optimiser = torch.optim.SGD([t for t in given if t.requires_grad], lr=rate)
         found = []
-        for step in range(60):
+        for step in range(61):
+            # The loss that counts is that of exact attention with these weights.
+            found.append(float((attention(*(t.detach() for t in given)) - wanted).square().mean()))
             optimiser.zero_grad()
-            loss = (attend(*given, step) - wanted).square().mean()
-            loss.backward()
+            (attend(*given, step) - wanted).square().mean().backward()
             optimiser.step()
-            with torch.no_grad():
-                # The loss that counts is that of exact attention with these weights.
-                found.append(float(((given[0] @ given[1].mT).softmax(-1) @ given[2] - wanted).square().mean()))
         return found
 
-    right = losses(lambda q, k, v, step: (q @ k.mT).softmax(-1) @ v)
+    right = losses(attention)
     found = losses(lambda q, k, v, step: knn_attention(q, k, v, scale=1.0, seed=step, samples=16))
-    assert right[-1] < 0.5 * right[0]
-    assert found[-1] < 0.6 * found[0]
+    assert right[-1] < 0.35 * right[0]
+    assert abs(found[-1] - right[-1]) < 0.0125 * right[0]

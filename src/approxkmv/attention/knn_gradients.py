@@ -2,8 +2,15 @@
 
 The softmax matrix P is the transition matrix of a chain from queries to keys, sampled by `lazy_gumbel`. With D the
 gradient at the output and dP = D V^T, the gradients are P^T D with respect to V, and with dS_ij = P_ij (dP_ij -
-sum_l P_il dP_il) they are scale dS K with respect to Q and scale dS^T Q with respect to K. A sampled matrix stands
-for P, and a second, independent one for the inner sum, so that products of the two are unbiased.
+sum_l P_il dP_il) they are scale dS K with respect to Q and scale dS^T Q with respect to K.
+
+Two estimates are here, both unbiased and tested to be:
+
+- `estimated_gradients` is what `knn_attention` trains with, for either head. Every row takes all of its steps: the
+  sampled matrix stands for P, and a second, independent one for the inner sum, so that products of the two are
+  unbiased. The same steps serve all columns and all three gradients.
+- `random_walks` is the paper's own estimate of a product P^T x, such as P^T D, with its bound. Nothing here trains with
+  it: its walks start anew for each column, and x may not depend on the key as dS does.
 """
 
 from __future__ import annotations
@@ -21,8 +28,10 @@ from approxkmv.errors import InputError
 _ENTRIES = 1 << 18  # gathered at a time
 
 
-def random_walks(sampled: SampledRows, x: torch.Tensor, walks: int, generator: torch.Generator) -> torch.Tensor:
-    """Estimate P^T x by walks of one step: (n_k, w) from x (n_q, w).
+def random_walks(
+    sampled: SampledRows, x: torch.Tensor, n_k: int, walks: int, generator: torch.Generator
+) -> torch.Tensor:
+    """Estimate P^T x by walks of one step, as the paper does: (n_k, w) from x (n_q, w).
 
     For each column, walks start at row i with probability |x_ij| / |x_j|_1 and carry the sign of x_ij; the key where
     they arrive counts. Unbiased; every entry is within |x_j|_1 sqrt(2 log(2 n_k w / delta) / walks) with probability
@@ -32,7 +41,7 @@ def random_walks(sampled: SampledRows, x: torch.Tensor, walks: int, generator: t
     Args:
         sampled: rows of P with sampled heads, at least as many samples of each row as there are walks from it; a walk
             that finds no fresh sample of its row uses one again, which leaves it unbiased.
-        x: (n_q, w). walks: per column. generator: draws the starts.
+        x: (n_q, w). n_k: number of keys. walks: per column. generator: draws the starts.
     """
     if sampled.head_weights is not None:
         raise InputError("a walk arrives at one key: sample the rows with head='sampled'")
@@ -43,7 +52,6 @@ def random_walks(sampled: SampledRows, x: torch.Tensor, walks: int, generator: t
     arrivals = sampled.keys[order]
     counts = torch.bincount(sampled.rows, minlength=n)
     firsts = counts.cumsum(0) - counts
-    n_k = int(arrivals.max()) + 1
     out = x.new_zeros(n_k, width)
     for j in range(width):
         total = x[:, j].abs().sum()
@@ -68,7 +76,8 @@ def estimated_gradients(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients with respect to q (n_q, d), k (n_k, d), v (n_k, d_v), given that at the output, (n_q, d_v).
 
-    Unbiased when the expectation of both independent samples is the softmax of scale q k^T.
+    Each entry (row, key) of `first` carries its share of all three, whether it is a key of an exact head or one that
+    was sampled. Unbiased when the expectation of both independent samples is the softmax of scale q k^T.
     """
     d_q, d_k, d_v = (torch.zeros_like(t) for t in (q, k, v))
     rows, keys, weights = second.entries()
@@ -142,8 +151,9 @@ def knn_attention(
 
     Args:
         scale: of the logits; None means 1/sqrt(d). seed: another one for each step of training.
-        top, samples, index, head: as those of the method `knn`. head="sampled" is the paper's chain: each row steps
-            to single keys; "exact" lets the head's keys carry their weights, which is unbiased too and less noisy.
+        top, samples, index, head: as those of the method `knn`. with head="sampled" each row steps to single keys
+            of the paper's chain; "exact" lets the head's keys carry their weights, which is unbiased too and less
+            noisy. Backwards both go through `estimated_gradients`.
     Raises:
         InputError: inputs that do not fit. UnavailableError: faiss is missing.
     """

@@ -20,6 +20,7 @@ from approxkmv.attention.counting import count
 
 _GAMES = 1 << 15  # samples of all rows at a time, each of which may meet as many tail keys as the root of n
 _PAIRS = 1 << 20  # rows gathered at a time
+_MARKS = 1 << 22  # bytes that mark the heads of some rows, few enough to stay in a cache
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,9 @@ def sample_rows(
     """
     n = len(q)
     heads, rows, keys = [], [], []
-    step = max(1, _GAMES // samples)
+    step = min(n, max(1, min(_GAMES // samples, _MARKS // (population + 1))))
+    # Each step sets the marks of its own heads and clears them again: neither memory nor work is n_q times n_k.
+    marks = torch.zeros(step, population + 1, dtype=torch.bool, device=q.device)
     for i in range(0, n, step):
         here = slice(i, min(i + step, n))
         logits, members = head_logits[here], head_keys[here]
@@ -117,8 +120,9 @@ def sample_rows(
         where = torch.rand(len(game), generator=generator, device=q.device, dtype=torch.float64)
         drawn = (where * population).long().clamp_max(max(population - 1, 0))
         column = torch.where(logits > -torch.inf, members, population).clamp_max(population)
-        in_head = torch.zeros(len(logits), population + 1, dtype=torch.bool, device=q.device).scatter_(1, column, True)
-        is_tail = ~in_head[game // samples, drawn]
+        marks[: len(logits)].scatter_(1, column, True)
+        is_tail = ~marks[game // samples, drawn]
+        marks[: len(logits)].scatter_(1, column, False)
         game, drawn = game[is_tail], drawn[is_tail]
         row = game // samples
         # Height of a point above the head's winner, when both are measured from S_min: an exponential variable.

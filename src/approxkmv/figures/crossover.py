@@ -8,8 +8,8 @@ import numpy as np
 
 from approxkmv.figures.sweep_table import (
     BASELINES,
-    COLOURS,
     NAMES_OF_BASELINES,
+    colours,
     conditions,
     new_panels,
     read_sweep,
@@ -55,7 +55,7 @@ def draw(table: Path, output_stem: Path, target: float = 0.10) -> list[Path]:
     frame = read_sweep(table)
     workloads = conditions(frame)
     baselines = [b for b in BASELINES if (frame["method"].eq(b) & frame["seconds"].notna()).any()]
-    methods = [m for m in COLOURS if frame["method"].eq(m).any() and not m.startswith("exact")]
+    methods = [m for m in colours(frame) if not m.startswith("exact")]
     figure, axes = new_panels(len(workloads), sharey=True, height=1.0 + 0.16 * len(methods))
     longest = float(frame["n"].max())
     for axis, workload in zip(axes, workloads, strict=True):

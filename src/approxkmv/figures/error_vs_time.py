@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from approxkmv.figures.sweep_table import COLOURS, conditions, new_panels, read_sweep, save
+from approxkmv.figures.sweep_table import colours, conditions, new_panels, read_sweep, save
 
 
 def draw(table: Path, output_stem: Path, n: int | None = None) -> list[Path]:
@@ -15,12 +15,13 @@ def draw(table: Path, output_stem: Path, n: int | None = None) -> list[Path]:
     """
     frame = read_sweep(table)
     workloads = conditions(frame)
+    methods = colours(frame)
     figure, axes = new_panels(len(workloads), sharey=False)
     for axis, workload in zip(axes, workloads, strict=True):
         some = workload.rows(frame)
         length = n if n is not None and n in set(some["n"]) else int(some["n"].max())
         some = some[(some["n"] == length) & some["seconds"].notna()]
-        for method, colour in COLOURS.items():
+        for method, colour in methods.items():
             points = some[some["method"] == method].drop_duplicates("parameters").sort_values("seconds")
             if points.empty:
                 continue

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from approxkmv.figures.sweep_table import (
     BASELINES,
-    COLOURS,
     NAMES_OF_BASELINES,
+    colours,
     conditions,
     new_figure,
     new_panels,
@@ -25,6 +25,7 @@ def draw(table: Path, output_stem: Path, target: float = 0.10) -> list[Path]:
     """
     frame = read_sweep(table)
     workloads = conditions(frame)
+    methods = colours(frame)
     baselines = [b for b in BASELINES if (frame["method"].eq(b) & frame["seconds"].notna()).any()]
     if len(baselines) == 1:
         figure, axes = new_panels(len(workloads), sharey=False)
@@ -37,7 +38,7 @@ def draw(table: Path, output_stem: Path, target: float = 0.10) -> list[Path]:
             axis = places[row][column]
             some = workload.rows(frame)
             exact = some[some["method"] == baseline].set_index("n")
-            for method in COLOURS:
+            for method, colour in methods.items():
                 if method == baseline:
                     continue
                 line = select(some, method, target)
@@ -49,7 +50,7 @@ def draw(table: Path, output_stem: Path, target: float = 0.10) -> list[Path]:
                 low = of["seconds_q1"].to_numpy() / line["seconds_q3"].to_numpy()
                 high = of["seconds_q3"].to_numpy() / line["seconds_q1"].to_numpy()
                 style = "--" if line["kind"].iloc[0] != "approximate" else "-"
-                n, colour = line["n"].to_numpy(), COLOURS[method]
+                n = line["n"].to_numpy()
                 axis.fill_between(n, low, high, color=colour, alpha=0.15, linewidth=0)
                 axis.plot(n, ratio, style, color=colour, linewidth=1.3)
                 reached = line["status"].eq("ok").to_numpy()

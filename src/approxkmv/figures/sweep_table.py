@@ -21,7 +21,8 @@ NAMES_OF_BASELINES = {
 }
 # No figure needs these, and tables from before they were counted can still be drawn.
 NOT_DRAWN = ("kernel_evaluations", "inner_products", "evaluation_exponent", "evaluation_exponent_error")
-# Okabe and Ito's colours, which the colour-blind can tell apart, and four darker ones between them
+# Okabe and Ito's colours, which the colour-blind can tell apart, and darker ones between them. A method that has none
+# here gets one in `colours`.
 COLOURS = {
     "local-expansion": "#D55E00",
     "approxkmv": "#0072B2",
@@ -92,6 +93,24 @@ def select(frame: pd.DataFrame, method: str, target: float) -> pd.DataFrame:
     if not some.empty and some["kind"].iloc[0] != "exact":
         some = some[(some["target"] - target).abs() < 1e-9]
     return some.sort_values("n")
+
+
+def colours(frame: pd.DataFrame) -> dict[str, str]:
+    """The methods of a table and their colours: those of COLOURS in its order, then all others in the table's."""
+    from matplotlib.colors import TABLEAU_COLORS, to_hex, to_rgb
+
+    def distance(one: str, other: str) -> float:
+        return sum((a - b) ** 2 for a, b in zip(to_rgb(one), to_rgb(other), strict=True))
+
+    names = [str(name) for name in frame["method"].unique()]
+    found = {name: colour for name, colour in COLOURS.items() if name in names}
+    others = [to_hex(colour) for colour in TABLEAU_COLORS.values()]
+    for name in names:
+        if name not in found:
+            taken = {*COLOURS.values(), *found.values()}
+            # Matplotlib's own ten, of which this looks least like any that is taken
+            found[name] = max(others, key=lambda new: min(distance(new, old) for old in taken))
+    return found
 
 
 def new_figure(rows: int, columns: int, sharey: Any) -> tuple[Any, Any]:
