@@ -48,36 +48,38 @@ def within(found, right, axis=0):
 @pytest.mark.parametrize("loops", ["compiled", "torch"])
 @pytest.mark.parametrize("head", ["exact", "sampled"])
 def test_samples_have_the_softmax_as_their_distribution(head, loops, monkeypatch):
-    """Chi-squared over 40 keys, passed with probability 1e-4 by a right sampler."""
+    """Chi-squared over 40 keys, passed with probability 1e-4 by a right sampler.
+
+    The row is the last of four, each a step of its own: what is marked for the heads of the others must be gone.
+    """
     if loops == "compiled":
         pytest.importorskip("numba")
     else:
         monkeypatch.setattr(acceleration, "_module", lambda: None)
-    q, k, _ = heads(1, 40, 4, 1, spread=0.8)
+    q, k, _ = heads(4, 40, 4, 1, spread=0.8)
     samples = 40000
     generator = torch.Generator().manual_seed(2)
     sampled = sampled_attention(q, k, generator, top=5, samples=samples, index="flat", head=head)
     rows, keys, weights = sampled.entries()
+    keys, weights = keys[rows == 3], weights[rows == 3]
     frequency = torch.zeros(40).index_add_(0, keys, weights).double()
-    right = (q.double() @ k.double().mT).softmax(1)[0]
+    right = (q.double() @ k.double().mT).softmax(1)[3]
     assert float(frequency.sum()) == pytest.approx(1.0, abs=1e-5)
     if head == "sampled":
         freedom, statistic = 39, samples * float(((frequency - right).square() / right).sum())
     else:
         # The head's keys share what the tail left; the tail's own counts are multinomial.
         tail = torch.ones(40, dtype=torch.bool)
-        tail[sampled.head_keys[0]] = False
+        tail[sampled.head_keys[3]] = False
         rest = (frequency[~tail].sum() - right[~tail].sum()).square() / right[~tail].sum()
         statistic = samples * float(((frequency - right)[tail].square() / right[tail]).sum() + rest)
         freedom = 35
     assert statistic < chi2.isf(1e-4, freedom)
-    assert len(rows) == len(keys)
 
 
-@pytest.mark.parametrize(("head", "rows"), [("exact", 60), ("sampled", 60), ("exact", 7)])
-def test_the_answer_is_unbiased_and_its_head_alone_is_not(head, rows, monkeypatch):
-    """30 combinations of the entries over 250 seeds, each within 4.5 standard errors, with so many rows at a time."""
-    monkeypatch.setattr(lazy_gumbel, "_MARKS", rows * 151)
+@pytest.mark.parametrize("head", ["exact", "sampled"])
+def test_the_answer_is_unbiased_and_its_head_alone_is_not(head):
+    """30 combinations of the entries over 250 seeds, each within 4.5 standard errors."""
     q, k, v = heads(60, 150, 6, 2)
     method = get("knn")
     right = exact(q, k, v)
