@@ -22,6 +22,7 @@ from transformers.utils import logging
 from approxkmv.errors import CaptureError, SourceError
 from approxkmv.models.fetching import one_line
 from approxkmv.models.sources import ModelLocation
+from approxkmv.progress import on_terminal
 
 # A backbone's pooler comes after the last attention layer: nothing captured passes through it.
 AFTER_ATTENTION = re.compile(r"(^|\.)pooler\.")
@@ -120,8 +121,9 @@ def load_backbone(location: ModelLocation, *, dtype: torch.dtype, attention: str
 
 
 def _load(kind: Any, location: ModelLocation, dtype: torch.dtype, attention: str, config: Any) -> Any:
-    # The reader of GGUF draws a progress bar of its own that no setting turns off.
-    no_bar = contextlib.redirect_stderr(io.StringIO()) if location.gguf_file else contextlib.nullcontext()
+    # The reader of GGUF draws a progress bar of its own that no setting turns off: for a terminal only.
+    silent = location.gguf_file is not None and not on_terminal()
+    no_bar = contextlib.redirect_stderr(io.StringIO()) if silent else contextlib.nullcontext()
     with quiet(), no_bar, _one_line_errors(location, "model"):
         model, info = kind.from_pretrained(
             location.folder,

@@ -21,6 +21,7 @@ from approxkmv.attention.acceleration import compiled_loops
 from approxkmv.attention.contract import check_inputs
 from approxkmv.attention.counting import counting
 from approxkmv.errors import ConfigError
+from approxkmv.files import write_text, written_whole
 from approxkmv.sweep.exponents import EXPONENT_COLUMNS, add_exponents, evaluation_exponents
 from approxkmv.sweep.measure import (
     errors,
@@ -362,25 +363,13 @@ def run_sweep(
         "columns_of_exponents": EXPONENT_COLUMNS,
         "provenance": provenance,
     }
-    output.parent.mkdir(parents=True, exist_ok=True)
-    _write(output.with_suffix(".json"), lambda file: json.dump(record, file, indent=2, default=str))
-    beside = output.with_name(f"{output.stem}_exponents.csv")
-    _write(beside, lambda file: _write_csv(exponents, EXPONENT_COLUMNS, file))
-    _write(output, lambda file: _write_csv(rows, COLUMNS, file))
+    write_text(output.with_suffix(".json"), json.dumps(record, indent=2, default=str))
+    _write_csv(output.with_name(f"{output.stem}_exponents.csv"), exponents, EXPONENT_COLUMNS)
+    _write_csv(output, rows, COLUMNS)
 
 
-def _write_csv(rows: list[Row], columns: dict[str, str], file: Any) -> None:
-    writer = csv.DictWriter(file, list(columns), restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-
-
-def _write(path: Path, write: Callable[[Any], object]) -> None:
-    # Renamed when complete, so that a killed run leaves no half a table.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="") as file:
-            write(file)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _write_csv(path: Path, rows: list[Row], columns: dict[str, str]) -> None:
+    with written_whole(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(columns), restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
