@@ -382,21 +382,25 @@ def perplexity() -> str:
 
 
 def embedded_study() -> str:
-    """What the default study found."""
+    """What the default study found; of a causal model also over the entries that its attention uses."""
     lines = []
     for path in sorted((REFERENCE / "embedded" / "tables").glob("overview_*.json")):
         facts = json.loads(path.read_text(encoding="utf-8"))
         heads = facts["layers"] * facts["heads"]
-        lines.append(
-            {
-                "model": facts["label"],
-                "texts": facts["texts_used"],
-                "heads with c ≤ 4.6": f"{facts['heads_within_bound']} of {heads}",
-                "median c over heads": f"{facts['median_ratio']:.2f}",
-                "largest c": f"{facts['largest_ratio']:.0f} (layer {facts['largest_ratio_layer']}, "
-                f"head {facts['largest_ratio_head']})",
-            }
-        )
+        for before, entries in (("", "all"), ("masked_", "no key after its query")):
+            if f"{before}largest_ratio" not in facts:
+                continue
+            layer, head = facts[f"{before}largest_ratio_layer"], facts[f"{before}largest_ratio_head"]
+            lines.append(
+                {
+                    "model": facts["label"],
+                    "texts": facts["texts_used"],
+                    "entries": entries,
+                    "heads with c ≤ 4.6": f"{facts[f'{before}heads_within_bound']} of {heads}",
+                    "median c over heads": f"{facts[f'{before}median_ratio']:.2f}",
+                    "largest c": f"{facts[f'{before}largest_ratio']:.0f} (layer {layer}, head {head})",
+                }
+            )
     return markdown(pd.DataFrame(lines)) + "\n"
 
 
