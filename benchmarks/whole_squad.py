@@ -8,6 +8,7 @@ the largest memory of all processes together, the most that activations took on 
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -107,7 +108,10 @@ def of_logs(folder: Path) -> pd.DataFrame:
         for path in sorted(folder.glob(f"{step}_*.log")):
             line = path.read_text(encoding="utf-8").strip().splitlines()[-1]
             end = datetime.fromisoformat(line[:23].replace(",", "."))
-            seconds = float(line.split(" s", 1)[0].split()[-1])
+            found = re.search(r" (\d+\.\d) s(  |$)", line)
+            if found is None:
+                raise ValueError(f"{path.name} does not say how long its step took: {line}")
+            seconds = float(found[1])
             spans.append((end - timedelta(seconds=seconds), end))
         running, until = timedelta(0), datetime.min
         for begin, end in sorted(spans):
