@@ -299,7 +299,7 @@ def figure5() -> str:
 
 
 def whole_squad() -> str:
-    """The pipeline on all contexts of the development set, with a model of BERT-base's shape."""
+    """The pipeline on contexts of the development set, with a model of BERT-base's shape."""
     path = REFERENCE / "benchmarks" / "whole_squad.csv"
     table = pd.read_csv(path)
     record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
@@ -312,7 +312,8 @@ def whole_squad() -> str:
     )
     found = record["measured"]
     return (
-        f"{markdown(shown)}\n\nWhole run {found['seconds'] / 60:.1f} minutes; largest memory of all processes together "
+        f"{markdown(shown)}\n\n{record['settings']['contexts']:,} contexts in {found['seconds'] / 60:.1f} minutes; "
+        f"largest memory of all processes together "
         f"{found['memory_of_all_processes_gb']:.1f} GB, of one {found['memory_of_the_largest_process_gb']:.1f} GB; "
         f"activations on disk at most {found['activations_gb']:.1f} GB. "
         f"{machine(path.with_suffix('.json'))}, `python benchmarks/whole_squad.py`.\n"

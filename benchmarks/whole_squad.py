@@ -8,6 +8,7 @@ the largest memory of all processes together, the most that activations took on 
 
 from __future__ import annotations
 
+import argparse
 import re
 import shutil
 import subprocess
@@ -47,12 +48,16 @@ def random_bert(folder: Path) -> None:
         shutil.copy(tokenizer / name, folder / name)
 
 
-def configure(folder: Path) -> None:
-    """The configuration of the run: all contexts, everything else as in the study `paper`."""
+def configure(folder: Path, contexts: int | None) -> None:
+    """The configuration of the run: so many contexts, or all, and everything else as in the study `paper`."""
     config = yaml.safe_load((ROOT / "config.yaml").read_text(encoding="utf-8"))
     corpus = config["corpora"]["squad-dev"]
     corpus["source"] = f"path:{ROOT / corpus['source'].removeprefix('path:')}"
-    study = config["studies"]["paper"] | {"models": ["bert-shape"], "corpus": "squad-dev"}
+    study = config["studies"]["paper"] | {
+        "models": ["bert-shape"],
+        "corpus": "squad-dev",
+        "contexts": contexts,
+    }
     new = {
         "study": "whole",
         "models": {"bert-shape": {"source": f"path:{folder / 'model'}"}},
@@ -126,15 +131,18 @@ def of_logs(folder: Path) -> pd.DataFrame:
 
 def main() -> None:
     """Run all, print a table and write it."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split(":", 1)[0])
+    parser.add_argument("--contexts", type=int, help="so many of them, for a shorter run; all by default")
+    contexts = parser.parse_args().contexts
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         random_bert(folder / "model")
-        configure(folder)
+        configure(folder, contexts)
         snakemake = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--cores", "all"]
         found = watched(snakemake, folder)
         table = of_logs(folder / "results" / "whole" / "logs")
     write_csv(OUT, table)
-    write_json(OUT.with_suffix(".json"), describe({"contexts": 2067, "heads": 144}) | {"measured": found})
+    write_json(OUT.with_suffix(".json"), describe({"contexts": contexts or 2067, "heads": 144}) | {"measured": found})
     print(table.to_string(index=False))
     print(found)
 
