@@ -9,6 +9,7 @@ the largest memory of all processes together, the most that activations took on 
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shutil
 import subprocess
@@ -81,7 +82,9 @@ def size(folder: Path) -> int:
 def watched(command: list[str], folder: Path) -> dict[str, float]:
     """Run a command; its seconds, and the largest memory and activations seen, looked at twice a second."""
     start = time.perf_counter()
-    process = subprocess.Popen(command, cwd=folder)
+    # The rules call the commands of this Python.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    process = subprocess.Popen(command, cwd=folder, env=os.environ | {"PATH": path})
     root = psutil.Process(process.pid)
     memory = disk = largest = 0
     while process.poll() is None:
