@@ -61,13 +61,28 @@ def commit() -> str | None:
         return None
 
 
+def command() -> str:
+    """The command line of this process, as it is typed in the checkout."""
+    started = Path(sys.argv[0])
+    module = getattr(sys.modules["__main__"], "__spec__", None)
+    if module is not None:
+        words = ["python", "-m", module.name.removesuffix(".__main__")]
+    elif started.suffix == ".py":
+        root = Path(__file__).resolve().parents[2]
+        whole = started.resolve()
+        words = ["python", str(whole.relative_to(root) if whole.is_relative_to(root) else started)]
+    else:
+        words = [started.name]
+    return " ".join([*words, *sys.argv[1:]])
+
+
 def describe(settings: dict[str, Any] | None = None) -> dict[str, Any]:
     """The record that stands beside a table: no times, so that a second run writes the same bytes."""
     import torch
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return {
-        "command": " ".join(["approxkmv", *sys.argv[1:]]),
+        "command": command(),
         "commit": commit(),
         "machine": {
             "processor": processor(),

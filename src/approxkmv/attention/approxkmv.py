@@ -33,7 +33,8 @@ def budgets(e: Expansion, deviation: torch.Tensor, samples: int) -> torch.Tensor
     """Samples (blocks,) for each block, `samples` on average over the queries, from its predicted deviation."""
     rows = torch.from_numpy(e.blocks.sizes).double()
     average = (deviation * rows).sum() / rows.sum()
-    counts = samples * deviation / average.clamp_min(1e-30)
+    # Without axes nothing is known of the deviation: the same for all.
+    counts = samples * (deviation / average if average > 1e-30 else torch.ones_like(deviation))
     return counts.clamp(min(_LEAST_SAMPLES, samples), 4 * samples).round().long()
 
 

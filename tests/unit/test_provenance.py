@@ -1,0 +1,30 @@
+"""What a result says about who made it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from approxkmv import provenance
+
+ROOT = Path(__file__).resolve().parents[2]
+SHOW = "from approxkmv.provenance import command; print(command())"
+
+
+def test_a_script_of_the_checkout_is_named_by_its_place(monkeypatch):
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None, raising=False)
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "benchmarks" / "findings.py"), "--check"])
+    assert provenance.command() == "python benchmarks/findings.py --check"
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "shown"),
+    [("one.py", ["{}"], "python {}"), ("approxkmv", ["{}"], "approxkmv"), ("one.py", ["-m", "one"], "python -m one")],
+)
+def test_the_command_is_the_one_that_was_typed(tmp_path, name, words, shown):
+    script = tmp_path / name
+    script.write_text(SHOW, encoding="utf-8")
+    line = [sys.executable, *(word.format(script) for word in words), "--seed", "3"]
+    out = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert out.strip() == f"{shown.format(script)} --seed 3"
