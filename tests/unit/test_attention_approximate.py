@@ -6,7 +6,7 @@ import torch
 
 from approxkmv.attention import acceleration, get
 from approxkmv.attention import approxkmv as ours
-from approxkmv.attention.expansion import expand, sums_of_keys
+from approxkmv.attention.expansion import expand, make_blocks, sums_of_keys
 from approxkmv.attention.k_means import k_means
 
 
@@ -209,10 +209,11 @@ def test_draws_have_the_probability_that_they_say():
     q, k, v = clustered(212, 8, 1)
     e = expand(q, k, v, torch.Generator().manual_seed(0), scale=1.0, low=torch.float32, **{**CLUSTERING, "block": 212})
     number = 400_000
-    sample = ours.draw(e, torch.tensor([number]), torch.Generator().manual_seed(1))
-    rate = (-sample.logs.double()).exp() / number
-    drawn = torch.bincount(sample.keys, minlength=212)
-    probability = torch.zeros(212, dtype=torch.float64).index_copy_(0, sample.keys, rate)
+    sample = ours.draw(e, np.array([number]), torch.Generator().manual_seed(1))
+    keys = torch.from_numpy(sample.keys)
+    rate = (-torch.from_numpy(sample.logs).double()).exp() / number
+    drawn = torch.bincount(keys, minlength=212)
+    probability = torch.zeros(212, dtype=torch.float64).index_copy_(0, keys, rate)
     light = torch.ones(212, dtype=torch.bool)
     light[torch.from_numpy(e.chosen)] = False
     assert int(drawn[~light].sum()) == 0
@@ -220,7 +221,7 @@ def test_draws_have_the_probability_that_they_say():
     deviation = (number * probability * (1 - probability)).sqrt()
     assert bool(((drawn - number * probability)[light].abs() < 4.5 * deviation[light]).all())
     share = e.weights[0, 0].double() / e.weights[0, 0].double().sum()
-    assert torch.allclose(sample.control.double(), share[sample.keys] / (number * rate), rtol=1e-4)
+    assert torch.allclose(torch.from_numpy(sample.control).double(), share[keys] / (number * rate), rtol=1e-4)
 
 
 @pytest.mark.usefixtures("loops")
@@ -229,6 +230,63 @@ def test_keys_that_are_all_the_same_leave_nothing_light(name):
     q, k, v = clustered(300, 8, 1)
     out = get(name)(q[None], k[:1].expand(300, -1)[None], v[None], scale=1.0, block=30, near=20)
     assert torch.allclose(out, v.mean(0).expand(1, 300, 1), atol=1e-3)
+
+
+@pytest.mark.parametrize("d_v", [1, 2, 5, 12])
+@pytest.mark.parametrize("clustering", [{"directions": 0}, {"directions": 5, "iterations": 1}])
+@pytest.mark.parametrize("keys", ["as many", "fewer", "the queries"])
+def test_compiled_loops_and_torch_agree(d_v, clustering, keys, monkeypatch):
+    """In one block, for which no clustering decides by a rounding who belongs to it; errors are those of float32."""
+    pytest.importorskip("numba")
+    q, k, v = clustered(300, 9, d_v, spread=0.6)
+    q = 0.5 * q
+    if keys == "fewer":
+        k, v = k[:250], v[:250]
+    elif keys == "the queries":
+        k = q = 2 * q
+    given = {"scale": 0.5, "seed": 3, "block": 300, "near": 40, **clustering}
+    both = {"approxkmv": given, "local-expansion": {**given, "products": "float32"}}
+    compiled = {name: get(name)(q[None], k[None], v[None], **parameters) for name, parameters in both.items()}
+    monkeypatch.setattr(acceleration, "_module", lambda: None)
+    for name, parameters in both.items():
+        assert torch.allclose(compiled[name], get(name)(q[None], k[None], v[None], **parameters), atol=1e-4), name
+
+
+@pytest.mark.usefixtures("loops")
+@pytest.mark.parametrize("multiple", [1, 4])
+def test_blocks_hold_every_query_once(multiple):
+    generator = torch.Generator().manual_seed(0)
+    q, points = torch.randn(50, 6, generator=generator), torch.randn(50, 3, generator=generator)
+    labels = torch.randint(9, (50,), generator=generator)
+    labels[labels == 4] = 8
+    blocks = make_blocks(q, 2.0, points, torch.ones(3), labels, multiple)
+    # A label that nobody has is no block.
+    assert len(blocks) == len(labels.unique())
+    assert (blocks.sizes % multiple == 0).all()
+    assert sorted(blocks.queries[blocks.queries >= 0]) == list(range(50))
+    assert (blocks.queries[blocks.rows] == np.arange(50)).all()
+    assert torch.equal(blocks.of_queries(blocks.in_rows(q)), q)
+    rows = blocks.deltas + blocks.of_rows(blocks.centres)
+    assert torch.allclose(blocks.of_queries(rows), 2 * q, atol=1e-5)
+    padded = torch.from_numpy(blocks.queries < 0)
+    assert int(padded.sum()) == len(padded) - 50
+    assert not blocks.deltas[padded].any()
+    assert not blocks.row_variances[padded].any()
+    for b, start in enumerate(blocks.starts):
+        mine = labels[blocks.queries[start]] == labels
+        assert set(np.flatnonzero(blocks.labels == b)) == set(mine.nonzero().squeeze(1).tolist())
+        assert torch.allclose(blocks.centres[b], 2 * q[mine].mean(0), atol=1e-5)
+        squares = (points[mine] - points[mine].mean(0)).square()
+        assert torch.allclose(blocks.variances[b], squares.mean(0), atol=1e-5)
+        assert torch.allclose(blocks.of_queries(blocks.row_variances)[mine], squares.sum(1), atol=1e-5)
+
+
+def test_without_axes_every_block_has_its_samples():
+    """There is one block, of whose deviation nothing is known: it takes the samples that were asked for."""
+    q, k, v = clustered(240, 8, 1)
+    without = {**CLUSTERING, "directions": 0, "scale": 1.0, "low": torch.float32}
+    e = expand(q, k, v, torch.Generator().manual_seed(0), **without)
+    assert ours.budgets(e, torch.zeros(1, dtype=torch.float64), 33).tolist() == [33]
 
 
 def test_paper_with_one_block_is_exact():

@@ -18,7 +18,7 @@ import torch
 from approxkmv.attention import exact_fused
 from approxkmv.attention.acceleration import compiled_loops, over_threads
 from approxkmv.attention.contract import Method, UnavailableError, per_batch
-from approxkmv.attention.expansion import FEW_COLUMNS, Expansion, OwnKeys, expand, project, sums_of_keys
+from approxkmv.attention.expansion import FEW_COLUMNS, Expansion, expand, project, sums_of_keys
 from approxkmv.attention.local_expansion import exactly_where_lost
 from approxkmv.attention.recursive import Sums, causal_attention, exact_sums
 
@@ -29,13 +29,13 @@ _CONTROLLED = 2.0
 _EXACT_BELOW = 256
 
 
-def budgets(e: Expansion, deviation: torch.Tensor, samples: int) -> torch.Tensor:
+def budgets(e: Expansion, deviation: torch.Tensor, samples: int) -> np.ndarray:
     """Samples (blocks,) for each block, `samples` on average over the queries, from its predicted deviation."""
-    rows = torch.from_numpy(e.blocks.sizes).double()
-    average = (deviation * rows).sum() / rows.sum()
+    sizes = e.blocks.sizes
+    average = float(deviation.numpy() @ sizes) / float(sizes.sum())
     # Without axes nothing is known of the deviation: the same for all.
-    counts = samples * (deviation / average if average > 1e-30 else torch.ones_like(deviation))
-    return counts.clamp(min(_LEAST_SAMPLES, samples), 4 * samples).round().long()
+    counts = samples * (deviation.numpy() / average if average > 1e-30 else np.ones(len(sizes)))
+    return counts.clip(min(_LEAST_SAMPLES, samples), 4 * samples).round().astype(np.int64)
 
 
 def predicted_deviation(
@@ -80,48 +80,47 @@ def sums(
     e = expand(q, k, v, generator, low=torch.float32, **clustering)
     blocks, d_v = e.blocks, v.shape[1]
     heavy, scales = sums_of_keys(blocks, k, e.mean, v, e.chosen, e.ends, None, torch.float32)
-    log_weight, far_value = e.far()
-    own = e.own_keys(k) if with_own_keys else OwnKeys.none(len(blocks.deltas))
-
-    counts = budgets(e, predicted_deviation(e, heavy, scales, log_weight), samples)
+    seen = e.seen(k if with_own_keys else None)
+    counts = budgets(e, predicted_deviation(e, heavy, scales, seen.log_weight), samples)
     sample = draw(e, counts, generator)
-    drawn = sample.keys.numpy()
     estimate, estimate_scales = sums_of_keys(
-        blocks, k, e.mean, v, drawn, counts.cumsum(0).numpy(), sample.logs, torch.float32
+        blocks, k, e.mean, v, sample.keys, sample.ends, torch.from_numpy(sample.logs), torch.float32
     )
     # The control variate: the far key's sums, less the same sums over the sample, where it is worth its own noise.
-    means, tilts = sampled_moments(e, sample, counts, k, v)
-    seen = project(blocks, tilts)
-    own_drawn = sampled_own(e, sample) if with_own_keys else torch.zeros(len(blocks.deltas))
     loops = compiled_loops()
     if loops is not None and d_v <= FEW_COLUMNS:
         out = torch.empty(len(q), d_v + 2)
-        parts = (blocks.order, heavy, scales, estimate, estimate_scales, log_weight, blocks.row_variances)
-        controls = (far_value, means, seen, own.log, own.share, own.share_seen, own_drawn, v)
-        given = [blocks.starts, blocks.sizes, *(t.contiguous().numpy() for t in parts), np.float32(_CONTROLLED)]
-        given += [*(t.contiguous().numpy() for t in controls), out.numpy()]
-        over_threads(lambda first, last: loops.controlled_sums(first, last, *given), len(blocks))
+        given: list[Any] = [blocks.starts, blocks.sizes, blocks.queries, blocks.rows, blocks.labels]
+        given += [*(t.numpy() for t in (heavy, scales, estimate, estimate_scales, blocks.row_variances))]
+        given += [np.float32(_CONTROLLED), sample.ends, sample.keys, sample.logs, sample.control]
+        parts = (
+            *(blocks.deltas, k.contiguous(), e.mean, v.contiguous(), seen.value, e.far_axes),
+            *(seen.log_weight, seen.own_log, seen.own_share, seen.own_share_seen, out),
+        )
+        given += [t.numpy() for t in parts]
+        over_threads(lambda first, last: loops.controlled_sums(first, last, with_own_keys, *given), len(blocks))
         return out[:, :d_v], out[:, d_v], out[:, d_v + 1]
+    means, tilts = sampled_moments(e, sample, k, v)
+    leaning = project(blocks, tilts)
 
     # One scale for all parts, so that none overflows
     row_scale = blocks.of_rows(scales)
-    shift = torch.maximum(torch.maximum(row_scale, log_weight), own.log)
+    shift = torch.maximum(torch.maximum(row_scale, seen.log_weight), seen.own_log)
     heavy *= (row_scale - shift).exp_().unsqueeze(1)
     estimate *= (blocks.of_rows(estimate_scales) - shift).exp_().unsqueeze(1)
-    weight = torch.where(blocks.row_variances < _CONTROLLED, (log_weight - shift).exp_(), 0.0)
-    tilted = e.far_tilt is not None
+    weight = torch.where(blocks.row_variances < _CONTROLLED, (seen.log_weight - shift).exp_(), 0.0)
     sampled = blocks.of_rows(means)
-    row_sums = heavy[:, 0] + estimate[:, 0] + weight * (1 - sampled[:, 0] - seen[:, 0])
-    sampled_value = sampled[:, 1:] + seen[:, 1:] if tilted else sampled[:, 1:]
-    numerators = heavy[:, 1:] + estimate[:, 1:] + weight.unsqueeze(1) * (far_value - sampled_value)
+    row_sums = heavy[:, 0] + estimate[:, 0] + weight * (1 - sampled[:, 0] - leaning[:, 0])
+    sampled_value = sampled[:, 1:] + leaning[:, 1:] if e.tilted else sampled[:, 1:]
+    numerators = heavy[:, 1:] + estimate[:, 1:] + weight.unsqueeze(1) * (seen.value - sampled_value)
     if with_own_keys:
         # A light key like the others, but its term is known: of the difference from its control nothing is estimated.
-        left = torch.where(torch.isfinite(own.log), 1 - own_drawn, 0.0)
-        exact = torch.exp(own.log - shift)
-        row_sums = row_sums + left * (exact - weight * own.share_seen)
-        counted = weight * (own.share_seen if tilted else own.share)
-        numerators = numerators + (left * (exact - counted)).unsqueeze(1) * e.of_rows(v)
-    together = e.of_queries(torch.cat([numerators, row_sums.unsqueeze(1), shift.unsqueeze(1)], 1))
+        left = torch.where(torch.isfinite(seen.own_log), 1 - sampled_own(e, sample), 0.0)
+        exact = torch.exp(seen.own_log - shift)
+        row_sums = row_sums + left * (exact - weight * seen.own_share_seen)
+        counted = weight * (seen.own_share_seen if e.tilted else seen.own_share)
+        numerators = numerators + (left * (exact - counted)).unsqueeze(1) * blocks.in_rows(v)
+    together = blocks.of_queries(torch.cat([numerators, row_sums.unsqueeze(1), shift.unsqueeze(1)], 1))
     return together[:, :d_v], together[:, d_v], together[:, d_v + 1]
 
 
@@ -129,87 +128,83 @@ def sums(
 class Sample:
     """Light keys (m,), independent, so many of them for each block, block after block."""
 
-    keys: torch.Tensor
-    of_draw: torch.Tensor
-    """(m,) the block of each."""
-    logs: torch.Tensor
+    keys: np.ndarray
+    ends: np.ndarray
+    """Those of block b are keys[ends[b-1]:ends[b]]."""
+    logs: np.ndarray
     """(m,) logarithm of 1 / (counts p), p being the probability of the key: with it exp(q.k) counts."""
-    control: torch.Tensor
+    control: np.ndarray
     """(m,) w / (sum(w) counts p), with which the key counts in the sums of the control variate."""
 
+    def blocks(self) -> torch.Tensor:
+        """(m,) the block of each."""
+        return torch.from_numpy(np.searchsorted(self.ends, np.arange(len(self.keys)), side="right"))
 
-def draw(e: Expansion, counts: torch.Tensor, generator: torch.Generator) -> Sample:
+
+def draw(e: Expansion, counts: np.ndarray, generator: torch.Generator) -> Sample:
     """counts[b] light keys for block b.
 
     Half of the probability of a key is in proportion to its expected weight w, half is the same for all: no term can
     then be more than twice as large as under uniform sampling, however far a query lies from its block.
     """
     blocks, n_k = len(counts), e.weights.shape[2]
-    of_draw = torch.arange(blocks).repeat_interleave(counts)
-    points = torch.rand(len(of_draw), generator=generator, dtype=torch.float64)
-    keys = torch.empty(len(of_draw), dtype=torch.int64)
+    ends = counts.cumsum()
+    points = torch.rand(int(ends[-1]), generator=generator, dtype=torch.float64).numpy()
+    keys = np.empty(len(points), np.int64)
     loops = compiled_loops()
     if loops is not None:
-        logs, control = torch.empty(len(keys)), torch.empty(len(keys))
-        given = counts.numpy(), e.ends, e.chosen, e.weights.numpy(), e.total.numpy()
-        written = points.numpy(), keys.numpy(), logs.numpy(), control.numpy()
-        over_threads(lambda first, last: loops.draw_light(first, last, *given, *written), blocks)
-        return Sample(keys, of_draw, logs, control)
+        logs, control = np.empty(len(keys), np.float32), np.empty(len(keys), np.float32)
+        given = ends, e.ends, e.chosen, e.weights.numpy(), e.total.numpy(), points, keys, logs, control
+        over_threads(lambda first, last: loops.draw_light(first, last, *given), blocks)
+        return Sample(keys, ends, logs, control)
     # Without a light key there is nothing to draw: any key, of weight 0.
-    even = 1.0 / torch.from_numpy(n_k - np.diff(e.ends, prepend=0)).double()
-    heights = e.weights[:, 0].double().cumsum(1)
+    with np.errstate(divide="ignore"):
+        even = 1.0 / (n_k - np.diff(e.ends, prepend=0)).astype(np.float64)
+    heights = e.weights[:, 0].double().cumsum(1).numpy()
     by_weight = heights[:, -1] > 0
     begin = first = 0
-    for b, number in enumerate(counts.tolist()):
-        u = points[begin : begin + number].numpy() * (2 if by_weight[b] else 1)
+    for b, end in enumerate(ends):
+        u = points[begin:end] * (2 if by_weight[b] else 1)
         near = e.chosen[first : e.ends[b]]
         # A point below one half is a place among the light keys, one above it a place in the running sum.
         place = (u * (n_k - len(near))).astype(np.int64).clip(max=max(n_k - len(near) - 1, 0))
         # As many near keys come before the light key at a place as lie less than that many places behind it.
         evenly = place + np.searchsorted(near - np.arange(len(near)), place, side="right")
         # right: a near key, whose interval is empty, is never drawn
-        row = heights[b].numpy()
-        weighed = np.searchsorted(row, (u - 1) * row[-1], side="right")
-        keys[begin : begin + number] = torch.from_numpy(np.where(u < 1, evenly, weighed).clip(max=n_k - 1))
-        begin, first = begin + number, int(e.ends[b])
-    share = e.weights[of_draw, 0, keys].double() / e.total.double()[of_draw]
-    rate = counts[of_draw] * torch.where(by_weight[of_draw], 0.5 * (share + even[of_draw]), even[of_draw])
-    return Sample(keys, of_draw, -rate.log().float(), (share / rate).float())
+        weighed = np.searchsorted(heights[b], (u - 1) * heights[b, -1], side="right")
+        keys[begin:end] = np.where(u < 1, evenly, weighed).clip(max=n_k - 1)
+        begin, first = end, int(e.ends[b])
+    of_draw = np.repeat(np.arange(blocks), counts)
+    share = e.weights.numpy()[of_draw, 0, keys].astype(np.float64) / e.total.double().numpy()[of_draw]
+    rate = counts[of_draw] * np.where(by_weight[of_draw], 0.5 * (share + even[of_draw]), even[of_draw])
+    return Sample(keys, ends, -np.log(rate).astype(np.float32), (share / rate).astype(np.float32))
 
 
 def sampled_moments(
-    e: Expansion, sample: Sample, counts: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    e: Expansion, sample: Sample, k: torch.Tensor, v: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sums over each block's sample with the weights of the control variate, to first order around its far key.
 
     Of one and the values, (blocks, 1 + d_v); of the distances from the far key and, where the far values are tilted,
     of these times each value, (blocks, 1 or 1 + d_v, d).
     """
-    d, d_v = k.shape[1], v.shape[1]
-    means = torch.zeros(len(counts), 1 + d_v)
-    tilts = torch.zeros(len(counts), 1 if e.far_tilt is None else 1 + d_v, d)
-    loops = compiled_loops()
-    if loops is not None and d_v <= FEW_COLUMNS:
-        tensors = (counts, sample.keys, sample.control, k, e.mean, e.far_key, v, means, tilts)
-        given = [t.contiguous().numpy() for t in tensors]
-        over_threads(lambda first, last: loops.sampled_moments(first, last, *given), len(counts))
-        return means, tilts
-    control, values = sample.control.unsqueeze(1), v[sample.keys]
-    means.index_add_(0, sample.of_draw, torch.cat([control, control * values], 1))
-    centred = (k[sample.keys] - e.mean - e.far_key[sample.of_draw]) * control
+    number, keys, of_draw = len(e.blocks), torch.from_numpy(sample.keys), sample.blocks()
+    control, values = torch.from_numpy(sample.control).unsqueeze(1), v[keys]
+    weighed = torch.cat([control, control * values], 1)
+    means = torch.zeros(number, weighed.shape[1]).index_add_(0, of_draw, weighed)
+    centred = k[keys] - e.mean - e.far_axes[of_draw, 0]
+    tilts = torch.zeros_like(e.far_axes)
     for c in range(tilts.shape[1]):
-        tilts[:, c].index_add_(0, sample.of_draw, centred if c == 0 else centred * values[:, c - 1 : c])
+        tilts[:, c].index_add_(0, of_draw, centred * weighed[:, c : c + 1])
     return means, tilts
 
 
 def sampled_own(e: Expansion, sample: Sample) -> torch.Tensor:
     """Per row, the sum of 1 / (counts p) over the draws of its block that drew its own key; its mean is one."""
-    blocks = e.blocks
-    row_of, block_of = torch.empty(len(blocks.order), dtype=torch.int64), torch.empty_like(blocks.order)
-    row_of[blocks.order] = blocks.rows
-    block_of[blocks.order] = blocks.of_queries()
-    met = block_of[sample.keys] == sample.of_draw
-    return torch.zeros(len(blocks.deltas)).index_add_(0, row_of[sample.keys[met]], sample.logs[met].exp())
+    blocks, keys = e.blocks, torch.from_numpy(sample.keys)
+    met = torch.from_numpy(blocks.labels)[keys] == sample.blocks()
+    rows = torch.from_numpy(blocks.rows)[keys[met]]
+    return torch.zeros(len(blocks.deltas)).index_add_(0, rows, torch.from_numpy(sample.logs)[met].exp())
 
 
 def _approxkmv(
@@ -259,10 +254,12 @@ method = Method(
     defaults={"block": 128, "near": 256, "samples": 32, "directions": 48, "iterations": 3, "sampled": 16},
     may_be_zero=frozenset({"directions"}),
     grid=[
-        # One block, first order: for attention that is nearly uniform.
+        # One block, first order: for attention that is nearly uniform, and for few keys.
         {"block": 2**24, "near": 16, "samples": 8, "directions": 0},
         {"block": 2**24, "near": 32, "samples": 32, "directions": 0},
         {"block": 2**24, "near": 64, "samples": 128, "directions": 0},
+        {"block": 2**24, "near": 128, "samples": 256, "directions": 0},
+        {"block": 2**24, "near": 256, "samples": 512, "directions": 0},
         {"block": 1024, "near": 64, "samples": 32},
         {"block": 512, "near": 64, "samples": 32},
         {"block": 512, "near": 128, "samples": 32},

@@ -81,9 +81,7 @@ def attend(
     far.sub_(shift.unsqueeze(1)).exp_()
     exact *= (row_scale - shift).exp_().unsqueeze(1)
     answer = (exact[:, 1:] + far @ values) / (exact[:, :1] + far.sum(1, keepdim=True))
-    out = torch.empty(len(q), v.shape[1])
-    out[blocks.order] = answer[blocks.rows]
-    return exactly_where_lost(out, q, k, v, scale)
+    return exactly_where_lost(blocks.of_queries(answer), q, k, v, scale)
 
 
 def _clustered(

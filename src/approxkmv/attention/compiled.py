@@ -154,17 +154,24 @@ def _stored_by_type(number, like):
 
 
 @njit(fastmath=_FLAGS, nogil=True, cache=True)
-def fill_weights(low, high, logs, highest, thresholds, columns, weights, counts, totals, values):
+def fill_weights(
+    low, high, logs, highest, kept, begin, step, columns, weights, counts, thresholds, totals, values
+):  # fmt: skip
     """Blocks low to high - 1: weights = exp(logs - highest), 0 at the near keys, whose number goes to counts.
 
-    A key is near where its log (blocks, n) is at least the block's threshold. weights (blocks, 1 + tilts, n) has the
-    weights, then their products with the first `tilts` of the value columns (d_v, n); totals (blocks,) and values
-    (blocks, tilts) are their sums. logs and weights are float32, or bfloat16 as bits.
+    A key is near where its log (blocks, n) is at least the block's threshold: the number of rank `kept`, from below,
+    among every step-th key's from the key at `begin` on. weights (blocks, 1 + tilts, n) has the weights, then their
+    products with the value columns (tilts, n); totals (blocks,) and values (blocks, tilts) are their sums. logs and
+    weights are float32, or bfloat16 as bits.
     """
     n = logs.shape[1]
+    sample = np.empty((n - begin + step - 1) // step, np.float32)
     for b in range(low, high):
+        for j in range(len(sample)):
+            sample[j] = _number(logs[b, begin + j * step])
+        bar = np.partition(sample, kept)[kept]
+        thresholds[b] = bar
         top = highest[b]
-        bar = thresholds[b]
         count = np.int32(0)
         total = _f(0.0)
         for j in range(n):
@@ -186,6 +193,36 @@ def fill_weights(low, high, logs, highest, thresholds, columns, weights, counts,
 
 
 @njit(fastmath=_FLAGS, nogil=True, cache=True)
+def centre_far(highest, variances, axes, totals, far_log, far_value, far_axes):
+    """Sums over the far keys of each block become weighted means and covariances; see `Expansion`.
+
+    far_axes (blocks, 1 + tilts, d) and far_value (blocks, d_v) hold sums of weights times keys and values; totals
+    (blocks,) those of the weights, which become at least 1e-30. variances (blocks, r) are along axes (d, r).
+    """
+    d, r = axes.shape
+    along = np.empty(r, np.float32)
+    for b in range(len(totals)):
+        totals[b] = max(totals[b], _f(1e-30))
+        share = _f(1.0) / totals[b]
+        for c in range(far_value.shape[1]):
+            far_value[b, c] *= share
+        along[:] = _f(0.0)
+        for p in range(d):
+            x = far_axes[b, 0, p] * share
+            far_axes[b, 0, p] = x
+            for a in range(r):
+                along[a] += x * axes[p, a]
+        for c in range(1, far_axes.shape[1]):
+            for p in range(d):
+                far_axes[b, c, p] = far_axes[b, c, p] * share - far_value[b, c - 1] * far_axes[b, 0, p]
+        second = _f(0.0)
+        for a in range(r):
+            second += variances[b, a] * along[a] * along[a]
+        # The far key's own second-order term is in its weight already.
+        far_log[b] = np.log(totals[b]) + highest[b] - _f(0.5) * second
+
+
+@njit(fastmath=_FLAGS, nogil=True, cache=True)
 def list_near(low, high, logs, thresholds, ends, chosen):
     """The near keys of blocks low to high - 1, counted by fill_weights, into chosen[ends[b - 1]:ends[b]]."""
     for b in range(low, high):
@@ -199,10 +236,40 @@ def list_near(low, high, logs, thresholds, ends, chosen):
                 at += np.int64(_number(logs[b, j]) >= bar)
 
 
+@njit(nogil=True, cache=True)
+def group(labels, multiple):
+    """queries, rows, labels, starts and sizes of `Blocks`: points (n,) with a label in blocks, a block for each used.
+
+    A block's rows are padded to a multiple of some.
+    """
+    n = len(labels)
+    counts = np.zeros(labels.max() + 1, np.int64)
+    for i in range(n):
+        counts[labels[i]] += 1
+    number = np.count_nonzero(counts)
+    block_of_label = np.empty(len(counts), np.int64)
+    starts, sizes, following = np.empty(number, np.int64), np.empty(number, np.int64), np.empty(number, np.int64)
+    b = whole = 0
+    for label in range(len(counts)):
+        if counts[label] > 0:
+            block_of_label[label] = b
+            starts[b] = following[b] = whole
+            sizes[b] = (counts[label] + multiple - 1) // multiple * multiple
+            whole += sizes[b]
+            b += 1
+    queries = np.full(whole, -1)
+    rows, block_of = np.empty(n, np.int64), np.empty(n, np.int64)
+    for i in range(n):
+        b = block_of_label[labels[i]]
+        queries[following[b]] = i
+        rows[i] = following[b]
+        block_of[i] = b
+        following[b] += 1
+    return queries, rows, block_of, starts, sizes
+
+
 @njit(fastmath=_FLAGS, nogil=True, cache=True)
-def centre_blocks(
-    q, scale, points, importance, order, firsts, counts, starts, deltas, centres, variances, row_variances
-):
+def centre_blocks(q, scale, points, importance, queries, starts, sizes, deltas, centres, variances, row_variances):
     """Fill deltas (rows, d), centres (blocks, d), variances (blocks, r) and row_variances (rows,), block after block.
 
     q (n, d) times scale are the queries, whose centre and distances from it are wanted; points (n, r), whose variance
@@ -211,15 +278,22 @@ def centre_blocks(
     d = q.shape[1]
     r = points.shape[1]
     middle = np.empty(r, np.float32)
-    for b in range(len(counts)):
-        share = _f(1.0) / _f(counts[b])
+    for b in range(len(starts)):
+        first = starts[b]
+        last = first + sizes[b]
+        # Padded rows are a block's last.
+        while queries[last - 1] < 0:
+            last -= 1
+            deltas[last, :] = _f(0.0)
+            row_variances[last] = _f(0.0)
+        share = _f(1.0) / _f(last - first)
         for p in range(d):
             centres[b, p] = _f(0.0)
         for p in range(r):
             middle[p] = _f(0.0)
             variances[b, p] = _f(0.0)
-        for i in range(counts[b]):
-            query = order[firsts[b] + i]
+        for row in range(first, last):
+            query = queries[row]
             for p in range(d):
                 centres[b, p] += q[query, p]
             for p in range(r):
@@ -228,9 +302,8 @@ def centre_blocks(
             centres[b, p] *= share * scale
         for p in range(r):
             middle[p] *= share
-        for i in range(counts[b]):
-            query = order[firsts[b] + i]
-            row = starts[b] + i
+        for row in range(first, last):
+            query = queries[row]
             for p in range(d):
                 deltas[row, p] = q[query, p] * scale - centres[b, p]
             whole = _f(0.0)
@@ -257,30 +330,41 @@ def project(low, high, deltas, starts, sizes, axes, out):
 
 
 @njit(fastmath=_FLAGS, nogil=True, cache=True)
-def own_keys(
-    low, high, order, rows, of_query, deltas, centres, k, mean, far_key, logs, thresholds, weights, totals, log, share,
-    lean
+def see(
+    low, high, with_own_keys, queries, starts, sizes, logs, weights, thresholds, totals, far_log, far_value, far_axes,
+    centres, deltas, k, mean, log_weight, value, own_log, own_share, own_seen
 ):  # fmt: skip
-    """Per row of the queries order[low:high], about the key with the query's index, if it is not near.
-
-    log = q.(k - mean), which stays as it is for a near key; share = its part of the far key's weight; lean =
-    delta.(k - mean - far_key).
-    """
-    for i in range(low, high):
-        key = order[i]
-        row = rows[i]
-        b = of_query[i]
-        if _number(logs[b, key]) >= thresholds[b]:
-            continue
-        dot = _f(0.0)
-        part = _f(0.0)
-        for p in range(k.shape[1]):
-            x = k[key, p] - mean[p]
-            dot += (centres[b, p] + deltas[row, p]) * x
-            part += deltas[row, p] * (x - far_key[b, p])
-        log[row] = dot
-        lean[row] = part
-        share[row] = _number(weights[b, 0, key]) / totals[b]
+    """Fill what the rows of blocks low to high - 1 see of the far key and of their own key: see `expansion.Seen`."""
+    d = deltas.shape[1]
+    tilted = far_axes.shape[1] > 1
+    for b in range(low, high):
+        for row in range(starts[b], starts[b] + sizes[b]):
+            dot = _f(0.0)
+            for p in range(d):
+                dot += deltas[row, p] * far_axes[b, 0, p]
+            log_weight[row] = dot + far_log[b]
+            for c in range(far_value.shape[1]):
+                lean = _f(0.0)
+                if tilted:
+                    for p in range(d):
+                        lean += deltas[row, p] * far_axes[b, 1 + c, p]
+                value[row, c] = far_value[b, c] + lean
+            own_log[row] = _f(-np.inf)
+            own_share[row] = _f(0.0)
+            own_seen[row] = _f(0.0)
+            key = queries[row]
+            if not with_own_keys or key < 0 or _number(logs[b, key]) >= thresholds[b]:
+                continue
+            own = _f(0.0)
+            lean = _f(0.0)
+            for p in range(d):
+                x = k[key, p] - mean[p]
+                own += (centres[b, p] + deltas[row, p]) * x
+                lean += deltas[row, p] * x
+            share = _number(weights[b, 0, key]) / totals[b]
+            own_log[row] = own
+            own_share[row] = share
+            own_seen[row] = share * (_f(1.0) + lean - dot)
 
 
 @njit(fastmath=_FLAGS, nogil=True, cache=True)
@@ -302,18 +386,16 @@ def far_deviations(low, high, starts, sizes, heavy, scales, log_weight, variance
 
 
 @njit(fastmath=_FLAGS, nogil=True, cache=True)
-def draw_light(low, high, counts, ends, chosen, weights, totals, points, keys, logs, control):
+def draw_light(low, high, draw_ends, ends, chosen, weights, totals, points, keys, logs, control):
     """Light keys of blocks low to high - 1, and the two weights of each: see `approxkmv.draw`.
 
-    points (m,) are uniform random numbers, counts[b] of them for block b, each turned into one key.
+    points (m,) are uniform random numbers, up to draw_ends[b] for block b, each turned into one key.
     """
     n = weights.shape[2]
     chunks = (n + _CHUNK - 1) // _CHUNK
     heights = np.empty(chunks)
-    begin = 0
-    for b in range(low):
-        begin += counts[b]
     for b in range(low, high):
+        begin = draw_ends[b - 1] if b > 0 else 0
         first = ends[b - 1] if b > 0 else 0
         near = ends[b] - first
         row = weights[b, 0]
@@ -324,7 +406,7 @@ def draw_light(low, high, counts, ends, chosen, weights, totals, points, keys, l
                 part += row[j]
             running += float(part)
             heights[c] = running
-        for t in range(begin, begin + counts[b]):
+        for t in range(begin, draw_ends[b]):
             if near == n:
                 # Nothing is light: a key of weight 0
                 keys[t], logs[t], control[t] = 0, -np.inf, 0.0
@@ -364,73 +446,70 @@ def draw_light(low, high, counts, ends, chosen, weights, totals, points, keys, l
                         if height < 0.0:
                             break
             share = row[key] / totals[b]
-            rate = counts[b] * (0.5 * (share + even) if by_weight else even)
+            rate = (draw_ends[b] - begin) * (0.5 * (share + even) if by_weight else even)
             keys[t] = key
             logs[t] = -np.log(rate)
             control[t] = share / rate
-        begin += counts[b]
-
-
-@njit(fastmath=_FLAGS, nogil=True, cache=True)
-def sampled_moments(low, high, counts, keys, control, k, mean, far_key, v, means, tilts):
-    """Sums over the draws of blocks low to high - 1, with the weights `control`, which the control variate is about.
-
-    means (blocks, 1 + d_v): of 1 and the values. tilts (blocks, 1 or 1 + d_v, d): of k - mean - far_key, and of that
-    times each value.
-    """
-    d = k.shape[1]
-    t = 0
-    for b in range(low):
-        t += counts[b]
-    for b in range(low, high):
-        for _ in range(counts[b]):
-            key = keys[t]
-            weight = control[t]
-            means[b, 0] += weight
-            for c in range(v.shape[1]):
-                means[b, 1 + c] += weight * v[key, c]
-            for p in range(d):
-                tilts[b, 0, p] += weight * (k[key, p] - mean[p] - far_key[b, p])
-            for c in range(tilts.shape[1] - 1):
-                part = weight * v[key, c]
-                for p in range(d):
-                    tilts[b, 1 + c, p] += part * (k[key, p] - mean[p] - far_key[b, p])
-            t += 1
 
 
 @njit(fastmath=_FLAGS, nogil=True, cache=True)
 def controlled_sums(
-    low, high, starts, sizes, order, heavy, scales, estimate, estimate_scales, log_weight, variances, limit, far_value,
-    means, seen, own_log, own_share, own_seen, own_drawn, v, out
+    low, high, with_own_keys, starts, sizes, queries, rows, labels, heavy, scales, estimate, estimate_scales, variances,
+    limit, ends, keys, logs, control, deltas, k, mean, v, far_value, far_axes, log_weight, own_log, own_share, own_seen,
+    out
 ):  # fmt: skip
     """Numerators, row sum and log (n, d_v + 2) of each query of blocks low to high - 1, by the control variate.
 
     For every row: heavy keys + estimate over the sample + far key - far key over the sample, and the own key (of log
-    own_log, -inf for none) exactly instead of its share. seen (rows, 1 or 1 + d_v) are first-order sums over the
-    sample; far_value (rows, d_v). All rows are queries, in the blocks' order.
+    own_log, -inf for none) exactly instead of its share. The sample of block b is keys[ends[b-1]:ends[b]], with the
+    weights exp(logs) and `control`; far_axes and the rest are of `Expansion` and `Seen`. Every row is a query.
     """
-    width = far_value.shape[1]
-    tilted = seen.shape[1] > 1
+    d, width = k.shape[1], v.shape[1]
+    tilts = far_axes.shape[1]
+    means = np.empty(1 + width, np.float32)
+    leans = np.empty((tilts, d), np.float32)
+    own_drawn = np.empty(sizes.max(), np.float32)
     for b in range(low, high):
+        means[:] = _f(0.0)
+        leans[:] = _f(0.0)
+        own_drawn[: sizes[b]] = _f(0.0)
+        for t in range(ends[b - 1] if b > 0 else 0, ends[b]):
+            key = keys[t]
+            weight = control[t]
+            means[0] += weight
+            for c in range(width):
+                means[1 + c] += weight * v[key, c]
+            for c in range(tilts):
+                part = weight if c == 0 else weight * v[key, c - 1]
+                for p in range(d):
+                    leans[c, p] += part * (k[key, p] - mean[p] - far_axes[b, 0, p])
+            if with_own_keys and labels[key] == b:
+                own_drawn[rows[key] - starts[b]] += _exp(logs[t])
         for row in range(starts[b], starts[b] + sizes[b]):
             shift = max(max(scales[b], log_weight[row]), own_log[row])
             exact = _fading(scales[b] - shift)
             light = _fading(estimate_scales[b] - shift)
             weight = _fading(log_weight[row] - shift) if variances[row] < limit else _f(0.0)
-            query = order[row]
+            query = queries[row]
             mine = own_log[row] > _f(-1e30)
-            left = _f(1.0) - own_drawn[row]
+            left = _f(1.0) - own_drawn[row - starts[b]]
             own = _fading(own_log[row] - shift) if mine else _f(0.0)
+            lean = _f(0.0)
+            for p in range(d):
+                lean += deltas[row, p] * leans[0, p]
             row_sum = heavy[row, 0] * exact + estimate[row, 0] * light
-            row_sum += weight * (_f(1.0) - means[b, 0] - seen[row, 0])
+            row_sum += weight * (_f(1.0) - means[0] - lean)
             if mine:
                 row_sum += left * (own - weight * own_seen[row])
             for c in range(width):
-                sampled = means[b, 1 + c] + (seen[row, 1 + c] if tilted else _f(0.0))
+                sampled = means[1 + c]
+                if tilts > 1:
+                    for p in range(d):
+                        sampled += deltas[row, p] * leans[1 + c, p]
                 value = heavy[row, 1 + c] * exact + estimate[row, 1 + c] * light
                 value += weight * (far_value[row, c] - sampled)
                 if mine:
-                    value += left * (own - weight * (own_seen[row] if tilted else own_share[row])) * v[query, c]
+                    value += left * (own - weight * (own_seen[row] if tilts > 1 else own_share[row])) * v[query, c]
                 out[query, c] = value
             out[query, width] = row_sum
             out[query, width + 1] = shift
@@ -438,32 +517,34 @@ def controlled_sums(
 
 @njit(fastmath=_FLAGS, nogil=True, cache=True)
 def expanded_answers(
-    low, high, order, rows, of_query, sums, scales, log_weight, far_value, tilted, own_log, own_share, own_seen, v, out
+    low, high, queries, starts, sizes, tilted, sums, scales, log_weight, far_value, own_log, own_share, own_seen, v, out
 ):  # fmt: skip
-    """Answers (n, d_v) of the queries order[low:high]: heavy keys, far key, and the own key instead of its share.
+    """Answers (n, d_v) of the queries of blocks low to high - 1: heavy keys, far key, and the own key, not its share.
 
     NaN where an exponential would leave float32.
     """
     width = far_value.shape[1]
-    for i in range(low, high):
-        query = order[i]
-        row = rows[i]
-        scale = scales[of_query[i]]
-        mine = own_log[row] > _f(-1e30)
-        if not max(log_weight[row], own_log[row]) - scale < _LARGEST:
-            for c in range(width):
-                out[query, c] = np.nan
-            continue
-        weight = _fading(log_weight[row] - scale)
-        own = _fading(own_log[row] - scale) if mine else _f(0.0)
-        row_sum = sums[row, 0] + weight
-        if mine:
-            row_sum += own - weight * own_seen[row]
-        for c in range(width):
-            value = sums[row, 1 + c] + weight * far_value[row, c]
+    for b in range(low, high):
+        scale = scales[b]
+        for row in range(starts[b], starts[b] + sizes[b]):
+            query = queries[row]
+            if query < 0:
+                continue
+            mine = own_log[row] > _f(-1e30)
+            if not max(log_weight[row], own_log[row]) - scale < _LARGEST:
+                for c in range(width):
+                    out[query, c] = np.nan
+                continue
+            weight = _fading(log_weight[row] - scale)
+            own = _fading(own_log[row] - scale) if mine else _f(0.0)
+            row_sum = sums[row, 0] + weight
             if mine:
-                value += (own - weight * (own_seen[row] if tilted else own_share[row])) * v[query, c]
-            out[query, c] = value / row_sum
+                row_sum += own - weight * own_seen[row]
+            for c in range(width):
+                value = sums[row, 1 + c] + weight * far_value[row, c]
+                if mine:
+                    value += (own - weight * (own_seen[row] if tilted else own_share[row])) * v[query, c]
+                out[query, c] = value / row_sum
 
 
 @njit(inline="always")

@@ -29,16 +29,22 @@ _SAMPLED_KEYS = 8
 # Eigenvalues to this power weigh the axes in the distance of queries. One half would be the standard deviation of the
 # change of the logits; a little less keeps weight on axes along which only the keys near the top differ.
 _METRIC_POWER = 0.4
+# So many keys decide the axes: the errors are the same with all of 4,096 (GloVe and heads of a model), the time is not.
+_KEYS_FOR_AXES = 512
+
+# queries, rows, labels, starts and sizes of Blocks
+Grouped = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True)
 class Blocks:
     """Queries in blocks of near neighbours, each block's rows contiguous and padded to a multiple of some rows."""
 
-    order: torch.Tensor
-    """(n,) queries, block after block."""
-    rows: torch.Tensor
-    """(n,) where query order[i] lies in `deltas`."""
+    queries: np.ndarray
+    """(padded n,) the query in each row, -1 where padded."""
+    rows: np.ndarray
+    labels: np.ndarray
+    """(n,) row and block of each query."""
     starts: np.ndarray
     sizes: np.ndarray
     """First row and padded number of rows of each block."""
@@ -58,9 +64,15 @@ class Blocks:
         """Repeat (blocks, ...) for each row of each block."""
         return per_block.repeat_interleave(torch.from_numpy(self.sizes), 0)
 
-    def of_queries(self) -> torch.Tensor:
-        """(n,) the block of query order[i]."""
-        return torch.from_numpy(np.repeat(np.arange(len(self.sizes)), self.sizes)[self.rows.numpy()])
+    def of_queries(self, per_row: torch.Tensor) -> torch.Tensor:
+        """Rows of the blocks (padded n, ...) in the order of the queries (n, ...)."""
+        return per_row[torch.from_numpy(self.rows)]
+
+    def in_rows(self, per_query: torch.Tensor) -> torch.Tensor:
+        """Something of the queries (n, ...) in the order of the blocks' rows (padded n, ...), zero where padded."""
+        out = per_query.new_zeros(len(self.deltas), *per_query.shape[1:])
+        out[torch.from_numpy(self.rows)] = per_query
+        return out
 
 
 def make_blocks(
@@ -70,40 +82,46 @@ def make_blocks(
 
     importance (r,): what a square along each of the points' axes counts in `row_variances`.
     """
-    label = labels.numpy().astype(np.uint16 if len(q) <= 65536 else np.int64)
-    order = np.argsort(label, kind="stable")
-    counts = np.bincount(label)
-    counts = counts[counts > 0]
-    firsts = np.concatenate([[0], counts.cumsum()[:-1]])
-    padded = -(-counts // multiple) * multiple
-    starts = np.concatenate([[0], padded.cumsum()[:-1]])
-    rows = torch.from_numpy(np.arange(len(order)) + np.repeat(starts - firsts, counts))
-    whole = int(padded.sum())
-    deltas = scratch("deltas", whole, q.shape[1])
-    row_variances = torch.zeros(whole)
-    if whole > len(q):
-        deltas.zero_()
-    centres, variances = q.new_empty(len(counts), q.shape[1]), q.new_empty(len(counts), points.shape[1])
     loops = compiled_loops()
+    grouped: Grouped = (loops.group if loops is not None else _group)(labels.numpy(), multiple)
+    queries, rows, block_of, starts, sizes = grouped
+    number = len(starts)
+    deltas = scratch("deltas", len(queries), q.shape[1])
     if loops is not None:
+        centres, variances = q.new_empty(number, q.shape[1]), q.new_empty(number, points.shape[1])
+        row_variances = q.new_empty(len(queries))
         given = q.contiguous().numpy(), np.float32(scale), points.numpy(), importance.numpy()
         written = (t.numpy() for t in (deltas, centres, variances, row_variances))
-        loops.centre_blocks(*given, order, firsts, counts, starts, *written)
-    else:
-        size = torch.from_numpy(counts.astype(np.float32)).unsqueeze(1)
-        places = torch.from_numpy(order)
-        of_row = torch.from_numpy(np.repeat(np.arange(len(counts)), counts))
+        loops.centre_blocks(*given, queries, starts, sizes, *written)
+        return Blocks(*grouped, centres, deltas, variances, row_variances)
+    of_query = torch.from_numpy(block_of)
+    counts = torch.bincount(of_query).unsqueeze(1)
 
-        def means(ordered: torch.Tensor) -> torch.Tensor:
-            return torch.from_numpy(np.add.reduceat(ordered.numpy(), firsts, axis=0)) / size
+    def means(of_queries: torch.Tensor) -> torch.Tensor:
+        return q.new_zeros(number, of_queries.shape[1]).index_add_(0, of_query, of_queries) / counts
 
-        centres.copy_(scale * means(q[places]))
-        deltas[rows] = scale * q[places] - centres[of_row]
-        ordered = points[places]
-        squares = (ordered - means(ordered)[of_row]).square()
-        variances.copy_(means(squares))
-        row_variances[rows] = squares @ importance
-    return Blocks(torch.from_numpy(order), rows, starts, padded, centres, deltas, variances, row_variances)
+    centres = scale * means(q)
+    squares = (points - means(points)[of_query]).square()
+    deltas.zero_()[torch.from_numpy(rows)] = scale * q - centres[of_query]
+    row_variances = q.new_zeros(len(queries))
+    row_variances[torch.from_numpy(rows)] = squares @ importance
+    return Blocks(*grouped, centres, deltas, means(squares), row_variances)
+
+
+def _group(labels: np.ndarray, multiple: int) -> Grouped:
+    """queries, rows, labels, starts and sizes of `Blocks`: points (n,) with a label in blocks, a block for each used.
+
+    A block's rows are padded to a multiple of some.
+    """
+    _, block_of, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    sizes = -(-counts // multiple) * multiple
+    starts = sizes.cumsum() - sizes
+    order = np.argsort(block_of, kind="stable")
+    rows = np.empty_like(block_of)
+    rows[order] = np.arange(len(labels)) + np.repeat(starts - (counts.cumsum() - counts), counts)
+    queries = np.full(int(sizes.sum()), -1)
+    queries[rows] = np.arange(len(labels))
+    return queries, rows, block_of, starts, sizes
 
 
 def principal_axes(k: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -111,26 +129,29 @@ def principal_axes(k: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Ten
     mean = k.mean(0)
     if count == 0:
         return mean, k.new_empty(k.shape[1], 0), k.new_empty(0)
-    some = k[:: max(1, len(k) // 2048)] - mean
+    some = k[:: max(1, len(k) // _KEYS_FOR_AXES)] - mean
     values, vectors = torch.linalg.eigh(some.mT @ some / len(some))
     return mean, vectors.flip(1)[:, :count], values.flip(0)[:count].clamp_min(0)
 
 
 @dataclass(frozen=True)
-class OwnKeys:
-    """What each row's own key adds, and what the far key had counted for it; nothing where that key is near."""
+class Seen:
+    """What each row of the blocks sees of its block's far key, and of the key of the same index as its query.
 
-    log: torch.Tensor
-    """(rows,) q_i.(k_i - mean), -inf where the key is near."""
-    share: torch.Tensor
+    In self-attention that key is often the query's nearest; seen from the block's centre it is one of many, and its
+    block does not list it as near.
+    """
+
+    log_weight: torch.Tensor
+    """(rows,) of the far key."""
+    value: torch.Tensor
+    """(rows, d_v) of the far key."""
+    own_log: torch.Tensor
+    """(rows,) q_i.(k_i - mean), -inf where the key is near or there is none."""
+    own_share: torch.Tensor
     """(rows,) the key's part of the far key's weight, as the block's centre sees it, and"""
-    share_seen: torch.Tensor
-    """(rows,) to first order in the row's distance from the centre."""
-
-    @classmethod
-    def none(cls, rows: int) -> OwnKeys:
-        """For queries that have no keys of their own."""
-        return cls(torch.full((rows,), -torch.inf), torch.zeros(rows), torch.zeros(rows))
+    own_share_seen: torch.Tensor
+    """(rows,) to first order in the row's distance from the centre; both 0 where the key is near or there is none."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +168,7 @@ class Expansion:
     weights: torch.Tensor
     """(blocks, 1 + tilts, n_k) exp(logs - highest), zero for the near keys; then these times each tilted column."""
     thresholds: torch.Tensor
-    """(blocks, 1) the least of logs at which a key is near."""
+    """(blocks,) the least of logs at which a key is near."""
     chosen: np.ndarray
     ends: np.ndarray
     """The near keys of block b are chosen[ends[b-1]:ends[b]]."""
@@ -155,61 +176,52 @@ class Expansion:
     """(blocks,) sum of the weights."""
     far_log: torch.Tensor
     """(blocks,) log of the far key's weight at the centre."""
-    far_key: torch.Tensor
     far_value: torch.Tensor
-    """(blocks, d), (blocks, d_v): weighted means over the far keys, the keys' relative to `mean`."""
-    far_tilt: torch.Tensor | None
-    """(blocks, d_v, d) weighted covariance of the far values and keys, where there are few columns."""
+    """(blocks, d_v) weighted mean of the far values."""
+    far_axes: torch.Tensor
+    """(blocks, 1 + tilts, d) the weighted mean of the far keys, relative to `mean`; then, where there are few columns,
+    the weighted covariance of each column of the far values with the far keys."""
 
-    def far(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log weight (rows,) and value (rows, d_v) of its block's far key, as each query sees them."""
-        count(kernel_evaluations=len(self.blocks.deltas))
-        axes = self.far_key.unsqueeze(1)
-        if self.far_tilt is not None:
-            axes = torch.cat([axes, self.far_tilt], 1)
-        seen = project(self.blocks, axes)
-        log_weight = seen[:, 0] + self.blocks.of_rows(self.far_log)
-        value = self.blocks.of_rows(self.far_value)
-        return log_weight, value if self.far_tilt is None else value + seen[:, 1:]
+    @property
+    def tilted(self) -> bool:
+        """Whether the far value is of first order in the row's distance from the centre, and not the block's mean."""
+        return self.far_axes.shape[1] > 1
 
-    def own_keys(self, k: torch.Tensor) -> OwnKeys:
-        """The key of the same index as each query, of as many keys as queries: in self-attention often its nearest.
-
-        Seen from the block's centre it is one of many, and its block does not list it as near.
-        """
+    def seen(self, k: torch.Tensor | None) -> Seen:
+        """What the rows see of the far keys and, if the keys k (n, d) are given, of their own."""
         blocks = self.blocks
-        rows, order = blocks.rows, blocks.order
-        whole = len(blocks.deltas)
-        log, share, lean = torch.full((whole,), -torch.inf), torch.zeros(whole), torch.zeros(whole)
-        of_query = blocks.of_queries()
-        count(kernel_evaluations=len(order))
+        rows, d_v = len(blocks.deltas), self.far_value.shape[1]
+        count(kernel_evaluations=rows + (0 if k is None else len(blocks.rows)))
         loops = compiled_loops()
         if loops is not None:
-            geometry = (order, rows, of_query, blocks.deltas, blocks.centres, k, self.mean, self.far_key)
-            given = [t.contiguous().numpy() for t in geometry]
-            given += [as_numbers(self.logs), self.thresholds.squeeze(1).numpy(), as_numbers(self.weights)]
-            given += [t.numpy() for t in (self.total, log, share, lean)]
-            over_threads(lambda first, last: loops.own_keys(first, last, *given), len(order))
-        else:
-            deltas, keys = blocks.deltas[rows], k[order] - self.mean
-            is_near = self.logs[of_query, order] >= self.thresholds.to(self.logs.dtype)[of_query, 0]
+            whole = torch.empty(4, rows)
+            out = Seen(whole[0], torch.empty(rows, d_v), whole[1], whole[2], whole[3])
+            given = [blocks.queries, blocks.starts, blocks.sizes, as_numbers(self.logs), as_numbers(self.weights)]
+            keys = self.mean.unsqueeze(0) if k is None else k.contiguous()
+            parts = (
+                *(self.thresholds, self.total, self.far_log, self.far_value, self.far_axes),
+                *(blocks.centres, blocks.deltas, keys, self.mean),
+                *(out.log_weight, out.value, out.own_log, out.own_share, out.own_share_seen),
+            )
+            given += [t.numpy() for t in parts]
+            over_threads(lambda first, last: loops.see(first, last, k is not None, *given), len(blocks))
+            return out
+        seen = project(blocks, self.far_axes)
+        log_weight = seen[:, 0] + blocks.of_rows(self.far_log)
+        value = blocks.of_rows(self.far_value)
+        if self.tilted:
+            value += seen[:, 1:]
+        log, share, lean = torch.full((rows,), -torch.inf), torch.zeros(rows), torch.zeros(rows)
+        if k is not None:
+            at, of_query = torch.from_numpy(blocks.rows), torch.from_numpy(blocks.labels)
+            each = torch.arange(len(at))
+            deltas, keys = blocks.deltas[at], k - self.mean
+            light = self.logs[of_query, each] < self.thresholds.to(self.logs.dtype)[of_query]
             own = ((blocks.centres[of_query] + deltas) * keys).sum(1)
-            log[rows] = own.masked_fill_(is_near, -torch.inf)
-            lean[rows] = (deltas * (keys - self.far_key[of_query])).sum(1)
-            share[rows] = self.weights[of_query, 0, order].float() / self.total[of_query]
-        return OwnKeys(log, share, share * (1 + lean))
-
-    def of_queries(self, per_row: torch.Tensor) -> torch.Tensor:
-        """Rows of the blocks (padded n, d_v) in the order of the queries (n, d_v)."""
-        out = torch.empty(len(self.blocks.order), per_row.shape[1])
-        out[self.blocks.order] = per_row[self.blocks.rows]
-        return out
-
-    def of_rows(self, per_query: torch.Tensor) -> torch.Tensor:
-        """Something of the queries (n, ...) in the order of the blocks' rows (padded n, ...), zero where padded."""
-        out = torch.zeros(len(self.blocks.deltas), *per_query.shape[1:])
-        out[self.blocks.rows] = per_query[self.blocks.order]
-        return out
+            log[at] = own.masked_fill_(~light, -torch.inf)
+            lean[at] = (deltas * (keys - self.far_axes[of_query, 0])).sum(1)
+            share[at] = self.weights[of_query, 0, each].float() / self.total[of_query] * light
+        return Seen(log_weight, value, log, share, share * (1 + lean))
 
 
 def as_numbers(stored: torch.Tensor) -> np.ndarray:
@@ -274,65 +286,74 @@ def expand(
     spare = d % 2 if low == torch.bfloat16 else 0
     features = scratch("features", n_k, r + d + spare, dtype=low)
     keys = torch.sub(k, mean, out=features[:, r : r + d])
-    features[:, r + d :] = 0
+    if spare:
+        features[:, r + d :] = 0
     if r > 0:
         torch.square(torch.mm(keys, axes.to(low), out=scratch("along", n_k, r, dtype=low)), out=features[:, :r])
     variances = blocks.variances / metric.square()
     ranks = torch.cat([0.5 * variances, blocks.centres], 1).to(low)
     logs = torch.mm(ranks, features[:, : r + d].mT, out=scratch("logs", len(blocks), n_k, dtype=low))
     count(kernel_evaluations=logs.numel())
-    highest = logs.amax(1, keepdim=True)
-    sample = logs[:, generator.initial_seed() % _SAMPLED_KEYS :: _SAMPLED_KEYS].float()
-    kept = sample.shape[1] - min(max(1, near // _SAMPLED_KEYS), sample.shape[1])
-    thresholds = torch.from_numpy(np.partition(sample.numpy(), kept, axis=1)[:, kept].copy()).unsqueeze(1)
     tilts = d_v if d_v <= _TILTED_COLUMNS else 0
     weights = scratch("weights", len(blocks), 1 + tilts, n_k, dtype=low)
+    highest = logs.amax(1).float()
+    first = generator.initial_seed() % _SAMPLED_KEYS
+    thresholds, chosen, ends, total, far_value = choose_keys(logs, highest, near, first, v[:, :tilts], weights)
+    far_axes = torch.mm(weights.view(-1, n_k), keys).float().view(len(blocks), 1 + tilts, d)
+    if tilts == 0:
+        far_value = torch.mm(weights[:, 0], v.to(low)).float()
+    far_log = torch.empty(len(blocks))
     if loops is not None:
-        totals, values = torch.empty(len(blocks)), torch.empty(len(blocks), tilts)
-        counts = np.empty(len(blocks), np.int64)
-        bars = thresholds.squeeze(1).numpy()
-        columns = v[:, :tilts].mT.contiguous().numpy()
-        given = (as_numbers(logs), highest.float().squeeze(1).numpy(), bars, columns, as_numbers(weights), counts)
-        sums = totals.numpy(), values.numpy()
-        over_threads(lambda first, last: loops.fill_weights(first, last, *given, *sums), len(blocks))
+        given = (highest, variances, axes.contiguous(), total, far_log, far_value, far_axes)
+        loops.centre_far(*(t.numpy() for t in given))
+    else:
+        total.clamp_min_(1e-30)
+        far_axes /= total.view(-1, 1, 1)
+        far_value /= total.unsqueeze(1)
+        if tilts:
+            far_axes[:, 1:] -= far_value.unsqueeze(2) * far_axes[:, :1]
+        # The far key's own second-order term is in its weight already.
+        second = 0.5 * (variances * (far_axes[:, 0] @ axes).square()).sum(1)
+        torch.sub(total.log() + highest, second, out=far_log)
+    rounded = features[:, r:] if low == torch.bfloat16 else None
+    return Expansion(
+        blocks, mean, rounded, logs, weights, thresholds, chosen, ends, total, far_log, far_value, far_axes
+    )
+
+
+def choose_keys(
+    logs: torch.Tensor, highest: torch.Tensor, near: int, first: int, v: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, np.ndarray, np.ndarray, torch.Tensor, torch.Tensor]:
+    """Thresholds (blocks,), chosen and ends of an expansion, the sums (blocks,) and (blocks, tilts) of its weights.
+
+    About `near` keys of each block have a log (blocks, n_k) of at least its threshold, as a sample of the keys from
+    the one at `first` on finds it. weights (blocks, 1 + tilts, n_k) are written: exp(logs - highest) of the others,
+    times 1 and the columns of v (n_k, tilts).
+    """
+    blocks, n_k = logs.shape
+    tilts = v.shape[1]
+    in_sample = len(range(first, n_k, _SAMPLED_KEYS))
+    kept = in_sample - min(max(1, near // _SAMPLED_KEYS), in_sample)
+    loops = compiled_loops()
+    if loops is not None:
+        thresholds, totals, values = torch.empty(blocks), torch.empty(blocks), torch.empty(blocks, tilts)
+        counts, columns = np.empty(blocks, np.int64), v.mT.contiguous().numpy()
+        bits = as_numbers(logs)
+        given = bits, highest.numpy(), kept, first, _SAMPLED_KEYS, columns, as_numbers(weights), counts
+        written = thresholds.numpy(), totals.numpy(), values.numpy()
+        over_threads(lambda low, high: loops.fill_weights(low, high, *given, *written), blocks)
         ends = counts.cumsum()
         chosen = np.empty(ends[-1], np.int64)
-        listed = as_numbers(logs), bars, ends, chosen
-        over_threads(lambda first, last: loops.list_near(first, last, *listed), len(blocks))
-    else:
-        is_near = logs >= thresholds.to(low)
-        torch.sub(logs, highest, out=weights[:, 0]).exp_().masked_fill_(is_near, 0)
-        torch.mul(weights[:, :1], v[:, :tilts].mT.to(low), out=weights[:, 1:])
-        totals, values = weights[:, 0].float().sum(1), weights[:, 1:].float().sum(2)
-        chosen = np.flatnonzero(is_near.numpy())
-        ends = np.searchsorted(chosen, np.arange(1, len(blocks) + 1) * n_k)
-        chosen %= n_k
-
-    far = torch.mm(weights.view(-1, n_k), keys).float().view(len(blocks), 1 + tilts, d)
-    total = totals.clamp_min(1e-30).unsqueeze(1)
-    far_key = far[:, 0] / total
-    far_value = (values if tilts else torch.mm(weights[:, 0], v.to(low)).float()) / total
-    # The far key's own second-order term is in its weight already.
-    second = 0.5 * (variances * (far_key @ axes).square()).sum(1)
-    far_log = total[:, 0].log() + highest[:, 0].float() - second
-    far_tilt = None
-    if tilts:
-        far_tilt = far[:, 1:] / total.unsqueeze(2) - far_value.unsqueeze(2) * far_key.unsqueeze(1)
-    return Expansion(
-        blocks,
-        mean,
-        features[:, r:] if low == torch.bfloat16 else None,
-        logs,
-        weights,
-        thresholds,
-        chosen,
-        ends,
-        total[:, 0],
-        far_log,
-        far_key,
-        far_value,
-        far_tilt,
-    )
+        over_threads(lambda low, high: loops.list_near(low, high, bits, written[0], ends, chosen), blocks)
+        return thresholds, chosen, ends, totals, values
+    sample = logs[:, first::_SAMPLED_KEYS].float()
+    thresholds = torch.from_numpy(np.partition(sample.numpy(), kept, axis=1)[:, kept].copy())
+    is_near = logs >= thresholds.to(logs.dtype).unsqueeze(1)
+    torch.sub(logs, highest.to(logs.dtype).unsqueeze(1), out=weights[:, 0]).exp_().masked_fill_(is_near, 0)
+    torch.mul(weights[:, :1], v.mT.to(logs.dtype), out=weights[:, 1:])
+    chosen = np.flatnonzero(is_near.numpy())
+    ends = np.searchsorted(chosen, np.arange(1, blocks + 1) * n_k)
+    return thresholds, chosen % n_k, ends, weights[:, 0].float().sum(1), weights[:, 1:].float().sum(2)
 
 
 def sums_of_keys(
@@ -353,8 +374,10 @@ def sums_of_keys(
     """
     number, d_v = len(blocks), v.shape[1]
     sums, scales = torch.zeros(len(blocks.deltas), 1 + d_v), torch.empty(number)
+    lengths = ends.copy()
+    lengths[1:] -= ends[:-1]
     # Each key with each query, padded rows too, and with the block's centre
-    count(kernel_evaluations=int(((blocks.sizes + 1) * np.diff(ends, prepend=0)).sum()))
+    count(kernel_evaluations=int((blocks.sizes + 1) @ lengths))
     loops = compiled_loops() if d_v <= FEW_COLUMNS else None
     if extra is None:
         extra = torch.zeros(len(chosen))
@@ -369,7 +392,7 @@ def sums_of_keys(
         return sums, scales
     step = _KEYS_OF_BFLOAT16 if low == torch.bfloat16 else 1
     indices = torch.from_numpy(chosen)
-    most = -(-int(np.diff(ends, prepend=0).max()) // step) * step
+    most = -(-int(lengths.max()) // step) * step
     keys = torch.zeros(most, k.shape[1])
     low_keys = keys if low == torch.float32 else torch.zeros(most, k.shape[1], dtype=low)
     pairs = torch.zeros(most, 1 + d_v)

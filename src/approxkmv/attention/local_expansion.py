@@ -12,7 +12,7 @@ import torch
 from approxkmv.attention import exact_fused
 from approxkmv.attention.acceleration import compiled_loops, native_bfloat16, over_threads
 from approxkmv.attention.contract import Method, UnavailableError, per_batch
-from approxkmv.attention.expansion import OwnKeys, expand, sums_of_keys
+from approxkmv.attention.expansion import expand, sums_of_keys
 
 
 def attend(
@@ -32,28 +32,26 @@ def attend(
     low = torch.bfloat16 if products == "bfloat16" else torch.float32
     e = expand(q, k, v, generator, scale=scale, near=near, low=low, **clustering)
     sums, scales = sums_of_keys(e.blocks, k, e.mean, v, e.chosen, e.ends, None, low, e.rounded)
-    log_weight, value = e.far()
-    own = e.own_keys(k) if len(q) == len(k) else OwnKeys.none(len(e.blocks.deltas))
-    tilted = e.far_tilt is not None
+    with_own_keys = len(q) == len(k)
+    seen = e.seen(k if with_own_keys else None)
     loops = compiled_loops()
     if loops is not None:
         out = torch.empty(len(q), v.shape[1])
-        rows = (e.blocks.order, e.blocks.rows, e.blocks.of_queries(), sums, scales, log_weight, value)
-        keys = own.log, own.share, own.share_seen, v, out
-        given: list[Any] = [t.contiguous().numpy() for t in rows]
-        given += [tilted, *(t.contiguous().numpy() for t in keys)]
-        over_threads(lambda first, last: loops.expanded_answers(first, last, *given), len(q))
+        rows = sums, scales, seen.log_weight, seen.value, seen.own_log, seen.own_share, seen.own_share_seen
+        given: list[Any] = [e.blocks.queries, e.blocks.starts, e.blocks.sizes, e.tilted]
+        given += [t.numpy() for t in (*rows, v.contiguous(), out)]
+        over_threads(lambda first, last: loops.expanded_answers(first, last, *given), len(e.blocks))
         return exactly_where_lost(out, q, k, v, scale)
     scale_of_row = e.blocks.of_rows(scales)
-    weight = (log_weight - scale_of_row).exp_()
+    weight = (seen.log_weight - scale_of_row).exp_()
     # Exactly in place of its share of the far key.
-    added = (own.log - scale_of_row).exp_()
-    counted = added - weight * (own.share_seen if tilted else own.share)
-    numerators = sums[:, 1:] + weight.unsqueeze(1) * value
-    if len(q) == len(k):
-        numerators += counted.unsqueeze(1) * e.of_rows(v)
-    row_sums = sums[:, 0] + weight + added - weight * own.share_seen
-    return exactly_where_lost(e.of_queries(numerators / row_sums.unsqueeze(1)), q, k, v, scale)
+    added = (seen.own_log - scale_of_row).exp_()
+    counted = added - weight * (seen.own_share_seen if e.tilted else seen.own_share)
+    numerators = sums[:, 1:] + weight.unsqueeze(1) * seen.value
+    if with_own_keys:
+        numerators += counted.unsqueeze(1) * e.blocks.in_rows(v)
+    row_sums = sums[:, 0] + weight + added - weight * seen.own_share_seen
+    return exactly_where_lost(e.blocks.of_queries(numerators / row_sums.unsqueeze(1)), q, k, v, scale)
 
 
 def exactly_where_lost(
