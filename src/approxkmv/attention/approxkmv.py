@@ -18,7 +18,7 @@ import torch
 from approxkmv.attention import exact_fused
 from approxkmv.attention.acceleration import compiled_loops, over_threads
 from approxkmv.attention.contract import Method, UnavailableError, per_batch
-from approxkmv.attention.expansion import FEW_COLUMNS, Expansion, expand, project, sums_of_keys
+from approxkmv.attention.expansion import Expansion, expand, project, sums_of_keys
 from approxkmv.attention.local_expansion import exactly_where_lost
 from approxkmv.attention.recursive import Sums, causal_attention, exact_sums
 
@@ -88,7 +88,7 @@ def sums(
     )
     # The control variate: the far key's sums, less the same sums over the sample, where it is worth its own noise.
     loops = compiled_loops()
-    if loops is not None and d_v <= FEW_COLUMNS:
+    if loops is not None:
         out = torch.empty(len(q), d_v + 2)
         given: list[Any] = [blocks.starts, blocks.sizes, blocks.queries, blocks.rows, blocks.labels]
         given += [*(t.numpy() for t in (heavy, scales, estimate, estimate_scales, blocks.row_variances))]
@@ -111,8 +111,8 @@ def sums(
     weight = torch.where(blocks.row_variances < _CONTROLLED, (seen.log_weight - shift).exp_(), 0.0)
     sampled = blocks.of_rows(means)
     row_sums = heavy[:, 0] + estimate[:, 0] + weight * (1 - sampled[:, 0] - leaning[:, 0])
-    sampled_value = sampled[:, 1:] + leaning[:, 1:] if e.tilted else sampled[:, 1:]
-    numerators = heavy[:, 1:] + estimate[:, 1:] + weight.unsqueeze(1) * (seen.value - sampled_value)
+    far_value = seen.value - leaning[:, 1:] if e.tilted else blocks.of_rows(seen.value)
+    numerators = heavy[:, 1:] + estimate[:, 1:] + weight.unsqueeze(1) * (far_value - sampled[:, 1:])
     if with_own_keys:
         # A light key like the others, but its term is known: of the difference from its control nothing is estimated.
         left = torch.where(torch.isfinite(seen.own_log), 1 - sampled_own(e, sample), 0.0)

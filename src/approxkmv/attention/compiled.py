@@ -14,6 +14,7 @@ from approxkmv.attention.tiles import KEYS, LANES, WIDE, multiply_tile, multiply
 _CHUNK = 64  # keys whose weights are summed together before one of them is looked for
 _LARGEST = 80.0  # exponents above this leave float32 together with what they are multiplied by
 _QUERIES = 64  # queries of a panel, so that it and their logits stay in the first cache
+_BATCH = 64  # keys whose products with many value columns are summed together
 _f = np.float32
 # Sums may be reordered, or nothing is vectorised; NaN and infinity keep their meaning.
 _FLAGS = {"reassoc", "contract", "nsz", "arcp"}
@@ -336,18 +337,16 @@ def see(
 ):  # fmt: skip
     """Fill what the rows of blocks low to high - 1 see of the far key and of their own key: see `expansion.Seen`."""
     d = deltas.shape[1]
-    tilted = far_axes.shape[1] > 1
     for b in range(low, high):
         for row in range(starts[b], starts[b] + sizes[b]):
             dot = _f(0.0)
             for p in range(d):
                 dot += deltas[row, p] * far_axes[b, 0, p]
             log_weight[row] = dot + far_log[b]
-            for c in range(far_value.shape[1]):
+            for c in range(far_axes.shape[1] - 1):
                 lean = _f(0.0)
-                if tilted:
-                    for p in range(d):
-                        lean += deltas[row, p] * far_axes[b, 1 + c, p]
+                for p in range(d):
+                    lean += deltas[row, p] * far_axes[b, 1 + c, p]
                 value[row, c] = far_value[b, c] + lean
             own_log[row] = _f(-np.inf)
             own_share[row] = _f(0.0)
@@ -507,7 +506,7 @@ def controlled_sums(
                     for p in range(d):
                         sampled += deltas[row, p] * leans[1 + c, p]
                 value = heavy[row, 1 + c] * exact + estimate[row, 1 + c] * light
-                value += weight * (far_value[row, c] - sampled)
+                value += weight * (far_value[row if tilts > 1 else b, c] - sampled)
                 if mine:
                     value += left * (own - weight * (own_seen[row] if tilts > 1 else own_share[row])) * v[query, c]
                 out[query, c] = value
@@ -537,23 +536,22 @@ def expanded_answers(
                 continue
             weight = _fading(log_weight[row] - scale)
             own = _fading(own_log[row] - scale) if mine else _f(0.0)
-            row_sum = sums[row, 0] + weight
-            if mine:
-                row_sum += own - weight * own_seen[row]
+            share = _f(1.0) / (sums[row, 0] + weight + own - (weight * own_seen[row] if mine else _f(0.0)))
+            counted = own - weight * (own_seen[row] if tilted else own_share[row]) if mine else _f(0.0)
+            # Of another number of queries than keys, v has no row of the query's own.
+            mine_at = query if mine else 0
+            far_at = row if tilted else b
             for c in range(width):
-                value = sums[row, 1 + c] + weight * far_value[row, c]
-                if mine:
-                    value += (own - weight * (own_seen[row] if tilted else own_share[row])) * v[query, c]
-                out[query, c] = value / row_sum
+                value = sums[row, 1 + c] + weight * far_value[far_at, c] + counted * v[mine_at, c]
+                out[query, c] = value * share
 
 
 @njit(inline="always")
-def _weigh_keys(chosen, k, mean, v, extra, centre, places, pairs):
-    """The rows of `chosen` to places, and their weights exp(centre.(k - mean) + extra - shift) times [1, v] to pairs.
+def _weigh_keys(chosen, k, mean, extra, centre, places, weights):
+    """The rows of `chosen` to places, and their weights exp(centre.(k - mean) + extra - shift).
 
     Returns the shift, the largest of these exponents.
     """
-    width = v.shape[1]
     shift = _f(-np.inf)
     for j in range(len(chosen)):
         key = chosen[j]
@@ -562,14 +560,92 @@ def _weigh_keys(chosen, k, mean, v, extra, centre, places, pairs):
         for p in range(k.shape[1]):
             dot += centre[p] * (k[key, p] - mean[p])
         dot += extra[j]
-        pairs[j, 0] = dot
+        weights[j] = dot
         shift = max(shift, dot)
     for j in range(len(chosen)):
-        weight = _exp(pairs[j, 0] - shift)
-        pairs[j, 0] = weight
-        for c in range(width):
-            pairs[j, 1 + c] = weight * v[places[j], c]
+        weights[j] = _exp(weights[j] - shift)
     return shift
+
+
+@njit(inline="always")
+def _numbers_to_panel(deltas, i, some, mean, panel, start):
+    """Rows i to i + some - 1 of deltas to the columns of panel (d, queries), and start = -deltas.mean."""
+    for t in range(some):
+        dot = _f(0.0)
+        for p in range(deltas.shape[1]):
+            x = deltas[i + t, p]
+            panel[p, t] = x
+            dot += x * mean[p]
+        start[t] = -dot
+
+
+@njit(inline="always")
+def _pairs_to_panel(deltas, i, some, panel):
+    """Rows i to i + some - 1 of deltas, rounded, to the columns of panel (pairs, queries), two numbers in each word."""
+    d = deltas.shape[1]
+    for t in range(some):
+        for p in range(d // 2):
+            first, second = _bits(deltas[i + t, 2 * p]), _bits(deltas[i + t, 2 * p + 1])
+            panel[p, t] = np.uint32(first) | (np.uint32(second) << np.uint32(16))
+        if d % 2:
+            panel[d // 2, t] = np.uint32(_bits(deltas[i + t, d - 1]))
+
+
+# What differs between products of float32 and of bfloat16 numbers is decided by the type of `rounded`, so that a
+# processor without the instruction for the latter never meets it.
+
+
+def _lanes(rounded):
+    """How many queries a tile multiplies at once."""
+    raise NotImplementedError
+
+
+def _empty_panel(rounded, d):
+    """Zeros of the shape and type of a panel of queries of d numbers."""
+    raise NotImplementedError
+
+
+def _fill_panel(rounded, deltas, i, some, mean, panel, start):
+    """A panel of rows i to i + some - 1 of deltas, and what to start their products from."""
+    raise NotImplementedError
+
+
+def _multiply(rounded, k, places, j, panel, t, start, out):
+    """The products of keys and queries of one tile."""
+    raise NotImplementedError
+
+
+@overload(_lanes)
+def _lanes_by_type(rounded):
+    lanes = LANES if isinstance(rounded, types.NoneType) else WIDE
+    return lambda rounded: lanes
+
+
+@overload(_empty_panel)
+def _empty_panel_by_type(rounded, d):
+    if isinstance(rounded, types.NoneType):
+        return lambda rounded, d: np.zeros((d, _QUERIES), np.float32)
+    return lambda rounded, d: np.zeros((rounded.shape[1] // 2, _QUERIES), np.uint32)
+
+
+@overload(_fill_panel, inline="always")
+def _fill_panel_by_type(rounded, deltas, i, some, mean, panel, start):
+    if isinstance(rounded, types.NoneType):
+        return lambda rounded, deltas, i, some, mean, panel, start: _numbers_to_panel(
+            deltas, i, some, mean, panel, start
+        )
+    return lambda rounded, deltas, i, some, mean, panel, start: _pairs_to_panel(deltas, i, some, panel)
+
+
+@overload(_multiply, inline="always")
+def _multiply_by_type(rounded, k, places, j, panel, t, start, out):
+    if isinstance(rounded, types.NoneType):
+        return lambda rounded, k, places, j, panel, t, start, out: multiply_tile(  # type: ignore[call-arg]
+            k, places, j, panel, t, start, out
+        )
+    return lambda rounded, k, places, j, panel, t, start, out: multiply_tile_of_pairs(  # type: ignore[call-arg]
+        rounded, places, j, panel, t, out
+    )
 
 
 @njit(inline="always")
@@ -593,41 +669,42 @@ def _add_tile(logits, span, pairs, j, totals):
 
 
 @njit(fastmath=_FLAGS, nogil=True, cache=True)
-def sums_of_keys(low, high, deltas, starts, sizes, chosen, ends, k, mean, v, extra, centres, scales, sums):
+def sums_of_keys(low, high, deltas, starts, sizes, chosen, ends, k, mean, v, extra, centres, scales, sums, rounded):
     """Sums of exp(q.(k - mean) + extra) [1, v] over the chosen keys of the blocks low to high - 1, for their queries.
 
     q is its block's centre plus its row of deltas (rows, d); chosen[ends[b-1]:ends[b]] are the keys of block b.
     scales (blocks,) receives the exponent that the block's sums are divided by; sums (rows, 1 + d_v) the row sums and
-    the numerators.
+    the numerators. rounded: None, or k - mean in bfloat16 as bits, (n, d), or d + 1 with zeros at the end for an odd
+    d, with which the products of deltas and keys, but not of centres and keys, are of bfloat16 numbers.
     """
-    d = k.shape[1]
     width = v.shape[1]
-    panel = np.zeros((d, _QUERIES), np.float32)
+    panel = _empty_panel(rounded, k.shape[1])
+    lanes = _lanes(rounded)
     start = np.zeros(_QUERIES, np.float32)
     logits = np.zeros((KEYS, _QUERIES), np.float32)
     totals = np.zeros((1 + width, _QUERIES), np.float32)
     for b in range(low, high):
         begin = ends[b - 1] if b > 0 else 0
+        number = ends[b] - begin
         # The last tile is filled with key 0 at weight 0.
-        whole = (ends[b] - begin + KEYS - 1) // KEYS * KEYS
+        whole = (number + KEYS - 1) // KEYS * KEYS
         places = np.zeros(whole, np.int64)
+        weights = np.empty(number, np.float32)
         pairs = np.zeros((whole, 1 + width), np.float32)
         here = slice(begin, ends[b])
-        scales[b] = _weigh_keys(chosen[here], k, mean, v, extra[here], centres[b], places, pairs)
+        scales[b] = _weigh_keys(chosen[here], k, mean, extra[here], centres[b], places, weights)
+        for j in range(number):
+            pairs[j, 0] = weights[j]
+            for c in range(width):
+                pairs[j, 1 + c] = weights[j] * v[places[j], c]
         for i in range(starts[b], starts[b] + sizes[b], _QUERIES):
             some = min(_QUERIES, starts[b] + sizes[b] - i)
-            span = (some + LANES - 1) // LANES * LANES
-            for t in range(some):
-                dot = _f(0.0)
-                for p in range(d):
-                    x = deltas[i + t, p]
-                    panel[p, t] = x
-                    dot += x * mean[p]
-                start[t] = -dot
+            span = (some + lanes - 1) // lanes * lanes
+            _fill_panel(rounded, deltas, i, some, mean, panel, start)
             totals[:, :span] = _f(0.0)
             for j in range(0, whole, KEYS):
-                for t in range(0, span, LANES):
-                    multiply_tile(k, places, j, panel, t, start, logits)  # type: ignore[call-arg]
+                for t in range(0, span, lanes):
+                    _multiply(rounded, k, places, j, panel, t, start, logits)
                 _add_tile(logits, span, pairs, j, totals)
             for c in range(1 + width):
                 for t in range(some):
@@ -635,39 +712,52 @@ def sums_of_keys(low, high, deltas, starts, sizes, chosen, ends, k, mean, v, ext
 
 
 @njit(fastmath=_FLAGS, nogil=True, cache=True)
-def sums_of_rounded_keys(
+def wide_sums_of_keys(
     low, high, deltas, starts, sizes, chosen, ends, k, mean, v, extra, centres, scales, sums, rounded
 ):  # fmt: skip
-    """As sums_of_keys, with the products of deltas and keys, but not of centres and keys, of bfloat16 numbers.
-
-    rounded (n, d, or d + 1 with zeros at the end, for an odd d): k - mean in bfloat16 as bits.
-    """
-    d = k.shape[1]
+    """As sums_of_keys, for many columns of v: their sums too are products of tiles, over _BATCH keys at a time."""
     width = v.shape[1]
-    panel = np.zeros((rounded.shape[1] // 2, _QUERIES), np.uint32)
-    logits = np.zeros((KEYS, _QUERIES), np.float32)
-    totals = np.zeros((1 + width, _QUERIES), np.float32)
+    panel = _empty_panel(rounded, k.shape[1])
+    lanes = _lanes(rounded)
+    start = np.zeros(_QUERIES, np.float32)
+    nothing = np.zeros(_QUERIES, np.float32)
+    heights = np.zeros((_BATCH, _QUERIES), np.float32)
+    tile = np.zeros((KEYS, _QUERIES), np.float32)
+    columns = np.arange((1 + width + KEYS - 1) // KEYS * KEYS)
+    totals = np.zeros((len(columns), _QUERIES), np.float32)
     for b in range(low, high):
         begin = ends[b - 1] if b > 0 else 0
-        whole = (ends[b] - begin + KEYS - 1) // KEYS * KEYS
-        places = np.zeros(whole, np.int64)
-        pairs = np.zeros((whole, 1 + width), np.float32)
+        number = ends[b] - begin
+        batches = (number + _BATCH - 1) // _BATCH
+        places = np.zeros(batches * _BATCH, np.int64)
+        weights = np.empty(number, np.float32)
+        pairs = np.zeros((batches, len(columns), _BATCH), np.float32)
         here = slice(begin, ends[b])
-        scales[b] = _weigh_keys(chosen[here], k, mean, v, extra[here], centres[b], places, pairs)
+        scales[b] = _weigh_keys(chosen[here], k, mean, extra[here], centres[b], places, weights)
+        for j in range(number):
+            batch, at = j // _BATCH, j % _BATCH
+            pairs[batch, 0, at] = weights[j]
+            for c in range(width):
+                pairs[batch, 1 + c, at] = weights[j] * v[places[j], c]
         for i in range(starts[b], starts[b] + sizes[b], _QUERIES):
             some = min(_QUERIES, starts[b] + sizes[b] - i)
-            span = (some + WIDE - 1) // WIDE * WIDE
-            for t in range(some):
-                for p in range(d // 2):
-                    first, second = _bits(deltas[i + t, 2 * p]), _bits(deltas[i + t, 2 * p + 1])
-                    panel[p, t] = np.uint32(first) | (np.uint32(second) << np.uint32(16))
-                if d % 2:
-                    panel[d // 2, t] = np.uint32(_bits(deltas[i + t, d - 1]))
+            span = (some + lanes - 1) // lanes * lanes
+            _fill_panel(rounded, deltas, i, some, mean, panel, start)
             totals[:, :span] = _f(0.0)
-            for j in range(0, whole, KEYS):
-                for t in range(0, span, WIDE):
-                    multiply_tile_of_pairs(rounded, places, j, panel, t, logits)  # type: ignore[call-arg]
-                _add_tile(logits, span, pairs, j, totals)
+            for batch in range(batches):
+                for r in range(0, _BATCH, KEYS):
+                    rows = heights[r : r + KEYS]
+                    for t in range(0, span, lanes):
+                        _multiply(rounded, k, places, batch * _BATCH + r, panel, t, start, rows)
+                    for row in range(KEYS):
+                        for t in range(span):
+                            rows[row, t] = _exp(rows[row, t])
+                for c in range(0, len(columns), KEYS):
+                    for t in range(0, span, LANES):
+                        multiply_tile(pairs[batch], columns, c, heights, t, nothing, tile)  # type: ignore[call-arg]
+                    for row in range(KEYS):
+                        for t in range(span):
+                            totals[c + row, t] += tile[row, t]
             for c in range(1 + width):
                 for t in range(some):
                     sums[i + t, c] = totals[c, t]

@@ -19,8 +19,8 @@ from approxkmv.attention.k_means import k_means
 
 # Each tilted column of v costs d more columns in the far sums; beyond these the far value is the block's mean.
 _TILTED_COLUMNS = 2
-# The compiled loop keeps a query's weights in the cache for so many columns; for more, matrix products are faster.
-FEW_COLUMNS = 8
+# For more columns than these their sums are a product of tiles too, or of matrices.
+_FEW_COLUMNS = 8
 # oneDNN compiles a kernel for each new shape of a bfloat16 product, so that shapes should repeat.
 _ROWS_OF_BFLOAT16 = 16
 _KEYS_OF_BFLOAT16 = 64
@@ -145,7 +145,7 @@ class Seen:
     log_weight: torch.Tensor
     """(rows,) of the far key."""
     value: torch.Tensor
-    """(rows, d_v) of the far key."""
+    """Of the far key: (rows, d_v) where it is tilted, or (blocks, d_v)."""
     own_log: torch.Tensor
     """(rows,) q_i.(k_i - mean), -inf where the key is near or there is none."""
     own_share: torch.Tensor
@@ -195,7 +195,8 @@ class Expansion:
         loops = compiled_loops()
         if loops is not None:
             whole = torch.empty(4, rows)
-            out = Seen(whole[0], torch.empty(rows, d_v), whole[1], whole[2], whole[3])
+            value = torch.empty(rows, d_v) if self.tilted else self.far_value
+            out = Seen(whole[0], value, whole[1], whole[2], whole[3])
             given = [blocks.queries, blocks.starts, blocks.sizes, as_numbers(self.logs), as_numbers(self.weights)]
             keys = self.mean.unsqueeze(0) if k is None else k.contiguous()
             parts = (
@@ -208,9 +209,7 @@ class Expansion:
             return out
         seen = project(blocks, self.far_axes)
         log_weight = seen[:, 0] + blocks.of_rows(self.far_log)
-        value = blocks.of_rows(self.far_value)
-        if self.tilted:
-            value += seen[:, 1:]
+        value = blocks.of_rows(self.far_value) + seen[:, 1:] if self.tilted else self.far_value
         log, share, lean = torch.full((rows,), -torch.inf), torch.zeros(rows), torch.zeros(rows)
         if k is not None:
             at, of_query = torch.from_numpy(blocks.rows), torch.from_numpy(blocks.labels)
@@ -233,7 +232,7 @@ def project(blocks: Blocks, axes: torch.Tensor) -> torch.Tensor:
     """deltas (rows, d) of each block times its own axes (blocks, r, d): (rows, r)."""
     out = torch.empty(len(blocks.deltas), axes.shape[1])
     loops = compiled_loops()
-    if loops is not None and axes.shape[1] <= FEW_COLUMNS:
+    if loops is not None and axes.shape[1] <= _FEW_COLUMNS:
         given = blocks.deltas.numpy(), blocks.starts, blocks.sizes, axes.contiguous().numpy(), out.numpy()
         over_threads(lambda first, last: loops.project(first, last, *given), len(blocks))
         return out
@@ -265,8 +264,7 @@ def expand(
     n_k, d_v = v.shape
     d = q.shape[1]
     loops = compiled_loops()
-    looped = d_v <= FEW_COLUMNS and loops is not None
-    multiple = _ROWS_OF_BFLOAT16 if low == torch.bfloat16 and not looped else 1
+    multiple = _ROWS_OF_BFLOAT16 if low == torch.bfloat16 and loops is None else 1
     mean, axes, spread = principal_axes(k, min(directions, d))
     r = len(spread)
     metric = spread.pow(_METRIC_POWER).clamp_min(1e-15)
@@ -373,22 +371,20 @@ def sums_of_keys(
     rounded is that of the expansion: with it products of bfloat16 numbers do, where the CPU has them.
     """
     number, d_v = len(blocks), v.shape[1]
-    sums, scales = torch.zeros(len(blocks.deltas), 1 + d_v), torch.empty(number)
+    sums, scales = torch.empty(len(blocks.deltas), 1 + d_v), torch.empty(number)
     lengths = ends.copy()
     lengths[1:] -= ends[:-1]
     # Each key with each query, padded rows too, and with the block's centre
     count(kernel_evaluations=int((blocks.sizes + 1) @ lengths))
-    loops = compiled_loops() if d_v <= FEW_COLUMNS else None
+    loops = compiled_loops()
     if extra is None:
         extra = torch.zeros(len(chosen))
     if loops is not None:
         given = [t.contiguous().numpy() for t in (k, mean, v, extra, blocks.centres, scales, sums)]
         fixed = blocks.deltas.numpy(), blocks.starts, blocks.sizes, chosen, ends
-        if rounded is not None and native_bfloat16():
-            bits = as_numbers(rounded)
-            over_threads(lambda first, last: loops.sums_of_rounded_keys(first, last, *fixed, *given, bits), number)
-        else:
-            over_threads(lambda first, last: loops.sums_of_keys(first, last, *fixed, *given), number)
+        bits = as_numbers(rounded) if rounded is not None and native_bfloat16() else None
+        loop = loops.sums_of_keys if d_v <= _FEW_COLUMNS else loops.wide_sums_of_keys
+        over_threads(lambda first, last: loop(first, last, *fixed, *given, bits), number)
         return sums, scales
     step = _KEYS_OF_BFLOAT16 if low == torch.bfloat16 else 1
     indices = torch.from_numpy(chosen)
@@ -418,7 +414,7 @@ def sums_of_keys(
         logits.exp_()
         if low == torch.bfloat16:
             sums[start : start + rows] = torch.mm(logits, part.to(low)).float()
-        elif d_v < FEW_COLUMNS:
+        elif d_v < _FEW_COLUMNS:
             for c in range(1 + d_v):
                 sums[start : start + rows, c] = torch.mv(logits, part[:, c])
         else:

@@ -47,7 +47,8 @@ def attend(
     # Exactly in place of its share of the far key.
     added = (seen.own_log - scale_of_row).exp_()
     counted = added - weight * (seen.own_share_seen if e.tilted else seen.own_share)
-    numerators = sums[:, 1:] + weight.unsqueeze(1) * seen.value
+    value = seen.value if e.tilted else e.blocks.of_rows(seen.value)
+    numerators = sums[:, 1:] + weight.unsqueeze(1) * value
     if with_own_keys:
         numerators += counted.unsqueeze(1) * e.blocks.in_rows(v)
     row_sums = sums[:, 0] + weight + added - weight * seen.own_share_seen
