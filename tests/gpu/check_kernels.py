@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from approxkmv.attention import local_expansion_cuda, triton_kernels
+from approxkmv.attention import approxkmv_cuda, cuda_graphs, expansion_cuda, local_expansion_cuda, triton_kernels
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -32,8 +32,11 @@ METHODS = (
     "approxkmv-paper",
     "kdeformer",
     "hyperattention",
+    "approxkmv",
     "local-expansion",
 )
+# Of these every setting is timed at the long lengths, of the others the defaults.
+OURS = ("approxkmv", "local-expansion")
 INPUTS = 3
 # Seconds of one run above which it is recorded, and not repeated for its quartiles.
 LONGEST = 5.0
@@ -64,34 +67,47 @@ def check_exact():
             assert found < LARGEST[dtype]
 
 
-def plain_listed(q, k, v, near, far_log, far_value, block, scale):
-    """What `triton_kernels.listed` computes, block by block in float64."""
-    q, k, v, far_log, far_value = (t.double() for t in (q, k, v, far_log, far_value))
-    out = torch.empty_like(far_value)
+def plain_listed(q, k, v, near, extra, block, scale):
+    """What `triton_kernels.listed` computes, block by block in float64: the answer, and the log of the row sums."""
+    q, k, v = (t.double() for t in (q, k, v))
+    out = torch.empty(*q.shape[:2], v.shape[2], dtype=torch.float64, device=q.device)
+    log = torch.empty_like(out[..., 0])
     for e in range(q.shape[0]):
         for b in range(near.shape[1]):
             rows = slice(b * block, (b + 1) * block)
-            logits = torch.cat([scale * q[e, rows] @ k[e, near[e, b]].mT, far_log[e, rows].unsqueeze(1)], 1)
-            weights = logits.softmax(1)
-            out[e, rows] = weights[:, :-1] @ v[e, near[e, b]] + weights[:, -1:] * far_value[e, rows]
-    return out
+            logits = scale * q[e, rows] @ k[e, near[e, b]].mT
+            logits = logits if extra is None else logits + extra[e, b].double()
+            out[e, rows], log[e, rows] = logits.softmax(1) @ v[e, near[e, b]], logits.logsumexp(1)
+    return out, log
 
 
 def check_listed():
-    """A block's own keys and one far key, against the same sum in float64."""
+    """Sums over a block's own keys, with weights and without, against the same sums in float64."""
     shapes = ((24, 3, 90, 37, 20, 1), (70, 2, 80, 33, 36, 6), (5, 3, 50, 7, 100, 5))
     for dtype in (torch.float32, torch.bfloat16):
         for block, blocks, n_k, near, d, d_v in shapes:
             q, k, v = inputs(2, block * blocks, n_k, d, d_v, dtype, block)
             generator = torch.Generator().manual_seed(1)
             chosen = torch.stack([torch.randperm(n_k, generator=generator)[:near] for _ in range(2 * blocks)])
-            far_log = torch.randn(2, block * blocks, generator=generator)
-            far_value = torch.randn(2, block * blocks, d_v, generator=generator)
-            given = [t.to(DEVICE) for t in (chosen.view(2, blocks, near), far_log, far_value)]
-            out = triton_kernels.listed(q, k, v, *given, block, 0.3)
-            found = gap(out, plain_listed(q, k, v, *given, block, 0.3), v)
-            print(f"listed {dtype} blocks of {block}, {near} keys, d {d}, d_v {d_v}: {found:.2e}")
-            assert found < LARGEST[dtype]
+            chosen = chosen.view(2, blocks, near).to(DEVICE)
+            weights = torch.randn(2, blocks, near, generator=generator)
+            # Some are not there at all.
+            weights[..., 1::3] = -torch.inf
+            for extra in (None, weights.to(DEVICE)):
+                sums, total, log = triton_kernels.listed(q, k, v, chosen, extra, block, 0.3)
+                right, right_log = plain_listed(q, k, v, chosen, extra, block, 0.3)
+                found = gap(sums / total.unsqueeze(2), right, v)
+                apart = float((log.double() + total.double().log() - right_log).abs().max())
+                name = "without weights" if extra is None else "with weights"
+                print(
+                    f"listed {dtype} {name}, blocks of {block}, {near} keys, d {d}, d_v {d_v}: {found:.2e} {apart:.2e}"
+                )
+                assert found < LARGEST[dtype]
+                assert apart < 2e-5
+            _, _, log = triton_kernels.listed(
+                q, k, v, chosen, torch.full_like(weights, -torch.inf).to(DEVICE), block, 0.3
+            )
+            assert bool((log < -1e29).all())
 
 
 def plain_local_expansion(q, k, v, scale, order, block, near):
@@ -107,28 +123,39 @@ def plain_local_expansion(q, k, v, scale, order, block, near):
             variance = (q[e, padded] - centre).square().mean(0)
             logs = k[e] @ centre + 0.5 * k[e].square() @ variance
             chosen = logs.topk(near).indices
-            weights = logs.exp().index_fill(0, chosen, 0.0).unsqueeze(1)
-            far_key, far_value = ((weights * t[e]).sum(0) / weights.sum() for t in (k, v))
+            weights = logs.exp().index_fill(0, chosen, 0.0)
+            far_key, far_value = ((weights.unsqueeze(1) * t[e]).sum(0) / weights.sum() for t in (k, v))
             delta = q[e, rows] - centre
             value = far_value.expand(len(rows), -1)
-            if v.shape[2] <= 2:
-                together = (weights * (k[e] - far_key)).mT @ (v[e] - far_value) / weights.sum()
+            tilted = v.shape[2] <= 2
+            if tilted:
+                together = (weights.unsqueeze(1) * (k[e] - far_key)).mT @ (v[e] - far_value) / weights.sum()
                 value = value + delta @ together
-            far = delta @ far_key + weights.sum().log() - 0.5 * variance @ far_key.square()
-            shares = torch.cat([q[e, rows] @ k[e, chosen].mT, far.unsqueeze(1)], 1).softmax(1)
-            out[e, rows] = shares[:, :-1] @ v[e, chosen] + shares[:, -1:] * value
+            far = (delta @ far_key + weights.sum().log() - 0.5 * variance @ far_key.square()).exp()
+            near_weights = (q[e, rows] @ k[e, chosen].mT).exp()
+            numerators = near_weights @ v[e, chosen] + far.unsqueeze(1) * value
+            row_sums = near_weights.sum(1) + far
+            if q.shape[1] == k.shape[1]:
+                # A far key of the query's own exactly, in place of its share
+                light = torch.ones_like(weights).index_fill(0, chosen, 0.0)[rows]
+                own = (q[e, rows] * k[e, rows]).sum(1).exp()
+                share = far * weights[rows] / weights.sum()
+                seen = share * (1 + (delta * (k[e, rows] - far_key)).sum(1))
+                row_sums = row_sums + light * (own - seen)
+                numerators = numerators + (light * (own - (seen if tilted else share))).unsqueeze(1) * v[e, rows]
+            out[e, rows] = numerators / row_sums.unsqueeze(1)
     return out
 
 
 @contextmanager
 def ordered_by(order_of_queries):
     """Another order of the queries: that of k-means depends on the order in which a GPU adds."""
-    original = local_expansion_cuda.order_of_queries
-    local_expansion_cuda.order_of_queries = order_of_queries
+    original = expansion_cuda.order_of_queries
+    expansion_cuda.order_of_queries = order_of_queries
     try:
         yield
     finally:
-        local_expansion_cuda.order_of_queries = original
+        expansion_cuda.order_of_queries = original
 
 
 def check_order():
@@ -136,18 +163,25 @@ def check_order():
     first = torch.full((1,), 3, device=DEVICE)
     q, k, _ = inputs(2, 37, 20, 6, 1, torch.float32, 0)
     for queries, clusters in ((q, 5), (q, 37), (q, 60), (q[:, :1].expand(-1, 37, -1), 5)):
-        order = local_expansion_cuda.order_of_queries(queries, k, first, clusters, 3, 2)
+        order = expansion_cuda.order_of_queries(queries, k, first, clusters, 3, 2)
         assert torch.equal(order.sort(1).values, torch.arange(37, device=DEVICE).expand(2, -1))
     print("order of queries: each once")
 
 
 def check_local_expansion():
-    shapes = ((150, 170, 20, 1, 16, 80), (90, 100, 100, 5, 32, 40), (10, 60, 20, 2, 16, 24), (33, 50, 24, 3, 1, 7))
+    shapes = (
+        (150, 170, 20, 1, 16, 80),
+        (90, 100, 100, 5, 32, 40),
+        (10, 60, 20, 2, 16, 24),
+        (33, 50, 24, 3, 1, 7),
+        (90, 90, 20, 1, 32, 20),
+        (60, 60, 20, 4, 16, 9),
+    )
     first = torch.full((1,), 3, device=DEVICE)
     for n_q, n_k, d, d_v, block, near in shapes:
         q, k, v = inputs(2, n_q, n_k, d, d_v, torch.float32, n_q)
         block = min(block, n_q)
-        order = local_expansion_cuda.order_of_queries(q, k, first, -(-n_q // block), 2, 8)
+        order = expansion_cuda.order_of_queries(q, k, first, -(-n_q // block), 2, 8)
         right = plain_local_expansion(q, k, v, d**-0.5, order, block, near)
         for dtype in (torch.float32, torch.bfloat16):
             with ordered_by(lambda *_, order=order: order):
@@ -158,6 +192,23 @@ def check_local_expansion():
             print(f"local expansion, products {dtype}, {n_q} x {n_k}, d {d}, d_v {d_v}, blocks of {block}: {found:.2e}")
             # Rounded, the ranking may take other near keys.
             assert found < (LARGEST[dtype] if dtype == torch.float32 else 2e-2)
+
+
+def check_approxkmv():
+    """More samples make a smaller error, and so do more near keys; all of them none."""
+    q, k, v = inputs(2, 170, 170, 20, 1, torch.float32, 3)
+    right = exact(q, k, v, 0.3)
+    given = {"scale": 0.3, "block": 16, "directions": 0, "iterations": 2, "sampled": 8}
+
+    def error(near, samples, seeds=4):
+        found = [approxkmv_cuda.attend(q, k, v, seed=s, near=near, samples=samples, **given) for s in range(seeds)]
+        return sum(gap(out, right, v) for out in found) / seeds
+
+    found = [error(20, 8), error(20, 128), error(80, 8), error(170, 8, 1)]
+    print(f"approxkmv, 20 near and 8 or 128 samples, 80 near, all: {found}")
+    assert found[1] < 0.5 * found[0]
+    assert found[2] < 0.7 * found[0]
+    assert found[3] < LARGEST[torch.float32]
 
 
 def check_errors():
@@ -187,7 +238,7 @@ def check_graphs():
     given = {"block": 16, "iterations": 2, "sampled": 8}
     near = (20, 30)
     problems = [inputs(2, 150, 170, 20, 1, torch.float32, seed) for seed in range(INPUTS)]
-    local_expansion_cuda._graphs.clear()
+    cuda_graphs._graphs.clear()
     with ordered_by(rolled):
         answers = {}
         for seed in range(10):
@@ -197,15 +248,15 @@ def check_graphs():
                     answers[seed, m] = local_expansion_cuda.attend(
                         q, k, v, scale=0.3, seed=seed, products="float32", directions=0, near=m, **given
                     )
-        assert len(local_expansion_cuda._graphs) == len(near)
-        assert len({graph.pool for graph in local_expansion_cuda._graphs.values()}) == 1
+        assert len(cuda_graphs._graphs) == len(near)
+        assert len({graph.pool for graph in cuda_graphs._graphs.values()}) == 1
         for (seed, m), answer in answers.items():
             q, k, v = problems[seed % INPUTS]
             first = torch.full((1,), seed, device=DEVICE)
             right = local_expansion_cuda.steps(q, k, v, first, scale=0.3, near=m, products=torch.float32, **given)
             assert gap(answer, right.double(), v) < LARGEST[torch.float32]
         assert gap(answers[0, 20], answers[INPUTS, 20].double(), problems[0][2]) > LARGEST[torch.float32]
-    local_expansion_cuda._graphs.clear()
+    cuda_graphs._graphs.clear()
     print("graphs: one for all seeds, answers as without")
 
 
@@ -270,7 +321,7 @@ def error_and_seconds(one, problems, rights):
 
 @torch.inference_mode()
 def measure_long(table, dtype, n, d=64, repeats=9):
-    """Every setting of local-expansion and the defaults of the others at one long length: error, time, what fails."""
+    """Every setting of our methods and the defaults of the others at one long length: error, time, what fails."""
     from approxkmv.attention import UnavailableError, get
     from approxkmv.sweep.measure import interleaved_seconds, quartiles
 
@@ -279,7 +330,7 @@ def measure_long(table, dtype, n, d=64, repeats=9):
     runs, found, rows, lost = {}, {}, [], {}
     for name in METHODS:
         method = get(name)
-        for given in method.grid if name == "local-expansion" else ({},):
+        for given in method.grid if name in OURS else ({},):
             parameters = method.parameters(given)
             label = f"{name} {parameters}"
             row = {"dtype": str(dtype), "n": n, "method": label}
@@ -355,7 +406,7 @@ def measure(table, dtype, sharp, split, batches):
 def main(table=None, *dtypes):
     if not INTERPRETED and not torch.cuda.is_available():
         sys.exit("check_kernels: torch finds no CUDA device; set TRITON_INTERPRET=1 to check in the interpreter")
-    checks = [check_exact, check_listed, check_order, check_local_expansion, check_errors]
+    checks = [check_exact, check_listed, check_order, check_local_expansion, check_approxkmv, check_errors]
     if not INTERPRETED:
         checks += [check_graphs] + [check_second_device] * (torch.cuda.device_count() > 1)
     for check in checks:

@@ -18,13 +18,14 @@ import torch
 from approxkmv.attention import exact_fused
 from approxkmv.attention.acceleration import compiled_loops, over_threads
 from approxkmv.attention.contract import Method, UnavailableError, per_batch
-from approxkmv.attention.expansion import Expansion, expand, project, sums_of_keys
+from approxkmv.attention.counting import count
+from approxkmv.attention.expansion import Expansion, expand, of_one_block, project, sums_of_keys
 from approxkmv.attention.local_expansion import exactly_where_lost
 from approxkmv.attention.recursive import Sums, causal_attention, exact_sums
 
-_LEAST_SAMPLES = 4
+LEAST_SAMPLES = 4
 # Beyond this variance of a query's logits around its block's, the far key says too little to be a control variate.
-_CONTROLLED = 2.0
+CONTROLLED = 2.0
 # In the causal form, triangles of at most so many queries are exact.
 _EXACT_BELOW = 256
 
@@ -35,7 +36,7 @@ def budgets(e: Expansion, deviation: torch.Tensor, samples: int) -> np.ndarray:
     average = float(deviation.numpy() @ sizes) / float(sizes.sum())
     # Without axes nothing is known of the deviation: the same for all.
     counts = samples * (deviation.numpy() / average if average > 1e-30 else np.ones(len(sizes)))
-    return counts.clip(min(_LEAST_SAMPLES, samples), 4 * samples).round().astype(np.int64)
+    return counts.clip(min(LEAST_SAMPLES, samples), 4 * samples).round().astype(np.int64)
 
 
 def predicted_deviation(
@@ -76,9 +77,18 @@ def sums(
 
     with_own_keys: key i is the query's own, of as many keys as queries, and is summed exactly.
     """
+    loops, d_v = compiled_loops(), v.shape[1]
+    if loops is not None and clustering["directions"] == 0 and clustering["block"] >= len(q):
+        out = torch.empty(len(q), d_v + 2)
+        inputs, room = of_one_block(q, k, v, generator.initial_seed(), clustering["scale"], clustering["near"])
+        points = torch.rand(samples, generator=generator, dtype=torch.float64).numpy()
+        given = [*inputs, np.float32(CONTROLLED), points, *room, out.numpy()]
+        number = loops.controlled_sums_of_one_block(with_own_keys, *given)
+        count(kernel_evaluations=len(k) + (len(q) + 1) * (number + samples) + len(q) * (1 + with_own_keys))
+        return out[:, :d_v], out[:, d_v], out[:, d_v + 1]
     # Bfloat16 sums of the control variate would be a bias.
     e = expand(q, k, v, generator, low=torch.float32, **clustering)
-    blocks, d_v = e.blocks, v.shape[1]
+    blocks = e.blocks
     heavy, scales = sums_of_keys(blocks, k, e.mean, v, e.chosen, e.ends, None, torch.float32)
     seen = e.seen(k if with_own_keys else None)
     counts = budgets(e, predicted_deviation(e, heavy, scales, seen.log_weight), samples)
@@ -87,12 +97,11 @@ def sums(
         blocks, k, e.mean, v, sample.keys, sample.ends, torch.from_numpy(sample.logs), torch.float32
     )
     # The control variate: the far key's sums, less the same sums over the sample, where it is worth its own noise.
-    loops = compiled_loops()
     if loops is not None:
         out = torch.empty(len(q), d_v + 2)
-        given: list[Any] = [blocks.starts, blocks.sizes, blocks.queries, blocks.rows, blocks.labels]
+        given = [blocks.starts, blocks.sizes, blocks.queries, blocks.rows, blocks.labels]
         given += [*(t.numpy() for t in (heavy, scales, estimate, estimate_scales, blocks.row_variances))]
-        given += [np.float32(_CONTROLLED), sample.ends, sample.keys, sample.logs, sample.control]
+        given += [np.float32(CONTROLLED), sample.ends, sample.keys, sample.logs, sample.control]
         parts = (
             *(blocks.deltas, k.contiguous(), e.mean, v.contiguous(), seen.value, e.far_axes),
             *(seen.log_weight, seen.own_log, seen.own_share, seen.own_share_seen, out),
@@ -108,7 +117,7 @@ def sums(
     shift = torch.maximum(torch.maximum(row_scale, seen.log_weight), seen.own_log)
     heavy *= (row_scale - shift).exp_().unsqueeze(1)
     estimate *= (blocks.of_rows(estimate_scales) - shift).exp_().unsqueeze(1)
-    weight = torch.where(blocks.row_variances < _CONTROLLED, (seen.log_weight - shift).exp_(), 0.0)
+    weight = torch.where(blocks.row_variances < CONTROLLED, (seen.log_weight - shift).exp_(), 0.0)
     sampled = blocks.of_rows(means)
     row_sums = heavy[:, 0] + estimate[:, 0] + weight * (1 - sampled[:, 0] - leaning[:, 0])
     far_value = seen.value - leaning[:, 1:] if e.tilted else blocks.of_rows(seen.value)
@@ -210,8 +219,12 @@ def sampled_own(e: Expansion, sample: Sample) -> torch.Tensor:
 def _approxkmv(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, seed: int, near: int, **parameters: Any
 ) -> torch.Tensor:
+    if q.device.type == "cuda":
+        from approxkmv.attention import approxkmv_cuda
+
+        return approxkmv_cuda.attend(q, k, v, scale=scale, seed=seed, near=near, **parameters)
     if q.device.type != "cpu":
-        raise UnavailableError(f"approxkmv runs on a CPU only, not on {q.device.type}")
+        raise UnavailableError(f"approxkmv has no kernel for the device {q.device}")
 
     def single(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         if near >= len(k):
@@ -230,7 +243,7 @@ def _causal(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, seed: int, near: int, **parameters: Any
 ) -> torch.Tensor:
     if q.device.type != "cpu":
-        raise UnavailableError(f"approxkmv runs on a CPU only, not on {q.device.type}")
+        raise UnavailableError(f"the causal form of approxkmv runs on a CPU only, not on {q.device.type}")
 
     def square(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator) -> Sums:
         if near >= len(k):

@@ -9,6 +9,7 @@ weight into one far key per block, to first order in delta in the weights and, f
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from approxkmv.attention.k_means import k_means
 
 # Each tilted column of v costs d more columns in the far sums; beyond these the far value is the block's mean.
 _TILTED_COLUMNS = 2
-# For more columns than these their sums are a product of tiles too, or of matrices.
+# For more columns than these their sums are a product of tiles too, or of matrices. The same stands in `compiled`.
 _FEW_COLUMNS = 8
 # oneDNN compiles a kernel for each new shape of a bfloat16 product, so that shapes should repeat.
 _ROWS_OF_BFLOAT16 = 16
@@ -319,6 +320,25 @@ def expand(
     )
 
 
+def of_one_block(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seed: int, scale: float, near: int
+) -> tuple[list[Any], list[np.ndarray]]:
+    """What the compiled loops for one block of all queries and no axes take: their inputs, and room to work in."""
+    n_k, d_v = v.shape
+    tilts = d_v if d_v <= _TILTED_COLUMNS else 0
+    first = seed % _SAMPLED_KEYS
+    arrays = [t.contiguous().numpy() for t in (q, k, v)]
+    inputs = [arrays[0], np.float32(scale), arrays[1], arrays[2], _rank_of_bar(n_k, near, first), first, _SAMPLED_KEYS]
+    room = scratch("deltas", *q.shape), scratch("logs", 1, n_k), scratch("weights", 1, 1 + tilts, n_k)
+    return [*inputs, tilts], [t.numpy() for t in room]
+
+
+def _rank_of_bar(n_k: int, near: int, first: int) -> int:
+    """The rank, from below, of the threshold among the sampled keys."""
+    in_sample = len(range(first, n_k, _SAMPLED_KEYS))
+    return in_sample - min(max(1, near // _SAMPLED_KEYS), in_sample)
+
+
 def choose_keys(
     logs: torch.Tensor, highest: torch.Tensor, near: int, first: int, v: torch.Tensor, weights: torch.Tensor
 ) -> tuple[torch.Tensor, np.ndarray, np.ndarray, torch.Tensor, torch.Tensor]:
@@ -330,8 +350,7 @@ def choose_keys(
     """
     blocks, n_k = logs.shape
     tilts = v.shape[1]
-    in_sample = len(range(first, n_k, _SAMPLED_KEYS))
-    kept = in_sample - min(max(1, near // _SAMPLED_KEYS), in_sample)
+    kept = _rank_of_bar(n_k, near, first)
     loops = compiled_loops()
     if loops is not None:
         thresholds, totals, values = torch.empty(blocks), torch.empty(blocks), torch.empty(blocks, tilts)

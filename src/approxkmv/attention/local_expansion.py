@@ -12,7 +12,8 @@ import torch
 from approxkmv.attention import exact_fused
 from approxkmv.attention.acceleration import compiled_loops, native_bfloat16, over_threads
 from approxkmv.attention.contract import Method, UnavailableError, per_batch
-from approxkmv.attention.expansion import expand, sums_of_keys
+from approxkmv.attention.counting import count
+from approxkmv.attention.expansion import expand, of_one_block, sums_of_keys
 
 
 def attend(
@@ -29,12 +30,19 @@ def attend(
     """The method for one batch entry on a CPU: float32 q (n_q, d), k (n_k, d), v (n_k, d_v) to (n_q, d_v)."""
     if near >= len(k):
         return exact_fused.attend(q, k, v, scale, 512)
+    loops = compiled_loops()
+    if loops is not None and clustering["directions"] == 0 and clustering["block"] >= len(q):
+        out = torch.empty(len(q), v.shape[1])
+        inputs, room = of_one_block(q, k, v, generator.initial_seed(), scale, near)
+        own = len(q) == len(k)
+        number = loops.answers_of_one_block(own, *inputs, *room, out.numpy())
+        count(kernel_evaluations=len(k) + (len(q) + 1) * number + len(q) * (1 + own))
+        return exactly_where_lost(out, q, k, v, scale)
     low = torch.bfloat16 if products == "bfloat16" else torch.float32
     e = expand(q, k, v, generator, scale=scale, near=near, low=low, **clustering)
     sums, scales = sums_of_keys(e.blocks, k, e.mean, v, e.chosen, e.ends, None, low, e.rounded)
     with_own_keys = len(q) == len(k)
     seen = e.seen(k if with_own_keys else None)
-    loops = compiled_loops()
     if loops is not None:
         out = torch.empty(len(q), v.shape[1])
         rows = sums, scales, seen.log_weight, seen.value, seen.own_log, seen.own_share, seen.own_share_seen

@@ -87,10 +87,10 @@ def _exact_kernel(
 
 @triton.jit
 def _listed_kernel(
-    q_pointer, k_pointer, v_pointer, near_pointer, log_pointer, value_pointer, out_pointer,
+    q_pointer, k_pointer, v_pointer, near_pointer, extra_pointer, out_pointer, total_pointer, log_pointer,
     rows_per_block, n_rows, n_k, n_near, d, d_v, scale,
     NEAR: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
-    PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    EXTRA: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     entry = tl.program_id(2).to(tl.int64)
     block = tl.program_id(1)
@@ -103,19 +103,15 @@ def _listed_kernel(
         mask=mine[:, None] & (along[None, :] < d),
         other=0.0,
     )
-    # The far key comes first, with weight one: its log is where the running maximum starts.
-    highest = tl.load(log_pointer + entry * n_rows + rows, mask=mine, other=0.0)
-    total = tl.full((BM,), 1.0, tl.float32)
-    acc = tl.load(
-        value_pointer + entry * n_rows * d_v + rows[:, None] * d_v + values[None, :],
-        mask=mine[:, None] & (values[None, :] < d_v),
-        other=0.0,
-    )
+    highest = tl.full((BM,), -1e30, tl.float32)
+    total = tl.zeros((BM,), tl.float32)
+    acc = tl.zeros((BM, BV), tl.float32)
     blocks = tl.num_programs(1)
     for first in range(0, NEAR, BN):
         place = first + tl.arange(0, BN)
         listed = place < n_near
-        keys = tl.load(near_pointer + (entry * blocks + block) * n_near + place, mask=listed, other=0).to(tl.int64)
+        line = (entry * blocks + block) * n_near + place
+        keys = tl.load(near_pointer + line, mask=listed, other=0).to(tl.int64)
         k = tl.load(
             k_pointer + entry * n_k * d + keys[:, None] * d + along[None, :],
             mask=listed[:, None] & (along[None, :] < d),
@@ -127,13 +123,17 @@ def _listed_kernel(
             other=0.0,
         )
         logits = _dot(q, tl.trans(k), PRECISION, WIDEN) * scale
+        if EXTRA:
+            logits += tl.load(extra_pointer + line, mask=listed, other=0.0)[None, :]
         logits = tl.where(listed[None, :], logits, -1e30)
         highest, total, acc = _absorb(highest, total, acc, logits, v, BV == 1, PRECISION, WIDEN)
     tl.store(
         out_pointer + entry * n_rows * d_v + rows[:, None] * d_v + values[None, :],
-        acc / total[:, None],
+        acc,
         mask=mine[:, None] & (values[None, :] < d_v),
     )
+    tl.store(total_pointer + entry * n_rows + rows, total, mask=mine)
+    tl.store(log_pointer + entry * n_rows + rows, highest, mask=mine)
 
 
 def _options(d: int, d_v: int, dtype: torch.dtype) -> dict[str, Any]:
@@ -192,27 +192,28 @@ def listed(
     k: torch.Tensor,
     v: torch.Tensor,
     near: torch.Tensor,
-    far_log: torch.Tensor,
-    far_value: torch.Tensor,
+    extra: torch.Tensor | None,
     block: int,
     scale: float,
-) -> torch.Tensor:
-    """Attention of each block of queries on its own keys and on one far key: (batch, rows, d_v) in float32.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Sums of exp(scale q.k + extra) times v and 1 over the keys of each block of queries, and their log scales.
 
-    q (batch, rows, d), block i its rows i block to (i+1) block; near (batch, blocks, m) the keys of each block;
-    far_log (batch, rows) natural log of the far key's weight for each query, far_value (batch, rows, d_v) its value.
+    q (batch, rows, d), block i its rows i block to (i+1) block; near (batch, blocks, m) the keys of each block, extra
+    of the same shape or 0. Returns (batch, rows, d_v), (batch, rows) and (batch, rows) in float32: both sums are
+    divided by exp of the last, a row's largest exponent. Where every extra is under -1e30 it is about -1e30.
     """
     batch, rows, d = q.shape
     n_k, d_v = v.shape[1:]
     options = _options(d, d_v, q.dtype)
     out = torch.empty(batch, rows, d_v, device=q.device, dtype=torch.float32)
+    totals, logs = torch.empty_like(out[..., 0]), torch.empty_like(out[..., 0])
     tile = min(64, max(16, triton.next_power_of_2(block)))
     blocks = near.shape[1]
+    more = logs if extra is None else (extra.float() * _LOG2_E).clamp_min(-1e30).contiguous()
     with on_device(q.device):
         _listed_kernel[(triton.cdiv(block, tile), blocks, batch)](
-            q.contiguous(), k.contiguous(), v.contiguous(), near.to(torch.int32).contiguous(),
-            (far_log.float() * _LOG2_E).contiguous(), far_value.float().contiguous(), out,
+            q.contiguous(), k.contiguous(), v.contiguous(), near.to(torch.int32).contiguous(), more, out, totals, logs,
             block, rows, n_k, near.shape[2], d, d_v, scale * _LOG2_E,
-            NEAR=near.shape[2], BM=tile, BN=32, **options,
+            NEAR=near.shape[2], BM=tile, BN=32, EXTRA=extra is not None, **options,
         )  # fmt: skip
-    return out
+    return out, totals, logs / _LOG2_E

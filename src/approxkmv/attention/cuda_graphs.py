@@ -1,0 +1,96 @@
+"""Work on CUDA that is recorded once and replayed, so that a GPU does not wait for Python."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+
+# More than a grid has settings, whose runs alternate: with fewer, each would find its graph gone. Beside its copy of
+# the inputs a graph is small, since all share their memory.
+_GRAPHS = 32
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """A recorded run."""
+
+    inputs: list[torch.Tensor]
+    """Where a replay reads its inputs."""
+    replay: Callable[[], torch.Tensor]
+    """Its answer lies in memory that the next replay of any graph writes to."""
+    pool: Any
+
+
+_graphs: OrderedDict[tuple[object, ...], _Graph] = OrderedDict()
+
+
+@cache
+def _recording_stream(device: torch.device) -> torch.cuda.Stream:
+    # Graphs share memory only where they are recorded on one stream; torch's own would be of the first device used.
+    return torch.cuda.Stream(device)
+
+
+def _record(
+    work: Callable[[], torch.Tensor], device: torch.device, pool: Any
+) -> tuple[Callable[[], torch.Tensor], Any]:
+    """Record `work` as a graph whose memory comes from `pool` (None: a pool of its own): its replay, and its pool."""
+    stream = _recording_stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        # Kernels are compiled and libraries loaded before, since a graph cannot record that.
+        for _ in range(2):
+            work()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, stream=stream):
+        out = work()
+
+    def replay() -> torch.Tensor:
+        graph.replay()
+        return out
+
+    return replay, graph.pool()
+
+
+def _graph_of(steps: Callable[..., torch.Tensor], inputs: Sequence[torch.Tensor], given: Mapping[str, Any]) -> _Graph:
+    """The graph for inputs of these shapes and this type, recorded unless it is one of the last that were used."""
+    device = inputs[0].device
+    key = (steps, device, *((t.shape, t.dtype) for t in inputs), *given.values())
+    if key in _graphs:
+        _graphs.move_to_end(key)
+        return _graphs[key]
+    while len(_graphs) >= _GRAPHS:
+        _graphs.popitem(last=False)
+    # That of a living graph: torch gives up a pool with the last graph that uses it.
+    pool = next((graph.pool for graph in _graphs.values() if graph.inputs[0].device == device), None)
+    # A tensor made in inference mode could not be written outside of it.
+    with torch.inference_mode(False), torch.no_grad():
+        mine = [t.clone(memory_format=torch.contiguous_format) for t in inputs]
+        replay, pool = _record(lambda: steps(*mine, **given), device, pool)
+    _graphs[key] = _Graph(mine, replay, pool)
+    return _graphs[key]
+
+
+def _has_graphs(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def replayed(
+    steps: Callable[..., torch.Tensor], inputs: Sequence[torch.Tensor], given: Mapping[str, Any]
+) -> torch.Tensor:
+    """steps(*inputs, **given), by a graph where the inputs are on CUDA.
+
+    steps must not have a size or a branch that depends on what the inputs hold, and must make no random numbers.
+    Replays are for one stream at a time, since graphs share their memory.
+    """
+    if not _has_graphs(inputs[0].device):
+        return steps(*inputs, **given)
+    graph = _graph_of(steps, inputs, given)
+    for mine, theirs in zip(graph.inputs, inputs, strict=True):
+        mine.copy_(theirs)
+    return graph.replay().clone()
