@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -34,16 +35,35 @@ def native_bfloat16() -> bool:
     return bool(supported and supported()) and torch.backends.mkldnn.is_available()
 
 
+@cache
+def _helpers(count: int) -> ThreadPoolExecutor:
+    # Kept, since to start a thread takes longer than many of these loops.
+    return ThreadPoolExecutor(count)
+
+
+if hasattr(os, "register_at_fork"):
+    # A forked process has no threads but its own.
+    os.register_at_fork(after_in_child=_helpers.cache_clear)
+
+
 def over_threads(loop: Callable[[int, int], None], count: int) -> None:
     """Call loop(low, high) for parts of range(count), on as many threads as torch has."""
     threads = min(torch.get_num_threads(), count)
     if threads == 1:
         loop(0, count)
         return
-    # More parts than threads, since the parts are of unequal work
-    edges = [count * i // (4 * threads) for i in range(4 * threads + 1)]
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(loop, edges[:-1], edges[1:]))
+    # More parts than threads, since the parts are of unequal work: who is done takes the next one.
+    number = min(4 * threads, count)
+    parts = iter([(count * i // number, count * (i + 1) // number) for i in range(number)])
+
+    def work() -> None:
+        for low, high in parts:
+            loop(low, high)
+
+    others = [_helpers(threads - 1).submit(work) for _ in range(threads - 1)]
+    work()
+    for other in others:
+        other.result()
 
 
 _buffers = threading.local()
