@@ -78,7 +78,7 @@ def sums(
     with_own_keys: key i is the query's own, of as many keys as queries, and is summed exactly.
     """
     loops, d_v = compiled_loops(), v.shape[1]
-    if loops is not None and clustering["directions"] == 0 and clustering["block"] >= len(q):
+    if loops is not None and clustering["directions"] == 0:
         out = torch.empty(len(q), d_v + 2)
         inputs, room = of_one_block(q, k, v, generator.initial_seed(), clustering["scale"], clustering["near"])
         points = torch.rand(samples, generator=generator, dtype=torch.float64).numpy()

@@ -14,7 +14,7 @@ from approxkmv.attention.tiles import KEYS, LANES, WIDE, multiply_tile, multiply
 _CHUNK = 64  # keys whose weights are summed together before one of them is looked for
 _LARGEST = 80.0  # exponents above this leave float32 together with what they are multiplied by
 _QUERIES = 64  # queries of a panel, so that it and their logits stay in the first cache
-_FEW_COLUMNS = 8  # of v: for more, their sums are products of tiles too
+FEW_COLUMNS = 8  # of v: for more, their sums are products of tiles too
 _BATCH = 64  # keys whose products with many value columns are summed together
 _f = np.float32
 # Sums may be reordered, or nothing is vectorised; NaN and infinity keep their meaning.
@@ -317,18 +317,6 @@ def centre_blocks(q, scale, points, importance, queries, starts, sizes, deltas, 
             row_variances[row] = whole
         for p in range(r):
             variances[b, p] *= share
-
-
-@njit(fastmath=_FLAGS, nogil=True, cache=True)
-def project(low, high, deltas, starts, sizes, axes, out):
-    """out (rows, r) = deltas (rows, d) times their block's axes (blocks, r, d), for the blocks low to high - 1."""
-    for b in range(low, high):
-        for i in range(starts[b], starts[b] + sizes[b]):
-            for c in range(axes.shape[1]):
-                dot = _f(0.0)
-                for p in range(axes.shape[2]):
-                    dot += deltas[i, p] * axes[b, c, p]
-                out[i, c] = dot
 
 
 @njit(fastmath=_FLAGS, nogil=True, cache=True)
@@ -820,7 +808,7 @@ def _sums_in_one_block(starts, sizes, deltas, chosen, k, mean, v, extra, centres
     """The sums (n_q, 1 + d_v) of `sums_of_keys` over the chosen keys of one block, and their scales (1,)."""
     ends, scales = np.full(1, len(chosen)), np.empty(1, np.float32)
     sums = np.empty((len(deltas), 1 + v.shape[1]), np.float32)
-    if v.shape[1] <= _FEW_COLUMNS:
+    if v.shape[1] <= FEW_COLUMNS:
         sums_of_keys(0, 1, deltas, starts, sizes, chosen, ends, k, mean, v, extra, centres, scales, sums, None)
     else:
         wide_sums_of_keys(0, 1, deltas, starts, sizes, chosen, ends, k, mean, v, extra, centres, scales, sums, None)

@@ -20,7 +20,7 @@ from approxkmv.attention.k_means import k_means
 
 # Each tilted column of v costs d more columns in the far sums; beyond these the far value is the block's mean.
 _TILTED_COLUMNS = 2
-# For more columns than these their sums are a product of tiles too, or of matrices. The same stands in `compiled`.
+# For more columns than these a product of matrices is faster than a product with each.
 _FEW_COLUMNS = 8
 # oneDNN compiles a kernel for each new shape of a bfloat16 product, so that shapes should repeat.
 _ROWS_OF_BFLOAT16 = 16
@@ -232,11 +232,6 @@ def as_numbers(stored: torch.Tensor) -> np.ndarray:
 def project(blocks: Blocks, axes: torch.Tensor) -> torch.Tensor:
     """deltas (rows, d) of each block times its own axes (blocks, r, d): (rows, r)."""
     out = torch.empty(len(blocks.deltas), axes.shape[1])
-    loops = compiled_loops()
-    if loops is not None and axes.shape[1] <= _FEW_COLUMNS:
-        given = blocks.deltas.numpy(), blocks.starts, blocks.sizes, axes.contiguous().numpy(), out.numpy()
-        over_threads(lambda first, last: loops.project(first, last, *given), len(blocks))
-        return out
     for b, (start, rows) in enumerate(zip(blocks.starts.tolist(), blocks.sizes.tolist(), strict=True)):
         torch.mm(blocks.deltas[start : start + rows], axes[b].mT, out=out[start : start + rows])
     return out
@@ -402,7 +397,7 @@ def sums_of_keys(
         given = [t.contiguous().numpy() for t in (k, mean, v, extra, blocks.centres, scales, sums)]
         fixed = blocks.deltas.numpy(), blocks.starts, blocks.sizes, chosen, ends
         bits = as_numbers(rounded) if rounded is not None and native_bfloat16() else None
-        loop = loops.sums_of_keys if d_v <= _FEW_COLUMNS else loops.wide_sums_of_keys
+        loop = loops.sums_of_keys if d_v <= loops.FEW_COLUMNS else loops.wide_sums_of_keys
         over_threads(lambda first, last: loop(first, last, *fixed, *given, bits), number)
         return sums, scales
     step = _KEYS_OF_BFLOAT16 if low == torch.bfloat16 else 1

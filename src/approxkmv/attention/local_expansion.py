@@ -31,7 +31,7 @@ def attend(
     if near >= len(k):
         return exact_fused.attend(q, k, v, scale, 512)
     loops = compiled_loops()
-    if loops is not None and clustering["directions"] == 0 and clustering["block"] >= len(q):
+    if loops is not None and clustering["directions"] == 0:
         out = torch.empty(len(q), v.shape[1])
         inputs, room = of_one_block(q, k, v, generator.initial_seed(), scale, near)
         own = len(q) == len(k)
