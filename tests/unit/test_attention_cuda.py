@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from approxkmv.attention import get
 from approxkmv.attention.contract import UnavailableError
 from approxkmv.attention.counting import counting
 
@@ -94,6 +95,20 @@ def test_the_graph_that_was_used_longest_ago_goes(recorded, monkeypatch):
     for near in (10, 30, 10, 50, 10, 30):
         cuda.attend(*inputs(), seed=0, block=20, near=near, **GIVEN)
     assert len(recorded) == 4  # 10, 30, 50 and 30 again
+
+
+def test_alternating_settings_keep_their_graphs(recorded):
+    """As a sweep times them: one run of each setting, then again; every setting of both grids has a graph."""
+
+    def steps(q, near):
+        return near * q
+
+    settings = sum(len(get(name).grid) for name in ("local-expansion", "approxkmv"))
+    before = graphs.recordings()
+    for _ in range(3):
+        for near in range(settings):
+            graphs.replayed(steps, inputs()[:1], {"near": near})
+        assert graphs.recordings() - before == len(recorded) == settings
 
 
 @pytest.mark.parametrize("first", [True, False])

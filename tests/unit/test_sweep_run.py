@@ -287,6 +287,20 @@ def test_a_nan_among_the_vectors_and_a_missing_device(vectors, tmp_path):
         run_sweep(settings(vectors, methods=["aproxkmv"]), tmp_path / "x.csv", {})
 
 
+@pytest.mark.parametrize(("device", "index"), [("cuda", 0), ("cuda:1", 1)])
+def test_the_current_device_is_set_by_its_number(vectors, tmp_path, monkeypatch, device, index):
+    """torch refuses to set a device without an index, which is what "cuda" is."""
+
+    def set_device(given):
+        assert given == index
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", set_device)
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(settings(vectors, device=device), tmp_path / "x.csv", {})
+
+
 def test_shipped_vectors_are_what_their_hash_says():
     import hashlib
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-# More than a grid has settings, whose runs alternate: with fewer, each would find its graph gone. Beside its copy of
-# the inputs a graph is small, since all share their memory.
-_GRAPHS = 32
+# More than all grids together have settings, whose runs alternate: with fewer, each would find its graph gone. Beside
+# its copy of the inputs a graph is small, since all share their memory.
+_GRAPHS = 64
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,12 @@ class _Graph:
 
 
 _graphs: OrderedDict[tuple[object, ...], _Graph] = OrderedDict()
+_recordings = 0
+
+
+def recordings() -> int:
+    """How many graphs have been recorded so far: a run during which this rises must not be timed."""
+    return _recordings
 
 
 @cache
@@ -59,6 +65,7 @@ def _record(
 
 def _graph_of(steps: Callable[..., torch.Tensor], inputs: Sequence[torch.Tensor], given: Mapping[str, Any]) -> _Graph:
     """The graph for inputs of these shapes and this type, recorded unless it is one of the last that were used."""
+    global _recordings
     device = inputs[0].device
     key = (steps, device, *((t.shape, t.dtype) for t in inputs), *given.values())
     if key in _graphs:
@@ -72,6 +79,7 @@ def _graph_of(steps: Callable[..., torch.Tensor], inputs: Sequence[torch.Tensor]
     with torch.inference_mode(False), torch.no_grad():
         mine = [t.clone(memory_format=torch.contiguous_format) for t in inputs]
         replay, pool = _record(lambda: steps(*mine, **given), device, pool)
+    _recordings += 1
     _graphs[key] = _Graph(mine, replay, pool)
     return _graphs[key]
 

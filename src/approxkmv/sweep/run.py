@@ -324,8 +324,8 @@ def run_sweep(
     if settings.device.startswith("cuda"):
         if not torch.cuda.is_available():
             raise ConfigError(f"sweep: device is {settings.device!r}, and torch finds no CUDA device here")
-        # Events and kernels take the current device.
-        torch.cuda.set_device(torch.device(settings.device))
+        # Events and kernels take the current device; "cuda" alone has no index and is refused.
+        torch.cuda.set_device(torch.device(settings.device).index or 0)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     started = datetime.now(UTC)
