@@ -91,6 +91,17 @@ def test_near_keys_and_centres_of_the_expansion():
     assert 40 <= m <= 90
 
 
+@pytest.mark.parametrize("name", ["local-expansion", "approxkmv"])
+def test_rows_made_again_are_counted(name):
+    q, k, v = inputs()
+    # So far from its block that exponentials leave float32
+    q[0, 5] *= 3000
+    with counting() as counts:
+        get(name)(q, k, v, scale=1.0, block=64, near=30)
+    assert 1 <= counts.recomputed_rows <= 64
+    assert counts_of(name, block=64, near=30).recomputed_rows == 0
+
+
 def test_causal_halves_what_is_seen():
     given = {"scale": 0.4, "seed": 0, "projections": 7}
     with counting() as counts:

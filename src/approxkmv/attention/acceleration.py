@@ -67,6 +67,8 @@ def over_threads(loop: Callable[[int, int], None], count: int) -> None:
 
 
 _buffers = threading.local()
+# Set by tests: what is read before it is written shows as NaN.
+_POISONED = False
 
 
 def scratch(name: str, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -81,4 +83,6 @@ def scratch(name: str, *shape: int, dtype: torch.dtype = torch.float32) -> torch
     size = math.prod(shape)
     if key not in held or held[key].numel() < size:
         held[key] = torch.empty(size, dtype=dtype)
+    if _POISONED:
+        held[key].fill_(torch.nan)
     return held[key][:size].view(shape)

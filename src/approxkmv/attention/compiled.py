@@ -576,8 +576,6 @@ def _pairs_to_panel(deltas, i, some, panel):
         for p in range(d // 2):
             first, second = _bits(deltas[i + t, 2 * p]), _bits(deltas[i + t, 2 * p + 1])
             panel[p, t] = np.uint32(first) | (np.uint32(second) << np.uint32(16))
-        if d % 2:
-            panel[d // 2, t] = np.uint32(_bits(deltas[i + t, d - 1]))
 
 
 # What differs between products of float32 and of bfloat16 numbers is decided by the type of `rounded`, so that a
@@ -663,8 +661,8 @@ def sums_of_keys(low, high, deltas, starts, sizes, chosen, ends, k, mean, v, ext
 
     q is its block's centre plus its row of deltas (rows, d); chosen[ends[b-1]:ends[b]] are the keys of block b.
     scales (blocks,) receives the exponent that the block's sums are divided by; sums (rows, 1 + d_v) the row sums and
-    the numerators. rounded: None, or k - mean in bfloat16 as bits, (n, d), or d + 1 with zeros at the end for an odd
-    d, with which the products of deltas and keys, but not of centres and keys, are of bfloat16 numbers.
+    the numerators. rounded: None, or k - mean (n, d) in bfloat16 as bits, d even, with which the products of deltas and
+    keys, but not of centres and keys, are of bfloat16 numbers.
     """
     width = v.shape[1]
     panel = _empty_panel(rounded, k.shape[1])

@@ -15,10 +15,14 @@ class Counts:
     a key, or with a point that stands for many keys (a centroid). The other inner products only choose or place
     points: distances of k-means and of searches, projections of a hash. Padding that is computed counts. Sums over
     evaluations (products with values, moments of far keys) do not.
+
+    A recomputed row is a query whose approximate answer was lost (beyond the method's reach, or beyond float32) and was
+    replaced by the exact one. A method that is exact in any case recomputes none.
     """
 
     kernel_evaluations: int = 0
     other_products: int = 0
+    recomputed_rows: int = 0
 
     @property
     def inner_products(self) -> int:
@@ -49,8 +53,9 @@ def counting() -> Iterator[Counts]:
         _watching[:] = [other for other in _watching if other is not counts]
 
 
-def count(kernel_evaluations: int = 0, other_products: int = 0) -> None:
+def count(kernel_evaluations: int = 0, other_products: int = 0, recomputed_rows: int = 0) -> None:
     """Report evaluations to whoever is counting; next to nothing when nobody is."""
     for counts in _watching:
         counts.kernel_evaluations += kernel_evaluations
         counts.other_products += other_products
+        counts.recomputed_rows += recomputed_rows

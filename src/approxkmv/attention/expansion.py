@@ -163,7 +163,7 @@ class Expansion:
     mean: torch.Tensor
     """(d,) of the keys, which are taken relative to it: attention does not see a common shift."""
     rounded: torch.Tensor | None
-    """(n_k, d or d + 1) the keys less their mean in bfloat16, if those were asked for; zeros at the end if d is odd."""
+    """(n_k, d) the keys less their mean in bfloat16, if those were asked for."""
     logs: torch.Tensor
     """(blocks, n_k) c.k + k'Vk/2."""
     weights: torch.Tensor
@@ -254,8 +254,8 @@ def expand(
     """Cluster the queries q (n_q, d), choose each block's near keys and sum the others at its centre.
 
     Queries are clustered, and a block's second moment is taken, along the keys' leading `directions`; without any
-    there is one block, and the expansion is of first order. Much of what is returned is scratch: it holds until the
-    next call in this thread.
+    there is one block, and the expansion is of first order. Products of bfloat16 (low) take numbers by twos: d is then
+    even. Much of what is returned is scratch: it holds until the next call in this thread.
     """
     n_k, d_v = v.shape
     d = q.shape[1]
@@ -275,18 +275,16 @@ def expand(
         labels = k_means(points, clusters, iterations, sampled, generator)
     blocks = make_blocks(q, scale, points, spread / metric.square(), labels, multiple)
 
+    # An array of its own, since oneDNN's products of bfloat16 read past the rows of a view, and NaN there makes NaN.
+    keys = torch.sub(k, mean, out=scratch("keys", n_k, d, dtype=low))
     # Columns: the squares along the leading axes, then the keys.
-    # Products of bfloat16 take numbers by twos.
-    spare = d % 2 if low == torch.bfloat16 else 0
-    features = scratch("features", n_k, r + d + spare, dtype=low)
-    keys = torch.sub(k, mean, out=features[:, r : r + d])
-    if spare:
-        features[:, r + d :] = 0
+    features = scratch("features", n_k, r + d, dtype=low)
+    features[:, r:] = keys
     if r > 0:
         torch.square(torch.mm(keys, axes.to(low), out=scratch("along", n_k, r, dtype=low)), out=features[:, :r])
     variances = blocks.variances / metric.square()
     ranks = torch.cat([0.5 * variances, blocks.centres], 1).to(low)
-    logs = torch.mm(ranks, features[:, : r + d].mT, out=scratch("logs", len(blocks), n_k, dtype=low))
+    logs = torch.mm(ranks, features.mT, out=scratch("logs", len(blocks), n_k, dtype=low))
     count(kernel_evaluations=logs.numel())
     tilts = d_v if d_v <= _TILTED_COLUMNS else 0
     weights = scratch("weights", len(blocks), 1 + tilts, n_k, dtype=low)
@@ -309,7 +307,7 @@ def expand(
         # The far key's own second-order term is in its weight already.
         second = 0.5 * (variances * (far_axes[:, 0] @ axes).square()).sum(1)
         torch.sub(total.log() + highest, second, out=far_log)
-    rounded = features[:, r:] if low == torch.bfloat16 else None
+    rounded = keys if low == torch.bfloat16 else None
     return Expansion(
         blocks, mean, rounded, logs, weights, thresholds, chosen, ends, total, far_log, far_value, far_axes
     )

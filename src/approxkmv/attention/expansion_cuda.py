@@ -182,6 +182,7 @@ def exactly_where_lost(
     """Recompute exactly the rows of out (batch, n_q, d_v) that are not finite."""
     lost = ~out.isfinite().all(2)
     if bool(lost.any()):
+        count(recomputed_rows=int(lost.sum()))
         for entry in lost.any(1).nonzero().flatten().tolist():
             rows, these = lost[entry], slice(entry, entry + 1)
             out[entry, rows] = triton_kernels.exact(q[these, rows], k[these], v[these], scale)[0].to(out.dtype)

@@ -39,6 +39,8 @@ def attend(
         count(kernel_evaluations=len(k) + (len(q) + 1) * number + len(q) * (1 + own))
         return exactly_where_lost(out, q, k, v, scale)
     low = torch.bfloat16 if products == "bfloat16" else torch.float32
+    if low == torch.bfloat16 and q.shape[1] % 2:
+        q, k = (torch.nn.functional.pad(t, (0, 1)) for t in (q, k))
     e = expand(q, k, v, generator, scale=scale, near=near, low=low, **clustering)
     sums, scales = sums_of_keys(e.blocks, k, e.mean, v, e.chosen, e.ends, None, low, e.rounded)
     with_own_keys = len(q) == len(k)
@@ -69,6 +71,7 @@ def exactly_where_lost(
     """Recompute exactly the rows of queries so far from their block's centre that an exponential left float32."""
     if not bool(out.sum().isfinite()):
         lost = (~out.isfinite().all(1)).nonzero().squeeze(1)
+        count(recomputed_rows=len(lost))
         out[lost] = exact_fused.attend(q[lost], k, v, scale, 512)
     return out
 

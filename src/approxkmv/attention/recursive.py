@@ -68,6 +68,7 @@ def causal_attention(
     numerators, row_sums, _ = causal_sums(q, k, v, generator, sums, exact_below)
     out = numerators / row_sums.unsqueeze(1)
     lost = (~((row_sums > 0) & out.isfinite().all(1))).nonzero().squeeze(1)
+    count(recomputed_rows=len(lost))
     for i in lost.tolist():
         out[i] = (k[: i + 1] @ q[i]).softmax(0) @ v[: i + 1]
     return out

@@ -110,12 +110,10 @@ def multiply_tile_of_pairs(typingctx, keys, places, j, panel, t, out):
         def lanes_at(of: Any, offset: Any, kind: Any) -> Any:
             return builder.bitcast(builder.gep(of.data, [offset]), kind.as_pointer())
 
-        # The keys may be some of the columns of a wider array.
-        row_bytes = cgutils.unpack_tuple(builder, keys.strides, 2)[0]
         rows = []
         for r in range(KEYS):
             place = builder.load(builder.gep(places.data, [builder.add(j, ir.Constant(whole, r))]))
-            behind = builder.mul(place, builder.udiv(row_bytes, ir.Constant(whole, 2)))
+            behind = builder.mul(place, columns(keys))
             rows.append(builder.bitcast(builder.gep(keys.data, [behind]), word.as_pointer()))
         pairs = cgutils.unpack_tuple(builder, panel.shape, 2)[0]
         before, loop, after = builder.block, builder.append_basic_block(), builder.append_basic_block()

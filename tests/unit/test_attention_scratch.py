@@ -1,0 +1,87 @@
+"""Memory that is read before it is written: with NaN in all that is uninitialised no answer changes."""
+
+import numpy as np
+import pytest
+import torch
+
+from approxkmv.attention import acceleration, get, methods
+from approxkmv.attention.counting import counting
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """These inputs are too small for threads, which only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=["compiled", "torch"])
+def loops(request, monkeypatch):
+    if request.param == "compiled":
+        pytest.importorskip("numba")
+    else:
+        monkeypatch.setattr(acceleration, "_module", lambda: None)
+
+
+def poison(monkeypatch):
+    """NaN in every float that torch, NumPy or `scratch` hands out uninitialised."""
+
+    def filled(make):
+        def made(*args, **kwargs):
+            out = make(*args, **kwargs)
+            if isinstance(out, np.ndarray):
+                if out.dtype.kind == "f":
+                    out.fill(np.nan)
+            elif out.is_floating_point():
+                out.fill_(torch.nan)
+            return out
+
+        return made
+
+    monkeypatch.setattr(acceleration, "_POISONED", True)
+    for owner, names in (
+        (torch, ("empty", "empty_like", "empty_strided")),
+        (torch.Tensor, ("new_empty", "new_empty_strided")),
+        (np, ("empty", "empty_like")),
+    ):
+        for name in names:
+            monkeypatch.setattr(owner, name, filled(getattr(owner, name)))
+
+
+def attend(name, causal, inputs, **parameters):
+    method = get(name)
+    with counting() as counts:
+        out = (method.attend_causally if causal else method)(*inputs, seed=3, **parameters)
+    assert counts.recomputed_rows == 0
+    return out
+
+
+# Queries, keys, dimensions, columns of the values: widths that fill no tile of a product, and such that do.
+SHAPES = [(400, 400, 100, 1), (300, 330, 21, 12), (330, 330, 64, 64)]
+FORMS = [(name, causal) for name in methods() for causal in (False, True) if not causal or get(name).causal]
+
+
+@pytest.mark.usefixtures("loops")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("name", "causal"), FORMS)
+def test_nothing_is_read_before_it_is_written(name, causal, shape, dtype, monkeypatch):
+    n_q, n_k, d, d_v = shape
+    n_q = n_k if causal or name == "own-key" else n_q
+    if name == "knn":
+        pytest.importorskip("faiss")
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(2, n, w, generator=generator).to(dtype) for n, w in ((n_q, d), (n_k, d), (n_k, d_v))]
+    # Approximations that approximate: few near keys, and the number type of their products that has AMX kernels.
+    few = {"local-expansion": {"block": 32, "near": 24}, "approxkmv": {"block": 32, "near": 24}}
+    parameters = [few.get(name, {})]
+    if name == "local-expansion":
+        parameters = [{**few[name], "products": products} for products in ("float32", "bfloat16")]
+    for given in parameters:
+        right = attend(name, causal, inputs, **given)
+        assert bool(right.isfinite().all())
+        with monkeypatch.context() as poisoned:
+            poison(poisoned)
+            assert torch.equal(attend(name, causal, inputs, **given), right)
