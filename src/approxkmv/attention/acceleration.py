@@ -16,16 +16,18 @@ import torch
 @cache
 def _module() -> ModuleType | None:
     try:
-        import numba  # noqa: F401
+        import numba
     except ImportError:
         return None
+    if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
+        return None  # as Python some of these loops do not run and the others take minutes
     from approxkmv.attention import compiled
 
     return compiled
 
 
 def compiled_loops() -> ModuleType | None:
-    """The module `compiled`, or None without numba."""
+    """The module `compiled`, or None without numba and under NUMBA_DISABLE_JIT=1."""
     return _module()
 
 

@@ -10,6 +10,7 @@ from numba import njit, types
 from numba.extending import overload
 
 from approxkmv.attention.tiles import KEYS, LANES, WIDE, multiply_tile, multiply_tile_of_pairs
+from approxkmv.compiling import cached_njit
 
 _CHUNK = 64  # keys whose weights are summed together before one of them is looked for
 _LARGEST = 80.0  # exponents above this leave float32 together with what they are multiplied by
@@ -45,7 +46,7 @@ def _fading(x):
     return _exp(x) if x > _f(-87.0) else _f(0.0)
 
 
-@njit(fastmath=_FLAGS, nogil=True, cache=True)
+@cached_njit(fastmath=_FLAGS, nogil=True)
 def add_exponentials(logits, columns, numerators, row_sums):
     """row_sums (rows,) and numerators (d_v, rows) gain exp(logits) (rows, keys) times 1 and columns (d_v, keys)."""
     rows, keys = logits.shape
@@ -67,7 +68,7 @@ def add_exponentials(logits, columns, numerators, row_sums):
             numerators[c, i] += part
 
 
-@njit(fastmath=_FLAGS, nogil=True, cache=True)
+@cached_njit(fastmath=_FLAGS, nogil=True)
 def shifted_exponentials(logits, skip_from, skip_to, columns, shifts, sums):
     """logits (rows, keys) become exp(logits - shifts), or 0 for the keys skip_from_i to skip_to_i - 1 of row i.
 
@@ -94,7 +95,7 @@ def shifted_exponentials(logits, skip_from, skip_to, columns, shifts, sums):
             sums[i, c] = part
 
 
-@njit(fastmath=_FLAGS, nogil=True, cache=True)
+@cached_njit(fastmath=_FLAGS, nogil=True)
 def nearest(distances, points, labels):
     """labels (rows,) = the column with the least of distances (rows, columns) + |points|^2, which is not negative.
 
@@ -155,7 +156,7 @@ def _stored_by_type(number, like):
     return lambda number, like: number
 
 
-@njit(fastmath=_FLAGS, nogil=True, cache=True)
+@cached_njit(fastmath=_FLAGS, nogil=True)
 def fill_weights(
     low, high, logs, highest, kept, begin, step, columns, weights, counts, thresholds, totals, values
 ):  # fmt: skip
@@ -194,7 +195,7 @@ def fill_weights(
             values[b, c] = value
 
 
-@njit(fastmath=_FLAGS, nogil=True, cache=True)
+@cached_njit(fastmath=_FLAGS, nogil=True)
 def centre_far(highest, variances, axes, totals, far_log, far_value, far_axes):
     """Sums over the far keys of each block become weighted means and covariances; see `Expansion`.
 
@@ -224,7 +225,7 @@ def centre_far(highest, variances, axes, totals, far_log, far_value, far_axes):
         far_log[b] = np.log(totals[b]) + highest[b] - _f(0.5) * second
 
 
-@njit(fastmath=_FLAGS, nogil=True, cache=True)
+@cached_njit(fastmath=_FLAGS, nogil=True)
 def list_near(low, high, logs, thresholds, ends, chosen):
     """The near keys of blocks low to high - 1, counted by fill_weights, into chosen[ends[b - 1]:ends[b]]."""
     for b in range(low, high):
@@ -238,7 +239,7 @@ def list_near(low, high, logs, thresholds, ends, chosen):
                 at += np.int64(_number(logs[b, j]) >= bar)
 
 
-@njit(nogil=True, cache=True)
+@cached_njit(nogil=True)
 def group(labels, multiple):
     """queries, rows, labels, starts and sizes of `Blocks`: points (n,) with a label in blocks, a block for each used.
 
@@ -270,7 +271,7 @@ def group(labels, multiple):
     return queries, rows, block_of, starts, sizes
 
 
-@njit(fastmath=_FLAGS, nogil=True, cache=True)
+@cached_njit(fastmath=_FLAGS, nogil=True)
 def centre_blocks(q, scale, points, importance, queries, starts, sizes, deltas, centres, variances, row_variances):
     """Fill deltas (rows, d), centres (blocks, d), variances (blocks, r) and row_variances (rows,), block after block.
 
@@ -319,7 +320,7 @@ def centre_blocks(q, scale, points, importance, queries, starts, sizes, deltas, 
             variances[b, p] *= share
 
 
-@njit(fastmath=_FLAGS, nogil=True, cache=True)
+@cached_njit(fastmath=_FLAGS, nogil=True)
 def see(
     low, high, with_own_keys, queries, starts, sizes, logs, weights, thresholds, totals, far_log, far_value, far_axes,
     centres, deltas, k, mean, log_weight, value, own_log, own_share, own_seen
@@ -355,7 +356,7 @@ def see(
             own_seen[row] = share * (_f(1.0) + lean - dot)
 
 
-@njit(fastmath=_FLAGS, nogil=True, cache=True)
+@cached_njit(fastmath=_FLAGS, nogil=True)
 def far_deviations(low, high, starts, sizes, heavy, scales, log_weight, variances, out):
     """Per block, the root of the mean over its rows of share^2 (exp(s) - 1 - s), s their variance, at most 10.
 
@@ -373,7 +374,7 @@ def far_deviations(low, high, starts, sizes, heavy, scales, log_weight, variance
         out[b] = np.sqrt(total / sizes[b])
 
 
-@njit(fastmath=_FLAGS, nogil=True, cache=True)
+@cached_njit(fastmath=_FLAGS, nogil=True)
 def draw_light(low, high, draw_ends, ends, chosen, weights, totals, points, keys, logs, control):
     """Light keys of blocks low to high - 1, and the two weights of each: see `approxkmv.draw`.
 
@@ -440,7 +441,7 @@ def draw_light(low, high, draw_ends, ends, chosen, weights, totals, points, keys
             control[t] = share / rate
 
 
-@njit(fastmath=_FLAGS, nogil=True, cache=True)
+@cached_njit(fastmath=_FLAGS, nogil=True)
 def controlled_sums(
     low, high, with_own_keys, starts, sizes, queries, rows, labels, heavy, scales, estimate, estimate_scales, variances,
     limit, ends, keys, logs, control, deltas, k, mean, v, far_value, far_axes, log_weight, own_log, own_share, own_seen,
@@ -503,7 +504,7 @@ def controlled_sums(
             out[query, width + 1] = shift
 
 
-@njit(fastmath=_FLAGS, nogil=True, cache=True)
+@cached_njit(fastmath=_FLAGS, nogil=True)
 def expanded_answers(
     low, high, queries, starts, sizes, tilted, sums, scales, log_weight, far_value, own_log, own_share, own_seen, v, out
 ):  # fmt: skip
@@ -655,7 +656,7 @@ def _add_tile(logits, span, pairs, j, totals):
                 )
 
 
-@njit(fastmath=_FLAGS, nogil=True, cache=True)
+@cached_njit(fastmath=_FLAGS, nogil=True)
 def sums_of_keys(low, high, deltas, starts, sizes, chosen, ends, k, mean, v, extra, centres, scales, sums, rounded):
     """Sums of exp(q.(k - mean) + extra) [1, v] over the chosen keys of the blocks low to high - 1, for their queries.
 
@@ -698,7 +699,7 @@ def sums_of_keys(low, high, deltas, starts, sizes, chosen, ends, k, mean, v, ext
                     sums[i + t, c] = totals[c, t]
 
 
-@njit(fastmath=_FLAGS, nogil=True, cache=True)
+@cached_njit(fastmath=_FLAGS, nogil=True)
 def wide_sums_of_keys(
     low, high, deltas, starts, sizes, chosen, ends, k, mean, v, extra, centres, scales, sums, rounded
 ):  # fmt: skip
@@ -750,7 +751,7 @@ def wide_sums_of_keys(
                     sums[i + t, c] = totals[c, t]
 
 
-@njit(fastmath=_FLAGS, nogil=True, cache=True)
+@cached_njit(fastmath=_FLAGS, nogil=True)
 def _expand_one_block(q, scale, k, v, kept, begin, step, tilts, deltas, logs, weights):
     """`expansion.expand` for one block of all queries and no axes, as what the functions above take of it.
 
@@ -801,7 +802,7 @@ def _expand_one_block(q, scale, k, v, kept, begin, step, tilts, deltas, logs, we
     )
 
 
-@njit(nogil=True, cache=True)
+@cached_njit(nogil=True)
 def _sums_in_one_block(starts, sizes, deltas, chosen, k, mean, v, extra, centres):
     """The sums (n_q, 1 + d_v) of `sums_of_keys` over the chosen keys of one block, and their scales (1,)."""
     ends, scales = np.full(1, len(chosen)), np.empty(1, np.float32)
@@ -813,7 +814,7 @@ def _sums_in_one_block(starts, sizes, deltas, chosen, k, mean, v, extra, centres
     return sums, scales
 
 
-@njit(nogil=True, cache=True)
+@cached_njit(nogil=True)
 def _see_in_one_block(with_own_keys, block, far, keys, deltas, k, logs, weights):
     """What `see` fills, for one block: log_weight, value, own_log, own_share, own_seen."""
     queries, starts, sizes, _ = block
@@ -830,7 +831,7 @@ def _see_in_one_block(with_own_keys, block, far, keys, deltas, k, logs, weights)
     return log_weight, value, own_log, own_share, own_seen
 
 
-@njit(nogil=True, cache=True)
+@cached_njit(nogil=True)
 def answers_of_one_block(with_own_keys, q, scale, k, v, kept, begin, step, tilts, deltas, logs, weights, out):
     """`local_expansion.attend` for one block of all queries and no axes, into out (n_q, d_v): how many keys were near.
 
@@ -849,7 +850,7 @@ def answers_of_one_block(with_own_keys, q, scale, k, v, kept, begin, step, tilts
     return len(chosen)
 
 
-@njit(nogil=True, cache=True)
+@cached_njit(nogil=True)
 def controlled_sums_of_one_block(
     with_own_keys, q, scale, k, v, kept, begin, step, tilts, limit, points, deltas, logs, weights, out
 ):  # fmt: skip

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from approxkmv.compiling import cached_njit
 
 
-@njit(fastmath={"reassoc", "contract", "nsz"}, nogil=True, cache=True)
+@cached_njit(fastmath={"reassoc", "contract", "nsz"}, nogil=True)
 def products(low, high, q, k, rows, keys, out):
     """out[t] = <q[rows[t]], k[keys[t]]> for t from low to high - 1."""
     d = q.shape[1]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from approxkmv.compiling import cached_njit
+
 _FLAGS = {"reassoc", "contract", "nsz"}
 
 
@@ -17,7 +19,7 @@ def _squared(a, i, b, j):
     return total
 
 
-@njit(fastmath=_FLAGS, nogil=True, cache=True)
+@cached_njit(fastmath=_FLAGS, nogil=True)
 def prune(points, candidates, distances, count, bar, out):
     """Robust prune: out receives neighbours from candidates (count,), sorted by their squared distances to a point.
 
@@ -41,7 +43,7 @@ def prune(points, candidates, distances, count, bar, out):
     return kept, evaluations
 
 
-@njit(fastmath=_FLAGS, nogil=True, cache=True)
+@cached_njit(fastmath=_FLAGS, nogil=True)
 def beam_search(points, neighbours, degrees, start, queries, query, stamps, stamp, keys, distances, expanded, trail):
     """Search from `start` for row `query`, with as many candidates as there are places in keys.
 
@@ -93,7 +95,7 @@ def beam_search(points, neighbours, degrees, start, queries, query, stamps, stam
     return count, steps, evaluations
 
 
-@njit(fastmath=_FLAGS, nogil=True, cache=True)
+@cached_njit(fastmath=_FLAGS, nogil=True)
 def insert_all(points, order, neighbours, degrees, beam, bar):
     """Build the graph point by point in `order`: search, robust prune, and links back, pruned where they are many.
 
@@ -148,7 +150,7 @@ def insert_all(points, order, neighbours, degrees, beam, bar):
     return total
 
 
-@njit(fastmath=_FLAGS, nogil=True, cache=True)
+@cached_njit(fastmath=_FLAGS, nogil=True)
 def search_all(low, high, points, neighbours, degrees, start, queries, beam, found, distances, steps, evaluations):
     """Rows low to high - 1 of found (n_q, count), -1 where fewer were found, with distances, steps and evaluations."""
     stamps = np.full(len(points), -1, np.int64)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import numba
 import numpy as np
+
+from approxkmv.compiling import cached_njit
 
 LOG2_E = 1.4426950408889634
 # ln 2 in two parts: the first has trailing zero bits, so that its product with an integer is exact.
@@ -17,8 +18,7 @@ LARGEST = 690.0
 
 # forceinline, here and wherever sums may be reordered: as a symbol of its own the function would be compiled
 # differently alone and inside its callers, and which copy a process links depends on what it found in the cache.
-@numba.njit(
-    cache=True,
+@cached_njit(
     nogil=True,
     fastmath={"reassoc", "contract", "nsz", "nnan", "ninf"},
     error_model="numpy",

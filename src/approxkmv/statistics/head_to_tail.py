@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 
+from approxkmv.compiling import cached_njit
 from approxkmv.statistics.exponential import exp_and_sum
 from approxkmv.statistics.selection import heapify, select_largest, sift_down, sift_up
 
@@ -16,7 +16,7 @@ SLACK = 3
 TOO_LARGE = 1e250
 
 
-@numba.njit(cache=True, nogil=True, fastmath={"reassoc", "nsz"}, forceinline=True)
+@cached_njit(nogil=True, fastmath={"reassoc", "nsz"}, forceinline=True)
 def _sum(values: np.ndarray, size: int) -> float:
     total = 0.0
     for j in range(size):
@@ -24,7 +24,7 @@ def _sum(values: np.ndarray, size: int) -> float:
     return total
 
 
-@numba.njit(cache=True, nogil=True, fastmath={"reassoc", "nsz"}, forceinline=True)
+@cached_njit(nogil=True, fastmath={"reassoc", "nsz"}, forceinline=True)
 def _sum_up_to(values: np.ndarray, size: int, bound: float) -> float:
     total = 0.0
     for j in range(size):
@@ -32,7 +32,7 @@ def _sum_up_to(values: np.ndarray, size: int, bound: float) -> float:
     return total
 
 
-@numba.njit(cache=True, nogil=True)
+@cached_njit(nogil=True)
 def _largest(log_values: np.ndarray, stop: int, causal: bool) -> float:
     largest = log_values[0, 0]
     for i in range(stop):
@@ -41,7 +41,7 @@ def _largest(log_values: np.ndarray, stop: int, causal: bool) -> float:
     return largest
 
 
-@numba.njit(cache=True, nogil=True)
+@cached_njit(nogil=True)
 def _append_above(values: np.ndarray, size: int, bound: float, out: np.ndarray, count: int) -> int:
     """Append the values above `bound` to out[count:]; returns the new count. Few are, so 32 are tested at once."""
     whole = size - size % 32
@@ -61,7 +61,7 @@ def _append_above(values: np.ndarray, size: int, bound: float, out: np.ndarray, 
     return count
 
 
-@numba.njit(cache=True, nogil=True)
+@cached_njit(nogil=True)
 def _tile_above(
     tile: np.ndarray, rows: int, width: int, bound: float, far: np.ndarray, found: np.ndarray, counts: np.ndarray
 ) -> None:
@@ -80,7 +80,7 @@ def _tile_above(
                     counts[t] += 1
 
 
-@numba.njit(cache=True, nogil=True)
+@cached_njit(nogil=True)
 def ratios_of_prefixes(log_values: np.ndarray, first: int, causal: bool, out: np.ndarray) -> None:
     """c_i of log_values[:i, :i] for i = first..n, written to out[i - first].
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 
+from approxkmv.compiling import cached_njit
 from approxkmv.statistics.selection import select_largest
 
 SAMPLE = 2048
 
 
-@numba.njit(cache=True, nogil=True)
+@cached_njit(nogil=True)
 def order_logarithms(log_values: np.ndarray, causal: bool, out: np.ndarray) -> None:
     """Log K_(n), log K_(n+1) and log K_(2n) of an (n, n) matrix of logarithms, written to out[:3].
 

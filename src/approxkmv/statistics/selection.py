@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 
+from approxkmv.compiling import cached_njit
 
-@numba.njit(cache=True, nogil=True)
+
+@cached_njit(nogil=True)
 def select_largest(values: np.ndarray, size: int, count: int) -> None:
     """Reorder values[:size] in place so that its `count` largest come first (quickselect, expected O(size))."""
     if count <= 0 or count >= size:
@@ -40,7 +41,7 @@ def select_largest(values: np.ndarray, size: int, count: int) -> None:
             return
 
 
-@numba.njit(cache=True, nogil=True)
+@cached_njit(nogil=True)
 def sift_down(heap: np.ndarray, size: int, start: int, sign: float) -> None:
     """Restore the heap below `start`; sign +1 keeps the smallest value on top, -1 the largest."""
     value = heap[start]
@@ -57,7 +58,7 @@ def sift_down(heap: np.ndarray, size: int, start: int, sign: float) -> None:
     heap[hole] = value
 
 
-@numba.njit(cache=True, nogil=True)
+@cached_njit(nogil=True)
 def sift_up(heap: np.ndarray, start: int, sign: float) -> None:
     """Restore the heap above `start`; sign as in sift_down."""
     value = heap[start]
@@ -71,7 +72,7 @@ def sift_up(heap: np.ndarray, start: int, sign: float) -> None:
     heap[hole] = value
 
 
-@numba.njit(cache=True, nogil=True)
+@cached_njit(nogil=True)
 def heapify(heap: np.ndarray, size: int, sign: float) -> None:
     """Make heap[:size] a heap in O(size); sign as in sift_down."""
     for start in range(size // 2 - 1, -1, -1):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 
+from approxkmv.compiling import cached_njit
 from approxkmv.statistics.exponential import exp_and_sum
 from approxkmv.statistics.selection import select_largest
 
@@ -12,7 +12,7 @@ from approxkmv.statistics.selection import select_largest
 SMALLEST = 1e-307
 
 
-@numba.njit(cache=True, nogil=True)
+@cached_njit(nogil=True)
 def softmax_statistics(log_values: np.ndarray, causal: bool, out: np.ndarray) -> None:
     """Four numbers of P = D^-1 A, A = exp(log_values) with its rows divided by their sums, written to out[:4].
 

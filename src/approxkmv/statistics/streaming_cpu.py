@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-import numba
 import numpy as np
 import torch
 
+from approxkmv.compiling import cached_njit
 from approxkmv.errors import NonFiniteError
 from approxkmv.statistics.exponential import exp_and_sum
 from approxkmv.statistics.streaming import SHARES, Largest
@@ -41,7 +41,7 @@ def add_strip(
     keys.append(torch.from_numpy(counts))
 
 
-@numba.njit(cache=True, nogil=True)
+@cached_njit(nogil=True)
 def _log_add(one: float, other: float) -> float:
     larger = max(one, other)
     if larger == -np.inf:
@@ -49,7 +49,7 @@ def _log_add(one: float, other: float) -> float:
     return larger + math.log(math.exp(one - larger) + math.exp(other - larger))
 
 
-@numba.njit(cache=True, nogil=True, fastmath={"reassoc", "nsz"}, forceinline=True)
+@cached_njit(nogil=True, fastmath={"reassoc", "nsz"}, forceinline=True)
 def _row_maximum(values: np.ndarray, size: int) -> float:
     largest = values[0]
     for j in range(1, size):
@@ -57,7 +57,7 @@ def _row_maximum(values: np.ndarray, size: int) -> float:
     return largest
 
 
-@numba.njit(cache=True, nogil=True, fastmath={"reassoc", "nsz"}, forceinline=True)
+@cached_njit(nogil=True, fastmath={"reassoc", "nsz"}, forceinline=True)
 def _sum(values: np.ndarray, start: int, stop: int) -> float:
     total = 0.0
     for j in range(start, stop):
@@ -65,7 +65,7 @@ def _sum(values: np.ndarray, start: int, stop: int) -> float:
     return total
 
 
-@numba.njit(cache=True, nogil=True, fastmath={"reassoc", "nsz"}, forceinline=True)
+@cached_njit(nogil=True, fastmath={"reassoc", "nsz"}, forceinline=True)
 def _sum_where_at_most(weights: np.ndarray, values: np.ndarray, size: int, limit: float) -> float:
     total = 0.0
     for j in range(size):
@@ -73,7 +73,7 @@ def _sum_where_at_most(weights: np.ndarray, values: np.ndarray, size: int, limit
     return total
 
 
-@numba.njit(cache=True, nogil=True)
+@cached_njit(nogil=True)
 def _append_above(values: np.ndarray, size: int, limit: float, shift: float, out: np.ndarray, count: int) -> int:
     """Append values - shift where values > limit to out; returns their new count. Few are, so 32 are tested at once."""
     whole = size - size % 32
@@ -93,7 +93,7 @@ def _append_above(values: np.ndarray, size: int, limit: float, shift: float, out
     return count
 
 
-@numba.njit(cache=True, nogil=True)
+@cached_njit(nogil=True)
 def keys_holding(weights: np.ndarray, size: int, goal: float) -> int:
     """How many of the largest weights[:size] are needed for a sum of `goal`; those come first afterwards.
 
@@ -141,7 +141,7 @@ _BINS = 16 * 24
 _TOP_BIN = (1023 << _FINE) + 1
 
 
-@numba.njit(cache=True, nogil=True)
+@cached_njit(nogil=True)
 def _append_between(values: np.ndarray, size: int, low: float, high: float, out: np.ndarray) -> int:
     """Write the values in [low, high) to out; returns how many."""
     count = 0
@@ -162,7 +162,7 @@ def _append_between(values: np.ndarray, size: int, low: float, high: float, out:
     return count
 
 
-@numba.njit(cache=True, nogil=True)
+@cached_njit(nogil=True)
 def count_keys(weights: np.ndarray, size: int, total: float, shares: np.ndarray, out: np.ndarray) -> None:
     """How many of the largest weights[:size] <= 1 make up each share of their total, written to out.
 
@@ -193,7 +193,7 @@ def count_keys(weights: np.ndarray, size: int, total: float, shares: np.ndarray,
         out[t] = above + keys_holding(members, many, goal - mass)
 
 
-@numba.njit(cache=True, nogil=True)
+@cached_njit(nogil=True)
 def _rows(
     values: np.ndarray,
     row: int,

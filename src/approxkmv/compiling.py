@@ -1,0 +1,135 @@
+"""numba's compiler with a cache that knows all sources: import this only where numba is installed.
+
+numba's own cache asks whether the file of a function has changed, and not the files whose functions and constants are
+compiled into it; and two processes that write its index at once may leave code under the wrong signature.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import hashlib
+import os
+import pickle
+import platform
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numba
+from numba.core.caching import NullCache
+from numba.core.compiler import CompileResult
+from numba.core.serialize import dumps
+
+from approxkmv.errors import TableError
+from approxkmv.files import written_whole
+
+_PACKAGES = Path(__file__).parent.parent
+_UNUSED = 30 * 86400  # seconds after which code that nobody loaded goes
+
+
+def cached_njit(**options: Any) -> Callable[[Callable], Callable]:
+    """numba.njit with machine code kept from process to process until a source that it was made of changes.
+
+    The code lies in `approxkmv/compiled` below NUMBA_CACHE_DIR, XDG_CACHE_HOME or ~/.cache, whichever is set first;
+    where nothing can be written it is compiled in each process. Under NUMBA_DISABLE_JIT=1 functions stay Python.
+    """
+
+    def decorate(function: Callable) -> Callable:
+        compiled: Any = numba.njit(**options)(function)
+        folder = _folder()
+        if folder and compiled is not function:  # the same under NUMBA_DISABLE_JIT
+            compiled._cache = _Cache(function, folder)
+        return compiled
+
+    return decorate
+
+
+def _file(module: str) -> Path | None:
+    path = _PACKAGES.joinpath(*module.split("."))
+    return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
+
+
+@cache
+def sources(module: str) -> list[Path]:
+    """The file of a module of this package and those of all modules of the package that it imports, however far."""
+    package = __name__.split(".")[0]
+    found: dict[Path, None] = {}
+    waiting = [module]
+    while waiting:
+        file = _file(waiting.pop())
+        if file is None or file in found:
+            continue
+        found[file] = None
+        for node in ast.walk(ast.parse(file.read_bytes())):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            else:
+                continue
+            waiting += [name for name in names if name.split(".")[0] == package]
+    return sorted(found)
+
+
+@cache
+def _origin(module: str) -> bytes:
+    """A hash of what the code of a module is made of and by: sources, Python, numba and its settings."""
+    settings = sorted(item for item in os.environ.items() if item[0].startswith("NUMBA_"))
+    origin = hashlib.sha256(repr((platform.python_version(), numba.__version__, settings)).encode())
+    for file in sources(module):
+        origin.update(hashlib.sha256(file.read_bytes()).digest())
+    return origin.digest()
+
+
+def _folder() -> Path | None:
+    try:
+        below = os.environ.get("NUMBA_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:  # no home
+        return None
+    return Path(below) / "approxkmv" / "compiled"
+
+
+class _Cache(NullCache):
+    """What a dispatcher asks for code before it compiles, and gives it to afterwards: one file for each signature.
+
+    A file begins with the hash of the rest, since damaged machine code would end the process.
+    """
+
+    def __init__(self, function: Callable, folder: Path) -> None:
+        self._start = folder / f"{function.__module__}.{function.__qualname__}"
+        # Now, while the module is imported: its file may be edited before its first call.
+        self._origin = _origin(function.__module__)
+
+    def _path(self, signature: Any, codegen: Any) -> Path:
+        key = hashlib.sha256(self._origin + repr((signature, codegen.magic_tuple())).encode()).hexdigest()
+        return self._start.with_name(f"{self._start.name}-{key[:32]}")
+
+    def load_overload(self, signature: Any, target_context: Any) -> Any:
+        target_context.refresh()
+        path = self._path(signature, target_context.codegen())
+        try:
+            whole = path.read_bytes()
+        except OSError:
+            return None
+        code = whole[32:]
+        if hashlib.sha256(code).digest() != whole[:32]:
+            return None
+        with contextlib.suppress(OSError):
+            os.utime(path)
+        return CompileResult._rebuild(target_context, *pickle.loads(code))
+
+    def save_overload(self, signature: Any, result: Any) -> None:
+        # Such code holds addresses of this process.
+        if result.lifted or result.library.has_dynamic_globals:
+            return
+        path = self._path(signature, result.codegen)
+        code = dumps(result._reduce())
+        with contextlib.suppress(TableError), written_whole(path) as temporary:
+            temporary.write_bytes(hashlib.sha256(code).digest() + code)
+        with contextlib.suppress(OSError):
+            for file in path.parent.iterdir():
+                if file.stat().st_mtime < time.time() - _UNUSED:
+                    file.unlink()
