@@ -75,7 +75,9 @@ def texts(
     log_to(log)
     chosen = _study(config, study)
     with step(f"texts      {corpus_of(chosen).name}") as notes:
-        notes.append(f"{write_texts(chosen, out)} texts")
+        count = write_texts(chosen, out)
+        all_of_them = chosen.contexts is not None and count < chosen.contexts
+        notes.append(f"{count} texts" + (f", all there are: {chosen.contexts} were asked for" if all_of_them else ""))
 
 
 @app.command()
@@ -102,8 +104,9 @@ def extract(
         from approxkmv.steps.fetch import read_location
 
         times = Times()
-        used, skipped = run(chosen, model, read_location(location), texts, shard, out, contexts_out, times)
-        notes.append(f"{used} texts" + (f", {skipped} too short" if skipped else ""))
+        used, skipped, cut = run(chosen, model, read_location(location), texts, shard, out, contexts_out, times)
+        short = f", {skipped} too short" if skipped else ""
+        notes.append(f"{used} texts{short}" + (f", {cut} cut at the limit of tokens" if cut else ""))
         notes.append(f"({times})")
 
 

@@ -16,6 +16,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+# Before a library reads it: no bad input asks a hub.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
 from approxkmv import cli, progress
 from approxkmv.errors import ApproxKMVError
 

@@ -27,14 +27,14 @@ def fetch(project: Project, model: str) -> tuple[int, str]:
     return project.approxkmv("fetch", "--model", model, "--out", "location.json")
 
 
-def extract(project: Project, model: str) -> tuple[int, str]:
+def extract(project: Project, model: str, shard: int = 0) -> tuple[int, str]:
     code, output = fetch(project, model)
     if code:
         return code, output
     assert project.approxkmv("texts", "--out", "texts.parquet")[0] == 0
     return project.approxkmv(
-        *("extract", "--model", model, "--location", "location.json", "--texts", "texts.parquet", "--shard", "0"),
-        *("--out", "out.safetensors", "--contexts-out", "contexts.csv"),
+        *("extract", "--model", model, "--location", "location.json", "--texts", "texts.parquet"),
+        *("--shard", str(shard), "--out", "out.safetensors", "--contexts-out", "contexts.csv"),
     )
 
 
@@ -174,6 +174,25 @@ def test_a_context_shorter_than_the_minimum_is_skipped_and_counted(project: Proj
     assert "1 too short" in output
     contexts = pd.read_csv(project.folder / "contexts.csv")
     assert contexts["used"].tolist() == [True, True, False]
+
+
+def test_a_text_longer_than_the_maximum_is_cut_and_counted(project: Project):
+    code, output = extract(project, "bert", shard=1)
+    assert code == 0, output
+    assert "3 texts, 1 cut at" in output
+    assert pd.read_csv(project.folder / "contexts.csv")["cut"].tolist() == [0, 0, 15]
+
+
+def test_fewer_texts_than_were_asked_for_are_said_and_none_are_refused(project: Project):
+    project.configure(contexts=20)
+    code, output = project.approxkmv("texts", "--out", "texts.parquet")
+    assert code == 0, output
+    assert "8 texts, all there are: 20 were asked for" in output
+    (project.folder / "words.jsonl").unlink()
+    (project.folder / "words.jsonl").write_text('{"context": " \\n"}\n')
+    code, output = project.approxkmv("texts", "--out", "texts.parquet")
+    assert code == 2
+    assert "holds no text" in only_line(output)
 
 
 def test_texts_that_are_all_too_short_end_with_one_line(project: Project):

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import gzip
+import json
+import lzma
+
+import pandas as pd
 import pytest
 import yaml
 
 from approxkmv.config import SCHEMA
-from approxkmv.corpora import choose_passages, read_corpus
+from approxkmv.corpora import choose_passages, formats, read_corpus
 from approxkmv.corpora.passages import Document, cut_into_passages
 from approxkmv.errors import ConfigError, SourceError
 
@@ -60,6 +65,91 @@ def test_plain_text_is_one_document_per_block(tmp_path):
     path = tmp_path / "novel.txt"
     path.write_text("First line\ngoes on.\n\n\nSecond.\n")
     assert [d.context for d in read_corpus(f"path:{path}")] == ["First line goes on.", "Second."]
+
+
+def test_a_line_of_white_space_is_blank_and_the_ends_of_lines_may_be_any(tmp_path):
+    path = tmp_path / "novel.txt"
+    path.write_bytes("\ufeffFirst line\r\ngoes on.\r\n \t\r\nSecond.\n\n\u00a0\nThird.\rGoes on.".encode())
+    assert [d.context for d in read_corpus(f"path:{path}")] == ["First line goes on.", "Second.", "Third. Goes on."]
+
+
+ROWS = [
+    {"title": "a", "context": 'One, "two".', "question": "Why?"},
+    {"title": "b", "context": "Drei.\nVier."},
+    {"title": "c", "context": 'One, "two".', "question": "How?"},
+]
+MERGED = [Document("a", 'One, "two".', ("Why?", "How?")), Document("b", "Drei.\nVier.")]
+
+
+def jsonl(rows: list[dict]) -> bytes:
+    return "\n".join(json.dumps(row) for row in rows).encode()
+
+
+def squad(rows: list[dict]) -> bytes:
+    """SQuAD's own form, a paragraph for each row."""
+    paragraphs = [
+        {"context": r["context"], "qas": [{"question": r[key]} for key in ("question",) if key in r]} for r in rows
+    ]
+    data = [{"title": row["title"], "paragraphs": [p]} for row, p in zip(rows, paragraphs, strict=True)]
+    return json.dumps({"version": "1.1", "data": data}).encode()
+
+
+def parquet(rows: list[dict]) -> bytes:
+    return pd.DataFrame(rows).assign(id=1).to_parquet(index=False)
+
+
+def table(rows: list[dict]) -> bytes:
+    return pd.DataFrame(rows).assign(id=1).to_csv(index=False).encode()
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("x.jsonl", jsonl),
+        ("x.JSONL", lambda rows: b"\xef\xbb\xbf" + jsonl(rows)),
+        ("x.jsonl", lambda rows: jsonl(rows).replace(b"\n", b"\r\n \r\n")),
+        ("x.json", lambda rows: json.dumps(rows).encode()),
+        ("x.json", squad),
+        ("x.csv", table),
+        ("x.csv", lambda rows: b"\xef\xbb\xbf" + table(rows)),
+        ("x.parquet", parquet),
+    ],
+)
+@pytest.mark.parametrize(
+    ("suffix", "compress"), [("", bytes), (".xz", lzma.compress), (".gz", gzip.compress), (".XZ", lzma.compress)]
+)
+def test_rows_that_repeat_a_context_are_one_document_in_every_kind_of_file(tmp_path, name, write, suffix, compress):
+    path = tmp_path / f"{name}{suffix}"
+    path.write_bytes(compress(write(ROWS)))
+    assert read_corpus(f"path:{path}") == MERGED
+
+
+def test_an_array_of_texts(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text('["One.", "Two."]')
+    assert read_corpus(f"path:{path}") == [Document("", "One."), Document("", "Two.")]
+
+
+def test_a_folder_of_the_user_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "x.txt").write_text("One.")
+    assert read_corpus("path:~/x.txt") == [Document("x.txt", "One.")]
+
+
+def test_a_data_set_is_never_read_from_a_folder_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "somebody" / "squad").mkdir(parents=True)
+    (tmp_path / "somebody" / "squad" / "train.jsonl").write_bytes(jsonl(ROWS))
+    with pytest.raises(SourceError, match="here is a somebody/squad too"):
+        read_corpus("hub:somebody/squad@abc")
+
+
+def test_a_compressed_file_may_not_hold_more_than_a_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(formats, "LARGEST", 2**20)
+    path = tmp_path / "x.txt.xz"
+    path.write_bytes(lzma.compress(b"a " * 2**22))
+    with pytest.raises(SourceError, match="holds more than"):
+        read_corpus(f"path:{path}")
 
 
 def data_set(monkeypatch: pytest.MonkeyPatch, **columns: list) -> None:

@@ -103,18 +103,19 @@ def parse_source(text: str) -> ModelSource:
     if kind == "path":
         return PathSource(Path(rest).expanduser())
     if kind == "hub":
-        return _parse_hub(text, rest)
+        return parse_hub(text, rest)
     return _parse_pypi(text, rest)
 
 
-def _parse_hub(text: str, rest: str) -> HubSource:
+def parse_hub(text: str, rest: str) -> HubSource:
+    """The repository and revision in `rest`, the part of the source `text` after hub:; of a model, or of texts."""
     repository, _, revision = rest.partition("@")
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repository):
-        raise SourceError(f"model source {text!r}: {repository!r} is not a repository of the form OWNER/NAME")
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", repository):
+        raise SourceError(f"source {text!r}: {repository!r} is not a repository of the form OWNER/NAME")
     if not re.fullmatch(r"[\w./-]+", revision):
         raise SourceError(
-            f"model source {text!r} has no revision: pin one, for example hub:{repository}@COMMIT, "
-            "so that a later run gets the same weights"
+            f"source {text!r} has no revision: pin one, for example hub:{repository}@COMMIT, "
+            "so that a later run gets the same files"
         )
     return HubSource(repository, revision)
 

@@ -45,10 +45,11 @@ def extract(
     out: Path,
     contexts_out: Path,
     times: Times | None = None,
-) -> tuple[int, int]:
+) -> tuple[int, int, int]:
     """Write the activations of a shard (safetensors) and what became of each of its texts (CSV).
 
-    Returns how many texts were used and how many were too short; `times` gets the seconds of each part.
+    Returns how many texts were used, how many were too short, and how many were cut; `times` gets the seconds of each
+    part.
 
     The CSV has the columns context, name, tokens, cut (tokens beyond the limit), used (False: shorter than the
     minimum). Raises NonFiniteError naming model, layer, head and context; ConfigError for a device that is not there.
@@ -101,7 +102,7 @@ def extract(
             }
         ),
     )
-    return len(taken), len(passages) - len(taken)
+    return len(taken), len(passages) - len(taken), sum(len(t) > limit for t in tokens)
 
 
 def _capture(

@@ -19,8 +19,9 @@ def lines(results: Path) -> list[str]:
     out = []
     for facts in overviews:
         heads = facts["layers"] * facts["heads"]
-        skipped = f" ({facts['texts_too_short']} too short)" if facts["texts_too_short"] else ""
-        out.append(f"{facts['label']}: {facts['texts_used']} texts of {facts['corpus']}{skipped}")
+        counted = {"too short": facts["texts_too_short"], "cut": facts["texts_cut"]}
+        aside = ", ".join(f"{count} {what}" for what, count in counted.items() if count)
+        out.append(f"{facts['label']}: {facts['texts_used']} texts of {facts['corpus']}" + (aside and f" ({aside})"))
         growth = results / "tables" / f"growth_{facts['model']}.csv"
         verdicts = read_table(growth) if growth.is_file() else None
         for before in masks_of(facts, "largest_ratio"):

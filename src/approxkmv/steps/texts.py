@@ -9,7 +9,7 @@ import pandas as pd
 from approxkmv.config import Study, corpus_of
 from approxkmv.corpora import Passage, choose_passages, read_corpus
 from approxkmv.corpora.passages import cut_into_passages
-from approxkmv.errors import TableError
+from approxkmv.errors import SourceError, TableError
 from approxkmv.files import read_table, write_parquet
 
 
@@ -18,6 +18,8 @@ def write_texts(study: Study, out: Path) -> int:
     corpus = corpus_of(study)
     documents = read_corpus(corpus.source, corpus.sha256)
     chosen = choose_passages(cut_into_passages(documents, study.unit), study.contexts, study.seed)
+    if not chosen:
+        raise SourceError(f"the corpus {corpus.name} has no text of the unit {study.unit}: choose another")
     columns = {"index": [p.index for p in chosen], "name": [p.name for p in chosen], "text": [p.text for p in chosen]}
     write_parquet(out, pd.DataFrame(columns))
     return len(chosen)
