@@ -25,7 +25,7 @@ def written_whole(path: Path) -> Iterator[Path]:
     the disk is full or the folder cannot be written.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    temporary = _temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -43,6 +43,26 @@ def written_whole(path: Path) -> Iterator[Path]:
         # Where the folder is no folder this fails too, and must not hide why.
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+
+
+def check_writable(*paths: Path) -> None:
+    """Raise TableError unless each path can be written as a file of its own: to be known before hours of work."""
+    for i, path in enumerate(map(Path, paths)):
+        temporary = _temporary(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists() and not path.is_file():
+                raise TableError(f"cannot write {path}: it is a folder, or no file")
+            temporary.touch()
+            temporary.unlink()
+        except OSError as error:
+            raise TableError(f"cannot write {path}: {error.strerror or error}") from error
+        if path in map(Path, paths[:i]):
+            raise TableError(f"cannot write {path}: another output of the same run has this name")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -292,16 +292,6 @@ def out_of_memory(refusal):
     return f"out of memory: {str(refusal).splitlines()[0]}"
 
 
-def unless_lost(one, label, lost, i):
-    """Run again what ran before: with graphs of other settings in memory there may be too little left for it."""
-    if label not in lost:
-        try:
-            return one(i)
-        except torch.OutOfMemoryError as refusal:
-            lost[label] = out_of_memory(refusal)
-    return None
-
-
 def error_and_seconds(one, problems, rights):
     """Mean error over the inputs, and the seconds of a run after the first, which compiles."""
     from approxkmv.sweep.measure import errors
@@ -327,7 +317,7 @@ def measure_long(table, dtype, n, d=64, repeats=9):
 
     problems = [long_inputs(n, d, dtype, seed) for seed in range(INPUTS)]
     rights = [get("exact-fused")(*(t.float() for t in problem)).double() for problem in problems]
-    runs, found, rows, lost = {}, {}, [], {}
+    runs, found, rows = {}, {}, []
     for name in METHODS:
         method = get(name)
         for given in method.grid if name in OURS else ({},):
@@ -346,12 +336,14 @@ def measure_long(table, dtype, n, d=64, repeats=9):
             if seconds > LONGEST:
                 rows.append({**row, "error": error, "seconds": seconds, "reason": "one run only: too slow to repeat"})
                 continue
-            runs[label], found[label] = partial(unless_lost, one, label, lost), {**row, "error": error}
-    taken = interleaved_seconds(runs, torch.device(DEVICE), "wall", 2, repeats, INPUTS)
-    for label, seconds in taken.items():
-        low, middle, high = quartiles(seconds)
-        times = {"seconds": middle, "seconds_q1": low, "seconds_q3": high}
-        rows.append({**found[label], **({"reason": lost[label]} if label in lost else times)})
+            runs[label], found[label] = one, {**row, "error": error}
+    taken, lost = interleaved_seconds(runs, torch.device(DEVICE), "wall", 2, repeats, INPUTS)
+    for label, row in found.items():
+        if label in lost:
+            rows.append({**row, "reason": lost[label]})
+        else:
+            low, middle, high = quartiles(taken[label])
+            rows.append({**row, "seconds": middle, "seconds_q1": low, "seconds_q3": high})
     write(table, rows)
 
 

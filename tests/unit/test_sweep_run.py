@@ -2,6 +2,7 @@
 
 import csv
 import json
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,9 +11,13 @@ import numpy as np
 import pytest
 import torch
 
+from approxkmv import partial
+from approxkmv.attention import exact_fused as fused_module
 from approxkmv.attention import exact_naive as naive_module
 from approxkmv.errors import ConfigError, InputError, SourceError, TableError
+from approxkmv.statistics import streaming
 from approxkmv.sweep import SweepSettings, run_sweep
+from approxkmv.sweep import run as run_module
 from approxkmv.sweep.run import COLUMNS
 from approxkmv.sweep.word_vectors import word_vectors
 from approxkmv.sweep.workloads import Case, cases, load
@@ -106,6 +111,152 @@ def test_a_row_that_runs_out_of_memory_later_leaves_the_others(vectors, tmp_path
     assert (naive["status"], naive["seconds"]) == ("unavailable", "")
     assert "out of memory" in naive["reason"]
     assert fused["status"] == "ok"
+
+
+def test_a_case_that_does_not_fit_into_memory_leaves_the_others(vectors, tmp_path, monkeypatch):
+    right = run_module.load
+
+    def load_little(case, *words, **more):
+        if case.n == 150:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB.")
+        return right(case, *words, **more)
+
+    monkeypatch.setattr(run_module, "load", load_little)
+    run_sweep(settings(vectors, methods=["exact-fused", "mean"]), tmp_path / "sweep.csv", {}, say=lambda line: None)
+    by = {(r["method"], r["n"]): r for r in read(tmp_path / "sweep.csv")}
+    assert {r["status"] for r in by.values() if r["n"] == "150"} == {"unavailable"}
+    assert "exact answer runs out of memory" in by["mean", "150"]["reason"]
+    assert by["exact-fused", "300"]["status"] == "ok"
+
+
+def test_errors_against_a_wrong_exact_answer_are_not_reported(vectors, tmp_path, monkeypatch):
+    wrong = replace(fused_module.method, compute=lambda q, k, v, **_: v.mean(1, keepdim=True).expand_as(q[..., :1]))
+    monkeypatch.setattr(fused_module, "method", wrong)
+    asked = settings(vectors, methods=["mean"], workload={"lengths": [150]})
+    run_sweep(asked, tmp_path / "sweep.csv", {}, say=lambda line: None)
+    (row,) = read(tmp_path / "sweep.csv")
+    assert (row["status"], row["error_v_mean"]) == ("unavailable", "")
+    assert "the exact answer errs by" in row["reason"]
+
+
+def test_c_is_left_out_where_numba_does_not_work(vectors, tmp_path, monkeypatch):
+    def broken(*_):
+        raise SystemError("initialization of _internal failed without raising an exception")
+
+    monkeypatch.setattr(streaming, "length_statistics", broken)
+    monkeypatch.setattr(run_module, "compiled_loops", lambda: streaming)
+    said = []
+    asked = settings(vectors, methods=["mean"], targets=[0.9], workload={"lengths": [150]})
+    run_sweep(asked, tmp_path / "sweep.csv", {}, say=said.append)
+    (row,) = read(tmp_path / "sweep.csv")
+    assert (row["status"], row["head_to_tail"]) == ("ok", "")
+    assert any("c is left out: initialization of" in line for line in said)
+
+
+KILLED = """
+import json, os, signal, sys
+from pathlib import Path
+from approxkmv.statistics import streaming
+from approxkmv.sweep import SweepSettings, run_sweep
+from approxkmv.sweep import run as run_module
+
+def say(line):
+    print(line, flush=True)
+    if sys.argv[3] and sys.argv[3] in line:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+run_sweep(SweepSettings.from_mapping(json.loads(sys.argv[1])), Path(sys.argv[2]), {}, say)
+"""
+
+
+def test_a_killed_sweep_goes_on_after_its_last_whole_case(vectors, tmp_path):
+    given = {"workloads": [{"name": "glove-split", "lengths": [100, 150, 200], "path": str(vectors)}], "threads": 1}
+    given |= {"methods": ["exact-fused", "uniform"], "targets": [0.9], "repeats": 2}
+    table, part = tmp_path / "sweep.csv", tmp_path / "sweep.csv.part"
+
+    def run(settings, point=""):
+        words = [sys.executable, "-c", KILLED, json.dumps(settings), str(table), point]
+        done = subprocess.run(words, capture_output=True, text=True)
+        return done.returncode, done.stdout.splitlines()
+
+    code, _ = run(given, "n=150")
+    assert code == -signal.SIGKILL
+    assert not table.exists()
+    first = json.loads(part.read_text().splitlines()[1])
+    assert {row["n"] for row in first["rows"]} == {100}
+    # Killed again, in the third case: two are kept.
+    code, said = run(given, "n=200")
+    assert code == -signal.SIGKILL
+    assert len(part.read_text().splitlines()) == 3
+    # Other settings, of which nothing is kept.
+    code, other = run({**given, "repeats": 3}, "n=100")
+    assert other[0] == f"{part} is of a run with other settings: the run starts anew"
+    code, said = run(given)
+    assert code == 0
+    assert said[0] == f"the run goes on after the 2 that an earlier one finished, kept in {part}"
+    assert not any("n=100" in line or "n=150" in line for line in said)
+    rows = read(table)
+    assert [(row["n"], row["method"]) for row in rows] == [
+        (n, method) for n in ("100", "150", "200") for method in ("exact-fused", "uniform")
+    ]
+    # The very times of the first run, and exponents over all lengths.
+    assert [row["seconds"] for row in rows[:2]] == [str(row["seconds"]) for row in first["rows"]]
+    assert [row["error_v_mean"] for row in rows[:2]] == [str(row["error_v_mean"]) for row in first["rows"]]
+    assert read(tmp_path / "sweep_exponents.csv")[0]["lengths"] == "[100, 150, 200]"
+    record = json.loads(table.with_suffix(".json").read_text())
+    assert [case["n"] for case in record["cases_of_earlier_runs"]] == [100, 150]
+    assert record["seconds"] > first["seconds"] > 0
+    assert [path.name for path in sorted(tmp_path.glob("*sweep*"))] == [
+        "sweep.csv",
+        "sweep.json",
+        "sweep_exponents.csv",
+    ]
+
+
+@pytest.mark.parametrize("changed", ["inputs", "machine", "code"])
+def test_what_a_sweep_depends_on_makes_it_start_anew(vectors, tmp_path, monkeypatch, changed):
+    asked = settings(vectors, methods=["mean"], targets=[0.9])
+
+    def stop(line):
+        if "n=300" in line:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(asked, tmp_path / "sweep.csv", {}, say=stop)
+    if changed == "inputs":
+        np.save(vectors, np.load(vectors)[::-1])
+        word_vectors.cache_clear()
+    elif changed == "machine":
+        monkeypatch.setattr(run_module, "machine", lambda device: {"processor": "another"})
+    else:
+        monkeypatch.setattr(partial, "_code", lambda: {"sweep/run.py": "edited"})
+    said = []
+    run_sweep(asked, tmp_path / "sweep.csv", {}, say=said.append)
+    assert said[0].endswith(f"is of a run with other {changed}: the run starts anew")
+    assert json.loads((tmp_path / "sweep.json").read_text())["cases_of_earlier_runs"] == []
+
+
+def test_a_damaged_file_of_cases_is_not_believed(vectors, tmp_path):
+    asked = settings(vectors, methods=["mean"], targets=[0.9], workload={"lengths": [150]})
+    part = tmp_path / "sweep.csv.part"
+    for content in ("", "{}\n", "[1]\n", "\x00", '{"cases": 3}\n{"rows": []}\n'):
+        part.write_text(content)
+        said = []
+        run_sweep(asked, tmp_path / "sweep.csv", {}, say=said.append)
+        assert said[0] == f"{part} is damaged: the run starts anew"
+        assert len(read(tmp_path / "sweep.csv")) == 1
+
+
+def test_an_output_that_cannot_be_written_is_found_first(vectors, tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "taken_exponents.csv").mkdir()
+    said = []
+    for out in ("file/sweep.csv", "taken.csv", "same.json", "n" * 250 + ".csv"):
+        with pytest.raises(TableError, match="cannot write") as caught:
+            run_sweep(settings(vectors), tmp_path / out, {}, say=said.append)
+        assert "\n" not in str(caught.value)
+    assert said == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "taken_exponents.csv", "vectors.npy"]
 
 
 def test_every_case_is_checked_before_the_first_runs(vectors, tmp_path):

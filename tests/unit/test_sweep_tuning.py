@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from approxkmv.attention import Method, UnavailableError
+from approxkmv.sweep import measure
 from approxkmv.sweep.measure import errors, interleaved_seconds, quartiles, running_out_of_memory, summary
 from approxkmv.sweep.tuning import tune
 
@@ -78,12 +79,32 @@ def test_unavailable_settings_are_passed_over_until_none_is_left():
 def test_runs_are_interleaved_and_inputs_rotated():
     order = []
     runs = {name: (lambda i, name=name: order.append((name, i))) for name in "abc"}
-    seconds = interleaved_seconds(runs, torch.device("cpu"), "wall", warmups=1, repeats=3, inputs=2)
+    seconds, failures = interleaved_seconds(runs, torch.device("cpu"), "wall", warmups=1, repeats=3, inputs=2)
     assert order == [
         ("a", 0), ("b", 0), ("c", 0), ("b", 1), ("c", 1), ("a", 1),
         ("c", 0), ("a", 0), ("b", 0), ("a", 1), ("b", 1), ("c", 1),
     ]  # fmt: skip
     assert all(len(s) == 3 for s in seconds.values())
+    assert failures == {}
+
+
+def test_a_run_that_loses_its_memory_while_timed_leaves_the_others(monkeypatch):
+    calls = []
+
+    def loses(i):
+        calls.append(i)
+        if len(calls) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    recorded = []
+    monkeypatch.setattr(measure, "recordings", lambda: len(recorded))
+    runs = {"stays": lambda i: None, "loses": loses, "records": recorded.append}
+    seconds, failures = interleaved_seconds(runs, torch.device("cpu"), "wall", warmups=1, repeats=3, inputs=1)
+    assert list(seconds) == ["stays"]
+    assert len(seconds["stays"]) == 3
+    assert len(calls) == 3
+    assert "loses runs out of memory" in failures["loses"]
+    assert "graph while it was timed" in failures["records"]
 
 
 @pytest.mark.parametrize(
@@ -91,6 +112,7 @@ def test_runs_are_interleaved_and_inputs_rotated():
     [
         MemoryError(),
         torch.OutOfMemoryError("CUDA out of memory. Tried\nand more"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried"),
     ],
 )

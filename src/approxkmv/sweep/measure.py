@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,8 +11,10 @@ import numpy as np
 import torch
 
 from approxkmv.attention import UnavailableError
+from approxkmv.attention.cuda_graphs import recordings
 
 Run = Callable[[int], object]
+_NO_MEMORY = re.compile("can't allocate memory|out of memory|ALLOC_FAILED")
 
 
 @contextmanager
@@ -20,8 +23,8 @@ def running_out_of_memory(what: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        # What torch raises on a CPU has no type of its own.
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
+        # What torch raises on a CPU, and what CUDA's libraries raise, has no type of its own.
+        if not isinstance(error, MemoryError) and not _NO_MEMORY.search(str(error)):
             raise
         reason = (str(error).splitlines() or ["no more is said"])[0]
         raise UnavailableError(f"{what} runs out of memory: {reason}") from error
@@ -70,21 +73,34 @@ def timer(device: torch.device, clock: str) -> Callable[[Callable[[], object]], 
 
 def interleaved_seconds(
     runs: dict[str, Run], device: torch.device, clock: str, warmups: int, repeats: int, inputs: int
-) -> dict[str, list[float]]:
+) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Seconds of each run, `repeats` of them: one of each in turn, so that a slow spell of the machine hits all.
 
-    runs[name](i) works on input i. Round after round, the input and the order of the runs move on by one.
+    runs[name](i) works on input i. Round after round, the input and the order of the runs move on by one. A run that
+    becomes unavailable, as beside the others in memory, has no seconds: the second dictionary says why.
     """
     seconds_of = timer(device, clock)
     names = list(runs)
     seconds: dict[str, list[float]] = {name: [] for name in names}
+    failures: dict[str, str] = {}
     for turn in range(warmups + repeats):
         first = turn % len(names) if names else 0
         for name in names[first:] + names[:first]:
-            taken = seconds_of(lambda name=name, turn=turn: runs[name](turn % inputs))  # type: ignore[misc]
-            if turn >= warmups:
+            if name in failures:
+                continue
+            recorded = recordings()
+            try:
+                with running_out_of_memory(name):
+                    taken = seconds_of(lambda name=name, turn=turn: runs[name](turn % inputs))  # type: ignore[misc]
+                if turn < warmups:
+                    continue
+                if recordings() > recorded:
+                    raise UnavailableError(f"{name} recorded its CUDA graph while it was timed")
                 seconds[name].append(taken)
-    return seconds
+            except UnavailableError as error:
+                failures[name] = str(error)
+                del seconds[name]
+    return seconds, failures
 
 
 def quartiles(seconds: Sequence[float]) -> tuple[float, float, float]:

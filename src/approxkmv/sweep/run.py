@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -21,7 +22,9 @@ from approxkmv.attention.acceleration import compiled_loops
 from approxkmv.attention.contract import check_inputs
 from approxkmv.attention.counting import counting
 from approxkmv.errors import ConfigError
-from approxkmv.files import write_text, written_whole
+from approxkmv.files import check_writable, sha256, write_text, written_whole
+from approxkmv.partial import PartialTable
+from approxkmv.provenance import processor
 from approxkmv.sweep.exponents import EXPONENT_COLUMNS, add_exponents, evaluation_exponents
 from approxkmv.sweep.measure import (
     errors,
@@ -34,13 +37,15 @@ from approxkmv.sweep.measure import (
 from approxkmv.sweep.settings import SweepSettings, WorkloadSettings
 from approxkmv.sweep.tuning import tune
 from approxkmv.sweep.word_vectors import fetch_vectors
-from approxkmv.sweep.workloads import Case, Problem, cases, check_case, load, shares_inputs
+from approxkmv.sweep.workloads import Case, Problem, cases, check_case, files, load, shares_inputs
 
 REFERENCE = "exact-fused"
 # Errors of exact rows are against this many rows of the answer in float64.
 _CHECKED_ROWS = 256
 # Seconds at this length, four times as many at twice as much.
 _LONGEST_KERNEL = 32768
+# A tenth of the smallest default target: beyond it the errors of a case would be those of its exact answer.
+_REFERENCE_ERROR = 0.005
 
 COLUMNS = {
     "workload": "name of the workload, with the head for a model",
@@ -85,7 +90,7 @@ def machine(device: str) -> dict[str, Any]:
     found: dict[str, Any] = {
         "machine": platform.machine(),
         "system": platform.platform(),
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -101,16 +106,6 @@ def machine(device: str) -> dict[str, Any]:
         found["gpu"] = torch.cuda.get_device_name(device)
         found["cuda"] = torch.version.cuda
     return found
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor()
 
 
 def _kind(method: Method) -> str:
@@ -144,14 +139,26 @@ class _Inputs:
             )
         return self._exact[key]
 
-    def head_to_tail(self) -> float | None:
-        """c of the first input's kernel; None where that takes too long or numba, which it needs, is not installed."""
+    def prepare(self) -> None:
+        """Make every input and its exact answer, before anything is measured."""
+        turns = max(len(self.settings.seeds), self.settings.warmups + self.settings.repeats)
+        for part, count in (("tuning", len(self.settings.tuning_seeds)), ("evaluation", turns)):
+            for index in range(min(count, self.settings.inputs)):
+                self.exact(part, index)
+
+    def head_to_tail(self, say: Callable[[str], None]) -> float | None:
+        """c of the first input's kernel; None where that takes too long or numba, which it needs, does not work."""
         if self.case.n > _LONGEST_KERNEL or compiled_loops() is None:
             return None
-        from approxkmv.statistics.streaming import length_statistics
-
         p = self.problem("evaluation", 0)
-        return length_statistics(p.q[0].float().cpu(), p.k[0].float().cpu(), p.scale)[0][0].ratio
+        try:
+            from approxkmv.statistics.streaming import length_statistics
+
+            return length_statistics(p.q[0].float().cpu(), p.k[0].float().cpu(), p.scale)[0][0].ratio
+        except Exception as error:  # beside a NumPy that is too new numba fails in many ways; nothing else here needs c
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            say(f"{self.case.name} n={self.case.n}: c is left out: {reason}")
+            return None
 
     def reference_error(self) -> float:
         """Error of the exact answer itself, against float64 on some rows."""
@@ -167,23 +174,32 @@ def _compute(method: Method, problem: Problem, seed: int, parameters: dict[str, 
     return method.compute(problem.q, problem.k, problem.v, scale=problem.scale, seed=seed, **parameters)
 
 
+def _conditions(case: Case) -> Row:
+    return {"workload": case.name, "n": case.n, "batch": case.batch, "columns": case.columns}
+
+
 def _rows_of_case(
     case: Case, settings: SweepSettings, names: list[str], say: Callable[[str], None]
-) -> tuple[list[Row], float]:
-    inputs = _Inputs(case, settings)
-    first = inputs.problem("evaluation", 0)
+) -> tuple[list[Row], float | None]:
+    """The rows of one case, and the error of its reference; None where the case does not fit into memory."""
     common: Row = {
-        "workload": case.name,
-        "n": case.n,
-        "batch": case.batch,
-        "columns": case.columns,
-        "d": first.q.shape[2],
-        "d_v": first.v.shape[2],
+        **_conditions(case),
         "device": settings.device,
         "dtype": settings.dtype,
-        "head_to_tail": inputs.head_to_tail(),
         "tuning_inputs": "shared" if shares_inputs(case) else "apart",
     }
+    inputs = _Inputs(case, settings)
+    try:
+        with running_out_of_memory("the exact answer"):
+            inputs.prepare()
+            first, reference_error = inputs.problem("evaluation", 0), inputs.reference_error()
+        if not reference_error <= _REFERENCE_ERROR:
+            raise UnavailableError(f"the exact answer errs by {reference_error:.2g} of |v| against float64")
+    except UnavailableError as error:
+        say(f"{case.name} n={case.n}: every method is skipped: {error}")
+        unavailable = {**common, "target": None, "status": "unavailable", "reason": str(error)}
+        return [{**unavailable, "method": name, "kind": _kind(get(name))} for name in names], None
+    common |= {"d": first.q.shape[2], "d_v": first.v.shape[2], "head_to_tail": inputs.head_to_tail(say)}
     seconds_of = timer(torch.device(settings.device), settings.clock)
     rows: list[Row] = []
     runs: dict[str, Callable[[int], object]] = {}
@@ -228,7 +244,7 @@ def _rows_of_case(
             )
             if label not in runs:
                 runs[label] = lambda i, method=method, parameters=parameters: _compute(  # type: ignore[misc]
-                    method, inputs.problem("evaluation", i), i, parameters
+                    method, inputs.problem("evaluation", i), settings.seeds[i % len(settings.seeds)], parameters
                 )
     measured, failures = _measure(inputs, settings, rows, runs)
     for row in rows:
@@ -240,7 +256,7 @@ def _rows_of_case(
             row.update(measured[label])
             if row["target"] is not None:
                 row["held"] = "yes" if row["error_v_mean"] <= row["target"] else "no"
-    return rows, inputs.reference_error()
+    return rows, reference_error
 
 
 def _measure(
@@ -262,7 +278,7 @@ def _measure(
         except UnavailableError as error:
             failures[label] = str(error)
             del runs[label]
-    seconds = interleaved_seconds(
+    seconds, while_timing = interleaved_seconds(
         runs,
         torch.device(settings.device),
         settings.clock,
@@ -273,7 +289,7 @@ def _measure(
     for label, taken in seconds.items():
         low, middle, high = quartiles(taken)
         measured[label].update(seconds_q1=low, seconds=middle, seconds_q3=high, repeats=len(taken))
-    return measured, failures
+    return measured, failures | while_timing
 
 
 def _errors_and_counts(inputs: _Inputs, method: Method, seeds: Sequence[int], parameters: dict[str, Any]) -> Row:
@@ -315,10 +331,15 @@ def run_sweep(
 
     The record has the table's name with .json, the table of evaluation exponents with _exponents.csv. provenance
     (commit, versions, whatever the caller knows) goes into the record as it is. `say` gets a line for each case.
-    Raises InputError when a workload has too few rows, an input holds a NaN or a method is unknown, ConfigError when
-    the device is not there, SourceError when a file cannot be read; a method that cannot run is a row.
+    Each finished case is kept in OUTPUT.part until all are; a sweep of the same settings and inputs with the same code
+    on a machine of the same kind goes on after them, and the record names them.
+    Raises TableError when a file cannot be written, before the first case; InputError when a workload has too few rows,
+    an input holds a NaN or a method is unknown; ConfigError when the device is not there; SourceError when a file
+    cannot be read. A method that cannot run is a row.
     """
     output = Path(output)
+    record_file, exponents_file = output.with_suffix(".json"), output.with_name(f"{output.stem}_exponents.csv")
+    check_writable(output, record_file, exponents_file)
     names = list(settings.methods or methods())
     settings.check_methods()
     if settings.device.startswith("cuda"):
@@ -330,42 +351,40 @@ def run_sweep(
         torch.set_num_threads(settings.threads)
     started = datetime.now(UTC)
     workloads = [_here(workload, settings) for workload in settings.workloads]
-    for workload in workloads:
-        for case in cases(workload):
-            # Before hours of other cases
-            check_case(case)
-    rows: list[Row] = []
-    checks = []
+    wanted = [case for workload in workloads for case in cases(workload)]
+    for case in wanted:
+        # Before hours of other cases
+        check_case(case)
+    inputs = [sha256(file) for workload in workloads for file in files(workload)]
+    identity = {"settings": settings.as_dict(), "inputs": inputs, "machine": machine(settings.device)}
+    partial = PartialTable(output, identity, say)
+    earlier = len(partial.cases)
     with torch.inference_mode():
-        for workload in workloads:
-            for case in cases(workload):
-                say(f"{case.name} n={case.n} batch={case.batch} columns={case.columns}")
-                found, reference_error = _rows_of_case(case, settings, names, say)
-                rows += found
-                checks.append(
-                    {
-                        "workload": case.name,
-                        "n": case.n,
-                        "batch": case.batch,
-                        "columns": case.columns,
-                        "reference_error": reference_error,
-                    }
-                )
+        for case in wanted[earlier:]:
+            say(f"{case.name} n={case.n} batch={case.batch} columns={case.columns}")
+            begun = time.perf_counter()
+            found, reference_error = _rows_of_case(case, settings, names, say)
+            check = {**_conditions(case), "reference_error": reference_error}
+            partial.add({"rows": found, "check": check, "seconds": time.perf_counter() - begun})
+    rows: list[Row] = [row for case in partial.cases for row in case["rows"]]
     exponents = evaluation_exponents(rows)
     add_exponents(rows, exponents)
     record = {
         "started": started.isoformat(timespec="seconds"),
-        "seconds": (datetime.now(UTC) - started).total_seconds(),
+        # Of all cases, whichever run they were measured in
+        "seconds": sum(case["seconds"] for case in partial.cases),
+        "cases_of_earlier_runs": [_conditions(case) for case in wanted[:earlier]],
         "settings": settings.as_dict(),
         "machine": machine(settings.device),
-        "reference": {"method": REFERENCE, "error_against_float64": checks},
+        "reference": {"method": REFERENCE, "error_against_float64": [case["check"] for case in partial.cases]},
         "columns": COLUMNS,
         "columns_of_exponents": EXPONENT_COLUMNS,
         "provenance": provenance,
     }
-    write_text(output.with_suffix(".json"), json.dumps(record, indent=2, default=str))
-    _write_csv(output.with_name(f"{output.stem}_exponents.csv"), exponents, EXPONENT_COLUMNS)
+    write_text(record_file, json.dumps(record, indent=2, default=str))
+    _write_csv(exponents_file, exponents, EXPONENT_COLUMNS)
     _write_csv(output, rows, COLUMNS)
+    partial.remove()
 
 
 def _write_csv(path: Path, rows: list[Row], columns: dict[str, str]) -> None:

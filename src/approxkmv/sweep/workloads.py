@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from approxkmv.errors import InputError, SourceError
 from approxkmv.sweep.settings import WorkloadSettings
-from approxkmv.sweep.word_vectors import word_vectors
+from approxkmv.sweep.word_vectors import shipped_vectors, word_vectors
 
 PARTS = ("tuning", "evaluation")
 # KDEformer's demonstration divides the logits by sqrt(10) instead of sqrt(100), which makes them sharp.
@@ -67,6 +68,13 @@ def check_case(case: Case) -> None:
     rows = len(word_vectors(case.settings.path)[: case.settings.rows])
     if _needed(case) > rows:
         raise InputError(f"{case.name} at n = {case.n} needs {_needed(case)} word vectors, there are {rows}")
+
+
+def files(settings: WorkloadSettings) -> list[Path]:
+    """The files whose contents a workload's inputs are."""
+    if settings.name == "model-qk":
+        return [Path(path) for path in (settings.path, settings.tuning_path) if path is not None]
+    return [shipped_vectors() if settings.path is None else Path(settings.path)]
 
 
 def shares_inputs(case: Case) -> bool:
