@@ -12,6 +12,7 @@ import torch
 
 from approxkmv.attention.acceleration import compiled_loops
 from approxkmv.attention.counting import count
+from approxkmv.attention.exponentials import exp_
 
 # So many queries at a time: their logits with the sample stay near the cache.
 _ROWS = 1024
@@ -141,6 +142,6 @@ def block_sums(
             far.view(*shift.shape, -1).masked_fill_(own.unsqueeze(1), -torch.inf)
             if len(place):
                 shift = torch.maximum(shift, far.amax(1).view_as(shift))
-            sums = far.sub_(shift.view(-1, 1)).exp_() @ columns.mT
-        heavy = near.sub_(shift.unsqueeze(-1)).exp_() @ extended[blocks.keys[here]]
+            sums = exp_(far.sub_(shift.view(-1, 1))) @ columns.mT
+        heavy = exp_(near.sub_(shift.unsqueeze(-1))) @ extended[blocks.keys[here]]
         yield here, heavy, far.view(*shift.shape, -1), sums.view(*shift.shape, -1), shift

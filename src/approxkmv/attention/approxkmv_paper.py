@@ -15,6 +15,7 @@ import torch
 from approxkmv.attention.angular_hashing import block_sums, sort_into_blocks, sorted_sample
 from approxkmv.attention.column_sampling import column_probabilities, with_ones
 from approxkmv.attention.contract import Method, per_batch
+from approxkmv.attention.exponentials import flushed_
 
 _MORE = 1.5
 
@@ -51,7 +52,7 @@ def sums(
     for here, near, light, far, shift in block_sums(q, k, extended, blocks, sample, columns):
         heavy[here], shifts[here] = near, shift
         first[here], all_of_them[here] = far[..., :width], far[..., width:]
-        variance[here] = light.square() @ first_size / samples
+        variance[here] = flushed_(light.square_()) @ first_size / samples
         variance[here] -= (first[here] / samples).square().sum(-1)
     # The average is over the variances of the estimates, each with its row's own factor exp(shift) back in place.
     if normalised:

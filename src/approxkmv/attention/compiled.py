@@ -9,6 +9,7 @@ import numpy as np
 from numba import njit, types
 from numba.extending import overload
 
+from approxkmv.attention.exponentials import LOWEST
 from approxkmv.attention.tiles import KEYS, LANES, WIDE, multiply_tile, multiply_tile_of_pairs
 from approxkmv.compiling import cached_njit
 
@@ -55,7 +56,7 @@ def add_exponentials(logits, columns, numerators, row_sums):
         total = _f(0.0)
         first = _f(0.0)
         for j in range(keys):
-            e = _exp(logits[i, j])
+            e = _exp(max(logits[i, j], _f(LOWEST)))
             logits[i, j] = e
             total += e
             first += e * columns[0, j]
@@ -85,7 +86,7 @@ def shifted_exponentials(logits, skip_from, skip_to, columns, shifts, sums):
             top = max(top, logits[i, j])
         shifts[i] = top
         for j in range(keys):
-            logits[i, j] = _exp(logits[i, j] - top)
+            logits[i, j] = _exp(max(logits[i, j] - top, _f(LOWEST)))
         for j in range(skip_from[i], skip_to[i]):
             logits[i, j] = _f(0.0)
         for c in range(width):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from approxkmv.attention.counting import count
+from approxkmv.attention.exponentials import exp_
 
 _ROWS = 512  # queries at a time: products with the sample stay in the cache
 
@@ -50,8 +51,8 @@ def estimate(
         shift = torch.maximum(heavy.amax(1), light.amax(1)) if m else heavy.amax(1)
         # Samples that were no neighbours are a uniform sample of the rest, however many they are.
         weight = rest / left.clamp_min(1)
-        light = light.sub_(shift.unsqueeze(1)).exp_().mul_(weight.unsqueeze(1))
-        heavy = (heavy - shift.unsqueeze(1)).exp_()
+        light = exp_(light.sub_(shift.unsqueeze(1))).mul_(weight.unsqueeze(1))
+        heavy = exp_(heavy - shift.unsqueeze(1))
         row_sums = heavy.sum(1) + light.sum(1)
         numerators = _weighted_sums(v, here, heavy) + light @ drawn_v
         lost = ((left == 0) & (rest > 0)).nonzero().squeeze(1)
@@ -87,8 +88,8 @@ def _add_own_samples(
     logits = torch.einsum("nd,nmd->nm", q[lost], k[own])
     count(kernel_evaluations=logits.numel())
     higher = torch.maximum(shift[lost], logits.amax(1))
-    fade = (shift[lost] - higher).exp()
-    weights = (logits - higher.unsqueeze(1)).exp() * (free.sum(1) / samples).unsqueeze(1)
+    fade = exp_(shift[lost] - higher)
+    weights = exp_(logits - higher.unsqueeze(1)) * (free.sum(1) / samples).unsqueeze(1)
     numerators[lost] = numerators[lost] * fade.unsqueeze(1) + _weighted_sums(v, own, weights)
     row_sums[lost] = row_sums[lost] * fade + weights.sum(1)
     shift[lost] = higher

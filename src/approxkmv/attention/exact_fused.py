@@ -7,10 +7,11 @@ import torch
 from approxkmv.attention.acceleration import compiled_loops
 from approxkmv.attention.contract import Method, UnavailableError
 from approxkmv.attention.counting import count
+from approxkmv.attention.exponentials import LOWEST, exp_
 
-# Below this row sum the shift was so far above the row's maximum that float32 may have lost whole terms: the
-# smallest normal number is 1e-38, so that what is lost of a larger sum is under n 1e-13 of it.
-_UNDERFLOW = 1e-25
+# Below this row sum the shift was so far above the row's maximum that terms were lost: exponentials are at least
+# exp(LOWEST), so that what n of them add to a larger sum is under n 2e-13 of it.
+_UNDERFLOW = 1e-22
 # A matrix product with few columns costs as much as one with sixteen; a product with a vector, a tenth of it.
 _FEW_COLUMNS = 8
 
@@ -47,7 +48,7 @@ def _by_bound(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tile: int) -> t
                 # One pass over the tile for the exponential and all its sums
                 loops.add_exponentials(weights.numpy(), here[0].mT.numpy(), here[1].numpy(), here[2].numpy())
             else:
-                _add_products(weights.exp_(), *here)
+                _add_products(weights.clamp_min_(LOWEST).exp_(), *here)
     return numerators.mT, row_sums
 
 
@@ -63,10 +64,10 @@ def _by_running_maximum(
         for j in range(0, len(k), tile):
             logits = rows @ k[j : j + tile].mT
             higher = torch.maximum(highest, logits.amax(1))
-            fade = (highest - higher).exp_()
+            fade = exp_(highest - higher)
             numerators[:, i : i + tile] *= fade
             row_sums[i : i + tile] *= fade
-            weights = logits.sub_(higher.unsqueeze(1)).exp_()
+            weights = logits.sub_(higher.unsqueeze(1)).clamp_min_(LOWEST).exp_()
             _add_products(weights, v[j : j + tile], numerators[:, i : i + tile], row_sums[i : i + tile])
             highest = higher
     return numerators.mT, row_sums

@@ -10,6 +10,7 @@ import torch
 
 from approxkmv.attention.contract import Method, UnavailableError
 from approxkmv.attention.counting import count
+from approxkmv.attention.exponentials import LOWEST, flushed_
 
 
 def _free_bytes(device: torch.device) -> int:
@@ -55,7 +56,11 @@ def _exact_naive(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: fl
             f"{needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free"
         )
     count(kernel_evaluations=q.shape[0] * q.shape[1] * k.shape[1])
-    return (scale * q.float() @ k.float().mT).softmax(-1).to(v.dtype) @ v
+    weights = (scale * q.float() @ k.float().mT).softmax(-1)
+    # One more pass over the matrix, where its rows may reach so far that the product needs it
+    if 2 * scale * float(q.norm(dim=2).max()) * float(k.norm(dim=2).max()) > -LOWEST:
+        flushed_(weights)
+    return weights.to(v.dtype) @ v
 
 
 method = Method(

@@ -15,6 +15,7 @@ import torch
 from approxkmv.attention import exact_fused
 from approxkmv.attention.contract import Method, per_batch
 from approxkmv.attention.counting import count
+from approxkmv.attention.exponentials import softmax
 from approxkmv.attention.lazy_gumbel import SampledRows, sample_rows
 from approxkmv.search.indexes import Index, make_index
 
@@ -68,7 +69,7 @@ def _knn(
             if q.device.type == "cpu":
                 return exact_fused.attend(q, k, v, scale, 512)
             count(kernel_evaluations=len(q) * len(k))
-            return ((q * scale) @ k.mT).softmax(-1) @ v
+            return softmax((q * scale) @ k.mT) @ v
         # Attention does not change when all keys move together; around their mean a graph has shorter distances.
         sampled = sampled_attention(
             q * scale, k - k.mean(0), generator, top=top, samples=samples, index=index, head=head, **graph

@@ -17,6 +17,7 @@ import torch
 
 from approxkmv.attention.acceleration import compiled_loops, over_threads
 from approxkmv.attention.counting import count
+from approxkmv.attention.exponentials import exp_
 
 _GAMES = 1 << 15  # samples of all rows at a time, each of which may meet as many tail keys as the root of n
 _PAIRS = 1 << 20  # rows gathered at a time
@@ -136,7 +137,7 @@ def sample_rows(
         lost[game[wins]] = True
         rows.append(game[wins] // samples + i)
         keys.append(drawn[wins])
-        share = (logits - highest.unsqueeze(1)).exp_()
+        share = exp_(logits - highest.unsqueeze(1))
         if head == "exact":
             heads.append(share * (1 - lost.view(len(logits), samples).float().mean(1, keepdim=True)))
         else:

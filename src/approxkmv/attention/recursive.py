@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 
 from approxkmv.attention.counting import count
+from approxkmv.attention.exponentials import exp_
 
 Sums = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Numerators (n_q, d_v), row sums (n_q,) and the logs (n_q,) that both are divided by."""
@@ -28,14 +29,14 @@ def exact_sums(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, is_causal: 
         future = torch.ones(logits.shape, dtype=torch.bool, device=q.device).triu_(1)
         logits.masked_fill_(future, -torch.inf)
     logs = logits.amax(1)
-    weights = logits.sub_(logs.unsqueeze(1)).exp_()
+    weights = exp_(logits.sub_(logs.unsqueeze(1)))
     return weights @ v, weights.sum(1), logs
 
 
 def merged(one: Sums, other: Sums) -> Sums:
     """The sums over the keys of both, for the same queries, under the larger of their logs."""
     logs = torch.maximum(one[2], other[2])
-    fades = [(part[2] - logs).exp() for part in (one, other)]
+    fades = [exp_(part[2] - logs) for part in (one, other)]
     numerators = sum(part[0] * fade.unsqueeze(1) for part, fade in zip((one, other), fades, strict=True))
     row_sums = sum(part[1] * fade for part, fade in zip((one, other), fades, strict=True))
     return numerators, row_sums, logs  # type: ignore[return-value]

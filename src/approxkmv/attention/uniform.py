@@ -6,6 +6,7 @@ import torch
 
 from approxkmv.attention.contract import Method, per_batch
 from approxkmv.attention.counting import count
+from approxkmv.attention.exponentials import softmax
 
 
 def _uniform(
@@ -14,7 +15,7 @@ def _uniform(
     def single(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         chosen = torch.randint(len(k), (min(samples, len(k)),), generator=generator, device=k.device)
         count(kernel_evaluations=len(q) * len(chosen))
-        return ((q * scale) @ k[chosen].mT).softmax(-1) @ v[chosen]
+        return softmax((q * scale) @ k[chosen].mT) @ v[chosen]
 
     return per_batch(single, q, k, v, seed)
 

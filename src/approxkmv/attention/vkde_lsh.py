@@ -29,6 +29,7 @@ import torch
 from approxkmv.attention.column_sampling import with_ones
 from approxkmv.attention.contract import Method, per_batch
 from approxkmv.attention.counting import count
+from approxkmv.attention.exponentials import exp_
 
 
 def log_collision_probability(cosine: torch.Tensor, bits: int) -> torch.Tensor:
@@ -92,9 +93,9 @@ def sums(
                 logits -= log_collision_probability(logits * inverse[rows].unsqueeze(1), bits)
             highest = torch.maximum(shift[rows], logits.amax(1))
             # All groups share the row's shift.
-            held[:, rows] *= (shift[rows] - highest).exp_().unsqueeze(1)
+            held[:, rows] *= exp_(shift[rows] - highest).unsqueeze(1)
             shift[rows] = highest
-            held[table % groups, rows] += logits.sub_(highest.unsqueeze(1)).exp_() @ sorted_e[these]
+            held[table % groups, rows] += exp_(logits.sub_(highest.unsqueeze(1))) @ sorted_e[these]
         out[:, order_q], shifts[order_q] = held, shift
     in_group = torch.arange(tables, device=q.device).remainder(groups).bincount(minlength=groups)
     return out / in_group.view(-1, 1, 1), shifts

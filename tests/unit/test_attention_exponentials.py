@@ -1,0 +1,111 @@
+"""No product of a method meets a subnormal number, which would slow it many times over; nothing visible is lost."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from approxkmv.attention import acceleration, get, methods
+from approxkmv.attention.exponentials import LOWEST, exp_
+
+# Their near keys are summed relative to a block's centre, by loops of their own.
+BLOCKS = {"local-expansion", "approxkmv", "clustered"}
+TINY = torch.finfo(torch.float32).tiny
+PRODUCTS = {"mm", "bmm", "addmm", "addmm_", "baddbmm", "mv", "addmv", "addmv_", "_embedding_bag_forward_only"}
+
+
+def subnormals(tensor):
+    return int(((tensor != 0) & (tensor.abs() < TINY)).sum())
+
+
+class Watched(TorchDispatchMode):
+    """Counts the subnormal numbers that go into products."""
+
+    def __init__(self):
+        super().__init__()
+        self.products = self.subnormals = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket.__name__ in PRODUCTS:
+            self.products += 1
+            tensors = [t for t in args if isinstance(t, torch.Tensor) and t.is_floating_point()]
+            # What a product is added to may be uninitialised where it is written over.
+            self.subnormals += sum(subnormals(t) for t in tensors)
+        return function(*args, **(kwargs or {}))
+
+
+def sharp(n_q=300, n_k=530, d=16, d_v=20):
+    """Queries and keys whose logits reach 100 and more apart in each row; values of 0.001 and more."""
+    generator = torch.Generator().manual_seed(4)
+    q, k, v = (torch.randn(1, n, w, generator=generator) for n, w in ((n_q, d), (n_k, d), (n_k, d_v)))
+    return 6 * q, 6 * k, v.sign() * v.abs().clamp_min(1e-3)
+
+
+def test_the_inputs_have_what_they_are_to_show():
+    q, k, _ = sharp()
+    logits = q @ k.mT
+    assert subnormals((logits - logits.amax(2, keepdim=True)).exp()) > 500
+
+
+@pytest.mark.parametrize("name", sorted(set(methods()) - {"own-key"} - BLOCKS))
+@pytest.mark.parametrize("d_v", [1, 20])
+def test_no_subnormal_number_in_a_product(name, d_v, monkeypatch):
+    monkeypatch.setattr(acceleration, "_module", lambda: None)
+    with Watched() as watched:
+        get(name)(*sharp(d_v=d_v), scale=1.0, seed=1)
+    assert watched.products > 0 or name in ("mean", "exact-sdpa")
+    assert watched.subnormals == 0
+
+
+@pytest.mark.parametrize("name", ["hyperattention", "knn"])
+def test_no_subnormal_number_in_a_product_of_a_causal_form(name, monkeypatch):
+    monkeypatch.setattr(acceleration, "_module", lambda: None)
+    with Watched() as watched:
+        get(name).attend_causally(*sharp(n_q=530), scale=1.0, seed=1)
+    assert watched.products > 0
+    assert watched.subnormals == 0
+
+
+def test_compiled_exponentials_are_normal_numbers():
+    compiled = pytest.importorskip("approxkmv.attention.compiled")
+    logits = torch.linspace(-200, 0, 4096).view(8, 512)
+    columns, shifts = torch.ones(3, 512), torch.zeros(8)
+    numerators, row_sums, sums = torch.zeros(3, 8), torch.zeros(8), torch.zeros(8, 3)
+    nowhere = torch.zeros(8, dtype=torch.int64).numpy()
+    plain, shifted = logits.clone(), logits.clone()
+    compiled.add_exponentials(plain.numpy(), columns.numpy(), numerators.numpy(), row_sums.numpy())
+    compiled.shifted_exponentials(shifted.numpy(), nowhere, nowhere, columns.numpy(), shifts.numpy(), sums.numpy())
+    for weights in (plain, shifted):
+        assert float(weights.min()) > 1e-35
+        assert torch.allclose(weights.double(), logits.double().exp(), rtol=1e-6, atol=2e-35)
+
+
+def test_exponentials_in_torch():
+    logits = torch.linspace(-200, 0, 4001)
+    weights = exp_(logits.clone())
+    right = logits.double().exp().where(logits > LOWEST + 0.1, 0.0)
+    assert torch.allclose(weights.double(), right, rtol=1e-6, atol=0)
+    assert exp_(torch.tensor([-torch.inf])) == 0
+    assert exp_(torch.tensor([torch.nan])).isnan()
+
+
+@pytest.mark.parametrize("loops", ["compiled", "torch"])
+@pytest.mark.parametrize("d_v", [1, 20])
+@pytest.mark.parametrize("distance", [30, 45, 52, 60, 200])
+def test_rows_far_below_the_bound_are_right(distance, d_v, loops, monkeypatch):
+    """A long key far from all queries lifts the bound `distance` above the logits: what is clamped is never seen.
+
+    The other keys have equal logits, so that the answer is their mean; the long key has a value that would show.
+    """
+    if loops == "torch":
+        monkeypatch.setattr(acceleration, "_module", lambda: None)
+    n = 4000
+    q, k = torch.tensor([[[1.0, 0.0]]]), torch.zeros(1, n, 2)
+    # Half of them turned away and half of them far: the mean stays at 0.
+    k[0, 0, 1], k[0, 1, 1] = distance, -distance
+    k[0, 2:, 0] = 1e-3
+    v = torch.randn(1, n, d_v, generator=torch.Generator().manual_seed(6))
+    v[0, :2] = 1000.0
+    right = (q.double() @ k.double().mT).softmax(2) @ v.double()
+    out = get("exact-fused")(q, k, v, scale=1.0).double()
+    # float32 sums of 4,000 terms
+    assert torch.allclose(out, right, rtol=1e-5, atol=1e-5)
