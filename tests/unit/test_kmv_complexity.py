@@ -11,7 +11,7 @@ import pytest
 from approxkmv import approx_kmv
 from approxkmv.errors import InputError, TableError
 from approxkmv.figures.complexity import draw
-from approxkmv.kmv.complexity import COLUMNS, FITTED, fit_exponents, log10_crossing, measure_costs
+from approxkmv.kmv.complexity import COLUMNS, FITTED, bound_exponents, fit_exponents, log10_crossing, measure_costs
 from approxkmv.kmv.sparse_kernels import SPARSE_KERNELS
 
 
@@ -101,3 +101,25 @@ def test_bad_input_is_refused(tmp_path):
     (tmp_path / "cut.csv").write_text("kernel,n\na,3\n")
     with pytest.raises(TableError, match="lacks"):
         draw(tmp_path / "cut.csv", tmp_path / "x")
+
+
+@pytest.mark.parametrize("rebalanced", [False, True])
+def test_the_exponent_of_the_bound_is_the_least_over_the_algorithms_parameters(rebalanced):
+    growth = np.array([-1.0, 0.0, 0.1, 0.218, 0.327, 0.346, 0.6, 0.91, 1.0])
+    g = np.maximum(growth, 0)
+    # A grid: alpha, gamma, then beta, each term as the proofs have it.
+    alpha, gamma = np.meshgrid(np.linspace(0, 1, 1001), np.linspace(0, 0.5, 1001), indexing="ij")
+    betas = np.linspace(0.1, 0.8, 701) if rebalanced else [0.218]
+    least = np.full(len(g), np.inf)
+    for i, each in enumerate(g):
+        heavy = np.maximum(1 + 2 * alpha + each, 2 + gamma - alpha + each).min(0)
+        for beta in betas:
+            terms = np.maximum(np.maximum(heavy, 2 - gamma[0]), 2 + gamma[0] - beta + each)
+            least[i] = min(least[i], max(terms.min(), 1.346 + 2 * beta))
+    # Steps of 0.001 in alpha, doubled.
+    np.testing.assert_allclose(bound_exponents(growth, rebalanced=rebalanced), np.minimum(least, 2), atol=2e-3)
+
+
+def test_the_bound_is_quadratic_where_it_is_said_to_be():
+    assert bound_exponents(np.array([0.2179, 0.2181]), rebalanced=False).round(9).tolist() == [1.99995, 2.0]
+    assert bound_exponents(np.array([0.3269, 0.3271]), rebalanced=True).round(9).tolist() == [1.99996, 2.0]

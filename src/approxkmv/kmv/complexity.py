@@ -42,6 +42,27 @@ COLUMNS = {
 }
 
 
+def bound_exponents(growth: np.ndarray, *, rebalanced: bool) -> np.ndarray:
+    """The exponent of n in the bound on ApproxKMV's running time when c grows like n^g: float64 of growth's shape.
+
+    >>> bound_exponents(np.array([0.0, 0.2]), rebalanced=False).round(3).tolist()
+    [1.891, 1.991]
+
+    The proofs use the assumption only as |K|_1 <= (1 + c) n. With c = n^g their terms have the exponents 2 - gamma
+    (heavy coordinates), 1 + 2 alpha + g (heavy keys), 2 + gamma - alpha + g and 2 + gamma - beta + g (samples for light
+    keys) and 1.346 + 2 beta (density estimation). The least of their maximum over alpha and gamma, with beta = 0.218 as
+    printed, is max(1.891 + g/2, 1.8 + 0.6 g); over beta too, where `rebalanced`, max(1.8692 + 0.4 g, 1.8 + 0.6 g).
+    Where that is above 2 the exact product takes less, and 2 is returned.
+
+    Args:
+        growth: g of each head; below 0 it counts as 0, since c is bounded then.
+    Source: proofs of Lemmas 3.2, 3.4 and 3.5 (appendix A.2) and of Theorem 1.1, for c that is not constant.
+    """
+    g = np.maximum(np.asarray(growth, np.float64), 0.0)
+    density = 1.8692 + 0.4 * g if rebalanced else 1.891 + 0.5 * g
+    return np.minimum(np.maximum(density, 1.8 + 0.6 * g), 2.0)
+
+
 def measure_costs(
     sizes: Sequence[int] = SIZES,
     *,
