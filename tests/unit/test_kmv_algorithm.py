@@ -21,43 +21,83 @@ CASES = {**{name: (lambda make=make: make(80)) for name, make in SPARSE.items()}
 
 
 def vectors(n: int, seed: int) -> dict[str, np.ndarray]:
+    """Vectors with light keys, and with products too long for the zero vector to pass: a kernel is positive."""
     rng = np.random.default_rng([seed, 9])
-    one_key = np.zeros(n)
-    one_key[rng.integers(n)] = 1.0
-    return {"signed": rng.standard_normal(n), "one key": one_key, "ones": np.ones(n)}
+    signed = rng.uniform(0.5, 1.5, n)
+    signed[rng.permutation(n)[: n // 10]] *= -1.0
+    one_large = np.ones(n)
+    one_large[rng.integers(n)] = 3.0
+    return {"signed": signed, "one large": one_large, "ones": np.ones(n)}
 
 
 def run(case: Case, x: np.ndarray, **options):
     return approx_kmv(case.queries, case.keys, x, sigma=case.sigma, **{"epsilon": 0.5, "seed": 0, **options})
 
 
+def within(case: Case, x: np.ndarray, y: np.ndarray, epsilon: float = 0.5) -> bool:
+    """Whether y keeps the guarantee; it must not hold for the zero vector, or it says nothing."""
+    exact, bound = case.matrix @ x, epsilon * np.linalg.norm(x)
+    assert np.linalg.norm(exact) > bound, "the zero vector keeps the guarantee"
+    return bool(np.linalg.norm(exact - y) <= bound)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_the_theorem(name):
-    """200 seeds; at each, x signed, x = e_j and x = ones, epsilon 0.5 and 0.25: at most 2 failures of each kind.
+    """200 seeds; x signed, with a key in H_1, and of ones; epsilon 0.5 and 0.25: at most 2 failures of each kind.
 
     The proof's failure probability is 0.01 at most, where more than 2 failures of 200 would have probability 0.32;
-    it is a wide overestimate (the typical error is a hundredth of epsilon), and no failure is expected.
+    it is a wide overestimate (the typical error is a hundredth of epsilon), and no failure is expected. How large the
+    error is, and that too few samples break the bound, is the next test's.
     """
     case = CASES[name]()
     if name == "real head":
         # Every second query, to save half the time.
         case = Case(case.queries[::2], case.keys, case.sigma)
-    matrix = case.matrix
     n = len(case.keys)
-    assert tail_to_head(matrix) <= 10
-    # The guarantee says something: the zero vector does not meet it for x = ones.
-    assert np.linalg.norm(matrix.sum(1)) > math.sqrt(n)
+    assert tail_to_head(case.matrix) <= 10
     failures: dict[tuple[str, float], int] = {}
     for seed in range(SEEDS):
         heavy = find_heavy(case.queries, case.keys, sigma=case.sigma, seed=seed)
         for kind, x in vectors(n, seed).items():
             for epsilon in (0.5, 0.25):
                 result = run(case, x, epsilon=epsilon, seed=seed, heavy=heavy)
-                failed = np.linalg.norm(matrix @ x - result.y) > epsilon * np.linalg.norm(x)
-                failures[kind, epsilon] = failures.get((kind, epsilon), 0) + bool(failed)
+                assert result.repetitions.all(), "a row asked for no sample"
+                assert (result.n_large > 0) == (kind != "ones")
+                failed = not within(case, x, result.y, epsilon)
+                failures[kind, epsilon] = failures.get((kind, epsilon), 0) + failed
     assert len(failures) == 6
     assert max(failures.values()) <= 0.01 * SEEDS, failures
+
+
+@pytest.mark.parametrize(("factor", "expected"), [(10.0, 0.158), (1.0, 0.5), (0.1, 1.58)])
+@pytest.mark.parametrize("name", sorted(CASES.keys() - {"clusters"}))  # two thirds of whose rows have no tail
+def test_the_error_is_what_the_budget_says(name, factor, expected):
+    """One average instead of the median: Var z_i = (n - 1) sum_j (x_j K_ij)^2 / R_i with R_i = factor n s_i / error^2.
+
+    error is half of what a row may have, so that where s_i is the sum itself the root mean square of |Kx - y| is
+    epsilon |x| / (2 sqrt(factor)): at a factor of 0.1 the guarantee breaks, at every seed. s_i is the sum for x = ones,
+    whose bucket is not rounded up, and densities without an error. 40 seeds of 68 rows or more: 15 % is ten standard
+    deviations of the root mean square.
+    """
+    case, epsilon = CASES[name](), 0.25
+    n = len(case.keys)
+    x = np.ones(n)
+    few = PaperConstants(median_factor=1e-9, repetition_factor=factor, density_error_exponent=20.0)
+    heavy = find_heavy(case.queries, case.keys, sigma=case.sigma, seed=0)
+    results = [run(case, x, epsilon=epsilon, seed=seed, heavy=heavy, constants=few) for seed in range(40)]
+    assert results[0].averages == 1
+    errors = np.array([np.linalg.norm(case.matrix @ x - result.y) for result in results]) / (epsilon * math.sqrt(n))
+    light = case.matrix.copy()
+    light[heavy.rows(), heavy.indices] = 0.0
+    asked = results[0].repetitions
+    assert asked.all()
+    variance = (n - 1) * (light**2 @ x**2) / asked
+    predicted = math.sqrt(variance.sum() / n) / epsilon
+    assert predicted == pytest.approx(expected, rel=0.15)
+    assert math.sqrt((errors**2).mean()) == pytest.approx(predicted, rel=0.15)
+    kept = [within(case, x, result.y, epsilon) for result in results]
+    assert all(kept) if factor >= 1.0 else not any(kept)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -67,29 +107,15 @@ def test_the_theorem_in_full_at_a_few_seeds(name):
     for seed in range(5):
         for x in vectors(len(case.keys), seed).values():
             result = run(case, x, epsilon=0.25, seed=seed)
-            assert np.linalg.norm(case.matrix @ x - result.y) <= 0.25 * np.linalg.norm(x)
+            assert within(case, x, result.y, 0.25)
             assert np.abs(case.matrix @ x - result.y).max() <= result.row_error
             assert result.row_error == pytest.approx(0.25 * np.linalg.norm(x) / math.sqrt(len(case.queries)))
 
 
 def test_a_real_head_by_the_lemma_as_it_stands():
     case = raw_head()
-    ones = np.ones(len(case.keys))
-    assert np.linalg.norm(case.matrix @ ones) > 0.5 * np.linalg.norm(ones)
     for x in vectors(len(case.keys), 0).values():
-        assert np.linalg.norm(case.matrix @ x - run(case, x).y) <= 0.5 * np.linalg.norm(x)
-
-
-def test_a_thousandth_of_the_printed_repetitions_breaks_the_guarantee():
-    """The theorem's test can fail: with far fewer repetitions it does."""
-    case = background(128)
-    few = PaperConstants(repetition_factor=0.002, median_factor=0.2)
-    x = np.ones(128)
-    bad = 0
-    for seed in range(20):
-        result = run(case, x, epsilon=0.25, seed=seed, constants=few)
-        bad += np.linalg.norm(case.matrix @ x - result.y) > 0.25 * np.linalg.norm(x)
-    assert bad >= 10
+        assert within(case, x, run(case, x).y)
 
 
 def test_a_kernel_that_violates_the_assumption_is_right_but_dearer():
@@ -98,7 +124,7 @@ def test_a_kernel_that_violates_the_assumption_is_right_but_dearer():
     equal = Case(np.ones((n, 4)), np.ones((n, 4)), 1.0)
     for kind, x in vectors(n, 0).items():
         result = run(equal, x)
-        assert np.linalg.norm(equal.matrix @ x - result.y) <= 0.5 * np.linalg.norm(x), kind
+        assert within(equal, x, result.y), kind
         assert all(len(keys) == n for keys in result.heavy)
     sparse = run(clusters(n), np.ones(n))
     dense = run(equal, np.ones(n))
@@ -115,7 +141,7 @@ def test_light_everywhere_violates_the_assumption_and_is_right_but_dearer():
     x = rng.standard_normal(n)
     result = run(case, x)
     assert not len(result.heavy.indices)
-    assert np.linalg.norm(case.matrix @ x - result.y) <= 0.5 * np.linalg.norm(x)
+    assert within(case, x, result.y)
     like = run(background(n), x)
     assert result.phases["light"].kernel_evaluations > 3 * like.phases["light"].kernel_evaluations
 
@@ -128,15 +154,14 @@ def test_a_large_entry_at_a_heavy_key_is_counted_once():
     result = run(case, x)
     assert result.n_large >= 1
     assert sum(5 in keys for keys in result.heavy) > 0
-    assert np.linalg.norm(case.matrix @ x - result.y) <= 0.01 * np.linalg.norm(x)
+    assert within(case, x, result.y, 0.01)
 
 
-@pytest.mark.parametrize("epsilon", [10.0, 0.5, 1e-3, 1e-9])
+@pytest.mark.parametrize("epsilon", [3.0, 0.5, 1e-3, 1e-9])
 def test_any_epsilon(epsilon):
     case = even_spread(64)
-    x = np.random.default_rng(1).standard_normal(64)
-    result = run(case, x, epsilon=epsilon)
-    assert np.linalg.norm(case.matrix @ x - result.y) <= epsilon * np.linalg.norm(x)
+    x = np.ones(64)
+    assert within(case, x, run(case, x, epsilon=epsilon).y, epsilon)
 
 
 @pytest.mark.parametrize(("alpha", "gamma"), [(0.0, 0.0), (0.0, 1.0), (0.8, 0.109), (1 / 3, 0.0), (0.2, 1.0)])
@@ -144,7 +169,7 @@ def test_any_alpha_and_gamma(alpha, gamma):
     case = even_spread(40)
     x = np.random.default_rng(2).standard_normal(40)
     result = run(case, x, alpha=alpha, gamma=gamma)
-    assert np.linalg.norm(case.matrix @ x - result.y) <= 0.5 * np.linalg.norm(x)
+    assert within(case, x, result.y)
 
 
 @pytest.mark.parametrize("n_q", [1, 7, 150])
@@ -153,9 +178,11 @@ def test_queries_and_keys_may_differ_in_number(n_q, n_k):
     whole = background(150)
     case = Case(whole.queries[:n_q], whole.keys[:n_k], whole.sigma)
     x = np.random.default_rng(3).standard_normal(n_k)
-    result = run(case, x)
+    # A tenth of the product: one row of many keys has all of epsilon |x| to itself.
+    epsilon = 0.1 * float(np.linalg.norm(case.matrix @ x) / np.linalg.norm(x))
+    result = run(case, x, epsilon=epsilon)
     assert result.y.shape == (n_q,)
-    assert np.linalg.norm(case.matrix @ x - result.y) <= 0.5 * np.linalg.norm(x)
+    assert within(case, x, result.y, epsilon)
 
 
 @pytest.mark.parametrize("factor", [1e-300, 1e-12, 1e12, 1e300])
@@ -179,7 +206,7 @@ def test_x_of_every_size_at_once():
     x[:20] = 1e-30
     result = run(case, x)
     assert min(result.n_large, result.n_small, 100 - result.n_large - result.n_small) > 0
-    assert np.linalg.norm(case.matrix @ x - result.y) <= 0.5 * np.linalg.norm(x)
+    assert within(case, x, result.y)
 
 
 def test_densities_by_levels_keep_the_guarantee():
@@ -188,7 +215,7 @@ def test_densities_by_levels_keep_the_guarantee():
     for seed in range(2):
         x = np.random.default_rng(seed).standard_normal(24)
         result = run(case, x, density="levels", seed=seed)
-        assert np.linalg.norm(case.matrix @ x - result.y) <= 0.5 * np.linalg.norm(x)
+        assert within(case, x, result.y)
         exact = run(case, x, density="exact", seed=seed)
         assert result.phases["density"].kernel_evaluations > exact.phases["density"].kernel_evaluations
 
@@ -197,14 +224,14 @@ def test_ball_carving_keeps_the_guarantee():
     case = even_spread(100)
     x = np.random.default_rng(6).standard_normal(100)
     result = run(case, x, family="ball-carving")
-    assert np.linalg.norm(case.matrix @ x - result.y) <= 0.5 * np.linalg.norm(x)
+    assert within(case, x, result.y)
 
 
 def test_line_7_as_printed_is_right_and_dearer():
     case = clusters(100)
     x = np.random.default_rng(12).standard_normal(100)
     printed = run(case, x, constants=PaperConstants(subtract_rounded=False))
-    assert np.linalg.norm(case.matrix @ x - printed.y) <= 0.5 * np.linalg.norm(x)
+    assert within(case, x, printed.y)
     assert printed.phases["light"].kernel_evaluations > run(case, x).phases["light"].kernel_evaluations
 
 
@@ -227,7 +254,7 @@ def test_the_kind_of_array_comes_back():
     assert by_torch.dtype == torch.float64
     np.testing.assert_array_equal(by_numpy, by_torch.numpy())
     single = approx_kmv(q.float(), k.float(), torch.from_numpy(x).float(), sigma=case.sigma, epsilon=0.5, seed=0).y
-    assert np.linalg.norm(single.numpy() - case.matrix @ x) <= 0.5 * np.linalg.norm(x)
+    assert within(case, x, single.numpy())
 
 
 def test_costs_add_up():
