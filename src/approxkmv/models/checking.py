@@ -1,0 +1,107 @@
+"""Whether the files of a model's folder are what their names say, told before transformers reads them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from approxkmv.errors import SourceError
+from approxkmv.models.sources import WANTED_SUFFIXES
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+GGUF_MAGIC = b"GGUF"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def check_folder(folder: Path, name: str) -> None:
+    """Refuse a folder that is no whole model, or one that is read wrongly without code or an adapter of its own.
+
+    Args:
+        folder: of config.json and safetensors. name: what messages call it.
+    Raises:
+        SourceError: pointers in place of files, an adapter, code of its own, or files cut short, damaged or absent.
+    """
+    refuse_pointers(folder, name)
+    refuse_adapter(folder, name)
+    for file in ("config.json", "tokenizer_config.json"):
+        if (folder / file).is_file() and read_object(folder / file, name).get("auto_map"):
+            raise SourceError(
+                f"{name}: {file} has auto_map, which names code of the model's own, and no such code is run: where "
+                "transformers' class computes the same, delete the entry in a copy of the folder and use path:COPY"
+            )
+    weight_shapes(folder, name)
+
+
+def refuse_adapter(folder: Path, name: str) -> None:
+    """Raise SourceError for a folder with an adapter (LoRA), whose weights transformers leaves out or adds itself."""
+    if (folder / "adapter_config.json").is_file():
+        raise SourceError(
+            f"{name}: adapter_config.json says that this is an adapter (LoRA) to another model: merge the two "
+            "(merge_and_unload of the package peft), save the result and name that folder"
+        )
+
+
+def refuse_pointers(folder: Path, name: str) -> None:
+    """Raise SourceError where Git left its pointers in place of large files."""
+    for path in sorted(folder.iterdir()):
+        if path.suffix in WANTED_SUFFIXES and path.is_file() and starts_with(path, LFS_POINTER):
+            raise SourceError(
+                f"{name}: {path.name} is a Git LFS pointer in place of the file: run `git lfs pull` in its folder"
+            )
+
+
+def starts_with(path: Path, magic: bytes) -> bool:
+    """Whether a file begins with these bytes."""
+    with path.open("rb") as file:
+        return file.read(len(magic)) == magic
+
+
+def read_object(path: Path, name: str) -> dict[str, Any]:
+    """The JSON object in a file. Raises SourceError where it holds anything else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise SourceError(f"{name}: {path.name} is no JSON in UTF-8 ({error}): fetch or copy it again") from error
+    if not isinstance(value, dict):
+        raise SourceError(f"{name}: {path.name} holds no JSON object: fetch or copy it again")
+    return value
+
+
+def weight_shapes(folder: Path, name: str) -> dict[str, list[int]]:
+    """The shape of every weight in the safetensors that transformers would load, from their headers.
+
+    Raises SourceError for a file that is absent, cut short or damaged, or named by an index outside the folder.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    shapes: dict[str, list[int]] = {}
+    for path in _weight_files(folder, name):
+        try:
+            with safe_open(path, framework="np") as weights:
+                shapes |= {key: weights.get_slice(key).get_shape() for key in weights.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, ValueError) as error:
+            raise SourceError(
+                f"{name}: {path.name} is no whole safetensors file ({error}): fetch or copy it again"
+            ) from error
+    return shapes
+
+
+def _weight_files(folder: Path, name: str) -> list[Path]:
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if not (folder / INDEX).is_file():
+        there = sorted(path.name for path in folder.glob("*.safetensors"))
+        raise SourceError(
+            f"{name}: has {', '.join(there) or 'no weights'}, and transformers reads {WEIGHTS} or {INDEX}"
+        )
+    named = read_object(folder / INDEX, name).get("weight_map")
+    if not isinstance(named, dict) or not named or not all(isinstance(file, str) for file in named.values()):
+        raise SourceError(f"{name}: {INDEX} has no weight_map from weights to files: fetch or copy it again")
+    files = sorted(set(named.values()))
+    for file in files:
+        if Path(file).name != file or not file.endswith(".safetensors"):
+            raise SourceError(f"{name}: {INDEX} names {file!r}, which is no safetensors file of the folder")
+        if not (folder / file).is_file():
+            raise SourceError(f"{name}: {INDEX} names {file}, which is not there: fetch or copy it again")
+    return [folder / file for file in files]

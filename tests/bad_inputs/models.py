@@ -1,0 +1,219 @@
+"""Folders of models that are not whole, not models, or would be read wrongly."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bad_inputs import Case, python_call
+
+# What the tests of models share lies with them.
+sys.path.append(str(Path(__file__).parents[1] / "unit"))
+
+
+def use(folder: Path) -> None:
+    """All that a study asks of a model in a folder: found, loaded, a text through its tokenizer and its layers."""
+    from approxkmv.models import CapturableModel, fetch, parse_source
+
+    model = CapturableModel.load(fetch(parse_source(f"path:{folder}"), folder.parent / "made"))
+    model.capture([model.tokenize("w7 w8 w9 w60", None)])
+
+
+def small_bert(folder: Path) -> Path:
+    """A folder that is used without complaint."""
+    from models_support import VOCABULARY, save_small
+
+    save_small(folder, "bert")
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    words = special + [f"w{index}" for index in range(len(special), VOCABULARY)]
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
+    write(folder, "tokenizer_config.json", {"tokenizer_class": "BertTokenizer"})
+    return folder
+
+
+def write(folder: Path, file: str, value: object) -> None:
+    (folder / file).write_text(json.dumps(value))
+
+
+def change(file: str, **changes: object) -> Callable[[Path], None]:
+    """Change keys of a JSON file."""
+
+    def make(folder: Path) -> None:
+        value = json.loads((folder / file).read_text()) | changes
+        write(folder, file, value)
+
+    return make
+
+
+def content(file: str, data: bytes) -> Callable[[Path], None]:
+    return lambda folder: (folder / file).write_bytes(data) and None
+
+
+def weights(folder: Path) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+def save(folder: Path, tensors: dict[str, Any], file: str = "model.safetensors") -> None:
+    from safetensors.torch import save_file
+
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / file, {"format": "pt"})
+
+
+def extra_weight(name: str, *shape: int, prefix: str = "") -> Callable[[Path], None]:
+    """A weight that the class does not know; `prefix` is put before the names of all others."""
+
+    def make(folder: Path) -> None:
+        import torch
+
+        save(folder, {f"{prefix}{key}": tensor for key, tensor in weights(folder).items()} | {name: torch.ones(shape)})
+
+    return make
+
+
+def without(part: str) -> Callable[[Path], None]:
+    return lambda folder: save(folder, {key: tensor for key, tensor in weights(folder).items() if part not in key})
+
+
+def sharded(named: dict[str, str] | object) -> Callable[[Path], None]:
+    """The weights in one shard, with an index whose weight_map is this."""
+
+    def make(folder: Path) -> None:
+        (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+        write(folder, "model.safetensors.index.json", {"weight_map": named})
+
+    return make
+
+
+def cut(file: str, keep: float) -> Callable[[Path], None]:
+    def make(folder: Path) -> None:
+        data = (folder / file).read_bytes()
+        (folder / file).write_bytes(data[: int(keep * len(data))])
+
+    return make
+
+
+def replaced(other: Callable[[Path], None]) -> Callable[[Path], None]:
+    """Another model in place of the folder."""
+
+    def make(folder: Path) -> None:
+        shutil.rmtree(folder)
+        other(folder)
+
+    return make
+
+
+def whole_clip(folder: Path) -> None:
+    import transformers
+    from models_support import VOCABULARY
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    config = transformers.CLIPConfig(
+        text_config=sizes | {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 2},
+        vision_config=sizes | {"image_size": 16, "patch_size": 8},
+        projection_dim=16,
+    )
+    transformers.CLIPModel(config).save_pretrained(folder)
+
+
+def lora(folder: Path) -> None:
+    import torch
+
+    folder.mkdir()
+    write(folder, "adapter_config.json", {"peft_type": "LORA", "base_model_name_or_path": "somebody/base"})
+    save(folder, {"base_model.model.layers.0.q_proj.lora_A.weight": torch.ones(2, 4)}, "adapter_model.safetensors")
+
+
+def larger_vocabulary(folder: Path) -> None:
+    with (folder / "vocab.txt").open("a") as file:
+        file.write("more\nwords\n")
+
+
+def pieces_alone(folder: Path) -> None:
+    (folder / "vocab.txt").unlink()
+    (folder / "sentencepiece.bpe.model").write_bytes(b"\x0a\x0e\x0a\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
+    write(folder, "tokenizer_config.json", {"tokenizer_class": "XLMRobertaTokenizer"})
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 12345\n"
+CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer_config.json"
+LAYER = "encoder.layer.0.attention.self"
+SHARD = "model-00001-of-00001.safetensors"
+
+FOLDERS: list[tuple[str, Callable[[Path], None], str]] = [
+    ("Git LFS pointer as weights", content(WEIGHTS, POINTER), "git lfs pull"),
+    ("Git LFS pointer as a vocabulary", content("vocab.txt", POINTER), "git lfs pull"),
+    ("Git LFS pointer as a tokenizer", content("tokenizer.json", POINTER), "git lfs pull"),
+    ("adapter alone", replaced(lora), "merge"),
+    ("adapter beside a model", content("adapter_config.json", b"{}"), "adapter_config.json"),
+    ("code of its own", change(CONFIG, auto_map={"AutoModel": "modeling_x.X"}), "auto_map"),
+    ("tokenizer's code", change(TOKENIZER, auto_map={"AutoTokenizer": ["x.X", None]}), "auto_map"),
+    ("extra norm in a layer", extra_weight("encoder.layer.0.extra_norm.weight", 32), "extra_norm"),
+    ("extra bias in a layer", extra_weight(f"bert.{LAYER}.query.more_bias", 32, prefix="bert."), "more_bias"),
+    ("FP8 scale", extra_weight(f"{LAYER}.query.weight_scale_inv", 1, 1), "weight_scale_inv"),
+    ("more layers than its configuration", change(CONFIG, num_hidden_layers=2), "encoder.layer.2"),
+    ("extra norm of the embeddings", extra_weight("embed_norm.weight", 32), "embed_norm"),
+    ("mask buffer that is a bias", extra_weight(f"{LAYER}.bias", 32), f"{LAYER}.bias"),
+    ("fewer layers than its configuration", change(CONFIG, num_hidden_layers=4), "would be random"),
+    ("no query in a layer", without("layer.1.attention.self.query"), "would be random"),
+    ("weights cut short", cut(WEIGHTS, 0.6), "no whole safetensors"),
+    ("header cut short", cut(WEIGHTS, 0.001), "no whole safetensors"),
+    ("empty weights", content(WEIGHTS, b""), "no whole safetensors"),
+    ("header of 2^60 bytes", content(WEIGHTS, (2**60).to_bytes(8, "little") + b"{}"), "no whole safetensors"),
+    ("HTML in place of weights", content(WEIGHTS, b"<!DOCTYPE html><html>"), "no whole safetensors"),
+    ("index of a file outside", sharded({"x": "../other.safetensors"}), "'../other.safetensors'"),
+    ("index of an absolute path", sharded({"x": "/etc/other.safetensors"}), "'/etc/other.safetensors'"),
+    ("index of a pickle", sharded({"x": "pytorch_model.bin"}), "'pytorch_model.bin'"),
+    ("index of a missing shard", sharded({"x": SHARD, "y": "model-2.safetensors"}), "model-2.safetensors"),
+    ("index without a map", sharded(None), "weight_map"),
+    ("index of numbers", sharded({"x": 3}), "weight_map"),
+    ("weights of another name", lambda f: (f / WEIGHTS).rename(f / "x.safetensors") and None, "x.safetensors"),
+    ("no configuration", lambda f: (f / CONFIG).unlink(), "no config.json"),
+    ("configuration that is a list", content(CONFIG, b"[]"), "no JSON object"),
+    ("configuration that is a number", content(CONFIG, b"3"), "no JSON object"),
+    ("configuration without a type", content(CONFIG, b"{}"), "model_type"),
+    ("configuration in UTF-16", content(CONFIG, '{"model_type": "bert"}'.encode("utf-16")), "UTF-8"),
+    ("configuration with a byte order mark", content(CONFIG, b"\xef\xbb\xbf{}"), "BOM"),
+    ("deep configuration", content(CONFIG, b'{"a":' * 100_000), "config.json"),
+    ("cut configuration", content(CONFIG, b'{"model_type": "be'), "config.json"),
+    ("empty configuration", content(CONFIG, b""), "config.json"),
+    ("number of 6,000 digits", content(CONFIG, b'{"num_hidden_layers": ' + b"9" * 6000 + b"}"), "config.json"),
+    ("unknown type", change(CONFIG, model_type="perceptron"), "perceptron"),
+    ("type that is a list", change(CONFIG, model_type=["bert"]), "configuration cannot be read"),
+    ("no layers", change(CONFIG, num_hidden_layers=0), "num_hidden_layers is 0"),
+    ("-1 layers", change(CONFIG, num_hidden_layers=-1), "num_hidden_layers is -1"),
+    ("a million layers", change(CONFIG, num_hidden_layers=10**6), "num_hidden_layers is 1000000"),
+    ("layers in words", change(CONFIG, num_hidden_layers="three"), "num_hidden_layers"),
+    ("no heads", change(CONFIG, num_attention_heads=0), "num_attention_heads is 0"),
+    ("5 heads of 32 numbers", change(CONFIG, num_attention_heads=5), "32"),
+    ("width of 0", change(CONFIG, hidden_size=0), "hidden_size is 0"),
+    ("width of 2^40", change(CONFIG, hidden_size=2**40), "hidden_size is 1099511627776"),
+    ("width of another model", change(CONFIG, hidden_size=64), "cannot be read"),
+    ("vocabulary of -5", change(CONFIG, vocab_size=-5), "vocab_size is -5"),
+    ("vocabulary of 10^9", change(CONFIG, vocab_size=10**9), "cannot be read"),
+    ("unknown activation", change(CONFIG, hidden_act="snake"), "snake"),
+    ("image model", change(CONFIG, model_type="vit"), "not token ids"),
+    ("whole CLIP", replaced(whole_clip), "save its text model alone"),
+    ("tokenizer larger than the vocabulary", larger_vocabulary, "another model"),
+    ("tokenizer of SentencePiece alone", pieces_alone, "okenizer"),
+    ("no tokenizer", lambda f: (f / "vocab.txt").unlink(), "no tokenizer"),
+    ("deep tokenizer", content("tokenizer.json", b'{"a":' * 100_000), "tokenizer"),
+    ("tokenizer that is a list", content("tokenizer.json", b"[]"), "tokenizer"),
+    ("tokenizer configuration that is a list", content(TOKENIZER, b"[]"), "no JSON object"),
+    ("GGUF under another name", replaced(lambda f: f.mkdir() or content("model.bin", b"GGUF123")(f)), ".gguf"),
+    ("empty folder", replaced(Path.mkdir), "no weights"),
+    ("file in place of a folder", replaced(lambda f: f.write_bytes(b"x") and None), "folder"),
+]
+
+
+def bad_folder(folder: Path, make: Callable[[Path], None]) -> tuple[int, str]:
+    make(small_bert(folder / "model"))
+    return python_call(lambda: use(folder / "model"))
+
+
+CASES = [Case("models", name, lambda folder, make=make: bad_folder(folder, make)) for name, make, _ in FOLDERS]

@@ -1,0 +1,94 @@
+"""A folder that is no whole model is refused in one line that says what it is; whole ones are not."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+import transformers
+from bad_inputs.models import FOLDERS, bad_folder, change, extra_weight, pieces_alone, small_bert, use
+from models_support import TEXTS, VOCABULARY, save_small
+
+from approxkmv.models import CapturableModel, ModelLocation
+from approxkmv.models.loading import quiet
+
+
+@pytest.mark.parametrize(("make", "says"), [case[1:] for case in FOLDERS], ids=[case[0] for case in FOLDERS])
+def test_the_line_says_what_is_wrong(tmp_path, make, says):
+    code, printed = bad_folder(tmp_path, make)
+    assert (code, printed.count("\n")) == (2, 1), printed
+    assert says in printed
+
+
+def test_a_whole_folder_is_used(tmp_path):
+    use(small_bert(tmp_path / "model"))
+
+
+def test_a_tokenizer_of_sentencepiece_asks_for_its_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)  # as if it were not installed
+    code, printed = bad_folder(tmp_path, pieces_alone)
+    assert code == 2
+    assert "pip install sentencepiece" in printed
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "prefix"),
+    [
+        ("cls.predictions.transform.dense.weight", (32, 32), ""),
+        ("classifier.weight", (2, 32), ""),
+        ("linear.weight", (128, 32), "bert."),
+        ("embeddings.position_ids", (1, 40), ""),
+        ("encoder.layer.0.attention.bias", (1, 1, 40, 40), ""),
+        ("encoder.layer.0.attention.masked_bias", (), ""),
+    ],
+)
+def test_heads_and_what_is_computed_are_left_out(tmp_path, name, shape, prefix):
+    small_bert(tmp_path / "plain")
+    extra_weight(name, *shape, prefix=prefix)(small_bert(tmp_path / "model"))
+    plain, more = (CapturableModel.load(ModelLocation(tmp_path / folder)) for folder in ("plain", "model"))
+    for ours, theirs in zip(plain.capture(TEXTS), more.capture(TEXTS), strict=True):
+        assert ours.queries.equal(theirs.queries)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "head"),
+    [("bert", "BertForMaskedLM"), ("gpt2", "GPT2LMHeadModel"), ("llama", "LlamaForSequenceClassification")],
+)
+def test_a_model_saved_with_its_head_is_the_one_without(tmp_path, backbone, head):
+    save_small(tmp_path / "alone", backbone)
+    with quiet():
+        model = getattr(transformers, head).from_pretrained(tmp_path / "alone")
+        model.save_pretrained(tmp_path / "whole")
+    alone, whole = (CapturableModel.load(ModelLocation(tmp_path / folder)) for folder in ("alone", "whole"))
+    for ours, theirs in zip(alone.capture(TEXTS), whole.capture(TEXTS), strict=True):
+        assert ours.queries.equal(theirs.queries)
+
+
+def test_the_sinusoids_of_marian_are_not_random(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"encoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_attention_heads": 4, "decoder_ffn_dim": 48}
+    config = transformers.MarianConfig(
+        vocab_size=VOCABULARY,
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=1,
+        max_position_embeddings=40,
+        pad_token_id=1,
+        eos_token_id=0,
+        decoder_start_token_id=1,
+        **sizes,
+    )
+    model = transformers.MarianMTModel(config).eval()
+    with quiet():
+        model.save_pretrained(tmp_path)
+    capturing = CapturableModel.load(ModelLocation(tmp_path))
+    table = model.model.encoder.embed_positions.weight
+    assert capturing._backbone.embed_positions.weight.equal(table)
+    assert float(table.abs().max()) > 0.9
+
+
+def test_an_empty_auto_map_names_no_code(tmp_path):
+    save_small(tmp_path, "llama")
+    change("config.json", auto_map={})(tmp_path)
+    CapturableModel.load(ModelLocation(tmp_path))
