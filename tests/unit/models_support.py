@@ -201,8 +201,17 @@ def recomputed(captured: Captured, causal: bool, bias: torch.Tensor | None = Non
     return logits.softmax(-1)
 
 
-def write_gguf(path: Path, seed: int = 0) -> Path:
-    """Write a Llama of two layers, 4 heads on 2 key heads of width 16, its matrices quantised to 4 bits (Q4_1)."""
+def write_gguf(
+    path: Path,
+    seed: int = 0,
+    *,
+    metadata: dict[str, float | str] | None = None,
+    tensors: dict[str, tuple[int, ...]] | None = None,
+) -> Path:
+    """Write a Llama of two layers, 4 heads on 2 key heads of width 16, its matrices quantised to 4 bits (Q4_1).
+
+    `metadata` is added, numbers as float32; of `tensors`, by their shapes, matrices too are quantised, rows are ones.
+    """
     import gguf
     import numpy as np
 
@@ -230,6 +239,9 @@ def write_gguf(path: Path, seed: int = 0) -> Path:
     writer.add_eos_token_id(1)
     writer.add_unk_token_id(2)
 
+    for key, value in (metadata or {}).items():
+        writer.add_string(key, value) if isinstance(value, str) else writer.add_float32(key, value)
+
     def add(name: str, rows: int, columns: int) -> None:
         weights = (1.5 * columns**-0.5 * rng.standard_normal((rows, columns))).astype(np.float32)
         kind = gguf.GGMLQuantizationType.Q4_1
@@ -248,6 +260,8 @@ def write_gguf(path: Path, seed: int = 0) -> Path:
         for name in ("attn_norm", "ffn_norm"):
             writer.add_tensor(f"{block}.{name}.weight", np.ones(hidden, dtype=np.float32))
     writer.add_tensor("output_norm.weight", np.ones(hidden, dtype=np.float32))
+    for name, shape in (tensors or {}).items():
+        add(name, *shape) if len(shape) == 2 else writer.add_tensor(name, np.ones(shape, dtype=np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -374,6 +374,61 @@ def test_a_gguf_becomes_a_folder_that_loads_and_computes_the_same(tmp_path):
     assert "no GGUF" in one_line(error)
 
 
+def test_the_untied_head_of_a_gguf_survives_its_conversion(tmp_path):
+    import torch
+    from models_support import VOCABULARY, write_gguf
+    from transformers import AutoModelForCausalLM
+
+    file = write_gguf(tmp_path / "tiny.gguf", tensors={"output.weight": (VOCABULARY, 64)})
+    location = fetch(parse_source(f"path:{file}"), tmp_path / "converted")
+    direct = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=file.name, dtype=torch.float32)
+    converted = AutoModelForCausalLM.from_pretrained(location.folder)
+    assert not converted.lm_head.weight.equal(converted.get_input_embeddings().weight)
+    text = torch.tensor([[5, 17, 40, 8]])
+    assert converted(text).logits.equal(direct(text).logits)
+    assert CapturableModel.load(location).n_layers == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"tensors": {"rope_freqs.weight": (8,)}}, "rope_freqs.weight"),
+        ({"tensors": {"rope_factors_long.weight": (8,)}}, "rope_factors_long.weight"),
+        ({"tensors": {"rope_factors_short.weight": (8,)}}, "rope_factors_short.weight"),
+        ({"tensors": {"blk.0.attn_q.bias": (64,)}}, "blk.0.attn_q.bias"),
+        ({"tensors": {"blk.1.attn_q_norm.weight": (16,)}}, "blk.1.attn_q_norm.weight"),
+        ({"tensors": {"blk.2.attn_norm.weight": (64,)}}, "blk.2.attn_norm.weight"),
+        ({"tensors": {"token_embd_norm.weight": (64,)}}, "token_embd_norm.weight"),
+        (
+            {"metadata": {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}},
+            "scaling.type = linear",
+        ),
+        ({"metadata": {"llama.rope.scaling.factor": 4.0}}, "llama.rope.scaling.factor = 4.0"),
+        ({"metadata": {"llama.attn_logit_softcapping": 50.0}}, "llama.attn_logit_softcapping = 50.0"),
+        ({"metadata": {"llama.attention.sliding_window": 16.0}}, "llama.attention.sliding_window = 16.0"),
+        ({"metadata": {"llama.attention.scale": 0.5}}, "llama.attention.scale = 0.5"),
+        ({"metadata": {"llama.tensor_data_layout": "Meta AI original pth"}}, "tensor_data_layout"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_would_be_left_out_of_a_gguf_is_refused_by_its_name(tmp_path, change, says):
+    from models_support import write_gguf
+
+    file = write_gguf(tmp_path / "tiny.gguf", **change)
+    with pytest.raises(SourceError) as error:
+        fetch(parse_source(f"path:{file}"), tmp_path / "converted")
+    assert says in one_line(error)
+    assert not (tmp_path / "converted").exists()
+
+
+def test_metadata_of_a_gguf_that_changes_nothing_is_accepted(tmp_path):
+    from models_support import write_gguf
+
+    metadata = {"llama.rope.scaling.type": "none", "llama.attention.key_length": 16.0, "llama.hidden_act": "silu"}
+    file = write_gguf(tmp_path / "tiny.gguf", metadata=metadata)
+    fetch(parse_source(f"path:{file}"), tmp_path / "converted")
+
+
 def test_a_damaged_gguf_is_one_line(tmp_path):
     (tmp_path / "tiny.gguf").write_bytes(b"GGUF" + bytes(20))
     with pytest.raises(SourceError) as error:

@@ -71,7 +71,8 @@ def _name(location: ModelLocation) -> str:
 
 
 @contextlib.contextmanager
-def _one_line_errors(location: ModelLocation, what: str) -> Iterator[None]:
+def reading(location: ModelLocation, what: str) -> Iterator[None]:
+    """Within the block, whatever is raised over a bad file becomes one line that names the location and `what`."""
     try:
         yield
     except (SourceError, CaptureError, torch.OutOfMemoryError, MemoryError):
@@ -100,7 +101,7 @@ def load_config(location: ModelLocation) -> Any:
     """The model's configuration. Raises SourceError when the folder holds none that transformers knows."""
     if location.gguf_file is None:
         check_folder(location.folder, _name(location))
-    with quiet(), _one_line_errors(location, "configuration"):
+    with quiet(), reading(location, "configuration"):
         config = AutoConfig.from_pretrained(location.folder, **_options(location))
     text = config.get_text_config()
     for size in SIZES:
@@ -160,7 +161,7 @@ def _load(kind: Any, location: ModelLocation, dtype: torch.dtype, attention: str
     # The reader of GGUF draws a progress bar of its own that no setting turns off: for a terminal only.
     silent = location.gguf_file is not None and not on_terminal()
     no_bar = contextlib.redirect_stderr(io.StringIO()) if silent else contextlib.nullcontext()
-    with quiet(), no_bar, _one_line_errors(location, "model"):
+    with quiet(), no_bar, reading(location, "model"):
         model, info = kind.from_pretrained(
             location.folder,
             dtype=dtype,
@@ -218,7 +219,7 @@ def _parts(model: Any) -> set[str]:
 def _with_heads(config: Any) -> Iterator[Any]:
     """The models with heads that transformers has for a configuration, without memory for their weights."""
     for mapping in HEADS:
-        found = mapping.get(type(config), ())
+        found: Any = mapping.get(type(config), ())
         for kind in found if isinstance(found, tuple) else (found,):
             with torch.device("meta"):
                 yield kind(config)
@@ -227,7 +228,7 @@ def _with_heads(config: Any) -> Iterator[Any]:
 def load_tokenizer(location: ModelLocation) -> Any:
     """The model's tokenizer. Raises SourceError when the folder has none that can be read, or another model's."""
     try:
-        with quiet(), _one_line_errors(location, "tokenizer"):
+        with quiet(), reading(location, "tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(location.folder, **_options(location))
     except SourceError as error:
         # transformers then asks for whichever package it tried last.
