@@ -218,6 +218,16 @@ def test_the_own_key_is_exact_where_it_matters_most():
     assert gaps[0] < 0.25 < 2 * gaps[0] < gaps[1]
 
 
+@pytest.mark.parametrize("d_v", [1, 2, 12])
+@pytest.mark.parametrize("method", [cuda, ours])
+def test_an_offset_of_the_values_moves_the_answer_by_it(method, d_v):
+    """To float32's rounding: 2^-24 of the offset for each term, whose errors may add up to some tens of them."""
+    q, k, v = self_attention(d_v=d_v)
+    given = {"directions": 0, **(OURS if method is ours else {**GIVEN, "block": 20, "near": 30})}
+    plain, moved = (method.attend(3 * q, k, v + by, seed=0, **given) for by in (0.0, 1000.0))
+    assert float((moved - 1000 - plain).abs().max()) < 3e-3
+
+
 def test_a_row_far_from_its_block_is_made_exactly():
     q, k, v = inputs()
     q[0, 5] *= 300

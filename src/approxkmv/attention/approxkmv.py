@@ -3,8 +3,10 @@
 The heavy keys are the near keys of a block of queries (`expansion`); the light keys are sampled with probability
 proportional to their expected weight in the block. The far key of the expansion, whose sums over all light keys
 are known, is the control variate: what is sampled is the difference. Numerators and row sums are unbiased for every
-query, given the clustering. The budget of samples is spread over the blocks in proportion to the predicted deviation
-of their rows, which depends on no sample, so that it leaves the estimates unbiased.
+query, given the clustering; their quotient, the answer, is not. Where values are all the same, both are one estimate
+times that value, so that the answer is that value, and moves with a common offset of the values. The budget of samples
+is spread over the blocks in proportion to the predicted deviation of their rows, which depends on no sample, so that it
+leaves the estimates unbiased.
 """
 
 from __future__ import annotations
@@ -120,7 +122,7 @@ def sums(
     weight = torch.where(blocks.row_variances < CONTROLLED, (seen.log_weight - shift).exp_(), 0.0)
     sampled = blocks.of_rows(means)
     row_sums = heavy[:, 0] + estimate[:, 0] + weight * (1 - sampled[:, 0] - leaning[:, 0])
-    far_value = seen.value - leaning[:, 1:] if e.tilted else blocks.of_rows(seen.value)
+    far_value = seen.value - leaning[:, 1:] if e.tilted else blocks.of_rows(seen.value) * (1 - leaning[:, :1])
     numerators = heavy[:, 1:] + estimate[:, 1:] + weight.unsqueeze(1) * (far_value - sampled[:, 1:])
     if with_own_keys:
         # A light key like the others, but its term is known: of the difference from its control nothing is estimated.
@@ -129,6 +131,9 @@ def sums(
         row_sums = row_sums + left * (exact - weight * seen.own_share_seen)
         counted = weight * (seen.own_share_seen if e.tilted else seen.own_share)
         numerators = numerators + (left * (exact - counted)).unsqueeze(1) * blocks.in_rows(v)
+        if not e.tilted:
+            rest = left * weight * (seen.own_share_seen - seen.own_share)
+            numerators = numerators - rest.unsqueeze(1) * blocks.of_rows(seen.value)
     together = blocks.of_queries(torch.cat([numerators, row_sums.unsqueeze(1), shift.unsqueeze(1)], 1))
     return together[:, :d_v], together[:, d_v], together[:, d_v + 1]
 
@@ -236,7 +241,7 @@ def _approxkmv(
         answer = numerators / torch.where(row_sums > 0, row_sums, torch.nan).unsqueeze(1)
         return exactly_where_lost(answer, q, k, v, scale)
 
-    return per_batch(single, q, k, v, seed)
+    return per_batch(single, q, k, v, seed, around_mean=True)
 
 
 def _causal(

@@ -98,7 +98,7 @@ def sums(
     exact, light = (scales - shift).exp(), (estimate_scales - shift).exp()
     weight = torch.where(variances.flatten(1) < CONTROLLED, (e.log_weight - shift).exp(), 0.0)
     row_sums = heavy_sums * exact + estimate_sums * light + weight * (1 - means[..., 0] - leaning[..., 0])
-    value = e.value - leaning[..., 1:] if e.tilted else e.value
+    value = e.value - leaning[..., 1:] if e.tilted else e.value * (1 - leaning)
     numerators = heavy * exact.unsqueeze(2) + estimate * light.unsqueeze(2)
     numerators = numerators + weight.unsqueeze(2) * (value - means[..., 1:])
     if own is not None:
@@ -110,14 +110,17 @@ def sums(
         row_sums = row_sums + left * (added - weight * own.share_seen)
         counted = weight * (own.share_seen if e.tilted else own.share)
         numerators = numerators + (left * (added - counted)).unsqueeze(2) * own.value
+        if not e.tilted:
+            numerators = numerators + (left * weight * (own.share - own.share_seen)).unsqueeze(2) * e.value
     together = e.of_queries(torch.cat([numerators, row_sums.unsqueeze(2), shift.unsqueeze(2)], 2))
     return together[..., :d_v], together[..., d_v], together[..., d_v + 1]
 
 
-def steps(*inputs: torch.Tensor, **parameters: Any) -> torch.Tensor:
+def steps(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *random: torch.Tensor, **parameters: Any) -> torch.Tensor:
     """The method without a single size or branch that depends on the data; NaN where a row sum is not positive."""
-    numerators, row_sums, _ = sums(*inputs, **parameters)
-    return numerators / torch.where(row_sums > 0, row_sums, torch.nan).unsqueeze(2)
+    mean = v.float().mean(1, keepdim=True)
+    numerators, row_sums, _ = sums(q, k, v - mean, *random, **parameters)
+    return numerators / torch.where(row_sums > 0, row_sums, torch.nan).unsqueeze(2) + mean
 
 
 @torch.no_grad()

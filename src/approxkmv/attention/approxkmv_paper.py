@@ -3,7 +3,8 @@
 Sorted angular hashing (KDEformer, Zandieh et al. 2023): signs of Gaussian projections give queries and keys a code,
 the codes are put in Gray order, queries and keys sorted by it are cut into blocks, and a block of queries meets its
 block of keys exactly. The residual is estimated from columns sampled by norm. Rows whose empirical variance is above
-the average take 1.5 times the samples.
+the average take 1.5 times the samples. One thing is ours: values are taken relative to their mean, without which
+sampling by norm sees little but a common offset of the values.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ def _approxkmv_paper(
         # A row may vanish beside its largest logit, if that is of a sample that it does not use.
         return numerators / row_sums.clamp_min(torch.finfo(q.dtype).tiny).unsqueeze(1)
 
-    return per_batch(single, q, k, v, seed)
+    return per_batch(single, q, k, v, seed, around_mean=True)
 
 
 method = Method(

@@ -492,14 +492,20 @@ def controlled_sums(
             if mine:
                 row_sum += left * (own - weight * own_seen[row])
             for c in range(width):
+                far = far_value[row if tilts > 1 else b, c]
                 sampled = means[1 + c]
                 if tilts > 1:
                     for p in range(d):
                         sampled += deltas[row, p] * leans[1 + c, p]
+                else:
+                    sampled += lean * far
                 value = heavy[row, 1 + c] * exact + estimate[row, 1 + c] * light
-                value += weight * (far_value[row if tilts > 1 else b, c] - sampled)
+                value += weight * (far - sampled)
                 if mine:
-                    value += left * (own - weight * (own_seen[row] if tilts > 1 else own_share[row])) * v[query, c]
+                    seen = own_seen[row] * v[query, c]
+                    if tilts == 1:
+                        seen += (own_share[row] - own_seen[row]) * (v[query, c] - far)
+                    value += left * (own * v[query, c] - weight * seen)
                 out[query, c] = value
             out[query, width] = row_sum
             out[query, width + 1] = shift
@@ -529,11 +535,13 @@ def expanded_answers(
             own = _fading(own_log[row] - scale) if mine else _f(0.0)
             share = _f(1.0) / (sums[row, 0] + weight + own - (weight * own_seen[row] if mine else _f(0.0)))
             counted = own - weight * (own_seen[row] if tilted else own_share[row]) if mine else _f(0.0)
+            # In the far value's place, what the own key's share leaves of it: the weights of a row add up to one.
+            left = weight if tilted or not mine else weight * (_f(1.0) - own_seen[row] + own_share[row])
             # Of another number of queries than keys, v has no row of the query's own.
             mine_at = query if mine else 0
             far_at = row if tilted else b
             for c in range(width):
-                value = sums[row, 1 + c] + weight * far_value[far_at, c] + counted * v[mine_at, c]
+                value = sums[row, 1 + c] + left * far_value[far_at, c] + counted * v[mine_at, c]
                 out[query, c] = value * share
 
 

@@ -152,10 +152,27 @@ def check_inputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
 
 
 def per_batch(
-    single: Callable[..., torch.Tensor], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seed: int
+    single: Callable[..., torch.Tensor],
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    seed: int,
+    *,
+    around_mean: bool = False,
 ) -> torch.Tensor:
-    """Apply single(q, k, v, generator) to the float32 matrices of each batch entry in turn, and stack the answers."""
+    """Apply single(q, k, v, generator) to the float32 matrices of each batch entry in turn, and stack the answers.
+
+    around_mean: single meets the values less their mean, which is added to its answer. Exact attention is the same; an
+    estimate whose weights do not add up to one, or that looks at the size of values, is spared their common offset.
+    """
     generator = torch.Generator(device=q.device).manual_seed(seed)
+
+    def answer(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        if not around_mean:
+            return single(q, k, v, generator)
+        mean = v.mean(0)
+        return single(q, k, v - mean, generator) + mean
+
     with torch.no_grad():
-        answers = [single(*(t[i].float() for t in (q, k, v)), generator) for i in range(q.shape[0])]
+        answers = [answer(*(t[i].float() for t in (q, k, v))) for i in range(q.shape[0])]
     return torch.stack(answers).to(v.dtype)

@@ -1,7 +1,8 @@
 """KDEformer in practice: sorted angular hashing, and the residual from columns sampled by the norms of their values.
 
 The estimate of everything outside a query's block is unbiased, numerators and row sums both: a column drawn with
-probability P counts 1 / (m P), and not at all where its pair is in the block, which is summed exactly.
+probability P counts 1 / (m P), and not at all where its pair is in the block, which is summed exactly. Values are
+taken relative to their mean, without which their norms would show little but a common offset.
 
 Source: Zandieh, Han, Daliri & Karbasi (2023). The form with spectral guarantees is `approxkmv.kmv.kdeformer`.
 """
@@ -51,7 +52,7 @@ def _kdeformer(
         numerators, row_sums, _ = sums(q * scale, k, v, generator, **parameters)
         return numerators / row_sums.unsqueeze(1)
 
-    return per_batch(single, q, k, v, seed)
+    return per_batch(single, q, k, v, seed, around_mean=True)
 
 
 method = Method(

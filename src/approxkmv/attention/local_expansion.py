@@ -57,8 +57,10 @@ def attend(
     # Exactly in place of its share of the far key.
     added = (seen.own_log - scale_of_row).exp_()
     counted = added - weight * (seen.own_share_seen if e.tilted else seen.own_share)
+    # In the far value's place, what the own key's share leaves of it: the weights of a row add up to one.
+    left = weight if e.tilted else weight * (1 - seen.own_share_seen + seen.own_share)
     value = seen.value if e.tilted else e.blocks.of_rows(seen.value)
-    numerators = sums[:, 1:] + weight.unsqueeze(1) * value
+    numerators = sums[:, 1:] + left.unsqueeze(1) * value
     if with_own_keys:
         numerators += counted.unsqueeze(1) * e.blocks.in_rows(v)
     row_sums = sums[:, 0] + weight + added - weight * seen.own_share_seen
@@ -98,7 +100,7 @@ def _local_expansion(
     def single(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         return attend(q, k, v, generator, scale=scale, products=products, **parameters)
 
-    return per_batch(single, q, k, v, seed)
+    return per_batch(single, q, k, v, seed, around_mean=True)
 
 
 method = Method(

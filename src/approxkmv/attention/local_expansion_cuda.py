@@ -27,7 +27,9 @@ def steps(
 
     first (1,) is the query from which k-means takes its first centres.
     """
-    e = expand(q, k, v, first, products=products, **parameters)
+    # Sums of rounded products are spared the common offset of the values.
+    mean = v.float().mean(1, keepdim=True)
+    e = expand(q, k, v - mean, first, products=products, **parameters)
     numerators, row_sums, scales = sums_of_keys(e, e.chosen, None, products)
     shift = torch.maximum(scales, e.log_weight)
     own = e.own_keys() if q.shape[1] == k.shape[1] else None
@@ -42,10 +44,13 @@ def steps(
         light = own.log > -torch.inf
         counted = added - weight * (own.share_seen if e.tilted else own.share)
         numerators = numerators + torch.where(light, counted, 0.0).unsqueeze(2) * own.value
+        if not e.tilted:
+            # What the own key's share leaves of the far value: the weights of a row add up to one.
+            numerators = numerators + (weight * (own.share - own.share_seen)).unsqueeze(2) * e.value
         row_sums = row_sums + torch.where(light, added - weight * own.share_seen, 0.0)
     # Far from its block's centre a row does not see what the far key weighs: it is made exactly in the end.
     row_sums = torch.where(shift - scales < _LARGEST, row_sums, torch.nan)
-    return e.of_queries(numerators / row_sums.unsqueeze(2))
+    return e.of_queries(numerators / row_sums.unsqueeze(2)) + mean
 
 
 @torch.no_grad()
