@@ -184,6 +184,63 @@ def test_unmasked_and_masked_together_equal_each_alone():
             np.testing.assert_array_equal(getattr(together, field.name), getattr(alone, field.name))
 
 
+def masks_of(n: int) -> dict[str, torch.Tensor]:
+    """(n, n) bool, True where a key is seen; the last is no run of neighbours."""
+    i, j = torch.arange(n).unsqueeze(1), torch.arange(n)
+    scattered = torch.rand(n, n, generator=torch.Generator().manual_seed(3)) < 0.1
+    return {
+        "causal": j <= i,
+        "window": (j <= i) & (j > i - 7),
+        "chunks": (j <= i) & (j // 12 == i // 12),
+        "window to both sides": (i - j).abs() < 5,
+        "prefix": (j <= i) | (j < 20),
+        "every key": torch.ones(n, n, dtype=torch.bool),
+        "scattered": scattered | torch.eye(n, dtype=torch.bool),
+    }
+
+
+@pytest.mark.parametrize("mask", masks_of(1))
+@pytest.mark.parametrize("head", ["ordinary", "logits of 10^4", "jumping", "all equal", "many ties"])
+def test_under_any_mask_every_statistic_equals_sorting(head, mask):
+    q, k = HEADS[head]
+    n, first = len(q), 17
+    logs, seen = log_kernel(q, k), masks_of(len(q))[mask]
+    every, ours = unmasked_and_masked_statistics(q, k, first, mask=seen)
+    # What is beside it is not touched.
+    np.testing.assert_array_equal(every.ratios, head_statistics(q, k, first).ratios)
+    expected = []
+    for i in range(first, n + 1):
+        entries = logs[:i, :i][seen[:i, :i]]
+        values = torch.exp(entries - entries.max()).sort(descending=True).values
+        expected.append(values[i:].flip(0).sum() / values[:i].flip(0).sum())
+    np.testing.assert_allclose(ours.ratios, torch.stack(expected), rtol=RELATIVE, atol=1e-290)
+    ordered = logs[seen].sort(descending=True).values
+    rounding = 1e-14 * (float(logs.abs().max()) + 1)
+    np.testing.assert_allclose(ours.log_next, ordered[n - 1] - ordered[n], rtol=1e-12, atol=rounding)
+    np.testing.assert_allclose(ours.log_double, ordered[n - 1] - ordered[2 * n - 1], rtol=1e-12, atol=rounding)
+    softmax = logs.masked_fill(~seen, -torch.inf).softmax(-1)
+    ordered = softmax[seen].sort(descending=True).values
+    ratio = ordered[n:].flip(0).sum() / ordered[:n].flip(0).sum()
+    np.testing.assert_allclose(ours.softmax_ratio, ratio, rtol=1e-9, atol=1e-300)
+    np.testing.assert_allclose(ours.tail_exponent, -np.log(max(float(ordered[n]), 1e-307)) / np.log(n), rtol=1e-9)
+    columns = float(n * softmax.square().sum(0).max())
+    np.testing.assert_allclose(ours.column_exponent, np.log(columns) / np.log(n), rtol=1e-9, atol=1e-9)
+    if mask == "causal":
+        alone = head_statistics(q, k, first, causal=True)
+        assert all(np.array_equal(getattr(ours, f.name), getattr(alone, f.name)) for f in fields(alone))
+
+
+def test_a_mask_that_leaves_too_little_is_one_line():
+    q, k = random_head(15, 60, 4, 1.0)
+    eye = torch.eye(60, dtype=torch.bool)
+    with pytest.raises(InputError, match="leaves 60 entries for 60 tokens"):
+        head_statistics(q, k, mask=eye)
+    with pytest.raises(InputError, match="own key"):
+        head_statistics(q, k, mask=~eye)
+    with pytest.raises(InputError, match="give a bool array"):
+        head_statistics(q, k, mask=eye[:59])
+
+
 @pytest.mark.parametrize("n", [2, 3, 5, 31, 49, 101])
 def test_order_ratios_of_short_texts(n):
     q, k = random_head(n, n, 3, 1.0)

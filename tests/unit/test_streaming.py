@@ -17,7 +17,14 @@ from approxkmv.config import Study, load_config, study_of
 from approxkmv.errors import ConfigError, InputError, NonFiniteError
 from approxkmv.progress import Times
 from approxkmv.statistics import head_statistics
-from approxkmv.statistics.streaming import SHARES, Largest, LengthStatistics, add_strip_by_torch, length_statistics
+from approxkmv.statistics.streaming import (
+    SHARES,
+    Largest,
+    LengthStatistics,
+    add_strip_by_torch,
+    every_key,
+    length_statistics,
+)
 from approxkmv.statistics.streaming_cpu import add_strip, keys_holding
 from approxkmv.steps import lengths
 from approxkmv.steps.activations import write_activations
@@ -58,21 +65,41 @@ HEADS = {
 }
 
 
-def keys_by_sorting(logs: torch.Tensor, causal: bool) -> torch.Tensor:
-    if causal:
-        logs = logs.masked_fill(torch.ones_like(logs, dtype=torch.bool).triu(1), -torch.inf)
+_I = torch.arange(N)
+SPANS = {
+    "causal": torch.stack([0 * _I, _I + 1], 1),
+    "window": torch.stack([(_I - 6).clamp_min(0), _I + 1], 1),
+    "chunks": torch.stack([_I // 20 * 20, _I + 1], 1),
+    "window to both sides": torch.stack([(_I - 9).clamp_min(0), (_I + 10).clamp_max(N)], 1),
+    "prefix": torch.stack([0 * _I, (_I + 1).clamp_min(70)], 1),
+    "every key": every_key(N),
+}
+"""Of each query, the first key that it sees and the end of them."""
+
+
+def seen_by(spans: torch.Tensor) -> torch.Tensor:
+    """(n, n) bool of spans."""
+    place = torch.arange(len(spans))
+    return (place >= spans[:, :1]) & (place < spans[:, 1:])
+
+
+def keys_by_sorting(logs: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    logs = logs.masked_fill(~seen, -torch.inf)
     mass = logs.softmax(1).sort(1, descending=True).values.cumsum(1)
     # A hair under the share: a uniform row reaches 0.9 exactly, give or take the rounding of its sum.
     return torch.stack([(mass < share - 1e-12).sum(1) + 1 for share in SHARES], 1)
 
 
+@pytest.mark.parametrize("mask", SPANS)
 @pytest.mark.parametrize("block", [40, 2048])
 @pytest.mark.parametrize("head", HEADS)
-def test_strips_equal_the_whole_kernel(head, block):
+def test_strips_equal_the_whole_kernel(head, block, mask):
     q, k = HEADS[head]
-    found = length_statistics(q, k, causal=True, block=block)[0]
-    for ours, causal in zip(found, (False, True), strict=True):
-        expected = head_statistics(q, k, N, causal=causal)
+    found = length_statistics(q, k, spans=SPANS[mask], block=block)[0]
+    if mask == "causal":
+        assert found == length_statistics(q, k, causal=True, block=block)[0]
+    for ours, seen in zip(found, (seen_by(every_key(N)), seen_by(SPANS[mask])), strict=True):
+        expected = head_statistics(q, k, N, mask=seen)
         np.testing.assert_allclose(ours.ratio, expected.ratios[-1], rtol=RELATIVE, atol=1e-290)
         np.testing.assert_allclose(ours.softmax_ratio, expected.softmax_ratio, rtol=RELATIVE, atol=1e-290)
         # Differences of logarithms whose size sets their rounding.
@@ -83,7 +110,7 @@ def test_strips_equal_the_whole_kernel(head, block):
         if float(expected.tail_exponent) * math.log(N) < 700:
             np.testing.assert_allclose(ours.tail_exponent, expected.tail_exponent, rtol=RELATIVE)
         if head != "all equal":
-            counts = keys_by_sorting(log_kernel(q, k), causal).double()
+            counts = keys_by_sorting(log_kernel(q, k), seen).double()
             np.testing.assert_allclose(ours.mean_keys, counts.mean(0), rtol=RELATIVE)
             np.testing.assert_allclose(ours.median_keys, np.median(counts.numpy(), 0))
             assert ours.largest_keys == tuple(counts.amax(0).int().tolist())
@@ -96,9 +123,9 @@ def test_uniform_rows_need_their_share_of_keys():
     assert found.ratio == pytest.approx(N - 1, rel=1e-12)
 
 
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("mask", SPANS)
 @pytest.mark.parametrize("head", HEADS)
-def test_plain_torch_and_the_compiled_loop_agree(head, causal):
+def test_plain_torch_and_the_compiled_loop_agree(head, mask):
     q, k = HEADS[head]
     logs = log_kernel(q, k)
     results = []
@@ -106,7 +133,7 @@ def test_plain_torch_and_the_compiled_loop_agree(head, causal):
         kernel, softmax = Largest(N, logs.device), Largest(N, logs.device)
         keys: list[torch.Tensor] = []
         for first in range(0, N, 50):
-            add(kernel, softmax, keys, logs[first : first + 50], first, causal)
+            add(kernel, softmax, keys, logs[first : first + 50], first, SPANS[mask])
         results.append((*kernel.finish(), *softmax.finish()))
         counts = torch.cat(keys)
         results[-1] += (*counts.double().mean(0).tolist(),) if head != "all equal" else ()
@@ -152,7 +179,8 @@ def test_the_step_says_how_long_each_length_took_and_writes_the_same_bytes_again
 def test_the_step_computes_on_the_studys_device(tmp_path, monkeypatch):
     seen = []
 
-    def watched(q, k, scale, *, causal):
+    def watched(q, k, scale, *, causal, spans):
+        assert spans is None
         seen.append((q.device.type, k.device.type, tuple(q.shape)))
         return length_statistics(torch.zeros(q.shape), torch.zeros(k.shape), scale, causal=causal)
 
@@ -221,7 +249,7 @@ def test_nothing_of_size_n_squared_is_held():
         strips = 0
         for first, logits in _strips(q[None], k[None], 0.5, 256):
             assert logits.numel() <= 256 * 256
-            add_strip(kernel, Largest(3000, q.device), [], logits[0], first, False)
+            add_strip(kernel, Largest(3000, q.device), [], logits[0], first, every_key(3000))
             strips += 1
         assert strips > 100
         # NumPy's own memory; torch's strips are bounded above.
@@ -237,13 +265,16 @@ def test_logits_beyond_their_type_are_one_line(add):
     logits = torch.zeros(3, 9, dtype=torch.float64)
     logits[1, 4] = torch.inf
     with pytest.raises(NonFiniteError, match="is beyond") as caught:
-        add(Largest(9, logits.device), Largest(9, logits.device), [], logits, 0, False)
+        add(Largest(9, logits.device), Largest(9, logits.device), [], logits, 0, every_key(9))
     assert "\n" not in str(caught.value)
 
 
 def test_bad_input_is_one_line():
     with pytest.raises(InputError, match="at least 3"):
         length_statistics(torch.ones(2, 4), torch.ones(2, 4))
+    for spans, says in (([[0, 0]] * 5, "at least one of 5 keys"), ([[0, 1]] * 5, "leave 5 entries for 5 tokens")):
+        with pytest.raises(InputError, match=says):
+            length_statistics(torch.ones(5, 4), torch.ones(5, 4), spans=torch.tensor(spans))
     with pytest.raises(InputError, match="heads, n, d"):
         length_statistics(torch.ones(5, 4), torch.ones(6, 4))
     huge = torch.full((4, 3), 1e200, dtype=torch.float64)

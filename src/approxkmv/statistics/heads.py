@@ -17,6 +17,8 @@ from approxkmv.statistics.head_to_tail import ratios_of_prefixes
 from approxkmv.statistics.order import order_logarithms
 from approxkmv.statistics.softmax import softmax_statistics
 
+# In place of the logarithm of an entry that a mask hides: its exponential is 0 whatever it is relative to.
+HIDDEN = -1e300
 # Logits of as many heads at a time as fit here, in bytes.
 DEFAULT_MEMORY = 32 * 2**20
 
@@ -65,6 +67,7 @@ def head_statistics(
     scale: float | None = None,
     *,
     causal: bool = False,
+    mask: Array | None = None,
     memory: int = DEFAULT_MEMORY,
 ) -> HeadStatistics:
     """Both experiments from one computation of the logits.
@@ -75,22 +78,34 @@ def head_statistics(
     ((12, 31), (12,))
 
     Args and raises: as head_to_tail_ratios. At least 2 tokens (3 with causal), so that a 2n-th entry exists.
+        mask: (n, n) bool of all heads, True for the entries that exist: a window, for example. Every query has its own
+            key, and there are 2n entries or more.
     """
-    return _statistics(_run(q, k, min_prefix, scale, (causal,), memory), q.shape[-2])[0]
+    return _statistics(_run(q, k, min_prefix, scale, (_mask(causal, mask),), memory), q.shape[-2])[0]
 
 
 def unmasked_and_masked_statistics(
-    q: Array, k: Array, min_prefix: int = 50, scale: float | None = None, *, memory: int = DEFAULT_MEMORY
+    q: Array,
+    k: Array,
+    min_prefix: int = 50,
+    scale: float | None = None,
+    *,
+    mask: Array | None = None,
+    memory: int = DEFAULT_MEMORY,
 ) -> tuple[HeadStatistics, HeadStatistics]:
-    """head_statistics with causal False and True, from one computation of the logits.
+    """head_statistics of all entries and of those of a mask (None: causal), from one computation of the logits.
 
     >>> import torch
     >>> every, backwards = unmasked_and_masked_statistics(torch.randn(12, 80, 64), torch.randn(12, 80, 64))
     >>> every.ratios.shape, backwards.ratios.shape
     ((12, 31), (12, 31))
     """
-    first, second = _statistics(_run(q, k, min_prefix, scale, (False, True), memory), q.shape[-2])
+    first, second = _statistics(_run(q, k, min_prefix, scale, (False, _mask(True, mask)), memory), q.shape[-2])
     return first, second
+
+
+def _mask(causal: bool, mask: Array | None) -> bool | np.ndarray:
+    return causal if mask is None else np.asarray(mask)
 
 
 def _statistics(found: list[_Found], n: int) -> list[HeadStatistics]:
@@ -180,18 +195,21 @@ def _run(
     k: Array,
     min_prefix: int,
     scale: float | None,
-    masks: Sequence[bool],
+    masks: Sequence[bool | np.ndarray],
     memory: int,
     *,
     ratios: bool = True,
     order: bool = True,
     softmax: bool = True,
 ) -> list[_Found]:
-    """For each mask (False: all entries, True: causal) what was asked for; the logits are computed once."""
+    """For each mask what was asked for; the logits are computed once.
+
+    False: all entries, True: causal, an array: those where it is True. An array comes last, as it is applied in place.
+    """
     queries, keys, _ = queries_and_keys(q, k)
     n, d = queries.shape[-2:]
     s = resolve_scale(scale, d)
-    least = 3 if any(masks) else 2
+    least = 3 if masks[-1] is True else 2
     if keys.shape[-2] != n:
         raise InputError(f"q has {n} rows and k has {keys.shape[-2]}: prefixes need the queries and keys of one text")
     if not isinstance(min_prefix, (int, np.integer)) or isinstance(min_prefix, bool) or min_prefix < 1:
@@ -200,6 +218,9 @@ def _run(
         raise InputError(f"there are {n} tokens and min_prefix is {min_prefix}: give a longer text or a smaller one")
     if (order or softmax) and n < least:
         raise InputError(f"there are {n} tokens: K_(2n) needs at least {least}")
+    hidden = _hidden(masks[-1], n, order or softmax)
+    # Nothing above the diagonal need be read where nothing of it is seen.
+    causal_like = hidden is not None and bool(hidden[np.triu_indices(n, 1)].all())
     batch = queries.shape[:-2]
     count = int(np.prod(batch))
     found = [
@@ -212,7 +233,10 @@ def _run(
     ]
 
     def one_head(index: int, log_values: np.ndarray) -> None:
-        for causal, part in zip(masks, found, strict=True):
+        for mask, part in zip(masks, found, strict=True):
+            causal = mask if isinstance(mask, bool) else causal_like
+            if not isinstance(mask, bool):
+                np.copyto(log_values, HIDDEN, where=hidden)
             if ratios:
                 ratios_of_prefixes(log_values, min_prefix, causal, part.ratios[index])
             if order:
@@ -229,6 +253,19 @@ def _run(
         _Found(*(table.reshape(*batch, table.shape[1]) for table in (part.ratios, part.logs, part.softmax)))
         for part in found
     ]
+
+
+def _hidden(mask: bool | np.ndarray, n: int, whole: bool) -> np.ndarray | None:
+    """Where a mask of its own hides an entry; `whole`: whether K_(2n) must exist."""
+    if isinstance(mask, bool):
+        return None
+    if mask.shape != (n, n) or mask.dtype != np.bool_:
+        raise InputError(f"mask is {mask.dtype} of shape {mask.shape}: give a bool array of shape {(n, n)}")
+    if not mask.diagonal().all():
+        raise InputError("the mask hides a query's own key: c of a prefix has no meaning then")
+    if whole and mask.sum() < 2 * n:
+        raise InputError(f"the mask leaves {mask.sum()} entries for {n} tokens: K_(2n) needs {2 * n}")
+    return ~mask
 
 
 def _logits(q: torch.Tensor, k: torch.Tensor, s: float, memory: int) -> Iterator[tuple[int, np.ndarray]]:

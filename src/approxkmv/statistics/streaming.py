@@ -32,7 +32,7 @@ SLACK = 8
 
 @dataclass(frozen=True)
 class LengthStatistics:
-    """One head at one length, over every query with every key, or (masked) over those of no key after its query."""
+    """One head at one length, over every query with every key, or (masked) over the entries that a mask leaves."""
 
     ratio: float
     """c: the sum of all but the n largest entries of K, over the sum of those n."""
@@ -93,7 +93,13 @@ class Largest:
 
 
 def length_statistics(
-    q: Array, k: Array, scale: float | None = None, *, causal: bool = False, block: int = BLOCK
+    q: Array,
+    k: Array,
+    scale: float | None = None,
+    *,
+    causal: bool = False,
+    spans: Array | None = None,
+    block: int = BLOCK,
 ) -> list[list[LengthStatistics]]:
     """Statistics of whole kernels of any length, in O(n d + block^2) memory per core.
 
@@ -105,12 +111,15 @@ def length_statistics(
     Args:
         q, k: (heads, n, d) or (n, d), torch (on any device) or NumPy; n >= 3.
         scale: the factor of the logits; None means 1/sqrt(d).
-        causal: give the masked statistics too.
+        causal: give the masked statistics too, over the entries of no key after its query.
+        spans: (n, 2) integers: give the masked statistics too, over the entries of the keys from the first number of
+            each query to before the second, which are windows, chunks, or causal ones.
         block: logits are in memory block^2 at a time.
     Returns:
-        Per head a list: unmasked and, with causal, masked.
+        Per head a list: unmasked and, with causal or spans, masked.
     Raises:
-        InputError: shapes that do not fit, non-finite values. NonFiniteError: logits beyond float64.
+        InputError: shapes that do not fit, non-finite values, spans without a key or with fewer than 2n entries.
+        NonFiniteError: logits beyond float64.
     """
     queries, keys, _ = queries_and_keys(q, k)
     n, d = queries.shape[-2:]
@@ -120,7 +129,7 @@ def length_statistics(
     if n < 3:
         raise InputError(f"there are {n} tokens: K_(2n) needs at least 3")
     queries, keys = queries.reshape(-1, n, d), keys.reshape(-1, n, d)
-    masks = (False, True) if causal else (False,)
+    masks = [every_key(n), *_own_spans(n, causal, spans)]
     on_cpu = queries.device.type == "cpu"
     together = torch.get_num_threads() if on_cpu else 1
     found: list[list[LengthStatistics]] = []
@@ -144,6 +153,23 @@ def _strips(q: torch.Tensor, k: torch.Tensor, s: float, block: int) -> Iterator[
         part = q[:, first : first + rows]
         row = part.square().sum(-1, keepdim=True)
         yield first, torch.baddbmm(row, part, k.mT, beta=-0.5 * s, alpha=s)
+
+
+def every_key(n: int) -> torch.Tensor:
+    """Spans of a kernel without a mask: (n, 2) int64, every query with the keys from 0 to before n."""
+    return torch.tensor([[0, n]]).repeat(n, 1)
+
+
+def _own_spans(n: int, causal: bool, spans: Array | None) -> list[torch.Tensor]:
+    """The spans of the masked statistics, if there are to be such."""
+    if spans is None:
+        return [torch.stack([torch.zeros(n, dtype=torch.long), torch.arange(1, n + 1)], 1)] if causal else []
+    own = torch.as_tensor(spans).cpu().long().contiguous()
+    if own.shape != (n, 2) or bool(((own[:, 0] < 0) | (own[:, 0] >= own[:, 1]) | (own[:, 1] > n)).any()):
+        raise InputError(f"spans must be ({n}, 2), each the first and the end of at least one of {n} keys")
+    if (count := int((own[:, 1] - own[:, 0]).sum())) < 2 * n:
+        raise InputError(f"the spans leave {count} entries for {n} tokens: K_(2n) needs {2 * n}")
+    return [own]
 
 
 class _Head:
@@ -173,33 +199,35 @@ class _Head:
         )
 
 
-def _strip(head: Sequence[_Head], logits: torch.Tensor, first: int, masks: Sequence[bool]) -> None:
+def _strip(head: Sequence[_Head], logits: torch.Tensor, first: int, masks: Sequence[torch.Tensor]) -> None:
     """Add the rows from `first` on, logits (rows, n), to each mask of a head."""
     if logits.device.type == "cpu":
         from approxkmv.statistics.streaming_cpu import add_strip
     else:
         add_strip = add_strip_by_torch
-    for causal, part in zip(masks, head, strict=True):
-        add_strip(part.kernel, part.softmax, part.keys, logits, first, causal)
+    for spans, part in zip(masks, head, strict=True):
+        add_strip(part.kernel, part.softmax, part.keys, logits, first, spans)
 
 
 def add_strip_by_torch(
-    kernel: Largest, softmax: Largest, keys: list[torch.Tensor], logits: torch.Tensor, first: int, causal: bool
+    kernel: Largest, softmax: Largest, keys: list[torch.Tensor], logits: torch.Tensor, first: int, spans: torch.Tensor
 ) -> None:
     """A strip in plain torch, on any device.
 
     Args:
         kernel, softmax: take the entries of K and of D^-1 A. keys: gets (rows, shares), the keys that hold each share.
-        logits: (rows, n), row i of them the row first + i of the kernel. causal: only the entries j <= i exist.
+        logits: (rows, n), row i of them the row first + i of the kernel.
+        spans: (n, 2) int64 on the CPU: of each row of the kernel, the first entry that exists and the end of them.
     """
-    stop = first + len(logits) if causal else logits.shape[1]
-    logits = logits[:, :stop]
+    own = spans[first : first + len(logits)]
+    start, stop = int(own[:, 0].min()), int(own[:, 1].max())
+    logits = logits[:, start:stop]
     if not bool(torch.isfinite(logits.sum())) and not bool(torch.isfinite(logits).all()):
         raise NonFiniteError(f"a logit of rows {first} and after is beyond {logits.dtype}: scale the queries down")
-    if causal:
-        row = torch.arange(first, stop, device=logits.device).unsqueeze(1)
-        future = torch.arange(stop, device=logits.device) > row
-        logits = logits.masked_fill(future, -torch.inf)
+    own = own.to(logits.device)
+    if bool((own[:, 0] > start).any() | (own[:, 1] < stop).any()):
+        place = torch.arange(start, stop, device=logits.device)
+        logits = logits.masked_fill((place < own[:, :1]) | (place >= own[:, 1:]), -torch.inf)
     largest = logits.amax(1, keepdim=True)
     weights = (logits - largest).exp()
     total = weights.sum(1, keepdim=True)
@@ -209,4 +237,5 @@ def add_strip_by_torch(
         far = weights.masked_fill(above, 0.0).sum(1).log() + largest[:, 0]
         target.add(values[above], (far if shift is None else far - shift[:, 0]).logsumexp(0))
     mass = weights.sort(1, descending=True).values.cumsum(1)
-    keys.append(torch.stack([(mass < share * total).sum(1) + 1 for share in SHARES], 1).clamp_max(stop))
+    needed = torch.stack([(mass < share * total).sum(1) + 1 for share in SHARES], 1)
+    keys.append(torch.minimum(needed, own[:, 1:] - own[:, :1]))

@@ -16,10 +16,11 @@ _SHARES = np.array(SHARES)
 
 
 def add_strip(
-    kernel: Largest, softmax: Largest, keys: list[torch.Tensor], logits: torch.Tensor, first: int, causal: bool
+    kernel: Largest, softmax: Largest, keys: list[torch.Tensor], logits: torch.Tensor, first: int, spans: torch.Tensor
 ) -> None:
     """As streaming.add_strip_by_torch, for float64 on the CPU; releases the interpreter's lock while it works."""
     values = logits.numpy()
+    own = spans[first : first + len(values)].numpy()
     counts = np.empty((len(values), len(SHARES)), np.int64)
     row = 0
     room = np.empty(0)
@@ -29,7 +30,7 @@ def add_strip(
         if room.size < 2 * size:
             room = np.empty(2 * size)
         done, many, others, log_far, log_far_softmax = _rows(
-            values, row, first, causal, kernel.bound, softmax.bound, room[:size], room[size:], counts, _SHARES
+            values, row, own, kernel.bound, softmax.bound, room[:size], room[size:], counts, _SHARES
         )
         if done < 0:
             raise NonFiniteError(f"a logit of row {first - done - 1} is beyond float64: scale the queries down")
@@ -197,8 +198,7 @@ def count_keys(weights: np.ndarray, size: int, total: float, shares: np.ndarray,
 def _rows(
     values: np.ndarray,
     row: int,
-    first: int,
-    causal: bool,
+    spans: np.ndarray,
     bound: float,
     bound_softmax: float,
     out: np.ndarray,
@@ -206,7 +206,7 @@ def _rows(
     counts: np.ndarray,
     shares: np.ndarray,
 ):
-    """Rows from `row` on while both lists have room for one more.
+    """Rows from `row` on, each from its span's start to its end, while both lists have room for one more.
 
     Returns the next row (or -1 - row where a logit is not finite), the sizes of the two lists, and the logarithms of
     the sums of the entries that are not in them.
@@ -216,10 +216,10 @@ def _rows(
     count, others = 0, 0
     far, far_softmax = -np.inf, -np.inf
     while row < len(values):
-        size = first + row + 1 if causal else n
+        size = spans[row, 1] - spans[row, 0]
         if count + size > out.size or others + size > out_softmax.size:
             break
-        logits = values[row]
+        logits = values[row, spans[row, 0] : spans[row, 1]]
         largest = _row_maximum(logits, size)
         total = exp_and_sum(logits, size, largest, weights)
         if not (np.isfinite(largest) and np.isfinite(_sum(logits, 0, size))):
