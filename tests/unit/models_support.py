@@ -115,11 +115,38 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
         | {"moe_intermediate_size": 16, "n_shared_experts": 1},
     ),
     "CLIP (text)": ("CLIPTextConfig", _BERT),
+    "ESM": ("EsmConfig", _ROBERTA | {"position_embedding_type": "rotary", "token_dropout": False}),
+    "Splinter": ("SplinterConfig", _BERT),
+    "Llama 4 (text)": (
+        "Llama4TextConfig",
+        _WIDE
+        | {"attention_chunk_size": 4, "intermediate_size_mlp": 48, "num_local_experts": 2, "num_experts_per_tok": 1}
+        | {"layer_types": ["chunked_attention", "full_attention", "chunked_attention"]},
+    ),
     "OPT": SMALL["opt"],
     "GPT-OSS": ("GptOssConfig", _WIDE | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4}),
     "GPT-1": SMALL["openai-gpt"],
 }
 """By the names of docs/add-a-model.md: those whose attentions follow from q and k alone (and a mask, or a sink)."""
+
+_FACTORS = {"short_factor": [1.0, 1.1, 1.3, 1.7], "long_factor": [1.0, 2.0, 3.0, 4.0]}
+_LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 16} | _FACTORS
+
+LENGTH_DEPENDENT: dict[str, tuple[str, dict[str, Any]]] = {
+    "Phi-3 longrope": ("Phi3Config", _LLAMA | {"rope_parameters": _LONGROPE, "original_max_position_embeddings": 16}),
+    "PhiMoE longrope": (
+        "PhimoeConfig",
+        _LLAMA
+        | {"num_local_experts": 2, "sliding_window": None}
+        | {"rope_parameters": _LONGROPE | {"short_mscale": 1.0, "long_mscale": 1.4}},
+    ),
+    "Llama dynamic": (
+        "LlamaConfig",
+        _LLAMA | {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}},
+    ),
+}
+"""Rotary embeddings that depend on the length of the text beyond 16 tokens, or beyond the model's positions, 40."""
+
 
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "GPT-J": ("GPTJConfig", {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4}),

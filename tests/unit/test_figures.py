@@ -14,6 +14,7 @@ from approxkmv.config import SCHEMA
 from approxkmv.errors import ConfigError, TableError
 from approxkmv.figures import catalogue, context_scaling, length_scaling
 from approxkmv.figures.style import short
+from approxkmv.statistics.entries import CAUSAL
 
 REFERENCE = SCHEMA.parents[2] / "results" / "reference"
 
@@ -150,7 +151,7 @@ def tables(folder, model: str, layers: int, heads: int, bound: float = 4.6) -> N
         {"prefix": prefix, "contexts": [9, 5, 1], "mean": prefix / 10, "std": 1.0, "min": 4.0, "max": 30.0}
     ).to_csv(folder / f"context_scaling_{model}.csv", index=False)
     facts = {"label": f"model {model}", "texts_used": 9, "corpus": "a corpus", "paper_bound": bound}
-    facts |= {"layers": layers, "heads": heads, "heads_within_bound": 1}
+    facts |= {"layers": layers, "heads": heads, "heads_within_bound": 1, "mask": CAUSAL, "left_out": []}
     (folder / f"overview_{model}.json").write_text(json.dumps(facts))
 
 
@@ -244,6 +245,7 @@ def long_tables(folder: Path, masked: bool) -> None:
             table[f"{before}{column}"] = 10 ** generator.uniform(-5, 300, len(table))
     table.to_csv(folder / "length_scaling_m.csv", index=False)
     facts = {"label": "model m", "texts_used": 1, "corpus": "a corpus", "layers": 2, "heads": 3}
+    facts |= {"mask": CAUSAL, "left_out": []}
     (folder / "lengths_m.json").write_text(json.dumps(facts))
 
 

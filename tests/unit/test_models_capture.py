@@ -11,11 +11,22 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from models_support import ARCHITECTURES, REFUSED, SMALL, TEXTS, own_attentions, recomputed, save_random, save_small
+from models_support import (
+    ARCHITECTURES,
+    LENGTH_DEPENDENT,
+    REFUSED,
+    SMALL,
+    TEXTS,
+    own_attentions,
+    recomputed,
+    save_random,
+    save_small,
+)
 from safetensors.torch import load_file, save_file
 
 from approxkmv.errors import CaptureError, InputError, NonFiniteError, SourceError
-from approxkmv.models import CapturableModel, ModelLocation, fetch, parse_source
+from approxkmv.models import CapturableModel, ModelLocation, fetch, interface, parse_source
+from approxkmv.models.families import SCALED_QUERIES, UNSCALED
 from approxkmv.models.loading import quiet
 
 # The reference computes in float32, where a softmax of logits up to about 10 carries 10 * 2^-24 of relative error
@@ -76,6 +87,27 @@ def test_padding_leaves_no_trace(tmp_path, name):
         ):
             # Relative to the largest entry: the batch's matrix products add in another order.
             torch.testing.assert_close(ours, theirs, atol=1e-5 * float(theirs.abs().max()), rtol=0)
+
+
+@pytest.mark.parametrize(
+    "name", [*LENGTH_DEPENDENT, *(pytest.param(name, marks=pytest.mark.slow) for name in ARCHITECTURES)]
+)
+def test_neighbours_leave_no_trace_at_any_length(tmp_path, name):
+    class_name, settings = (LENGTH_DEPENDENT | ARCHITECTURES)[name]
+    location = save_random(tmp_path, class_name, settings, gain=0.8 if name == "MobileBERT" else 1.5)
+    model = CapturableModel.load(location)
+    texts = [[3 + (5 * place + length) % 50 for place in range(length)] for length in (5, 40, 16, 17, 30)]
+    for text, captured in zip(texts, model.capture(texts), strict=True):
+        # Loaded anew: a model may remember a length that it has seen.
+        alone = CapturableModel.load(location).capture([text])[0]
+        for ours, theirs in ((captured.queries, alone.queries), (captured.keys, alone.keys)):
+            torch.testing.assert_close(ours, theirs, atol=1e-5 * float(theirs.abs().max()), rtol=0)
+        assert captured.spans.equal(alone.spans)
+    if name in LENGTH_DEPENDENT:
+        ours, theirs = recomputed(captured, causal=True), own_attentions(location, text).double()
+        torch.testing.assert_close(ours, theirs, atol=ATOL, rtol=0)
+        with pytest.raises(InputError, match="at most 40"):
+            model.capture([[5] * 41])
 
 
 def test_a_model_that_padding_would_reach_runs_lengths_apart(tmp_path):
@@ -142,6 +174,40 @@ def test_opt_queries_are_those_before_the_scaling(tmp_path):
     captured = model.capture([TEXTS[0]])[0]
     handle.remove()
     torch.testing.assert_close(captured.queries[0].transpose(0, 1).flatten(1), seen[0][0])
+
+
+@pytest.mark.parametrize("kind", ["rotary", "absolute"])
+def test_esm_queries_are_those_before_the_scaling(tmp_path, kind):
+    class_name, settings = ARCHITECTURES["ESM"]
+    model = CapturableModel.load(save_random(tmp_path, class_name, settings | {"position_embedding_type": kind}))
+    seen = []
+    linear = model._backbone.encoder.layer[0].attention.self.query
+    handle = linear.register_forward_hook(lambda m, i, out: seen.append(out))
+    captured = model.capture([TEXTS[0]])[0]
+    handle.remove()
+    assert captured.scales.tolist() == pytest.approx([8**-0.5] * 3)
+    # A rotation keeps the norms, which c depends on.
+    theirs = seen[0][0].unflatten(-1, (4, 8)).transpose(0, 1)
+    torch.testing.assert_close(captured.queries[0].norm(dim=-1), theirs.norm(dim=-1), rtol=1e-5, atol=0)
+
+
+def test_a_factor_of_one_is_believed_of_classes_on_the_list_alone(tmp_path, monkeypatch):
+    location = save_small(tmp_path, "gpt2-unscaled")
+    CapturableModel.load(location)
+    monkeypatch.setattr(interface, "UNSCALED", frozenset())
+    with pytest.raises(CaptureError, match="GPT2Attention hands its queries over with a factor of 1") as error:
+        CapturableModel.load(location)
+    assert "\n" not in str(error.value)
+
+
+def test_every_class_on_the_list_is_there():
+    classes = {name for module in transformers_modules() for name in re.findall(r"^class (\w+)", module, re.M)}
+    assert classes >= SCALED_QUERIES | UNSCALED
+
+
+def transformers_modules() -> list[str]:
+    folder = Path(transformers.__file__).parent / "models"
+    return [path.read_text(encoding="utf-8") for path in folder.glob("*/modeling_*.py")]
 
 
 @pytest.mark.parametrize("name", ["openai-gpt", "mpnet"])

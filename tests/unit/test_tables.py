@@ -13,6 +13,7 @@ from approxkmv.config import Study, load_config, study_of
 from approxkmv.errors import TableError
 from approxkmv.figures import context_scaling, max_ratios, order_ratios
 from approxkmv.files import write_parquet
+from approxkmv.statistics.entries import CAUSAL, EVERY_KEY
 from approxkmv.steps.compare import claims, compare, growth_exponent
 from approxkmv.steps.growth import measure_growth
 from approxkmv.steps.show import lines
@@ -104,7 +105,7 @@ def test_lengths_with_few_texts_do_not_decide_the_exponent():
 
 
 def test_claims_hold_or_not_by_their_criterion():
-    overview = {"model": "m", "paper_bound": 4.6, "texts_used": 3}
+    overview = {"model": "m", "paper_bound": 4.6, "texts_used": 3, "mask": CAUSAL}
     heads = pd.DataFrame(
         {"max_ratio": [1.0, 4.6], "median_next_ratio": [1.0, 1.01], "median_double_ratio": [2.0, 19.0]}
     )
@@ -116,7 +117,7 @@ def test_claims_hold_or_not_by_their_criterion():
 
 
 def test_masked_claims_are_judged_over_the_masked_columns_and_say_nothing_of_the_paper():
-    overview = {"model": "m", "paper_bound": 4.6, "texts_used": 3}
+    overview = {"model": "m", "paper_bound": 4.6, "texts_used": 3, "mask": CAUSAL}
     names = ("max_ratio", "median_next_ratio", "median_double_ratio")
     bad, good = ([4.7, 1.2, 30.0], [4.5, 1.0, 2.0])
     heads = pd.DataFrame([bad + good], columns=[*names, *(f"masked_{name}" for name in names)])
@@ -159,6 +160,7 @@ def shards(folder: Path, *, causal: bool, prefixes: tuple[int, ...] = PREFIXES) 
     write_parquet(folder / "0000.prefixes.parquet", pd.concat(curves) if curves else empty)
     write_parquet(folder / "texts.parquet", pd.DataFrame({"index": range(TEXTS), "name": "t", "text": "t"}))
     taken = pd.DataFrame({"context": range(TEXTS), "name": "t", "tokens": 120, "cut": 0, "used": True})
+    taken["mask"], taken["left_out"] = CAUSAL if causal else EVERY_KEY, ""
     taken.to_csv(folder / "0000.contexts.csv", index=False)
     return study
 

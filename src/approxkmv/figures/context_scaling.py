@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from approxkmv.figures.style import COLOURS, ENTRIES, new_figure, save
+from approxkmv.figures.style import COLOURS, ENTRIES, legend_below, new_figure, not_in_kernel, save, wrapped
 from approxkmv.files import read_table
 from approxkmv.steps.tables import MASKED, masks_of, model_tables, read_overview
 
-DASHED = f"the same model, {ENTRIES[MASKED]} (mean)"
 # Characters of a label of which two fit side by side.
 LONGEST_IN_TWO_COLUMNS = 45
 
@@ -19,8 +18,11 @@ def draw(tables: Path, models: Sequence[str], stem: Path) -> list[Path]:
     # Read before the figure is made: its legend needs a height and, where labels are long, a column for itself.
     names = [model_tables(tables, model) for model in models]
     read = [(read_table(name.scaling), read_overview(name.overview)) for name in names]
-    causal = any(MASKED in masks_of(table, "mean") for table, _ in read)
-    labels = [facts["label"] for _, facts in read] + ([DASHED] if causal else [])
+    masks = sorted({facts["mask"] for table, facts in read if MASKED in masks_of(table, "mean")})
+    causal = bool(masks)
+    dashed = f"the same model, {masks[0] if len(masks) == 1 else ENTRIES[MASKED]} (mean)" if causal else ""
+    left_out = [f"{facts['label']}, {not_in_kernel(facts)}" for _, facts in read if facts["left_out"]]
+    labels = [facts["label"] for _, facts in read] + [dashed] * causal
     columns = 2 if max(map(len, labels)) <= LONGEST_IN_TWO_COLUMNS else 1
     figure = new_figure(7.2, 4.2 + 0.18 * -(-len(labels) // columns))
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
@@ -67,8 +69,8 @@ def draw(tables: Path, models: Sequence[str], stem: Path) -> list[Path]:
         "Scaling of c with the length of the context: mean and standard deviation over texts", fontsize=9, loc="left"
     )
     if causal:
-        top.plot([], [], color="#555555", linestyle="--", label=DASHED)
-    figure.legend(frameon=False, fontsize=8, loc="outside lower left", ncols=columns)
+        top.plot([], [], color="#555555", linestyle="--", label=dashed)
+    legend_below(figure, "\n".join(wrapped(line, 110) for line in left_out), ncols=columns)
     bottom.set_yscale("log")
     bottom.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
     bottom.yaxis.set_minor_formatter(FuncFormatter(lambda y, _: ""))

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from approxkmv.figures.heatmap import draw_heatmap, grid, is_wide, new_panels
-from approxkmv.figures.style import ENTRIES, save
+from approxkmv.figures.style import entries, footnote, not_in_kernel, save
 from approxkmv.files import read_table
 from approxkmv.statistics.growth import FAILS, VERDICTS
 from approxkmv.steps.tables import masks_of, model_tables, read_overview
@@ -39,13 +39,14 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
         )
         counts = table[f"{before}verdict"].value_counts()
         found = ", ".join(f"{word} {counts[word]}" for word in VERDICTS if word in counts)
-        axes.set_title(f"{ENTRIES[before]}\n{found}", fontsize=8, loc="left")
+        axes.set_title(f"{entries(before, facts)}\n{found}", fontsize=8, loc="left")
     figure.suptitle(
         f"{facts['label']}: exponent g of c(n) ~ n$^g$ on {facts['texts_used']} texts\noutlined: fails",
         fontsize=9,
         x=0.02,
         ha="left",
     )
+    footnote(figure, not_in_kernel(facts))
     return save(figure, stem)
 
 

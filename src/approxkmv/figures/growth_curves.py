@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from approxkmv.figures.style import COLOURS, ENTRIES, new_figure, save
+from approxkmv.figures.style import COLOURS, entries, footnote, new_figure, not_in_kernel, save
 from approxkmv.files import read_table
 from approxkmv.statistics.growth import FAR_BOUND, VERDICTS
 from approxkmv.steps.tables import masks_of, model_tables, read_overview
@@ -55,10 +55,11 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
         axes.set_xlabel("prefix length n in tokens")
-        axes.set_title(f"{ENTRIES[before]} (dashed: c = {FAR_BOUND:g})", fontsize=8, loc="left")
+        axes.set_title(f"{entries(before, facts)} (dashed: c = {FAR_BOUND:g})", fontsize=8, loc="left")
         axes.legend(frameon=False, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.14))
     panels[0].set_ylabel("c of the average text")
     figure.suptitle(f"{facts['label']}\nc(n) of typical heads and fitted power laws", fontsize=9, x=0.02, ha="left")
+    footnote(figure, not_in_kernel(facts))
     return save(figure, stem)
 
 

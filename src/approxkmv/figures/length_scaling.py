@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from approxkmv.figures.style import COLOURS, new_figure, save
+from approxkmv.figures.style import COLOURS, legend_below, new_figure, not_in_kernel, save, wrapped
 from approxkmv.files import read_table
 from approxkmv.steps.tables import MASKED, length_tables, read_overview
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 # Which heads are drawn, as quantiles over a model's heads.
 HEADS = ((0.5, "median head"), (0.9, "90th of 100 heads"), (1.0, "largest head"))
+# Characters of a label of which two fit side by side.
+LONGEST_IN_TWO_COLUMNS = 60
 PANELS = (
     ("ratio", "c(n)"),
     ("softmax_ratio", "c(n) of the softmax matrix, without the row factor"),
@@ -36,7 +38,7 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
             groups = table.groupby("length")[f"{before}{column}"]
             for (share, name), colour in zip(HEADS, COLOURS, strict=False):
                 values = groups.quantile(share)
-                which = ", no key after its query" if before else ""
+                which = f", {facts['mask']}" if before else ""
                 axes.plot(
                     values.index, values, color=colour, linestyle=line, marker="o", markersize=3, label=name + which
                 )
@@ -50,7 +52,8 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
     for axes in panels[2:]:
         axes.set_xlabel("n in tokens")
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, frameon=False, fontsize=8, loc="outside lower left", ncols=len(masks))
+    columns = len(masks) if max(map(len, labels)) <= LONGEST_IN_TWO_COLUMNS else 1
+    legend_below(figure, wrapped(not_in_kernel(facts), 120), handles=handles, labels=labels, ncols=columns)
     count = facts["texts_used"]
     figure.suptitle(
         f"{facts['label']}: {facts['layers'] * facts['heads']} heads on "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from approxkmv.figures.heatmap import draw_heatmap, grid, is_wide, new_panels
-from approxkmv.figures.style import ENTRIES, save
+from approxkmv.figures.style import entries, footnote, not_in_kernel, save
 from approxkmv.files import read_table
 from approxkmv.steps.tables import masks_of, model_tables, read_overview
 
@@ -32,7 +32,7 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
         )
         above = int((table[f"{before}max_ratio"] > bound).sum())
         axes.set_title(
-            f"{ENTRIES[before]}\noutlined: above the paper's bound {bound:g} ({above} of {len(table)} heads)",
+            f"{entries(before, facts)}\noutlined: above the paper's bound {bound:g} ({above} of {len(table)} heads)",
             fontsize=8,
             loc="left",
         )
@@ -42,4 +42,5 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
         x=0.02,
         ha="left",
     )
+    footnote(figure, not_in_kernel(facts))
     return save(figure, stem)

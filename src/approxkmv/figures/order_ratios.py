@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from approxkmv.figures.heatmap import draw_heatmap, grid, is_wide, new_panels
-from approxkmv.figures.style import ENTRIES, save, short
+from approxkmv.figures.style import entries, footnote, not_in_kernel, save, short
 from approxkmv.files import read_table
 from approxkmv.steps.tables import masks_of, model_tables, read_overview
 
@@ -48,15 +48,18 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
         double = grid(table, f"{before}median_double_ratio")
         draw_heatmap(figure, second, double, **WIDE, bound=20.0, label="median over texts")
         first.set_title(
-            f"$K_{{(n)}}\\,/\\,K_{{(n+1)}}$, last of the head over first of the tail\n{ENTRIES[before]}", **TITLE
+            f"$K_{{(n)}}\\,/\\,K_{{(n+1)}}$, last of the head over first of the tail\n{entries(before, facts)}", **TITLE
         )
-        second.set_title(f"$K_{{(n)}}\\,/\\,K_{{(2n)}}$; outlined: above the paper's 20\n{ENTRIES[before]}", **TITLE)
+        second.set_title(
+            f"$K_{{(n)}}\\,/\\,K_{{(2n)}}$; outlined: above the paper's 20\n{entries(before, facts)}", **TITLE
+        )
     figure.suptitle(
         f"{facts['label']}\nratios of ordered entries on {facts['texts_used']} texts of {facts['corpus']}",
         fontsize=9,
         x=0.02,
         ha="left",
     )
+    footnote(figure, not_in_kernel(facts))
     return save(figure, stem)
 
 

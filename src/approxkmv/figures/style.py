@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import textwrap
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from approxkmv.files import written_whole
+from approxkmv.statistics.entries import EVERY_KEY, OWN_MASK
 from approxkmv.steps.tables import MASKED
 
 if TYPE_CHECKING:
@@ -14,7 +17,7 @@ if TYPE_CHECKING:
 # Okabe and Ito's palette, readable with colour-blind eyes.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#B8A200")
 # Which entries of K a statistic is over, by what stands before its column.
-ENTRIES = {"": "every query with every key", MASKED: "no key after its query"}
+ENTRIES = {"": EVERY_KEY, MASKED: OWN_MASK}
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -48,6 +51,33 @@ def save(figure: Figure, stem: Path) -> list[Path]:
             figure.savefig(temporary, dpi=160, metadata=metadata)
         paths.append(path)
     return paths
+
+
+def entries(before: str, facts: Mapping[str, Any]) -> str:
+    """Which entries of K a model's statistic is over, by what stands before its column and the model's overview."""
+    return wrapped(facts["mask"], 60) if before else ENTRIES[before]
+
+
+def not_in_kernel(facts: Mapping[str, Any]) -> str:
+    """What the model's attention has and K has not, for a line under its figures; empty where there is nothing."""
+    return f"not in K: {', '.join(facts['left_out'])}" if facts["left_out"] else ""
+
+
+def footnote(figure: Figure, text: str) -> None:
+    """A small line under a figure; nothing for an empty text."""
+    if text:
+        figure.supxlabel(wrapped(text, int(17 * figure.get_figwidth())), fontsize=7, x=0.02, ha="left")
+
+
+def legend_below(figure: Figure, text: str, **options: Any) -> None:
+    """The legend of a figure's axes under it, headed by a small line; nothing of it for an empty text."""
+    heading = {"title": text, "title_fontsize": 7, "alignment": "left"} if text else {}
+    figure.legend(frameon=False, fontsize=8, loc="outside lower left", **options, **heading)
+
+
+def wrapped(text: str, width: int) -> str:
+    """The text in lines of at most so many characters."""
+    return "\n".join(textwrap.wrap(text, width))
 
 
 def short(value: float) -> str:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from approxkmv.errors import ApproxKMVError, CaptureError, InputError
-from approxkmv.models.recording import ADVICE, Captured, Recording
-from approxkmv.models.rotary import scaled_positions
+from approxkmv.models.masks import plain_spans
+from approxkmv.models.recording import ADVICE, Captured, Layer, Recording
+from approxkmv.models.rotary import length_that_changes, scaled_positions
 from approxkmv.models.sources import ModelLocation
+from approxkmv.statistics.entries import CAUSAL, EVERY_KEY, OWN_MASK
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -27,7 +30,9 @@ class CapturableModel:
     Of an encoder-decoder model (T5, BART) the encoder is taken: its self-attention over the text.
     """
 
-    def __init__(self, backbone: Any, location: ModelLocation, n_layers: int, device: torch.device) -> None:
+    def __init__(
+        self, backbone: Any, location: ModelLocation, n_layers: int, device: torch.device, encoder_only: bool = False
+    ) -> None:
         """Use CapturableModel.load."""
         self._backbone = backbone
         self._location = location
@@ -39,6 +44,7 @@ class CapturableModel:
         self.architecture: str = type(backbone).__name__
         self.n_layers = n_layers
         self.max_positions = scaled_positions(backbone.config) or max_positions(backbone)
+        self.changes_beyond = length_that_changes(backbone.config)
         # Two tokens through the whole model: shapes and causality as they are, not as a configuration words them,
         # and an architecture that cannot be captured is refused before any text is read.
         short, long = self._probe_texts()
@@ -47,9 +53,24 @@ class CapturableModel:
         alone = probe.texts(require_finite=False)[0]
         self.n_heads = int(alone.queries.shape[1])
         self.head_dim = int(alone.queries.shape[3])
-        self.is_causal = probe.causal
+        self.layers = alone.layers
+        stops = alone.spans[..., 1]
+        self.is_causal = bool((stops <= plain_spans(len(short), causal=True)[:, 1]).all())
+        every = bool((alone.spans == plain_spans(len(short), causal=False)).all())
+        windowed = any(layer.window is not None for layer in self.layers)
+        self.has_own_masks = windowed or not (self.is_causal or every)
+        self.mask = mask_in_words(self.layers, self.is_causal) if self.is_causal or self.has_own_masks else EVERY_KEY
+        self.left_out = left_out_in_words(self.layers, encoder_only)
+        padded, longer = self._probe([short, long]).texts(require_finite=False)
         # MobileBERT embeds each token with its right neighbour, so that padding would reach a text's last token.
-        self._pads = _agree(alone, self._probe([short, long]).texts(require_finite=False)[0])
+        self._pads = _agree(alone, padded)
+        start = replace(longer, queries=longer.queries[:, :, : len(short)], keys=longer.keys[:, :, : len(short)])
+        finite = bool(torch.isfinite(alone.queries).all() and torch.isfinite(alone.keys).all())
+        if self.is_causal and finite and not _agree(alone, start):
+            raise CaptureError(
+                f"{self.architecture} hides later tokens from its attention, and yet they change the queries and keys "
+                f"of earlier ones: {ADVICE}"
+            )
 
     @classmethod
     def load(
@@ -98,7 +119,7 @@ class CapturableModel:
             raise CaptureError(f"{type(backbone).__name__} does not say how many layers it has: {ADVICE}")
         # One pass per text: a cache of keys would only cost memory.
         backbone.config.use_cache = text_config.use_cache = False
-        return cls(backbone.to(place), location, n_layers, place)
+        return cls(backbone.to(place), location, n_layers, place, encoder_only=bool(config.is_encoder_decoder))
 
     @property
     def tokenizer(self) -> Any:
@@ -129,7 +150,8 @@ class CapturableModel:
 
         Args:
             batch: token ids of each text, of any lengths; shorter ones are padded inside, and the padding is removed.
-                A model that padding would reach (MobileBERT) runs texts of different lengths apart.
+                A model that padding would reach (MobileBERT) runs texts of different lengths apart, and one whose
+                rotary embedding changes beyond a length runs the texts beyond it apart.
             values: whether to take the values too.
         Returns:
             One Captured per text, queries and keys (layers, heads, n, d) in the model's dtype on its device.
@@ -143,19 +165,29 @@ class CapturableModel:
             return []
         for index, text in enumerate(texts):
             self._check(index, text)
-        lengths = {len(text) for text in texts}
-        if len(lengths) > 1 and not self._pads:
-            captured: dict[int, Captured] = {}
-            for length in lengths:
-                rows = [index for index, text in enumerate(texts) if len(text) == length]
-                captured |= dict(zip(rows, self._capture([texts[row] for row in rows], rows, values), strict=True))
-            return [captured[index] for index in range(len(texts))]
-        return self._capture(texts, range(len(texts)), values)
+        # Together only what may be: see _pads, and length_that_changes.
+        groups: dict[int, list[int]] = {}
+        for index, text in enumerate(texts):
+            beyond = self.changes_beyond is not None and len(text) > self.changes_beyond
+            groups.setdefault(int(beyond) if self._pads else len(text), []).append(index)
+        captured: dict[int, Captured] = {}
+        for rows in groups.values():
+            captured |= dict(zip(rows, self._capture([texts[row] for row in rows], rows, values), strict=True))
+        return [captured[index] for index in range(len(texts))]
 
     def _capture(self, texts: list[list[int]], indices: Sequence[int], values: bool) -> list[Captured]:
         recording = Recording(self.architecture, self.n_layers, [len(text) for text in texts], values)
         self._run(texts, recording)
-        return recording.texts(indices)
+        captured = recording.texts(indices)
+        for index, one in zip(indices, captured, strict=True):
+            if not self.has_own_masks and not bool(
+                (one.spans == plain_spans(one.spans.shape[1], self.is_causal)).all()
+            ):
+                raise CaptureError(
+                    f"{self.architecture}: text {index} of the batch is attended to in windows of which the model's "
+                    f"configuration says nothing: {ADVICE}"
+                )
+        return captured
 
     def _check(self, index: int, text: list[int]) -> None:
         if not text:
@@ -215,6 +247,34 @@ def _agree(one: Captured, other: Captured) -> bool:
     return all(
         bool((a.float() - b.float()).abs().max() <= tolerance * a.float().abs().max())
         for a, b in ((one.queries, other.queries), (one.keys, other.keys))
+    )
+
+
+def mask_in_words(layers: Sequence[Layer], causal: bool) -> str:
+    """Which keys the queries of a model see, where at least one layer hides some."""
+    windows = [layer.window for layer in layers if layer.window is not None]
+    if not windows:
+        return CAUSAL if causal else OWN_MASK
+    sizes = " and ".join(f"{window if causal else window - 1:,}" for window in sorted(set(windows)))
+    side = "" if causal else " to each side"
+    return f"{OWN_MASK}: windows of {sizes} keys{side} in {len(windows)} of {len(layers)} layers"
+
+
+def left_out_in_words(layers: Sequence[Layer], encoder_only: bool) -> tuple[str, ...]:
+    """What a model's attention has and the kernel of its queries and keys has not."""
+
+    def where(has: Sequence[bool]) -> str:
+        return f"in {sum(has)} of {len(has)} layers"
+
+    capped = [layer.softcap is not None for layer in layers]
+    sinks = [layer.sinks is not None for layer in layers]
+    biased = [layer.bias for layer in layers]
+    caps = " and ".join(f"{cap:g}" for cap in sorted({layer.softcap for layer in layers if layer.softcap is not None}))
+    return (
+        *([f"the logits' cap of {caps} {where(capped)}"] if any(capped) else []),
+        *([f"the learned sink {where(sinks)}"] if any(sinks) else []),
+        *([f"the bias added to the logits {where(biased)}"] if any(biased) else []),
+        *(["the decoder (this is the encoder's self-attention)"] if encoder_only else []),
     )
 
 

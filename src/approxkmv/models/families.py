@@ -24,9 +24,28 @@ ADAPTERS: dict[str, Adapter] = {
 }
 """By the name of the backbone's class."""
 
-SCALED_QUERIES = frozenset({"OPTAttention"})
-"""Attention classes that multiply the queries by their `scaling` before the interface, which then says 1.0.
+SCALED_QUERIES = frozenset({"OPTAttention", "EsmSelfAttention"})
+"""Attention classes that multiply the queries by 1/sqrt(d) before the interface, which then says 1.0.
 
 The product of query and key is the same, but the Gaussian kernel of Lemma 4.1 is not: it also depends on the norm of
 the query. So the factor is moved back to where the other architectures have it.
 """
+
+UNSCALED = frozenset(
+    {
+        # Multiplied as they are, by the way these were trained.
+        *("T5Attention", "MT5Attention", "UMT5Attention", "SwitchTransformersAttention", "UdopAttention"),
+        *("Pop2PianoAttention", "Pix2StructTextAttention", "DiaSelfAttention"),
+        # Queries and keys have a norm of their own in place of the factor.
+        *("Gemma3nTextAttention", "Gemma4TextAttention", "Gemma4UnifiedTextAttention", "EmbeddingGemma2Attention"),
+        # The factor is a setting, which may be 1.
+        *("GPT2Attention", "DecisionTransformerGPT2Attention", "GPTBigCodeAttention"),
+        *("GraniteAttention", "GraniteSWAAttention", "GraniteMoeAttention", "GraniteMoeSWAAttention"),
+        *("GraniteMoeSharedAttention", "GraniteMoeHybridAttention", "HyperCLOVAXAttention"),
+        *("Gemma2Attention", "Gemma3Attention", "VaultGemmaAttention", "T5GemmaSelfAttention"),
+        *("T5Gemma2SelfAttention", "Step3p7Attention"),
+        # Half the factor is in the queries and half in the keys: the kernel is the same.
+        "OpenAIPrivacyFilterAttention",
+    }
+)
+"""Attention classes whose factor of the logits may truly be 1.0; with any other it is taken for scaled before."""

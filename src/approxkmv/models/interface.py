@@ -19,8 +19,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from approxkmv.errors import CaptureError
-from approxkmv.models.families import SCALED_QUERIES
-from approxkmv.models.recording import ADVICE, Recording
+from approxkmv.models.families import SCALED_QUERIES, UNSCALED
+from approxkmv.models.recording import ADVICE, Layer, Recording
 
 # Names without "sdpa", "flash" or "flex" in them: transformers treats names with these words specially.
 FUSED = "approxkmv_fused"
@@ -60,7 +60,10 @@ def _fused(
     attention_mask: torch.Tensor | None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    _record(module, query, key, value, attention_mask, options)
+    # Without a mask, by the rule of sdpa_attention_forward.
+    flag = options.get("is_causal")
+    causal = bool(getattr(module, "is_causal", True) if flag is None else flag)
+    _record(module, query, key, value, attention_mask, options, causal)
     return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
 
 
@@ -72,7 +75,8 @@ def _plain(
     attention_mask: torch.Tensor | None,
     **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    _record(module, query, key, value, attention_mask, options)
+    # Functions of this kind know no other mask than the one they are handed.
+    _record(module, query, key, value, attention_mask, options, causal=False)
     own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     if own is None:
         raise CaptureError(f"{type(module).__name__} has no attention function in its own module: {ADVICE}")
@@ -86,26 +90,38 @@ def _record(
     value: torch.Tensor,
     mask: torch.Tensor | None,
     options: dict[str, Any],
+    causal: bool,
 ) -> None:
     recording = _current.get()
     if recording is None:
         return
-    scaling = options.get("scaling")
-    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    if type(module).__name__ in SCALED_QUERIES:
-        own = float(module.scaling)  # type: ignore[arg-type]
-        scale, query = scale * own, query / own
-    recording.record(query, key, value, scale, causal=_is_causal(module, mask, options.get("is_causal")))
+    scaling, width, name = options.get("scaling"), query.shape[-1], type(module).__name__
+    scale = width**-0.5 if scaling is None else float(scaling)
+    if name in SCALED_QUERIES and scale == 1.0:
+        scale = width**-0.5
+        query = query / scale
+    elif scale == 1.0 and width > 1 and name not in UNSCALED:
+        raise CaptureError(
+            f"{name} hands its queries over with a factor of 1, so they may be scaled already: look, and name it in "
+            "models/families.py among SCALED_QUERIES or UNSCALED"
+        )
+    layer = Layer(
+        window=_window(module, options),
+        softcap=options.get("softcap"),
+        sinks=options.get("s_aux"),
+        bias=options.get("position_bias") is not None,
+    )
+    recording.record(query, key, value, scale, causal=causal, mask=mask, layer=layer)
 
 
-def _is_causal(module: torch.nn.Module, mask: torch.Tensor | None, flag: bool | None) -> bool:
-    """Whether the first position sees no later one, by the rule of sdpa_attention_forward when there is no mask."""
-    if mask is None:
-        return bool(getattr(module, "is_causal", True) if flag is None else flag)
-    if mask.shape[-1] < 2 or mask.shape[-2] < 2:
-        return False  # a mask shared by all rows hides padding, not the future
-    first = mask[0, 0, 0, 1]
-    return not bool(first) if mask.dtype == torch.bool else bool(first < -1000)
+def _window(module: torch.nn.Module, options: dict[str, Any]) -> int | None:
+    """The window that a layer names to the interface, or the chunk that its configuration gives it."""
+    config, place = getattr(module, "config", None), getattr(module, "layer_idx", None)
+    kinds = getattr(config, "layer_types", None) or ()
+    if isinstance(place, int) and place < len(kinds) and kinds[place] == "chunked_attention":
+        return int(config.attention_chunk_size)  # type: ignore[union-attr]
+    window = options.get("sliding_window")
+    return window if isinstance(window, int) and window > 0 else None
 
 
 AttentionInterface.register(FUSED, _fused)

@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from approxkmv.models.recording import Recording
+from approxkmv.models.recording import Layer, Recording
 
 
 @contextlib.contextmanager
 def recording_calls(backbone: torch.nn.Module, recording: Recording) -> Iterator[None]:
     """Within the block, every layer records what its attention multiplies; afterwards the modules are as before.
 
-    The bias that the model adds to the logits by relative position is no part of them and is not recorded.
+    The bias that the model adds to the logits by relative position is no part of them: that there is one is recorded.
 
     Args:
         backbone: an MPNetModel.
@@ -32,7 +32,8 @@ def recording_calls(backbone: torch.nn.Module, recording: Recording) -> Iterator
 
     def hand_over(made: dict[str, torch.Tensor], width: int) -> Callable[..., None]:
         def hook(module: Any, inputs: Any, output: Any) -> None:
-            recording.record(made.pop("q"), made.pop("k"), made.pop("v"), width**-0.5, causal=False)
+            q, k, v = (made.pop(name) for name in ("q", "k", "v"))
+            recording.record(q, k, v, width**-0.5, causal=False, layer=Layer(bias=True))
 
         return hook
 

@@ -3,16 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from approxkmv.errors import CaptureError, NonFiniteError
+from approxkmv.models.masks import plain_spans, spans_of
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What the softmax of a layer has beside scale * q k^T."""
+
+    window: int | None = None
+    """How far its window (or chunk) reaches in keys, the query's own included; None without one."""
+    softcap: float | None = None
+    """Logits x become softcap * tanh(x / softcap)."""
+    sinks: torch.Tensor | None = None
+    """(heads,) one more logit of each row, of no key."""
+    bias: bool = False
+    """Whether something is added to the logits, by relative position for example."""
+
+
+NOTHING_ELSE = Layer()
 
 
 @dataclass(frozen=True)
 class Captured:
-    """What one text's attention multiplies: each layer computes softmax(scale * queries keys^T + its own bias)."""
+    """What one text's attention multiplies: softmax(scale * queries keys^T) over the keys seen, and see `layers`."""
 
     queries: torch.Tensor
     """(layers, heads, n, d), after rotary embedding and any normalisation of queries."""
@@ -22,6 +40,10 @@ class Captured:
     """(layers,) float64 on the CPU: the model's own factor of the logits."""
     values: torch.Tensor | None
     """(layers, heads, n, d_v), or None when they were not asked for."""
+    spans: torch.Tensor
+    """(layers, n, 2) int32 on the CPU: query i sees the keys from the first number to before the second."""
+    layers: tuple[Layer, ...]
+    """What else each layer's softmax has."""
 
 
 class NonFiniteActivation(NonFiniteError):
@@ -51,7 +73,7 @@ class Recording:
         self.architecture = architecture
         self.n_layers = n_layers
         self.lengths = list(lengths)
-        self.causal = True
+        self.layers: list[Layer] = []
         self._keep_values = values
         self._scales: list[float] = []
         self._shape: tuple[int, int, int] | None = None
@@ -59,18 +81,32 @@ class Recording:
         self._queries: list[torch.Tensor] = []
         self._keys: list[torch.Tensor] = []
         self._values: list[torch.Tensor] = []
+        self._spans: list[list[torch.Tensor]] = []
+        # Layers share their masks; those of the last two are kept, since windows often alternate with none.
+        self._masks: list[tuple[torch.Tensor, tuple[list[torch.Tensor], bool]]] = []
 
     def record(
-        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, *, causal: bool
+        self,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        scale: float,
+        *,
+        causal: bool,
+        mask: torch.Tensor | None = None,
+        layer: Layer = NOTHING_ELSE,
     ) -> None:
         """Take the next layer.
 
         Args:
             queries: (batch, heads, n, d). keys: (batch, key heads, n, d). values: (batch, key heads, n, d_v).
             scale: the factor of the logits in this layer.
-            causal: whether position i sees no position after i in this layer.
+            causal: whether, without a mask, position i sees no position after i in this layer.
+            mask: as models/masks.py takes it, or None.
+            layer: what else its softmax has.
         Raises:
-            CaptureError: this is no self-attention of the shape that the layers before had.
+            CaptureError: this is no self-attention of the shape that the layers before had, or a mask that cannot be
+                described.
         """
         batch, heads, n, d = queries.shape
         key_heads = keys.shape[1]
@@ -96,15 +132,31 @@ class Recording:
                 f"{self.architecture}: layer {len(self._scales)} has (heads, d, d_v) = {shape} and layer 0 has "
                 f"{self._shape}: layers of different shapes cannot be captured together"
             )
-        layer = len(self._scales)
+        place = len(self._scales)
         repeats = heads // key_heads
         for index, length in enumerate(self.lengths):
-            self._queries[index][layer] = queries[index, :, :length]
-            _repeat_into(self._keys[index][layer], keys[index, :, :length], repeats)
+            self._queries[index][place] = queries[index, :, :length]
+            _repeat_into(self._keys[index][place], keys[index, :, :length], repeats)
             if self._keep_values:
-                _repeat_into(self._values[index][layer], values[index, :, :length], repeats)
+                _repeat_into(self._values[index][place], values[index, :, :length], repeats)
         self._scales.append(float(scale))
-        self.causal = self.causal and causal
+        spans, biased = self._seen(mask, causal)
+        self._spans.append(spans)
+        self.layers.append(replace(layer, bias=layer.bias or biased))
+
+    def _seen(self, mask: torch.Tensor | None, causal: bool) -> tuple[list[torch.Tensor], bool]:
+        """Each text's spans in this layer, and whether the mask adds a bias."""
+        if mask is None:
+            return [plain_spans(length, causal) for length in self.lengths], False
+        for known, found in self._masks:
+            if known is mask:
+                return found
+        try:
+            found = spans_of(mask, self.lengths)
+        except CaptureError as error:
+            raise CaptureError(f"{self.architecture}, layer {len(self._spans)}: {error}") from error
+        self._masks = [*self._masks[-1:], (mask, found)]
+        return found
 
     def texts(self, indices: Sequence[int] | None = None, *, require_finite: bool = True) -> list[Captured]:
         """One Captured per text, in order.
@@ -128,7 +180,8 @@ class Recording:
             named = {"query": queries, "key": keys} | ({"value": values} if values is not None else {})
             if require_finite:
                 _require_finite(index if indices is None else indices[index], named)
-            captured.append(Captured(queries, keys, scales, values))
+            spans = torch.stack([layer[index] for layer in self._spans])
+            captured.append(Captured(queries, keys, scales, values, spans, tuple(self.layers)))
         return captured
 
 

@@ -40,3 +40,22 @@ def scaled_positions(config: Any) -> int | None:
         return None
     original = rotary.get("original_max_position_embeddings")
     return None if original is None else int(original * rotary["factor"])
+
+
+def length_that_changes(config: Any) -> int | None:
+    """Beyond how many tokens the rotary embedding depends on the text's length; None where it never does.
+
+    longrope (Phi-3's 128K type) has a second set of factors for texts beyond the original length, and transformers
+    chooses by the longest text of a batch; dynamic scaling changes with every length beyond the model's positions.
+    """
+    text = config.get_text_config()
+    rotary = getattr(text, "rope_parameters", None)
+    if not isinstance(rotary, dict):
+        return None
+    # Of models whose kinds of layers differ, one set of parameters by the name of each kind.
+    parts = [rotary] if "rope_type" in rotary else [part for part in rotary.values() if isinstance(part, dict)]
+    kinds = {str(part.get("rope_type")): part for part in parts}
+    lengths = [kinds["longrope"]["original_max_position_embeddings"]] if "longrope" in kinds else []
+    if any("dynamic" in kind for kind in kinds):
+        lengths.append(text.max_position_embeddings)
+    return min(lengths, default=None)

@@ -23,6 +23,8 @@ class Activations:
     """(layers, heads, n, d)"""
     keys: torch.Tensor
     """(layers, heads, n, d)"""
+    spans: torch.Tensor | None
+    """(layers, n, 2) of a model with masks of its own (see Captured); None where every layer is causal, or none is."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Shard:
     """(layers,) the factor of the logits."""
     causal: bool
     """Whether the model attends only backwards."""
+    masked: bool
+    """Whether some layer hides some keys: then there are masked statistics."""
     count: int
     """How many contexts there are."""
     contexts: Iterator[Activations]
@@ -40,15 +44,25 @@ class Shard:
 
 
 def write_activations(
-    path: Path, scales: torch.Tensor, causal: bool, contexts: Mapping[int, tuple[torch.Tensor, torch.Tensor]]
+    path: Path,
+    scales: torch.Tensor,
+    causal: bool,
+    contexts: Mapping[int, tuple[torch.Tensor, torch.Tensor]],
+    spans: Mapping[int, torch.Tensor] | None = None,
 ) -> None:
-    """Write a safetensors file: `scales` (layers,), `causal`, and per text queries and keys (layers, heads, n, d)."""
+    """Write a safetensors file: `scales` (layers,), `causal`, `masked`, and queries and keys of each text.
+
+    Of a model with masks of its own also the spans of each text (layers, n, 2), see Captured.
+    """
     from safetensors.torch import save_file
 
     tensors = {"scales": scales.to(torch.float64).contiguous(), "causal": torch.tensor([int(causal)])}
+    tensors["masked"] = torch.tensor([int(causal or spans is not None)])
     for context, (queries, keys) in contexts.items():
         tensors[f"{context:07d}.queries"] = queries.contiguous()
         tensors[f"{context:07d}.keys"] = keys.contiguous()
+        if spans is not None:
+            tensors[f"{context:07d}.spans"] = spans[context].contiguous()
     with written_whole(path) as temporary:
         save_file(tensors, temporary)
 
@@ -60,7 +74,8 @@ def read_activations(path: Path) -> Shard:
     try:
         with safe_open(path, framework="pt") as handle:
             names = sorted(handle.keys())
-            scales, causal = handle.get_tensor("scales"), bool(handle.get_tensor("causal"))
+            scales = handle.get_tensor("scales")
+            causal, masked = (bool(handle.get_tensor(name)) for name in ("causal", "masked"))
     except FileNotFoundError as error:
         raise TableError(f"{path} is missing: run extract for this model and shard first") from error
     except (SafetensorError, OSError, KeyError) as error:
@@ -70,11 +85,11 @@ def read_activations(path: Path) -> Shard:
     def each() -> Iterator[Activations]:
         with safe_open(path, framework="pt") as handle:
             for context in contexts:
-                yield Activations(
-                    context, handle.get_tensor(f"{context:07d}.queries"), handle.get_tensor(f"{context:07d}.keys")
-                )
+                queries, keys = (handle.get_tensor(f"{context:07d}.{kind}") for kind in ("queries", "keys"))
+                spans = f"{context:07d}.spans"
+                yield Activations(context, queries, keys, handle.get_tensor(spans) if spans in names else None)
 
-    return Shard(scales, causal, len(contexts), each())
+    return Shard(scales, causal, masked, len(contexts), each())
 
 
 def is_complete(path: Path) -> bool:

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from approxkmv.files import read_table, write_csv
+from approxkmv.statistics.entries import CAUSAL
 from approxkmv.steps.tables import masks_of, model_tables, read_overview
 
 # Lengths with fewer texts than this say little about a trend.
@@ -22,8 +23,9 @@ ABOUT_ONE = 1.05
 def compare(tables: Path, models: Sequence[str], out: Path) -> pd.DataFrame:
     """Write and return paper_comparison.csv: claim, criterion, paper, model, entries, ours, holds.
 
-    entries is `all`, which the paper's claims are about, and of a causal model again `causal`: the same criterion over
-    the entries that the model uses, of which the paper says nothing, so that its column is empty there.
+    entries is `all`, which the paper's claims are about, and of a causal model again `causal` (with windows or chunks:
+    `masked`): the same criterion over the entries that the model uses, of which the paper says nothing, so that its
+    column is empty there.
     """
     rows = []
     for model in models:
@@ -93,7 +95,7 @@ def claims(overview: Mapping, heads: pd.DataFrame, scaling: pd.DataFrame, before
             "criterion": criterion,
             "paper": None if before else paper,
             "model": overview["model"],
-            "entries": "causal" if before else "all",
+            "entries": "all" if not before else "causal" if overview["mask"] == CAUSAL else "masked",
             "ours": ours,
             "holds": "undecided" if holds is None else "yes" if holds else "no",
         }

@@ -11,8 +11,8 @@ import torch
 
 from approxkmv.config import Study
 from approxkmv.corpora import Passage
-from approxkmv.errors import ConfigError, NonFiniteError
-from approxkmv.progress import Times, progress
+from approxkmv.errors import CaptureError, ConfigError, NonFiniteError
+from approxkmv.progress import LOG, Times, progress
 from approxkmv.steps.activations import write_activations
 from approxkmv.steps.shards import write_shard
 from approxkmv.steps.texts import read_shard, shard_count
@@ -52,7 +52,9 @@ def extract(
     part.
 
     The CSV has the columns context, name, tokens, cut (tokens beyond the limit), used (False: shorter than the
-    minimum). Raises NonFiniteError naming model, layer, head and context; ConfigError for a device that is not there.
+    minimum) and, the same in each row, mask (which keys the model's queries see) and left_out (what its attention has
+    and K has not, joined by semicolons). Raises NonFiniteError naming model, layer, head and context; ConfigError for a
+    device that is not there; CaptureError for lengths that the model would read otherwise than the whole text.
     """
     from approxkmv.models import CapturableModel
 
@@ -75,8 +77,14 @@ def extract(
             for passage, t in zip(passages, tokens, strict=True)
         ]
     used = [len(t) >= study.min_tokens for t in cut]
+    if model.has_own_masks:
+        LOG.info("model %s: masked statistics are over %s", model_name, model.mask)
+    for what in model.left_out:
+        LOG.info("model %s: its attention has what K has not: %s", model_name, what)
+    require_true_prefixes(study, model_name, model, [len(t) for t in cut])
     taken = [i for i, use in enumerate(used) if use]
     captured: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    spans: dict[int, torch.Tensor] = {}
     scales = torch.zeros(0, dtype=torch.float64)
     title = f"extract    {model_name}, shard {shard}"
     with progress(total=sum(len(cut[i]) for i in taken), unit="token", title=title) as bar:
@@ -86,10 +94,11 @@ def extract(
                 results = _capture(model, model_name, [cut[i] for i in members], passages, members)
             for i, result in zip(members, results, strict=True):
                 captured[passages[i].index] = (result.queries.cpu(), result.keys.cpu())
+                spans[passages[i].index] = result.spans
                 scales = result.scales
                 bar.update(len(cut[i]))
     with times.of("writing"):
-        write_activations(out, scales, model.is_causal, captured)
+        write_activations(out, scales, model.is_causal, captured, spans if model.has_own_masks else None)
     write_shard(
         contexts_out,
         pd.DataFrame(
@@ -99,10 +108,26 @@ def extract(
                 "tokens": [len(t) for t in cut],
                 "cut": [len(whole) - len(part) for whole, part in zip(tokens, cut, strict=True)],
                 "used": used,
+                "mask": model.mask,
+                "left_out": "; ".join(model.left_out),
             }
         ),
     )
     return len(taken), len(passages) - len(taken), sum(len(t) > limit for t in tokens)
+
+
+def require_true_prefixes(study: Study, name: str, model: CapturableModel, tokens: Sequence[int]) -> None:
+    """Refuse lengths at which the start of a text has other queries and keys than a text that ends there."""
+    change = model.changes_beyond
+    if change is None:
+        return
+    for n in tokens:
+        wrong = [length for length in study.lengths if length < n and n > change >= length]
+        if wrong:
+            raise CaptureError(
+                f"model {name}: its rotary embedding is another beyond {change:,} tokens, so the first {wrong[0]:,} of "
+                f"a text of {n:,} are not a text of {wrong[0]:,}: set max_tokens to {change:,}, or all lengths above it"
+            )
 
 
 def _capture(

@@ -16,7 +16,7 @@ from approxkmv.progress import Times, progress
 from approxkmv.statistics.streaming import SHARES, LengthStatistics, length_statistics
 from approxkmv.steps.activations import Activations, Shard, read_activations
 from approxkmv.steps.shards import read_shards, write_shard
-from approxkmv.steps.tables import MASKED, length_tables
+from approxkmv.steps.tables import MASKED, facts_of_attention, length_tables
 from approxkmv.steps.texts import shard_count
 
 PLACE = {"context": "int32", "layer": "int16", "head": "int16", "length": "int32"}
@@ -34,8 +34,8 @@ def measure_lengths(
     for the log and stand in no table, since a second run would write other bytes.
 
     The queries and keys of the first n tokens are those of a causal model on a text of n tokens; of another model they
-    are those of the whole text, as in the paper's prefixes. Columns: see length_scaling; of a causal model each value
-    again as masked_... Raises ConfigError for a device that is not there.
+    are those of the whole text, as in the paper's prefixes. Columns: see length_scaling; of a model whose layers hide
+    keys each value again as masked_... Raises ConfigError for a device that is not there.
     """
     if study.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"study {study.name} asks for device cuda, but there is none here: set device to cpu")
@@ -54,7 +54,7 @@ def measure_lengths(
                 with times.of(f"{length:,} tokens"):
                     tables.append(_one_length(model, item, shard, length, study.device))
                 bar.update(1)
-    masks = ("", MASKED) if shard.causal else ("",)
+    masks = ("", MASKED) if shard.masked else ("",)
     columns = PLACE | {f"{before}{name}": "float64" for before in masks for name in VALUES}
     if tables:
         table = pd.concat(tables, ignore_index=True)[list(columns)].astype(columns)
@@ -76,7 +76,8 @@ def _one_length(model: str, item: Activations, shard: Shard, length: int, device
         try:
             # A layer at a time: all layers of a long text might not fit on the device.
             q_here, k_here = (x[:, :length].to(device) for x in (q, k))
-            heads = length_statistics(q_here, k_here, scale, causal=shard.causal)
+            spans = None if item.spans is None else item.spans[layer, :length].clamp(max=length)
+            heads = length_statistics(q_here, k_here, scale, causal=shard.causal, spans=spans)
         except ApproxKMVError as error:
             raise NonFiniteError(f"model {model}, context {item.context}, layer {layer}: {error}") from error
         for head, masks in enumerate(heads):
@@ -133,6 +134,7 @@ def summarise_lengths(
         "layers": int(table["layer"].max()) + 1,
         "heads": int(table["head"].max()) + 1,
         "causal": f"{MASKED}ratio" in table,
+        **facts_of_attention(taken),
         "provenance": provenance,
     }
     write_json(names.facts, facts)

@@ -18,7 +18,7 @@ from approxkmv.steps.activations import Activations, read_activations
 from approxkmv.steps.shards import write_shard
 from approxkmv.steps.tables import MASKED
 
-# One value per context and head, beside where it is; a causal model has each again with MASKED in front.
+# One value per context and head, beside where it is; a model with masks has each again with MASKED in front.
 PLACE = {"context": "int32", "layer": "int16", "head": "int16"}
 VALUES = {
     "max_ratio": "float64",
@@ -48,8 +48,8 @@ def measure(
     softmax_ratio (c at full length of D^-1 A), tail_exponent and column_exponent (see HeadStatistics).
     prefixes: context, layer, head, prefix, ratio: c_i at the given prefixes that the context reaches.
 
-    As in the paper, every query meets every key. Of a causal model both tables have each value again, as
-    masked_max_ratio and so on, over the entries that the model uses: those of no key after its query.
+    As in the paper, every query meets every key. Of a model whose layers hide keys both tables have each value again,
+    as masked_max_ratio and so on, over the entries that each layer uses: of no key after its query, of its window.
     """
     times = Times() if times is None else times
     shard = read_activations(activations)
@@ -67,7 +67,7 @@ def measure(
                 "prefix": np.tile(np.array(reached, dtype=np.int32), len(layer)),
             }
             with times.of("kernels"):
-                found = _statistics(model_name, item, shard.scales, min_prefix, shard.causal)
+                found = _statistics(model_name, item, shard.scales, min_prefix, shard.masked)
             for result, before in zip(found, ("", MASKED), strict=False):
                 ratios = result.ratios.reshape(layers * n_heads, -1)
                 best = ratios.argmax(-1)
@@ -80,7 +80,7 @@ def measure(
             heads.append(pd.DataFrame(values))
             curves.append(pd.DataFrame(curve))
             bar.update(1)
-    masks = ("", MASKED) if shard.causal else ("",)
+    masks = ("", MASKED) if shard.masked else ("",)
     measured = {f"{before}{name}": kind for before in masks for name, kind in VALUES.items()}
     ratios_of = {f"{before}ratio": "float64" for before in masks}
     with times.of("tables"):
@@ -97,9 +97,9 @@ def _table(parts: Sequence[pd.DataFrame], columns: dict[str, str]) -> pd.DataFra
 
 
 def _statistics(
-    model_name: str, item: Activations, scales: torch.Tensor, min_prefix: int, causal: bool
+    model_name: str, item: Activations, scales: torch.Tensor, min_prefix: int, masked: bool
 ) -> list[HeadStatistics]:
-    """Unmasked and, of a causal model, masked; one call for all layers when they share a scale, as most models do."""
+    """Unmasked and, where there are masks, masked; one call for all layers when they share a scale and are causal."""
     for name, tensor in (("query", item.queries), ("key", item.keys)):
         if not bool(torch.isfinite(tensor).all()):
             layer, head = (int(i) for i in (~torch.isfinite(tensor)).nonzero()[0][:2])
@@ -107,15 +107,17 @@ def _statistics(
                 f"model {model_name}, layer {layer}, head {head}, context {item.context}: a {name} is NaN or infinite"
             )
 
-    def both(q: torch.Tensor, k: torch.Tensor, scale: float) -> list[HeadStatistics]:
-        if causal:
-            return list(unmasked_and_masked_statistics(q, k, min_prefix, scale))
+    def both(q: torch.Tensor, k: torch.Tensor, scale: float, spans: torch.Tensor | None) -> list[HeadStatistics]:
+        if masked:
+            mask = None if spans is None else _seen(spans)
+            return list(unmasked_and_masked_statistics(q, k, min_prefix, scale, mask=mask))
         return [head_statistics(q, k, min_prefix, scale)]
 
     try:
-        if bool((scales == scales[0]).all()):
-            return both(item.queries, item.keys, float(scales[0]))
-        parts = [both(q, k, float(s)) for q, k, s in zip(item.queries, item.keys, scales.tolist(), strict=True)]
+        if item.spans is None and bool((scales == scales[0]).all()):
+            return both(item.queries, item.keys, float(scales[0]), None)
+        all_spans = [None] * len(scales) if item.spans is None else item.spans
+        parts = [both(*layer) for layer in zip(item.queries, item.keys, scales.tolist(), all_spans, strict=True)]
     except InputError as error:
         raise InputError(f"model {model_name}, context {item.context}: {error}") from error
     return [
@@ -124,3 +126,9 @@ def _statistics(
         )
         for of_mask in zip(*parts, strict=True)
     ]
+
+
+def _seen(spans: torch.Tensor) -> torch.Tensor:
+    """(n, n) bool: which keys each query sees, by the spans (n, 2) of a layer."""
+    place = torch.arange(len(spans))
+    return (place >= spans[:, :1]) & (place < spans[:, 1:])

@@ -24,6 +24,7 @@ def lines(results: Path) -> list[str]:
         out.append(f"{facts['label']}: {facts['texts_used']} texts of {facts['corpus']}" + (aside and f" ({aside})"))
         growth = results / "tables" / f"growth_{facts['model']}.csv"
         verdicts = read_table(growth) if growth.is_file() else None
+        out += [f"  not in K: {what}" for what in facts["left_out"]]
         for before in masks_of(facts, "largest_ratio"):
             within, median, largest, layer, head = (
                 facts[f"{before}{name}"]
@@ -32,7 +33,7 @@ def lines(results: Path) -> list[str]:
                     *("largest_ratio_layer", "largest_ratio_head"),
                 )
             )
-            where = "no key after its query: " if before else ""
+            where = f"{facts['mask']}: " if before else ""
             out.append(
                 f"  {where}c is at most {facts['paper_bound']:g}, the paper's bound, for {within} of {heads} heads; "
                 f"median {median:.2f}, largest {largest:.1f} (layer {layer}, head {head}, counting from 0)"
@@ -43,6 +44,7 @@ def lines(results: Path) -> list[str]:
                 out.append(f"  {where}growth of c with the length: {found}")
     for facts in long_texts:
         out.append(f"{facts['label']}: n = {facts['lengths'][0]:,} to {facts['lengths'][-1]:,} on {facts['corpus']}")
+        out += [f"  not in K: {what}" for what in facts["left_out"]]
         out += [f"  {line}" for line in facts["texts_missing"]]
     figures = f"figures: {results / 'figures'}   " if (results / "figures").is_dir() else ""
     out.append(f"{figures}tables: {results / 'tables'}")

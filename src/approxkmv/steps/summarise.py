@@ -12,7 +12,7 @@ from approxkmv.config import ModelEntry, Study, corpus_of
 from approxkmv.errors import TableError
 from approxkmv.files import write_csv, write_json
 from approxkmv.steps.shards import read_shards
-from approxkmv.steps.tables import MASKED, masks_of, model_tables
+from approxkmv.steps.tables import MASKED, facts_of_attention, masks_of, model_tables
 from approxkmv.steps.texts import shard_count
 
 # exp of it is half of the largest float64, so that two of them still have a mean.
@@ -56,6 +56,7 @@ def summarise(
         "heads": int(table["head"].max()) + 1,
         "paper_bound": model.paper_bound,
         "causal": f"{MASKED}max_ratio" in table,
+        **facts_of_attention(taken),
         "provenance": provenance,
     }
     for before in masks_of(table, "max_ratio"):
@@ -104,8 +105,8 @@ def per_head(values: pd.DataFrame) -> pd.DataFrame:
     reached; median_ratio and p95_ratio: of the contexts' maxima; next_ratio and double_ratio: medians over contexts
     of K_(n)/K_(n+1) and K_(n)/K_(2n) (Experiment (ii)), beside their natural logarithms, which never overflow.
     At full length, medians over contexts: last_ratio is c, softmax_ratio is c of D^-1 A, without the row factor, and
-    the two exponents are those of the stronger assumption (see HeadStatistics). Of a causal model each column is there
-    again with masked_ in front, over the entries that its attention uses.
+    the two exponents are those of the stronger assumption (see HeadStatistics). Of a model whose layers hide
+    keys each column is there again with masked_ in front, over the entries that each layer's mask leaves.
     """
     groups = values.groupby(["layer", "head"], sort=True)
     table = pd.DataFrame({"contexts": groups.size()})

@@ -6,17 +6,27 @@ import json
 from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from approxkmv.errors import TableError
+from approxkmv.statistics.entries import CAUSAL, EVERY_KEY
 
-# In front of a column: the same statistic without the keys after each query, as a causal model sees them.
+if TYPE_CHECKING:
+    import pandas as pd
+
+# In front of a column: the same statistic over the entries that each layer's own mask leaves.
 MASKED = "masked_"
 
 
 def masks_of(table: Container[str], column: str) -> list[str]:
     """What stands before `column` in a table (or among a dict's keys): nothing and, of a causal model, MASKED."""
     return [before for before in ("", MASKED) if f"{before}{column}" in table]
+
+
+def facts_of_attention(contexts: pd.DataFrame) -> dict[str, Any]:
+    """What an overview says of a model's attention, from the contexts of its shards: `mask` and `left_out`."""
+    left_out = contexts["left_out"].iloc[0]
+    return {"mask": contexts["mask"].iloc[0], "left_out": left_out.split("; ") if isinstance(left_out, str) else []}
 
 
 @dataclass(frozen=True)
@@ -64,6 +74,8 @@ def length_tables(folder: Path, model: str) -> LengthTables:
 def read_overview(path: Path) -> dict[str, Any]:
     """The overview JSON of one model. Raises TableError when missing or cut short."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        facts = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
         raise TableError(f"{path} cannot be read ({error}): run summary again") from error
+    # The reference tables of before these were recorded are of models that have neither windows nor anything left out.
+    return {"mask": CAUSAL if facts.get("causal") else EVERY_KEY, "left_out": []} | facts
