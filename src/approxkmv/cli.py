@@ -389,6 +389,7 @@ def perplexity(
     """Perplexity of a causal language model with a method in place of its attention, beside the exact one."""
     from approxkmv.config import corpus_entry, load_config, model_of
     from approxkmv.errors import ConfigError
+    from approxkmv.files import check_writable
     from approxkmv.progress import LOG, log_to, step
 
     log_to(log)
@@ -411,6 +412,7 @@ def perplexity(
             raise ConfigError(f"study {asked.name} has no perplexity: give --method, or name methods in the study")
         settings = dict(asked.perplexity)
     entry, chosen = model_of(checked, settings["model"]), corpus_entry(checked, settings["corpus"])
+    check_writable(out, out.with_suffix(".json"))
     with step(f"perplexity {entry.name}"):
         from approxkmv.models import fetch as find
         from approxkmv.models import parse_source

@@ -7,9 +7,11 @@ import io
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,6 +132,18 @@ class Project:
             ["approxkmv", *arguments], cwd=self.folder, env=environment(), capture_output=True, text=True, timeout=300
         )
         return done.returncode, done.stderr + done.stdout
+
+
+def kill_when(project: Project, point: Callable[[], object]) -> None:
+    """Start Snakemake and kill it with all that it started, kill -9, as soon as the point is reached."""
+    process = project.start("--cores", "2")
+    deadline = time.monotonic() + 300
+    while not point():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
 
 
 def environment() -> dict[str, str]:

@@ -7,7 +7,7 @@ import json
 import pandas as pd
 import pytest
 import torch
-from conftest import WORDS, Project, save_tokenizer
+from conftest import WORDS, Project, kill_when, save_tokenizer
 
 
 @pytest.fixture
@@ -44,6 +44,24 @@ def test_the_study_through_snakemake_writes_its_table(speaker: Project):
     record = json.loads((speaker.results / "tables" / "perplexity.json").read_text())
     assert record["settings"]["tokens"] == [40, 300]
     assert record["versions"]["torch"]
+
+
+def test_a_killed_run_goes_on_after_its_last_whole_length(speaker: Project):
+    table, part = (speaker.results / "tables" / f"perplexity.csv{end}" for end in ("", ".part"))
+    config = speaker.read()
+    config["studies"]["tiny"]["perplexity"]["tokens"] = list(range(40, 320, 10))
+    speaker.write(config)
+    kill_when(speaker, part.is_file)
+    assert not table.exists()
+    kept = json.loads(part.read_text().splitlines()[1])["rows"]
+    code, output = speaker.snakemake()
+    assert code == 0, output
+    assert "goes on after the" in output
+    assert not part.exists()
+    found = pd.read_csv(table)
+    assert len(found) == 2 * 28
+    assert found["seconds"][: len(kept)].tolist() == [row["seconds"] for row in kept]
+    assert 40 in json.loads((speaker.results / "tables" / "perplexity.json").read_text())["tokens_of_earlier_runs"]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import Project
+from conftest import Project, kill_when
 from safetensors.torch import load_file, save_file
 
 SWEEP = {"methods": ["exact-fused", "mean", "local-expansion"], "targets": [0.2], "repeats": 2, "warmups": 0}
@@ -54,6 +54,24 @@ def test_the_study_through_snakemake_writes_table_and_figures(sweeper: Project):
     code, output = sweeper.snakemake("-n", "--quiet", "host")
     assert code == 0
     assert "Nothing to be done" in output
+
+
+def test_a_killed_sweep_goes_on_after_its_last_whole_case(sweeper: Project):
+    table, part = (sweeper.results / "tables" / f"sweep.csv{end}" for end in ("", ".part"))
+    config = sweeper.read()
+    config["sweeps"]["little"]["workloads"][0]["lengths"] = list(range(60, 100, 4))
+    sweeper.write(config)
+    kill_when(sweeper, part.is_file)
+    assert not table.exists()
+    kept = json.loads(part.read_text().splitlines()[1])["rows"]
+    code, output = sweeper.snakemake()
+    assert code == 0, output
+    assert "goes on after the" in output
+    assert not part.exists()
+    found = pd.read_csv(table)
+    assert len(found) == 3 * 12
+    assert found["seconds"][: len(kept)].tolist() == [row["seconds"] for row in kept]
+    assert json.loads((sweeper.results / "tables" / "sweep.json").read_text())["cases_of_earlier_runs"]
 
 
 @pytest.mark.parametrize(

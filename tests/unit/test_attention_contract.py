@@ -152,6 +152,6 @@ def test_shapes_that_do_not_fit():
 
 
 def test_naive_says_how_much_memory_it_lacks(monkeypatch):
-    monkeypatch.setattr(naive_module, "_free_bytes", lambda device: 1000)
+    monkeypatch.setattr(naive_module, "free_bytes", lambda device: 1000)
     with pytest.raises(UnavailableError, match=r"stores the 50 x 60 matrix"):
         get("exact-naive")(*inputs(50, 60, 4, 1))

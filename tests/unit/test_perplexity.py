@@ -2,7 +2,10 @@
 
 import json
 import math
+import signal
+import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -13,9 +16,11 @@ import yaml
 from models_support import VOCABULARY
 
 from approxkmv import cli
-from approxkmv.attention import get
+from approxkmv.attention import UnavailableError, get
+from approxkmv.attention import approxkmv as approxkmv_module
+from approxkmv.attention.counting import count
 from approxkmv.config import CorpusEntry, checked, study_of
-from approxkmv.errors import CaptureError, ConfigError, InputError
+from approxkmv.errors import CaptureError, ConfigError, InputError, TableError
 from approxkmv.models import ModelLocation
 from approxkmv.models.loading import quiet
 from approxkmv.perplexity.layers import parse_layers
@@ -193,9 +198,123 @@ def test_the_table_has_a_row_for_each_setting_and_names_what_cannot_run(model, t
     assert table["ratio"].notna().tolist() == [True, True, False] * 2
     assert "needs faiss" in table["unavailable"][2]
     assert json.loads(table["parameters"][1])["near"] == 16
-    assert json.loads(out.with_suffix(".json").read_text()) == {"made": "here"}
+    assert json.loads(out.with_suffix(".json").read_text()) == {"made": "here", "tokens_of_earlier_runs": []}
+    # An estimated sum that is not positive is no fault: few are.
+    assert table["recomputed_share"].dropna().between(0, 0.01).tolist() == [True] * 4
     # 30 tokens lie below what the recursion computes exactly.
     assert table["ratio"][0] == pytest.approx(1, abs=1e-5)
+
+
+KILLED = """
+import json, os, signal, sys, torch
+from pathlib import Path
+torch.set_num_threads(1)
+from approxkmv.config import CorpusEntry
+from approxkmv.models import ModelLocation
+from approxkmv.perplexity.model import CausalModel
+from approxkmv.perplexity.run import measure_perplexity
+from approxkmv.perplexity.settings import chosen_methods
+
+def say(line):
+    print(line, flush=True)
+    if line.startswith("n = 200: exact"):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+CausalModel.tokens = lambda self, documents, count: json.loads(sys.argv[3])[:count]
+given = json.loads(sys.argv[4])
+given["methods"] = chosen_methods(given["methods"])
+model, corpus = CausalModel.load(ModelLocation(Path(sys.argv[1]))), CorpusEntry(*given.pop("corpus"))
+measure_perplexity(model, "llama", corpus, out=Path(sys.argv[2]), record={}, say=say, **given)
+"""
+
+
+@pytest.fixture
+def asked(tmp_path):
+    """What measure_perplexity is asked, but for the model, its name and the method objects."""
+    text = tmp_path / "text.txt"
+    text.write_text("some words")
+    given = {"corpus": ["words", f"path:{text}", None, "words"], "tokens": [30, 200], "methods": {"approxkmv": [{}]}}
+    return given | {"layers": "0,2", "seed": 0, "require_all": False}
+
+
+def measure(model, asked, out, **more):
+    given = {**asked, "record": {}, "say": lambda line: None, **more}
+    corpus = CorpusEntry(*given.pop("corpus"))
+    methods = chosen_methods(given.pop("methods"))
+    measure_perplexity(model, "llama", corpus, out=out, methods=methods, **given)
+    return pd.read_csv(out)
+
+
+def test_a_killed_run_goes_on_after_its_last_whole_length(location, model, asked, tmp_path, monkeypatch):
+    monkeypatch.setattr(model, "tokens", lambda documents, count: IDS[:count])
+    out, part = tmp_path / "perplexity.csv", tmp_path / "perplexity.csv.part"
+    words = [sys.executable, "-c", KILLED, str(location.folder), str(out), json.dumps(IDS), json.dumps(asked)]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert not out.exists()
+    (first,) = json.loads(part.read_text().splitlines()[1])["rows"]
+    said = []
+    table = measure(model, asked, out, say=said.append)
+    assert said[0] == f"the run goes on after the 1 that an earlier one finished, kept in {part}"
+    assert not any(line.startswith("n = 30") for line in said)
+    assert table["tokens"].tolist() == [30, 200]
+    assert table["seconds"][0] == first["seconds"]
+    assert table["perplexity"][0] == first["perplexity"]
+    assert json.loads(out.with_suffix(".json").read_text())["tokens_of_earlier_runs"] == [30]
+    assert not part.exists()
+
+
+def test_memory_that_is_too_little_is_a_row_or_one_line(model, asked, tmp_path, monkeypatch):
+    monkeypatch.setattr(model, "tokens", lambda documents, count: IDS[:count])
+    right = model.perplexity
+
+    def too_long(ids, replacement):
+        if len(ids) > 30:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nmore")
+        return right(ids, replacement)
+
+    monkeypatch.setattr(model, "perplexity", too_long)
+    table = measure(model, asked, tmp_path / "p.csv")
+    assert table["perplexity"].notna().tolist() == [True, False]
+    assert "the model itself, at 200 tokens, runs out of memory" in table["unavailable"][1]
+    with pytest.raises(UnavailableError, match="at 200 tokens, runs out of memory") as caught:
+        measure(model, asked, tmp_path / "q.csv", require_all=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_number_is_not_reported(model, asked, tmp_path, monkeypatch):
+    monkeypatch.setattr(model, "tokens", lambda documents, count: IDS[:count])
+    broken = replace(get("approxkmv"), causal=lambda q, k, v, **_: v * torch.nan)
+    monkeypatch.setattr(approxkmv_module, "method", broken)
+    table = measure(model, asked | {"tokens": [30]}, tmp_path / "p.csv")
+    assert table["perplexity"].isna().all()
+    assert "logits of LlamaForCausalLM are not finite" in table["unavailable"][0]
+
+
+def test_rows_made_again_are_reported(model, asked, tmp_path, monkeypatch):
+    monkeypatch.setattr(model, "tokens", lambda documents, count: IDS[:count])
+    right = get("approxkmv")
+
+    def repaired(q, k, v, **given):
+        count(recomputed_rows=q.shape[0] * 15)
+        return right.causal(q, k, v, **given)
+
+    monkeypatch.setattr(approxkmv_module, "method", replace(right, causal=repaired))
+    table = measure(model, asked | {"tokens": [30]}, tmp_path / "p.csv")
+    assert table["recomputed_share"].tolist() == [0.5]
+
+
+def test_outputs_and_lengths_are_checked_first(model, asked, tmp_path, monkeypatch):
+    def nothing(*_):
+        raise AssertionError("something ran")
+
+    monkeypatch.setattr(model, "perplexity", nothing)
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file" / "p.csv", tmp_path / "p.json"):
+        with pytest.raises(TableError, match="cannot write"):
+            measure(model, asked, out)
+    with pytest.raises(InputError, match="the text has 5000 tokens: give 2 to 1200"):
+        measure(model, asked | {"tokens": [30, 5000]}, tmp_path / "p.csv")
 
 
 def test_options_become_settings_or_one_line():
@@ -203,9 +322,13 @@ def test_options_become_settings_or_one_line():
     found = from_options(tokens="64,128", parameters='{"top": 5}', **given)
     assert found["methods"] == {"knn": [{"top": 5}]}
     assert found["tokens"] == [64, 128]
-    for wrong in ({"tokens": "a"}, {"tokens": "1"}, {"parameters": "{"}, {"parameters": "[1]"}):
-        with pytest.raises(InputError, match=r"tokens is|parameters is"):
-            from_options(**{"tokens": "64", "parameters": "{}"} | given | wrong)
+    wrong = [{"tokens": "a"}, {"tokens": "1"}, {"tokens": "9" * 6000}, {"parameters": "{"}, {"parameters": "[1]"}]
+    wrong += [{"parameters": '{"top": ' + "9" * 6000 + "}"}, {"parameters": "[" * 10**5}, {"seed": 2**64}, {"seed": -1}]
+    for words in wrong:
+        with pytest.raises(InputError, match=r"^(tokens|parameters|seed) is ") as caught:
+            from_options(**{"tokens": "64", "parameters": "{}"} | given | words)
+        assert "\n" not in str(caught.value)
+        assert len(str(caught.value)) < 400
 
 
 def config_with(perplexity):

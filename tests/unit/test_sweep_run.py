@@ -14,6 +14,8 @@ import torch
 from approxkmv import partial
 from approxkmv.attention import exact_fused as fused_module
 from approxkmv.attention import exact_naive as naive_module
+from approxkmv.attention import local_expansion as local_module
+from approxkmv.attention.counting import count
 from approxkmv.errors import ConfigError, InputError, SourceError, TableError
 from approxkmv.statistics import streaming
 from approxkmv.sweep import SweepSettings, run_sweep
@@ -54,7 +56,7 @@ def read(path):
 
 
 def test_table_and_record(vectors, tmp_path, monkeypatch):
-    monkeypatch.setattr(naive_module, "_free_bytes", lambda device: 8 * 150 * 150)
+    monkeypatch.setattr(naive_module, "free_bytes", lambda device: 8 * 150 * 150)
     table = tmp_path / "out" / "sweep.csv"
     run_sweep(settings(vectors), table, {"commit": "abc"}, say=lambda line: None)
     rows = read(table)
@@ -151,6 +153,32 @@ def test_c_is_left_out_where_numba_does_not_work(vectors, tmp_path, monkeypatch)
     (row,) = read(tmp_path / "sweep.csv")
     assert (row["status"], row["head_to_tail"]) == ("ok", "")
     assert any("c is left out: initialization of" in line for line in said)
+
+
+def test_rows_that_are_made_again_are_reported_and_refused(vectors, tmp_path, monkeypatch):
+    """Of local expansion at two settings, one hides that 40 % of its rows are not its own."""
+    right = local_module.method
+
+    def repaired(q, k, v, *, block, **given):
+        count(recomputed_rows=int(0.4 * q.shape[1]) if block == 16 else 0)
+        return right.compute(q, k, v, block=block, **given)
+
+    monkeypatch.setattr(local_module, "method", replace(right, compute=repaired))
+    sets = [{"block": 16, "near": 64}, {"block": 8, "near": 64}]
+
+    def rows_of(sets):
+        asked = settings(
+            vectors, methods=["exact-fused", "local-expansion"], targets=[0.9], workload={"lengths": [150]}
+        )
+        run_sweep(replace(asked, parameters={"local-expansion": sets}), tmp_path / "s.csv", {}, say=lambda line: None)
+        return read(tmp_path / "s.csv")
+
+    exact, tuned = rows_of(sets)
+    assert (exact["recomputed_share"], tuned["recomputed_share"]) == ("0.0", "0.0")
+    assert (json.loads(tuned["parameters"])["block"], tuned["held"]) == (8, "yes")
+    _, refused = rows_of(sets[:1])
+    assert (refused["status"], refused["recomputed_share"], refused["held"]) == ("unreached", "0.4", "no")
+    assert "with 40% of its rows recomputed" in refused["reason"]
 
 
 KILLED = """
@@ -259,6 +287,15 @@ def test_an_output_that_cannot_be_written_is_found_first(vectors, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "taken_exponents.csv", "vectors.npy"]
 
 
+def test_a_batch_larger_than_the_memory_is_a_row(vectors, tmp_path):
+    asked = settings(vectors, methods=["mean"], workload={"lengths": [150], "batches": [10**9, 1]}, targets=[0.9])
+    run_sweep(asked, tmp_path / "sweep.csv", {}, say=lambda line: None)
+    huge, one = read(tmp_path / "sweep.csv")
+    assert huge["status"] == "unavailable"
+    assert "runs out of memory: one input takes" in huge["reason"]
+    assert one["status"] == "ok"
+
+
 def test_every_case_is_checked_before_the_first_runs(vectors, tmp_path):
     said = []
     with pytest.raises(InputError, match="needs 1600 word vectors"):
@@ -271,10 +308,10 @@ def test_free_memory_is_that_of_the_control_group(tmp_path, monkeypatch):
     monkeypatch.setattr(naive_module, "_GROUPS", [(limit, used)])
     limit.write_text("max\n")
     used.write_text("1000\n")
-    without = naive_module._free_bytes(torch.device("cpu"))
+    without = naive_module.free_bytes(torch.device("cpu"))
     assert without > 2**20
     limit.write_text("5000\n")
-    assert naive_module._free_bytes(torch.device("cpu")) == 4000
+    assert naive_module.free_bytes(torch.device("cpu")) == 4000
 
 
 def test_a_sweep_needs_torch_and_little_else(vectors, tmp_path):
@@ -371,6 +408,21 @@ def test_figures_are_drawn_from_the_table_alone(vectors, tmp_path):
             module.draw(tmp_path / "missing.csv", stem)
 
 
+def test_tables_from_before_rows_were_counted_can_be_drawn(vectors, tmp_path):
+    pandas, _ = pytest.importorskip("pandas"), pytest.importorskip("matplotlib")
+    from approxkmv.figures import speedup
+    from approxkmv.figures.sweep_table import read_sweep
+
+    table = tmp_path / "sweep.csv"
+    asked = settings(vectors, methods=["exact-fused", "mean"], targets=[0.9], workload={"lengths": [150]})
+    run_sweep(asked, table, {}, say=lambda line: None)
+    frame = pandas.read_csv(table)
+    assert "recomputed_share" in frame
+    frame.drop(columns="recomputed_share").to_csv(table, index=False)
+    assert len(read_sweep(table)) == 2
+    assert speedup.draw(table, tmp_path / "speedup", target=0.9)[0].stat().st_size > 3000
+
+
 def test_crossover_by_hand():
     pytest.importorskip("matplotlib")
     from approxkmv.figures.crossover import crossover
@@ -425,6 +477,57 @@ def test_capture_of_a_model(tmp_path):
         ).workloads[0], 100, 1, "one", 0), "evaluation", 0)  # fmt: skip
 
 
+def test_a_capture_that_is_none_is_one_line(tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    good = {name: torch.randn(2, 40, 8) for name in "qkv"}
+    nan = good["k"].clone()
+    nan[1, 3, 2] = torch.nan
+    for i, (tensors, metadata, message) in enumerate(
+        [
+            ({**good, "k": nan}, {}, "holds a NaN"),
+            ({**good, "k": good["k"][0]}, {}, "here q"),
+            ({**good, "v": good["v"][:, :30]}, {}, "here q"),
+            ({"q": good["q"]}, {}, "could be read"),
+            (good, {"scale": "a"}, "could be read"),
+            (good, {"scale": "nan"}, "its scale is nan"),
+        ]
+    ):
+        path = tmp_path / f"{i}.safetensors"
+        safetensors.save_file({name: t.contiguous() for name, t in tensors.items()}, path, metadata=metadata)
+        given = {"name": "model-qk", "lengths": [20], "path": str(path)}
+        with pytest.raises(SourceError, match=message) as caught:
+            run_sweep(SweepSettings.from_mapping({"workloads": [given]}), tmp_path / "x.csv", {})
+        assert "\n" not in str(caught.value)
+
+
+def test_vectors_that_are_none_are_one_line(tmp_path):
+    whole = tmp_path / "whole.npy"
+    np.save(whole, np.ones((30, 4), np.float32))
+    # More rows than follow, in a header of the same length.
+    lying = whole.read_bytes().replace(b"(30, 4), }  ", b"(3000, 4), }")
+    for name, content in {
+        "empty.npy": b"",
+        "cut.npy": whole.read_bytes()[:200],
+        "lying.npy": lying,
+        "zip.npy": b"PK\x03\x04" + b"x" * 50,
+        "cut.npy.xz": b"\xfd7zXZ\x00",
+        "deep.json": b"[" * 100_000,
+        "none.json": b"{}",
+    }.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(SourceError, match=r"no word vectors|expected a matrix") as caught:
+            word_vectors(str(tmp_path / name))
+        assert "\n" not in str(caught.value)
+    np.save(whole, np.full((30, 4), 1e300))
+    with pytest.raises(SourceError, match="finite numbers"):
+        word_vectors(str(whole))
+    np.save(whole, np.ones((30, 1)))
+    word_vectors.cache_clear()
+    given = {"name": "glove-paper", "lengths": [20], "path": str(whole)}
+    with pytest.raises(InputError, match="takes the second column"):
+        run_sweep(SweepSettings.from_mapping({"workloads": [given]}), tmp_path / "x.csv", {})
+
+
 def test_a_nan_among_the_vectors_and_a_missing_device(vectors, tmp_path):
     broken = np.load(vectors)
     broken[7, 3] = np.nan
@@ -446,7 +549,7 @@ def test_the_current_device_is_set_by_its_number(vectors, tmp_path, monkeypatch,
         assert given == index
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", set_device)
     with pytest.raises(KeyboardInterrupt):
         run_sweep(settings(vectors, device=device), tmp_path / "x.csv", {})

@@ -6,6 +6,7 @@ import pytest
 
 from approxkmv.errors import ConfigError
 from approxkmv.sweep import SweepSettings
+from approxkmv.sweep.settings_file import read_settings
 
 GOOD = {"workloads": [{"name": "glove-split", "lengths": [128, 256]}]}
 
@@ -42,11 +43,68 @@ def test_lists_become_tuples_and_defaults_hold():
         ({"workloads": [{"name": "glove-split", "lengths": [8], "batches": [0]}]}, "batches is"),
         ({"workloads": [{"name": "glove-split", "lengths": [8], "columns": []}]}, "columns is"),
         ({"workloads": [{"name": "glove-split", "lengths": [8], "heads": [-1]}]}, "heads is"),
+        ({**GOOD, "threads": 10**9}, "threads is 1000000000; give a whole number from 1 to 1024"),
+        ({**GOOD, "threads": True}, "threads is True"),
+        ({**GOOD, "repeats": 0}, "repeats is 0"),
+        ({**GOOD, "seeds": [2**64]}, "seeds is"),
+        ({**GOOD, "seeds": 3}, "seeds is 3"),
+        ({**GOOD, "seeds": [1, 1]}, "each once"),
+        ({**GOOD, "targets": []}, "targets is"),
+        ({**GOOD, "targets": 0.1}, "targets is 0.1"),
+        ({**GOOD, "targets": [float("nan")]}, "targets is"),
+        ({**GOOD, "targets": [0]}, "targets is"),
+        ({**GOOD, "targets": [-0.1]}, "targets is"),
+        ({**GOOD, "targets": [True]}, "targets is"),
+        ({**GOOD, "band": float("inf")}, "band is inf"),
+        ({**GOOD, "methods": "knn"}, "methods is 'knn'"),
+        ({**GOOD, "methods": [["knn"]]}, "methods is"),
+        ({**GOOD, "methods": ["knn", "knn"]}, "each once"),
+        ({**GOOD, "methods": None}, "methods is None"),
+        ({**GOOD, "device": 3}, "device is 3"),
+        ({**GOOD, "device": "cuda:0\n"}, "device is"),
+        ({**GOOD, "dtype": []}, "dtype is"),
+        ({**GOOD, "cache": 3}, "cache is 3"),
+        ({**GOOD, "parameters": {3: [{}]}}, "a list of parameter sets"),
+        ({**GOOD, "parameters": [1]}, "a list of parameter sets"),
+        ({"workloads": GOOD["workloads"] * 2}, "two workloads have a case in common"),
+        ({"workloads": [{"name": 5, "lengths": [8]}]}, "no workload is called 5"),
+        ({"workloads": [{"name": "glove-split", "lengths": 8}]}, "lengths is 8"),
+        ({"workloads": [{"name": "glove-split", "lengths": [[8]]}]}, "lengths is"),
+        ({"workloads": [{"name": "glove-split", "lengths": [8, 8]}]}, "each once"),
+        ({"workloads": [{"name": "glove-split", "lengths": [8.0]}]}, "lengths is"),
+        ({"workloads": [{"name": "glove-split", "lengths": ["8" * 500]}]}, "lengths is"),
+        ({"workloads": [{"name": "glove-split", "lengths": [8], "batches": [True]}]}, "batches is"),
+        ({"workloads": [{"name": "glove-split", "lengths": [8], "rows": 1e9}]}, "rows is"),
+        ({"workloads": [{"name": "glove-split", "lengths": [8], "path": 8}]}, "path is 8"),
+        ({"workloads": [3]}, "a list of mappings"),
+        ({"workloads": None}, "a list of mappings"),
     ],
 )
 def test_mistakes_are_named(given, message):
     with pytest.raises(ConfigError, match=message) as caught:
         SweepSettings.from_mapping(given)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"[1]",
+        b"{",
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b'{"repeats": ' + b"9" * 6000 + b"}",
+        b'{"targets": [NaN]}',
+        b"null",
+    ],
+)
+def test_a_file_that_holds_no_settings_is_one_line(content, tmp_path):
+    path = tmp_path / "sweep.json"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        read_settings(path, tmp_path / "out.csv")
     assert "\n" not in str(caught.value)
 
 

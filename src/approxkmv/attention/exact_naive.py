@@ -13,7 +13,8 @@ from approxkmv.attention.counting import count
 from approxkmv.attention.exponentials import LOWEST, flushed_
 
 
-def _free_bytes(device: torch.device) -> int:
+def free_bytes(device: torch.device) -> int:
+    """Bytes of memory that can be had on a device; on the CPU no more than this process's control group allows."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         # What the caching allocator holds and does not use can be had too.
@@ -49,7 +50,7 @@ def _limits() -> Iterator[tuple[int, int]]:
 def _exact_naive(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, seed: int) -> torch.Tensor:
     # The logits and their softmax, float32 both, live at the same time.
     needed = 8 * q.shape[0] * q.shape[1] * k.shape[1]
-    free = _free_bytes(q.device)
+    free = free_bytes(q.device)
     if needed > free:
         raise UnavailableError(
             f"exact-naive stores the {q.shape[1]} x {k.shape[1]} matrix {q.shape[0]} times over: "

@@ -20,7 +20,13 @@ NAMES_OF_BASELINES = {
     "exact-naive": "exact, matrix stored",
 }
 # No figure needs these, and tables from before they were counted can still be drawn.
-NOT_DRAWN = ("kernel_evaluations", "inner_products", "evaluation_exponent", "evaluation_exponent_error")
+NOT_DRAWN = (
+    "kernel_evaluations",
+    "inner_products",
+    "evaluation_exponent",
+    "evaluation_exponent_error",
+    "recomputed_share",
+)
 # Okabe and Ito's colours, which the colour-blind can tell apart, and darker ones between them. A method that has none
 # here gets one in `colours`.
 COLOURS = {

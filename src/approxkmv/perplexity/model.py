@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
-from approxkmv.errors import CaptureError, InputError
+from approxkmv.errors import CaptureError, InputError, NonFiniteError
 from approxkmv.models.capture import DTYPES, device_named, max_positions
 from approxkmv.models.loading import causal_class, load_causal_model, load_config, load_tokenizer
-from approxkmv.models.sources import ModelLocation
+from approxkmv.models.sources import ModelLocation, identity
 from approxkmv.perplexity.replacement import REPLACED, Replacement, replaced
+from approxkmv.sweep.measure import running_out_of_memory
 
 _ROWS = 512  # of the logits, as wide as the vocabulary, that are widened to float32 at a time
 
@@ -29,6 +30,8 @@ class Perplexity:
     """Of the forward pass."""
     attention_seconds: float
     """Of the attention in the chosen layers."""
+    recomputed_share: float
+    """Of the queries in these layers: whose approximate answer was lost and made again exactly."""
 
 
 class CausalModel:
@@ -38,7 +41,7 @@ class CausalModel:
         """Refuses a model whose predictions depend on later tokens. Raises CaptureError."""
         self._model = model
         self._location = location
-        self._device = device
+        self.device = device
         self.n_layers = int(model.config.get_text_config().num_hidden_layers)
         self.max_positions = max_positions(model)
         one, other = self._logits([3, 4, 5, 6]), self._logits([3, 4, 5, 7])
@@ -54,7 +57,7 @@ class CausalModel:
         Raises:
             SourceError: files that cannot be read, or missing weights.
             CaptureError: the model is not causal, or does not compute its attention through transformers' interface.
-            InputError: an unknown dtype, or a device that is not there.
+            InputError: an unknown dtype, or a device that is not there. UnavailableError: too little memory.
         """
         if dtype not in DTYPES:
             raise InputError(f"dtype is {dtype!r}: use one of {', '.join(DTYPES)}")
@@ -62,7 +65,8 @@ class CausalModel:
         wanted = causal_class(load_config(location))
         if not (wanted._can_set_attn_implementation() and wanted._supports_sdpa):
             raise CaptureError(f"{wanted.__name__} does not let its attention be replaced by plain softmax attention")
-        return cls(load_causal_model(location, dtype=DTYPES[dtype], attention=REPLACED).to(place), location, place)
+        with running_out_of_memory("the model"):
+            return cls(load_causal_model(location, dtype=DTYPES[dtype], attention=REPLACED).to(place), location, place)
 
     def tokens(self, documents: Sequence[str], count: int) -> list[int]:
         """The first `count` tokens of the documents, joined by blank lines. Raises InputError when they have fewer."""
@@ -81,19 +85,28 @@ class CausalModel:
             raise InputError(f"the text has {len(ids)} tokens, {count} are asked for")
         return list(ids[:count])
 
+    def check_length(self, count: int) -> None:
+        """Raise InputError for fewer than two tokens, or more than the model has positions."""
+        if count < 2 or (self.max_positions is not None and count > self.max_positions):
+            raise InputError(f"the text has {count} tokens: give 2 to {self.max_positions or 'any number'}")
+
+    def identity(self) -> str:
+        """What tells the model's files from others under the same path, and its type from another."""
+        of_files = identity(self._location.folder / (self._location.gguf_file or ""))
+        return f"{of_files} {self._model.dtype}"
+
     def perplexity(self, ids: Sequence[int], replacement: Replacement) -> Perplexity:
         """Perplexity of the text `ids` with the replacement's method in its layers, and the time of it.
 
         Raises InputError for fewer than two tokens or more than the model has positions, CaptureError where a layer
-        cannot be replaced, UnavailableError where the method cannot run.
+        cannot be replaced, UnavailableError where the method cannot run, NonFiniteError where the logits hold a NaN.
         """
-        if len(ids) < 2 or (self.max_positions is not None and len(ids) > self.max_positions):
-            raise InputError(f"the text has {len(ids)} tokens: give 2 to {self.max_positions or 'any number'}")
+        self.check_length(len(ids))
         start = time.perf_counter()
         with replaced(replacement):
             logits = self._logits(ids)
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         seconds = time.perf_counter() - start - replacement.warm_up_seconds
         if replacement.calls != len(replacement.layers):
             raise CaptureError(
@@ -105,11 +118,19 @@ class CausalModel:
         for i in range(0, len(targets), _ROWS):
             some = logits[i : i + _ROWS][: len(targets) - i].float()
             total += float(torch.nn.functional.cross_entropy(some, targets[i : i + _ROWS], reduction="sum"))
-        return Perplexity(math.exp(min(total / len(targets), 700.0)), seconds, replacement.seconds)
+        mean = total / len(targets)
+        if not math.isfinite(mean):
+            raise NonFiniteError(f"the logits of {type(self._model).__name__} are not finite at {len(ids):,} tokens")
+        return Perplexity(
+            perplexity=math.exp(mean) if mean < 700 else math.inf,
+            seconds=seconds,
+            attention_seconds=replacement.seconds,
+            recomputed_share=replacement.recomputed_rows / max(replacement.rows, 1),
+        )
 
     def _logits(self, ids: Sequence[int]) -> torch.Tensor:
         with torch.inference_mode():
             logits: torch.Tensor = self._model(
-                input_ids=torch.tensor([list(ids)], device=self._device), use_cache=False
+                input_ids=torch.tensor([list(ids)], device=self.device), use_cache=False
             ).logits
         return logits[0]

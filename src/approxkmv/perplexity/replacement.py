@@ -15,6 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from approxkmv.attention import Method
+from approxkmv.attention.counting import counting
 from approxkmv.errors import CaptureError
 
 # A name without "sdpa", "flash" or "flex" in it: transformers treats names with these words specially.
@@ -37,6 +38,10 @@ class Replacement:
     warm_up_seconds: float = field(default=0.0, init=False)
     """Of the first call, which is made twice: what a method loads or compiles once is not its time."""
     calls: int = field(default=0, init=False)
+    rows: int = field(default=0, init=False)
+    """Queries of all calls and heads."""
+    recomputed_rows: int = field(default=0, init=False)
+    """Those whose approximate answer was lost and made again exactly."""
 
 
 _current: ContextVar[Replacement | None] = ContextVar("replacement", default=None)
@@ -80,7 +85,10 @@ def _attend(
             attend(*_heads(query, key, value), **given)
             current.warm_up_seconds = _now(query.device) - start
         start = _now(query.device)
-        out = attend(*_heads(query, key, value), **given).unsqueeze(0).transpose(1, 2).contiguous()
+        with counting() as counts:
+            out = attend(*_heads(query, key, value), **given).unsqueeze(0).transpose(1, 2).contiguous()
+        current.rows += query.shape[1] * query.shape[2]
+        current.recomputed_rows += counts.recomputed_rows
     current.seconds += _now(query.device) - start
     current.calls += 1
     return out, None

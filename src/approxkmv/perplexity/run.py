@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,10 +11,14 @@ from typing import Any
 from approxkmv.attention import Method, UnavailableError
 from approxkmv.config import CorpusEntry
 from approxkmv.corpora import read_corpus
-from approxkmv.files import write_csv, write_json
+from approxkmv.errors import NonFiniteError
+from approxkmv.files import check_writable, write_csv, write_json
+from approxkmv.partial import PartialTable
 from approxkmv.perplexity.layers import parse_layers
-from approxkmv.perplexity.model import CausalModel
+from approxkmv.perplexity.model import CausalModel, Perplexity
 from approxkmv.perplexity.replacement import Replacement
+from approxkmv.sweep.measure import running_out_of_memory
+from approxkmv.sweep.run import machine
 
 
 def measure_perplexity(
@@ -32,6 +37,9 @@ def measure_perplexity(
 ) -> None:
     """Write one row per length, method and setting to `out`, and beside it the record as JSON.
 
+    Each finished length is kept in OUT.part until all are; a run of the same settings, model and text with the same
+    code on a machine of the same kind goes on after them, and the record names them.
+
     Args:
         name: of the model, for the table. corpus: its documents are joined; the text begins with its first.
         tokens: lengths; each text is the beginning of the longest. methods: those of chosen_methods.
@@ -39,56 +47,92 @@ def measure_perplexity(
         record: who made it, of provenance.describe. say: told of each row.
         require_all: a method that cannot run is an error; else its reason stands in its row.
     Raises:
-        InputError: layers or lengths that the model has not. UnavailableError, CaptureError: as said above.
+        TableError: a file cannot be written. InputError: layers or lengths that the model has not. NonFiniteError: the
+        model's own logits are not finite. UnavailableError, CaptureError: as said above.
     """
     import pandas as pd
 
-    wanted = parse_layers(layers, model.n_layers)
+    check_writable(out, out.with_suffix(".json"))
+    wanted, lengths = parse_layers(layers, model.n_layers), sorted(set(tokens))
+    for count in lengths:
+        model.check_length(count)
     documents = [document.context for document in read_corpus(corpus.source, corpus.sha256)]
-    ids = model.tokens(documents, max(tokens))
-    rows: list[dict[str, Any]] = []
-    for count in sorted(set(tokens)):
-        text = ids[:count]
+    ids = model.tokens(documents, lengths[-1])
+    asked = {"methods": [(method.name, parameters) for method, parameters in methods], "layers": wanted, "seed": seed}
+    asked |= {"name": name, "corpus": corpus.name, "tokens": lengths, "require_all": require_all}
+    here = {**machine(str(model.device)), "transformers": importlib.metadata.version("transformers")}
+    identity = {"settings": asked, "model": model.identity(), "text": ids, "machine": here}
+    partial = PartialTable(out, identity, say)
+    earlier = len(partial.cases)
+    for count in lengths[earlier:]:
+        common = {"model": name, "corpus": corpus.name, "tokens": count, "layers": len(wanted), "seed": seed}
+        rows = _rows_of_length(model, ids[:count], methods, wanted, seed, say, require_all)
+        partial.add({"rows": [common | row for row in rows]})
+    columns = ["model", "corpus", "tokens", "method", "parameters", "layers", "seed", "perplexity", "exact_perplexity"]
+    columns += ["ratio", "seconds", "exact_seconds", "attention_seconds", "exact_attention_seconds", "recomputed_share"]
+    columns += ["unavailable"]
+    write_csv(out, pd.DataFrame([row for case in partial.cases for row in case["rows"]], columns=columns))
+    write_json(out.with_suffix(".json"), record | {"tokens_of_earlier_runs": lengths[:earlier]})
+    partial.remove()
+
+
+def _rows_of_length(
+    model: CausalModel,
+    text: Sequence[int],
+    methods: Sequence[tuple[Method, dict[str, Any]]],
+    layers: Sequence[int],
+    seed: int,
+    say: Callable[[str], None],
+    require_all: bool,
+) -> list[dict[str, Any]]:
+    """What is measured of one text, a row for each method and setting."""
+
+    def run(method: Method | None, parameters: dict[str, Any]) -> Perplexity:
+        what = method.name if method else "the model itself"
+        with running_out_of_memory(f"{what}, at {len(text):,} tokens,"):
+            return model.perplexity(text, Replacement(method, parameters, layers, seed))
+
+    named: list[dict[str, Any]] = [
+        {"method": method.name, "parameters": json.dumps(parameters)} for method, parameters in methods
+    ]
+    try:
         # The first run of a length also pays for its memory, and does not count.
         for _ in range(2):
-            exact = model.perplexity(text, Replacement(None, {}, wanted, seed))
-        say(f"n = {count:,}: exact perplexity {exact.perplexity:.4g} in {exact.seconds:.1f} s")
-        for method, parameters in methods:
-            row: dict[str, Any] = {
-                "model": name,
-                "corpus": corpus.name,
-                "tokens": count,
-                "method": method.name,
-                "parameters": json.dumps(parameters),
-                "layers": len(wanted),
-                "seed": seed,
-                "exact_perplexity": exact.perplexity,
-                "exact_seconds": exact.seconds,
-                "exact_attention_seconds": exact.attention_seconds,
+            exact = run(None, {})
+    except UnavailableError as error:
+        if require_all:
+            raise
+        say(f"n = {len(text):,}: {error}")
+        return [row | {"unavailable": str(error)} for row in named]
+    say(f"n = {len(text):,}: exact perplexity {exact.perplexity:.4g} in {exact.seconds:.1f} s")
+    rows = []
+    for row, (method, parameters) in zip(named, methods, strict=True):
+        row |= {
+            "exact_perplexity": exact.perplexity,
+            "exact_seconds": exact.seconds,
+            "exact_attention_seconds": exact.attention_seconds,
+        }
+        try:
+            found = run(method, parameters)
+        except (UnavailableError, NonFiniteError) as error:
+            if require_all:
+                raise
+            rows.append(row | {"unavailable": str(error)})
+            say(f"n = {len(text):,}: {method.name}: {error}")
+            continue
+        rows.append(
+            row
+            | {
+                "perplexity": found.perplexity,
+                "ratio": found.perplexity / exact.perplexity,
+                "seconds": found.seconds,
+                "attention_seconds": found.attention_seconds,
+                "recomputed_share": found.recomputed_share,
+                "unavailable": "",
             }
-            try:
-                found = model.perplexity(text, Replacement(method, parameters, wanted, seed))
-            except UnavailableError as error:
-                if require_all:
-                    raise
-                rows.append(row | {"unavailable": str(error)})
-                say(f"n = {count:,}: {error}")
-                continue
-            rows.append(
-                row
-                | {
-                    "perplexity": found.perplexity,
-                    "ratio": found.perplexity / exact.perplexity,
-                    "seconds": found.seconds,
-                    "attention_seconds": found.attention_seconds,
-                    "unavailable": "",
-                }
-            )
-            say(
-                f"n = {count:,}: {method.name} {json.dumps(parameters)} perplexity {found.perplexity:.4g} in "
-                f"{found.seconds:.1f} s"
-            )
-    columns = ["model", "corpus", "tokens", "method", "parameters", "layers", "seed", "perplexity", "exact_perplexity"]
-    columns += ["ratio", "seconds", "exact_seconds", "attention_seconds", "exact_attention_seconds", "unavailable"]
-    write_csv(out, pd.DataFrame(rows, columns=columns))
-    write_json(out.with_suffix(".json"), record)
+        )
+        say(
+            f"n = {len(text):,}: {row['method']} {row['parameters']} perplexity {found.perplexity:.4g} in "
+            f"{found.seconds:.1f} s"
+        )
+    return rows

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from approxkmv.attention import get
 from approxkmv.errors import InputError
+from approxkmv.sweep.settings import LARGEST_SEED
 
 if TYPE_CHECKING:
     from approxkmv.attention import Method
@@ -22,13 +24,16 @@ def from_options(
     except ValueError:
         lengths = []
     if not lengths or min(lengths) < 2:
-        raise InputError(f"tokens is {tokens!r}: write lengths of 2 or more, separated by commas, as 1024,2048")
+        raise InputError(f"tokens is {_shown(tokens)}: write lengths of 2 or more, separated by commas, as 1024,2048")
     try:
         given = json.loads(parameters)
-    except json.JSONDecodeError as error:
-        raise InputError(f"parameters is {parameters!r}, which is no JSON: {error.msg}") from error
+    except (ValueError, RecursionError) as error:
+        reason = getattr(error, "msg", error)
+        raise InputError(f"parameters is {_shown(parameters)}, which is no JSON: {reason}") from error
     if not isinstance(given, dict):
-        raise InputError(f"parameters is {parameters!r}: write a JSON object, as '{{\"samples\": 32}}'")
+        raise InputError(f"parameters is {_shown(parameters)}: write a JSON object, as '{{\"samples\": 32}}'")
+    if not 0 <= seed <= LARGEST_SEED:
+        raise InputError(f"seed is {_shown(seed)}: give a whole number from 0 to {LARGEST_SEED}")
     return {
         "model": model,
         "corpus": corpus,
@@ -39,6 +44,11 @@ def from_options(
         "dtype": "float32",
         "device": "cpu",
     }
+
+
+def _shown(value: object) -> str:
+    """A value as a message quotes it, cut where it is too long for that."""
+    return textwrap.shorten(repr(value), 100)
 
 
 def chosen_methods(methods: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[tuple[Method, dict[str, Any]]]:

@@ -28,6 +28,9 @@ def main() -> int:
     except ApproxKMVError as error:
         print(f"approxkmv: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("approxkmv: stopped", file=sys.stderr)
+        return 130
     return 0
 
 

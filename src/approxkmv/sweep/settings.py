@@ -4,14 +4,40 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from itertools import product
 from typing import Any, TypeVar
 
 from approxkmv.errors import ConfigError
 
 T = TypeVar("T")
 WORKLOADS = ("glove-paper", "glove-sharp", "glove-split", "model-qk")
+# The largest whole number that all readers of JSON agree on; generators take no more than 64 bits.
+LARGEST_SEED = 2**53 - 1
+# torch starts as many as it is told to.
+_MOST_THREADS = 1024
+
+
+def _whole(value: Any, least: int, most: float = float("inf")) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+def _number(value: Any, most: float) -> bool:
+    """Whether it is a number above 0 and below `most`; no NaN is."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < most
+
+
+def _list_of(values: Any, good: Callable[[Any], bool]) -> bool:
+    """Whether there are values, each of them good and there once: twice would count what was done once."""
+    listed = isinstance(values, (list, tuple)) and bool(values) and all(map(good, values))
+    return listed and len(set(values)) == len(values)
+
+
+def _shown(value: Any) -> str:
+    """A value as a message quotes it, cut where it is too long for that."""
+    return textwrap.shorten(repr(value), 100)
 
 
 def _build(kind: type[T], given: Mapping[str, Any], where: str) -> T:
@@ -57,21 +83,29 @@ class WorkloadSettings:
 
     def __post_init__(self) -> None:
         if self.name not in WORKLOADS:
-            near = difflib.get_close_matches(self.name, WORKLOADS, n=1, cutoff=0.3)
+            near = difflib.get_close_matches(str(self.name), WORKLOADS, n=1, cutoff=0.3)
             hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(WORKLOADS)}"
-            raise ConfigError(f"no workload is called {self.name!r}; {hint}")
-        if not self.lengths or any(not isinstance(n, int) or n < 2 for n in self.lengths):
-            raise ConfigError(f"workload {self.name}: lengths is {self.lengths!r}; give whole numbers above 1")
-        if not self.batches or any(not isinstance(b, int) or b < 1 for b in self.batches):
-            raise ConfigError(f"workload {self.name}: batches is {self.batches!r}; give whole numbers of at least 1")
-        if not self.heads or any(not isinstance(h, int) or h < 0 for h in self.heads):
-            raise ConfigError(f"workload {self.name}: heads is {self.heads!r}; give whole numbers of at least 0")
-        if not self.columns or any(c not in ("one", "all") for c in self.columns):
-            raise ConfigError(f"workload {self.name}: columns is {self.columns!r}; give 'one', 'all' or both")
+            raise ConfigError(f"no workload is called {_shown(self.name)}; {hint}")
+        for name, least in (("lengths", 2), ("batches", 1), ("heads", 0)):
+            values = getattr(self, name)
+            if not _list_of(values, lambda value, least=least: _whole(value, least)):  # type: ignore[misc]
+                raise ConfigError(
+                    f"workload {self.name}: {name} is {_shown(values)}; give a list of whole numbers of at least "
+                    f"{least}, each once"
+                )
+        if not _list_of(self.columns, lambda columns: columns in ("one", "all")):
+            raise ConfigError(f"workload {self.name}: columns is {_shown(self.columns)}; give 'one', 'all' or both")
         if self.values not in ("other", "keys"):
-            raise ConfigError(f"workload {self.name}: values is {self.values!r}; give 'other' or 'keys'")
-        if self.rows is not None and (not isinstance(self.rows, int) or self.rows < 2):
-            raise ConfigError(f"workload {self.name}: rows is {self.rows!r}; give a whole number above 1, or none")
+            raise ConfigError(f"workload {self.name}: values is {_shown(self.values)}; give 'other' or 'keys'")
+        if self.rows is not None and not _whole(self.rows, 2):
+            raise ConfigError(
+                f"workload {self.name}: rows is {_shown(self.rows)}; give a whole number above 1, or none"
+            )
+        for name in ("path", "sha256", "tuning_path"):
+            if not isinstance(getattr(self, name), (str, type(None))):
+                raise ConfigError(
+                    f"workload {self.name}: {name} is {_shown(getattr(self, name))}; give a word, or none"
+                )
         if self.name == "model-qk" and self.path is None:
             raise ConfigError("workload model-qk: path is missing; give the capture of a model (.safetensors)")
 
@@ -108,29 +142,48 @@ class SweepSettings:
     def __post_init__(self) -> None:
         if not self.workloads:
             raise ConfigError("sweep: workloads is empty; give at least one")
+        cases = [
+            case
+            for w in self.workloads
+            for case in product([w.name], w.lengths, w.batches, w.columns, w.heads if w.name == "model-qk" else (0,))
+        ]
+        if len(set(cases)) < len(cases):
+            raise ConfigError("sweep: two workloads have a case in common, whose rows the table could not tell apart")
         if self.dtype not in ("float32", "bfloat16"):
-            raise ConfigError(f"sweep: dtype is {self.dtype!r}; give 'float32' or 'bfloat16'")
+            raise ConfigError(f"sweep: dtype is {_shown(self.dtype)}; give 'float32' or 'bfloat16'")
         if self.clock not in ("wall", "cpu"):
-            raise ConfigError(f"sweep: clock is {self.clock!r}; give 'wall' or 'cpu'")
-        if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
-            raise ConfigError(f"sweep: device is {self.device!r}; give 'cpu', 'cuda' or 'cuda:1'")
+            raise ConfigError(f"sweep: clock is {_shown(self.clock)}; give 'wall' or 'cpu'")
+        if not isinstance(self.device, str) or not re.fullmatch(r"cpu|cuda(:\d{1,2})?", self.device):
+            raise ConfigError(f"sweep: device is {_shown(self.device)}; give 'cpu', 'cuda' or 'cuda:1'")
+        if not isinstance(self.cache, str):
+            raise ConfigError(f"sweep: cache is {_shown(self.cache)}; give the name of a folder")
+        if self.methods != () and not _list_of(self.methods, lambda name: isinstance(name, str)):
+            raise ConfigError(f"sweep: methods is {_shown(self.methods)}; give a list of names, each once; [] is all")
         for name in ("seeds", "tuning_seeds"):
-            seeds = getattr(self, name)
-            if not seeds or any(not isinstance(seed, int) or seed < 0 for seed in seeds):
-                raise ConfigError(f"sweep: {name} is {seeds!r}; give whole numbers of at least 0")
+            if not _list_of(getattr(self, name), lambda seed: _whole(seed, 0, LARGEST_SEED)):
+                raise ConfigError(
+                    f"sweep: {name} is {_shown(getattr(self, name))}; give a list of whole numbers from 0 to "
+                    f"{LARGEST_SEED}, each once"
+                )
         if set(self.seeds) & set(self.tuning_seeds):
             raise ConfigError("sweep: seeds and tuning_seeds overlap; an error measured on a tuning seed is too low")
-        if not self.targets or any(not isinstance(t, (int, float)) or not 0 < t < 10 for t in self.targets):
-            raise ConfigError(f"sweep: targets is {self.targets!r}; give errors above 0")
-        if self.band is not None and (not isinstance(self.band, (int, float)) or not self.band > 0):
-            raise ConfigError(f"sweep: band is {self.band!r}; give a number above 0, or none")
-        for name, least in (("repeats", 1), ("inputs", 1), ("warmups", 0), ("threads", 1)):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < least):
-                raise ConfigError(f"sweep: {name} is {value!r}; give a whole number of at least {least}")
+        if not _list_of(self.targets, lambda target: _number(target, 10)):
+            raise ConfigError(f"sweep: targets is {_shown(self.targets)}; give a list of errors above 0, each once")
+        if self.band is not None and not _number(self.band, 10):
+            raise ConfigError(f"sweep: band is {_shown(self.band)}; give a number above 0, or none")
+        for name, least in (("repeats", 1), ("inputs", 1), ("warmups", 0)):
+            if not _whole(getattr(self, name), least):
+                value = _shown(getattr(self, name))
+                raise ConfigError(f"sweep: {name} is {value}; give a whole number of at least {least}")
+        if self.threads is not None and not _whole(self.threads, 1, _MOST_THREADS):
+            value = _shown(self.threads)
+            raise ConfigError(f"sweep: threads is {value}; give a whole number from 1 to {_MOST_THREADS}, or none")
         if not isinstance(self.parameters, Mapping) or not all(
-            isinstance(sets, (list, tuple)) and sets and all(isinstance(one, Mapping) for one in sets)
-            for sets in self.parameters.values()
+            isinstance(name, str)
+            and isinstance(sets, (list, tuple))
+            and sets
+            and all(isinstance(one, Mapping) for one in sets)
+            for name, sets in self.parameters.items()
         ):
             raise ConfigError('sweep: parameters must give each method a list of parameter sets, as [{"samples": 8}]')
 

@@ -20,7 +20,10 @@ def read_settings(path: Path, out: Path) -> SweepSettings:
         given = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"the settings {path} cannot be read: {error.strerror}") from error
-    except json.JSONDecodeError as error:
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text: {error.reason}") from error
+    except (ValueError, RecursionError) as error:
+        # Beside what is no JSON: a number of thousands of digits, or lists in lists without end.
         raise ConfigError(f"{path} is not JSON: {error}") from error
     if not isinstance(given, dict):
         raise ConfigError(f"{path} holds no sweep: it must be an object with workloads")

@@ -92,10 +92,16 @@ def word_vectors(path: str | None) -> np.ndarray:
             array = np.load(file)
         if not isinstance(array, np.ndarray):
             raise ValueError("an archive of several arrays")
-    except (OSError, ValueError, EOFError, KeyError, TypeError, lzma.LZMAError) as error:
+    except Exception as error:  # a broken file makes NumPy, lzma, zipfile and json raise a dozen types
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise SourceError(
-            f"{file}: no word vectors could be read ({error}); give a .npy, .npy.xz or wink-embeddings .json file"
+            f"{file}: no word vectors could be read ({reason}); give a .npy, .npy.xz or wink-embeddings .json file"
         ) from error
-    if array.ndim != 2 or array.dtype.kind != "f" or not np.isfinite(array).all():
-        raise SourceError(f"{file}: expected a matrix (rows, d) of finite numbers, found {array.dtype} {array.shape}")
-    return np.ascontiguousarray(array, np.float32)
+    found = f"{file}: expected a matrix (rows, d) of finite numbers, found {array.dtype} {array.shape}"
+    if array.ndim != 2 or array.dtype.kind != "f":
+        raise SourceError(found)
+    with np.errstate(over="ignore"):
+        array = np.ascontiguousarray(array, np.float32)
+    if not np.isfinite(array).all():
+        raise SourceError(found)
+    return array

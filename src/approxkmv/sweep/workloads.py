@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from approxkmv.attention.exact_naive import free_bytes
 from approxkmv.errors import InputError, SourceError
 from approxkmv.sweep.settings import WorkloadSettings
 from approxkmv.sweep.word_vectors import shipped_vectors, word_vectors
@@ -65,7 +66,9 @@ def check_case(case: Case) -> None:
         _capture_of(case, "evaluation")
         _capture_of(case, "tuning")
         return
-    rows = len(word_vectors(case.settings.path)[: case.settings.rows])
+    rows, d = word_vectors(case.settings.path)[: case.settings.rows].shape
+    if d < 2:
+        raise InputError(f"{case.name} takes the second column as values, and its word vectors have {d}")
     if _needed(case) > rows:
         raise InputError(f"{case.name} at n = {case.n} needs {_needed(case)} word vectors, there are {rows}")
 
@@ -94,6 +97,10 @@ def _word_problem(case: Case, part: str, index: int) -> Problem:
     check_case(case)
     vectors = word_vectors(case.settings.path)[: case.settings.rows]
     needed = _needed(case)
+    # Rows, and q, k and v made of them, in float32. A system that promises more than it has would end this process.
+    size, free = 4 * case.batch * vectors.shape[1] * (needed + 3 * case.n), free_bytes(torch.device("cpu"))
+    if size > free:
+        raise MemoryError(f"one input takes {size / 2**30:.4g} GiB, {free / 2**30:.4g} GiB are free")
     # The most frequent words, four times as many as needed where there are, tuning and evaluation on every other one.
     pool = np.arange(min(len(vectors), 4 * needed))
     if 2 * needed <= len(pool):
@@ -117,7 +124,7 @@ def _word_problem(case: Case, part: str, index: int) -> Problem:
 
 
 @cache
-def _capture(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def _capture(path: str) -> tuple[dict[str, torch.Tensor], float]:
     try:
         from safetensors import safe_open
     except ImportError as error:
@@ -125,28 +132,39 @@ def _capture(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     try:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name).float() for name in ("q", "k", "v")}
-            return tensors, file.metadata() or {}
+            metadata = file.metadata() or {}
+        scale = float(metadata.get("scale", tensors["q"].shape[-1] ** -0.5))
     except Exception as error:  # the package raises its own type, which it does not export
-        raise SourceError(f"{path}: no capture with tensors q, k, v could be read ({error})") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise SourceError(f"{path}: no capture with tensors q, k, v could be read ({reason})") from error
+    q, k, v = tensors.values()
+    if any(t.ndim != 3 or 0 in t.shape for t in (q, k, v)) or q.shape != k.shape or k.shape[:2] != v.shape[:2]:
+        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
+        raise SourceError(f"{path}: q, k and v of a capture are (heads, tokens, width), here {shapes}")
+    if not all(bool(t.isfinite().all()) for t in (q, k, v)):
+        raise SourceError(f"{path}: q, k or v holds a NaN or an infinity")
+    if not 0 < scale < float("inf"):
+        raise SourceError(f"{path}: its scale is {scale}, which is no number above 0")
+    return tensors, scale
 
 
-def _capture_of(case: Case, part: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def _capture_of(case: Case, part: str) -> tuple[dict[str, torch.Tensor], float]:
     settings, head = case.settings, case.head or 0
     elsewhere = part == "tuning" and settings.tuning_path is not None
     path = str(settings.tuning_path if elsewhere else settings.path)
-    tensors, metadata = _capture(path)
+    tensors, scale = _capture(path)
     heads, rows, _ = tensors["q"].shape
     if head >= heads:
         raise InputError(f"model-qk: head {head} is asked for, {path} holds {heads} of them")
     if case.n * case.batch > rows:
         raise InputError(f"model-qk at n = {case.n}, batch {case.batch} needs {case.n * case.batch} tokens of {rows}")
-    return tensors, metadata
+    return tensors, scale
 
 
 def _model_problem(case: Case, part: str, index: int) -> Problem:
-    tensors, metadata = _capture_of(case, part)
+    tensors, scale = _capture_of(case, part)
     head = case.head or 0
-    rows, d = tensors["q"].shape[1:]
+    rows = tensors["q"].shape[1]
     # Tuning from the front and evaluation from the back, a little further in for each input where there is room.
     room = rows - case.n * case.batch
     offset = min(room, index * 64)
@@ -156,7 +174,7 @@ def _model_problem(case: Case, part: str, index: int) -> Problem:
         for name in ("q", "k", "v")
     ]
     v = chosen[2][..., :1].contiguous() if case.columns == "one" else chosen[2]
-    return Problem(chosen[0], chosen[1], v, float(metadata.get("scale", d**-0.5)))
+    return Problem(chosen[0], chosen[1], v, scale)
 
 
 def load(case: Case, part: str, index: int, device: str = "cpu", dtype: str = "float32") -> Problem:
