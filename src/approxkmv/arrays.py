@@ -11,7 +11,7 @@ import torch
 
 from approxkmv.errors import InputError
 
-# Far above any activation, and far below where float64 overflows.
+# Far above any activation, and far below where float64 overflows. A scale may be as large.
 LARGEST_PRODUCT = 1e100
 
 Array: TypeAlias = torch.Tensor | np.ndarray
@@ -69,9 +69,10 @@ def queries_and_keys(q: Array, k: Array) -> tuple[torch.Tensor, torch.Tensor, Ca
 
 
 def resolve_scale(scale: float | None, d: int) -> float:
-    """The factor of the logits: 1/sqrt(d) when none is given. Raises InputError unless positive and finite."""
+    """The factor of the logits: 1/sqrt(d) when none is given. Raises InputError unless positive and at most 1e100."""
     if scale is None:
         return 1.0 / math.sqrt(d)
-    if not (isinstance(scale, (int, float, np.floating, np.integer)) and math.isfinite(scale) and scale > 0):
-        raise InputError(f"scale is {scale!r}: it must be a positive finite number")
+    is_number = isinstance(scale, (int, float, np.floating, np.integer)) and not isinstance(scale, bool)
+    if not (is_number and 0 < scale <= LARGEST_PRODUCT):
+        raise InputError(f"scale is {scale!r}: it must be a positive number, at most {LARGEST_PRODUCT:g}")
     return float(scale)

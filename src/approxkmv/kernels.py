@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from approxkmv.arrays import Array, queries_and_keys, resolve_scale
+from approxkmv.torch_state import plain_torch
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class AttentionReduction:
     """The bandwidth, 1/sqrt(scale)."""
 
 
+@plain_torch()
 def reduce_attention(q: Array, k: Array, scale: float | None = None) -> AttentionReduction:
     """Turn attention into a Gaussian kernel (Lemma 4.1).
 
@@ -57,6 +59,7 @@ def reduce_attention(q: Array, k: Array, scale: float | None = None) -> Attentio
     return AttentionReduction(back(lifted_queries), back(lifted_keys), back(log_row_scale), 1.0 / math.sqrt(s))
 
 
+@plain_torch()
 def log_kernel(q: Array, k: Array, scale: float | None = None) -> Array:
     """Logarithm of the Gaussian kernel of Lemma 4.1.
 

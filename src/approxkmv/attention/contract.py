@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,8 +11,12 @@ import torch
 
 from approxkmv.arrays import resolve_scale
 from approxkmv.errors import ApproxKMVError, InputError
+from approxkmv.torch_state import plain_torch
 
 Parameters = Mapping[str, Any]
+
+# What norms of rows, and products of them, may be: their squares, times any number of rows, stay within float32.
+LARGEST = 1e12
 
 
 class UnavailableError(ApproxKMVError):
@@ -29,6 +34,10 @@ class Method:
     (2, 50, 3)
 
     `compute` is the same without the checks of its input, which is what a sweep times.
+
+    Whatever torch's default type and device, its grad and inference mode or autocast, the answer is the same, an
+    ordinary tensor. No method gives gradients: inputs may require them, and the answer does not. (`knn_attention` of
+    `knn_gradients.py` is the function that does.) Finite inputs give finite answers or an InputError.
     """
 
     name: str
@@ -50,6 +59,12 @@ class Method:
     """What a parameter of words may be, where the method does not say so itself."""
     causal: Callable[..., torch.Tensor] | None = None
     """The same as `compute` with query i attending to keys 0 to i only, as many queries as keys; None: not offered."""
+
+    def __post_init__(self) -> None:
+        # Here, so that those who call `compute` or `causal` themselves, to time them, have the same promise.
+        for name in ("compute", "causal"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, plain_torch()(getattr(self, name)))
 
     def parameters(self, given: Parameters | None = None) -> dict[str, Any]:
         """The defaults with `given` put over them.
@@ -95,10 +110,8 @@ class Method:
         Raises InputError for shapes, types or numbers that are not sound, and UnavailableError where the method
         cannot run.
         """
-        check_inputs(q, k, v)
-        return self.compute(
-            q, k, v, scale=resolve_scale(scale, q.shape[-1]), seed=int(seed), **self.parameters(parameters)
-        )
+        scale = check_inputs(q, k, v, scale)
+        return self.compute(q, k, v, scale=scale, seed=int(seed), **self.parameters(parameters))
 
     def attend_causally(
         self,
@@ -115,12 +128,10 @@ class Method:
         Raises InputError as a call does, and for unequal numbers of queries and keys; UnavailableError where the
         method has no causal form or cannot run.
         """
-        check_inputs(q, k, v)
+        scale = check_inputs(q, k, v, scale)
         if q.shape[1] != k.shape[1]:
             raise InputError(f"causal attention has a key for each query: q has {q.shape[1]} rows, k {k.shape[1]}")
-        return self.causal_form()(
-            q, k, v, scale=resolve_scale(scale, q.shape[-1]), seed=int(seed), **self.parameters(parameters)
-        )
+        return self.causal_form()(q, k, v, scale=scale, seed=int(seed), **self.parameters(parameters))
 
     def causal_form(self) -> Callable[..., torch.Tensor]:
         """`causal`. Raises UnavailableError when there is none."""
@@ -129,8 +140,13 @@ class Method:
         return self.causal
 
 
-def check_inputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-    """Raise InputError unless q, k, v are finite (batch, n, d) tensors of one kind that fit together."""
+@plain_torch()
+def check_inputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None = None) -> float:
+    """The factor of the logits, for (batch, n, d) tensors q, k, v that are sound.
+
+    Raises InputError unless they are finite, of one kind, fit together and are so small that no method's sums leave
+    float32.
+    """
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if not isinstance(tensor, torch.Tensor):
             raise InputError(f"{name} is a {type(tensor).__name__}: give a torch tensor (batch, n, width)")
@@ -145,10 +161,23 @@ def check_inputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
             f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} must be (batch, n_q, d), (batch, n_k, d) "
             f"and (batch, n_k, d_v)"
         )
+    factor = resolve_scale(scale, q.shape[-1])
+    norms = {}
     for name, tensor in (("q", q), ("k", k), ("v", v)):
-        # The sum of finite numbers is finite unless it overflows, and one pass over the rows is all it costs.
-        if not bool(tensor.sum(dtype=torch.float32).isfinite()) and not bool(tensor.isfinite().all()):
+        norms[name] = float(torch.linalg.vector_norm(tensor, dim=-1, dtype=torch.float32).amax())
+        # The norm of finite numbers is finite unless it overflows, and one pass over the rows is all it costs.
+        if not math.isfinite(norms[name]) and not bool(tensor.isfinite().all()):
             raise InputError(f"{name} holds a NaN or an infinity: remove it before asking for attention")
+    if not norms["v"] <= LARGEST:
+        raise InputError(f"a row of v has norm {norms['v']:.3g}, more than {LARGEST:g}: scale v down")
+    # A short vector makes a long one no safer: methods look at each by itself too.
+    if not max(norms["q"], 1.0) * max(norms["k"], 1.0) * max(factor, 1.0) <= LARGEST:
+        raise InputError(
+            f"logits may leave float32: rows of q and k have norms up to {norms['q']:.3g} and {norms['k']:.3g}, scale "
+            f"is {factor:.3g}, and their product, each at least 1, may be {LARGEST:g}: scale them down"
+        )
+    # Less would be 0 in float32, and makes no logit that is seen.
+    return max(factor, 1e-30)
 
 
 def per_batch(
@@ -173,6 +202,5 @@ def per_batch(
         mean = v.mean(0)
         return single(q, k, v - mean, generator) + mean
 
-    with torch.no_grad():
-        answers = [answer(*(t[i].float() for t in (q, k, v))) for i in range(q.shape[0])]
+    answers = [answer(*(t[i].float() for t in (q, k, v))) for i in range(q.shape[0])]
     return torch.stack(answers).to(v.dtype)

@@ -12,7 +12,7 @@ _SMALLEST = 2e-35
 
 def flushed_(weights: torch.Tensor) -> torch.Tensor:
     """weights, in place, with 0 for those below 2e-35; a NaN stays."""
-    return torch.nn.functional.threshold_(weights, _SMALLEST, 0.0)
+    return torch.threshold_(weights, _SMALLEST, 0.0)
 
 
 def exp_(logits: torch.Tensor) -> torch.Tensor:

@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 
-from approxkmv.arrays import resolve_scale
 from approxkmv.attention.contract import check_inputs
 from approxkmv.attention.knn import method, sampled_attention
 from approxkmv.attention.lazy_gumbel import SampledRows, products_of_pairs
 from approxkmv.errors import InputError
+from approxkmv.torch_state import plain_torch
 
 _ENTRIES = 1 << 18  # gathered at a time
 
@@ -95,6 +95,7 @@ def estimated_gradients(
 
 class _KNNAttention(torch.autograd.Function):
     @staticmethod
+    @plain_torch()
     def forward(
         ctx: Any,
         q: torch.Tensor,
@@ -111,6 +112,7 @@ class _KNNAttention(torch.autograd.Function):
         return torch.stack(out).to(v.dtype)
 
     @staticmethod
+    @plain_torch()
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         q, k, v = ctx.saved_tensors
         scale, seed, parameters = ctx.settings
@@ -157,7 +159,7 @@ def knn_attention(
     Raises:
         InputError: inputs that do not fit. UnavailableError: faiss is missing.
     """
-    check_inputs(q.detach(), k.detach(), v.detach())
+    scale = check_inputs(q, k, v, scale)
     parameters = method.parameters({"top": top, "samples": samples, "index": index, "head": head})
-    answer: torch.Tensor = _KNNAttention.apply(q, k, v, resolve_scale(scale, q.shape[-1]), seed, parameters)
+    answer: torch.Tensor = _KNNAttention.apply(q, k, v, scale, seed, parameters)
     return answer

@@ -90,8 +90,9 @@ def approx_kmv(
     Returns:
         A KMVResult.
     Raises:
-        InputError: shapes that do not fit, a non-finite value, sigma or epsilon not positive, alpha or gamma outside
-        [0, 1], an empty set, an unknown word, too little memory (it says the least that would do).
+        InputError: shapes that do not fit, a value or a product that is not finite, sigma or epsilon not positive,
+        alpha or gamma outside [0, 1], an empty set, an unknown word, too little memory (it says the least that would
+        do).
     Source: Algorithm 3 and Theorem 1.1 of Indyk, Kapralov, Sheth & Wagner (ICLR 2025); docs/algorithm.md lists every
     departure.
     """
@@ -126,7 +127,11 @@ def approx_kmv(
         memory=bound,
     )
     y_large, large_tally = exact_columns(kernel, parts.scaled, parts.large, bound)
-    y = light.z + y_large + heavy_sum(found, parts.scaled, parts.large)
+    # What overflows is refused by name, not by numpy's warning.
+    with np.errstate(over="ignore"):
+        y = (light.z + y_large + heavy_sum(found, parts.scaled, parts.large)) * parts.norm_factor
+    if not np.isfinite(y).all():
+        raise InputError(f"the product with x, of norm {parts.norm_factor:.3g} sqrt(n), leaves float64: scale x down")
     phases = {
         "large": large_tally,
         "heavy": found.tally if heavy is None else Tally(),
@@ -135,7 +140,7 @@ def approx_kmv(
     }
     total = sum(phases.values(), Tally())
     return KMVResult(
-        y=inputs.back_to_kind(queries)(y * parts.norm_factor),
+        y=inputs.back_to_kind(queries)(y),
         heavy=found,
         kernel_evaluations=total.kernel_evaluations,
         distinct_evaluations=total.distinct_evaluations,

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from approxkmv.arrays import Array, as_float64, queries_and_keys, resolve_scale
+from approxkmv.arrays import LARGEST_PRODUCT, Array, as_float64, queries_and_keys, resolve_scale
 from approxkmv.errors import InputError
 from approxkmv.kernels import reduce_attention
 from approxkmv.kmv import inputs
 from approxkmv.kmv.algorithm import approx_kmv
 from approxkmv.kmv.costs import Tally
 from approxkmv.kmv.heavy import DEFAULT_MEMORY, HeavyKeys
+from approxkmv.torch_state import plain_torch
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ def approx_attention(
     ).output
 
 
+@plain_torch()
 def attention_product(
     q: Array,
     k: Array,
@@ -104,6 +106,7 @@ def attention_product(
     values = as_float64(v, "v")
     if values.ndim != keys.ndim or values.shape[:-1] != keys.shape[:-1] or values.shape[-1] == 0:
         raise InputError(f"v {tuple(values.shape)} must be (..., n_k, d_v) with the keys' {tuple(keys.shape[:-1])}")
+    inputs.bounded(values.cpu().numpy(), "v", LARGEST_PRODUCT)
     s = resolve_scale(scale, queries.shape[-1])
     error, floor = inputs.error(epsilon), inputs.positive(row_floor, "row_floor")
     n_q, n_k, d, d_v = queries.shape[-2], keys.shape[-2], queries.shape[-1], values.shape[-1]

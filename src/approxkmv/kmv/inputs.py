@@ -22,6 +22,14 @@ def matrix(array: Array, name: str) -> np.ndarray:
     return tensor.cpu().numpy()
 
 
+def bounded(array: np.ndarray, name: str, most: float) -> np.ndarray:
+    """The array itself, refused where an entry is so large that sums of products would leave float64."""
+    largest = float(np.abs(array).max())
+    if not largest <= most:
+        raise InputError(f"{name} has an entry of size {largest:.3g}, more than {most:g}: scale it down")
+    return array
+
+
 def points(queries: Array, keys: Array) -> tuple[np.ndarray, np.ndarray]:
     """Queries (n_q, d) and keys (n_k, d) of one kind and one width."""
     same_kind(queries, "queries", keys, "keys")

@@ -23,7 +23,7 @@ from typing import TypeAlias
 import numpy as np
 import torch
 
-from approxkmv.arrays import Array, resolve_scale
+from approxkmv.arrays import LARGEST_PRODUCT, Array, resolve_scale
 from approxkmv.errors import InputError
 from approxkmv.kmv import inputs
 from approxkmv.kmv.attention import best_origin
@@ -74,7 +74,7 @@ def weighted_exponential_density(
     Raises:
         InputError: shapes that do not fit, a non-finite value, a density whose bandwidth is not 1.
     """
-    q, p = inputs.points(queries, points)
+    q, p = (inputs.bounded(part, "queries or points", 1e150) for part in inputs.points(queries, points))
     log_w = inputs.vector(log_weights, "log_weights", len(p))
     if density.sigma != 1.0:
         raise InputError(f"the density has bandwidth {density.sigma!r}: give one of bandwidth 1")
@@ -146,9 +146,9 @@ def spectral_attention(
     Raises:
         InputError: shapes that do not fit, a non-finite value, samples or scale not positive.
     """
-    queries, keys = inputs.points(q, k)
+    queries, keys = (inputs.bounded(part, "q or k", 1e50) for part in inputs.points(q, k))
     inputs.same_kind(q, "q", v, "v")
-    values = inputs.matrix(v, "v")
+    values = inputs.bounded(inputs.matrix(v, "v"), "v", LARGEST_PRODUCT)
     if len(values) != len(keys):
         raise InputError(f"v {values.shape} must have a row for each of the {len(keys)} keys")
     s = resolve_scale(scale, queries.shape[1])

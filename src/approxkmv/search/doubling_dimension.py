@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+from approxkmv.arrays import as_float64
 from approxkmv.errors import InputError
+from approxkmv.torch_state import plain_torch
 
 _QUANTILES = (0.01, 0.03, 0.1, 0.3, 0.6, 1.0)
 
@@ -27,6 +29,7 @@ class DoublingDimension:
     """Largest distance over the smallest that is not zero."""
 
 
+@plain_torch()
 def doubling_dimension(
     points: torch.Tensor, *, centres: int | None = 64, generator: torch.Generator | None = None
 ) -> DoublingDimension:
@@ -43,11 +46,14 @@ def doubling_dimension(
         centres: balls around so many points, drawn at random, at six radii each; None takes every point.
         generator: draws them.
     Raises:
-        InputError: fewer than two different points.
+        InputError: fewer than two different points, a coordinate that is not finite.
     """
-    x = points.double()
+    x = as_float64(points, "points")
     if len(x) < 2 or bool((x == x[0]).all()):
         raise InputError("a doubling dimension needs at least two different points")
+    # In a unit in which no square leaves float64
+    x = x / x.abs().max()
+    x = x - x[0]
     distances = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
     chosen = torch.arange(len(x)) if centres is None else torch.randperm(len(x), generator=generator)[:centres]
     most_apart = most_balls = 1

@@ -18,7 +18,9 @@ from approxkmv.attention.acceleration import over_threads
 from approxkmv.attention.contract import UnavailableError
 from approxkmv.attention.counting import count as report
 from approxkmv.errors import InputError
+from approxkmv.torch_state import plain_torch
 
+_LARGEST = 1e17
 _WIDTH = 16  # coordinates are padded to whole vectors of the processor
 
 
@@ -46,6 +48,7 @@ class VamanaGraph:
     degrees: np.ndarray
     start: int
 
+    @plain_torch()
     def search(self, queries: torch.Tensor, count: int, beam: int) -> Found:
         """The `count` best candidates of each of queries (n_q, d); with a beam of 1 this is greedy search.
 
@@ -76,6 +79,9 @@ def _loops() -> ModuleType:
 
 
 def _padded(points: torch.Tensor) -> np.ndarray:
+    points = points.detach()
+    if not float(points.abs().max()) <= _LARGEST:
+        raise InputError(f"points hold a NaN or a number beyond {_LARGEST:g}: squares of distances are float32")
     wide = torch.nn.functional.pad(points.float(), (0, -points.shape[1] % _WIDTH))
     return wide.contiguous().numpy()
 
@@ -90,6 +96,7 @@ def _check(alpha: float) -> None:
         raise InputError(f"alpha is {alpha}: the prune needs at least 1, and a guarantee more")
 
 
+@plain_torch()
 def build(points: torch.Tensor, *, alpha: float, degree: int, beam: int, generator: torch.Generator) -> VamanaGraph:
     """The practical graph of points (n, d): each in turn searched for, pruned and linked both ways.
 
@@ -97,7 +104,7 @@ def build(points: torch.Tensor, *, alpha: float, degree: int, beam: int, generat
         alpha: how much nearer a shortcut must be, at least 1. degree: at most so many links of a point.
         beam: candidates kept while a point is searched for. generator: the order of the points.
     Raises:
-        InputError: alpha below 1. UnavailableError: numba is missing.
+        InputError: alpha below 1, points beyond float32. UnavailableError: numba is missing.
     """
     _check(alpha)
     padded = _padded(points)
@@ -111,10 +118,11 @@ def build(points: torch.Tensor, *, alpha: float, degree: int, beam: int, generat
     return VamanaGraph(padded, neighbours, degrees, start)
 
 
+@plain_torch()
 def build_exhaustively(points: torch.Tensor, *, alpha: float) -> VamanaGraph:
     """The graph of points (n, d) with the guarantee: every point pruned over all others, in time n^2 times degree.
 
-    Raises InputError for alpha below 1, and UnavailableError where numba is missing.
+    Raises InputError for alpha below 1 or points beyond float32, and UnavailableError where numba is missing.
     """
     _check(alpha)
     loops = _loops()

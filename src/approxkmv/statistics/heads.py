@@ -16,6 +16,7 @@ from approxkmv.errors import InputError
 from approxkmv.statistics.head_to_tail import ratios_of_prefixes
 from approxkmv.statistics.order import order_logarithms
 from approxkmv.statistics.softmax import softmax_statistics
+from approxkmv.torch_state import plain_torch
 
 # In place of the logarithm of an entry that a mask hides: its exponential is 0 whatever it is relative to.
 HIDDEN = -1e300
@@ -190,6 +191,7 @@ class _Found:
     softmax: np.ndarray
 
 
+@plain_torch()
 def _run(
     q: Array,
     k: Array,

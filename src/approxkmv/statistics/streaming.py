@@ -21,6 +21,7 @@ import torch
 
 from approxkmv.arrays import Array, queries_and_keys, resolve_scale
 from approxkmv.errors import InputError, NonFiniteError
+from approxkmv.torch_state import plain_torch
 
 # Shares of a row's softmax mass whose keys are counted.
 SHARES = (0.9, 0.99)
@@ -92,6 +93,7 @@ class Largest:
         return math.exp(float(tail - head)), logs[0], logs[1], logs[2]
 
 
+@plain_torch()
 def length_statistics(
     q: Array,
     k: Array,

@@ -125,7 +125,7 @@ class _Inputs:
         key = (part, index % self.settings.inputs)
         if key not in self._problems:
             problem = load(self.case, *key, device=self.settings.device, dtype=self.settings.dtype)
-            check_inputs(problem.q, problem.k, problem.v)
+            check_inputs(problem.q, problem.k, problem.v, problem.scale)
             self._problems[key] = problem
         return self._problems[key]
 

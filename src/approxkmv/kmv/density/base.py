@@ -31,7 +31,7 @@ class KernelDensity(ABC):
     def fit(self, points: np.ndarray) -> KernelDensity:
         """Take the points (n, d), and build what does not depend on the queries."""
         # One unit for all estimators: coordinates in sigma sqrt(2), where log k = -|q - p|^2.
-        self._points = inputs.matrix(points, "points") / (self.sigma * math.sqrt(2))
+        self._points = self._in_bandwidths(points, "points")
         self._build()
         return self
 
@@ -40,10 +40,15 @@ class KernelDensity(ABC):
         return self._estimate(self._placed(queries))
 
     def _placed(self, queries: np.ndarray) -> np.ndarray:
-        placed = inputs.matrix(queries, "queries") / (self.sigma * math.sqrt(2))
+        placed = self._in_bandwidths(queries, "queries")
         if placed.shape[1] != self.points.shape[1]:
             raise InputError(f"queries have width {placed.shape[1]}, the fitted points {self.points.shape[1]}")
         return placed
+
+    def _in_bandwidths(self, points: np.ndarray, name: str) -> np.ndarray:
+        with np.errstate(over="ignore"):
+            placed = inputs.matrix(points, name) / (self.sigma * math.sqrt(2))
+        return inputs.bounded(placed, f"{name} / (sigma sqrt(2))", 1e150)
 
     @property
     def points(self) -> np.ndarray:

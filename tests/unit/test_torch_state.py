@@ -1,0 +1,93 @@
+"""No answer depends on torch's global state, and no call changes it or spoils a later one."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from public_calls import CALLS, METHODS, NUMERIC, inputs, numbers
+
+from approxkmv.attention.knn_gradients import knn_attention
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """These inputs are too small for threads, which only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@contextmanager
+def default_dtype(dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+        assert torch.get_default_dtype() == dtype
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+STATES = {
+    "float64 by default": lambda: default_dtype(torch.float64),
+    "bfloat16 by default": lambda: default_dtype(torch.bfloat16),
+    "no gradients": torch.no_grad,
+    "inference mode": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    "another default device": lambda: torch.device("meta"),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_the_answer_is_the_same_in_any_state(name):
+    tensors = inputs()
+    plain = numbers(CALLS[name](*tensors))
+    for state, enter in STATES.items():
+        with enter():
+            there = CALLS[name](*(t.clone() for t in tensors))
+        assert torch.equal(numbers(there), plain), state
+        # Memory that is kept from call to call was not spoiled.
+        assert torch.equal(numbers(CALLS[name](*tensors)), plain), state
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_take_inputs_that_require_gradients_and_give_none(name):
+    tensors = inputs()
+    plain = METHODS[name](*tensors)
+    out = METHODS[name](*(t.clone().requires_grad_() for t in tensors))
+    assert not out.requires_grad
+    assert torch.equal(out, plain)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_answers_are_ordinary_tensors(name):
+    with torch.inference_mode():
+        out = METHODS[name](*inputs())
+    assert not out.is_inference()
+    out += 1
+
+
+@pytest.mark.parametrize("name", NUMERIC)
+def test_statistics_and_kernels_take_inputs_that_require_gradients(name):
+    tensors = inputs()
+    assert torch.equal(
+        numbers(NUMERIC[name](*(t.clone().requires_grad_() for t in tensors))), numbers(NUMERIC[name](*tensors))
+    )
+
+
+@pytest.mark.parametrize("state", ["float64 by default", "bfloat16 by default", "autocast", "another default device"])
+def test_sampled_gradients_are_the_same_in_any_state(state):
+    def gradients():
+        tensors = [t.requires_grad_() for t in inputs()]
+        knn_attention(*tensors, seed=1).square().sum().backward()
+        return [t.grad for t in tensors]
+
+    plain = gradients()
+    assert all(bool((g != 0).any()) for g in plain)
+    tensors = [t.requires_grad_() for t in inputs()]
+    with STATES[state]():
+        loss = knn_attention(*tensors, seed=1).square()
+    with STATES[state]():
+        loss.backward(torch.ones(loss.shape, dtype=loss.dtype, device="cpu"))
+    for tensor, right in zip(tensors, plain, strict=True):
+        assert torch.equal(tensor.grad, right)
