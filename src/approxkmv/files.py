@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import hashlib
+import io
 import json
+import math
 import os
-from collections.abc import Iterator
+import reprlib
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from approxkmv.errors import SourceError, TableError
 
@@ -81,28 +85,144 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_csv(path: Path, table: pd.DataFrame) -> None:
-    """Write a CSV without an index, whole or not at all; floats with the digits that bring the same number back."""
-    with written_whole(path) as temporary:
+    """Write a CSV without an index, whole or not at all, and its hash beside it (see read_table).
+
+    Floats have the digits that bring the same number back.
+    """
+    with written_with_hash(path) as temporary:
         table.to_csv(temporary, index=False, lineterminator="\n")
 
 
 def write_parquet(path: Path, table: pd.DataFrame) -> None:
-    """Write a Parquet file without an index, whole or not at all."""
-    with written_whole(path) as temporary:
+    """Write a Parquet file without an index, whole or not at all, and its hash beside it (see read_table)."""
+    with written_with_hash(path) as temporary:
         table.to_parquet(temporary, index=False, compression="zstd")
 
 
-def read_table(path: Path) -> pd.DataFrame:
-    """Read a CSV or Parquet file that an earlier step wrote. Raises TableError when missing or cut short."""
+@contextmanager
+def written_with_hash(path: Path) -> Iterator[Path]:
+    """As written_whole, of a table; its hash is written beside it (see read_table)."""
+    # The old hash goes first: a kill in between leaves a table without one, not a table with another's.
+    hash_file(path).unlink(missing_ok=True)
+    with written_whole(path) as temporary:
+        yield temporary
+    write_text(hash_file(path), f"{sha256(path)}  {path.name}\n")
+
+
+def hash_file(path: Path) -> Path:
+    """Where the hash of a table stands."""
+    return path.with_name(f"{path.name}.sha256")
+
+
+def is_damaged(path: Path) -> bool:
+    """Whether there is a hash and the file does not have it; a file without a hash is taken as it is."""
+    try:
+        expected = hash_file(path).read_text(encoding="utf-8", errors="replace").split()
+    except OSError:
+        return False
+    return not expected or sha256(path) != expected[0]
+
+
+Columns: TypeAlias = Mapping[str, str]
+"""Names of columns, and what is in each: whole (numbers of at least 0), number, yes or no, text, or anything."""
+
+
+def read_table(path: Path, columns: Columns | None = None, empty: bool = False) -> pd.DataFrame:
+    """Read a CSV or Parquet file that an earlier step wrote, with the columns that it must have.
+
+    Beside it, as FILE.sha256, may stand its hash; a table without one is taken as it is when no row is cut. Raises
+    TableError when the table is missing, cut short, of other columns or contents, or without rows unless `empty`.
+    """
     import pandas as pd
 
+    path = Path(path)
     try:
-        return pd.read_parquet(path) if Path(path).suffix == ".parquet" else pd.read_csv(path)
+        if is_damaged(path):
+            raise TableError(f"{path} is not what its checksum says: delete it and run again")
+        table = pd.read_parquet(path) if path.suffix == ".parquet" else _read_csv(path)
     except FileNotFoundError as error:
         raise TableError(f"{path} is missing: run the step that writes it first") from error
+    except TableError:
+        raise
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise TableError(f"{path} cannot be read ({reason}): delete it and run again") from error
+    check_columns(path, table, columns or {})
+    if table.empty and not empty:
+        raise TableError(f"{path} has no rows: delete it and run again")
+    return table
+
+
+def _read_csv(path: Path) -> pd.DataFrame:
+    import pandas as pd
+
+    text = path.read_bytes().decode("utf-8")
+    if not text.endswith("\n"):
+        raise ValueError("its last line is cut")
+    # pandas fills up rows that are too short.
+    rows = csv.reader(io.StringIO(text, newline=""), strict=True)
+    names = next(rows)
+    if len(set(names)) < len(names):
+        raise ValueError("a column stands twice")
+    for row in rows:
+        if len(row) != len(names):
+            raise ValueError(f"line {rows.line_num} has {len(row)} fields, and the first line {len(names)}")
+    return pd.read_csv(io.StringIO(text))
+
+
+def check_columns(path: Path, table: pd.DataFrame, columns: Columns) -> None:
+    """Raise TableError unless the table has these columns, with what each says of its contents."""
+    from pandas.api import types
+
+    missing = [name for name in columns if name not in table]
+    if missing:
+        raise TableError(f"{path} lacks the columns {', '.join(missing)}: delete it and run again")
+    for name, what in columns.items():
+        values = table[name]
+        numbers = types.is_numeric_dtype(values) and not types.is_bool_dtype(values)
+        good = {
+            "whole": types.is_integer_dtype(values) and bool((values >= 0).all()) if numbers else False,
+            "number": numbers,
+            "yes or no": types.is_bool_dtype(values),
+            "text": all(isinstance(value, str) for value in values),
+        }
+        # A table without rows has no types.
+        if len(values) and not good.get(what, True):
+            wanted = {"whole": "whole numbers of at least 0", "number": "numbers", "text": "text"}.get(what, what)
+            raise TableError(f"{path}: column {name} must hold {wanted}: delete the file and run again")
+
+
+def read_json(path: Path, keys: Mapping[str, type] | None = None) -> dict[str, Any]:
+    """Read a JSON object that an earlier step wrote, with the keys that it must have and the type of each.
+
+    float is any number but NaN and infinity. Raises TableError when it is missing, cut short or of another shape.
+    """
+
+    def refuse(word: str) -> float:
+        raise ValueError(f"{word} is no number")
+
+    try:
+        value = json.loads(Path(path).read_bytes().decode("utf-8"), parse_constant=refuse)
+    except FileNotFoundError as error:
+        raise TableError(f"{path} is missing: run the step that writes it first") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise TableError(f"{path} cannot be read ({error}): delete it and run again") from error
+    if not isinstance(value, dict):
+        raise TableError(f"{path} is no JSON object: delete it and run again")
+    check_keys(path, value, keys or {})
+    return value
+
+
+def check_keys(path: Path, value: Mapping[str, Any], keys: Mapping[str, type]) -> None:
+    """Raise TableError unless the object that was read from `path` has these keys, each of its type."""
+    for key, kind in keys.items():
+        if key not in value:
+            raise TableError(f"{path} lacks {key}: delete it and run again")
+        found = value[key]
+        good = type(found) in ((int, float) if kind is float else (kind,))
+        # JSON's 1e999 is read as infinity.
+        if not good or found in (math.inf, -math.inf):
+            raise TableError(f"{path}: {key} is {reprlib.repr(found)}, where a {kind.__name__} must be: run again")
 
 
 def unpacked_limit(archive: Path) -> int:

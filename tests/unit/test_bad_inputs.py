@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from bad_inputs import all_cases, is_one_line
+from bad_inputs import all_cases, is_one_line, tables
 
 CASES = all_cases()
 
@@ -14,6 +14,16 @@ CASES = all_cases()
 def test_a_bad_input_is_one_line(case, tmp_path):
     code, printed = case.run(tmp_path)
     assert is_one_line(code, printed), (code, printed)
+
+
+READERS = {**tables.SHARDS, **tables.READERS}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_the_tables_that_are_damaged_there_are_read_when_they_are_whole(reader, tmp_path):
+    tables.whole(tmp_path)
+    code, printed = tables.read(reader, READERS[reader][0], tmp_path)
+    assert code == 0, printed
 
 
 def test_no_two_cases_have_one_name():

@@ -96,7 +96,7 @@ def test_bad_input_is_refused(tmp_path):
         measure_costs([64], epsilon=0.0)
     with pytest.raises(InputError, match="three sizes"):
         fit_exponents(synthetic(1.5, 1.0).query("n < 2000"))
-    with pytest.raises(TableError, match="cannot be read"):
+    with pytest.raises(TableError, match="is missing"):
         draw(tmp_path / "none.csv", tmp_path / "x")
     (tmp_path / "cut.csv").write_text("kernel,n\na,3\n")
     with pytest.raises(TableError, match="lacks"):

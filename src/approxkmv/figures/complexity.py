@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 
 from approxkmv.errors import TableError
 from approxkmv.figures.style import new_figure, save
+from approxkmv.files import read_table
 from approxkmv.kmv.complexity import COLUMNS, FITTED, PAPER_EXPONENT, fit_exponents
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
@@ -37,13 +38,9 @@ def draw(table_path: str | Path, output_stem: str | Path) -> list[Path]:
         TableError: the table is missing or lacks a column.
     """
     path = Path(table_path)
-    try:
-        table = pd.read_csv(path)
-    except (OSError, ValueError) as error:
-        raise TableError(f"{path} cannot be read as a table: run the complexity study first") from error
-    missing = [column for column in COLUMNS if column not in table.columns]
-    if missing:
-        raise TableError(f"{path} lacks the columns {', '.join(missing)}: write it with measure_costs")
+    table = read_table(path, {column: "text" if column == "kernel" else "number" for column in COLUMNS})
+    if not (table[["n", *FITTED]] > 1).all().all():
+        raise TableError(f"{path} has numbers of evaluations that are below 1: delete it and run again")
     fits = fit_exponents(table)
     figure = new_figure(11.5, 5.4)
     costs, exponents = figure.subplots(1, 2, width_ratios=(1.15, 1))

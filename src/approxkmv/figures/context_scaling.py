@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from approxkmv.figures.style import COLOURS, ENTRIES, legend_below, new_figure, not_in_kernel, save, wrapped
-from approxkmv.files import read_table
-from approxkmv.steps.tables import MASKED, masks_of, model_tables, read_overview
+from approxkmv.steps.tables import MASKED, masks_of, model_tables, read_overview, read_statistics
 
+PLACE = {"prefix": "whole", "contexts": "whole"}
+VALUES = {"mean": "number", "std": "number", "min": "number"}
 # Characters of a label of which two fit side by side.
 LONGEST_IN_TWO_COLUMNS = 45
 
@@ -17,7 +18,10 @@ def draw(tables: Path, models: Sequence[str], stem: Path) -> list[Path]:
     """From the scaling table and overview of each model, write STEM.pdf and STEM.png."""
     # Read before the figure is made: its legend needs a height and, where labels are long, a column for itself.
     names = [model_tables(tables, model) for model in models]
-    read = [(read_table(name.scaling), read_overview(name.overview)) for name in names]
+    read = [
+        (read_statistics(name.scaling, PLACE, VALUES), read_overview(name.overview, "label", "paper_bound"))
+        for name in names
+    ]
     masks = sorted({facts["mask"] for table, facts in read if MASKED in masks_of(table, "mean")})
     causal = bool(masks)
     dashed = f"the same model, {masks[0] if len(masks) == 1 else ENTRIES[MASKED]} (mean)" if causal else ""

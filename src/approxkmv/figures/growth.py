@@ -8,16 +8,15 @@ import numpy as np
 
 from approxkmv.figures.heatmap import draw_heatmap, grid, is_wide, new_panels
 from approxkmv.figures.style import entries, footnote, not_in_kernel, save
-from approxkmv.files import read_table
 from approxkmv.statistics.growth import FAILS, VERDICTS
-from approxkmv.steps.tables import masks_of, model_tables, read_overview
+from approxkmv.steps.tables import masks_of, model_tables, read_heads, read_overview
 
 
 def draw(tables: Path, model: str, stem: Path) -> list[Path]:
     """From the growth table and overview of one model, write STEM.pdf and STEM.png; masked too if there is such."""
     names = model_tables(tables, model)
-    facts = read_overview(names.overview)
-    table = read_table(names.growth)
+    facts = read_overview(names.overview, "label", "layers", "heads", "texts_used")
+    table = read_heads(names.growth, facts, {"exponent": "number", "verdict": "text"})
     masks = masks_of(table, "exponent")
     values = grid(table, "exponent")
     figure, panels = new_panels(values, *((len(masks), 1) if is_wide(values) else (1, len(masks))))

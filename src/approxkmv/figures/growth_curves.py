@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from approxkmv.figures.style import COLOURS, entries, footnote, new_figure, not_in_kernel, save
-from approxkmv.files import read_table
 from approxkmv.statistics.growth import FAR_BOUND, VERDICTS
-from approxkmv.steps.tables import masks_of, model_tables, read_overview
+from approxkmv.steps.tables import masks_of, model_tables, read_heads, read_overview
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,8 +23,9 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     names = model_tables(tables, model)
-    facts = read_overview(names.overview)
-    growth, curves = read_table(names.growth), read_table(names.curves)
+    facts = read_overview(names.overview, "label", "layers", "heads")
+    growth = read_heads(names.growth, facts, {"exponent": "number", "coefficient": "number", "verdict": "text"})
+    curves = read_heads(names.curves, facts, {"adjusted_ratio": "number"}, along="prefix")
     masks = masks_of(growth, "exponent")
     figure = new_figure(0.6 + 4.4 * len(masks), 5.2)
     panels = figure.subplots(1, len(masks), squeeze=False, sharey=True).ravel()

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from approxkmv.figures.style import COLOURS, legend_below, new_figure, not_in_kernel, save, wrapped
-from approxkmv.files import read_table
-from approxkmv.steps.tables import MASKED, length_tables, read_overview
+from approxkmv.steps.tables import length_tables, masks_of, read_heads, read_overview
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,10 +28,11 @@ PANELS = (
 def draw(tables: Path, model: str, stem: Path) -> list[Path]:
     """From the length table of one model and its facts, write STEM.pdf and STEM.png."""
     names = length_tables(tables, model)
-    table, facts = read_table(names.scaling), read_overview(names.facts)
+    facts = read_overview(names.facts, "label", "layers", "heads", "texts_used", "corpus")
+    table = read_heads(names.scaling, facts, {column: "number" for column, _ in PANELS}, along="length")
     figure = new_figure(8.6, 6.6)
     panels = figure.subplots(2, 2, sharex=True).ravel()
-    masks = [before for before in ("", MASKED) if f"{before}ratio" in table]
+    masks = masks_of(table, "ratio")
     for axes, (column, title) in zip(panels, PANELS, strict=True):
         for before, line in zip(masks, ("-", "--"), strict=False):
             groups = table.groupby("length")[f"{before}{column}"]

@@ -6,15 +6,14 @@ from pathlib import Path
 
 from approxkmv.figures.heatmap import draw_heatmap, grid, is_wide, new_panels
 from approxkmv.figures.style import entries, footnote, not_in_kernel, save
-from approxkmv.files import read_table
-from approxkmv.steps.tables import masks_of, model_tables, read_overview
+from approxkmv.steps.tables import masks_of, model_tables, read_heads, read_overview
 
 
 def draw(tables: Path, model: str, stem: Path) -> list[Path]:
     """From the per-head table and the overview of one model, write STEM.pdf and STEM.png; masked too if it is there."""
     names = model_tables(tables, model)
-    facts = read_overview(names.overview)
-    table = read_table(names.heads)
+    facts = read_overview(names.overview, "label", "layers", "heads", "texts_used", "corpus", "paper_bound")
+    table = read_heads(names.heads, facts, {"max_ratio": "number"})
     masks = masks_of(table, "max_ratio")
     values = grid(table, "max_ratio")
     figure, panels = new_panels(values, *((len(masks), 1) if is_wide(values) else (1, len(masks))))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from approxkmv.errors import TableError
 from approxkmv.figures import style
+from approxkmv.files import read_table
 from approxkmv.sweep.run import COLUMNS
 
 if TYPE_CHECKING:
@@ -27,6 +28,12 @@ NOT_DRAWN = (
     "evaluation_exponent_error",
     "recomputed_share",
 )
+# What is in the columns that are drawn.
+DRAWN = {
+    **dict.fromkeys(("workload", "columns", "method", "kind", "status", "parameters"), "text"),
+    **dict.fromkeys(("n", "batch"), "whole"),
+    **dict.fromkeys(("target", "seconds_q1", "seconds", "seconds_q3", "error_v_median", "error_v_p95"), "number"),
+}
 # Okabe and Ito's colours, which the colour-blind can tell apart, and darker ones between them. A method that has none
 # here gets one in `colours`.
 COLOURS = {
@@ -75,15 +82,10 @@ _PANELS_IN_A_ROW = 4
 
 def read_sweep(table: Path) -> pd.DataFrame:
     """The table of a sweep. Raises TableError when it is missing, cut short or not a sweep's."""
-    import pandas as pd
-
-    try:
-        frame = pd.read_csv(table)
-    except (OSError, ValueError) as error:
-        raise TableError(f"{table}: no table of a sweep could be read ({error})") from error
-    missing = [name for name in COLUMNS if name not in frame.columns and name not in NOT_DRAWN]
-    if missing or frame.empty:
-        raise TableError(f"{table}: not the table of a sweep (without {', '.join(missing) or 'rows'}); run the sweep")
+    frame = read_table(table, {name: DRAWN.get(name, "anything") for name in COLUMNS if name not in NOT_DRAWN})
+    timed = frame["seconds"].notna()
+    if not timed.any() or not (frame.loc[timed, "seconds"] > 0).all() or not (frame["n"] > 0).all():
+        raise TableError(f"{table}: rows need a length and times above 0: delete it and run the sweep again")
     return frame
 
 

@@ -8,10 +8,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from approxkmv.files import read_table, write_csv
+from approxkmv.errors import TableError
+from approxkmv.files import write_csv
 from approxkmv.statistics.entries import CAUSAL
-from approxkmv.steps.tables import masks_of, model_tables, read_overview
+from approxkmv.steps.tables import masks_of, model_tables, read_heads, read_overview, read_statistics
 
+# Columns of the table of heads that claims are judged by.
+JUDGED = ("max_ratio", "median_next_ratio", "median_double_ratio")
 # Lengths with fewer texts than this say little about a trend.
 ENOUGH_CONTEXTS = 5
 # A growth exponent at most this large is called flat.
@@ -30,9 +33,13 @@ def compare(tables: Path, models: Sequence[str], out: Path) -> pd.DataFrame:
     rows = []
     for model in models:
         names = model_tables(tables, model)
-        tables_of_model = read_overview(names.overview), read_table(names.heads), read_table(names.scaling)
-        for before in masks_of(tables_of_model[1], "max_ratio"):
-            rows += claims(*tables_of_model, before)
+        overview = read_overview(names.overview, "model", "layers", "heads", "texts_used", "paper_bound")
+        heads = read_heads(names.heads, overview, dict.fromkeys(JUDGED, "number"))
+        scaling = read_statistics(names.scaling, {"prefix": "whole", "contexts": "whole"}, {"mean": "number"})
+        for before in masks_of(heads, "max_ratio"):
+            if before and f"{before}mean" not in scaling:
+                raise TableError(f"{names.scaling} has no masked values, and {names.heads} has: run summary again")
+            rows += claims(overview, heads, scaling, before)
     table = pd.DataFrame(rows)
     write_csv(out, table)
     return table

@@ -8,10 +8,10 @@ import numpy as np
 import pandas as pd
 
 from approxkmv.config import Study
-from approxkmv.files import read_table, write_csv
+from approxkmv.files import write_csv
 from approxkmv.statistics.growth import FLOOR, Growth, fit_growth, verdict
 from approxkmv.steps.summarise import read_prefixes
-from approxkmv.steps.tables import masks_of, model_tables
+from approxkmv.steps.tables import masks_of, model_tables, read_statistics
 
 PLACE = ["layer", "head"]
 
@@ -27,7 +27,7 @@ def measure_growth(study: Study, model: str, texts: Path, statistics: Path, tabl
     """
     values = read_prefixes(study, model, texts, statistics)
     names = model_tables(tables, model)
-    heads = read_table(names.heads).sort_values(PLACE)
+    heads = read_statistics(names.heads, dict.fromkeys(PLACE, "whole"), {"max_ratio": "number"}).sort_values(PLACE)
     growth, curves = growth_of(values, heads, study.seed)
     write_csv(names.growth, growth)
     write_csv(names.curves, curves)

@@ -11,12 +11,12 @@ import torch
 
 from approxkmv.config import ModelEntry, Study, corpus_of
 from approxkmv.errors import ApproxKMVError, ConfigError, NonFiniteError, TableError
-from approxkmv.files import read_table, write_csv, write_json
+from approxkmv.files import write_csv, write_json
 from approxkmv.progress import Times, progress
 from approxkmv.statistics.streaming import SHARES, LengthStatistics, length_statistics
 from approxkmv.steps.activations import Activations, Shard, read_activations
 from approxkmv.steps.shards import read_shards, write_shard
-from approxkmv.steps.tables import MASKED, facts_of_attention, length_tables
+from approxkmv.steps.tables import MASKED, facts_of_attention, length_tables, read_shard_table
 from approxkmv.steps.texts import shard_count
 
 PLACE = {"context": "int32", "layer": "int16", "head": "int16", "length": "int32"}
@@ -41,12 +41,14 @@ def measure_lengths(
         raise ConfigError(f"study {study.name} asks for device cuda, but there is none here: set device to cpu")
     times = Times() if times is None else times
     shard = read_activations(activations)
-    taken = read_table(contexts).set_index("context")
+    taken = read_shard_table(contexts, "contexts.csv").set_index("context")
     tables: list[pd.DataFrame] = []
     missing: list[str] = []
     with progress(total=shard.count * len(study.lengths), unit="length", title=f"lengths    {model}") as bar:
         for item in shard.contexts:
             n = item.queries.shape[2]
+            if item.context not in taken.index:
+                raise TableError(f"{contexts} has no text {item.context}, which {activations} has: run extract again")
             fitting = [length for length in study.lengths if length <= n]
             if len(fitting) < len(study.lengths):
                 missing.append(_missing(item.context, n, bool(taken.loc[item.context, "cut"]), study.lengths))

@@ -8,10 +8,11 @@ from pathlib import Path
 import pandas as pd
 
 from approxkmv.errors import TableError
-from approxkmv.files import read_table, sha256, write_csv, write_parquet, write_text
+from approxkmv.files import sha256, write_csv, write_parquet, write_text
 from approxkmv.models.fetching import is_running
 from approxkmv.steps.activations import is_complete
 from approxkmv.steps.fetch import read_location
+from approxkmv.steps.tables import read_shard_table
 
 SUFFIX = ".sha256"
 
@@ -28,7 +29,7 @@ def read_shards(paths: Iterable[Path]) -> pd.DataFrame:
     for path in paths:
         if path.is_file() and _is_damaged(path):
             raise TableError(f"{path} is not what its checksum says: run the study again, and it is made again")
-        tables.append(read_table(path))
+        tables.append(read_shard_table(path, path.name.partition(".")[2]))
     return pd.concat(tables, ignore_index=True)
 
 

@@ -5,15 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 from approxkmv.errors import TableError
-from approxkmv.files import read_table
 from approxkmv.statistics.growth import VERDICTS
-from approxkmv.steps.tables import masks_of, read_overview
+from approxkmv.steps.tables import MASKED_FACTS, masks_of, read_overview, read_statistics
+
+# What is said of a model's texts, and of long ones.
+FACTS = ["model", "label", "corpus", "layers", "heads", "texts_used", "texts_too_short", "texts_cut", "paper_bound"]
+FACTS += MASKED_FACTS
+LONG = ["model", "label", "corpus", "lengths", "texts_missing"]
 
 
 def lines(results: Path) -> list[str]:
     """The message for one study's results. Raises TableError when there are none."""
-    long_texts = [read_overview(path) for path in sorted((results / "tables").glob("lengths_*.json"))]
-    overviews = [read_overview(path) for path in sorted((results / "tables").glob("overview_*.json"))]
+    long_texts = [read_overview(path, *LONG) for path in sorted((results / "tables").glob("lengths_*.json"))]
+    overviews = [read_overview(path, *FACTS) for path in sorted((results / "tables").glob("overview_*.json"))]
     if not (results / "tables").is_dir():
         raise TableError(f"{results} has no tables: run the study first")
     out = []
@@ -23,7 +27,7 @@ def lines(results: Path) -> list[str]:
         aside = ", ".join(f"{count} {what}" for what, count in counted.items() if count)
         out.append(f"{facts['label']}: {facts['texts_used']} texts of {facts['corpus']}" + (aside and f" ({aside})"))
         growth = results / "tables" / f"growth_{facts['model']}.csv"
-        verdicts = read_table(growth) if growth.is_file() else None
+        verdicts = read_statistics(growth, {}, {"verdict": "text"}) if growth.is_file() else None
         out += [f"  not in K: {what}" for what in facts["left_out"]]
         for before in masks_of(facts, "largest_ratio"):
             within, median, largest, layer, head = (

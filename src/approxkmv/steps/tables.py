@@ -1,14 +1,15 @@
-"""Names of the tables that a study's steps hand to each other, and how the overview is read."""
+"""Names of the tables that a study's steps hand to each other, and how they are read."""
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from approxkmv.errors import TableError
+from approxkmv.files import Columns, check_columns, check_keys, read_json, read_table
 from approxkmv.statistics.entries import CAUSAL, EVERY_KEY
 
 if TYPE_CHECKING:
@@ -21,6 +22,22 @@ MASKED = "masked_"
 def masks_of(table: Container[str], column: str) -> list[str]:
     """What stands before `column` in a table (or among a dict's keys): nothing and, of a causal model, MASKED."""
     return [before for before in ("", MASKED) if f"{before}{column}" in table]
+
+
+KEYS = [f"keys_{share}_{what}" for share in (90, 99) for what in ("mean", "median", "largest")]
+# The tables of a shard by the end of their name: where a row is, and the values that a summary is made of.
+SHARDS: dict[str, tuple[list[str], Columns]] = {
+    "contexts.csv": (["context", "tokens", "cut"], {"used": "yes or no", "mask": "text", "left_out": "anything"}),
+    "heads.parquet": (
+        ["context", "layer", "head", "max_prefix"],
+        dict.fromkeys(("max_ratio", "log_next", "log_double"), "number"),
+    ),
+    "prefixes.parquet": (["context", "layer", "head", "prefix"], {"ratio": "number"}),
+    "lengths.parquet": (
+        ["context", "layer", "head", "length"],
+        dict.fromkeys(("ratio", "log_next", "log_double", "softmax_ratio", "tail_exponent", *KEYS), "number"),
+    ),
+}
 
 
 def facts_of_attention(contexts: pd.DataFrame) -> dict[str, Any]:
@@ -71,11 +88,75 @@ def length_tables(folder: Path, model: str) -> LengthTables:
     return LengthTables(folder / f"length_scaling_{model}.csv", folder / f"lengths_{model}.json")
 
 
-def read_overview(path: Path) -> dict[str, Any]:
-    """The overview JSON of one model. Raises TableError when missing or cut short."""
-    try:
-        facts = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise TableError(f"{path} cannot be read ({error}): run summary again") from error
+# What an overview holds (see summarise and summarise_lengths), and of which type; some again with masked_ in front.
+MASKED_FACTS: dict[str, type] = {
+    **dict.fromkeys(("largest_ratio", "median_ratio"), float),
+    **dict.fromkeys(("largest_ratio_layer", "largest_ratio_head", "heads_within_bound"), int),
+}
+OVERVIEW: dict[str, type] = {
+    **dict.fromkeys(("model", "label", "corpus", "mask"), str),
+    **dict.fromkeys(("texts_used", "texts_too_short", "texts_cut", "layers", "heads"), int),
+    "paper_bound": float,
+    **dict.fromkeys(("lengths", "texts_missing", "left_out"), list),
+    **MASKED_FACTS,
+}
+
+
+def read_overview(path: Path, *names: str) -> dict[str, Any]:
+    """The overview JSON of one model, with these names in it; of a causal model with those over its entries too.
+
+    Raises TableError when it is missing, cut short or another.
+    """
+    facts = read_json(path)
     # The reference tables of before these were recorded are of models that have neither windows nor anything left out.
-    return {"mask": CAUSAL if facts.get("causal") else EVERY_KEY, "left_out": []} | facts
+    facts = {"mask": CAUSAL if facts.get("causal") else EVERY_KEY, "left_out": []} | facts
+    names = (*names, "mask", "left_out")
+    check_keys(path, facts, {name: OVERVIEW[name] for name in names})
+    masked = {f"{MASKED}{name}": OVERVIEW[name] for name in names if name in MASKED_FACTS}
+    if any(name in facts for name in masked):
+        check_keys(path, facts, masked)
+    for name, kind in (("lengths", int), ("texts_missing", str), ("left_out", str)):
+        if name in names and not all(type(item) is kind for item in facts[name]):
+            raise TableError(f"{path}: {name} must hold items of {kind.__name__} alone: delete it and run again")
+    if "lengths" in names and not facts["lengths"]:
+        raise TableError(f"{path} names no lengths: delete it and run again")
+    return facts
+
+
+def read_heads(path: Path, facts: dict[str, Any], columns: Columns, along: str | None = None) -> pd.DataFrame:
+    """A table with a row for each layer and head of the overview `facts`, and `columns` beside layer and head.
+
+    `along` names a third column, as prefix: each head has then a row for each of its values. Of a causal model the
+    columns are there again as masked_..., all or none. Raises TableError for a table that is not so.
+    """
+    place = ["layer", "head", *([along] if along else [])]
+    table = read_statistics(path, dict.fromkeys(place, "whole"), columns)
+    counts = facts["layers"], facts["heads"], *([table[along].nunique()] if along else [])
+    whole = len(table) == math.prod(counts) and not table.duplicated(place).any()
+    if not whole or any(table[name].max() >= count for name, count in zip(place[:2], counts, strict=False)):
+        raise TableError(
+            f"{path} has not one row for each of {facts['layers']} layers and {facts['heads']} heads"
+            f"{f' and each {along}' if along else ''}: delete it and run again"
+        )
+    return table
+
+
+def read_shard_table(path: Path, kind: str) -> pd.DataFrame:
+    """A table of one shard, of a kind of SHARDS; all but contexts.csv may be without rows.
+
+    Raises TableError for another table.
+    """
+    place, columns = SHARDS[kind]
+    return read_statistics(path, dict.fromkeys(place, "whole"), columns, empty=kind != "contexts.csv")
+
+
+def read_statistics(path: Path, place: Columns, columns: Columns, empty: bool = False) -> pd.DataFrame:
+    """A table with the columns of `place` and `columns`; of a causal model the latter again as masked_..., all or none.
+
+    Raises TableError for a table that is not so, and for one without rows unless `empty`.
+    """
+    table = read_table(path, {**place, **columns}, empty)
+    masked = {f"{MASKED}{name}": what for name, what in columns.items()}
+    if any(name in table for name in masked):
+        check_columns(path, table, masked)
+    return table

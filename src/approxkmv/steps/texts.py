@@ -12,6 +12,8 @@ from approxkmv.corpora.passages import cut_into_passages
 from approxkmv.errors import SourceError, TableError
 from approxkmv.files import read_table, write_parquet
 
+TEXTS = {"index": "whole", "name": "text", "text": "text"}
+
 
 def write_texts(study: Study, out: Path) -> int:
     """Write index, name and text of the study's texts; returns how many. Raises SourceError, ConfigError."""
@@ -27,7 +29,7 @@ def write_texts(study: Study, out: Path) -> int:
 
 def read_shard(texts: Path, shard: int, shard_contexts: int) -> list[Passage]:
     """The texts of one shard."""
-    table = read_table(texts).iloc[shard * shard_contexts : (shard + 1) * shard_contexts]
+    table = read_table(texts, TEXTS).iloc[shard * shard_contexts : (shard + 1) * shard_contexts]
     return [
         Passage(int(i), name, text) for i, name, text in zip(table["index"], table["name"], table["text"], strict=True)
     ]

@@ -22,7 +22,7 @@ from approxkmv.attention.acceleration import compiled_loops
 from approxkmv.attention.contract import check_inputs
 from approxkmv.attention.counting import counting
 from approxkmv.errors import ConfigError
-from approxkmv.files import check_writable, sha256, write_text, written_whole
+from approxkmv.files import check_writable, sha256, write_text, written_with_hash
 from approxkmv.partial import PartialTable
 from approxkmv.provenance import processor
 from approxkmv.sweep.exponents import EXPONENT_COLUMNS, add_exponents, evaluation_exponents
@@ -409,7 +409,7 @@ def run_sweep(
 
 
 def _write_csv(path: Path, rows: list[Row], columns: dict[str, str]) -> None:
-    with written_whole(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+    with written_with_hash(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(columns), restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
