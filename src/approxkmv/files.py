@@ -102,10 +102,10 @@ def write_parquet(path: Path, table: pd.DataFrame) -> None:
 @contextmanager
 def written_with_hash(path: Path) -> Iterator[Path]:
     """As written_whole, of a table; its hash is written beside it (see read_table)."""
-    # The old hash goes first: a kill in between leaves a table without one, not a table with another's.
-    hash_file(path).unlink(missing_ok=True)
     with written_whole(path) as temporary:
         yield temporary
+        # The old hash goes first: a kill in between leaves a table without one, not a table with another's.
+        hash_file(path).unlink(missing_ok=True)
     write_text(hash_file(path), f"{sha256(path)}  {path.name}\n")
 
 

@@ -79,7 +79,8 @@ def test_table_and_record(vectors, tmp_path, monkeypatch):
     assert record["settings"]["targets"] == [0.2, 1e-9]
     assert record["machine"]["torch"] == torch.__version__
     assert all(c["reference_error"] < 1e-5 for c in record["reference"]["error_against_float64"])
-    assert [p.name for p in sorted(table.parent.iterdir())] == ["sweep.csv", "sweep.json", "sweep_exponents.csv"]
+    tables = ["sweep.csv", "sweep.csv.sha256", "sweep.json", "sweep_exponents.csv", "sweep_exponents.csv.sha256"]
+    assert [p.name for p in sorted(table.parent.iterdir())] == tables
 
 
 def test_head_to_tail_is_that_of_the_kernel_and_shared_inputs_are_said(vectors, tmp_path):
@@ -236,8 +237,10 @@ def test_a_killed_sweep_goes_on_after_its_last_whole_case(vectors, tmp_path):
     assert record["seconds"] > first["seconds"] > 0
     assert [path.name for path in sorted(tmp_path.glob("*sweep*"))] == [
         "sweep.csv",
+        "sweep.csv.sha256",
         "sweep.json",
         "sweep_exponents.csv",
+        "sweep_exponents.csv.sha256",
     ]
 
 
