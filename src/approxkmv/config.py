@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from approxkmv.attention import check_name
-from approxkmv.errors import ApproxKMVError, ConfigError, SourceError
+from approxkmv.errors import ApproxKMVError, ConfigError
 
 if TYPE_CHECKING:
     from approxkmv.sweep.settings import SweepSettings
@@ -108,8 +108,6 @@ def checked(value: Any) -> dict[str, Any]:
     import jsonschema
     import yaml
 
-    from approxkmv.models.sources import parse_source
-
     schema = yaml.safe_load(SCHEMA.read_text(encoding="utf-8"))
     config = copy.deepcopy(value)
     validator = jsonschema.Draft202012Validator(schema)
@@ -142,11 +140,6 @@ def checked(value: Any) -> dict[str, Any]:
         if study["models"] and not any(low <= prefix <= high for prefix in study["prefixes"]):
             raise ConfigError(f"studies.{name}: none of prefixes is between min_prefix {low} and max_tokens {high}")
     _known(config["study"], config["studies"], "study is")
-    for name, model in config["models"].items():
-        try:
-            parse_source(model["source"])
-        except SourceError as error:
-            raise ConfigError(f"models.{name}.source: {error}") from error
     for name, sweep in config["sweeps"].items():
         _check_sweep(name, sweep, config)
     return config
@@ -168,15 +161,25 @@ def study_of(config: Mapping[str, Any], name: str | None = None) -> Study:
     entry["models"] = {key: model_of(config, key) for key in entry["models"]}
     entry["sweep_name"] = entry["sweep"]
     entry["sweep"] = None if entry["sweep"] is None else config["sweeps"][entry["sweep"]]
+    for user in (entry["perplexity"], (entry["sweep"] or {}).get("capture")):
+        if user is not None:
+            model_of(config, user["model"])
     for key in ("prefixes", "lengths"):
         entry[key] = tuple(sorted(entry[key]))
     return Study(name=name, **entry)
 
 
 def model_of(config: Mapping[str, Any], name: str) -> ModelEntry:
-    """A model of a checked configuration's catalogue. Raises ConfigError for an unknown name."""
+    """A model of a checked configuration's catalogue. Raises ConfigError for an unknown name or a bad source.
+
+    Here and not in `checked`: a source that is not pinned stops those studies alone that use it.
+    """
+    from approxkmv.models.sources import parse_source
+
     _known(name, config["models"], "the model asked for is")
     model = config["models"][name]
+    with _naming(f"models.{name}.source"):
+        parse_source(model["source"])
     label = model["label"] or name
     return ModelEntry(name, model["source"], model["sha256"], model["files"], label, model["paper_bound"])
 

@@ -230,6 +230,15 @@ def test_a_device_that_is_not_there(project: Project):
     assert "cuda" in only_line(output)
 
 
+def test_a_model_with_too_few_positions_for_any_text(project: Project):
+    project.configure(min_tokens=200, min_prefix=150, max_tokens=300, prefixes=[160])
+    code, output = extract(project, "bert")
+    assert code == 2
+    line = only_line(output)
+    for word in ("model bert", "128 positions", "min_tokens 200"):
+        assert word in line
+
+
 def test_activations_cut_short(project: Project):
     code, output = extract(project, "bert")
     assert code == 0, output

@@ -20,7 +20,7 @@ from typing import ClassVar
 
 import pytest
 
-from approxkmv.errors import SourceError
+from approxkmv.errors import ConfigError, SourceError
 from approxkmv.models import CapturableModel, ModelLocation, convert_gguf, fetch, parse_source
 from approxkmv.models.sources import HubSource, PathSource, PypiSource, identity
 
@@ -140,6 +140,16 @@ def test_the_identity_of_one_file_is_that_of_the_file_and_what_is_absent_is_one_
     with pytest.raises(SourceError) as error:
         identity(tmp_path / "absent")
     assert "absent" in one_line(error)
+
+
+def test_a_source_without_a_revision_stops_only_the_studies_that_use_it():
+    from approxkmv.config import load_config, study_of
+
+    config = load_config(Path(__file__).parents[2] / "config.yaml")
+    config["models"]["bert-base-uncased"]["source"] = "hub:google-bert/bert-base-uncased"
+    assert study_of(config, "embedded").models
+    with pytest.raises(ConfigError, match=r"models.bert-base-uncased.source: .*pin one"):
+        study_of(config, "paper")
 
 
 def test_a_folder_is_used_where_it_lies(tmp_path, monkeypatch):

@@ -62,7 +62,7 @@ wildcard_constraints:
 def local_files(source):
     """The files of a source that lies on this disk, so that an edit of one reruns what reads it."""
     kind, _, rest = source.partition(":")
-    path = Path(rest)
+    path = Path(rest).expanduser()
     if kind != "path" or not path.exists():
         return []
     return (

@@ -54,7 +54,8 @@ def extract(
     The CSV has the columns context, name, tokens, cut (tokens beyond the limit), used (False: shorter than the
     minimum) and, the same in each row, mask (which keys the model's queries see) and left_out (what its attention has
     and K has not, joined by semicolons). Raises NonFiniteError naming model, layer, head and context; ConfigError for a
-    device that is not there; CaptureError for lengths that the model would read otherwise than the whole text.
+    device that is not there or a model with too few positions for any text; CaptureError for lengths that the model
+    would read otherwise than the whole text.
     """
     from approxkmv.models import CapturableModel
 
@@ -69,6 +70,11 @@ def extract(
             location, dtype=study.dtype, device=study.device, rotary_scaling=study.rotary_scaling
         )
     limit = study.max_tokens if model.max_positions is None else min(study.max_tokens, model.max_positions)
+    if limit < study.min_tokens:
+        raise ConfigError(
+            f"model {model_name} has {limit} positions, and study {study.name} takes texts of at least min_tokens "
+            f"{study.min_tokens}: lower min_tokens and min_prefix, or leave the model out"
+        )
     # Without the model's own limit, so that what is cut can be counted.
     with times.of("tokens"):
         tokens = [model.tokenizer(passage.text, verbose=False)["input_ids"] for passage in passages]
