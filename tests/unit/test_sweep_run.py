@@ -299,6 +299,13 @@ def test_a_batch_larger_than_the_memory_is_a_row(vectors, tmp_path):
     assert one["status"] == "ok"
 
 
+def test_a_tilde_is_the_home_of_the_user(vectors, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(vectors.parent))
+    asked = settings("~/vectors.npy", methods=["mean"], targets=[0.9], workload={"lengths": [150]})
+    run_sweep(asked, tmp_path / "sweep.csv", {}, say=lambda line: None)
+    assert read(tmp_path / "sweep.csv")[0]["status"] == "ok"
+
+
 def test_every_case_is_checked_before_the_first_runs(vectors, tmp_path):
     said = []
     with pytest.raises(InputError, match="needs 1600 word vectors"):

@@ -46,6 +46,7 @@ def test_lists_become_tuples_and_defaults_hold():
         ({**GOOD, "threads": 10**9}, "threads is 1000000000; give a whole number from 1 to 1024"),
         ({**GOOD, "threads": True}, "threads is True"),
         ({**GOOD, "repeats": 0}, "repeats is 0"),
+        ({**GOOD, "repeats": 10**9}, "repeats is 1000000000"),
         ({**GOOD, "seeds": [2**64]}, "seeds is"),
         ({**GOOD, "seeds": 3}, "seeds is 3"),
         ({**GOOD, "seeds": [1, 1]}, "each once"),

