@@ -17,7 +17,8 @@ from approxkmv import (
 )
 from approxkmv.attention import get, methods
 from approxkmv.attention.knn_gradients import knn_attention
-from approxkmv.kmv.density import ExactDensity, UniformDensity
+from approxkmv.kmv.density import DensityLevels, ExactDensity, HashingBasedDensity, UniformDensity
+from approxkmv.kmv.heavy import find_heavy
 from approxkmv.kmv.kdeformer import spectral_attention
 from approxkmv.search.doubling_dimension import doubling_dimension
 from approxkmv.search.vamana import build, build_exhaustively
@@ -68,8 +69,15 @@ NUMERIC = {
     "approx_attention": lambda q, k, v, scale=None: approx_attention(q, k, v, 0.5, scale=scale, seed=1),
     "top_eigenvalue": lambda q, k, v, scale=None: top_eigenvalue(k[0], 1.0, 0.5, seed=1, iterations=2).value,
     "spectral_attention": of_spectral_attention,
+    "find_heavy": lambda q, k, v, scale=None: (
+        find_heavy(q[0], k[0], sigma=1.0 if scale is None else scale**-0.5, seed=1).log_values
+    ),
     "exact density": partial(of_density, ExactDensity),
     "uniform density": partial(of_density, lambda sigma: UniformDensity(sigma, samples=20, seed=1)),
+    "hashing-based density": partial(of_density, lambda sigma: HashingBasedDensity(sigma, samples=20, seed=1)),
+    "density levels": partial(
+        of_density, lambda sigma: DensityLevels(sigma, relative_error=0.5, floor=0.1, failure=0.1, seed=1)
+    ),
     "graph": partial(of_graph, of_practical_graph),
     "graph with a guarantee": partial(of_graph, partial(build_exhaustively, alpha=1.2)),
     "doubling_dimension": lambda q, k, v, scale=None: doubling_dimension(k[0], centres=None),

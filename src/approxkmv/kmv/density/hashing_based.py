@@ -60,7 +60,9 @@ class HashingBasedDensity(KernelDensity):
             difference = queries[met] - self.points[point]
             square = np.einsum("pd,pd->p", difference, difference)
             chance = self.family.collision_probability(np.sqrt(square))
-            out[table // self.samples, met] += np.exp(-square) * size / (n * chance)
+            # Points that share a bucket against a chance of 0 are so far apart that their kernel is 0 too.
+            weighed = np.divide(np.exp(-square), chance, out=np.zeros_like(square), where=chance > 0)
+            out[table // self.samples, met] += weighed * size / n
             evaluated += len(met)
         self.tally += Tally(evaluated, evaluated, self.averages * self.samples * (n + len(queries)))
         return np.median(out / self.samples, axis=0)
