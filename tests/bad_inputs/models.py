@@ -121,6 +121,15 @@ def whole_clip(folder: Path) -> None:
     transformers.CLIPModel(config).save_pretrained(folder)
 
 
+def images(folder: Path) -> None:
+    """A model of images whose class does not say that it takes no tokens."""
+    import transformers
+
+    sizes = {"hidden_size": 32, "depth": 1, "num_heads": 4, "intermediate_size": 48, "out_hidden_size": 32}
+    config = transformers.Glm4vVisionConfig(**sizes, image_size=28, patch_size=14)
+    transformers.AutoModel.from_config(config).save_pretrained(folder)
+
+
 def lora(folder: Path) -> None:
     import torch
 
@@ -198,6 +207,7 @@ FOLDERS: list[tuple[str, Callable[[Path], None], str]] = [
     ("vocabulary of 10^9", change(CONFIG, vocab_size=10**9), "cannot be read"),
     ("unknown activation", change(CONFIG, hidden_act="snake"), "snake"),
     ("image model", change(CONFIG, model_type="vit"), "not token ids"),
+    ("images as if they were text", replaced(images), "model of text"),
     ("whole CLIP", replaced(whole_clip), "save its text model alone"),
     ("tokenizer larger than the vocabulary", larger_vocabulary, "another model"),
     ("tokenizer of SentencePiece alone", pieces_alone, "okenizer"),

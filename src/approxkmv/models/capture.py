@@ -38,10 +38,13 @@ class CapturableModel:
         self._location = location
         self._device = device
         self._tokenizer: Any = None
-        self._embedded = int(backbone.get_input_embeddings().weight.shape[0])
+        self.architecture: str = type(backbone).__name__
+        try:
+            self._embedded = int(backbone.get_input_embeddings().weight.shape[0])
+        except (NotImplementedError, AttributeError) as error:
+            raise CaptureError(f"{self.architecture} embeds no tokens: choose a model of text") from error
         self._pad = _pad_token(backbone.config, self._embedded)
         self.name: str = location.gguf_file or location.folder.resolve().name
-        self.architecture: str = type(backbone).__name__
         self.n_layers = n_layers
         self.max_positions = scaled_positions(backbone.config) or max_positions(backbone)
         self.changes_beyond = length_that_changes(backbone.config)
