@@ -29,6 +29,9 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+config_app = typer.Typer(help="The configuration itself: check it.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(config_app, name="config")
+
 Config = Annotated[Path, typer.Option("--config", help="The configuration file.")]
 StudyName = Annotated[str | None, typer.Option("--study", help="A study of the configuration; its `study` by default.")]
 Log = Annotated[Path | None, typer.Option("--log", help="Write the finished steps with their times here as well.")]
@@ -454,27 +457,19 @@ def show(
         typer.echo(line)
 
 
-@app.command()
+@config_app.command("check")
 def check(config: Config = CONFIG, study: StudyName = None) -> None:
-    """Check the configuration and say what a study would do."""
-    chosen = _study(config, study)
-    typer.echo(f"study {chosen.name}")
-    if chosen.models and chosen.corpus:
-        count = "all" if chosen.contexts is None else chosen.contexts
-        typer.echo(
-            f"  statistics: {', '.join(chosen.models)} on {count} texts ({chosen.unit}) of {chosen.corpus.label}"
-        )
-    if chosen.sweep:
-        names = ", ".join(workload["name"] for workload in chosen.sweep["workloads"])
-        typer.echo(f"  sweep {chosen.sweep_name}: {names}")
-    if chosen.complexity:
-        typer.echo(f"  complexity: n = {', '.join(map(str, chosen.complexity['sizes']))}")
-    if chosen.perplexity:
-        typer.echo(f"  perplexity of {chosen.perplexity['model']} with {', '.join(chosen.perplexity['methods'])}")
+    """Check all that can be known of a study before its first job, and say what it would do. Nothing is fetched."""
+    from approxkmv.config import load_config, study_of
+    from approxkmv.steps.checking import check_study
+
+    loaded = load_config(config)
+    for line in check_study(loaded, study_of(loaded, study)):
+        typer.echo(line)
 
 
 # The list of commands shows first lines whole; left alone it cuts them after 45 characters.
-for _command in app.registered_commands:
+for _command in (*app.registered_commands, *config_app.registered_commands):
     _command.short_help = (getattr(_command.callback, "__doc__", None) or "").strip().split("\n")[0]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import reprlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from approxkmv.attention import check_name
 from approxkmv.errors import ApproxKMVError, ConfigError
+from approxkmv.yaml_text import read_yaml, refuse_what_is_not_plain
 
 if TYPE_CHECKING:
     from approxkmv.sweep.settings import SweepSettings
@@ -69,38 +71,7 @@ class Study:
 
 def load_config(path: Path) -> dict[str, Any]:
     """The configuration in a YAML file, checked, with defaults filled in. Raises ConfigError in one line."""
-    import yaml
-
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"the configuration {path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"the configuration {path} is not UTF-8 text: {error.reason}") from error
-    try:
-        _refuse_repeated_keys(yaml.compose(text, yaml.SafeLoader), path)
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" at line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path} is not YAML{where}: {getattr(error, 'problem', error)}") from error
-    return checked(value)
-
-
-def _refuse_repeated_keys(node: Any, path: Path) -> None:
-    """YAML keeps the last of two equal keys silently. Raises ConfigError, naming the key and its line."""
-    import yaml
-
-    if isinstance(node, yaml.MappingNode):
-        seen: set[str] = set()
-        for key, item in node.value:
-            if key.value in seen:
-                raise ConfigError(f"{path} has the key {key.value!r} twice, again at line {key.start_mark.line + 1}")
-            seen.add(key.value)
-            _refuse_repeated_keys(item, path)
-    elif isinstance(node, yaml.SequenceNode):
-        for item in node.value:
-            _refuse_repeated_keys(item, path)
+    return checked(read_yaml(path))
 
 
 def checked(value: Any) -> dict[str, Any]:
@@ -108,6 +79,7 @@ def checked(value: Any) -> dict[str, Any]:
     import jsonschema
     import yaml
 
+    refuse_what_is_not_plain(value)
     schema = yaml.safe_load(SCHEMA.read_text(encoding="utf-8"))
     config = copy.deepcopy(value)
     validator = jsonschema.Draft202012Validator(schema)
@@ -164,6 +136,7 @@ def study_of(config: Mapping[str, Any], name: str | None = None) -> Study:
     for user in (entry["perplexity"], (entry["sweep"] or {}).get("capture")):
         if user is not None:
             model_of(config, user["model"])
+            corpus_entry(config, user["corpus"])
     for key in ("prefixes", "lengths"):
         entry[key] = tuple(sorted(entry[key]))
     return Study(name=name, **entry)
@@ -185,9 +158,14 @@ def model_of(config: Mapping[str, Any], name: str) -> ModelEntry:
 
 
 def corpus_entry(config: Mapping[str, Any], name: str) -> CorpusEntry:
-    """A corpus of a checked configuration. Raises ConfigError for an unknown name."""
+    """A corpus of a checked configuration. Raises ConfigError for an unknown name or a bad source."""
+    from approxkmv.corpora.sources import parse_corpus
+
     _known(name, config["corpora"], "the corpus asked for is")
     corpus = config["corpora"][name]
+    # Here and not in `checked`: a source that is not pinned stops those studies alone that use it.
+    with _naming(f"corpora.{name}.source"):
+        parse_corpus(corpus["source"])
     return CorpusEntry(name, corpus["source"], corpus["sha256"], corpus["label"] or name)
 
 
@@ -282,8 +260,8 @@ def _one_line(error: Any) -> str:
     if error.validator == "type":
         wanted = error.validator_value
         wanted = " or ".join(wanted) if isinstance(wanted, list) else wanted
-        return f"{place} is {error.instance!r}: it must be of type {wanted}"
-    return f"{place}: {' '.join(error.message.split())}"
+        return f"{place} is {reprlib.repr(error.instance)}: it must be of type {wanted}"
+    return f"{place}: {' '.join(error.message.split()):.300}"
 
 
 def _whole_numbers(value: Any) -> Any:

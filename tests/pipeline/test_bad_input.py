@@ -62,7 +62,7 @@ def test_a_wrong_configuration_is_named_with_the_nearest_right_key(project: Proj
     config = project.read()
     change(config)
     project.write(config)
-    code, output = project.approxkmv("check")
+    code, output = project.approxkmv("config", "check")
     assert code == 2
     line = only_line(output)
     for word in words:
@@ -80,7 +80,7 @@ def test_snakemake_says_the_same_line_and_exits_2(project: Project):
 @pytest.mark.parametrize("through", [Project.approxkmv, Project.snakemake])
 def test_yaml_that_is_not_yaml(project: Project, through):
     (project.folder / "config.yaml").write_text("study: [tiny\nmodels: {}\n")
-    code, output = through(project, "check")
+    code, output = through(project, *(["config", "check"] if through is Project.approxkmv else []))
     assert code == 2
     assert "line" in only_line(output)
 
@@ -373,10 +373,10 @@ def test_keys_that_stand_twice_and_text_that_is_not_utf8(project: Project):
     path = project.folder / "config.yaml"
     text = path.read_text()
     path.write_text(text + "study: other\n")
-    code, output = project.approxkmv("check")
+    code, output = project.approxkmv("config", "check")
     assert code == 2
     assert "'study' twice" in only_line(output)
     path.write_bytes(b"# \xe9\n" + text.encode())
-    code, output = project.approxkmv("check")
+    code, output = project.approxkmv("config", "check")
     assert code == 2
     assert "UTF-8" in only_line(output)

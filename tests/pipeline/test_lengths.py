@@ -147,7 +147,7 @@ def test_no_text_reaches_any_length(project: Project):
 
 def test_lengths_beyond_max_tokens_are_refused(project: Project):
     long_study(project, lengths=[20, 61])
-    code, output = project.approxkmv("check")
+    code, output = project.approxkmv("config", "check")
     assert code == 2
     assert "lengths is above max_tokens" in output
 

@@ -217,7 +217,7 @@ def test_a_smaller_study_leaves_no_shard_of_the_larger_one_in_its_tables(project
 
 def test_the_project_runs_from_its_own_root():
     """The default study is the one that config.yaml of the project names."""
-    code, output = Project(ROOT).approxkmv_process("check")
+    code, output = Project(ROOT).approxkmv_process("config", "check")
     assert code == 0
     assert "embedded" in output
 

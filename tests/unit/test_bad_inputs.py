@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from bad_inputs import all_cases, is_one_line, tables
+from bad_inputs import all_cases, configuration, is_one_line, tables
 
 CASES = all_cases()
 
@@ -24,6 +24,13 @@ def test_the_tables_that_are_damaged_there_are_read_when_they_are_whole(reader, 
     tables.whole(tmp_path)
     code, printed = tables.read(reader, READERS[reader][0], tmp_path)
     assert code == 0, printed
+
+
+def test_the_configuration_that_is_made_bad_there_is_taken_as_it_is(tmp_path):
+    code, printed = configuration.check(tmp_path, configuration.GOOD)
+    assert code == 0, printed
+    # What is only checked leaves no trace.
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "model", "words.txt"]
 
 
 def test_no_two_cases_have_one_name():

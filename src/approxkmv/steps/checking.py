@@ -1,0 +1,88 @@
+"""What can be known of a study before its first job: its files are there, its texts open, its outputs writable."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from approxkmv.config import Study, corpus_entry, model_of, sweep_settings
+from approxkmv.corpora import read_corpus
+from approxkmv.corpora.passages import cut_into_passages
+from approxkmv.corpora.sources import parse_corpus
+from approxkmv.errors import ConfigError, SourceError, TableError
+from approxkmv.models.sources import PathSource, parse_source
+
+
+def check_study(config: Mapping[str, Any], study: Study) -> list[str]:
+    """What the study would do, in lines. Raises ConfigError, SourceError or TableError for what would stop it later.
+
+    Nothing is fetched: of a model or a data set that is not on this machine only the source's form is known.
+    """
+    lines = [f"study {study.name}"]
+    parts = [part for part in (study.perplexity, (study.sweep or {}).get("capture")) if part is not None]
+    for name in dict.fromkeys([*study.models, *(part["model"] for part in parts)]):
+        _check_model(name, model_of(config, name).source)
+    for name in dict.fromkeys(part["corpus"] for part in parts):
+        entry = corpus_entry(config, name)
+        if isinstance(parse_corpus(entry.source), Path):
+            read_corpus(entry.source, entry.sha256)
+    if study.corpus:
+        lines += _texts(study)
+    if study.sweep:
+        settings = sweep_settings(study.sweep, "capture")
+        settings.check_methods()
+        for workload in settings.workloads:
+            local = workload.name != "model-qk" and workload.path and not workload.path.startswith("npm:")
+            if local and not Path(str(workload.path)).is_file():
+                raise ConfigError(f"sweeps.{study.sweep_name}: the word vectors {workload.path} do not exist")
+        lines.append(f"  sweep {study.sweep_name}: {', '.join(workload.name for workload in settings.workloads)}")
+    if study.complexity:
+        lines.append(f"  complexity: n = {', '.join(map(str, study.complexity['sizes']))}")
+    if study.perplexity:
+        lines.append(f"  perplexity of {study.perplexity['model']} with {', '.join(study.perplexity['methods'])}")
+    _check_device(study)
+    for folder in (Path("results") / study.name, Path(config["cache"]) / "models"):
+        _check_writable(folder)
+    return lines
+
+
+def _texts(study: Study) -> list[str]:
+    assert study.corpus is not None
+    asked = "all" if study.contexts is None else f"{study.contexts:,}"
+    found = ""
+    if isinstance(parse_corpus(study.corpus.source), Path):
+        count = len(cut_into_passages(read_corpus(study.corpus.source, study.corpus.sha256), study.unit))
+        if not count:
+            raise ConfigError(f"the corpus {study.corpus.name} has no text of the unit {study.unit}: choose another")
+        found = f" of {count:,} there are"
+    what = f"{asked} texts{found} ({study.unit}) of {study.corpus.label}"
+    return [f"  statistics: {', '.join(study.models)} on {what}"] if study.models else []
+
+
+def _check_model(name: str, text: str) -> None:
+    source = parse_source(text)
+    if not isinstance(source, PathSource):
+        return
+    if not source.path.exists():
+        raise SourceError(f"models.{name}: {source.path} does not exist: correct its path in config.yaml")
+    if source.path.is_dir() and not (source.path / "config.json").is_file():
+        raise SourceError(f"models.{name}: {source.path} has no config.json, which says what kind of model it is")
+
+
+def _check_writable(folder: Path) -> None:
+    # Without making the folder: nothing that is only checked leaves a trace.
+    there = next(path for path in (folder, *folder.parents) if path.exists() or path.is_symlink())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        what = "may not be written to" if there.is_dir() else "is no folder"
+        raise TableError(f"cannot write {folder}: {there} {what}")
+
+
+def _check_device(study: Study) -> None:
+    asked = {study.device, (study.sweep or {}).get("device"), (study.perplexity or {}).get("device")}
+    if "cuda" in asked:
+        import torch
+
+        if not torch.cuda.is_available():
+            raise ConfigError(f"study {study.name} asks for device cuda, but there is none here: set device to cpu")
