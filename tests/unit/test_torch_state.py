@@ -1,5 +1,6 @@
 """No answer depends on torch's global state, and no call changes it or spoils a later one."""
 
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
@@ -48,6 +49,20 @@ def test_the_answer_is_the_same_in_any_state(name):
         assert torch.equal(numbers(there), plain), state
         # Memory that is kept from call to call was not spoiled.
         assert torch.equal(numbers(CALLS[name](*tensors)), plain), state
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_first_call_in_inference_mode_spoils_no_later_one(name):
+    """Memory that is kept belongs to a thread: a new one has none yet."""
+
+    def first_there_then_here():
+        with torch.inference_mode():
+            there = CALLS[name](*inputs())
+        return numbers(there), numbers(CALLS[name](*inputs()))
+
+    with ThreadPoolExecutor(1) as thread:
+        there, here = thread.submit(first_there_then_here).result()
+    assert torch.equal(there, here)
 
 
 @pytest.mark.parametrize("name", METHODS)
