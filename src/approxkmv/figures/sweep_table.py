@@ -28,9 +28,9 @@ NOT_DRAWN = (
     "evaluation_exponent_error",
     "recomputed_share",
 )
-# What is in the columns that are drawn.
+# What is in the columns that are drawn, in every row: one that could not run has no parameters.
 DRAWN = {
-    **dict.fromkeys(("workload", "columns", "method", "kind", "status", "parameters"), "text"),
+    **dict.fromkeys(("workload", "columns", "method", "kind", "status"), "text"),
     **dict.fromkeys(("n", "batch"), "whole"),
     **dict.fromkeys(("target", "seconds_q1", "seconds", "seconds_q3", "error_v_median", "error_v_p95"), "number"),
 }
