@@ -261,3 +261,45 @@ def test_no_text_of_long_texts_lies_on_another(tmp_path, figures, masked):
     long_tables(tmp_path, masked)
     catalogue.draw("length_scaling", tmp_path, ["m"], tmp_path / "x")
     assert misplaced_texts(figures[0]) == []
+
+
+LABELS = ["$x_1$ at $5", "one $ alone", r"a \$ and a \ too", "_underscore", "{braces} %s &amp; <b>x</b>", "Модель ελ 1"]
+
+
+def draw_all(folder: Path, label: str) -> None:
+    """Draw every figure of models, of which the tables say this label and corpus."""
+    tables(folder, "m", 2, 3)
+    growth_tables(folder, 2, 3, masked=False)
+    facts = json.loads((folder / "overview_m.json").read_text()) | {"label": label, "corpus": label}
+    (folder / "overview_m.json").write_text(json.dumps(facts))
+    long_tables(folder, masked=False)
+    (folder / "lengths_m.json").write_text(json.dumps(facts | {"texts_used": 1}))
+    for name in ("max_ratios", "order_ratios", "growth", "growth_curves", "context_scaling", "length_scaling"):
+        catalogue.draw(name, folder, ["m"], folder / name)
+
+
+@pytest.mark.parametrize("label", LABELS)
+def test_a_label_is_drawn_as_it_is_written_and_is_no_mathematics(tmp_path, figures, label, caplog):
+    from matplotlib.text import Text
+
+    with caplog.at_level("INFO", logger="approxkmv"):
+        draw_all(tmp_path, label)
+    assert len(figures) == 6
+    for figure in figures:
+        shown = [text._preprocess_math(text.get_text()) for text in figure.findobj(Text)]
+        # Beside mathematics of the figure's own the dollars of a label are escaped until they are drawn.
+        assert any(label in (words.replace(r"\$", "$") if math else words) for words, math in shown)
+        assert not [words for words, math in shown if math and words.count("$") - words.count(r"\$") > 4]
+        assert misplaced_texts(figure) == []
+    assert not caplog.messages
+
+
+def test_characters_that_the_font_does_not_have_are_named(tmp_path, caplog, recwarn):
+    tables(tmp_path, "m", 2, 3)
+    facts = json.loads((tmp_path / "overview_m.json").read_text()) | {"label": "模型 BERT"}
+    (tmp_path / "overview_m.json").write_text(json.dumps(facts))
+    with caplog.at_level("INFO", logger="approxkmv"):
+        catalogue.draw("max_ratios", tmp_path, ["m"], tmp_path / "max_ratios")
+    assert [message.split()[:5] for message in caplog.messages] == [["max_ratios:", "boxes", "stand", "for", "型"]]
+    assert "模" in caplog.text
+    assert not [str(warning.message) for warning in recwarn if "Glyph" in str(warning.message)]

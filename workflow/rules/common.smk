@@ -1,6 +1,7 @@
 import os
 import re
 import sys
+from html import escape
 
 # What all rules share: the configuration, the study, its folder, and the package files that decide a result.
 from pathlib import Path

@@ -40,8 +40,9 @@ rule summary:
     params:
         config=lambda wildcards: SETTINGS,
         results=lambda wildcards: RESULTS,
+        # The report puts parameters into its HTML as they are.
         label=lambda wildcards: (
-            STUDY.models[wildcards.model].label,
+            escape(STUDY.models[wildcards.model].label),
             STUDY.models[wildcards.model].paper_bound,
         ),
     shell:
@@ -147,7 +148,7 @@ rule length_table:
     params:
         config=lambda wildcards: SETTINGS,
         results=lambda wildcards: RESULTS,
-        label=lambda wildcards: STUDY.models[wildcards.model].label,
+        label=lambda wildcards: escape(STUDY.models[wildcards.model].label),
     shell:
         "approxkmv length-scaling --model {wildcards.model} --statistics {params.results}/statistics/{wildcards.model} "
         "--texts {input.texts} --config {params.config} --out {params.results}/tables --log {log}"

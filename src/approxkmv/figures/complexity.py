@@ -54,7 +54,7 @@ def _draw_costs(axes: Axes, table: pd.DataFrame) -> None:
     means = table.groupby(["kernel", "n"], sort=False).mean(numeric_only=True).reset_index()
     n = np.sort(means["n"].unique()).astype(float)
     for colour, (name, group) in zip(_COLOURS, means.groupby("kernel", sort=False), strict=False):
-        axes.plot(group["n"], group["total"], "o-", color=colour, ms=4, label=f"asked for: {name}")
+        axes.plot(group["n"], group["total"], "o-", color=colour, ms=4, label=f"asked for: {name}".replace("$", r"\$"))
         axes.plot(group["n"], group["heavy"], "s:", color=colour, ms=3, lw=1)
     hashes = means.groupby("n")["hash"].mean()
     axes.plot(hashes.index, hashes.to_numpy(), "^--", color="0.45", ms=4, lw=1, label="hash evaluations")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from approxkmv.figures.style import COLOURS, ENTRIES, legend_below, new_figure, not_in_kernel, save, wrapped
+from approxkmv.figures.style import COLOURS, ENTRIES, as_written, legend_below, new_figure, not_in_kernel, save, wrapped
 from approxkmv.steps.tables import MASKED, masks_of, model_tables, read_overview, read_statistics
 
 PLACE = {"prefix": "whole", "contexts": "whole"}
@@ -19,7 +19,7 @@ def draw(tables: Path, models: Sequence[str], stem: Path) -> list[Path]:
     # Read before the figure is made: its legend needs a height and, where labels are long, a column for itself.
     names = [model_tables(tables, model) for model in models]
     read = [
-        (read_statistics(name.scaling, PLACE, VALUES), read_overview(name.overview, "label", "paper_bound"))
+        (read_statistics(name.scaling, PLACE, VALUES), as_written(read_overview(name.overview, "label", "paper_bound")))
         for name in names
     ]
     masks = sorted({facts["mask"] for table, facts in read if MASKED in masks_of(table, "mean")})

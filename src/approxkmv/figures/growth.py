@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from approxkmv.figures.heatmap import draw_heatmap, grid, is_wide, new_panels
-from approxkmv.figures.style import entries, footnote, not_in_kernel, save
+from approxkmv.figures.style import as_written, entries, footnote, not_in_kernel, save
 from approxkmv.statistics.growth import FAILS, VERDICTS
 from approxkmv.steps.tables import masks_of, model_tables, read_heads, read_overview
 
@@ -15,7 +15,7 @@ from approxkmv.steps.tables import masks_of, model_tables, read_heads, read_over
 def draw(tables: Path, model: str, stem: Path) -> list[Path]:
     """From the growth table and overview of one model, write STEM.pdf and STEM.png; masked too if there is such."""
     names = model_tables(tables, model)
-    facts = read_overview(names.overview, "label", "layers", "heads", "texts_used")
+    facts = as_written(read_overview(names.overview, "label", "layers", "heads", "texts_used"))
     table = read_heads(names.growth, facts, {"exponent": "number", "verdict": "text"})
     masks = masks_of(table, "exponent")
     values = grid(table, "exponent")
@@ -40,7 +40,7 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
         found = ", ".join(f"{word} {counts[word]}" for word in VERDICTS if word in counts)
         axes.set_title(f"{entries(before, facts)}\n{found}", fontsize=8, loc="left")
     figure.suptitle(
-        f"{facts['label']}: exponent g of c(n) ~ n$^g$ on {facts['texts_used']} texts\noutlined: fails",
+        f"{facts['label']}\nexponent g of c(n) ~ n$^g$ on {facts['texts_used']} texts; outlined: fails",
         fontsize=9,
         x=0.02,
         ha="left",

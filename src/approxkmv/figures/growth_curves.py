@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from approxkmv.figures.style import COLOURS, entries, footnote, new_figure, not_in_kernel, save
+from approxkmv.figures.style import COLOURS, as_written, entries, footnote, new_figure, not_in_kernel, save
 from approxkmv.statistics.growth import FAR_BOUND, VERDICTS
 from approxkmv.steps.tables import masks_of, model_tables, read_heads, read_overview
 
@@ -23,7 +23,7 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     names = model_tables(tables, model)
-    facts = read_overview(names.overview, "label", "layers", "heads")
+    facts = as_written(read_overview(names.overview, "label", "layers", "heads"))
     growth = read_heads(names.growth, facts, {"exponent": "number", "coefficient": "number", "verdict": "text"})
     curves = read_heads(names.curves, facts, {"adjusted_ratio": "number"}, along="prefix")
     masks = masks_of(growth, "exponent")

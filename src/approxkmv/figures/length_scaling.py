@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from approxkmv.figures.style import COLOURS, legend_below, new_figure, not_in_kernel, save, wrapped
+from approxkmv.figures.style import COLOURS, as_written, legend_below, new_figure, not_in_kernel, save, wrapped
 from approxkmv.steps.tables import length_tables, masks_of, read_heads, read_overview
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ PANELS = (
 def draw(tables: Path, model: str, stem: Path) -> list[Path]:
     """From the length table of one model and its facts, write STEM.pdf and STEM.png."""
     names = length_tables(tables, model)
-    facts = read_overview(names.facts, "label", "layers", "heads", "texts_used", "corpus")
+    facts = as_written(read_overview(names.facts, "label", "layers", "heads", "texts_used", "corpus"))
     table = read_heads(names.scaling, facts, {column: "number" for column, _ in PANELS}, along="length")
     figure = new_figure(8.6, 6.6)
     panels = figure.subplots(2, 2, sharex=True).ravel()

@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from approxkmv.figures.heatmap import draw_heatmap, grid, is_wide, new_panels
-from approxkmv.figures.style import entries, footnote, not_in_kernel, save
+from approxkmv.figures.style import as_written, entries, footnote, not_in_kernel, save
 from approxkmv.steps.tables import masks_of, model_tables, read_heads, read_overview
 
 
 def draw(tables: Path, model: str, stem: Path) -> list[Path]:
     """From the per-head table and the overview of one model, write STEM.pdf and STEM.png; masked too if it is there."""
     names = model_tables(tables, model)
-    facts = read_overview(names.overview, "label", "layers", "heads", "texts_used", "corpus", "paper_bound")
+    facts = as_written(read_overview(names.overview, "label", "layers", "heads", "texts_used", "corpus", "paper_bound"))
     table = read_heads(names.heads, facts, {"max_ratio": "number"})
     masks = masks_of(table, "max_ratio")
     values = grid(table, "max_ratio")

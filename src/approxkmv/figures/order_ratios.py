@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from approxkmv.figures.heatmap import draw_heatmap, grid, is_wide, new_panels
-from approxkmv.figures.style import entries, footnote, not_in_kernel, save, short
+from approxkmv.figures.style import as_written, entries, footnote, not_in_kernel, save, short
 from approxkmv.steps.tables import masks_of, model_tables, read_heads, read_overview
 
 # 1 is the least that a ratio can be. The paper says "about 1" of K_(n)/K_(n+1): a narrow scale where that holds.
@@ -24,7 +24,7 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
     Of a causal model a row of panels is over all entries and a row is masked; else the two stand as they fit best.
     """
     names = model_tables(tables, model)
-    facts = read_overview(names.overview, "label", "layers", "heads", "texts_used", "corpus")
+    facts = as_written(read_overview(names.overview, "label", "layers", "heads", "texts_used", "corpus"))
     table = read_heads(names.heads, facts, {"median_next_ratio": "number", "median_double_ratio": "number"})
     masks = masks_of(table, "median_next_ratio")
     values = grid(table, "median_next_ratio")

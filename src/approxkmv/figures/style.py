@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import textwrap
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from approxkmv.files import written_whole
+from approxkmv.progress import LOG
 from approxkmv.statistics.entries import EVERY_KEY, OWN_MASK
 from approxkmv.steps.tables import MASKED
 
@@ -40,17 +42,44 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def save(figure: Figure, stem: Path) -> list[Path]:
-    """Write STEM.pdf and STEM.png, without dates in them."""
+    """Write STEM.pdf and STEM.png, without dates in them; a line says which characters the font cannot draw."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     FigureCanvasAgg(figure)
+    if missing := missing_glyphs(figure):
+        LOG.info("  %s: boxes stand for %s, which the font does not have", stem.name, " ".join(missing))
     paths = []
     for suffix, metadata in ((".pdf", {"CreationDate": None}), (".png", {"Software": None})):
         path = Path(f"{stem}{suffix}")
-        with written_whole(path) as temporary:
+        with written_whole(path) as temporary, warnings.catch_warnings():
+            # Said above, in one line.
+            warnings.filterwarnings("ignore", "Glyph .* missing")
             figure.savefig(temporary, dpi=160, metadata=metadata)
         paths.append(path)
     return paths
+
+
+def as_written(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """An overview for a figure: what it says in words is drawn as it is written, not as mathematics.
+
+    A label that begins with an underscore, which a legend would leave out, has a space before it.
+    """
+
+    def plain(text: str) -> str:
+        return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
+
+    words = {name: plain(facts[name]) for name in ("label", "corpus", "mask") if name in facts}
+    return {**facts, **words, "left_out": [plain(text) for text in facts.get("left_out", ())]}
+
+
+def missing_glyphs(figure: Figure) -> list[str]:
+    """The characters of a figure's texts that its font cannot draw, and puts a box in place of."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+    from matplotlib.text import Text
+
+    font = get_font(findfont(FontProperties()))
+    used = {mark for text in figure.findobj(Text) for mark in text.get_text()}
+    return sorted(mark for mark in used if mark.isprintable() and not font.get_char_index(ord(mark)))
 
 
 def entries(before: str, facts: Mapping[str, Any]) -> str:
