@@ -222,6 +222,23 @@ def test_the_project_runs_from_its_own_root():
     assert "embedded" in output
 
 
+def test_nothing_of_a_label_is_html_in_the_report_or_mathematics_in_a_figure(project: Project):
+    project.configure(models=["bert"], contexts=3)
+    config = project.read()
+    config["models"]["bert"]["label"] = "</script><b>$x_1$ 模型"
+    config["corpora"]["words"]["label"] = "<i>words & $1"
+    project.write(config)
+    code, output = project.snakemake()
+    assert code == 0, output
+    assert "max_ratios_bert: boxes stand for 型 模" in output
+    code, output = project.snakemake("--report", "report.html")
+    assert code == 0, output
+    page = (project.folder / "report.html").read_text()
+    assert "largest c per head" in page
+    assert "</script><b>" not in page
+    assert "<i>words" not in page
+
+
 def test_an_edited_corpus_is_read_again(project: Project):
     project.configure(models=["bert"], contexts=3)
     assert project.snakemake()[0] == 0
