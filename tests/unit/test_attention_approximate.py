@@ -6,7 +6,7 @@ import torch
 
 from approxkmv.attention import acceleration, get
 from approxkmv.attention import approxkmv as ours
-from approxkmv.attention.expansion import expand, make_blocks, sums_of_keys
+from approxkmv.attention.expansion import expand, make_blocks, stand_apart, sums_of_keys
 from approxkmv.attention.k_means import k_means
 
 
@@ -96,8 +96,8 @@ def test_sums_of_keys_against_float64(d, d_v, low):
     q, k, v = clustered(300, d + d % 2 if low == torch.bfloat16 else d, d_v)
     q = 0.3 * q
     e = expand(
-        q, k, v, torch.Generator().manual_seed(0), scale=1.0, block=32, near=40, directions=8, iterations=2,
-        sampled=8, low=low,
+        q, k, v, torch.Generator().manual_seed(0), stand_apart(q, k, 1.0), scale=1.0, block=32, near=40, directions=8,
+        iterations=2, sampled=8, low=low,
     )  # fmt: skip
     extra = torch.randn(len(e.chosen), generator=torch.Generator().manual_seed(1))
     sums, scales = sums_of_keys(e.blocks, k, e.mean, v, e.chosen, e.ends, extra, low, e.rounded)
@@ -186,7 +186,9 @@ def test_error_falls_as_one_over_the_root_of_the_budget():
 @pytest.mark.usefixtures("loops")
 def test_budgets_go_where_the_deviation_is():
     q, k, v = clustered(400, 8, 1)
-    e = expand(q, k, v, torch.Generator().manual_seed(0), scale=1.0, low=torch.float32, **CLUSTERING)
+    e = expand(
+        q, k, v, torch.Generator().manual_seed(0), stand_apart(q, k, 1.0), scale=1.0, low=torch.float32, **CLUSTERING
+    )
     heavy, log_weight = torch.ones(len(e.blocks.deltas), 2), torch.full((len(e.blocks.deltas),), -60.0)
     start, size = int(e.blocks.starts[0]), int(e.blocks.sizes[0])
     # The far key holds nine tenths of the sums of one block and nothing of the others'.
@@ -204,7 +206,14 @@ def test_row_variances_are_those_of_the_logits():
     """With all axes: delta.k over the keys, in the keys' own covariance, but for the metric's exponent."""
     q, k, v = clustered(400, 8, 1)
     e = expand(
-        q, k, v, torch.Generator().manual_seed(0), scale=0.7, low=torch.float32, **{**CLUSTERING, "directions": 8}
+        q,
+        k,
+        v,
+        torch.Generator().manual_seed(0),
+        stand_apart(q, k, 0.7),
+        scale=0.7,
+        low=torch.float32,
+        **{**CLUSTERING, "directions": 8},
     )
     variance = (e.blocks.deltas.double() @ (k - k.mean(0)).double().mT).square().mean(1)
     assert torch.allclose(e.blocks.row_variances.double(), variance, rtol=1e-3, atol=1e-6)
@@ -217,7 +226,16 @@ def test_draws_have_the_probability_that_they_say():
     False alarms: 188 normal variables pass 4.5 with probability under 2e-3; the seed is fixed.
     """
     q, k, v = clustered(212, 8, 1)
-    e = expand(q, k, v, torch.Generator().manual_seed(0), scale=1.0, low=torch.float32, **{**CLUSTERING, "block": 212})
+    e = expand(
+        q,
+        k,
+        v,
+        torch.Generator().manual_seed(0),
+        stand_apart(q, k, 1.0),
+        scale=1.0,
+        low=torch.float32,
+        **{**CLUSTERING, "block": 212},
+    )
     number = 400_000
     sample = ours.draw(e, np.array([number]), torch.Generator().manual_seed(1))
     keys = torch.from_numpy(sample.keys)
@@ -295,7 +313,7 @@ def test_without_axes_every_block_has_its_samples():
     """There is one block, of whose deviation nothing is known: it takes the samples that were asked for."""
     q, k, v = clustered(240, 8, 1)
     without = {**CLUSTERING, "directions": 0, "scale": 1.0, "low": torch.float32}
-    e = expand(q, k, v, torch.Generator().manual_seed(0), **without)
+    e = expand(q, k, v, torch.Generator().manual_seed(0), stand_apart(q, k, 1.0), **without)
     assert ours.budgets(e, torch.zeros(1, dtype=torch.float64), 33).tolist() == [33]
 
 

@@ -21,7 +21,16 @@ from approxkmv.attention import exact_fused
 from approxkmv.attention.acceleration import compiled_loops, over_threads
 from approxkmv.attention.contract import Method, UnavailableError, per_batch
 from approxkmv.attention.counting import count
-from approxkmv.attention.expansion import Expansion, expand, of_one_block, project, sums_of_keys
+from approxkmv.attention.expansion import (
+    Expansion,
+    expand,
+    lost_of_one_block,
+    of_one_block,
+    project,
+    stand_apart,
+    sums_of_keys,
+    with_keys_apart,
+)
 from approxkmv.attention.local_expansion import exactly_where_lost
 from approxkmv.attention.recursive import Sums, causal_attention, exact_sums
 
@@ -75,29 +84,40 @@ def sums(
     with_own_keys: bool,
     **clustering: Any,
 ) -> Sums:
-    """Numerators (n_q, d_v), row sums (n_q,) and the logs (n_q,) that both are divided by.
+    """Numerators (n_q, d_v), row sums (n_q,) and the logs (n_q,) that both are divided by; a sum out of reach is NaN.
 
     with_own_keys: key i is the query's own, of as many keys as queries, and is summed exactly.
     """
-    loops, d_v = compiled_loops(), v.shape[1]
-    if loops is not None and clustering["directions"] == 0:
+    loops, d_v, scale = compiled_loops(), v.shape[1], clustering["scale"]
+    apart = stand_apart(q, k, scale)
+    if loops is not None and clustering["directions"] == 0 and not len(apart):
         out = torch.empty(len(q), d_v + 2)
-        inputs, room = of_one_block(q, k, v, generator.initial_seed(), clustering["scale"], clustering["near"])
+        inputs, room = of_one_block(q, k, v, generator.initial_seed(), scale, clustering["near"])
         points = torch.rand(samples, generator=generator, dtype=torch.float64).numpy()
         given = [*inputs, np.float32(CONTROLLED), points, *room, out.numpy()]
         number = loops.controlled_sums_of_one_block(with_own_keys, *given)
         count(kernel_evaluations=len(k) + (len(q) + 1) * (number + samples) + len(q) * (1 + with_own_keys))
+        out[lost_of_one_block(k, room), d_v] = torch.nan
         return out[:, :d_v], out[:, d_v], out[:, d_v + 1]
     # Bfloat16 sums of the control variate would be a bias.
-    e = expand(q, k, v, generator, low=torch.float32, **clustering)
+    e = expand(q, k, v, generator, apart, low=torch.float32, **clustering)
     blocks = e.blocks
     heavy, scales = sums_of_keys(blocks, k, e.mean, v, e.chosen, e.ends, None, torch.float32)
     seen = e.seen(k if with_own_keys else None)
     counts = budgets(e, predicted_deviation(e, heavy, scales, seen.log_weight), samples)
     sample = draw(e, counts, generator)
+    if len(apart):
+        # In their place one whose exponentials are finite, at weight 0
+        drawn = np.isin(sample.keys, apart)
+        sample.logs[drawn], sample.keys[drawn] = -np.inf, e.chosen[0]
     estimate, estimate_scales = sums_of_keys(
         blocks, k, e.mean, v, sample.keys, sample.ends, torch.from_numpy(sample.logs), torch.float32
     )
+
+    def finished(rest: torch.Tensor) -> Sums:
+        rest[e.blocks.beyond_reach(k, apart), d_v] = torch.nan
+        return with_keys_apart((rest[:, :d_v], rest[:, d_v], rest[:, d_v + 1]), apart, q, k, v, e.mean, scale)
+
     # The control variate: the far key's sums, less the same sums over the sample, where it is worth its own noise.
     if loops is not None:
         out = torch.empty(len(q), d_v + 2)
@@ -110,7 +130,7 @@ def sums(
         )
         given += [t.numpy() for t in parts]
         over_threads(lambda first, last: loops.controlled_sums(first, last, with_own_keys, *given), len(blocks))
-        return out[:, :d_v], out[:, d_v], out[:, d_v + 1]
+        return finished(out)
     means, tilts = sampled_moments(e, sample, k, v)
     leaning = project(blocks, tilts)
 
@@ -134,8 +154,7 @@ def sums(
         if not e.tilted:
             rest = left * weight * (seen.own_share_seen - seen.own_share)
             numerators = numerators - rest.unsqueeze(1) * blocks.of_rows(seen.value)
-    together = blocks.of_queries(torch.cat([numerators, row_sums.unsqueeze(1), shift.unsqueeze(1)], 1))
-    return together[:, :d_v], together[:, d_v], together[:, d_v + 1]
+    return finished(blocks.of_queries(torch.cat([numerators, row_sums.unsqueeze(1), shift.unsqueeze(1)], 1)))
 
 
 @dataclass(frozen=True)
@@ -238,8 +257,8 @@ def _approxkmv(
             q, k, v, generator, scale=scale, near=near, with_own_keys=len(q) == len(k), **parameters
         )
         # A row sum is positive; an estimate of one need not be.
-        answer = numerators / torch.where(row_sums > 0, row_sums, torch.nan).unsqueeze(1)
-        return exactly_where_lost(answer, q, k, v, scale)
+        answer = numerators / row_sums.unsqueeze(1)
+        return exactly_where_lost(answer, ~(row_sums > 0), q, k, v, scale)
 
     return per_batch(single, q, k, v, seed, around_mean=True)
 

@@ -15,7 +15,16 @@ import torch
 from approxkmv.attention import exact_fused
 from approxkmv.attention.contract import Method, UnavailableError, per_batch
 from approxkmv.attention.counting import count
-from approxkmv.attention.expansion import make_blocks, sums_of_keys
+from approxkmv.attention.expansion import (
+    REACH,
+    make_blocks,
+    spreads,
+    stand_apart,
+    sums_of_keys,
+    variances_of,
+    with_keys_apart,
+    without,
+)
 from approxkmv.attention.k_means import k_means
 from approxkmv.attention.local_expansion import exactly_where_lost
 
@@ -54,6 +63,10 @@ def attend(
     number = min(len(k), math.ceil(clusters * math.sqrt(len(k))))
     if near >= number:
         return exact_fused.attend(q, k, v, scale, 512)
+    whole = q, k, v
+    apart = stand_apart(q, k, scale)
+    k, v = without(k, apart), without(v, apart)
+    number = min(number, len(k))
     # Attention does not change when all keys move together, and products lose fewer digits around their mean.
     mean = k.mean(0)
     queries, keys = q * scale, k - mean
@@ -80,8 +93,15 @@ def attend(
     shift = torch.maximum(row_scale, far.amax(1))
     far.sub_(shift.unsqueeze(1)).exp_()
     exact *= (row_scale - shift).exp_().unsqueeze(1)
-    answer = (exact[:, 1:] + far @ values) / (exact[:, :1] + far.sum(1, keepdim=True))
-    return exactly_where_lost(blocks.of_queries(answer), q, k, v, scale)
+    rest = (blocks.of_queries(t) for t in (exact[:, 1:] + far @ values, exact[:, 0] + far.sum(1), shift))
+    numerators, row_sums, _ = with_keys_apart(tuple(rest), apart, *whole, mean, scale)  # type: ignore[arg-type]
+    # Out of reach: too far from the block's centre for its exponentials, or of logits too far apart in a cluster
+    nothing = torch.zeros_like(mean)
+    some = slice(None, None, max(1, len(keys) // 512))
+    within = (keys[some] - centroids[labels[some]]).square().mean(0)
+    variances = spreads(blocks.deltas, nothing, variances_of(keys)), spreads(rows, nothing, within)
+    lost = blocks.of_queries(torch.maximum(*variances)) > REACH
+    return exactly_where_lost(numerators / row_sums.unsqueeze(1), lost, *whole, scale)
 
 
 def _clustered(

@@ -121,6 +121,17 @@ def nearest(distances, points, labels):
         labels[i] = least & mask
 
 
+@njit(fastmath=_FLAGS, nogil=True, cache=True)
+def spreads(points, middle, variances, out):
+    """out (n,) = the sum over the columns of (points (n, d) - middle (d,))^2 variances (d,)."""
+    for i in range(len(points)):
+        whole = _f(0.0)
+        for p in range(points.shape[1]):
+            x = points[i, p] - middle[p]
+            whole += x * x * variances[p]
+        out[i] = whole
+
+
 @njit(inline="always")
 def _bits(x):
     """The upper half of a float32's bits, rounded to nearest even: a bfloat16."""
@@ -159,9 +170,11 @@ def _stored_by_type(number, like):
 
 @cached_njit(fastmath=_FLAGS, nogil=True)
 def fill_weights(
-    low, high, logs, highest, kept, begin, step, columns, weights, counts, thresholds, totals, values
+    low, high, logs, kept, begin, step, columns, weights, counts, highest, thresholds, totals, values
 ):  # fmt: skip
     """Blocks low to high - 1: weights = exp(logs - highest), 0 at the near keys, whose number goes to counts.
+
+    highest (blocks,) receives the largest log of a key that is not near, or the threshold where all are.
 
     A key is near where its log (blocks, n) is at least the block's threshold: the number of rank `kept`, from below,
     among every step-th key's from the key at `begin` on. weights (blocks, 1 + tilts, n) has the weights, then their
@@ -175,14 +188,18 @@ def fill_weights(
             sample[j] = _number(logs[b, begin + j * step])
         bar = np.partition(sample, kept)[kept]
         thresholds[b] = bar
-        top = highest[b]
         count = np.int32(0)
-        total = _f(0.0)
+        top = _f(-np.inf)
         for j in range(n):
             x = _number(logs[b, j])
             count += np.int32(x >= bar)
-            # Below -87 the weight is as good as zero.
-            weight = _stored(_f(0.0) if x >= bar else _exp(x - top), logs[b, j])
+            top = max(top, _f(-np.inf) if x >= bar else x)
+        top = top if top > _f(-np.inf) else bar
+        highest[b] = top
+        total = _f(0.0)
+        for j in range(n):
+            x = _number(logs[b, j])
+            weight = _stored(_f(0.0) if x >= bar else _fading(x - top), logs[b, j])
             weights[b, 0, j] = weight
             total += _number(weight)
         counts[b] = count
@@ -562,7 +579,7 @@ def _weigh_keys(chosen, k, mean, extra, centre, places, weights):
         weights[j] = dot
         shift = max(shift, dot)
     for j in range(len(chosen)):
-        weights[j] = _exp(weights[j] - shift)
+        weights[j] = _fading(weights[j] - shift)
     return shift
 
 
@@ -780,18 +797,16 @@ def _expand_one_block(q, scale, k, v, kept, begin, step, tilts, deltas, logs, we
     centre_blocks(
         q, scale, no_points, no_variances[0], queries, starts, sizes, deltas, centres, no_variances, row_variances
     )
-    highest = np.full(1, -np.inf, np.float32)
     for j in range(n_k):
         dot = _f(0.0)
         for p in range(d):
             dot += centres[0, p] * (k[j, p] - mean[p])
         logs[0, j] = dot
-        highest[0] = max(highest[0], dot)
     columns = np.ascontiguousarray(v[:, :tilts].T)
-    counts, thresholds = np.empty(1, np.int64), np.empty(1, np.float32)
+    counts, thresholds, highest = np.empty(1, np.int64), np.empty(1, np.float32), np.empty(1, np.float32)
     totals, far_value = np.empty(1, np.float32), np.zeros((1, width), np.float32)
     fill_weights(
-        0, 1, logs, highest, kept, begin, step, columns, weights, counts, thresholds, totals, far_value[:, :tilts]
+        0, 1, logs, kept, begin, step, columns, weights, counts, highest, thresholds, totals, far_value[:, :tilts]
     )
     chosen = np.empty(counts[0], np.int64)
     list_near(0, 1, logs, thresholds, counts, chosen)

@@ -200,7 +200,7 @@ def per_batch(
         if not around_mean:
             return single(q, k, v, generator)
         mean = v.mean(0)
-        return single(q, k, v - mean, generator) + mean
+        return single(q, k, v - mean, generator).add_(mean)
 
     answers = [answer(*(t[i].float() for t in (q, k, v))) for i in range(q.shape[0])]
     return torch.stack(answers).to(v.dtype)

@@ -17,6 +17,7 @@ import torch
 from approxkmv.attention.acceleration import compiled_loops, native_bfloat16, over_threads, scratch
 from approxkmv.attention.counting import count
 from approxkmv.attention.k_means import k_means
+from approxkmv.attention.recursive import Sums, exact_sums, merged
 
 # Each tilted column of v costs d more columns in the far sums; beyond these the far value is the block's mean.
 _TILTED_COLUMNS = 2
@@ -32,6 +33,15 @@ _SAMPLED_KEYS = 8
 _METRIC_POWER = 0.4
 # So many keys decide the axes: the errors are the same with all of 4,096 (GloVe and heads of a model), the time is not.
 _KEYS_FOR_AXES = 512
+
+# Keys whose logits vary this much more over the queries than other keys' do, and by more than so many nats, stand
+# apart: of some heads and of GloVe none has over twice the spread of the others.
+_APART, _APART_NATS = 8.0, 4.0
+# So many rows decide how far the others reach.
+_SAMPLED_FOR_VARIANCES = 256
+# A query whose logits have more than this variance around those of its block's centre is out of reach: 0.1 to 60 on
+# heads of models and GloVe at blocks of 512 or fewer.
+REACH = 64.0
 
 # queries, rows, labels, starts and sizes of Blocks
 Grouped = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
@@ -68,6 +78,14 @@ class Blocks:
     def of_queries(self, per_row: torch.Tensor) -> torch.Tensor:
         """Rows of the blocks (padded n, ...) in the order of the queries (n, ...)."""
         return per_row[torch.from_numpy(self.rows)]
+
+    def beyond_reach(self, k: torch.Tensor, apart: np.ndarray) -> torch.Tensor:
+        """(n,) whether a query is out of reach of its block, of keys k (n_k, d) but those that stand apart."""
+        of_rows = self.row_variances
+        if self.variances.shape[1] == 0:
+            # Without axes the variances are those of the columns.
+            of_rows = spreads(self.deltas, torch.zeros(k.shape[1]), variances_of(without(k, apart)))
+        return self.of_queries(of_rows) > REACH
 
     def in_rows(self, per_query: torch.Tensor) -> torch.Tensor:
         """Something of the queries (n, ...) in the order of the blocks' rows (padded n, ...), zero where padded."""
@@ -125,14 +143,61 @@ def _group(labels: np.ndarray, multiple: int) -> Grouped:
     return queries, rows, block_of, starts, sizes
 
 
-def principal_axes(k: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Mean (d,) of the keys k (n, d), the `count` leading axes (d, count) of their covariance, their eigenvalues."""
-    mean = k.mean(0)
+def principal_axes(k: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `count` leading axes (d, count) of the covariance of the keys k (n, d), and their eigenvalues."""
     if count == 0:
-        return mean, k.new_empty(k.shape[1], 0), k.new_empty(0)
-    some = k[:: max(1, len(k) // _KEYS_FOR_AXES)] - mean
+        return k.new_empty(k.shape[1], 0), k.new_empty(0)
+    some = k[:: max(1, len(k) // _KEYS_FOR_AXES)]
+    some = some - some.mean(0)
     values, vectors = torch.linalg.eigh(some.mT @ some / len(some))
-    return mean, vectors.flip(1)[:, :count], values.flip(0)[:count].clamp_min(0)
+    return vectors.flip(1)[:, :count], values.flip(0)[:count].clamp_min(0)
+
+
+def spreads(points: torch.Tensor, middle: torch.Tensor, variances: torch.Tensor) -> torch.Tensor:
+    """(n,) the sum over the columns of (points (n, d) - middle (d,))^2 variances (d,)."""
+    loops = compiled_loops()
+    if loops is None:
+        return (points - middle).square() @ variances
+    out = torch.empty(len(points))
+    loops.spreads(*(t.contiguous().numpy() for t in (points, middle, variances, out)))
+    return out
+
+
+def _sample(points: torch.Tensor) -> torch.Tensor:
+    return points[:: max(1, len(points) // _SAMPLED_FOR_VARIANCES)]
+
+
+def variances_of(points: torch.Tensor) -> torch.Tensor:
+    """(d,) of the columns of points (n, d), from a sample of the rows."""
+    some = _sample(points)
+    return (some - some.mean(0)).square_().mean(0)
+
+
+def stand_apart(q: torch.Tensor, k: torch.Tensor, scale: float) -> np.ndarray:
+    """The keys of k (n_k, d) so much larger than the others that no centre of a block may speak for its queries.
+
+    Of queries q (n_q, d) some have a logit of a hundred, some of minus a hundred with a key a hundred times as long.
+    Such a key is summed exactly for every query.
+    """
+    found = spreads(k, _sample(k).mean(0), scale**2 * variances_of(q)).numpy()
+    some = found[:: max(1, len(found) // _SAMPLED_FOR_VARIANCES)]
+    usual = np.partition(some, len(some) // 2)[len(some) // 2]
+    apart = np.flatnonzero(found > max(_APART**2 * usual, _APART_NATS**2))
+    # So many are no exceptions.
+    return apart if len(apart) <= len(k) / 16 else apart[:0]
+
+
+def without(points: torch.Tensor, rows: np.ndarray) -> torch.Tensor:
+    """points (n, d) but those rows."""
+    return torch.from_numpy(np.delete(points.numpy(), rows, axis=0)) if len(rows) else points
+
+
+def with_keys_apart(
+    rest: Sums, apart: np.ndarray, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mean: torch.Tensor, scale: float
+) -> Sums:
+    """The sums over the other keys less `mean`, and with them those over the keys that stand apart."""
+    keys = torch.from_numpy(apart)
+    return merged(rest, exact_sums(q * scale, k[keys] - mean, v[keys])) if len(keys) else rest
 
 
 @dataclass(frozen=True)
@@ -168,6 +233,8 @@ class Expansion:
     """(blocks, n_k) c.k + k'Vk/2."""
     weights: torch.Tensor
     """(blocks, 1 + tilts, n_k) exp(logs - highest), zero for the near keys; then these times each tilted column."""
+    apart: np.ndarray
+    """Keys that are neither near nor far: their logs are -inf, their weights 0."""
     thresholds: torch.Tensor
     """(blocks,) the least of logs at which a key is near."""
     chosen: np.ndarray
@@ -188,6 +255,9 @@ class Expansion:
         """Whether the far value is of first order in the row's distance from the centre, and not the block's mean."""
         return self.far_axes.shape[1] > 1
 
+    def _own_apart(self, k: torch.Tensor | None) -> np.ndarray:
+        return self.apart if k is not None else self.apart[:0]
+
     def seen(self, k: torch.Tensor | None) -> Seen:
         """What the rows see of the far keys and, if the keys k (n, d) are given, of their own."""
         blocks = self.blocks
@@ -207,6 +277,7 @@ class Expansion:
             )
             given += [t.numpy() for t in parts]
             over_threads(lambda first, last: loops.see(first, last, k is not None, *given), len(blocks))
+            out.own_log[torch.from_numpy(blocks.rows[self._own_apart(k)])] = -torch.inf
             return out
         seen = project(blocks, self.far_axes)
         log_weight = seen[:, 0] + blocks.of_rows(self.far_log)
@@ -219,6 +290,7 @@ class Expansion:
             light = self.logs[of_query, each] < self.thresholds.to(self.logs.dtype)[of_query]
             own = ((blocks.centres[of_query] + deltas) * keys).sum(1)
             log[at] = own.masked_fill_(~light, -torch.inf)
+            log[at[torch.from_numpy(self._own_apart(k))]] = -torch.inf
             lean[at] = (deltas * (keys - self.far_axes[of_query, 0])).sum(1)
             share[at] = self.weights[of_query, 0, each].float() / self.total[of_query] * light
         return Seen(log_weight, value, log, share, share * (1 + lean))
@@ -242,6 +314,7 @@ def expand(
     k: torch.Tensor,
     v: torch.Tensor,
     generator: torch.Generator,
+    apart: np.ndarray,
     *,
     scale: float,
     block: int,
@@ -261,7 +334,8 @@ def expand(
     d = q.shape[1]
     loops = compiled_loops()
     multiple = _ROWS_OF_BFLOAT16 if low == torch.bfloat16 and loops is None else 1
-    mean, axes, spread = principal_axes(k, min(directions, d))
+    mean = k.mean(0)
+    axes, spread = principal_axes(without(k, apart), min(directions, d))
     r = len(spread)
     metric = spread.pow(_METRIC_POWER).clamp_min(1e-15)
     # Clustering and curvature are estimates: half the digits do for their coordinates.
@@ -273,7 +347,13 @@ def expand(
     labels = torch.zeros(len(q), dtype=torch.int64)
     if clusters > 1 and r > 0:
         labels = k_means(points, clusters, iterations, sampled, generator)
-    blocks = make_blocks(q, scale, points, spread / metric.square(), labels, multiple)
+    importance = spread / metric.square()
+    blocks = make_blocks(q, scale, points, importance, labels, multiple)
+    far_out = blocks.beyond_reach(k, apart)
+    if bool(far_out.any()):
+        # In a block of their own they do not move the centre of others.
+        labels[far_out] = clusters
+        blocks = make_blocks(q, scale, points, importance, labels, multiple)
 
     # An array of its own, since oneDNN's products of bfloat16 read past the rows of a view, and NaN there makes NaN.
     keys = torch.sub(k, mean, out=scratch("keys", n_k, d, dtype=low))
@@ -285,12 +365,12 @@ def expand(
     variances = blocks.variances / metric.square()
     ranks = torch.cat([0.5 * variances, blocks.centres], 1).to(low)
     logs = torch.mm(ranks, features.mT, out=scratch("logs", len(blocks), n_k, dtype=low))
+    logs[:, torch.from_numpy(apart)] = -torch.inf
     count(kernel_evaluations=logs.numel())
     tilts = d_v if d_v <= _TILTED_COLUMNS else 0
     weights = scratch("weights", len(blocks), 1 + tilts, n_k, dtype=low)
-    highest = logs.amax(1).float()
     first = generator.initial_seed() % _SAMPLED_KEYS
-    thresholds, chosen, ends, total, far_value = choose_keys(logs, highest, near, first, v[:, :tilts], weights)
+    highest, thresholds, chosen, ends, total, far_value = choose_keys(logs, near, first, v[:, :tilts], weights)
     far_axes = torch.mm(weights.view(-1, n_k), keys).float().view(len(blocks), 1 + tilts, d)
     if tilts == 0:
         far_value = torch.mm(weights[:, 0], v.to(low)).float()
@@ -309,7 +389,7 @@ def expand(
         torch.sub(total.log() + highest, second, out=far_log)
     rounded = keys if low == torch.bfloat16 else None
     return Expansion(
-        blocks, mean, rounded, logs, weights, thresholds, chosen, ends, total, far_log, far_value, far_axes
+        blocks, mean, rounded, logs, weights, apart, thresholds, chosen, ends, total, far_log, far_value, far_axes
     )
 
 
@@ -326,6 +406,12 @@ def of_one_block(
     return [*inputs, tilts], [t.numpy() for t in room]
 
 
+def lost_of_one_block(k: torch.Tensor, room: list[np.ndarray]) -> torch.Tensor:
+    """`Blocks.beyond_reach` after a loop for one block has worked in `room`."""
+    deltas = torch.from_numpy(room[0])
+    return spreads(deltas, torch.zeros(k.shape[1]), variances_of(k)) > REACH
+
+
 def _rank_of_bar(n_k: int, near: int, first: int) -> int:
     """The rank, from below, of the threshold among the sampled keys."""
     in_sample = len(range(first, n_k, _SAMPLED_KEYS))
@@ -333,37 +419,41 @@ def _rank_of_bar(n_k: int, near: int, first: int) -> int:
 
 
 def choose_keys(
-    logs: torch.Tensor, highest: torch.Tensor, near: int, first: int, v: torch.Tensor, weights: torch.Tensor
-) -> tuple[torch.Tensor, np.ndarray, np.ndarray, torch.Tensor, torch.Tensor]:
-    """Thresholds (blocks,), chosen and ends of an expansion, the sums (blocks,) and (blocks, tilts) of its weights.
+    logs: torch.Tensor, near: int, first: int, v: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, np.ndarray, np.ndarray, torch.Tensor, torch.Tensor]:
+    """The highest log of a far key and the threshold (blocks,), chosen and ends of an expansion, sums of its weights.
 
     About `near` keys of each block have a log (blocks, n_k) of at least its threshold, as a sample of the keys from
     the one at `first` on finds it. weights (blocks, 1 + tilts, n_k) are written: exp(logs - highest) of the others,
-    times 1 and the columns of v (n_k, tilts).
+    times 1 and the columns of v (n_k, tilts); their sums are (blocks,) and (blocks, tilts). The highest is that of the
+    far keys, since beside a near key of a much higher log all of their weights may vanish.
     """
     blocks, n_k = logs.shape
     tilts = v.shape[1]
     kept = _rank_of_bar(n_k, near, first)
     loops = compiled_loops()
     if loops is not None:
-        thresholds, totals, values = torch.empty(blocks), torch.empty(blocks), torch.empty(blocks, tilts)
+        highest, thresholds = torch.empty(blocks), torch.empty(blocks)
+        totals, values = torch.empty(blocks), torch.empty(blocks, tilts)
         counts, columns = np.empty(blocks, np.int64), v.mT.contiguous().numpy()
         bits = as_numbers(logs)
-        given = bits, highest.numpy(), kept, first, _SAMPLED_KEYS, columns, as_numbers(weights), counts
-        written = thresholds.numpy(), totals.numpy(), values.numpy()
+        given = bits, kept, first, _SAMPLED_KEYS, columns, as_numbers(weights), counts
+        written = highest.numpy(), thresholds.numpy(), totals.numpy(), values.numpy()
         over_threads(lambda low, high: loops.fill_weights(low, high, *given, *written), blocks)
         ends = counts.cumsum()
         chosen = np.empty(ends[-1], np.int64)
-        over_threads(lambda low, high: loops.list_near(low, high, bits, written[0], ends, chosen), blocks)
-        return thresholds, chosen, ends, totals, values
+        over_threads(lambda low, high: loops.list_near(low, high, bits, written[1], ends, chosen), blocks)
+        return highest, thresholds, chosen, ends, totals, values
     sample = logs[:, first::_SAMPLED_KEYS].float()
     thresholds = torch.from_numpy(np.partition(sample.numpy(), kept, axis=1)[:, kept].copy())
     is_near = logs >= thresholds.to(logs.dtype).unsqueeze(1)
-    torch.sub(logs, highest.to(logs.dtype).unsqueeze(1), out=weights[:, 0]).exp_().masked_fill_(is_near, 0)
+    top = logs.masked_fill(is_near, -torch.inf).amax(1).float()
+    highest = torch.where(top.isfinite(), top, thresholds)
+    torch.sub(logs, highest.to(logs.dtype).unsqueeze(1), out=weights[:, 0]).masked_fill_(is_near, -torch.inf).exp_()
     torch.mul(weights[:, :1], v.mT.to(logs.dtype), out=weights[:, 1:])
     chosen = np.flatnonzero(is_near.numpy())
     ends = np.searchsorted(chosen, np.arange(1, blocks + 1) * n_k)
-    return thresholds, chosen % n_k, ends, weights[:, 0].float().sum(1), weights[:, 1:].float().sum(2)
+    return highest, thresholds, chosen % n_k, ends, weights[:, 0].float().sum(1), weights[:, 1:].float().sum(2)
 
 
 def sums_of_keys(
@@ -414,7 +504,8 @@ def sums_of_keys(
         torch.sub(k[here], mean, out=keys[:m])
         base = keys[:m] @ blocks.centres[b] + extra[begin:end]
         begin = end
-        scales[b] = base.max()
+        # Of keys of weight 0 alone it would be -inf.
+        scales[b] = base.max().clamp_min(-1e30)
         part = pairs[:wide]
         part[m:] = 0
         torch.exp(base - scales[b], out=part[:m, 0])

@@ -13,7 +13,14 @@ from approxkmv.attention import exact_fused
 from approxkmv.attention.acceleration import compiled_loops, native_bfloat16, over_threads
 from approxkmv.attention.contract import Method, UnavailableError, per_batch
 from approxkmv.attention.counting import count
-from approxkmv.attention.expansion import expand, of_one_block, sums_of_keys
+from approxkmv.attention.expansion import (
+    expand,
+    lost_of_one_block,
+    of_one_block,
+    stand_apart,
+    sums_of_keys,
+    with_keys_apart,
+)
 
 
 def attend(
@@ -31,27 +38,28 @@ def attend(
     if near >= len(k):
         return exact_fused.attend(q, k, v, scale, 512)
     loops = compiled_loops()
-    if loops is not None and clustering["directions"] == 0:
+    apart = stand_apart(q, k, scale)
+    if loops is not None and clustering["directions"] == 0 and not len(apart):
         out = torch.empty(len(q), v.shape[1])
         inputs, room = of_one_block(q, k, v, generator.initial_seed(), scale, near)
         own = len(q) == len(k)
         number = loops.answers_of_one_block(own, *inputs, *room, out.numpy())
         count(kernel_evaluations=len(k) + (len(q) + 1) * number + len(q) * (1 + own))
-        return exactly_where_lost(out, q, k, v, scale)
+        return exactly_where_lost(out, lost_of_one_block(k, room), q, k, v, scale)
     low = torch.bfloat16 if products == "bfloat16" else torch.float32
     if low == torch.bfloat16 and q.shape[1] % 2:
         q, k = (torch.nn.functional.pad(t, (0, 1)) for t in (q, k))
-    e = expand(q, k, v, generator, scale=scale, near=near, low=low, **clustering)
+    e = expand(q, k, v, generator, apart, scale=scale, near=near, low=low, **clustering)
     sums, scales = sums_of_keys(e.blocks, k, e.mean, v, e.chosen, e.ends, None, low, e.rounded)
     with_own_keys = len(q) == len(k)
     seen = e.seen(k if with_own_keys else None)
-    if loops is not None:
+    if loops is not None and not len(apart):
         out = torch.empty(len(q), v.shape[1])
         rows = sums, scales, seen.log_weight, seen.value, seen.own_log, seen.own_share, seen.own_share_seen
         given: list[Any] = [e.blocks.queries, e.blocks.starts, e.blocks.sizes, e.tilted]
         given += [t.numpy() for t in (*rows, v.contiguous(), out)]
         over_threads(lambda first, last: loops.expanded_answers(first, last, *given), len(e.blocks))
-        return exactly_where_lost(out, q, k, v, scale)
+        return exactly_where_lost(out, e.blocks.beyond_reach(k, apart), q, k, v, scale)
     scale_of_row = e.blocks.of_rows(scales)
     weight = (seen.log_weight - scale_of_row).exp_()
     # Exactly in place of its share of the far key.
@@ -64,15 +72,17 @@ def attend(
     if with_own_keys:
         numerators += counted.unsqueeze(1) * e.blocks.in_rows(v)
     row_sums = sums[:, 0] + weight + added - weight * seen.own_share_seen
-    return exactly_where_lost(e.blocks.of_queries(numerators / row_sums.unsqueeze(1)), q, k, v, scale)
+    rest = (e.blocks.of_queries(t) for t in (numerators, row_sums, scale_of_row))
+    numerators, row_sums, _ = with_keys_apart(tuple(rest), apart, q, k, v, e.mean, scale)  # type: ignore[arg-type]
+    return exactly_where_lost(numerators / row_sums.unsqueeze(1), e.blocks.beyond_reach(k, apart), q, k, v, scale)
 
 
 def exactly_where_lost(
-    out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+    out: torch.Tensor, lost: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """Recompute exactly the rows of queries so far from their block's centre that an exponential left float32."""
-    if not bool(out.sum().isfinite()):
-        lost = (~out.isfinite().all(1)).nonzero().squeeze(1)
+    """Recompute exactly the rows of out (n_q, d_v) that are lost (n_q,), or not finite: an exponential left float32."""
+    if bool(lost.any()) or not bool(out.sum().isfinite()):
+        lost = (lost | ~out.isfinite().all(1)).nonzero().squeeze(1)
         count(recomputed_rows=len(lost))
         out[lost] = exact_fused.attend(q[lost], k, v, scale, 512)
     return out

@@ -1,0 +1,122 @@
+"""Keys and queries far larger than the others, and logits up to 10,000: no row loses its heaviest key unnoticed."""
+
+import pytest
+import torch
+
+from approxkmv.attention import acceleration, get
+from approxkmv.attention.counting import counting
+from approxkmv.attention.expansion import stand_apart
+
+# Settings that approximate at these lengths
+FEW = {
+    "approxkmv": {"block": 40, "near": 24},
+    "local-expansion": {"block": 40, "near": 24},
+    "clustered": {"block": 40, "near": 3},
+}
+ONE_BLOCK = {name: {**FEW[name], "block": 2**24, "directions": 0} for name in ("approxkmv", "local-expansion")}
+SETTINGS = [*FEW.items(), *ONE_BLOCK.items()]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """These inputs are too small for threads, which only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=["compiled", "torch"])
+def loops(request, monkeypatch):
+    if request.param == "compiled":
+        pytest.importorskip("numba")
+    else:
+        monkeypatch.setattr(acceleration, "_module", lambda: None)
+
+
+def heads(n, seed, d=16, n_k=None):
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(m, d, generator=generator) for m in (n, n_k or n))
+
+
+def attend(name, q, k, v, given, scale):
+    """The answer, and how many of its rows were made again."""
+    with counting() as counts:
+        out = get(name)(q[None], k[None], v[None], scale=scale, seed=5, **given)[0]
+    return out.double(), counts.recomputed_rows
+
+
+def weights_of(q, k, scale):
+    return (scale * q.double() @ k.double().mT).softmax(1)
+
+
+@pytest.mark.usefixtures("loops")
+@pytest.mark.parametrize("long", [30.0, 100.0])
+@pytest.mark.parametrize("n_k", [400, 700])
+@pytest.mark.parametrize(("name", "given"), SETTINGS)
+def test_one_long_key_has_its_weight_in_every_row(name, given, n_k, long):
+    """Half of the rows are all that key's, and in the others it has no part; and the others are answered as well as
+    without it: about as many of a budget are near."""
+    for seed in range(3):
+        q, k = heads(400, seed, n_k=n_k)
+        values = torch.randn(n_k, 1, generator=torch.Generator().manual_seed(seed)) + k[:, :1]
+        plain, _ = attend(name, q, k, values, given, 0.4)
+        usual = float((plain - weights_of(q, k, 0.4) @ values.double()).square().mean().sqrt())
+        k[17] *= long
+        weights = weights_of(q, k, 0.4)
+        assert int((weights[:, 17] > 0.9).sum()) > 100
+        v = torch.cat([torch.eye(n_k)[:, 17:18], values], 1)
+        out, again = attend(name, q, k, v, given, 0.4)
+        assert again == 0
+        # What the others' sum is off by moves this weight where neither outweighs the other.
+        clear = (weights[:, 17] - 0.5).abs() > 0.49
+        assert float((out - weights @ v.double())[clear, 0].abs().max()) < 0.05
+        rest = weights[:, 17] < 0.01
+        assert float((out - weights @ v.double())[rest, 1].square().mean().sqrt()) < 1.5 * usual + 1e-3
+
+
+@pytest.mark.usefixtures("loops")
+@pytest.mark.parametrize("largest", [300.0, 1e3, 1e4])
+@pytest.mark.parametrize("n", [1, 2, 30, 300, 1000])
+@pytest.mark.parametrize(("name", "given"), SETTINGS)
+def test_the_heaviest_key_of_each_row_has_its_weight(name, given, n, largest):
+    """Rows of nearly one weight. float32 knows a logit to 2^-24 of its size for each of some terms: 1 % at 10,000."""
+    q, k = heads(n, n)
+    scale = largest / float((q @ k.mT).abs().max())
+    weights = weights_of(q, k, scale)
+    # Keys share columns: the column of a row's heaviest key then holds its weight and what others add to it.
+    columns = torch.arange(n) % 64
+    out, _ = attend(name, q, k, torch.eye(64)[columns], given, scale)
+    right = weights @ torch.eye(64).double()[columns]
+    assert float((out - right).abs().max()) < 0.02
+
+
+@pytest.mark.usefixtures("loops")
+@pytest.mark.parametrize(("name", "given"), SETTINGS)
+def test_long_queries_do_not_spoil_their_block(name, given):
+    q, k = heads(400, 3)
+    values = torch.randn(400, 1, generator=torch.Generator().manual_seed(1)) + k[:, :1]
+    others = torch.ones(400, dtype=torch.bool)
+    others[[5, 100]] = False
+    gaps = []
+    for long in (1.0, 200.0):
+        q[~others] *= long
+        out, again = attend(name, q, k, values, given, 0.4)
+        gap = out - weights_of(q, k, 0.4) @ values.double()
+        gaps.append(float(gap[others].square().mean().sqrt()))
+        # The long ones, and those that k-means had put beside them
+        assert again <= 10
+    assert float(gap[~others].abs().max()) < 0.02
+    # Twice: the few worst rows of a sampled answer make most of its gap.
+    assert gaps[1] < 2 * gaps[0] + 1e-3
+
+
+def test_what_stands_apart():
+    q, k = heads(500, 0)
+    assert len(stand_apart(q, k, 1.0)) == 0
+    # However long, of logits under a nat nothing needs to stand apart.
+    k[7] *= 50
+    assert len(stand_apart(q, k, 0.001)) == 0
+    assert stand_apart(q, k, 1.0).tolist() == [7]
+    k[:100] *= 100
+    assert len(stand_apart(q, k, 1.0)) == 0
