@@ -231,8 +231,8 @@ def test_draws_have_the_probability_that_they_say():
         k,
         v,
         torch.Generator().manual_seed(0),
-        stand_apart(q, k, 1.0),
-        scale=1.0,
+        stand_apart(q, k, 0.5),
+        scale=0.5,
         low=torch.float32,
         **{**CLUSTERING, "block": 212},
     )

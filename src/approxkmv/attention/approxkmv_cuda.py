@@ -13,6 +13,7 @@ import torch
 from approxkmv.attention import cuda_graphs, triton_kernels
 from approxkmv.attention.approxkmv import CONTROLLED, LEAST_SAMPLES
 from approxkmv.attention.counting import count
+from approxkmv.attention.expansion import REACH
 from approxkmv.attention.expansion_cuda import (
     Expansion,
     count_clustering,
@@ -61,11 +62,11 @@ def sums(
     first and points: see `random_inputs`. with_own_keys: key i is query i's own and is summed exactly.
     """
     e = expand(q, k, v, first, products=torch.float32, **parameters)
-    batch, blocks, block, d = e.deltas.shape
+    batch, blocks, block, _ = e.deltas.shape
     n_k, d_v = v.shape[1:]
     room = points.shape[2]
     heavy, heavy_sums, scales = sums_of_keys(e, e.chosen, None, torch.float32)
-    variances = (e.deltas.square() * e.keys.square().mean(1).view(batch, 1, 1, d)).sum(3)
+    variances = e.row_variances.view(batch, blocks, block)
     counts = budgets(e, heavy_sums, scales, variances, samples)
 
     # Half of a light key's probability is in proportion to its weight, half is the same for all.
@@ -112,6 +113,7 @@ def sums(
         numerators = numerators + (left * (added - counted)).unsqueeze(2) * own.value
         if not e.tilted:
             numerators = numerators + (left * weight * (own.share - own.share_seen)).unsqueeze(2) * e.value
+    row_sums = torch.where(e.row_variances > REACH, torch.nan, row_sums)
     together = e.of_queries(torch.cat([numerators, row_sums.unsqueeze(2), shift.unsqueeze(2)], 2))
     return together[..., :d_v], together[..., d_v], together[..., d_v + 1]
 

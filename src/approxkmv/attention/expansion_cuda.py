@@ -10,19 +10,19 @@ import torch
 
 from approxkmv.attention import triton_kernels
 from approxkmv.attention.counting import count
-from approxkmv.attention.expansion import _METRIC_POWER, _TILTED_COLUMNS
+from approxkmv.attention.expansion import _APART, _APART_NATS, _METRIC_POWER, _TILTED_COLUMNS
 
 
 def order_of_queries(
-    q: torch.Tensor, k: torch.Tensor, first: torch.Tensor, clusters: int, iterations: int, sampled: int
+    q: torch.Tensor, spread: torch.Tensor, first: torch.Tensor, clusters: int, iterations: int, sampled: int
 ) -> torch.Tensor:
     """Order (batch, n) in which queries of one k-means cluster, and clusters near each other, follow one another.
 
-    Every so many-th query is a first centre, counted from `first` (1,). No more centres than queries.
+    Every so many-th query is a first centre, counted from `first` (1,). No more centres than queries. spread (batch, 1,
+    d) are the variances of the keys, which weigh the axes.
     """
     batch, n, d = q.shape
     clusters = min(clusters, n)
-    spread = k.square().mean(1, keepdim=True)
     points = q * spread.pow(_METRIC_POWER)
     step = n // clusters
     # From a tensor, so that a graph need not be recorded for each seed.
@@ -39,6 +39,14 @@ def order_of_queries(
     place = centres.gather(2, widest.view(-1, 1, 1).expand(-1, centres.shape[1], 1)).squeeze(2)
     rank = place.argsort(1).argsort(1)
     return rank.gather(1, labels).argsort(1)
+
+
+def stand_apart(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """(batch, n_k) whether a key stands apart from the others, as `expansion.stand_apart` has it."""
+    spreads = (keys.square() * queries.var(1, correction=0, keepdim=True)).sum(2)
+    usual = spreads.median(1, keepdim=True).values
+    apart = spreads > (_APART**2 * usual).clamp_min(_APART_NATS**2)
+    return apart & (apart.sum(1, keepdim=True) <= keys.shape[1] / 16)
 
 
 def count_clustering(batch: int, n_q: int, blocks: int, iterations: int, sampled: int) -> None:
@@ -86,6 +94,8 @@ class Expansion:
     """(batch, blocks, d)"""
     tilted: bool
     """Whether `value` is of first order in the row's distance from the centre, and not the block's mean."""
+    row_variances: torch.Tensor
+    """(batch, rows) of a row's logits around its block's; above `expansion.REACH` a row is lost."""
 
     def own_keys(self) -> OwnKeys:
         """The key of the same index as each query, of as many keys as queries."""
@@ -127,12 +137,15 @@ def expand(
     products.
     """
     batch, n, d = q.shape
-    d_v = v.shape[2]
+    n_k, d_v = v.shape[1:]
     keys = k.float() - k.float().mean(1, keepdim=True)
     values = v.float()
     scaled = q.float() * scale
     blocks = -(-n // block)
-    order = order_of_queries(scaled, keys, first, blocks, iterations, sampled)
+    apart = stand_apart(scaled, keys)
+    spread = keys.square().masked_fill(apart.unsqueeze(2), 0.0).sum(1, keepdim=True)
+    spread = spread / (n_k - apart.sum(1)).view(-1, 1, 1)
+    order = order_of_queries(scaled, spread, first, blocks, iterations, sampled)
     padded = torch.cat([order, order[:, -1:].expand(-1, blocks * block - n)], 1)
     queries = scaled.gather(1, padded.unsqueeze(2).expand(-1, -1, d))
     in_blocks = queries.view(batch, blocks, block, d)
@@ -142,7 +155,8 @@ def expand(
 
     rank = torch.cat([centres, 0.5 * variances], 2).to(products)
     logs = torch.bmm(rank, torch.cat([keys, keys.square()], 2).to(products).mT).float()
-    best = logs.topk(near + 1, 2)
+    # Near to every block, since no centre may speak for its queries.
+    best = logs.masked_fill_(apart.unsqueeze(1), torch.inf).topk(near + 1, 2)
     # The highest of the far keys, so that their weights do not all vanish beside a near one's.
     chosen, highest = best.indices[..., :near], best.values[..., near:]
     weights = (logs - highest).clamp_max_(0.0).exp_().scatter_(2, chosen, 0.0)
@@ -162,6 +176,7 @@ def expand(
     return Expansion(
         *(order, padded, queries, deltas, keys, values, chosen, weights, total),
         *(log_weight.flatten(1), value.flatten(1, 2), far_key, tilted),
+        (deltas.square() * spread.unsqueeze(1)).sum(3).flatten(1),
     )
 
 

@@ -8,6 +8,7 @@ import torch
 
 from approxkmv.attention import cuda_graphs, triton_kernels
 from approxkmv.attention.counting import count
+from approxkmv.attention.expansion import REACH
 from approxkmv.attention.expansion_cuda import count_clustering, exactly_where_lost, expand, sums_of_keys
 
 # Logarithms of weights that pass a row's near keys by more are not to be believed, as on a CPU.
@@ -49,7 +50,7 @@ def steps(
             numerators = numerators + (weight * (own.share - own.share_seen)).unsqueeze(2) * e.value
         row_sums = row_sums + torch.where(light, added - weight * own.share_seen, 0.0)
     # Far from its block's centre a row does not see what the far key weighs: it is made exactly in the end.
-    row_sums = torch.where(shift - scales < _LARGEST, row_sums, torch.nan)
+    row_sums = torch.where((shift - scales < _LARGEST) & (e.row_variances <= REACH), row_sums, torch.nan)
     return e.of_queries(numerators / row_sums.unsqueeze(2)) + mean
 
 
