@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from approxkmv.config import SCHEMA
 from approxkmv.errors import ConfigError, TableError
 from approxkmv.figures import catalogue, context_scaling, length_scaling
 from approxkmv.figures.style import short
-from approxkmv.statistics.entries import CAUSAL
+from approxkmv.statistics.entries import CAUSAL, OWN_MASK
 
 REFERENCE = SCHEMA.parents[2] / "results" / "reference"
 
@@ -114,6 +115,29 @@ def test_no_text_of_the_reference_figures_lies_on_another(tmp_path, figures, stu
     catalogue.draw(name, REFERENCE / study / "tables", models, tmp_path / name)
     assert len(figures) == 1
     assert misplaced_texts(figures[0]) == []
+
+
+def test_the_mask_and_what_is_not_in_the_kernel_stand_in_every_figure_of_a_model(tmp_path, figures):
+    mask = f"{OWN_MASK}: windows of 512 and 1,024 keys in 25 of 30 layers"
+    left_out = ["the logits' cap of 50 in 30 of 30 layers", "the learned sink in 30 of 30 layers"]
+    for study, model, kind in (("embedded", MODELS[0], "overview"), ("embedded", MODELS[1], "overview")):
+        shutil.copytree(REFERENCE / study / "tables", tmp_path / model)
+        path = tmp_path / model / f"{kind}_{model}.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"mask": mask, "left_out": left_out}))
+    shutil.copytree(REFERENCE / "lengths" / "tables", tmp_path / "lengths")
+    path = tmp_path / "lengths" / f"lengths_{MODELS[1]}.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"mask": mask, "left_out": left_out}))
+    for study, name, models in OF_THE_REFERENCE:
+        if not models:
+            continue
+        folder = "lengths" if study == "lengths" else models[-1]
+        catalogue.draw(name, tmp_path / folder, models, tmp_path / name)
+        figure = figures.pop()
+        assert misplaced_texts(figure) == []
+        words = " ".join(" ".join(word for word, _ in drawn_texts(figure)).split())
+        assert "not in K: the logits' cap of 50 in 30 of 30 layers, the learned sink in 30 of 30 layers" in words
+        # MiniLM has no masked columns.
+        assert ("windows of 512 and 1,024 keys" in words) == (models[-1] == MODELS[1])
 
 
 def test_the_reference_figures_are_all_figures():

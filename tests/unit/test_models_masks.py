@@ -131,6 +131,21 @@ def test_a_model_that_only_says_it_is_causal_is_refused(tmp_path, monkeypatch):
         CapturableModel.load(save_random(tmp_path, *SMALL["bert"]))
 
 
+def test_what_a_layer_does_to_its_logits_in_secret_is_refused(tmp_path, monkeypatch):
+    from transformers.models.gemma2 import modeling_gemma2
+
+    own = modeling_gemma2.eager_attention_forward
+
+    def hotter(module, query, *rest, **options):
+        return own(module, 1.1 * query, *rest, **options)
+
+    location = save_random(tmp_path, *SMALL["gemma2"])
+    CapturableModel.load(location)
+    monkeypatch.setattr(modeling_gemma2, "eager_attention_forward", hotter)
+    with pytest.raises(CaptureError, match="Gemma2Attention does more to its logits"):
+        CapturableModel.load(location)
+
+
 def test_spans_of_any_form_of_mask():
     window = torch.ones(5, 5, dtype=torch.bool).tril().triu(-1)
     expected = [[0, 1], [0, 2], [1, 3], [2, 4]]

@@ -160,7 +160,7 @@ def shards(folder: Path, *, causal: bool, prefixes: tuple[int, ...] = PREFIXES) 
     write_parquet(folder / "0000.prefixes.parquet", pd.concat(curves) if curves else empty)
     write_parquet(folder / "texts.parquet", pd.DataFrame({"index": range(TEXTS), "name": "t", "text": "t"}))
     taken = pd.DataFrame({"context": range(TEXTS), "name": "t", "tokens": 120, "cut": 0, "used": True})
-    taken["mask"], taken["left_out"] = CAUSAL if causal else EVERY_KEY, ""
+    taken["causal"], taken["mask"], taken["left_out"] = causal, CAUSAL if causal else EVERY_KEY, ""
     taken.to_csv(folder / "0000.contexts.csv", index=False)
     return study
 

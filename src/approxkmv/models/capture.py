@@ -228,7 +228,7 @@ class CapturableModel:
         return text[:2], text
 
     def _probe(self, texts: list[list[int]]) -> Recording:
-        recording = Recording(self.architecture, self.n_layers, [len(text) for text in texts])
+        recording = Recording(self.architecture, self.n_layers, [len(text) for text in texts], probing=True)
         try:
             self._run(texts, recording)
         except (ApproxKMVError, torch.OutOfMemoryError, MemoryError):

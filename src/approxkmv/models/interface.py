@@ -80,7 +80,39 @@ def _plain(
     own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     if own is None:
         raise CaptureError(f"{type(module).__name__} has no attention function in its own module: {ADVICE}")
-    return own(module, query, key, value, attention_mask, **options)
+    out, weights = own(module, query, key, value, attention_mask, **options)
+    recording = _current.get()
+    if recording is not None and recording.probing and weights is not None:
+        _require_known(type(module).__name__, query, key, attention_mask, options, weights)
+    return out, weights
+
+
+def _require_known(
+    name: str,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    mask: torch.Tensor | None,
+    options: dict[str, Any],
+    weights: torch.Tensor,
+) -> None:
+    """Raise CaptureError where weights (batch, heads, n, n) are not those of what _record knows of a layer.
+
+    A sink takes a share of a row, which some functions hand out and others do not: rows are compared as if without it.
+    """
+    scaling, softcap, bias = (options.get(word) for word in ("scaling", "softcap", "position_bias"))
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    keys = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+    logits = scale * query.double() @ keys.double().mT
+    if softcap is not None:
+        logits = softcap * (logits / softcap).tanh()
+    if bias is not None:
+        logits = logits + bias
+    if mask is not None:
+        logits = logits + mask
+    differences = (logits.softmax(-1) - weights / weights.sum(-1, keepdim=True)).abs()
+    # Weights that are broken are reported with the text that meets them.
+    if float(differences.max()) > (1e-3 if query.dtype == torch.float32 else 5e-2):
+        raise CaptureError(f"{name} does more to its logits than a scale, a mask, a cap, a bias or a sink: {ADVICE}")
 
 
 def _record(
@@ -108,7 +140,7 @@ def _record(
     layer = Layer(
         window=_window(module, options),
         softcap=options.get("softcap"),
-        sinks=options.get("s_aux"),
+        sinks=options.get("s_aux", options.get("sinks")),
         bias=options.get("position_bias") is not None,
     )
     recording.record(query, key, value, scale, causal=causal, mask=mask, layer=layer)

@@ -20,7 +20,7 @@ class Layer:
     softcap: float | None = None
     """Logits x become softcap * tanh(x / softcap)."""
     sinks: torch.Tensor | None = None
-    """(heads,) one more logit of each row, of no key."""
+    """One more logit of each row, of no key: (heads,), or as the model has it per query."""
     bias: bool = False
     """Whether something is added to the logits, by relative position for example."""
 
@@ -67,13 +67,24 @@ class Recording:
         n_layers: how many attention layers the backbone has.
         lengths: tokens of each text; rows after them are padding.
         values: whether to keep the values too.
+        probing: whether each layer's own weights of attention are to be compared with those that follow from what is
+            recorded, where the layer hands its weights out.
     """
 
-    def __init__(self, architecture: str, n_layers: int, lengths: Sequence[int], values: bool = False) -> None:
+    def __init__(
+        self,
+        architecture: str,
+        n_layers: int,
+        lengths: Sequence[int],
+        values: bool = False,
+        *,
+        probing: bool = False,
+    ) -> None:
         self.architecture = architecture
         self.n_layers = n_layers
         self.lengths = list(lengths)
         self.layers: list[Layer] = []
+        self.probing = probing
         self._keep_values = values
         self._scales: list[float] = []
         self._shape: tuple[int, int, int] | None = None

@@ -52,10 +52,10 @@ def extract(
     part.
 
     The CSV has the columns context, name, tokens, cut (tokens beyond the limit), used (False: shorter than the
-    minimum) and, the same in each row, mask (which keys the model's queries see) and left_out (what its attention has
-    and K has not, joined by semicolons). Raises NonFiniteError naming model, layer, head and context; ConfigError for a
-    device that is not there or a model with too few positions for any text; CaptureError for lengths that the model
-    would read otherwise than the whole text.
+    minimum) and, the same in each row, causal (whether the model attends only backwards), mask (which keys its queries
+    see) and left_out (what its attention has and K has not, joined by semicolons). Raises NonFiniteError naming model,
+    layer, head and context; ConfigError for a device that is not there or a model with too few positions for any text;
+    CaptureError for lengths that the model would read otherwise than the whole text.
     """
     from approxkmv.models import CapturableModel
 
@@ -114,6 +114,7 @@ def extract(
                 "tokens": [len(t) for t in cut],
                 "cut": [len(whole) - len(part) for whole, part in zip(tokens, cut, strict=True)],
                 "used": used,
+                "causal": model.is_causal,
                 "mask": model.mask,
                 "left_out": "; ".join(model.left_out),
             }

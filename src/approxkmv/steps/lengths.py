@@ -135,7 +135,6 @@ def summarise_lengths(
         ],
         "layers": int(table["layer"].max()) + 1,
         "heads": int(table["head"].max()) + 1,
-        "causal": f"{MASKED}ratio" in table,
         **facts_of_attention(taken),
         "provenance": provenance,
     }

@@ -12,6 +12,7 @@ from approxkmv.corpora import read_corpus
 from approxkmv.errors import ConfigError, InputError
 from approxkmv.files import written_whole
 from approxkmv.models import CapturableModel, ModelLocation
+from approxkmv.progress import LOG
 
 
 def capture_heads(
@@ -36,6 +37,8 @@ def capture_heads(
     if len(documents) < 2:
         raise ConfigError(f"corpus {corpus.name} has one document; a sweep needs a second one for tuning")
     model = CapturableModel.load(location)
+    for what in ([model.mask] if model.has_own_masks else []) + [*model.left_out]:
+        LOG.info("a sweep over heads of this model leaves out what its attention has: %s", what)
     for layer, head in heads:
         if layer >= model.n_layers or head >= model.n_heads:
             raise ConfigError(

@@ -12,7 +12,7 @@ from approxkmv.config import ModelEntry, Study, corpus_of
 from approxkmv.errors import TableError
 from approxkmv.files import write_csv, write_json
 from approxkmv.steps.shards import read_shards
-from approxkmv.steps.tables import MASKED, facts_of_attention, masks_of, model_tables
+from approxkmv.steps.tables import facts_of_attention, masks_of, model_tables
 from approxkmv.steps.texts import shard_count
 
 # exp of it is half of the largest float64, so that two of them still have a mean.
@@ -55,7 +55,6 @@ def summarise(
         "layers": int(table["layer"].max()) + 1,
         "heads": int(table["head"].max()) + 1,
         "paper_bound": model.paper_bound,
-        "causal": f"{MASKED}max_ratio" in table,
         **facts_of_attention(taken),
         "provenance": provenance,
     }

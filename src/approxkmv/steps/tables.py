@@ -41,9 +41,10 @@ SHARDS: dict[str, tuple[list[str], Columns]] = {
 
 
 def facts_of_attention(contexts: pd.DataFrame) -> dict[str, Any]:
-    """What an overview says of a model's attention, from the contexts of its shards: `mask` and `left_out`."""
-    left_out = contexts["left_out"].iloc[0]
-    return {"mask": contexts["mask"].iloc[0], "left_out": left_out.split("; ") if isinstance(left_out, str) else []}
+    """What an overview says of a model's attention, from the contexts of its shards: `causal`, `mask`, `left_out`."""
+    first = contexts.iloc[0]
+    left_out = first["left_out"].split("; ") if isinstance(first["left_out"], str) else []
+    return {"causal": bool(first["causal"]), "mask": first["mask"], "left_out": left_out}
 
 
 @dataclass(frozen=True)
