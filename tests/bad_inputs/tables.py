@@ -100,7 +100,8 @@ def _make(folder: Path) -> None:
     write_csv(
         folder / "0000.contexts.csv",
         pd.DataFrame(
-            {"context": [0, 1], "tokens": 65, "cut": 0, "used": True, "mask": "no key after its query", "left_out": ""}
+            {"context": [0, 1], "tokens": 65, "cut": 0, "used": True, "causal": True}
+            | {"mask": "no key after its query", "left_out": ""}
         ),
     )
     for kind, (place, values) in KINDS.items():

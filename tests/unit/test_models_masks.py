@@ -62,7 +62,9 @@ def test_the_masked_statistics_are_those_of_the_models_own_mask(tmp_path, name):
     measure(name, tmp_path / "qk.safetensors", 20, [30], tmp_path / "heads.parquet", tmp_path / "prefixes.parquet")
     heads = pd.read_parquet(tmp_path / "heads.parquet").query("context == 0")
     prefixes = pd.read_parquet(tmp_path / "prefixes.parquet").query("context == 0")
-    pd.DataFrame({"context": [0, 1], "cut": 0}).to_csv(tmp_path / "contexts.csv", index=False)
+    taken = {"context": [0, 1], "tokens": [40, 25], "cut": 0, "used": True, "causal": model.is_causal}
+    taken |= {"mask": model.mask, "left_out": ""}
+    pd.DataFrame(taken).to_csv(tmp_path / "contexts.csv", index=False)
     study = study_of(load_config(Path(__file__).parents[2] / "config.yaml"), "lengths")
     study = replace(study, lengths=(30, 40), device="cpu")
     measure_lengths(study, name, tmp_path / "qk.safetensors", tmp_path / "contexts.csv", tmp_path / "lengths.parquet")

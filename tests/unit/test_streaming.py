@@ -17,6 +17,7 @@ from approxkmv.config import Study, load_config, study_of
 from approxkmv.errors import ConfigError, InputError, NonFiniteError
 from approxkmv.progress import Times
 from approxkmv.statistics import head_statistics
+from approxkmv.statistics.entries import CAUSAL
 from approxkmv.statistics.streaming import (
     SHARES,
     Largest,
@@ -161,7 +162,8 @@ def two_layers(folder: Path) -> Study:
     generator = torch.Generator().manual_seed(9)
     q, k = (torch.randn(2, 3, 60, 8, generator=generator) for _ in range(2))
     write_activations(folder / "qk.safetensors", torch.tensor([0.3, 0.4]), True, {0: (q, k)})
-    pd.DataFrame({"context": [0], "cut": [0]}).to_csv(folder / "contexts.csv", index=False)
+    taken = {"context": [0], "tokens": 60, "cut": 0, "used": True, "causal": True, "mask": CAUSAL, "left_out": ""}
+    pd.DataFrame(taken).to_csv(folder / "contexts.csv", index=False)
     study = study_of(load_config(Path(__file__).parents[2] / "config.yaml"), "lengths")
     return replace(study, lengths=(20, 60, 90), device="cpu")
 

@@ -27,7 +27,10 @@ def masks_of(table: Container[str], column: str) -> list[str]:
 KEYS = [f"keys_{share}_{what}" for share in (90, 99) for what in ("mean", "median", "largest")]
 # The tables of a shard by the end of their name: where a row is, and the values that a summary is made of.
 SHARDS: dict[str, tuple[list[str], Columns]] = {
-    "contexts.csv": (["context", "tokens", "cut"], {"used": "yes or no", "mask": "text", "left_out": "anything"}),
+    "contexts.csv": (
+        ["context", "tokens", "cut"],
+        {"used": "yes or no", "causal": "yes or no", "mask": "text", "left_out": "anything"},
+    ),
     "heads.parquet": (
         ["context", "layer", "head", "max_prefix"],
         dict.fromkeys(("max_ratio", "log_next", "log_double"), "number"),
