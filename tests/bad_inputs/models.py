@@ -211,6 +211,7 @@ FOLDERS: list[tuple[str, Callable[[Path], None], str]] = [
     ("whole CLIP", replaced(whole_clip), "save its text model alone"),
     ("tokenizer larger than the vocabulary", larger_vocabulary, "another model"),
     ("tokenizer of SentencePiece alone", pieces_alone, "okenizer"),
+    ("vocabulary without an unknown token", content("vocab.txt", b"[PAD]\n[CLS]\n[SEP]\nw7\n"), "UNK"),
     ("no tokenizer", lambda f: (f / "vocab.txt").unlink(), "no tokenizer"),
     ("deep tokenizer", content("tokenizer.json", b'{"a":' * 100_000), "tokenizer"),
     ("tokenizer that is a list", content("tokenizer.json", b"[]"), "tokenizer"),

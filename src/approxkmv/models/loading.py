@@ -47,7 +47,7 @@ HEADS = (
     MODEL_FOR_MULTIPLE_CHOICE_MAPPING,
 )
 SIZES = ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size")
-MAX_LAYERS = 10_000
+MAX_LAYERS = 1_000  # several times the deepest there is; building more takes minutes, and then no file has their weights
 
 
 @contextlib.contextmanager
@@ -230,6 +230,7 @@ def load_tokenizer(location: ModelLocation) -> Any:
     try:
         with quiet(), reading(location, "tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(location.folder, **_options(location))
+            tokenizer("A word, and \u2202\u6587.")  # a vocabulary without its unknown token fails where one is met
     except SourceError as error:
         # transformers then asks for whichever package it tried last.
         pieces = sorted(path.name for path in location.folder.iterdir() if path.suffix in (".model", ".spm"))
