@@ -47,7 +47,7 @@ HEADS = (
     MODEL_FOR_MULTIPLE_CHOICE_MAPPING,
 )
 SIZES = ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size")
-MAX_LAYERS = 1_000  # several times the deepest there is; building more takes minutes, and then no file has their weights
+MAX_LAYERS = 1_000  # several times the deepest there is; to build many more for nothing takes minutes
 
 
 @contextlib.contextmanager
