@@ -124,6 +124,12 @@ def test_rows_that_repeat_a_context_are_one_document_in_every_kind_of_file(tmp_p
     assert read_corpus(f"path:{path}") == MERGED
 
 
+def test_a_title_is_one_line(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps([{"title": "a\rb\n c", "context": "One."}]))
+    assert read_corpus(f"path:{path}") == [Document("a b c", "One.")]
+
+
 def test_an_array_of_texts(tmp_path):
     path = tmp_path / "x.json"
     path.write_text('["One.", "Two."]')

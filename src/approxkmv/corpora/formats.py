@@ -79,7 +79,8 @@ def document_of(row: Any, where: str) -> Document:
             text.encode()
         except UnicodeEncodeError as error:
             raise SourceError(f"{where} has half of a character, {text[error.start]!a}: write UTF-8") from error
-    return Document(title, context, tuple(question for question in questions if question.strip()))
+    # A title is the name of a row in tables, whose lines a carriage return would break.
+    return Document(" ".join(title.split()), context, tuple(question for question in questions if question.strip()))
 
 
 def _unpacked(path: Path, packed: str) -> bytes:
