@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from approxkmv.errors import ApproxKMVError
-
 if TYPE_CHECKING:
     from approxkmv.config import Study
 
@@ -104,10 +102,9 @@ def extract(
     entry_of(chosen, model)
     with step(f"extract    {model}, shard {shard}") as notes:
         from approxkmv.steps.extract import extract as run
-        from approxkmv.steps.fetch import read_location
 
         times = Times()
-        used, skipped, cut = run(chosen, model, read_location(location), texts, shard, out, contexts_out, times)
+        used, skipped, cut = run(chosen, model, location, texts, shard, out, contexts_out, times)
         short = f", {skipped} too short" if skipped else ""
         notes.append(f"{used} texts{short}" + (f", {cut} cut at the limit of tokens" if cut else ""))
         notes.append(f"({times})")
@@ -457,6 +454,17 @@ def show(
         typer.echo(line)
 
 
+@app.command()
+def clean(
+    results: Annotated[Path, typer.Argument(help="Folder of a study, as results/embedded.")],
+) -> None:
+    """Remove what a study's folder still holds of models, shards and parts that the study no longer has."""
+    from approxkmv.steps.cleaning import remove_leftovers
+
+    for path in remove_leftovers(results):
+        typer.echo(f"removed {path}")
+
+
 @config_app.command("check")
 def check(config: Config = CONFIG, study: StudyName = None) -> None:
     """Check all that can be known of a study before its first job, and say what it would do. Nothing is fetched."""
@@ -477,14 +485,15 @@ def main() -> None:
     """Run the command line; a user's mistake is one line on stderr (and in the log) and exit code 2."""
     try:
         app()
-    except ApproxKMVError as error:
-        _fail(str(error), 2)
     except KeyboardInterrupt:
         _fail("stopped", 130)
-    except OSError as error:
-        if error.errno is None:
+    except Exception as error:
+        from approxkmv.progress import reason_of
+
+        reason = reason_of(error)
+        if reason is None:
             raise
-        _fail(f"{error.filename or 'a file'}: {error.strerror}", 2)
+        _fail(reason, 2)
 
 
 def _fail(message: str, code: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import sys
 import time
@@ -45,15 +46,44 @@ def log_to(path: Path | None) -> None:
         LOG.addHandler(file)
 
 
+def reason_of(error: BaseException) -> str | None:
+    """What to tell the user of a mistake, a full disk or too little memory; None of an error that is none of these."""
+    cause: BaseException | None = error
+    while cause is not None:
+        # Also of an error that was raised in place of it, as that of a file which cannot be read.
+        if _is_of_memory(cause):
+            said = " ".join(str(cause).split())
+            return (
+                f"out of memory{f' ({said[:160]})' if said else ''}: lower batch_tokens or shard_contexts of the study "
+                "(lengths, of a sweep or a perplexity), or take a machine with more"
+            )
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+    if isinstance(error, ApproxKMVError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"{error.filename or 'a file'}: {error.strerror}"
+    return None
+
+
+def _is_of_memory(error: BaseException) -> bool:
+    """Python's and NumPy's MemoryError, the system's, and torch's: a class of its own on CUDA, a sentence on a CPU."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    words = ("can't allocate memory", "not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    )
+
+
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """For the workflow's own code: a user's mistake or a full disk is one line on stderr and exit code 2."""
+    """For the workflow's own code: what reason_of knows is one line on stderr and exit code 2."""
     try:
         yield
-    except ApproxKMVError as error:
-        reason = str(error)
-    except OSError as error:
-        reason = f"{error.filename or 'a file'}: {error.strerror or error}"
+    except Exception as error:
+        reason = reason_of(error)
+        if reason is None:
+            raise
     else:
         return
     print(f"approxkmv: {' '.join(reason.split())}", file=sys.stderr)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import io
 import logging
+import mmap
+from collections.abc import Callable
 
+import numpy as np
 import pytest
+import torch
 
-from approxkmv import progress
-from approxkmv.errors import ConfigError
+from approxkmv import cli, progress
+from approxkmv.errors import ConfigError, TableError
 
 
 class Terminal(io.StringIO):
@@ -67,6 +71,55 @@ def test_finished_steps_are_lines_on_stderr_and_in_the_log(tmp_path, capsys, log
         pass
     assert "reading" in capsys.readouterr().err
     assert "reading" in (tmp_path / "logs" / "step.log").read_text()
+
+
+class OutOfMemoryError(RuntimeError):
+    """As torch's own, of which a machine without CUDA has no instance."""
+
+
+def read_with_too_little() -> None:
+    try:
+        raise MemoryError("Unable to allocate 7.45 GiB")
+    except MemoryError as error:
+        raise TableError("results/x cannot be read: delete it") from error
+
+
+def raising(error: Exception) -> Callable[[], None]:
+    def command() -> None:
+        raise error
+
+    return command
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        lambda: np.empty(2**55),
+        lambda: torch.empty(2**55),
+        lambda: mmap.mmap(-1, 2**55),
+        raising(OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nGPU 0 has 79 GiB.")),
+        read_with_too_little,
+    ],
+    ids=["numpy", "torch", "system", "cuda", "in place of"],
+)
+def test_too_little_memory_is_one_line_that_says_what_to_lower(monkeypatch, capsys, log, command):
+    monkeypatch.setattr(cli, "app", command)
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 2
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1
+    for word in ("approxkmv: out of memory", "batch_tokens", "shard_contexts"):
+        assert word in printed
+    with pytest.raises(SystemExit) as end, progress.one_line_errors():
+        command()
+    assert end.value.code == 2
+
+
+def test_a_bug_stays_a_traceback(monkeypatch):
+    monkeypatch.setattr(cli, "app", raising(RuntimeError("a bug")))
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli.main()
 
 
 @pytest.mark.parametrize(
