@@ -20,6 +20,7 @@ include: "workflow/rules/perplexity.smk"
 localrules:
     all,
     figures,
+    clean_leftovers,
 
 
 rule all:
@@ -34,7 +35,22 @@ rule all:
         "environment.yml"
 
 
+rule clean_leftovers:
+    conda:
+        "environment.yml"
+    params:
+        results=lambda wildcards: RESULTS,
+    shell:
+        "approxkmv clean {params.results}"
+
+
+onstart:
+    with one_line_errors():
+        hold(LOCK, f"a run of study {STUDY.name}")
+
+
 onsuccess:
+    remove_activations(Path(RESULTS), but=workflow.dag.targetfiles)
     # Not after a run of a few files, as `snakemake results/embedded/texts.parquet`.
     if any(Path(RESULTS, "tables").glob("*.json")):
         shell(f"approxkmv show {RESULTS}")
@@ -42,7 +58,8 @@ onsuccess:
 
 onerror:
     print(
-        f"A step failed; its reason stands above and in {RESULTS}/logs. Run again to go on from there.",
+        f"A step failed; its reason stands above and in {RESULTS}/logs. Run again to go on from there. "
+        "(A step that was killed may have had too little memory: lower batch_tokens, or shard_contexts.)",
         file=sys.stderr,
     )
     sys.exit(2)

@@ -29,3 +29,7 @@ class NonFiniteError(ApproxKMVError):
 
 class TableError(ApproxKMVError):
     """A file that an earlier step wrote is missing, cut short or not what this step reads."""
+
+
+class BusyError(ApproxKMVError):
+    """Another run works in the same folder."""

@@ -18,7 +18,7 @@ from conftest import ROOT, Project
 
 from approxkmv import log_kernel
 from approxkmv.models import CapturableModel, ModelLocation
-from approxkmv.steps.shards import remove_damaged, remove_leftovers
+from approxkmv.steps.cleaning import remove_damaged, remove_half_written
 
 TABLES = ["heads_{m}.csv", "context_scaling_{m}.csv"]
 FIGURES = ["max_ratios_bert", "max_ratios_llama", "order_ratios_bert", "order_ratios_llama", "context_scaling"]
@@ -168,7 +168,7 @@ def test_half_written_files_are_left_to_living_processes_and_taken_from_dead_one
     assert [str(damaged) in line for line in lines] == [True]
     assert not damaged.exists()
     assert len(list(tmp_path.rglob(".*"))) == 4
-    remove_leftovers(tmp_path)
+    remove_half_written(tmp_path)
     assert {path.name for path in tmp_path.rglob(".*")} == {
         f".0000.{os.getpid()}.safetensors",
         f".0000.heads.{os.getpid()}.parquet",

@@ -58,7 +58,9 @@ def test_the_masked_statistics_are_those_of_the_models_own_mask(tmp_path, name):
 
     contexts = {i: (one.queries, one.keys) for i, one in enumerate((captured, short))}
     spans = {i: one.spans for i, one in enumerate((captured, short))}
-    write_activations(tmp_path / "qk.safetensors", captured.scales, model.is_causal, contexts, spans)
+    write_activations(
+        tmp_path / "qk.safetensors", captured.scales, model.is_causal, contexts, "weights a, texts b", spans
+    )
     measure(name, tmp_path / "qk.safetensors", 20, [30], tmp_path / "heads.parquet", tmp_path / "prefixes.parquet")
     heads = pd.read_parquet(tmp_path / "heads.parquet").query("context == 0")
     prefixes = pd.read_parquet(tmp_path / "prefixes.parquet").query("context == 0")

@@ -17,9 +17,16 @@ from approxkmv.config import (
     study_of,
 )
 from approxkmv.errors import ConfigError
+from approxkmv.imports import command_files
+from approxkmv.lock import hold, try_lock
+from approxkmv.models.sources import identity
 from approxkmv.progress import one_line_errors
-from approxkmv.steps.shards import remove_damaged, remove_leftovers
-from approxkmv.steps.texts import shard_count
+from approxkmv.steps.cleaning import (
+    remove_activations,
+    remove_damaged,
+    remove_half_written,
+)
+from approxkmv.steps.shards import shard_count
 
 # A person sees one line per finished step, from the step itself; Snakemake's own errors stay.
 if not any(re.fullmatch(r"--dry-?run|-[a-z]*n[a-z]*", word) for word in sys.argv):
@@ -47,12 +54,18 @@ with one_line_errors():
     RESULTS = f"results/{STUDY.name}"
     MODELS = list(STUDY.models)
     # The commands read the configuration as Snakemake sees it, with what --config and --configfile changed.
-    SETTINGS = settings_file(checked(config), Path(RESULTS) / "config.yaml")
-    # Only before anything runs: the jobs of an executor read this file too.
-    if workflow.is_main_process and not workflow.output_settings.dryrun:
-        remove_leftovers(Path(RESULTS))
+    SETTINGS = Path(RESULTS) / "config.yaml"
+    LOCK = Path(".snakemake") / f"{STUDY.name}.lock"
+    if not workflow.is_main_process:
+        settings_file(checked(config), SETTINGS)
+    # A dry run, a report and whatever else comes while the study is run change nothing under its feet.
+    elif not workflow.output_settings.dryrun and (lock := try_lock(LOCK)):
+        settings_file(checked(config), SETTINGS)
+        remove_half_written(Path(RESULTS))
         for line in remove_damaged(Path(RESULTS)):
             print(f"approxkmv: {line}", file=sys.stderr)
+        # Taken again, and held, when jobs start.
+        lock.close()
 
 
 wildcard_constraints:
@@ -73,17 +86,17 @@ def local_files(source):
     )
 
 
-def package(*names):
-    """Source files of the package that a rule depends on, so that an edit of one reruns it."""
-    root = Path(workflow.basedir) / "src" / "approxkmv"
-    found = []
-    for name in names:
-        found += (
-            sorted((root / name).rglob("*.py"))
-            if (root / name).is_dir()
-            else [root / name]
-        )
-    return [os.path.relpath(path) for path in found]
+def identity_of(source):
+    """What tells a model or a corpus on this disk from another that lay under the same name, be that newer or older."""
+    kind, _, rest = source.partition(":")
+    path = Path(rest).expanduser()
+    return identity(path) if kind == "path" and path.exists() else ""
+
+
+def package(command, *more):
+    """The package's files that a command runs, so that an edit of one reruns its rule; `more` as in command_files."""
+    # The workflow runs with the package that lies beside it, which an editable installation makes the one imported.
+    return [os.path.relpath(path) for path in command_files(command, *more)]
 
 
 def shard_files(kind):

@@ -1,6 +1,6 @@
 rule complexity:
     input:
-        source=package("kmv", "steps/complexity.py"),
+        source=package("complexity"),
     output:
         counts=f"{RESULTS}/tables/complexity.csv",
         record=f"{RESULTS}/tables/complexity.json",
@@ -25,7 +25,7 @@ rule complexity:
 rule complexity_figure:
     input:
         rules.complexity.output.counts,
-        source=package("figures/complexity.py", "figures/style.py"),
+        source=package("figure", "figures/complexity.py"),
     output:
         f"{RESULTS}/figures/complexity.pdf",
         png=report(

@@ -5,9 +5,7 @@ rule max_ratios:
     input:
         f"{TABLES}/heads_{{model}}.csv",
         f"{TABLES}/overview_{{model}}.json",
-        source=package(
-            "figures/max_ratios.py", "figures/heatmap.py", "figures/style.py"
-        ),
+        source=package("figure", "figures/max_ratios.py"),
     output:
         f"{RESULTS}/figures/max_ratios_{{model}}.pdf",
         png=report(
@@ -34,9 +32,7 @@ rule order_ratios:
     input:
         f"{TABLES}/heads_{{model}}.csv",
         f"{TABLES}/overview_{{model}}.json",
-        source=package(
-            "figures/order_ratios.py", "figures/heatmap.py", "figures/style.py"
-        ),
+        source=package("figure", "figures/order_ratios.py"),
     output:
         f"{RESULTS}/figures/order_ratios_{{model}}.pdf",
         png=report(
@@ -60,7 +56,7 @@ rule context_scaling:
     input:
         collect(f"{TABLES}/context_scaling_{{model}}.csv", model=MODELS),
         collect(f"{TABLES}/overview_{{model}}.json", model=MODELS),
-        source=package("figures/context_scaling.py", "figures/style.py"),
+        source=package("figure", "figures/context_scaling.py"),
     output:
         f"{RESULTS}/figures/context_scaling.pdf",
         png=report(
@@ -86,7 +82,7 @@ rule growth:
         f"{TABLES}/growth_{{model}}.csv",
         f"{TABLES}/growth_curves_{{model}}.csv",
         f"{TABLES}/overview_{{model}}.json",
-        source=package("figures/growth.py", "figures/heatmap.py", "figures/style.py"),
+        source=package("figure", "figures/growth.py"),
     output:
         f"{RESULTS}/figures/growth_{{model}}.pdf",
         png=report(
@@ -111,7 +107,7 @@ rule growth_curves:
         f"{TABLES}/growth_{{model}}.csv",
         f"{TABLES}/growth_curves_{{model}}.csv",
         f"{TABLES}/overview_{{model}}.json",
-        source=package("figures/growth_curves.py", "figures/style.py"),
+        source=package("figure", "figures/growth_curves.py"),
     output:
         f"{RESULTS}/figures/growth_curves_{{model}}.pdf",
         png=report(
@@ -135,7 +131,7 @@ rule length_scaling:
     input:
         f"{TABLES}/length_scaling_{{model}}.csv",
         f"{TABLES}/lengths_{{model}}.json",
-        source=package("figures/length_scaling.py", "figures/style.py"),
+        source=package("figure", "figures/length_scaling.py"),
     output:
         f"{RESULTS}/figures/length_scaling_{{model}}.pdf",
         png=report(

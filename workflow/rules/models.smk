@@ -3,7 +3,7 @@ rule model:
         files=lambda wildcards: local_files(
             model_of(checked(config), wildcards.model).source
         ),
-        source=package("models", "steps/fetch.py"),
+        source=package("fetch"),
     output:
         f"{RESULTS}/models/{{model}}.json",
     log:
@@ -13,6 +13,9 @@ rule model:
     params:
         config=lambda wildcards: SETTINGS,
         entry=lambda wildcards: str(model_of(checked(config), wildcards.model)),
+        identity=lambda wildcards: identity_of(
+            model_of(checked(config), wildcards.model).source
+        ),
     shell:
         "approxkmv fetch --model {wildcards.model} --config {params.config} --out {output} --log {log}"
 
@@ -21,7 +24,7 @@ rule activations:
     input:
         location=rules.model.output[0],
         texts=f"{RESULTS}/texts.parquet",
-        source=package("models", "steps/extract.py", "steps/activations.py"),
+        source=package("extract"),
     output:
         tensors=temp(f"{RESULTS}/activations/{{model}}/{{shard}}.safetensors"),
         contexts=f"{RESULTS}/statistics/{{model}}/{{shard}}.contexts.csv",

@@ -1,16 +1,13 @@
 PERPLEXITY = STUDY.perplexity or {}
+CORPUS = corpus_entry(checked(config), PERPLEXITY["corpus"]) if PERPLEXITY else None
 
 
 rule perplexity:
     input:
         location=f"{RESULTS}/models/{PERPLEXITY['model']}.json" if PERPLEXITY else [],
-        corpus=(
-            local_files(corpus_entry(checked(config), PERPLEXITY["corpus"]).source)
-            if PERPLEXITY
-            else []
-        ),
+        corpus=local_files(CORPUS.source) if CORPUS else [],
         # A comment in a method must not cost hours of timing: delete the table to measure anew.
-        source=ancient(package("attention", "search", "perplexity", "models")),
+        source=ancient(package("perplexity", "attention")),
     output:
         table=report(
             f"{RESULTS}/tables/perplexity.csv",
@@ -30,5 +27,7 @@ rule perplexity:
     params:
         config=lambda wildcards: SETTINGS,
         settings=STUDY.perplexity,
+        corpus=escape(str(CORPUS)),
+        identity=identity_of(CORPUS.source) if CORPUS else "",
     shell:
         "approxkmv perplexity --location {input.location} --config {params.config} --out {output.table} --log {log}"

@@ -1,9 +1,7 @@
 rule statistics:
     input:
         tensors=rules.activations.output.tensors,
-        source=package(
-            "statistics", "arrays.py", "steps/measure.py", "steps/activations.py"
-        ),
+        source=package("statistics"),
     output:
         heads=f"{RESULTS}/statistics/{{model}}/{{shard}}.heads.parquet",
         prefixes=f"{RESULTS}/statistics/{{model}}/{{shard}}.prefixes.parquet",
@@ -28,7 +26,7 @@ rule summary:
         prefixes=shard_files("prefixes.parquet"),
         contexts=shard_files("contexts.csv"),
         texts=f"{RESULTS}/texts.parquet",
-        source=package("steps/summarise.py", "steps/tables.py"),
+        source=package("summary"),
     output:
         heads=f"{RESULTS}/tables/heads_{{model}}.csv",
         scaling=f"{RESULTS}/tables/context_scaling_{{model}}.csv",
@@ -44,6 +42,7 @@ rule summary:
         label=lambda wildcards: (
             escape(STUDY.models[wildcards.model].label),
             STUDY.models[wildcards.model].paper_bound,
+            escape(STUDY.corpus.label),
         ),
     shell:
         "approxkmv summary --model {wildcards.model} --statistics {params.results}/statistics/{wildcards.model} --texts {input.texts} --config {params.config} "
@@ -55,7 +54,7 @@ rule growth_per_head:
         heads=f"{RESULTS}/tables/heads_{{model}}.csv",
         prefixes=shard_files("prefixes.parquet"),
         texts=f"{RESULTS}/texts.parquet",
-        source=package("statistics/growth.py", "steps/growth.py", "steps/tables.py"),
+        source=package("growth"),
     output:
         report(
             f"{RESULTS}/tables/growth_{{model}}.csv",
@@ -82,7 +81,7 @@ rule paper_comparison:
         collect(f"{RESULTS}/tables/heads_{{model}}.csv", model=MODELS),
         collect(f"{RESULTS}/tables/context_scaling_{{model}}.csv", model=MODELS),
         collect(f"{RESULTS}/tables/overview_{{model}}.json", model=MODELS),
-        source=package("steps/compare.py", "steps/tables.py"),
+        source=package("compare"),
     output:
         report(
             f"{RESULTS}/tables/paper_comparison.csv",
@@ -105,9 +104,7 @@ rule lengths:
     input:
         tensors=rules.activations.output.tensors,
         contexts=rules.activations.output.contexts,
-        source=package(
-            "statistics", "arrays.py", "steps/lengths.py", "steps/activations.py"
-        ),
+        source=package("lengths"),
     output:
         f"{RESULTS}/statistics/{{model}}/{{shard}}.lengths.parquet",
     log:
@@ -132,7 +129,7 @@ rule length_table:
         lengths=shard_files("lengths.parquet"),
         contexts=shard_files("contexts.csv"),
         texts=f"{RESULTS}/texts.parquet",
-        source=package("steps/lengths.py", "steps/tables.py"),
+        source=package("length_scaling"),
     output:
         report(
             f"{RESULTS}/tables/length_scaling_{{model}}.csv",
@@ -148,7 +145,10 @@ rule length_table:
     params:
         config=lambda wildcards: SETTINGS,
         results=lambda wildcards: RESULTS,
-        label=lambda wildcards: escape(STUDY.models[wildcards.model].label),
+        label=lambda wildcards: (
+            escape(STUDY.models[wildcards.model].label),
+            escape(STUDY.corpus.label),
+        ),
     shell:
         "approxkmv length-scaling --model {wildcards.model} --statistics {params.results}/statistics/{wildcards.model} "
         "--texts {input.texts} --config {params.config} --out {params.results}/tables --log {log}"

@@ -1,10 +1,12 @@
 CAPTURE = (STUDY.sweep or {}).get("capture")
+CAPTURED = corpus_entry(checked(config), CAPTURE["corpus"]) if CAPTURE else None
 
 
 rule model_heads:
     input:
         location=f"{RESULTS}/models/{CAPTURE['model']}.json" if CAPTURE else [],
-        source=package("models", "corpora", "steps/model_heads.py"),
+        corpus=local_files(CAPTURED.source) if CAPTURE else [],
+        source=package("model_heads"),
     output:
         heads=f"{RESULTS}/sweep/heads.safetensors",
         tuning=f"{RESULTS}/sweep/heads_tuning.safetensors",
@@ -16,6 +18,8 @@ rule model_heads:
     params:
         config=lambda wildcards: SETTINGS,
         capture=CAPTURE,
+        corpus=escape(str(CAPTURED)),
+        identity=identity_of(CAPTURED.source) if CAPTURE else "",
     shell:
         "approxkmv model-heads --location {input.location} --config {params.config} --out {output.heads} "
         "--tuning-out {output.tuning} --log {log}"
@@ -25,7 +29,7 @@ rule sweep:
     input:
         heads=rules.model_heads.output if CAPTURE else [],
         # A comment in a method must not cost hours of timing: delete the table to time anew.
-        source=ancient(package("attention", "sweep")),
+        source=ancient(package("sweep", "attention")),
     output:
         table=report(
             f"{RESULTS}/tables/sweep.csv",
@@ -64,10 +68,10 @@ rule sweep_figure:
     input:
         f"{RESULTS}/tables/sweep.csv",
         source=package(
+            "figure",
             "figures/speedup.py",
             "figures/error_vs_time.py",
             "figures/crossover.py",
-            "figures/sweep_table.py",
         ),
     output:
         f"{RESULTS}/figures/{{figure}}.pdf",

@@ -1,7 +1,7 @@
 checkpoint texts:
     input:
         corpus=local_files(STUDY.corpus.source) if STUDY.corpus else [],
-        source=package("corpora", "steps/texts.py"),
+        source=package("texts"),
     output:
         f"{RESULTS}/texts.parquet",
     log:
@@ -11,6 +11,7 @@ checkpoint texts:
     params:
         config=lambda wildcards: SETTINGS,
         corpus=(str(STUDY.corpus), STUDY.unit, STUDY.contexts, STUDY.seed),
+        identity=identity_of(STUDY.corpus.source) if STUDY.corpus else "",
     shell:
         "approxkmv texts --config {params.config} --out {output} --log {log}"
 

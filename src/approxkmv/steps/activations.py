@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +36,8 @@ class Shard:
     """Whether the model attends only backwards."""
     masked: bool
     """Whether some layer hides some keys: then there are masked statistics."""
+    origin: str
+    """Of which weights and texts it is (see fetch.origin)."""
     count: int
     """How many contexts there are."""
     contexts: Iterator[Activations]
@@ -48,6 +49,7 @@ def write_activations(
     scales: torch.Tensor,
     causal: bool,
     contexts: Mapping[int, tuple[torch.Tensor, torch.Tensor]],
+    origin: str,
     spans: Mapping[int, torch.Tensor] | None = None,
 ) -> None:
     """Write a safetensors file: `scales` (layers,), `causal`, `masked`, and queries and keys of each text.
@@ -64,7 +66,7 @@ def write_activations(
         if spans is not None:
             tensors[f"{context:07d}.spans"] = spans[context].contiguous()
     with written_whole(path) as temporary:
-        save_file(tensors, temporary)
+        save_file(tensors, temporary, metadata={"origin": origin})
 
 
 def read_activations(path: Path) -> Shard:
@@ -76,9 +78,10 @@ def read_activations(path: Path) -> Shard:
             names = sorted(handle.keys())
             scales = handle.get_tensor("scales")
             causal, masked = (bool(handle.get_tensor(name)) for name in ("causal", "masked"))
+            origin = handle.metadata()["origin"]
     except FileNotFoundError as error:
         raise TableError(f"{path} is missing: run extract for this model and shard first") from error
-    except (SafetensorError, OSError, KeyError) as error:
+    except (SafetensorError, OSError, KeyError, TypeError) as error:
         raise TableError(f"{path} cannot be read ({error}): delete it and run extract again") from error
     contexts = [int(name.partition(".")[0]) for name in names if name.endswith(".queries")]
 
@@ -89,17 +92,4 @@ def read_activations(path: Path) -> Shard:
                 spans = f"{context:07d}.spans"
                 yield Activations(context, queries, keys, handle.get_tensor(spans) if spans in names else None)
 
-    return Shard(scales, causal, masked, len(contexts), each())
-
-
-def is_complete(path: Path) -> bool:
-    """Whether a safetensors file is as long as its header says; reads the header alone."""
-    try:
-        size = path.stat().st_size
-        with open(path, "rb") as handle:
-            start = 8 + int.from_bytes(handle.read(8), "little")
-            header = json.loads(handle.read(start - 8)) if start <= size else {}
-    except (OSError, ValueError):
-        return False
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    return bool(ends) and start + max(ends) == size
+    return Shard(scales, causal, masked, origin, len(contexts), each())

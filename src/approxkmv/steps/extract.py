@@ -14,11 +14,12 @@ from approxkmv.corpora import Passage
 from approxkmv.errors import CaptureError, ConfigError, NonFiniteError
 from approxkmv.progress import LOG, Times, progress
 from approxkmv.steps.activations import write_activations
-from approxkmv.steps.shards import write_shard
-from approxkmv.steps.texts import read_shard, shard_count
+from approxkmv.steps.fetch import origin, read_location
+from approxkmv.steps.shards import shard_count, write_shard
+from approxkmv.steps.texts import read_shard
 
 if TYPE_CHECKING:
-    from approxkmv.models import CapturableModel, ModelLocation
+    from approxkmv.models import CapturableModel
 
 
 def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
@@ -39,7 +40,7 @@ def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[lis
 def extract(
     study: Study,
     model_name: str,
-    location: ModelLocation,
+    location: Path,
     texts: Path,
     shard: int,
     out: Path,
@@ -64,10 +65,11 @@ def extract(
     if shard >= (count := shard_count(texts, study.shard_contexts)):
         raise ConfigError(f"there is no shard {shard}: {texts} makes {count} of them, counted from 0")
     passages = read_shard(texts, shard, study.shard_contexts)
+    made_of = origin(location, texts)
     times = Times() if times is None else times
     with times.of("loading"):
         model = CapturableModel.load(
-            location, dtype=study.dtype, device=study.device, rotary_scaling=study.rotary_scaling
+            read_location(location), dtype=study.dtype, device=study.device, rotary_scaling=study.rotary_scaling
         )
     limit = study.max_tokens if model.max_positions is None else min(study.max_tokens, model.max_positions)
     if limit < study.min_tokens:
@@ -104,7 +106,7 @@ def extract(
                 scales = result.scales
                 bar.update(len(cut[i]))
     with times.of("writing"):
-        write_activations(out, scales, model.is_causal, captured, spans if model.has_own_masks else None)
+        write_activations(out, scales, model.is_causal, captured, made_of, spans if model.has_own_masks else None)
     write_shard(
         contexts_out,
         pd.DataFrame(
@@ -119,6 +121,7 @@ def extract(
                 "left_out": "; ".join(model.left_out),
             }
         ),
+        made_of,
     )
     return len(taken), len(passages) - len(taken), sum(len(t) > limit for t in tokens)
 

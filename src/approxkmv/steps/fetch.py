@@ -1,14 +1,17 @@
-"""A model of the catalogue to a folder on disk, and the JSON file that says where it lies."""
+"""A model of the catalogue to a folder on disk, and the JSON file that says where it lies and what it is."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from approxkmv.config import ModelEntry
-from approxkmv.errors import TableError
-from approxkmv.files import write_json
+from approxkmv.errors import SourceError, TableError
+from approxkmv.files import sha256, write_json
 from approxkmv.models import ModelLocation, fetch, parse_source
+from approxkmv.models.fetching import RECORD
+from approxkmv.models.sources import PathSource, identity
 
 
 def fetch_model(entry: ModelEntry, cache: Path, out: Path) -> ModelLocation:
@@ -18,18 +21,57 @@ def fetch_model(entry: ModelEntry, cache: Path, out: Path) -> ModelLocation:
     )
     write_json(
         out,
-        {"folder": str(location.folder), "gguf_file": location.gguf_file, "source": entry.source, "name": entry.name},
+        {
+            "folder": str(location.folder),
+            "gguf_file": location.gguf_file,
+            "source": entry.source,
+            "name": entry.name,
+            "identity": _identity(entry.source, location.folder),
+        },
     )
     return location
 
 
+def _identity(source: str, folder: Path) -> str:
+    """What tells the weights from others of the same source: of a path its files, else the hashes of what was fetched.
+
+    Raises SourceError when files are gone.
+    """
+    parsed = parse_source(source)
+    if isinstance(parsed, PathSource):
+        return identity(parsed.path)
+    # The hub's cache names a folder by its commit, and what was unpacked has a record of its hashes.
+    return sha256(folder / RECORD) if (folder / RECORD).is_file() else folder.name
+
+
 def read_location(path: Path) -> ModelLocation:
-    """The location that fetch_model wrote. Raises TableError when it is missing or the model has gone."""
+    """The location that fetch_model wrote. Raises TableError when it is missing, or the model gone or another one."""
+    value = _read(path)
+    folder = Path(value["folder"])
+    if not folder.is_dir():
+        raise TableError(f"{path} names {folder}, which is gone: delete {path} and run again")
+    try:
+        found = _identity(value["source"], folder)
+    except (OSError, SourceError) as error:
+        raise TableError(f"{path} names a model that cannot be read ({error}): delete {path} and run again") from error
+    if found != value["identity"]:
+        raise TableError(
+            f"the model in {folder} is not the one that {path} was written for: run fetch, or the study, again"
+        )
+    return ModelLocation(folder, value["gguf_file"])
+
+
+def origin(location: Path, texts: Path) -> str:
+    """Of which weights and texts a shard is, as its files say it. Raises TableError when either cannot be read."""
+    try:
+        return f"weights {_read(location)['identity']}, texts {sha256(texts)}"
+    except OSError as error:
+        raise TableError(f"{texts} cannot be read ({error.strerror}): run texts again") from error
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
-        location = ModelLocation(Path(value["folder"]), value["gguf_file"])
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        return {key: value[key] for key in ("folder", "gguf_file", "source", "identity")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise TableError(f"{path} cannot be read ({error}): run fetch again") from error
-    if not location.folder.is_dir():
-        raise TableError(f"{path} names {location.folder}, which is gone: delete {path} and run again")
-    return location

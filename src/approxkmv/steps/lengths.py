@@ -15,9 +15,8 @@ from approxkmv.files import write_csv, write_json
 from approxkmv.progress import Times, progress
 from approxkmv.statistics.streaming import SHARES, LengthStatistics, length_statistics
 from approxkmv.steps.activations import Activations, Shard, read_activations
-from approxkmv.steps.shards import read_shards, write_shard
+from approxkmv.steps.shards import read_shards, shard_count, write_shard
 from approxkmv.steps.tables import MASKED, facts_of_attention, length_tables, read_shard_table
-from approxkmv.steps.texts import shard_count
 
 PLACE = {"context": "int32", "layer": "int16", "head": "int16", "length": "int32"}
 SHARE_NAMES = [f"{100 * share:g}" for share in SHARES]
@@ -62,7 +61,7 @@ def measure_lengths(
         table = pd.concat(tables, ignore_index=True)[list(columns)].astype(columns)
     else:
         table = pd.DataFrame({name: pd.Series(dtype=kind) for name, kind in columns.items()})
-    write_shard(out, table)
+    write_shard(out, table, shard.origin)
     return missing
 
 
@@ -110,9 +109,8 @@ def summarise_lengths(
     a text; likewise keys_99_...; largest_ratio is the largest c of any text.
     """
     names = length_tables(out, model.name)
-    shards = range(shard_count(texts, study.shard_contexts))
-    values = read_shards(statistics / f"{shard:04d}.lengths.parquet" for shard in shards)
-    taken = read_shards(statistics / f"{shard:04d}.contexts.csv" for shard in shards)
+    shards = shard_count(texts, study.shard_contexts)
+    values, taken = read_shards(statistics, shards, "lengths.parquet", "contexts.csv")
     if values.empty:
         raise TableError(
             f"model {model.name}: no text reaches the shortest length, {min(study.lengths):,} tokens: shorten lengths"

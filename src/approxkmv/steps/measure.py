@@ -84,8 +84,8 @@ def measure(
     measured = {f"{before}{name}": kind for before in masks for name, kind in VALUES.items()}
     ratios_of = {f"{before}ratio": "float64" for before in masks}
     with times.of("tables"):
-        write_shard(heads_out, _table(heads, PLACE | {"tokens": "int32"} | measured))
-        write_shard(prefixes_out, _table(curves, PLACE | {"prefix": "int32"} | ratios_of))
+        write_shard(heads_out, _table(heads, PLACE | {"tokens": "int32"} | measured), shard.origin)
+        write_shard(prefixes_out, _table(curves, PLACE | {"prefix": "int32"} | ratios_of), shard.origin)
     return sum(len(table) for table in heads)
 
 

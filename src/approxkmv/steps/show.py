@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from approxkmv.errors import TableError
 from approxkmv.statistics.growth import VERDICTS
+from approxkmv.steps.cleaning import leftovers, study_in
 from approxkmv.steps.tables import MASKED_FACTS, masks_of, read_overview, read_statistics
 
 # What is said of a model's texts, and of long ones.
@@ -15,9 +17,19 @@ LONG = ["model", "label", "corpus", "lengths", "texts_missing"]
 
 
 def lines(results: Path) -> list[str]:
-    """The message for one study's results. Raises TableError when there are none."""
-    long_texts = [read_overview(path, *LONG) for path in sorted((results / "tables").glob("lengths_*.json"))]
-    overviews = [read_overview(path, *FACTS) for path in sorted((results / "tables").glob("overview_*.json"))]
+    """The message for one study's results: of the models that it has now, where the folder says which they are.
+
+    Raises TableError when there are none.
+    """
+    study = study_in(results)
+
+    def read(kind: str, names: list[str]) -> list[dict[str, Any]]:
+        found = sorted((results / "tables").glob(f"{kind}_*.json"))
+        facts = [read_overview(path, *names) for path in found]
+        return [one for one in facts if study is None or one["model"] in study.models]
+
+    long_texts = read("lengths", LONG) if study is None or study.lengths else []
+    overviews = read("overview", FACTS) if study is None or not study.lengths else []
     if not (results / "tables").is_dir():
         raise TableError(f"{results} has no tables: run the study first")
     out = []
@@ -50,6 +62,10 @@ def lines(results: Path) -> list[str]:
         out.append(f"{facts['label']}: n = {facts['lengths'][0]:,} to {facts['lengths'][-1]:,} on {facts['corpus']}")
         out += [f"  not in K: {what}" for what in facts["left_out"]]
         out += [f"  {line}" for line in facts["texts_missing"]]
+    if left := leftovers(results):
+        names = ", ".join(str(path.relative_to(results)) for path in left[:3])
+        more = f" and {len(left) - 3} more" if len(left) > 3 else ""
+        out.append(f"of an earlier study: {names}{more}; `snakemake --cores all clean_leftovers` removes them")
     figures = f"figures: {results / 'figures'}   " if (results / "figures").is_dir() else ""
     out.append(f"{figures}tables: {results / 'tables'}")
     return out

@@ -11,9 +11,8 @@ import pandas as pd
 from approxkmv.config import ModelEntry, Study, corpus_of
 from approxkmv.errors import TableError
 from approxkmv.files import write_csv, write_json
-from approxkmv.steps.shards import read_shards
+from approxkmv.steps.shards import read_shards, shard_count
 from approxkmv.steps.tables import facts_of_attention, masks_of, model_tables
-from approxkmv.steps.texts import shard_count
 
 # exp of it is half of the largest float64, so that two of them still have a mean.
 LARGEST_LOG = 709.0
@@ -28,8 +27,7 @@ def summarise(
     """
     tables = model_tables(out, model.name)
     shards = shard_count(texts, study.shard_contexts)
-    taken = _together(statistics, shards, "contexts.csv")
-    values = _together(statistics, shards, "heads.parquet")
+    taken, values = read_shards(statistics, shards, "contexts.csv", "heads.parquet")
     if values.empty:
         raise TableError(
             f"model {model.name}: none of {len(taken)} texts has {study.min_tokens} tokens: lower min_tokens "
@@ -82,7 +80,9 @@ def read_prefixes(study: Study, model: str, texts: Path, statistics: Path) -> pd
 
     Raises TableError when no text reaches any prefix: neither the scaling with length nor the growth has a value then.
     """
-    values = _together(statistics, shard_count(texts, study.shard_contexts), "prefixes.parquet")
+    shards = shard_count(texts, study.shard_contexts)
+    # The contexts stand here to be compared: that both are of the same weights and texts.
+    values, _ = read_shards(statistics, shards, "prefixes.parquet", "contexts.csv")
     if values.empty:
         shortest = min(prefix for prefix in study.prefixes if prefix >= study.min_prefix)
         raise TableError(
@@ -90,11 +90,6 @@ def read_prefixes(study: Study, model: str, texts: Path, statistics: Path) -> pd
             f"(min_prefix is {study.min_prefix}), or take a longer unit of text"
         )
     return values
-
-
-def _together(folder: Path, shards: int, kind: str) -> pd.DataFrame:
-    """The tables of one kind of all shards, in their order. Others that an earlier study left there are not read."""
-    return read_shards(folder / f"{shard:04d}.{kind}" for shard in range(shards))
 
 
 def per_head(values: pd.DataFrame) -> pd.DataFrame:

@@ -9,7 +9,7 @@ import pandas as pd
 from approxkmv.config import Study, corpus_of
 from approxkmv.corpora import Passage, choose_passages, read_corpus
 from approxkmv.corpora.passages import cut_into_passages
-from approxkmv.errors import SourceError, TableError
+from approxkmv.errors import SourceError
 from approxkmv.files import read_table, write_parquet
 
 TEXTS = {"index": "whole", "name": "text", "text": "text"}
@@ -33,14 +33,3 @@ def read_shard(texts: Path, shard: int, shard_contexts: int) -> list[Passage]:
     return [
         Passage(int(i), name, text) for i, name, text in zip(table["index"], table["name"], table["text"], strict=True)
     ]
-
-
-def shard_count(texts: Path, shard_contexts: int) -> int:
-    """How many shards the texts make."""
-    import pyarrow.parquet
-
-    try:
-        rows = pyarrow.parquet.read_metadata(texts).num_rows
-    except (OSError, ValueError) as error:
-        raise TableError(f"{texts} cannot be read ({error}): run texts again") from error
-    return -(-rows // shard_contexts)

@@ -1,0 +1,103 @@
+"""Which files of this package a command runs, from their imports: what a rule of the workflow depends on."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+PACKAGE = ROOT.name
+# What the configuration says to a command is in the params of its rule, which run it again when they change; an edit
+# of how the configuration is read must not cost every result.
+APART = ROOT / "config.py"
+
+
+def command_files(command: str, *more: str) -> list[Path]:
+    """The files that a command of the command line imports, directly or not, in the order of their names.
+
+    Args:
+        command: a name of a function of cli.py, as `summary`.
+        more: what is imported by a name that is known at run time alone: files of the package, or folders of such.
+    """
+    waiting = [*_of_command(command)]
+    for name in more:
+        path = ROOT / name
+        waiting += sorted(path.rglob("*.py")) if path.is_dir() else [path]
+    found: set[Path] = set()
+    while waiting:
+        path = waiting.pop()
+        if path not in found and path != APART:
+            found.add(path)
+            waiting += _of_file(path)
+    return sorted(found)
+
+
+def _of_command(command: str) -> Iterator[Path]:
+    """What the function of a command imports, and the functions of cli.py that it calls."""
+    functions = {node.name: node for node in _tree(ROOT / "cli.py").body if isinstance(node, ast.FunctionDef)}
+    yield from _imported(functions[command])
+    for node in ast.walk(functions[command]):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in functions:
+            yield from _imported(functions[node.func.id])
+
+
+@cache
+def _of_file(path: Path) -> tuple[Path, ...]:
+    return tuple(_imported(_tree(path)))
+
+
+@cache
+def _tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_bytes())
+
+
+def _imported(node: ast.AST) -> Iterator[Path]:
+    """The package's files that the code in a node imports, at once or when a function is called."""
+    if isinstance(node, ast.Import):
+        for alias in node.names:
+            yield from _module(alias.name)
+    elif isinstance(node, ast.ImportFrom) and node.module:
+        for alias in node.names:
+            yield from _named(node.module, alias.name)
+    elif isinstance(node, ast.If) and _is_type_checking(node):
+        for part in node.orelse:
+            yield from _imported(part)
+    # A package's __getattr__ imports what is asked of it by name: _named follows the names that are.
+    elif not (isinstance(node, ast.FunctionDef) and node.name == "__getattr__"):
+        # Imports are statements, and statements stand in these fields alone.
+        for field in ("body", "orelse", "handlers", "finalbody", "cases"):
+            for part in getattr(node, field, []):
+                yield from _imported(part)
+
+
+@cache
+def _module(name: str) -> list[Path]:
+    """The file of a module and of the packages that it is in; none when it is not of this package."""
+    words = name.split(".")
+    if words[0] != PACKAGE:
+        return []
+    folders = [ROOT.joinpath(*words[1:end]) for end in range(1, len(words) + 1)]
+    files = [folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py") for folder in folders]
+    return [path for path in files if path.is_file()]
+
+
+@cache
+def _named(module: str, name: str) -> list[Path]:
+    """The files of `from module import name`: also where the name comes from when the package gets it on demand."""
+    files = _module(module)
+    submodule = _module(f"{module}.{name}")
+    if len(submodule) > len(files):
+        return submodule
+    if files and files[-1].name == "__init__.py":
+        for node in _tree(files[-1]).body:
+            if isinstance(node, ast.If) and _is_type_checking(node):
+                for part in node.body:
+                    if isinstance(part, ast.ImportFrom) and part.module and name in [a.name for a in part.names]:
+                        files = files + _named(part.module, name)
+    return files
+
+
+def _is_type_checking(node: ast.If) -> bool:
+    return isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"

@@ -1,0 +1,42 @@
+"""One run at a time: a lock that the system takes away when its holder ends, however that ends."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+from pathlib import Path
+from typing import IO
+
+from approxkmv.errors import BusyError
+
+_held: list[IO[str]] = []
+
+
+def try_lock(path: Path) -> IO[str] | None:
+    """The locked file, which stays locked until it is closed or the process ends; None while another process has it.
+
+    A file system without locks has nothing to say: then the file is as good as locked.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    except OSError:
+        pass
+    file.truncate(0)
+    file.write(f"process {os.getpid()} of {socket.gethostname()}")
+    file.flush()
+    return file
+
+
+def hold(path: Path, what: str) -> None:
+    """Keep the lock until this process ends. Raises BusyError, which says who has it, when another process does."""
+    file = try_lock(path)
+    if file is None:
+        who = path.read_text(encoding="utf-8") or "another process"
+        raise BusyError(f"{what} is under way already, by {who}: wait until it ends, or stop it")
+    _held.append(file)

@@ -1,0 +1,270 @@
+"""No old result passes for a new one: other weights, other texts, another study, a killed run, a second run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+from conftest import ROOT, Project, environment, kill_when, save_model
+
+from approxkmv.errors import BusyError, TableError
+from approxkmv.files import read_table
+from approxkmv.lock import hold, try_lock
+from approxkmv.steps import shards
+from approxkmv.steps.cleaning import leftovers, remove_damaged, remove_half_written
+from approxkmv.steps.shards import origin_of, read_shards, write_shard
+from approxkmv.steps.show import lines
+
+HEADS = "results/tiny/tables/heads_bert.csv"
+
+
+def line_of(output: str) -> str:
+    """The one line that was printed for the user."""
+    found = [line for line in output.splitlines() if line.startswith("approxkmv: ")]
+    assert len(found) == 1, output
+    assert "Traceback" not in output
+    return found[0]
+
+
+def replace_weights(project: Project, seed: int) -> None:
+    """Other weights of the same sizes under the same path, and older than everything here, as a moved file may be."""
+    folder = project.folder / "bert"
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+    if folder.is_symlink():
+        folder.unlink()
+    save_model(folder, "bert", seed=seed)
+    assert {path.name: path.stat().st_size for path in folder.iterdir()} == sizes
+    for path in folder.iterdir():
+        os.utime(path, (1e9, 1e9))
+
+
+def test_weights_that_are_replaced_around_a_stopped_run_leave_no_shard_of_the_old_ones(project: Project):
+    project.configure(models=["bert"], contexts=6)
+    code, output = project.snakemake(HEADS)
+    assert code == 0, output
+    folder = project.results / "statistics" / "bert"
+    old = {path.name: path.read_bytes() for path in folder.glob("*.heads.parquet")}
+    assert len(old) == 2
+    replace_weights(project, seed=5)
+
+    def one_is_new() -> bool:
+        return any(path.read_bytes() != old.get(path.name) for path in folder.glob("[!.]*.heads.parquet"))
+
+    kill_when(project, one_is_new, HEADS)
+    code, output = project.snakemake(HEADS)
+    assert code == 0, output
+    assert len({origin_of(path) for path in folder.glob("*.heads.parquet")}) == 1
+    # Step by step, without a workflow that could take anything for granted.
+    assert project.approxkmv("fetch", "--model", "bert", "--out", "location.json")[0] == 0
+    for shard in range(2):
+        options = ["--location", "location.json", "--texts", "results/tiny/texts.parquet", "--shard", str(shard)]
+        outputs = ["--out", "qk.safetensors", "--contexts-out", "contexts.csv"]
+        assert project.approxkmv("extract", "--model", "bert", *options, *outputs)[0] == 0
+        outputs = ["--heads-out", "heads.parquet", "--prefixes-out", "prefixes.parquet"]
+        assert project.approxkmv("statistics", "--model", "bert", "--activations", "qk.safetensors", *outputs)[0] == 0
+        for kind in ("heads", "prefixes"):
+            made = (project.folder / f"{kind}.parquet").read_bytes()
+            assert (folder / f"{shard:04d}.{kind}.parquet").read_bytes() == made
+
+
+def test_weights_that_change_before_a_step_reads_them_stop_it(project: Project):
+    assert project.approxkmv("fetch", "--model", "bert", "--out", "location.json")[0] == 0
+    assert project.approxkmv("texts", "--out", "texts.parquet")[0] == 0
+    replace_weights(project, seed=5)
+    code, output = project.approxkmv(
+        *("extract", "--model", "bert", "--location", "location.json", "--texts", "texts.parquet", "--shard", "0"),
+        *("--out", "out.safetensors", "--contexts-out", "contexts.csv"),
+    )
+    assert code == 2
+    assert "is not the one that location.json was written for" in line_of(output)
+    assert not (project.folder / "out.safetensors").exists()
+
+
+def test_shards_of_two_origins_are_refused_in_one_table(tmp_path: Path, monkeypatch):
+    # What columns there are is of no account here.
+    monkeypatch.setattr(shards, "read_shard_table", lambda path, kind: read_table(path))
+    folder = tmp_path / "statistics" / "bert"
+    table = pd.DataFrame({"context": [0]})
+    for shard, origin in enumerate(["weights a, texts t", "weights b, texts t"]):
+        write_shard(folder / f"{shard:04d}.contexts.csv", table, origin)
+        write_shard(folder / f"{shard:04d}.heads.parquet", table, "weights a, texts t")
+    assert len(read_shards(folder, 1, "contexts.csv", "heads.parquet")) == 2
+    with pytest.raises(TableError, match=r"0000.contexts.csv.*0001.contexts.csv are of different weights or texts"):
+        read_shards(folder, 2, "contexts.csv")
+    # Queries and keys were captured anew and their statistics not yet.
+    write_shard(folder / "0000.contexts.csv", table, "weights b, texts t")
+    with pytest.raises(TableError, match="different weights or texts"):
+        read_shards(folder, 2, "contexts.csv", "heads.parquet")
+    assert remove_damaged(tmp_path) == [], "while there is no location nothing is known of the weights"
+    (folder / "0001.heads.parquet").write_bytes(b"")
+    assert len(remove_damaged(tmp_path)) == 1
+
+
+def test_a_location_of_changed_weights_goes_before_a_run_and_old_shards_once_there_is_a_new_one(project: Project):
+    assert project.approxkmv("fetch", "--model", "bert", "--out", "results/tiny/models/bert.json")[0] == 0
+    assert project.approxkmv("texts", "--out", "results/tiny/texts.parquet")[0] == 0
+    shard = project.results / "statistics" / "bert" / "0000.contexts.csv"
+    write_shard(shard, pd.DataFrame({"context": [0]}), "weights of before, texts of before")
+    remove_half_written(project.results)
+    assert (project.results / "models" / "bert.json").exists()
+    made_of_it = project.results / "tables" / "heads_bert.csv"
+    made_of_it.parent.mkdir()
+    made_of_it.write_text("layer,head\n")
+    assert ["other weights or texts" in line for line in remove_damaged(project.results)] == [True]
+    assert not shard.exists()
+    assert not made_of_it.exists()
+    replace_weights(project, seed=5)
+    remove_half_written(project.results)
+    assert not (project.results / "models" / "bert.json").exists()
+
+
+def test_an_older_corpus_under_the_same_name_is_read_again(project: Project):
+    texts = "results/tiny/texts.parquet"
+    assert project.snakemake(texts)[0] == 0
+    before = (project.results / "texts.parquet").read_bytes()
+    corpus = project.folder / "words.jsonl"
+    lines_before = corpus.read_text()
+    corpus.unlink()
+    corpus.write_text(lines_before.replace("w1 ", "w2 "))
+    os.utime(corpus, (1e9, 1e9))
+    code, output = project.snakemake(texts)
+    assert code == 0, output
+    assert (project.results / "texts.parquet").read_bytes() != before
+
+
+def results_of(results: Path) -> set[Path]:
+    return {p for kind in ("tables", "figures", "statistics") for p in (results / kind).rglob("*") if p.is_file()}
+
+
+def write_settings(results: Path, **changes: object) -> None:
+    """Change the study in the configuration that the workflow put beside its results."""
+    config = yaml.safe_load((results / "config.yaml").read_text())
+    config["studies"]["tiny"] |= changes
+    (results / "config.yaml").write_text(yaml.safe_dump(config))
+
+
+def test_what_an_earlier_study_left_is_named_shown_no_more_and_removed_when_asked(finished, project: Project):
+    shutil.copytree(finished[0].results, project.results)
+    everything = results_of(project.results)
+    assert leftovers(project.results) == []
+    project.configure(models=["bert"])
+    write_settings(project.results, models=["bert"])
+    left = set(leftovers(project.results))
+    assert left == {path for path in everything if "llama" in str(path.relative_to(project.results))}
+    assert left
+    shown = lines(project.results)
+    assert not [line for line in shown if line.startswith("a Llama")]
+    assert [line for line in shown if line.startswith("bert")]
+    named = [line for line in shown if "of an earlier study" in line]
+    assert len(named) == 1
+    assert "clean_leftovers" in named[0]
+    code, output = project.snakemake("clean_leftovers")
+    assert code == 0, output
+    assert not [path for path in left if path.exists()]
+    assert all(path.exists() for path in everything - left)
+    assert "of an earlier study" not in output
+
+
+def test_every_table_and_figure_of_a_study_is_known_to_the_search_for_leftovers(finished, tmp_path: Path):
+    """Of a study without models and parts all that the workflow wrote is left over: no kind of file is forgotten."""
+    results = tmp_path / "tiny"
+    shutil.copytree(finished[0].results, results)
+    write_settings(results, models=[], complexity={})
+    assert results_of(results) == set(leftovers(results))
+
+
+KILLED_BEFORE_CLEANING = """
+import os, signal, sys
+from snakemake.cli import main
+from snakemake.dag import DAG
+
+async def handle_temp(self, job):
+    if job.rule.name == "statistics":
+        os.killpg(0, signal.SIGKILL)
+
+DAG.handle_temp = handle_temp
+sys.argv[0] = "snakemake"
+main(sys.argv[1:])
+"""
+
+
+def test_a_kill_between_the_statistics_and_their_cleaning_leaves_no_activations_after_the_next_run(project: Project):
+    project.configure(models=["bert"], contexts=3)
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED_BEFORE_CLEANING, "--snakefile", str(ROOT / "Snakefile"), "--cores", "2", HEADS],
+        cwd=project.folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        start_new_session=True,
+        timeout=600,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    left = list((project.results / "activations").rglob("*.safetensors"))
+    assert len(left) == 1
+    written = (project.results / "statistics" / "bert" / "0000.heads.parquet").stat().st_mtime_ns
+    code, output = project.snakemake(HEADS)
+    assert code == 0, output
+    assert not list((project.results / "activations").rglob("*.safetensors"))
+    assert (project.results / "statistics" / "bert" / "0000.heads.parquet").stat().st_mtime_ns == written
+
+
+def test_a_second_run_in_the_same_folder_is_refused_and_the_lock_dies_with_its_holder(project: Project):
+    second: list[tuple[int, str]] = []
+
+    def refused() -> bool:
+        if not (project.results / "texts.parquet").exists():
+            return False
+        second.append(project.snakemake(HEADS))
+        return True
+
+    kill_when(project, refused, HEADS)
+    code, output = second[0]
+    assert code == 2
+    assert "a run of study tiny is under way already, by process " in line_of(output)
+    code, output = project.snakemake("results/tiny/models/bert.json", "results/tiny/texts.parquet")
+    assert code == 0, output
+
+
+@pytest.mark.parametrize("arguments", [["--dry-run"], ["--report", "report.html"], ["--summary"], ["--list-rules"]])
+def test_what_runs_nothing_is_not_held_up_by_a_run_and_changes_nothing(finished, arguments):
+    project, _ = finished
+    half = project.results / "statistics" / "bert" / f".0000.heads.{2**22 + 1}.parquet"
+    half.write_bytes(b"half")
+    settings = (project.results / "config.yaml").read_bytes()
+    lock = try_lock(project.folder / ".snakemake" / "tiny.lock")
+    assert lock is not None
+    try:
+        code, output = project.snakemake(*arguments)
+    finally:
+        lock.close()
+        assert half.exists()
+        half.unlink()
+    assert code == 0, output
+    assert (project.results / "config.yaml").read_bytes() == settings
+
+
+def test_a_lock_is_free_when_its_process_has_gone(tmp_path: Path):
+    path = tmp_path / "tiny.lock"
+    code = f"from pathlib import Path; from approxkmv.lock import hold; hold(Path({str(path)!r}), 'x'); input()"
+    holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, env=environment())
+    try:
+        while not (path.is_file() and path.read_text()):
+            assert holder.poll() is None
+            time.sleep(0.02)
+        with pytest.raises(BusyError, match=f"a run is under way already, by process {holder.pid} of"):
+            hold(path, "a run")
+    finally:
+        holder.kill()
+        holder.wait()
+    lock = try_lock(path)
+    assert lock is not None
+    lock.close()

@@ -1,0 +1,108 @@
+"""A rule's list of package files is what its command imports: compared with the modules that Python has afterwards."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from approxkmv.imports import ROOT, command_files
+
+RULES = Path(__file__).resolve().parents[2] / "workflow" / "rules"
+# The module in which a command's work is done.
+STEPS = {
+    "fetch": "approxkmv.steps.fetch",
+    "texts": "approxkmv.steps.texts",
+    "extract": "approxkmv.steps.extract",
+    "statistics": "approxkmv.steps.measure",
+    "summary": "approxkmv.steps.summarise",
+    "growth": "approxkmv.steps.growth",
+    "lengths": "approxkmv.steps.lengths",
+    "length_scaling": "approxkmv.steps.lengths",
+    "compare": "approxkmv.steps.compare",
+    "complexity": "approxkmv.steps.complexity",
+    "model_heads": "approxkmv.steps.model_heads",
+    "sweep": "approxkmv.sweep.run",
+    "perplexity": "approxkmv.perplexity.run",
+}
+# One process a step would import torch each time; children of one that has it import the package alone.
+CODE = """
+import importlib, json, os, sys
+import matplotlib, numba, numpy, pandas, torch, transformers
+from transformers import AttentionInterface, AutoModel
+import approxkmv.config
+apart = {name for name in sys.modules if name.startswith("approxkmv.")}
+for step in sys.argv[1:]:
+    if os.fork() == 0:
+        for name in apart:
+            del sys.modules[name]
+        sys.modules["approxkmv.config"] = type(sys)("approxkmv.config")
+        sys.modules["approxkmv.config"].__getattr__ = lambda name: object
+        importlib.import_module(step)
+        del sys.modules["approxkmv.config"]
+        files = [module.__file__ for name, module in sys.modules.items() if name.startswith("approxkmv")]
+        print(json.dumps([step, files]), flush=True)
+        os._exit(0)
+    os.wait()
+"""
+
+
+@pytest.fixture(scope="module")
+def loaded() -> dict[str, set[Path]]:
+    """The package's files behind sys.modules after the import of each step; of the configuration's only its name."""
+    done = subprocess.run(
+        [sys.executable, "-c", CODE, *STEPS.values()], capture_output=True, text=True, check=True, timeout=300
+    )
+    return {step: {Path(file).resolve() for file in files} for step, files in map(json.loads, done.stdout.splitlines())}
+
+
+@pytest.mark.parametrize("command", STEPS)
+def test_every_module_that_a_step_loads_is_in_its_list(loaded, command):
+    files = loaded[STEPS[command]]
+    assert ROOT / "errors.py" in files
+    assert files <= set(command_files(command))
+
+
+def test_what_is_imported_in_a_function_or_through_a_package_is_in_the_list():
+    # extract asks `approxkmv.models` for CapturableModel, which the package gets from capture.py on demand.
+    assert ROOT / "models" / "capture.py" in command_files("extract")
+    assert ROOT / "models" / "openai_gpt.py" in command_files("extract")
+    assert ROOT / "provenance.py" in command_files("summary")
+    assert ROOT / "steps" / "shards.py" in command_files("summary")
+
+
+def test_not_everything_depends_on_everything():
+    names = {command: {str(p.relative_to(ROOT)) for p in command_files(command)} for command in STEPS}
+    assert not [
+        name for name in names["statistics"] if name.startswith(("models/", "corpora/", "attention/", "sweep/"))
+    ]
+    assert not [name for name in names["extract"] if name.startswith(("statistics/heads", "attention/", "figures/"))]
+    drawn = {str(p.relative_to(ROOT)) for p in command_files("figure", "figures/max_ratios.py")}
+    assert {"figures/max_ratios.py", "figures/heatmap.py", "figures/style.py"} <= drawn
+    assert not [name for name in drawn if name.startswith(("models/", "statistics/heads", "figures/growth"))]
+    assert not [name for found in names.values() for name in found if name in ("cli.py", "config.py")]
+
+
+def test_a_methods_module_is_in_the_sweeps_list():
+    assert ROOT / "attention" / "local_expansion.py" in command_files("sweep", "attention")
+    assert ROOT / "search" / "vamana.py" in command_files("sweep", "attention")
+
+
+def test_every_rule_names_its_own_command():
+    for path in RULES.glob("*.smk"):
+        for rule in re.split(r"^(?:rule|checkpoint) ", path.read_text(), flags=re.M)[1:]:
+            if command := re.search(r"approxkmv ([\w-]+)", rule):
+                assert re.findall(r'package\(\s*"(\w+)"', rule) == [command[1].replace("-", "_")], rule
+
+
+def test_the_lists_of_all_rules_cost_less_than_half_a_second():
+    code = (
+        "import sys, time; from approxkmv.imports import command_files; start = time.process_time();"
+        "[command_files(command, 'attention') for command in sys.argv[1:]]; print(time.process_time() - start)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *STEPS], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 0.5
