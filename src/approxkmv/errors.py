@@ -6,6 +6,10 @@ from __future__ import annotations
 class ApproxKMVError(Exception):
     """Base of every error that the command line prints as one line, with exit code 2."""
 
+    def __init__(self, message: object) -> None:
+        # What another library says, and is quoted, may have several.
+        super().__init__(" ".join(str(message).split("\n")).strip())
+
 
 class InputError(ApproxKMVError, ValueError):
     """An argument of the Python interface has the wrong shape, type or range, or holds a non-finite value."""

@@ -198,6 +198,13 @@ PREFIXES: dict[str, dict[str, Any]] = {
 }
 
 
+BLOCKS: dict[str, dict[str, Any]] = {
+    "a block of 0": {"block": 0},
+    "half a block": {"block": 0.5},
+    "a dimension too many": {"q": points(1, 2, 60, 4), "k": points(1, 2, 60, 4)},
+}
+
+
 # ApproxKMV and its parts
 def a_product() -> dict[str, Any]:
     return {"queries": points(20, 4), "keys": points(30, 4), "x": points(30), "sigma": 1.0, "epsilon": 0.5, "seed": 0}
@@ -311,7 +318,7 @@ CASES = [
     *cases("order_ratios", order_ratios, a_head, HEADS | SEQUENCES),
     *cases("head_statistics", head_statistics, a_head, SEQUENCES | PREFIXES),
     *cases("unmasked_and_masked_statistics", unmasked_and_masked_statistics, a_head, SEQUENCES | PREFIXES),
-    *cases("length_statistics", length_statistics, a_head, HEADS | SEQUENCES),
+    *cases("length_statistics", length_statistics, a_head, HEADS | SEQUENCES | BLOCKS),
     *cases("approx_kmv", approx_kmv, a_product, POINTS | PRODUCTS),
     *cases("find_heavy", find_heavy, without(a_product, "x", "epsilon"), POINTS),
     *cases("approx_attention", approx_attention, attention_arguments, ATTENTION | {"epsilon 0": {"epsilon": 0.0}}),

@@ -42,7 +42,7 @@ def methods() -> list[str]:
 
 def check_name(name: str) -> None:
     """Raise InputError, with the nearest right name, unless a method is called that. Needs no torch."""
-    if name not in _MODULES:
+    if name not in methods():
         near = difflib.get_close_matches(str(name), _MODULES, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(_MODULES)}"
         raise InputError(f"no method is called {name!r}; {hint}")

@@ -92,7 +92,7 @@ def _start(points: np.ndarray) -> int:
 
 
 def _check(alpha: float) -> None:
-    if alpha < 1:
+    if not alpha >= 1:
         raise InputError(f"alpha is {alpha}: the prune needs at least 1, and a guarantee more")
 
 

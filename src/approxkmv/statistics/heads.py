@@ -216,6 +216,8 @@ def _run(
         raise InputError(f"q has {n} rows and k has {keys.shape[-2]}: prefixes need the queries and keys of one text")
     if not isinstance(min_prefix, (int, np.integer)) or isinstance(min_prefix, bool) or min_prefix < 1:
         raise InputError(f"min_prefix is {min_prefix!r}: it must be a whole number of at least 1")
+    if not isinstance(memory, (int, np.integer)) or isinstance(memory, bool) or memory < 1:
+        raise InputError(f"memory is {memory!r}: it must be a whole number of bytes, at least 1")
     if ratios and n < min_prefix:
         raise InputError(f"there are {n} tokens and min_prefix is {min_prefix}: give a longer text or a smaller one")
     if (order or softmax) and n < least:

@@ -1,0 +1,87 @@
+"""Count bad inputs and random calls and how they end: python benchmarks/reliability.py [fuzz | bad-inputs]
+
+Every bad input of tests/bad_inputs must end with one line and exit code 2; every call of tests/fuzz.py must be answered
+rightly or refused in one line. Writes fuzz.csv and bad_inputs.csv to results/reliability, each with a .json that says
+who made it; --out changes the folder. What did not end so is named. Exit code 1 if there is any.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+from bad_inputs import all_cases, is_one_line
+from fuzz import call, kinds
+
+from approxkmv.files import write_csv, write_json
+from approxkmv.provenance import describe
+
+
+def fuzz(calls: int) -> pd.DataFrame:
+    """At least so many random calls, as many of each kind: how many were answered, refused and failed."""
+    each = -(-calls // len(kinds()))
+    rows = []
+    for kind in kinds():
+        ends: dict[str, list[str]] = defaultdict(list)
+        for seed in range(each):
+            end, why = call(kind, seed)
+            ends[end].append(f"seed {seed}: {why}")
+        counts = {end: len(ends[end]) for end in ("answered", "refused", "failed")}
+        rows.append({"kind": kind, "calls": each, **counts, "failures": "; ".join(ends["failed"])})
+        print(*rows[-1].values(), flush=True)
+    return pd.DataFrame(rows)
+
+
+def bad_inputs() -> pd.DataFrame:
+    """Every bad input of the catalogue: how many of each kind ended with one line."""
+    found: dict[str, list[str]] = {}
+    failed: dict[str, list[str]] = defaultdict(list)
+    for case in all_cases():
+        with tempfile.TemporaryDirectory() as folder:
+            code, printed = case.run(Path(folder))
+        found.setdefault(case.kind, []).append(case.name)
+        if not is_one_line(code, printed):
+            failed[case.kind].append(case.name)
+    rows = [
+        {
+            "kind": kind,
+            "tried": len(names),
+            "one_line": len(names) - len(failed[kind]),
+            "failures": "; ".join(failed[kind]),
+        }
+        for kind, names in found.items()
+    ]
+    print(pd.DataFrame(rows).to_string(index=False))
+    return pd.DataFrame(rows)
+
+
+def main() -> int:
+    """Count what was asked for and write it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("part", nargs="?", choices=["fuzz", "bad-inputs"], help="one of the two; both when left out")
+    parser.add_argument("--calls", type=int, default=10_000, help="random calls, at least")
+    parser.add_argument("--out", type=Path, default=Path("results/reliability"))
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    failures = 0
+    for part, name, count in (("bad-inputs", "bad_inputs", bad_inputs), ("fuzz", "fuzz", lambda: fuzz(given.calls))):
+        if given.part not in (None, part):
+            continue
+        table = count()
+        failures += int((table["failures"] != "").sum())
+        path = given.out / f"{name}.csv"
+        write_csv(path, table)
+        write_json(path.with_suffix(".json"), describe({"calls": given.calls} if part == "fuzz" else {}))
+    return min(failures, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
