@@ -56,4 +56,4 @@ def test_a_wrong_attention_is_found(monkeypatch, answer):
 
     wrong = Method(name="exact-sdpa", compute=compute, summary="", exact=True)
     monkeypatch.setattr(fuzz, "get", lambda name: wrong if name == "exact-sdpa" else get(name))
-    assert sum(call("method exact-sdpa", seed)[0] == "failed" for seed in range(60)) > 10
+    assert sum(call("method exact-sdpa", seed)[0] == "failed" for seed in range(60)) > 6
