@@ -76,3 +76,10 @@ def resolve_scale(scale: float | None, d: int) -> float:
     if not (is_number and 0 < scale <= LARGEST_PRODUCT):
         raise InputError(f"scale is {scale!r}: it must be a positive number, at most {LARGEST_PRODUCT:g}")
     return float(scale)
+
+
+def resolve_seed(seed: int) -> int:
+    """The seed of a method's random numbers. Raises InputError unless a whole number from 0 that torch takes."""
+    if not isinstance(seed, (int, np.integer)) or isinstance(seed, bool) or not 0 <= seed < 2**63:
+        raise InputError(f"seed is {seed!r}: it must be a whole number, at least 0 and below 2^63")
+    return int(seed)

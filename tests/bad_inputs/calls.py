@@ -330,7 +330,12 @@ CASES = [
     ),
     *cases("top_eigenvalue", eigenvalue, square_points, EIGENVALUES),
     *cases("PaperConstants", PaperConstants, dict, CONSTANTS),
-    *cases("knn_attention", knn_attention, of_a_method, {"an unknown head": {"head": "some"}, "top -1": {"top": -1}}),
+    *cases(
+        "knn_attention",
+        knn_attention,
+        of_a_method,
+        {"an unknown head": {"head": "some"}, "top -1": {"top": -1}, "a seed of -1": {"seed": -1}},
+    ),
     *cases("doubling_dimension", doubling_dimension, without(graph, "alpha", "degree", "beam"), SPREAD),
     *cases("a Vamana graph", build, graph, {"alpha below 1": {"alpha": 0.9}, "a NaN": {"points": holding(NAN, 30, 4)}}),
     *cases(

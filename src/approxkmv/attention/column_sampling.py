@@ -13,6 +13,7 @@ def with_ones(v: torch.Tensor) -> torch.Tensor:
 def column_probabilities(v: torch.Tensor) -> torch.Tensor:
     """Sampling probabilities (n_k,), proportional to |[v, 1]_j| / |[v, 1]|_op + 1/n_k."""
     extended = with_ones(v)
-    largest = torch.linalg.eigvalsh(extended.mT @ extended)[-1].clamp_min(1e-30).sqrt()
+    # In float64: in float32 LAPACK gives up on some matrices whose columns are far from equally long.
+    largest = torch.linalg.eigvalsh((extended.mT @ extended).double())[-1].float().clamp_min(1e-30).sqrt()
     share = extended.square().sum(1).sqrt() / largest + 1.0 / len(v)
     return share / share.sum()

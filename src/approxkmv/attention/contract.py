@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from approxkmv.arrays import resolve_scale
+from approxkmv.arrays import resolve_scale, resolve_seed
 from approxkmv.errors import ApproxKMVError, InputError
 from approxkmv.torch_state import plain_torch
 
@@ -111,7 +111,7 @@ class Method:
         cannot run.
         """
         scale = check_inputs(q, k, v, scale)
-        return self.compute(q, k, v, scale=scale, seed=int(seed), **self.parameters(parameters))
+        return self.compute(q, k, v, scale=scale, seed=resolve_seed(seed), **self.parameters(parameters))
 
     def attend_causally(
         self,
@@ -131,7 +131,7 @@ class Method:
         scale = check_inputs(q, k, v, scale)
         if q.shape[1] != k.shape[1]:
             raise InputError(f"causal attention has a key for each query: q has {q.shape[1]} rows, k {k.shape[1]}")
-        return self.causal_form()(q, k, v, scale=scale, seed=int(seed), **self.parameters(parameters))
+        return self.causal_form()(q, k, v, scale=scale, seed=resolve_seed(seed), **self.parameters(parameters))
 
     def causal_form(self) -> Callable[..., torch.Tensor]:
         """`causal`. Raises UnavailableError when there is none."""

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from approxkmv.arrays import resolve_seed
 from approxkmv.attention.contract import check_inputs
 from approxkmv.attention.knn import method, sampled_attention
 from approxkmv.attention.lazy_gumbel import SampledRows, products_of_pairs
@@ -161,5 +162,7 @@ def knn_attention(
     """
     scale = check_inputs(q, k, v, scale)
     parameters = method.parameters({"top": top, "samples": samples, "index": index, "head": head})
+    # Three streams of random numbers for each seed
+    seed = resolve_seed(seed) % 2**61
     answer: torch.Tensor = _KNNAttention.apply(q, k, v, scale, seed, parameters)
     return answer
