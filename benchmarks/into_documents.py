@@ -419,13 +419,21 @@ def reliability() -> str:
             cells = {"kind": row["kind"], "tried": f"{row[tried]:,}", "ended as it must": f"{row[good]:,}"}
             lines.append({"": what, **cells, "the others": bad.replace("|", "\\|"), "command": f"`{command}`"})
 
+    kills = pd.read_csv(folder / "kills.csv") if (folder / "kills.csv").exists() else pd.DataFrame()
+    if len(kills):
+        kills["kind"] = kills["aimed_at"].str.startswith("sweep").map({True: "inside a sweep", False: "inside a study"})
+        kills["failures"] = (kills["aimed_at"] + "; ").where(kills["survived"] == "no", "")
+        kills["survived"] = (kills["survived"] == "yes").astype(int)
+        kills["tried"] = 1
+        counts = kills.groupby("kind")[["tried", "survived", "failures"]].sum().reset_index()
+        add("kills", counts, "tried", "survived", "python benchmarks/reliability_kills.py")
     inputs = pd.read_csv(folder / "bad_inputs.csv")
     add("bad inputs", inputs, "tried", "one_line", "python benchmarks/reliability.py bad-inputs")
     calls = pd.read_csv(folder / "fuzz.csv")
     calls["good"] = calls["answered"] + calls["refused"]
     add("random calls", calls, "calls", "good", "python benchmarks/reliability.py fuzz")
     return (
-        f"{markdown(pd.DataFrame(lines))}\n\nIn all {inputs['tried'].sum():,} bad inputs and {calls['calls'].sum():,} "
+        f"{markdown(pd.DataFrame(lines))}\n\nIn all {len(kills):,} kills, {inputs['tried'].sum():,} bad inputs and {calls['calls'].sum():,} "
         f"random calls, of which {calls['answered'].sum():,} were answered and {calls['refused'].sum():,} refused. "
         f"{machine(folder / 'fuzz.json')}.\n"
     )
