@@ -433,8 +433,8 @@ def reliability() -> str:
     calls["good"] = calls["answered"] + calls["refused"]
     add("random calls", calls, "calls", "good", "python benchmarks/reliability.py fuzz")
     return (
-        f"{markdown(pd.DataFrame(lines))}\n\nIn all {len(kills):,} kills, {inputs['tried'].sum():,} bad inputs and {calls['calls'].sum():,} "
-        f"random calls, of which {calls['answered'].sum():,} were answered and {calls['refused'].sum():,} refused. "
+        f"{markdown(pd.DataFrame(lines))}\n\nIn all {len(kills):,} kills, {inputs['tried'].sum():,} bad inputs and "
+        f"{calls['calls'].sum():,} random calls, of which {calls['answered'].sum():,} were answered and {calls['refused'].sum():,} refused. "
         f"{machine(folder / 'fuzz.json')}.\n"
     )
 
