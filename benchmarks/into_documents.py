@@ -434,7 +434,8 @@ def reliability() -> str:
     add("random calls", calls, "calls", "good", "python benchmarks/reliability.py fuzz")
     return (
         f"{markdown(pd.DataFrame(lines))}\n\nIn all {len(kills):,} kills, {inputs['tried'].sum():,} bad inputs and "
-        f"{calls['calls'].sum():,} random calls, of which {calls['answered'].sum():,} were answered and {calls['refused'].sum():,} refused. "
+        f"{calls['calls'].sum():,} random calls, of which {calls['answered'].sum():,} were answered and "
+        f"{calls['refused'].sum():,} refused. "
         f"{machine(folder / 'fuzz.json')}.\n"
     )
 
