@@ -433,7 +433,7 @@ def reliability() -> str:
     calls["good"] = calls["answered"] + calls["refused"]
     add("random calls", calls, "calls", "good", "python benchmarks/reliability.py fuzz")
     return (
-        f"{markdown(pd.DataFrame(lines))}\n\nIn all {len(kills):,} kills, {inputs['tried'].sum():,} bad inputs and "
+        f"{markdown(pd.DataFrame(lines))}\n\nIn all {f'{len(kills):,} kills, ' if len(kills) else ''}{inputs['tried'].sum():,} bad inputs and "
         f"{calls['calls'].sum():,} random calls, of which {calls['answered'].sum():,} were answered and "
         f"{calls['refused'].sum():,} refused. "
         f"{machine(folder / 'fuzz.json')}.\n"
