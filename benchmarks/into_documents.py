@@ -432,8 +432,9 @@ def reliability() -> str:
     calls = pd.read_csv(folder / "fuzz.csv")
     calls["good"] = calls["answered"] + calls["refused"]
     add("random calls", calls, "calls", "good", "python benchmarks/reliability.py fuzz")
+    killed = f"{len(kills):,} kills, " if len(kills) else ""
     return (
-        f"{markdown(pd.DataFrame(lines))}\n\nIn all {f'{len(kills):,} kills, ' if len(kills) else ''}{inputs['tried'].sum():,} bad inputs and "
+        f"{markdown(pd.DataFrame(lines))}\n\nIn all {killed}{inputs['tried'].sum():,} bad inputs and "
         f"{calls['calls'].sum():,} random calls, of which {calls['answered'].sum():,} were answered and "
         f"{calls['refused'].sum():,} refused. "
         f"{machine(folder / 'fuzz.json')}.\n"
