@@ -1,5 +1,8 @@
 """Keys and queries far larger than the others, and logits up to 10,000: no row loses its heaviest key unnoticed."""
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 
@@ -120,3 +123,39 @@ def test_what_stands_apart():
     assert stand_apart(q, k, 1.0).tolist() == [7]
     k[:100] *= 100
     assert len(stand_apart(q, k, 1.0)) == 0
+
+
+@pytest.mark.usefixtures("loops")
+def test_one_long_key_in_the_causal_form():
+    q, k = heads(700, 0)
+    k[17] *= 60
+    logits = (0.4 * q.double() @ k.double().mT).masked_fill(torch.ones(700, 700, dtype=torch.bool).triu(1), -torch.inf)
+    weights = logits.softmax(1)[:, 17:18]
+    with counting() as counts:
+        out = get("approxkmv").attend_causally(
+            *(t[None] for t in (q, k, torch.eye(700)[:, 17:18])), scale=0.4, seed=5, block=40, near=24
+        )[0]
+    assert counts.recomputed_rows == 0
+    clear = (weights - 0.5).abs() > 0.49
+    assert int(clear.sum()) > 500
+    assert float((out - weights)[clear].abs().max()) < 0.05
+
+
+@pytest.mark.usefixtures("loops")
+@pytest.mark.parametrize(("name", "given"), SETTINGS)
+def test_no_row_of_a_model_is_made_again(name, given):
+    with np.load(Path(__file__).parents[1] / "data" / "minilm_squad_heads.npz") as arrays:
+        q, k = (torch.from_numpy(arrays[name]) for name in "qk")
+    with counting() as counts:
+        get(name)(q, k, k[..., :1].contiguous(), seed=5, **given)
+    assert counts.recomputed_rows == 0
+
+
+@pytest.mark.parametrize(("name", "given"), [(name, {}) for name in FEW])
+def test_the_heaviest_key_at_the_default_settings(name, given):
+    q, k = heads(4096, 1)
+    scale = 1e3 / float((q @ k.mT).abs().max())
+    columns = torch.arange(4096) % 64
+    out, _ = attend(name, q, k, torch.eye(64)[columns], given, scale)
+    right = weights_of(q, k, scale) @ torch.eye(64).double()[columns]
+    assert float((out - right).abs().max()) < 0.02
