@@ -115,7 +115,7 @@ def sums(
     )
 
     def finished(rest: torch.Tensor) -> Sums:
-        rest[e.blocks.beyond_reach(k, apart), d_v] = torch.nan
+        rest[e.lost, d_v] = torch.nan
         return with_keys_apart((rest[:, :d_v], rest[:, d_v], rest[:, d_v + 1]), apart, q, k, v, e.mean, scale)
 
     # The control variate: the far key's sums, less the same sums over the sample, where it is worth its own noise.

@@ -225,6 +225,8 @@ class Expansion:
     """Everything that is known about the blocks before a single query is looked at again."""
 
     blocks: Blocks
+    lost: torch.Tensor
+    """(n_q,) whether a query is out of reach of its block."""
     mean: torch.Tensor
     """(d,) of the keys, which are taken relative to it: attention does not see a common shift."""
     rounded: torch.Tensor | None
@@ -349,11 +351,12 @@ def expand(
         labels = k_means(points, clusters, iterations, sampled, generator)
     importance = spread / metric.square()
     blocks = make_blocks(q, scale, points, importance, labels, multiple)
-    far_out = blocks.beyond_reach(k, apart)
-    if bool(far_out.any()):
+    lost = blocks.beyond_reach(k, apart)
+    if bool(lost.any()):
         # In a block of their own they do not move the centre of others.
-        labels[far_out] = clusters
+        labels[lost] = clusters
         blocks = make_blocks(q, scale, points, importance, labels, multiple)
+        lost = blocks.beyond_reach(k, apart)
 
     # An array of its own, since oneDNN's products of bfloat16 read past the rows of a view, and NaN there makes NaN.
     keys = torch.sub(k, mean, out=scratch("keys", n_k, d, dtype=low))
@@ -389,7 +392,7 @@ def expand(
         torch.sub(total.log() + highest, second, out=far_log)
     rounded = keys if low == torch.bfloat16 else None
     return Expansion(
-        blocks, mean, rounded, logs, weights, apart, thresholds, chosen, ends, total, far_log, far_value, far_axes
+        blocks, lost, mean, rounded, logs, weights, apart, thresholds, chosen, ends, total, far_log, far_value, far_axes
     )
 
 

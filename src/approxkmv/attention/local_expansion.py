@@ -59,7 +59,7 @@ def attend(
         given: list[Any] = [e.blocks.queries, e.blocks.starts, e.blocks.sizes, e.tilted]
         given += [t.numpy() for t in (*rows, v.contiguous(), out)]
         over_threads(lambda first, last: loops.expanded_answers(first, last, *given), len(e.blocks))
-        return exactly_where_lost(out, e.blocks.beyond_reach(k, apart), q, k, v, scale)
+        return exactly_where_lost(out, e.lost, q, k, v, scale)
     scale_of_row = e.blocks.of_rows(scales)
     weight = (seen.log_weight - scale_of_row).exp_()
     # Exactly in place of its share of the far key.
@@ -74,7 +74,7 @@ def attend(
     row_sums = sums[:, 0] + weight + added - weight * seen.own_share_seen
     rest = (e.blocks.of_queries(t) for t in (numerators, row_sums, scale_of_row))
     numerators, row_sums, _ = with_keys_apart(tuple(rest), apart, q, k, v, e.mean, scale)  # type: ignore[arg-type]
-    return exactly_where_lost(numerators / row_sums.unsqueeze(1), e.blocks.beyond_reach(k, apart), q, k, v, scale)
+    return exactly_where_lost(numerators / row_sums.unsqueeze(1), e.lost, q, k, v, scale)
 
 
 def exactly_where_lost(
