@@ -58,7 +58,7 @@ def running(group: int) -> list[str]:
     return sorted(found)
 
 
-def kill_at(process: subprocess.Popen[str], point: Callable[[], bool], delay: float = 0.0) -> dict | None:
+def kill_at(process: subprocess.Popen[str], point: Callable[[], object], delay: float = 0.0) -> dict | None:
     """Kill the process group `delay` seconds after the point is reached; None when the run ended before that."""
     start = time.monotonic()
     while process.poll() is None:
@@ -109,10 +109,14 @@ def cut_short(results: Path) -> list[str]:
 
 
 def project_in(folder: Path) -> Project:
-    """A folder with a model, texts and a study of two shards."""
+    """A folder with a study of two shards, whose model and texts are those of all: a shard says which it is of."""
+    inputs = folder.parent / "inputs"
+    if not inputs.is_dir():
+        save_model(inputs / "bert", "bert")
+        save_texts(inputs / "words.jsonl")
     folder.mkdir()
-    save_model(folder / "bert", "bert")
-    save_texts(folder / "words.jsonl")
+    for path in inputs.iterdir():
+        (folder / path.name).symlink_to(path)
     project = Project(folder)
     project.configure(models=["bert"], contexts=6)
     return project
@@ -129,11 +133,13 @@ def kills_of_studies(room: Path, count: int, draw: random.Random) -> list[dict]:
     while len(rows) < count:
         project = project_in(room / f"study-{len(rows)}")
         chain: list[dict] = []
-        for step in STEPS:
+        for place, step in enumerate(STEPS):
             if len(rows) + len(chain) == count:
                 break
             process = project.start("--cores", "2")
-            row = kill_at(process, lambda p=process, s=step: s in running(p.pid), draw.uniform(0, WITHIN))
+            # The step itself may have ended before the last kill.
+            later = set(STEPS[place:])
+            row = kill_at(process, lambda p=process, s=later: s & set(running(p.pid)), draw.uniform(0, WITHIN))
             if row is None:
                 break
             damaged = cut_short(project.results)
