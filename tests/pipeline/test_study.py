@@ -223,18 +223,19 @@ def test_the_project_runs_from_its_own_root():
 
 
 def test_nothing_of_a_label_is_html_in_the_report_or_mathematics_in_a_figure(project: Project):
-    project.configure(models=["bert"], contexts=3)
+    # The rule of long texts has the label among its parameters, which the report shows.
+    project.configure(models=["bert"], contexts=3, lengths=[10, 20])
     config = project.read()
     config["models"]["bert"]["label"] = "</script><b>$x_1$ 模型"
     config["corpora"]["words"]["label"] = "<i>words & $1"
     project.write(config)
     code, output = project.snakemake()
     assert code == 0, output
-    assert "max_ratios_bert: boxes stand for 型 模" in output
+    assert "length_scaling_bert: boxes stand for 型 模" in output
     code, output = project.snakemake("--report", "report.html")
     assert code == 0, output
     page = (project.folder / "report.html").read_text()
-    assert "largest c per head" in page
+    assert "long texts: " in page
     assert "</script><b>" not in page
     assert "<i>words" not in page
 
