@@ -150,7 +150,7 @@ def kills_of_studies(room: Path, count: int, draw: random.Random) -> list[dict]:
         if not same:
             print(output, file=sys.stderr)
         left = list((project.results / "activations").rglob("*.safetensors")) + list(project.results.rglob(".*"))
-        rows += [row | {"survived": same and not left and row.pop("whole_files")} for row in chain]
+        rows += [row | {"survived": same and not left and row["whole_files"]} for row in chain]
     return rows
 
 
@@ -203,7 +203,7 @@ def kills_of_sweeps(room: Path, count: int) -> list[dict]:
         output, _ = process.communicate()
         goes_on = f"goes on after the {chain[-1]['cases']} that" in output
         same = process.returncode == 0 and pd.read_csv(folder / out)[names].equals(expected[names])
-        grew = [row.pop("cases") for row in chain]
+        grew = [row["cases"] for row in chain]
         survived = same and goes_on and grew == sorted(grew) and not (folder / f"{out}.part").exists()
         if not survived:
             print(output, file=sys.stderr)
