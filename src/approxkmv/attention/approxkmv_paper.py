@@ -1,4 +1,4 @@
-"""Appendix A.1.4 of Indyk, Kapralov, Sheth & Wagner (ICLR 2025), to the letter.
+"""Appendix A.1.4 of Indyk, Kapralov, Sheth & Wagner (ICLR 2025), on values less their mean.
 
 Sorted angular hashing (KDEformer, Zandieh et al. 2023): signs of Gaussian projections give queries and keys a code,
 the codes are put in Gray order, queries and keys sorted by it are cut into blocks, and a block of queries meets its
@@ -100,7 +100,7 @@ def _approxkmv_paper(
 method = Method(
     name="approxkmv-paper",
     compute=_approxkmv_paper,
-    summary="A.1.4 to the letter: sorted hashing, column-norm sampling, more samples where the variance is high",
+    summary="A.1.4 of the paper: sorted hashing, column-norm sampling, more samples where the variance is high",
     defaults={"block": 128, "samples": 128, "projections": 7, "normalised": False},
     grid=[
         {"block": 32, "samples": 32},
