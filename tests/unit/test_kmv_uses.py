@@ -80,6 +80,7 @@ def softmax_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: 
 def assert_within(output, exact, v, epsilon):
     error = torch.linalg.vector_norm(output - exact, dim=-2)
     bound = torch.maximum(torch.linalg.vector_norm(v, dim=-2), torch.linalg.vector_norm(exact, dim=-2))
+    assert torch.all(torch.linalg.vector_norm(exact, dim=-2) > epsilon * bound), "zeros are within epsilon too"
     assert torch.all(error <= epsilon * bound)
 
 
@@ -87,7 +88,7 @@ def drawn(factor: float, n_q: int = 60, n_k: int = 70, d: int = 8, seed: int = 0
     g = torch.Generator().manual_seed(seed)
     q = factor * torch.randn(n_q, d, generator=g, dtype=torch.float64)
     k = factor * torch.randn(n_k, d, generator=g, dtype=torch.float64)
-    return q, k, torch.randn(n_k, 3, generator=g, dtype=torch.float64)
+    return q, k, 2 + torch.randn(n_k, 3, generator=g, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("factor", [0.0, 0.3, 1.0, 3.0, 60.0])
@@ -111,7 +112,7 @@ def test_attention_is_within_epsilon_of_softmax(factor, epsilon):
 def test_attention_on_a_real_head():
     with np.load(DATA) as heads:
         q, k = heads["q"], heads["k"]
-    v = np.random.default_rng(0).standard_normal((2, q.shape[1], 2))
+    v = 2 + np.random.default_rng(0).standard_normal((2, q.shape[1], 2))
     result = attention_product(q, k, v, 0.25, seed=0)
     exact = softmax_attention(torch.from_numpy(q), torch.from_numpy(k), torch.from_numpy(v))
     assert isinstance(result.output, np.ndarray)
@@ -130,6 +131,7 @@ def test_attention_at_one_large_query_beside_ordinary_ones():
 def test_attention_takes_batches_scale_and_other_sizes():
     g = torch.Generator().manual_seed(4)
     q, k, v = (torch.randn(2, 2, n, d, generator=g) for n, d in ((9, 5), (30, 5), (30, 2)))
+    v += 2
     out = approx_attention(q, k, v, 0.3, scale=0.2, seed=0)
     assert out.shape == (2, 2, 9, 2)
     assert out.dtype == torch.float64
