@@ -40,8 +40,8 @@ def read_yaml(path: Path) -> Any:
         raise ConfigError(f"{path} is not YAML{where}: {getattr(error, 'problem', error)}") from error
     except RecursionError as error:
         raise ConfigError(f"{path} is nested too deeply for a configuration") from error
-    except ValueError as error:
-        # A number of thousands of digits, a month 13.
+    except (ValueError, KeyError, AttributeError) as error:
+        # A number of thousands of digits, a month 13; what is tagged !!bool or !!timestamp and is none.
         raise ConfigError(f"{path} has a value that cannot be read: {error}") from error
 
 

@@ -36,6 +36,7 @@ def prepare(folder: Path) -> None:
     """The files that the good configuration names."""
     (folder / "model").mkdir()
     (folder / "model" / "config.json").write_text('{"model_type": "bert"}')
+    (folder / "model" / "model.safetensors").touch()
     (folder / "words.txt").write_text("One.\n\nTwo.\n")
 
 
@@ -99,6 +100,8 @@ FILES: dict[str, bytes] = {
     "yes as a key": GOOD.replace(b"studies:", b"studies:\n  yes: {complexity: {}}"),
     "a date as a key": GOOD.replace(b"studies:", b"studies:\n  2024-01-01: {complexity: {}}"),
     "a day that there is not": GOOD + b"other: 2024-13-45\n",
+    "a word as a truth value": GOOD + b"other: !!bool perhaps\n",
+    "a word as a time": GOOD + b"other: !!timestamp soon\n",
     "a number of 6,000 digits": GOOD + b"other: " + b"9" * 6000 + b"\n",
     "lists nested 100,000 deep": b"study: " + b"[" * 100_000 + b"]" * 100_000,
     "lists nested 500 deep": b"study: " + b"[" * 500 + b"]" * 500,
@@ -159,6 +162,11 @@ CHANGES: list[tuple[str, str, Any]] = [
     ("a corpus of an unknown source", "corpora.c.source", "pypi:words==1/x.txt"),
     ("a data set without a revision", "corpora.c.source", "hub:somebody/words"),
     ("a hash that a corpus has not", "corpora.c.sha256", "0" * 64),
+    ("a wheel's hash for a folder", "models.m.sha256", "0" * 64),
+    ("a hash that a model's file has not", "models.m.files", {"config.json": "0" * 64}),
+    ("a hash of a file that there is not", "models.m.files", {"weights.safetensors": "0" * 64}),
+    ("a model that is a file", "models.m.source", "path:words.txt"),
+    ("a model that is a folder without one", "models.m.source", "path:."),
     ("a hash that is too short", "models.m.sha256", "abc"),
     ("a hash in capitals", "models.m.sha256", "A" * 64),
     ("a hash with a line break", "models.m.sha256", "0" * 64 + "\n"),

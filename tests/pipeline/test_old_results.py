@@ -16,7 +16,7 @@ import yaml
 from conftest import ROOT, Project, environment, kill_when, save_model
 
 from approxkmv.errors import BusyError, TableError
-from approxkmv.files import read_table
+from approxkmv.files import hash_file, read_table
 from approxkmv.lock import hold, try_lock
 from approxkmv.steps import shards
 from approxkmv.steps.cleaning import leftovers, remove_damaged, remove_half_written
@@ -124,6 +124,18 @@ def test_a_location_of_changed_weights_goes_before_a_run_and_old_shards_once_the
     replace_weights(project, seed=5)
     remove_half_written(project.results)
     assert not (project.results / "models" / "bert.json").exists()
+
+
+def test_a_shard_whose_checksum_a_kill_has_prevented_is_made_again(tmp_path: Path):
+    shards = [tmp_path / "statistics" / "bert" / f"000{shard}.contexts.csv" for shard in range(2)]
+    for shard in shards:
+        write_shard(shard, pd.DataFrame({"context": [0]}), "weights a, texts t")
+    made_of_them = tmp_path / "tables" / "heads_bert.csv"
+    made_of_them.parent.mkdir()
+    made_of_them.touch()
+    hash_file(shards[1]).unlink()
+    assert ["no checksum" in line for line in remove_damaged(tmp_path)] == [True]
+    assert [path.exists() for path in (*shards, made_of_them)] == [True, False, False]
 
 
 def test_an_older_corpus_under_the_same_name_is_read_again(project: Project):

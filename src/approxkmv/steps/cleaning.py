@@ -53,17 +53,18 @@ def remove_half_written(results: Path) -> None:
 def remove_damaged(results: Path) -> list[str]:
     """Remove a study's shards that are not what their hash says, or of other weights or texts than are here now.
 
-    Activations cut short go too. Returns a line for each. Call it when nothing is being written, before a run: the
-    workflow then makes the files again. What was made of them goes as well, since a workflow whose last files are all
-    there does not look for the ones between.
+    One without a hash goes too, since a kill between the two leaves it so, and activations cut short. Returns a line
+    for each. Call it when nothing is being written, before a run: the workflow then makes the files again. What was
+    made of them goes as well, since a workflow whose last files are all there does not look for the ones between.
     """
     lines = []
     # Not what starts with a dot: that is half-written, by a living process or as remove_half_written finds it.
-    for file in sorted((results / "statistics").glob("*/[!.]*.sha256")):
-        path = file.with_name(file.name.removesuffix(".sha256"))
-        if not path.is_file():
+    for path in sorted((results / "statistics").glob("*/[!.]*")):
+        if path.suffix == ".sha256" or not path.is_file():
             continue
-        if is_damaged(path):
+        if not hash_file(path).is_file():
+            lines.append(_remove(path, "has no checksum"))
+        elif is_damaged(path):
             lines.append(_remove(path, "is not what its checksum says"))
         elif origin_of(path) != (_origin_now(results, path.parent.name) or origin_of(path)):
             lines.append(_remove(path, "is of other weights or texts than are here now"))
