@@ -20,9 +20,9 @@ import pandas as pd
 from into_documents import REFERENCE, ROOT, machine, markdown
 
 from approxkmv.kmv.complexity import bound_exponents
+from approxkmv.results.tables import MASKED, length_tables, model_tables, read_overview
 from approxkmv.statistics.growth import FAILS, FAR_BOUND, FAR_LENGTH, FAST, FLAT, HOLDS, SLOWLY, UNDECIDED
 from approxkmv.steps.lengths import SHARE_NAMES
-from approxkmv.steps.tables import MASKED, length_tables, model_tables, read_overview
 
 VERDICTS = (HOLDS, SLOWLY, UNDECIDED, FAILS)
 WORST = 6

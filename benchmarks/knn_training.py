@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from approxkmv.attention.knn_gradients import knn_attention
+from approxkmv.attention.searched.knn_gradients import knn_attention
 from approxkmv.files import write_csv, write_json
 from approxkmv.provenance import describe
 

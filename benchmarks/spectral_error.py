@@ -15,7 +15,7 @@ import pandas as pd
 
 from approxkmv.files import write_csv, write_json
 from approxkmv.kmv.density import ExactDensity
-from approxkmv.kmv.kdeformer import density_levels, spectral_attention
+from approxkmv.kmv.spectral_attention import density_levels, spectral_attention
 from approxkmv.provenance import describe
 from approxkmv.sweep.word_vectors import word_vectors
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from approxkmv.kernels import reduce_attention as reduce_attention
     from approxkmv.kmv.algorithm import KMVResult as KMVResult
     from approxkmv.kmv.algorithm import approx_kmv as approx_kmv
-    from approxkmv.kmv.attention import approx_attention as approx_attention
+    from approxkmv.kmv.attention_product import approx_attention as approx_attention
     from approxkmv.kmv.eigenvalue import top_eigenvalue as top_eigenvalue
     from approxkmv.statistics import OrderRatios as OrderRatios
     from approxkmv.statistics import head_to_tail_ratios as head_to_tail_ratios
@@ -31,7 +31,7 @@ _HOME = {
     "order_ratios": "approxkmv.statistics",
     "approx_kmv": "approxkmv.kmv.algorithm",
     "KMVResult": "approxkmv.kmv.algorithm",
-    "approx_attention": "approxkmv.kmv.attention",
+    "approx_attention": "approxkmv.kmv.attention_product",
     "top_eigenvalue": "approxkmv.kmv.eigenvalue",
 }
 

@@ -126,7 +126,7 @@ def statistics(
     log_to(log)
     chosen = _study(config, study)
     with step(f"statistics {model}, {activations.stem}") as notes:
-        from approxkmv.steps.measure import measure
+        from approxkmv.steps.statistics import measure
 
         times = Times()
         heads = measure(model, activations, chosen.min_prefix, chosen.prefixes, heads_out, prefixes_out, times)
@@ -153,7 +153,7 @@ def summary(
     entry = entry_of(chosen, model)
     with step(f"summary    {model}") as notes:
         from approxkmv.provenance import describe
-        from approxkmv.steps.summarise import summarise
+        from approxkmv.steps.summary import summarise
 
         facts = summarise(chosen, entry, texts, statistics, out, describe())
         notes.append(f"largest c {facts['largest_ratio']:.2f}")
@@ -417,10 +417,10 @@ def perplexity(
         from approxkmv.models import fetch as find
         from approxkmv.models import parse_source
         from approxkmv.perplexity.model import CausalModel
-        from approxkmv.perplexity.run import measure_perplexity
         from approxkmv.perplexity.settings import chosen_methods
         from approxkmv.provenance import describe
         from approxkmv.steps.fetch import read_location
+        from approxkmv.steps.perplexity import measure_perplexity
 
         methods = chosen_methods(settings["methods"])
         if location is not None:

@@ -13,10 +13,10 @@ import torch
 from approxkmv import approx_attention, approx_kmv, head_to_tail_ratios, log_kernel, order_ratios, reduce_attention
 from approxkmv import top_eigenvalue as eigenvalue
 from approxkmv.attention import get, methods
-from approxkmv.attention.knn_gradients import knn_attention
+from approxkmv.attention.searched.knn_gradients import knn_attention
 from approxkmv.kmv.constants import PaperConstants
 from approxkmv.kmv.heavy import find_heavy
-from approxkmv.kmv.kdeformer import spectral_attention
+from approxkmv.kmv.spectral_attention import spectral_attention
 from approxkmv.search.doubling_dimension import doubling_dimension
 from approxkmv.search.vamana import build, build_exhaustively
 from approxkmv.statistics import head_statistics, unmasked_and_masked_statistics

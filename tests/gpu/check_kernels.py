@@ -15,7 +15,11 @@ from pathlib import Path
 
 import torch
 
-from approxkmv.attention import approxkmv_cuda, cuda_graphs, expansion_cuda, local_expansion_cuda, triton_kernels
+from approxkmv.attention.blocks.cuda import approxkmv as approxkmv_cuda
+from approxkmv.attention.blocks.cuda import expansion as expansion_cuda
+from approxkmv.attention.blocks.cuda import local_expansion as local_expansion_cuda
+from approxkmv.attention.kernels import cuda_graphs
+from approxkmv.attention.kernels import triton as triton_kernels
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"

@@ -18,9 +18,9 @@ from conftest import ROOT, Project, environment, kill_when, save_model
 from approxkmv.errors import BusyError, TableError
 from approxkmv.files import hash_file, read_table
 from approxkmv.lock import hold, try_lock
-from approxkmv.steps import shards
+from approxkmv.results import shards
+from approxkmv.results.shards import origin_of, read_shards, write_shard
 from approxkmv.steps.cleaning import leftovers, remove_damaged, remove_half_written
-from approxkmv.steps.shards import origin_of, read_shards, write_shard
 from approxkmv.steps.show import lines
 
 HEADS = "results/tiny/tables/heads_bert.csv"

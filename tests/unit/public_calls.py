@@ -16,10 +16,10 @@ from approxkmv import (
     top_eigenvalue,
 )
 from approxkmv.attention import get, methods
-from approxkmv.attention.knn_gradients import knn_attention
+from approxkmv.attention.searched.knn_gradients import knn_attention
 from approxkmv.kmv.density import DensityLevels, ExactDensity, HashingBasedDensity, UniformDensity
 from approxkmv.kmv.heavy import find_heavy
-from approxkmv.kmv.kdeformer import spectral_attention
+from approxkmv.kmv.spectral_attention import spectral_attention
 from approxkmv.search.doubling_dimension import doubling_dimension
 from approxkmv.search.vamana import build, build_exhaustively
 from approxkmv.statistics.heads import head_statistics, unmasked_and_masked_statistics

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 USE = """
 import approxkmv, torch
 from approxkmv.attention import get, methods
-from approxkmv.attention.counting import counting
+from approxkmv.compute.counting import counting
 
 assert approxkmv.__file__.startswith({folder!r}), approxkmv.__file__
 assert "my-method" in methods()

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from approxkmv.attention import acceleration, get
-from approxkmv.attention import approxkmv as ours
-from approxkmv.attention.expansion import expand, make_blocks, stand_apart, sums_of_keys
-from approxkmv.attention.k_means import k_means
+from approxkmv.attention import get
+from approxkmv.attention.blocks import approxkmv as ours
+from approxkmv.attention.blocks.expansion import expand, make_blocks, stand_apart, sums_of_keys
+from approxkmv.attention.blocks.k_means import k_means
+from approxkmv.compute import acceleration
 
 
 @pytest.fixture(autouse=True)

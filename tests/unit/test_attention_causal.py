@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from approxkmv.attention import UnavailableError, get, methods
-from approxkmv.attention import approxkmv as ours
-from approxkmv.attention.recursive import causal_attention, causal_sums, exact_sums, merged
+from approxkmv.attention.blocks import approxkmv as ours
+from approxkmv.attention.causal import causal_attention, causal_sums, exact_sums, merged
 from approxkmv.errors import InputError
 
 CAUSAL = [name for name in methods() if get(name).causal is not None]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from approxkmv.attention import UnavailableError, get, methods
-from approxkmv.attention import exact_naive as naive_module
+from approxkmv.attention.exact import naive as naive_module
 from approxkmv.errors import InputError
 
 

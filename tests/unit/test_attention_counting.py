@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from approxkmv.attention import acceleration, get, hyperattention, methods
-from approxkmv.attention.counting import count, counting
+from approxkmv.attention import get, methods
+from approxkmv.attention.hashed import hyperattention
+from approxkmv.compute import acceleration
+from approxkmv.compute.counting import count, counting
 
 N_Q, N_K, D = 203, 203, 8
 

@@ -5,14 +5,14 @@ import torch
 
 from approxkmv.attention import get
 from approxkmv.attention.contract import UnavailableError
-from approxkmv.attention.counting import counting
+from approxkmv.compute.counting import counting
 
 triton = pytest.importorskip("triton")
-cuda = pytest.importorskip("approxkmv.attention.local_expansion_cuda")
-ours = pytest.importorskip("approxkmv.attention.approxkmv_cuda")
-expansion = pytest.importorskip("approxkmv.attention.expansion_cuda")
-graphs = pytest.importorskip("approxkmv.attention.cuda_graphs")
-kernels = pytest.importorskip("approxkmv.attention.triton_kernels")
+cuda = pytest.importorskip("approxkmv.attention.blocks.cuda.local_expansion")
+ours = pytest.importorskip("approxkmv.attention.blocks.cuda.approxkmv")
+expansion = pytest.importorskip("approxkmv.attention.blocks.cuda.expansion")
+graphs = pytest.importorskip("approxkmv.attention.kernels.cuda_graphs")
+kernels = pytest.importorskip("approxkmv.attention.kernels.triton")
 
 N_Q, N_K, D = 203, 150, 8
 GIVEN = {"scale": 0.4, "products": "float32", "directions": 0, "iterations": 2, "sampled": 3}

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from approxkmv.attention import acceleration, get, methods
+from approxkmv.attention import get, methods
 from approxkmv.attention.exponentials import LOWEST, exp_
+from approxkmv.compute import acceleration
 
 # Their near keys are summed relative to a block's centre, by loops of their own.
 BLOCKS = {"local-expansion", "approxkmv", "clustered"}

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from approxkmv.attention import acceleration, get, hyperattention, kdeformer, vkde_lsh
-from approxkmv.attention.angular_hashing import gray_rank, sort_into_blocks
-from approxkmv.attention.column_sampling import column_probabilities
-from approxkmv.attention.recursive import causal_sums
+from approxkmv.attention import get
+from approxkmv.attention.causal import causal_sums
+from approxkmv.attention.hashed import hyperattention, kdeformer, vkde_lsh
+from approxkmv.attention.hashed.angular_hashing import gray_rank, sort_into_blocks
+from approxkmv.attention.hashed.column_sampling import column_probabilities
+from approxkmv.compute import acceleration
 from approxkmv.kmv.hashing import PStableHash
 
 

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from approxkmv.attention import acceleration, get
-from approxkmv.attention.counting import counting
-from approxkmv.attention.expansion import stand_apart
+from approxkmv.attention import get
+from approxkmv.attention.blocks.expansion import stand_apart
+from approxkmv.compute import acceleration
+from approxkmv.compute.counting import counting
 
 # Settings that approximate at these lengths
 FEW = {

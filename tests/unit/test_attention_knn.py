@@ -8,9 +8,11 @@ import torch
 from scipy.stats import chi2
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from approxkmv.attention import UnavailableError, acceleration, get, lazy_gumbel
-from approxkmv.attention.knn import head_size, sampled_attention
-from approxkmv.attention.knn_gradients import estimated_gradients, knn_attention, random_walks
+from approxkmv.attention import UnavailableError, get
+from approxkmv.attention.searched import lazy_gumbel
+from approxkmv.attention.searched.knn import head_size, sampled_attention
+from approxkmv.attention.searched.knn_gradients import estimated_gradients, knn_attention, random_walks
+from approxkmv.compute import acceleration
 from approxkmv.errors import InputError
 
 pytest.importorskip("faiss")

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from approxkmv.attention import acceleration, get, methods
-from approxkmv.attention.counting import counting
+from approxkmv.attention import get, methods
+from approxkmv.compute import acceleration
+from approxkmv.compute.counting import counting
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from approxkmv.attention import UnavailableError, get
-from approxkmv.attention.deann import estimate
+from approxkmv.attention.searched.deann import estimate
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from approxkmv.attention import acceleration, get, methods
+from approxkmv.attention import get, methods
+from approxkmv.compute import acceleration
 
 N, D = 200, 16
 # Settings that approximate at this length: of their defaults some would take every key.

@@ -18,8 +18,8 @@ STEPS = {
     "fetch": "approxkmv.steps.fetch",
     "texts": "approxkmv.steps.texts",
     "extract": "approxkmv.steps.extract",
-    "statistics": "approxkmv.steps.measure",
-    "summary": "approxkmv.steps.summarise",
+    "statistics": "approxkmv.steps.statistics",
+    "summary": "approxkmv.steps.summary",
     "growth": "approxkmv.steps.growth",
     "lengths": "approxkmv.steps.lengths",
     "length_scaling": "approxkmv.steps.lengths",
@@ -27,7 +27,7 @@ STEPS = {
     "complexity": "approxkmv.steps.complexity",
     "model_heads": "approxkmv.steps.model_heads",
     "sweep": "approxkmv.sweep.run",
-    "perplexity": "approxkmv.perplexity.run",
+    "perplexity": "approxkmv.steps.perplexity",
 }
 # One process a step would import torch each time; children of one that has it import the package alone.
 CODE = """
@@ -88,7 +88,7 @@ def test_not_everything_depends_on_everything():
 
 
 def test_a_methods_module_is_in_the_sweeps_list():
-    assert ROOT / "attention" / "local_expansion.py" in command_files("sweep", "attention")
+    assert ROOT / "attention" / "blocks" / "local_expansion.py" in command_files("sweep", "attention")
     assert ROOT / "search" / "vamana.py" in command_files("sweep", "attention")
 
 

@@ -8,7 +8,7 @@ import torch
 
 from approxkmv.errors import InputError
 from approxkmv.kmv.density import DensityLevels, ExactDensity, HashingBasedDensity, UniformDensity
-from approxkmv.kmv.kdeformer import spectral_attention, weighted_exponential_density
+from approxkmv.kmv.spectral_attention import spectral_attention, weighted_exponential_density
 
 
 def case(n_q=150, n_k=200, d=4, d_v=3, seed=0):

@@ -12,8 +12,8 @@ from scipy import stats
 from approxkmv.errors import InputError
 from approxkmv.kmv.algorithm import approx_kmv
 from approxkmv.kmv.constants import PaperConstants
+from approxkmv.kmv.gaussian import GaussianKernel
 from approxkmv.kmv.heavy import find_heavy
-from approxkmv.kmv.kernel import GaussianKernel
 from approxkmv.kmv.light import approx_light, bucket
 from approxkmv.kmv.preprocess import split
 from approxkmv.kmv.sampling import BinomialTable, averages_of_counts, draw_survivors

@@ -11,7 +11,7 @@ from kmv_kernels import DATA, background, even_spread
 
 from approxkmv import approx_attention, top_eigenvalue
 from approxkmv.errors import InputError
-from approxkmv.kmv.attention import attention_product
+from approxkmv.kmv.attention_product import attention_product
 
 
 def points_of(name: str) -> tuple[np.ndarray, float]:

@@ -16,10 +16,10 @@ from approxkmv.config import load_config, study_of
 from approxkmv.errors import CaptureError
 from approxkmv.models import CapturableModel, recording
 from approxkmv.models.masks import plain_spans, spans_of
-from approxkmv.steps.activations import write_activations
+from approxkmv.results.activations import write_activations
 from approxkmv.steps.extract import require_true_prefixes
 from approxkmv.steps.lengths import measure_lengths
-from approxkmv.steps.measure import measure
+from approxkmv.steps.statistics import measure
 
 TEXT = [3 + 7 * place % 50 for place in range(40)]
 WINDOWED = {

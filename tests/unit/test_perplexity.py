@@ -17,8 +17,8 @@ from models_support import VOCABULARY
 
 from approxkmv import cli
 from approxkmv.attention import UnavailableError, get
-from approxkmv.attention import approxkmv as approxkmv_module
-from approxkmv.attention.counting import count
+from approxkmv.attention.blocks import approxkmv as approxkmv_module
+from approxkmv.compute.counting import count
 from approxkmv.config import CorpusEntry, checked, study_of
 from approxkmv.errors import CaptureError, ConfigError, InputError, TableError
 from approxkmv.models import ModelLocation
@@ -26,8 +26,8 @@ from approxkmv.models.loading import quiet
 from approxkmv.perplexity.layers import parse_layers
 from approxkmv.perplexity.model import CausalModel
 from approxkmv.perplexity.replacement import Replacement
-from approxkmv.perplexity.run import measure_perplexity
 from approxkmv.perplexity.settings import chosen_methods, from_options
+from approxkmv.steps.perplexity import measure_perplexity
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {
@@ -212,7 +212,7 @@ torch.set_num_threads(1)
 from approxkmv.config import CorpusEntry
 from approxkmv.models import ModelLocation
 from approxkmv.perplexity.model import CausalModel
-from approxkmv.perplexity.run import measure_perplexity
+from approxkmv.steps.perplexity import measure_perplexity
 from approxkmv.perplexity.settings import chosen_methods
 
 def say(line):

@@ -16,6 +16,7 @@ from approxkmv import log_kernel
 from approxkmv.config import Study, load_config, study_of
 from approxkmv.errors import ConfigError, InputError, NonFiniteError
 from approxkmv.progress import Times
+from approxkmv.results.activations import write_activations
 from approxkmv.statistics import head_statistics
 from approxkmv.statistics.entries import CAUSAL
 from approxkmv.statistics.streaming import (
@@ -28,7 +29,6 @@ from approxkmv.statistics.streaming import (
 )
 from approxkmv.statistics.streaming_cpu import add_strip, keys_holding
 from approxkmv.steps import lengths
-from approxkmv.steps.activations import write_activations
 from approxkmv.steps.lengths import measure_lengths
 
 # What is promised; both sides are good to about 1e-11.

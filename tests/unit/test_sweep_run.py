@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from approxkmv import partial
-from approxkmv.attention import exact_fused as fused_module
-from approxkmv.attention import exact_naive as naive_module
-from approxkmv.attention import local_expansion as local_module
-from approxkmv.attention.counting import count
+from approxkmv.attention.blocks import local_expansion as local_module
+from approxkmv.attention.exact import fused as fused_module
+from approxkmv.attention.exact import naive as naive_module
+from approxkmv.compute.counting import count
 from approxkmv.errors import ConfigError, InputError, SourceError, TableError
 from approxkmv.files import write_csv
 from approxkmv.statistics import streaming

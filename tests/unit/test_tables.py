@@ -17,7 +17,7 @@ from approxkmv.statistics.entries import CAUSAL, EVERY_KEY
 from approxkmv.steps.compare import claims, compare, growth_exponent
 from approxkmv.steps.growth import measure_growth
 from approxkmv.steps.show import lines
-from approxkmv.steps.summarise import per_head, scaling_with_length, summarise
+from approxkmv.steps.summary import per_head, scaling_with_length, summarise
 
 HEADS = pd.DataFrame(
     {

@@ -7,7 +7,7 @@ import pytest
 import torch
 from public_calls import CALLS, METHODS, NUMERIC, inputs, numbers
 
-from approxkmv.attention.knn_gradients import knn_attention
+from approxkmv.attention.searched.knn_gradients import knn_attention
 
 
 @pytest.fixture(autouse=True)

@@ -26,7 +26,7 @@ from approxkmv.steps.cleaning import (
     remove_damaged,
     remove_half_written,
 )
-from approxkmv.steps.shards import shard_count
+from approxkmv.results.shards import shard_count
 
 # A person sees one line per finished step, from the step itself; Snakemake's own errors stay.
 if not any(re.fullmatch(r"--dry-?run|-[a-z]*n[a-z]*", word) for word in sys.argv):

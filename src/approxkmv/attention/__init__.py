@@ -16,22 +16,22 @@ __all__ = ["Method", "UnavailableError", "get", "methods"]
 
 # One line per method: its name and the module of this package that defines it as `method`.
 _MODULES = {
-    "exact-naive": "exact_naive",
-    "exact-sdpa": "exact_sdpa",
-    "exact-fused": "exact_fused",
-    "mean": "mean",
-    "uniform": "uniform",
-    "own-key": "own_key",
-    "approxkmv-paper": "approxkmv_paper",
-    "kdeformer": "kdeformer",
-    "hyperattention": "hyperattention",
-    "clustered": "clustered",
-    "vkde-lsh": "vkde_lsh",
-    "approxkmv": "approxkmv",
-    "local-expansion": "local_expansion",
-    "knn": "knn",
-    "hnsw": "hnsw",
-    "vamana": "vamana",
+    "exact-naive": "exact.naive",
+    "exact-sdpa": "exact.sdpa",
+    "exact-fused": "exact.fused",
+    "mean": "trivial.mean",
+    "uniform": "trivial.uniform",
+    "own-key": "trivial.own_key",
+    "approxkmv-paper": "hashed.approxkmv_paper",
+    "kdeformer": "hashed.kdeformer",
+    "hyperattention": "hashed.hyperattention",
+    "clustered": "blocks.clustered",
+    "vkde-lsh": "hashed.vkde_lsh",
+    "approxkmv": "blocks.approxkmv",
+    "local-expansion": "blocks.local_expansion",
+    "knn": "searched.knn",
+    "hnsw": "searched.hnsw",
+    "vamana": "searched.vamana",
 }
 
 

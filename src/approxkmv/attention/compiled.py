@@ -10,7 +10,7 @@ from numba import njit, types
 from numba.extending import overload
 
 from approxkmv.attention.exponentials import LOWEST
-from approxkmv.attention.tiles import KEYS, LANES, WIDE, multiply_tile, multiply_tile_of_pairs
+from approxkmv.attention.kernels.tiles import KEYS, LANES, WIDE, multiply_tile, multiply_tile_of_pairs
 from approxkmv.compiling import cached_njit
 
 _CHUNK = 64  # keys whose weights are summed together before one of them is looked for

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from approxkmv.figures.style import COLOURS, ENTRIES, as_written, legend_below, new_figure, not_in_kernel, save, wrapped
-from approxkmv.steps.tables import MASKED, masks_of, model_tables, read_overview, read_statistics
+from approxkmv.results.tables import MASKED, masks_of, model_tables, read_overview, read_statistics
 
 PLACE = {"prefix": "whole", "contexts": "whole"}
 VALUES = {"mean": "number", "std": "number", "min": "number"}

@@ -8,8 +8,8 @@ import numpy as np
 
 from approxkmv.figures.heatmap import draw_heatmap, grid, is_wide, new_panels
 from approxkmv.figures.style import as_written, entries, footnote, not_in_kernel, save
+from approxkmv.results.tables import masks_of, model_tables, read_heads, read_overview
 from approxkmv.statistics.growth import FAILS, VERDICTS
-from approxkmv.steps.tables import masks_of, model_tables, read_heads, read_overview
 
 
 def draw(tables: Path, model: str, stem: Path) -> list[Path]:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from approxkmv.figures.style import COLOURS, as_written, entries, footnote, new_figure, not_in_kernel, save
+from approxkmv.results.tables import masks_of, model_tables, read_heads, read_overview
 from approxkmv.statistics.growth import FAR_BOUND, VERDICTS
-from approxkmv.steps.tables import masks_of, model_tables, read_heads, read_overview
 
 if TYPE_CHECKING:
     import pandas as pd

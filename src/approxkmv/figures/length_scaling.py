@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from approxkmv.figures.style import COLOURS, as_written, legend_below, new_figure, not_in_kernel, save, wrapped
-from approxkmv.steps.tables import length_tables, masks_of, read_heads, read_overview
+from approxkmv.results.tables import length_tables, masks_of, read_heads, read_overview
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from approxkmv.figures.heatmap import draw_heatmap, grid, is_wide, new_panels
 from approxkmv.figures.style import as_written, entries, footnote, not_in_kernel, save
-from approxkmv.steps.tables import masks_of, model_tables, read_heads, read_overview
+from approxkmv.results.tables import masks_of, model_tables, read_heads, read_overview
 
 
 def draw(tables: Path, model: str, stem: Path) -> list[Path]:

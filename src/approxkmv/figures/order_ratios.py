@@ -9,7 +9,7 @@ import numpy as np
 
 from approxkmv.figures.heatmap import draw_heatmap, grid, is_wide, new_panels
 from approxkmv.figures.style import as_written, entries, footnote, not_in_kernel, save, short
-from approxkmv.steps.tables import masks_of, model_tables, read_heads, read_overview
+from approxkmv.results.tables import masks_of, model_tables, read_heads, read_overview
 
 # 1 is the least that a ratio can be. The paper says "about 1" of K_(n)/K_(n+1): a narrow scale where that holds.
 WIDE: dict[str, Any] = {"low": 1.0, "high": 1000.0, "ticks": (1, 3, 10, 30, 100, 300, 1000)}

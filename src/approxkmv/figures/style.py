@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from approxkmv.files import written_whole
 from approxkmv.progress import LOG
+from approxkmv.results.tables import MASKED
 from approxkmv.statistics.entries import EVERY_KEY, OWN_MASK
-from approxkmv.steps.tables import MASKED
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

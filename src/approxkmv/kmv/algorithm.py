@@ -12,8 +12,8 @@ from approxkmv.errors import InputError
 from approxkmv.kmv import hashing, inputs
 from approxkmv.kmv.constants import PRINTED, PaperConstants
 from approxkmv.kmv.costs import Tally
+from approxkmv.kmv.gaussian import GaussianKernel
 from approxkmv.kmv.heavy import DEFAULT_MEMORY, HeavyKeys, least_heavy_memory, scan_buckets
-from approxkmv.kmv.kernel import GaussianKernel
 from approxkmv.kmv.light import DENSITIES, LightSum, approx_light, least_light_memory
 from approxkmv.kmv.preprocess import Split, split
 

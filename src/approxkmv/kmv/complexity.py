@@ -13,8 +13,8 @@ from approxkmv.errors import InputError
 from approxkmv.kmv import inputs
 from approxkmv.kmv.algorithm import run_parts
 from approxkmv.kmv.constants import PRINTED, PaperConstants
+from approxkmv.kmv.gaussian import GaussianKernel
 from approxkmv.kmv.heavy import DEFAULT_MEMORY, scan_buckets
-from approxkmv.kmv.kernel import GaussianKernel
 from approxkmv.kmv.light import bucket
 from approxkmv.kmv.sparse_kernels import SPARSE_KERNELS
 

@@ -13,7 +13,7 @@ from approxkmv.arrays import Array
 from approxkmv.kmv import hashing, inputs
 from approxkmv.kmv.constants import PRINTED, PaperConstants
 from approxkmv.kmv.costs import Tally
-from approxkmv.kmv.kernel import GaussianKernel
+from approxkmv.kmv.gaussian import GaussianKernel
 
 # Tables are drawn and hashed in groups of this size, whatever the memory, so that the answer does not depend on it.
 _GROUP = 8

@@ -11,8 +11,8 @@ from approxkmv.kmv import inputs, sampling
 from approxkmv.kmv.constants import PaperConstants
 from approxkmv.kmv.costs import Tally
 from approxkmv.kmv.density import DensityLevels
+from approxkmv.kmv.gaussian import GaussianKernel
 from approxkmv.kmv.heavy import HeavyKeys
-from approxkmv.kmv.kernel import GaussianKernel
 
 DENSITIES = ("auto", "exact", "levels")
 

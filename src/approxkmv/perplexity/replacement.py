@@ -15,7 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from approxkmv.attention import Method
-from approxkmv.attention.counting import counting
+from approxkmv.compute.counting import counting
 from approxkmv.errors import CaptureError
 
 # A name without "sdpa", "flash" or "flex" in it: transformers treats names with these words specially.

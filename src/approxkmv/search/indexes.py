@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from approxkmv.attention.contract import UnavailableError
-from approxkmv.attention.counting import count as report
+from approxkmv.compute.counting import count as report
 from approxkmv.errors import InputError
 from approxkmv.kernels import reduce_attention
 

@@ -14,9 +14,9 @@ from types import ModuleType
 import numpy as np
 import torch
 
-from approxkmv.attention.acceleration import over_threads
 from approxkmv.attention.contract import UnavailableError
-from approxkmv.attention.counting import count as report
+from approxkmv.compute.acceleration import over_threads
+from approxkmv.compute.counting import count as report
 from approxkmv.errors import InputError
 from approxkmv.torch_state import plain_torch
 

@@ -10,8 +10,8 @@ import pandas as pd
 
 from approxkmv.errors import TableError
 from approxkmv.files import write_csv
+from approxkmv.results.tables import masks_of, model_tables, read_heads, read_overview, read_statistics
 from approxkmv.statistics.entries import CAUSAL
-from approxkmv.steps.tables import masks_of, model_tables, read_heads, read_overview, read_statistics
 
 # Columns of the table of heads that claims are judged by.
 JUDGED = ("max_ratio", "median_next_ratio", "median_double_ratio")

@@ -13,9 +13,9 @@ from approxkmv.config import Study
 from approxkmv.corpora import Passage
 from approxkmv.errors import CaptureError, ConfigError, NonFiniteError
 from approxkmv.progress import LOG, Times, progress
-from approxkmv.steps.activations import write_activations
+from approxkmv.results.activations import write_activations
+from approxkmv.results.shards import shard_count, write_shard
 from approxkmv.steps.fetch import origin, read_location
-from approxkmv.steps.shards import shard_count, write_shard
 from approxkmv.steps.texts import read_shard
 
 if TYPE_CHECKING:

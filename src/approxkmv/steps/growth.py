@@ -9,9 +9,9 @@ import pandas as pd
 
 from approxkmv.config import Study
 from approxkmv.files import write_csv
+from approxkmv.results.tables import masks_of, model_tables, read_statistics
 from approxkmv.statistics.growth import FLOOR, Growth, fit_growth, verdict
-from approxkmv.steps.summarise import read_prefixes
-from approxkmv.steps.tables import masks_of, model_tables, read_statistics
+from approxkmv.steps.summary import read_prefixes
 
 PLACE = ["layer", "head"]
 

@@ -13,10 +13,10 @@ from approxkmv.config import ModelEntry, Study, corpus_of
 from approxkmv.errors import ApproxKMVError, ConfigError, NonFiniteError, TableError
 from approxkmv.files import write_csv, write_json
 from approxkmv.progress import Times, progress
+from approxkmv.results.activations import Activations, Shard, read_activations
+from approxkmv.results.shards import read_shards, shard_count, write_shard
+from approxkmv.results.tables import MASKED, facts_of_attention, length_tables, read_shard_table
 from approxkmv.statistics.streaming import SHARES, LengthStatistics, length_statistics
-from approxkmv.steps.activations import Activations, Shard, read_activations
-from approxkmv.steps.shards import read_shards, shard_count, write_shard
-from approxkmv.steps.tables import MASKED, facts_of_attention, length_tables, read_shard_table
 
 PLACE = {"context": "int32", "layer": "int16", "head": "int16", "length": "int32"}
 SHARE_NAMES = [f"{100 * share:g}" for share in SHARES]

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from approxkmv.errors import TableError
+from approxkmv.results.tables import MASKED_FACTS, masks_of, read_overview, read_statistics
 from approxkmv.statistics.growth import VERDICTS
 from approxkmv.steps.cleaning import leftovers, study_in
-from approxkmv.steps.tables import MASKED_FACTS, masks_of, read_overview, read_statistics
 
 # What is said of a model's texts, and of long ones.
 FACTS = ["model", "label", "corpus", "layers", "heads", "texts_used", "texts_too_short", "texts_cut", "paper_bound"]

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from approxkmv.attention import UnavailableError
-from approxkmv.attention.cuda_graphs import recordings
+from approxkmv.attention.kernels.cuda_graphs import recordings
 
 Run = Callable[[int], object]
 _NO_MEMORY = re.compile("can't allocate memory|out of memory|ALLOC_FAILED")

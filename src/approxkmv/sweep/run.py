@@ -18,9 +18,9 @@ import numpy as np
 import torch
 
 from approxkmv.attention import Method, UnavailableError, get, methods
-from approxkmv.attention.acceleration import compiled_loops
 from approxkmv.attention.contract import check_inputs
-from approxkmv.attention.counting import counting
+from approxkmv.compute.acceleration import compiled_loops
+from approxkmv.compute.counting import counting
 from approxkmv.errors import ConfigError
 from approxkmv.files import check_writable, sha256, write_text, written_with_hash
 from approxkmv.partial import PartialTable

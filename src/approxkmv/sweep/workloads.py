@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from approxkmv.attention.exact_naive import free_bytes
+from approxkmv.attention.exact.naive import free_bytes
 from approxkmv.errors import InputError, SourceError
 from approxkmv.sweep.settings import WorkloadSettings
 from approxkmv.sweep.word_vectors import shipped_vectors, word_vectors

@@ -1,0 +1,1 @@
+"""Queries in blocks of near neighbours: ApproxKMV's idea, local expansion, clustered attention."""

@@ -1,0 +1,143 @@
+"""Keys in k-means clusters: those near a block of queries exactly, each of the others as its centroid.
+
+A far cluster of m keys with mean c and mean value u counts as m keys at c with the value u. By Jensen's inequality
+that is less than its keys' sum, so the estimate is biased; it is exact where clusters are single points.
+With clusters in proportion to sqrt(n) the cost is n^1.5 d, up to constants.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+
+from approxkmv.attention.blocks.expansion import (
+    REACH,
+    make_blocks,
+    spreads,
+    stand_apart,
+    sums_of_keys,
+    variances_of,
+    with_keys_apart,
+    without,
+)
+from approxkmv.attention.blocks.k_means import k_means
+from approxkmv.attention.blocks.local_expansion import exactly_where_lost
+from approxkmv.attention.contract import Method, UnavailableError, per_batch
+from approxkmv.attention.exact import fused as exact_fused
+from approxkmv.compute.counting import count
+
+_ITERATIONS = 3
+# Points per cluster that Lloyd's iterations look at; the last assignment looks at all.
+_SAMPLED = 16
+
+
+def members(labels: torch.Tensor, clusters: torch.Tensor, counts: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Keys of each row's clusters, one row after the other, and where each row ends.
+
+    labels (n_k,) the cluster of each key, counts (C,) the keys of each, clusters (rows, p).
+    """
+    order = labels.argsort(stable=True)
+    starts = counts.cumsum(0) - counts
+    chosen = clusters.flatten()
+    sizes = counts[chosen]
+    ends = sizes.cumsum(0)
+    place = torch.arange(int(ends[-1])) - (ends - sizes).repeat_interleave(sizes)
+    keys = order[starts[chosen].repeat_interleave(sizes) + place]
+    return keys.numpy(), ends.view(clusters.shape)[:, -1].numpy()
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    generator: torch.Generator,
+    *,
+    scale: float,
+    block: int,
+    clusters: float,
+    near: int,
+) -> torch.Tensor:
+    """The method for one batch entry: float32 q (n_q, d), k (n_k, d), v (n_k, d_v) to (n_q, d_v)."""
+    number = min(len(k), math.ceil(clusters * math.sqrt(len(k))))
+    if near >= number:
+        return exact_fused.attend(q, k, v, scale, 512)
+    whole = q, k, v
+    apart = stand_apart(q, k, scale)
+    k, v = without(k, apart), without(v, apart)
+    number = min(number, len(k))
+    # Attention does not change when all keys move together, and products lose fewer digits around their mean.
+    mean = k.mean(0)
+    queries, keys = q * scale, k - mean
+    labels = k_means(keys, number, _ITERATIONS, _SAMPLED, generator)
+    # Clusters that lost all their keys go.
+    _, labels, counts = labels.unique(return_inverse=True, return_counts=True)
+    sums = torch.zeros(len(counts), keys.shape[1] + v.shape[1]).index_add_(0, labels, torch.cat([keys, v], 1))
+    centroids, values = (sums / counts.unsqueeze(1)).split([keys.shape[1], v.shape[1]], 1)
+
+    of_queries = k_means(queries, -(-len(q) // block), _ITERATIONS, _SAMPLED, generator)
+    blocks = make_blocks(queries, 1.0, queries, torch.ones(queries.shape[1]), of_queries, 1)
+    log_counts = counts.float().log()
+    ranks = torch.addmm(log_counts, blocks.centres, centroids.mT)
+    nearest = ranks.topk(min(near, len(counts)), 1, sorted=False).indices
+    chosen, ends = members(labels, nearest, counts)
+    exact, scales = sums_of_keys(blocks, k, mean, v, chosen, ends, None, torch.float32)
+
+    rows = blocks.deltas + blocks.of_rows(blocks.centres)
+    far = torch.addmm(log_counts, rows, centroids.mT)
+    count(kernel_evaluations=far.numel(), other_products=ranks.numel())
+    far.masked_fill_(blocks.of_rows(torch.zeros_like(ranks, dtype=torch.bool).scatter_(1, nearest, True)), -torch.inf)
+    row_scale = blocks.of_rows(scales)
+    # One shift for both parts, so that neither overflows
+    shift = torch.maximum(row_scale, far.amax(1))
+    far.sub_(shift.unsqueeze(1)).exp_()
+    exact *= (row_scale - shift).exp_().unsqueeze(1)
+    rest = (blocks.of_queries(t) for t in (exact[:, 1:] + far @ values, exact[:, 0] + far.sum(1), shift))
+    numerators, row_sums, _ = with_keys_apart(tuple(rest), apart, *whole, mean, scale)  # type: ignore[arg-type]
+    # Out of reach: too far from the block's centre for its exponentials, or of logits too far apart in a cluster
+    nothing = torch.zeros_like(mean)
+    some = slice(None, None, max(1, len(keys) // 512))
+    within = (keys[some] - centroids[labels[some]]).square().mean(0)
+    variances = spreads(blocks.deltas, nothing, variances_of(keys)), spreads(rows, nothing, within)
+    lost = blocks.of_queries(torch.maximum(*variances)) > REACH
+    return exactly_where_lost(numerators / row_sums.unsqueeze(1), lost, *whole, scale)
+
+
+def _clustered(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    scale: float,
+    seed: int,
+    block: int,
+    clusters: float,
+    near: int,
+) -> torch.Tensor:
+    if q.device.type != "cpu":
+        raise UnavailableError(f"clustered runs on a CPU only, not on {q.device.type}: its blocks are of unequal sizes")
+
+    def single(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        return attend(q, k, v, generator, scale=scale, block=block, clusters=clusters, near=near)
+
+    return per_batch(single, q, k, v, seed)
+
+
+method = Method(
+    name="clustered",
+    compute=_clustered,
+    summary="k-means clusters of keys: near ones exactly, far ones as their centroids",
+    # clusters: for each sqrt(n_k). near: clusters that a block of queries meets exactly.
+    defaults={"block": 64, "clusters": 1.0, "near": 4},
+    grid=[
+        {"block": 128, "clusters": 0.5, "near": 1},
+        {"block": 64, "clusters": 1.0, "near": 2},
+        {"block": 64, "clusters": 1.0, "near": 4},
+        {"block": 64, "clusters": 2.0, "near": 8},
+        {"block": 64, "clusters": 2.0, "near": 16},
+        {"block": 32, "clusters": 2.0, "near": 32},
+        {"block": 32, "clusters": 4.0, "near": 64},
+        {"block": 32, "clusters": 4.0, "near": 128},
+    ],
+)

@@ -1,0 +1,1 @@
+"""The methods of blocks on CUDA."""

@@ -1,0 +1,171 @@
+"""ApproxKMV on CUDA: the estimator of `approxkmv` on blocks of equal size, all of it in a graph.
+
+A block takes at most twice the samples of the average, for which there is room; products are of float32 numbers, since
+rounded ones would be a bias.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from approxkmv.attention.blocks.approxkmv import CONTROLLED, LEAST_SAMPLES
+from approxkmv.attention.blocks.cuda.expansion import (
+    Expansion,
+    count_clustering,
+    exactly_where_lost,
+    expand,
+    sums_of_keys,
+)
+from approxkmv.attention.blocks.expansion import REACH
+from approxkmv.attention.kernels import cuda_graphs
+from approxkmv.attention.kernels import triton as triton_kernels
+from approxkmv.compute.counting import count
+
+
+def random_inputs(
+    q: torch.Tensor, block: int, samples: int, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The query (1,) that k-means starts from, and uniform numbers (batch, blocks, room for samples)."""
+    batch, n_q = q.shape[:2]
+    blocks = -(-n_q // block)
+    room = 2 * samples if blocks > 1 else samples
+    points = torch.rand(batch, blocks, room, generator=generator, device=q.device, dtype=torch.float64)
+    return torch.randint(block, (1,), generator=generator, device=q.device), points
+
+
+def budgets(
+    e: Expansion, row_sums: torch.Tensor, scales: torch.Tensor, variances: torch.Tensor, samples: int
+) -> torch.Tensor:
+    """Samples (batch, blocks, 1) for each block, about `samples` on average: as `approxkmv.budgets` has it."""
+    share = torch.sigmoid(e.log_weight - scales - row_sums.log()).view(variances.shape)
+    s = variances.clamp_max(10.0)
+    deviation = (share.square() * (s.exp() - 1 - s)).mean(2, keepdim=True).sqrt()
+    average = deviation.mean(1, keepdim=True)
+    counts = torch.where(average > 1e-30, samples * deviation / average, float(samples))
+    return counts.clamp(min(LEAST_SAMPLES, samples), 2 * samples).round()
+
+
+def sums(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    first: torch.Tensor,
+    points: torch.Tensor,
+    *,
+    samples: int,
+    with_own_keys: bool,
+    **parameters: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Numerators (batch, n_q, d_v), row sums and the logs (batch, n_q) that both are divided by.
+
+    first and points: see `random_inputs`. with_own_keys: key i is query i's own and is summed exactly.
+    """
+    e = expand(q, k, v, first, products=torch.float32, **parameters)
+    batch, blocks, block, _ = e.deltas.shape
+    n_k, d_v = v.shape[1:]
+    room = points.shape[2]
+    heavy, heavy_sums, scales = sums_of_keys(e, e.chosen, None, torch.float32)
+    variances = e.row_variances.view(batch, blocks, block)
+    counts = budgets(e, heavy_sums, scales, variances, samples)
+
+    # Half of a light key's probability is in proportion to its weight, half is the same for all.
+    even = 0.5 / (n_k - e.chosen.shape[2])
+    probability = (0.5 * e.weights / e.total + even).scatter_(2, e.chosen, 0.0)
+    heights = probability.double().cumsum(2)
+    whole = heights[..., -1:]
+    # right: a near key, whose interval is empty, is never drawn
+    drawn = torch.searchsorted(heights, points * whole, right=True).clamp_max(n_k - 1)
+    taken = torch.arange(room, device=q.device) < counts
+    rate = counts * (probability.gather(2, drawn) / whole.float())
+    logs = torch.where(taken, -rate.log(), -torch.inf)
+    control = torch.where(taken, e.weights.gather(2, drawn) / e.total / rate, 0.0)
+    estimate, estimate_sums, estimate_scales = sums_of_keys(e, drawn, logs, torch.float32)
+
+    def of_drawn(per_key: torch.Tensor) -> torch.Tensor:
+        at = drawn.view(batch, -1, 1).expand(-1, -1, per_key.shape[2])
+        return per_key.gather(1, at).view(batch, blocks, room, -1)
+
+    # The control variate: the far key's sums, less the same sums over the sample, where it is worth its own noise.
+    weighed = control.unsqueeze(3) * of_drawn(torch.cat([torch.ones_like(e.values[..., :1]), e.values], 2))
+    means = weighed.sum(2, keepdim=True).expand(-1, -1, block, -1).flatten(1, 2)
+    tilts = 1 + d_v if e.tilted else 1
+    leans = weighed[..., :tilts].mT @ (of_drawn(e.keys) - e.far_key.unsqueeze(2))
+    leaning = (e.deltas @ leans.mT).flatten(1, 2)
+
+    own = e.own_keys() if with_own_keys else None
+    shift = torch.maximum(scales, e.log_weight)
+    shift = shift if own is None else torch.maximum(shift, own.log)
+    exact, light = (scales - shift).exp(), (estimate_scales - shift).exp()
+    weight = torch.where(variances.flatten(1) < CONTROLLED, (e.log_weight - shift).exp(), 0.0)
+    row_sums = heavy_sums * exact + estimate_sums * light + weight * (1 - means[..., 0] - leaning[..., 0])
+    value = e.value - leaning[..., 1:] if e.tilted else e.value * (1 - leaning)
+    numerators = heavy * exact.unsqueeze(2) + estimate * light.unsqueeze(2)
+    numerators = numerators + weight.unsqueeze(2) * (value - means[..., 1:])
+    if own is not None:
+        # Over the draws of its block that drew its own key, the sum of 1 / (counts p)
+        met = torch.zeros_like(e.weights).scatter_add_(2, drawn, logs.exp())
+        met = met.gather(2, e.padded.view(batch, blocks, block)).flatten(1)
+        left = torch.where(own.log > -torch.inf, 1 - met, 0.0)
+        added = (own.log - shift).exp()
+        row_sums = row_sums + left * (added - weight * own.share_seen)
+        counted = weight * (own.share_seen if e.tilted else own.share)
+        numerators = numerators + (left * (added - counted)).unsqueeze(2) * own.value
+        if not e.tilted:
+            numerators = numerators + (left * weight * (own.share - own.share_seen)).unsqueeze(2) * e.value
+    row_sums = torch.where(e.row_variances > REACH, torch.nan, row_sums)
+    together = e.of_queries(torch.cat([numerators, row_sums.unsqueeze(2), shift.unsqueeze(2)], 2))
+    return together[..., :d_v], together[..., d_v], together[..., d_v + 1]
+
+
+def steps(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *random: torch.Tensor, **parameters: Any) -> torch.Tensor:
+    """The method without a single size or branch that depends on the data; NaN where a row sum is not positive."""
+    mean = v.float().mean(1, keepdim=True)
+    numerators, row_sums, _ = sums(q, k, v - mean, *random, **parameters)
+    return numerators / torch.where(row_sums > 0, row_sums, torch.nan).unsqueeze(2) + mean
+
+
+@torch.no_grad()
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    scale: float,
+    seed: int,
+    block: int,
+    near: int,
+    samples: int,
+    directions: int,
+    iterations: int,
+    sampled: int,
+) -> torch.Tensor:
+    """ApproxKMV of q (batch, n_q, d), k (batch, n_k, d), v (batch, n_k, d_v) on their device, without gradients.
+
+    `directions` has no use here, since all axes fit.
+    """
+    batch, n_q, _ = q.shape
+    n_k = k.shape[1]
+    if near >= n_k:
+        count(kernel_evaluations=batch * n_q * n_k)
+        return triton_kernels.exact(q, k, v, scale)
+    block = min(block, n_q)
+    generator = torch.Generator(q.device).manual_seed(seed)
+    first, points = random_inputs(q, block, samples, generator)
+    _, blocks, room = points.shape
+    own = n_q if n_q == n_k else 0
+    count(kernel_evaluations=batch * (blocks * (n_k + block * (near + room + 1)) + own))
+    count_clustering(batch, n_q, blocks, iterations, sampled)
+    given = {
+        "scale": scale,
+        "block": block,
+        "near": near,
+        "samples": samples,
+        "with_own_keys": n_q == n_k,
+        "iterations": iterations,
+        "sampled": sampled,
+    }
+    with triton_kernels.on_device(q.device):
+        out = cuda_graphs.replayed(steps, [q, k, v, first, points], given)
+        return exactly_where_lost(out, q, k, v, scale).to(v.dtype)

@@ -1,0 +1,100 @@
+"""Local expansion on CUDA: `expansion_cuda`, the near keys by a Triton kernel, all of it in a graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from approxkmv.attention.blocks.cuda.expansion import count_clustering, exactly_where_lost, expand, sums_of_keys
+from approxkmv.attention.blocks.expansion import REACH
+from approxkmv.attention.kernels import cuda_graphs
+from approxkmv.attention.kernels import triton as triton_kernels
+from approxkmv.compute.counting import count
+
+# Logarithms of weights that pass a row's near keys by more are not to be believed, as on a CPU.
+_LARGEST = 80.0
+
+
+def steps(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    first: torch.Tensor,
+    *,
+    products: torch.dtype,
+    **parameters: Any,
+) -> torch.Tensor:
+    """The method without a single size or branch that depends on the data: float32 (batch, n_q, d_v), NaN where lost.
+
+    first (1,) is the query from which k-means takes its first centres.
+    """
+    # Sums of rounded products are spared the common offset of the values.
+    mean = v.float().mean(1, keepdim=True)
+    e = expand(q, k, v - mean, first, products=products, **parameters)
+    numerators, row_sums, scales = sums_of_keys(e, e.chosen, None, products)
+    shift = torch.maximum(scales, e.log_weight)
+    own = e.own_keys() if q.shape[1] == k.shape[1] else None
+    if own is not None:
+        shift = torch.maximum(shift, own.log)
+    exact, weight = (scales - shift).exp(), (e.log_weight - shift).exp()
+    numerators = numerators * exact.unsqueeze(2) + weight.unsqueeze(2) * e.value
+    row_sums = row_sums * exact + weight
+    if own is not None:
+        # Exactly in place of its share of the far key.
+        added = (own.log - shift).exp()
+        light = own.log > -torch.inf
+        counted = added - weight * (own.share_seen if e.tilted else own.share)
+        numerators = numerators + torch.where(light, counted, 0.0).unsqueeze(2) * own.value
+        if not e.tilted:
+            # What the own key's share leaves of the far value: the weights of a row add up to one.
+            numerators = numerators + (weight * (own.share - own.share_seen)).unsqueeze(2) * e.value
+        row_sums = row_sums + torch.where(light, added - weight * own.share_seen, 0.0)
+    # Far from its block's centre a row does not see what the far key weighs: it is made exactly in the end.
+    row_sums = torch.where((shift - scales < _LARGEST) & (e.row_variances <= REACH), row_sums, torch.nan)
+    return e.of_queries(numerators / row_sums.unsqueeze(2)) + mean
+
+
+@torch.no_grad()
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    scale: float,
+    seed: int,
+    products: str,
+    block: int,
+    near: int,
+    directions: int,
+    iterations: int,
+    sampled: int,
+) -> torch.Tensor:
+    """Local expansion of q (batch, n_q, d), k (batch, n_k, d), v (batch, n_k, d_v) on their device, without gradients.
+
+    The seed shifts the queries that k-means starts from; `directions` has no use here, since all axes fit.
+    """
+    batch, n_q, _ = q.shape
+    n_k = k.shape[1]
+    if near >= n_k:
+        count(kernel_evaluations=batch * n_q * n_k)
+        return triton_kernels.exact(q, k, v, scale)
+    # All queries together are the largest block.
+    block = min(block, n_q)
+    blocks = -(-n_q // block)
+    # All keys at the centres; near keys, the far key and the own one for each query. The last block is padded.
+    own = n_q if n_q == n_k else 0
+    count(kernel_evaluations=batch * (blocks * (n_k + block * (near + 1)) + own))
+    count_clustering(batch, n_q, blocks, iterations, sampled)
+    given: dict[str, Any] = {
+        "scale": scale,
+        "block": block,
+        "near": near,
+        "iterations": iterations,
+        "sampled": sampled,
+        "products": torch.float32 if products == "float32" else torch.bfloat16,
+    }
+    first = torch.full((1,), seed % block, device=q.device)
+    with triton_kernels.on_device(q.device):
+        out = cuda_graphs.replayed(steps, [q, k, v, first], given)
+        return exactly_where_lost(out, q, k, v, scale).to(v.dtype)

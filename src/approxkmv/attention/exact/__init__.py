@@ -1,0 +1,1 @@
+"""Exact attention: what every approximation is compared with."""

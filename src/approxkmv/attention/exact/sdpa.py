@@ -1,0 +1,104 @@
+"""torch's scaled_dot_product_attention with its backend chosen by trial, never left to the dispatcher."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+from approxkmv.attention.contract import Method, UnavailableError
+from approxkmv.compute.counting import count
+
+_BACKENDS = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+_fastest: dict[tuple[object, ...], str] = {}
+
+
+def _run(
+    backend: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, is_causal: bool = False
+) -> torch.Tensor:
+    # The fused backends want one width for q, k and v, a multiple of 8; zero columns change no product.
+    width = 8 * -(-max(q.shape[-1], min(v.shape[-1], 256)) // 8)
+    q, k = (pad(t, (0, width - t.shape[-1])).unsqueeze(1) for t in (q, k))
+    answers = []
+    with sdpa_kernel(_BACKENDS[backend]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns about each reason for which a backend refuses, then raises
+        for columns in v.split(width, -1):
+            padded = pad(columns, (0, width - columns.shape[-1])).unsqueeze(1)
+            answer = scaled_dot_product_attention(q, k, padded, scale=scale, is_causal=is_causal)
+            answers.append(answer[:, 0, :, : columns.shape[-1]])
+    return answers[0] if len(answers) == 1 else torch.cat(answers, -1)
+
+
+def _seconds(run: Callable[[], object], device: torch.device) -> float:
+    run()
+    best = float("inf")
+    for _ in range(3):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def choose_backend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> str:
+    """The fastest backend that accepts these inputs, tried once for each shape, type and device."""
+    key = (q.shape, k.shape, v.shape, q.dtype, q.device)
+    if key not in _fastest:
+        candidates = ("cudnn", "flash", "efficient") if q.device.type == "cuda" else ("flash",)
+        seconds: dict[str, float] = {}
+        refusals = []
+        for backend in candidates:
+            try:
+                seconds[backend] = _seconds(lambda b=backend: _run(b, q, k, v, scale), q.device)  # type: ignore[misc]
+            except RuntimeError as error:
+                refusals.append(f"{backend}: {str(error).splitlines()[0]}")
+        if not seconds:
+            raise UnavailableError(f"exact-sdpa finds no fused backend here ({'; '.join(refusals)})")
+        _fastest[key] = min(seconds, key=lambda name: seconds[name])
+    return _fastest[key]
+
+
+def _exact_sdpa(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    scale: float,
+    seed: int,
+    backend: str,
+    is_causal: bool = False,
+) -> torch.Tensor:
+    if backend == "fastest":
+        backend = choose_backend(q, k, v, scale)
+    elif backend not in _BACKENDS:
+        raise UnavailableError(f"exact-sdpa has no backend {backend!r}; it has: {', '.join(_BACKENDS)}")
+    count(kernel_evaluations=q.shape[0] * q.shape[1] * k.shape[1])
+    try:
+        return _run(backend, q, k, v, scale, is_causal)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise UnavailableError(f"exact-sdpa: backend {backend} refuses these inputs ({reason})") from error
+
+
+method = Method(
+    name="exact-sdpa",
+    compute=_exact_sdpa,
+    causal=partial(_exact_sdpa, is_causal=True),
+    summary="torch's scaled_dot_product_attention, the fastest of its fused backends",
+    defaults={"backend": "fastest"},
+    exact=True,
+    seeded=False,
+)

@@ -1,0 +1,1 @@
+"""Methods that find or sample keys by hashing."""

@@ -1,0 +1,75 @@
+"""KDEformer in practice: sorted angular hashing, and the residual from columns sampled by the norms of their values.
+
+The estimate of everything outside a query's block is unbiased, numerators and row sums both: a column drawn with
+probability P counts 1 / (m P), and not at all where its pair is in the block, which is summed exactly. Values are
+taken relative to their mean, without which their norms would show little but a common offset.
+
+Source: Zandieh, Han, Daliri & Karbasi (2023). The form with spectral guarantees is `approxkmv.kmv.spectral_attention`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from approxkmv.attention.contract import Method, per_batch
+from approxkmv.attention.hashed.angular_hashing import block_sums, sort_into_blocks, sorted_sample
+from approxkmv.attention.hashed.column_sampling import column_probabilities, with_ones
+
+
+def sums(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    generator: torch.Generator,
+    *,
+    block: int,
+    samples: int,
+    projections: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Numerators (n_q, d_v), row sums (n_q,) and the logs (n_q,) that both are divided by, for scaled queries."""
+    blocks = sort_into_blocks(q, k, generator, block=block, projections=projections)
+    probabilities = column_probabilities(v)
+    drawn = torch.multinomial(probabilities, samples, replacement=True, generator=generator)
+    if len(blocks.queries) == 1:
+        # In a single block nothing is left to estimate.
+        drawn = drawn[:0]
+    extended = with_ones(v)
+    sample, _ = sorted_sample(drawn, blocks)
+    weighted = extended[sample.keys] / (samples * probabilities[sample.keys]).unsqueeze(1)
+    out = q.new_empty(*blocks.queries.shape, extended.shape[1] + 1)
+    for here, heavy, _, light, shift in block_sums(q, k, extended, blocks, sample, weighted):
+        out[here] = torch.cat([heavy + light, shift.unsqueeze(-1)], -1)
+    answers = blocks.unsorted(out, len(q))
+    return answers[:, :-2], answers[:, -2], answers[:, -1]
+
+
+def _kdeformer(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, seed: int, **parameters: Any
+) -> torch.Tensor:
+    def single(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        numerators, row_sums, _ = sums(q * scale, k, v, generator, **parameters)
+        return numerators / row_sums.unsqueeze(1)
+
+    return per_batch(single, q, k, v, seed, around_mean=True)
+
+
+method = Method(
+    name="kdeformer",
+    compute=_kdeformer,
+    summary="sorted angular hashing, the rest from columns sampled by the norms of their values",
+    defaults={"block": 128, "samples": 128, "projections": 7},
+    grid=[
+        {"block": 32, "samples": 32},
+        {"block": 64, "samples": 64},
+        {"block": 64, "samples": 128},
+        {"block": 128, "samples": 256},
+        {"block": 256, "samples": 512},
+        {"block": 256, "samples": 1024},
+        {"block": 512, "samples": 1024},
+        {"block": 512, "samples": 2048},
+        {"block": 1024, "samples": 2048},
+        {"block": 2048, "samples": 4096},
+    ],
+)

@@ -1,0 +1,138 @@
+"""Attention as a kernel density with values, by hash tables: the keys of a query's bucket stand for all.
+
+With p_ij = Pr[h(q_i) = h(k_j)] the sum over the keys of q_i's bucket of exp(scale q_i.k_j) [v_j, 1] / p_ij is an
+unbiased estimate of numerator and row sum, for each table and so for their mean. With groups of tables the median of
+the groups' means takes its place, which is what bounds with high probability are proved for. It is not unbiased; it
+misses by less than one group's mean does, but on clustered keys the mean of all the tables still missed by less,
+large errors included, so that groups are a choice and not the default.
+
+Were p_ij the kernel exp(-scale |q_i - k_j|^2 / 2) itself, the weights would be the same for all keys of a row and
+the sums of the buckets alone would do. No hash function has that collision probability: 1 - p obeys the triangle
+inequality, since h(x) != h(z) needs h(x) != h(y) or h(y) != h(z), and 1 - exp(-r^2/2) does not, at three points on a
+short line. So the probability only resembles the kernel, and the weights mend the rest. The family is the signs of m
+projections of the vectors of Lemma 4.1, all keys of which have one norm R: p = (1 - angle / pi)^m, exactly, with
+log p = -m log 2 + (2 m / pi) cos(angle) + O(m cos^2), while log of the kernel is linear in cos(angle) with slope
+scale |q| R. Signs waste less than shifted grids do: per unit of -log p at a right angle, which is what collisions cost,
+their slope is 2 / (pi log 2), and that of p-stable grids 0.6 at most.
+
+Source: section 2.3 of A. Andoni's lecture on kernel density and attention (2025); importance weights as in
+Charikar & Siminelakis (2017); angular hashing, Charikar (2002).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from approxkmv.attention.contract import Method, per_batch
+from approxkmv.attention.exponentials import exp_
+from approxkmv.attention.hashed.column_sampling import with_ones
+from approxkmv.compute.counting import count
+
+
+def log_collision_probability(cosine: torch.Tensor, bits: int) -> torch.Tensor:
+    """log Pr[all of `bits` signs agree] at this cosine of the angle."""
+    # Opposite vectors never meet; only rounding asks.
+    angle = cosine.clamp(-1 + 1e-6, 1).acos_()
+    return angle.mul_(-1 / math.pi).log1p_().mul_(bits)
+
+
+def bits_for(bucket: int, n_k: int) -> int:
+    """Signs with which keys at a right angle to a query share its bucket about `bucket` at a time."""
+    return max(0, math.ceil(math.log2(n_k / bucket)))
+
+
+def sums(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    generator: torch.Generator,
+    *,
+    tables: int,
+    bucket: int,
+    groups: int = 1,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[Numerators, row sums] (groups, n_q, d_v + 1), each the mean over a group of tables, and their logs (n_q,).
+
+    For scaled queries q (n_q, d). Zero and -inf for a query that met no key.
+    """
+    bits = bits_for(bucket, len(k))
+    if bits == 0:
+        # Everything shares one bucket in each table.
+        tables = groups = 1
+    groups = min(groups, tables)
+    extended = with_ones(v)
+    norms = q.square().sum(1).sqrt() * k.square().sum(1).amax().sqrt()
+    inverse_norms = 1 / norms.clamp_min(1e-30)
+    lift = (k.square().sum(1).amax() - k.square().sum(1)).clamp_min(0).sqrt()
+    lifted = torch.cat([k, lift.unsqueeze(1)], 1)
+    powers = 2 ** torch.arange(bits, device=q.device)
+    out = q.new_zeros(groups, len(q), extended.shape[1])
+    shifts = q.new_full((len(q),), -torch.inf)
+    for table in range(tables):
+        directions = torch.randn(lifted.shape[1], bits, generator=generator, device=q.device)
+        count(other_products=(len(q) + len(k)) * bits)
+        code_q = ((q @ directions[:-1] > 0) * powers).sum(1)
+        code_k = ((lifted @ directions > 0) * powers).sum(1)
+        order_q, order_k = code_q.argsort(stable=True), code_k.argsort(stable=True)
+        # Gathered once, so that every bucket is a slice
+        sorted_q, sorted_k, sorted_e = q[order_q], k[order_k], extended[order_k]
+        inverse, held, shift = inverse_norms[order_q], out[:, order_q], shifts[order_q]
+        # Sizes and ends of the buckets of queries and of keys, as lists
+        sizes = [c.bincount(minlength=1 << bits) for c in (code_q, code_k)]
+        buckets = [(c.tolist(), c.cumsum(0).tolist()) for c in sizes]
+        for size_q, end_q, size_k, end_k in zip(*buckets[0], *buckets[1], strict=True):
+            if not size_q or not size_k:
+                continue
+            rows, these = slice(end_q - size_q, end_q), slice(end_k - size_k, end_k)
+            logits = sorted_q[rows] @ sorted_k[these].mT
+            count(kernel_evaluations=logits.numel())
+            if bits:
+                logits -= log_collision_probability(logits * inverse[rows].unsqueeze(1), bits)
+            highest = torch.maximum(shift[rows], logits.amax(1))
+            # All groups share the row's shift.
+            held[:, rows] *= exp_(shift[rows] - highest).unsqueeze(1)
+            shift[rows] = highest
+            held[table % groups, rows] += exp_(logits.sub_(highest.unsqueeze(1))) @ sorted_e[these]
+        out[:, order_q], shifts[order_q] = held, shift
+    in_group = torch.arange(tables, device=q.device).remainder(groups).bincount(minlength=groups)
+    return out / in_group.view(-1, 1, 1), shifts
+
+
+def _vkde_lsh(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, seed: int, **parameters: Any
+) -> torch.Tensor:
+    def single(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        # Attention does not change when all keys move together, and angles tell more around their mean.
+        both, _ = sums(q * scale, k - k.mean(0), v, generator, **parameters)
+        ordered = both.sort(0).values
+        mean, median = both.mean(0), 0.5 * (ordered[(len(both) - 1) // 2] + ordered[len(both) // 2])
+        # Half of the groups may have met nothing.
+        both = torch.where(median[:, -1:] > 0, median, mean)
+        # Of a query that met no key nothing is known.
+        return torch.where(both[:, -1:] > 0, both[:, :-1] / both[:, -1:], v.mean(0))
+
+    return per_batch(single, q, k, v, seed)
+
+
+method = Method(
+    name="vkde-lsh",
+    compute=_vkde_lsh,
+    summary="hash tables: the keys of a query's bucket, weighted by their chance to be there",
+    # bucket: keys at a right angle that a query meets in a table. groups: 1 for the mean over tables, more for the
+    # median of so many means.
+    defaults={"tables": 16, "bucket": 32, "groups": 1},
+    grid=[
+        {"tables": 4, "bucket": 16},
+        {"tables": 8, "bucket": 32},
+        {"tables": 16, "bucket": 32},
+        {"tables": 16, "bucket": 64},
+        {"tables": 16, "bucket": 128},
+        {"tables": 24, "bucket": 128, "groups": 3},
+        {"tables": 32, "bucket": 128},
+        {"tables": 40, "bucket": 128, "groups": 5},
+        {"tables": 32, "bucket": 256},
+    ],
+)

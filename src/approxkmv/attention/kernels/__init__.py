@@ -1,0 +1,1 @@
+"""Tiles of products, Triton kernels and CUDA graphs that several methods share."""

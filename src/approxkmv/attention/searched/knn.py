@@ -1,0 +1,161 @@
+"""kNN attention (Haris, arXiv 2411.04013): a head of nearest keys, a tail by lazy Gumbel sampling.
+
+A row of attention is the expectation of a value under the row's softmax. The samples are those of `lazy_gumbel`;
+with an exact index they are exact, so that the expectation of the answer is attention itself. Its error is at most
+|V| sqrt(2 log(2 n d_v / delta) / samples) in every entry with probability 1 - delta (Hoeffding), and relative to a
+non-negative entry O_ij at most sqrt(3 |V| log(2 n d_v / delta) / (samples O_ij)) (Chernoff), for any head.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from approxkmv.attention.contract import Method, per_batch
+from approxkmv.attention.exact import fused as exact_fused
+from approxkmv.attention.exponentials import softmax
+from approxkmv.attention.searched.lazy_gumbel import SampledRows, sample_rows
+from approxkmv.compute.counting import count
+from approxkmv.search.indexes import Index, make_index
+
+_CAUSAL_ROWS = 256  # queries of the causal form that share their own keys exactly and one search of the earlier ones
+
+
+def head_size(top: int, n_k: int) -> int:
+    """`top`, or the root of the number of keys, the paper's choice, where it is 0."""
+    return min(n_k, top or math.ceil(math.sqrt(n_k)))
+
+
+def _floor(found: torch.Tensor) -> torch.Tensor:
+    """(n,) the least of the logits (n, h) that were found."""
+    return found.masked_fill(found == -torch.inf, torch.inf).amin(1)
+
+
+def sampled_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    generator: torch.Generator,
+    *,
+    top: int,
+    samples: int,
+    index: str,
+    head: str,
+    **graph: int,
+) -> SampledRows:
+    """A sparse matrix whose expectation is softmax(q k^T), for scaled float32 q (n_q, d) and k (n_k, d)."""
+    searched = make_index(index, k, **graph)
+    searched.add(0, len(k))
+    keys, logits = searched.search(q, head_size(top, len(k)))
+    keys = keys.clamp_min(0)
+    return sample_rows(q, k, keys, logits, _floor(logits), len(k), samples, generator, head=head)
+
+
+def _knn(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    scale: float,
+    seed: int,
+    top: int,
+    samples: int,
+    index: str,
+    head: str,
+    **graph: int,
+) -> torch.Tensor:
+    def single(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        if head_size(top, len(k)) == len(k) and head == "exact":
+            if q.device.type == "cpu":
+                return exact_fused.attend(q, k, v, scale, 512)
+            count(kernel_evaluations=len(q) * len(k))
+            return softmax((q * scale) @ k.mT) @ v
+        # Attention does not change when all keys move together; around their mean a graph has shorter distances.
+        sampled = sampled_attention(
+            q * scale, k - k.mean(0), generator, top=top, samples=samples, index=index, head=head, **graph
+        )
+        return sampled.product(v)
+
+    return per_batch(single, q, k, v, seed)
+
+
+def _causal_block(
+    index: Index,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    first: int,
+    last: int,
+    generator: torch.Generator,
+    top: int,
+    samples: int,
+    head: str,
+) -> torch.Tensor:
+    """Rows first to last - 1 of causal attention: their own keys and the best of the earlier ones, then the tail."""
+    some, own = q[first:last], torch.arange(first, last, device=q.device)
+    logits = (some @ k[first:last].mT).masked_fill_(own > own.unsqueeze(1), -torch.inf)
+    keys = own.expand(last - first, -1)
+    floor = torch.full((last - first,), -torch.inf, device=q.device)
+    if first:
+        near = head_size(top, first)
+        found, found_logits = index.search(some, near)
+        keys = torch.cat([found.clamp_min(0), keys], 1)
+        logits = torch.cat([found_logits, logits], 1)
+        floor = floor if near == first else _floor(found_logits)
+    return sample_rows(some, k, keys, logits, floor, first, samples, generator, head=head).product(v)
+
+
+def _causal(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    scale: float,
+    seed: int,
+    top: int,
+    samples: int,
+    index: str,
+    head: str,
+    **graph: int,
+) -> torch.Tensor:
+    def single(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        q, k = q * scale, k - k.mean(0)
+        searched = make_index(index, k, **graph)
+        parts = []
+        for first in range(0, len(q), _CAUSAL_ROWS):
+            last = min(first + _CAUSAL_ROWS, len(q))
+            parts.append(_causal_block(searched, q, k, v, first, last, generator, top, samples, head))
+            searched.add(first, last)
+        return torch.cat(parts)
+
+    return per_batch(single, q, k, v, seed)
+
+
+method = Method(
+    name="knn",
+    compute=_knn,
+    causal=_causal,
+    summary="nearest keys exactly, the tail by lazy Gumbel sampling; unbiased with an exact index",
+    defaults={
+        "top": 0,
+        "samples": 16,
+        "index": "flat",
+        "head": "exact",
+        "links": 12,
+        "construction": 32,
+        "breadth": 64,
+    },
+    may_be_zero=frozenset({"top"}),
+    choices={"head": ("exact", "sampled")},
+    grid=[
+        {"top": 16, "samples": 1, "index": "hnsw", "links": 6, "construction": 16, "breadth": 16},
+        {"top": 32, "samples": 4, "index": "hnsw", "links": 8, "construction": 24, "breadth": 32},
+        {"top": 32, "samples": 4},
+        {"top": 0, "samples": 8},
+        {"top": 0, "samples": 32},
+        {"top": 256, "samples": 32},
+        {"top": 512, "samples": 64},
+        {"top": 1024, "samples": 128},
+        {"top": 2048, "samples": 256},
+    ],
+)

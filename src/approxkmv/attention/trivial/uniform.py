@@ -1,0 +1,30 @@
+"""Attention to a uniform sample of the keys, the same for all queries."""
+
+from __future__ import annotations
+
+import torch
+
+from approxkmv.attention.contract import Method, per_batch
+from approxkmv.attention.exponentials import softmax
+from approxkmv.compute.counting import count
+
+
+def _uniform(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, seed: int, samples: int
+) -> torch.Tensor:
+    def single(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        chosen = torch.randint(len(k), (min(samples, len(k)),), generator=generator, device=k.device)
+        count(kernel_evaluations=len(q) * len(chosen))
+        return softmax((q * scale) @ k[chosen].mT) @ v[chosen]
+
+    return per_batch(single, q, k, v, seed)
+
+
+method = Method(
+    name="uniform",
+    compute=_uniform,
+    summary="softmax over uniformly sampled keys, the same for all queries",
+    defaults={"samples": 64},
+    grid=[{"samples": 2**i} for i in range(3, 13)],
+    trivial=True,
+)

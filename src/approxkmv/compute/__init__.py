@@ -1,0 +1,1 @@
+"""Threads, scratch memory and counting: what statistics and attention share."""

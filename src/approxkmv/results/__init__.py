@@ -1,0 +1,1 @@
+"""The files between the steps: tables, shards, activations."""
