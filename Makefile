@@ -12,7 +12,7 @@ report: .venv/ready
 	PATH="$(CURDIR)/$(BIN):$$PATH" snakemake --cores all --report results/report.html
 
 test: .venv/ready-for-tests
-	PATH="$(CURDIR)/$(BIN):$$PATH" pytest
+	PATH="$(CURDIR)/$(BIN):$$PATH" pytest -n 2 --dist loadfile
 
 benchmarks: .venv/ready
 	$(BIN)/python benchmarks/statistics_speed.py

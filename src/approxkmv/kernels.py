@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from approxkmv.arrays import Array, queries_and_keys, resolve_scale
-from approxkmv.torch_state import plain_torch
+from approxkmv.compute.torch_state import plain_torch
 
 
 @dataclass(frozen=True)

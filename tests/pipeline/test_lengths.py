@@ -153,14 +153,17 @@ def test_lengths_beyond_max_tokens_are_refused(project: Project):
 
 
 def test_activations_that_overflow_their_type_are_named(project: Project):
+    from safetensors import safe_open
     from safetensors.torch import load_file, save_file
 
     long_study(project)
     prepared(project)
     tensors = load_file(project.folder / "out.safetensors")
+    with safe_open(project.folder / "out.safetensors", "pt") as handle:
+        metadata = handle.metadata()
     tensors["0000001.queries"][1, 2, 3, 4] = 1e30
     tensors["0000001.queries"] = tensors["0000001.queries"].half()
-    save_file(tensors, project.folder / "out.safetensors")
+    save_file(tensors, project.folder / "out.safetensors", metadata=metadata)
     code, output = lengths(project)
     assert code == 2
     assert "model llama, context 1, layer 1" in output

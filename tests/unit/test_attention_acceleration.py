@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 
-from approxkmv.compute.acceleration import over_threads
+from approxkmv.compute.threads import over_threads
 
 
 @pytest.fixture(params=[1, 2, 3])

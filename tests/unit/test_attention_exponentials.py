@@ -5,8 +5,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from approxkmv.attention import get, methods
-from approxkmv.attention.exponentials import LOWEST, exp_
-from approxkmv.compute import acceleration
+from approxkmv.attention.kernels.exponentials import LOWEST, exp_
+from approxkmv.compute import loops as compute_loops
 
 # Their near keys are summed relative to a block's centre, by loops of their own.
 BLOCKS = {"local-expansion", "approxkmv", "clustered"}
@@ -50,7 +50,7 @@ def test_the_inputs_have_what_they_are_to_show():
 @pytest.mark.parametrize("name", sorted(set(methods()) - {"own-key"} - BLOCKS))
 @pytest.mark.parametrize("d_v", [1, 20])
 def test_no_subnormal_number_in_a_product(name, d_v, monkeypatch):
-    monkeypatch.setattr(acceleration, "_module", lambda: None)
+    monkeypatch.setattr(compute_loops, "numba_works", lambda: False)
     with Watched() as watched:
         get(name)(*sharp(d_v=d_v), scale=1.0, seed=1)
     assert watched.products > 0 or name in ("mean", "exact-sdpa")
@@ -59,7 +59,7 @@ def test_no_subnormal_number_in_a_product(name, d_v, monkeypatch):
 
 @pytest.mark.parametrize("name", ["hyperattention", "knn"])
 def test_no_subnormal_number_in_a_product_of_a_causal_form(name, monkeypatch):
-    monkeypatch.setattr(acceleration, "_module", lambda: None)
+    monkeypatch.setattr(compute_loops, "numba_works", lambda: False)
     with Watched() as watched:
         get(name).attend_causally(*sharp(n_q=530), scale=1.0, seed=1)
     assert watched.products > 0
@@ -67,14 +67,15 @@ def test_no_subnormal_number_in_a_product_of_a_causal_form(name, monkeypatch):
 
 
 def test_compiled_exponentials_are_normal_numbers():
-    compiled = pytest.importorskip("approxkmv.attention.compiled")
+    exact = pytest.importorskip("approxkmv.attention.exact.loops")
+    hashed = pytest.importorskip("approxkmv.attention.hashed.loops")
     logits = torch.linspace(-200, 0, 4096).view(8, 512)
     columns, shifts = torch.ones(3, 512), torch.zeros(8)
     numerators, row_sums, sums = torch.zeros(3, 8), torch.zeros(8), torch.zeros(8, 3)
     nowhere = torch.zeros(8, dtype=torch.int64).numpy()
     plain, shifted = logits.clone(), logits.clone()
-    compiled.add_exponentials(plain.numpy(), columns.numpy(), numerators.numpy(), row_sums.numpy())
-    compiled.shifted_exponentials(shifted.numpy(), nowhere, nowhere, columns.numpy(), shifts.numpy(), sums.numpy())
+    exact.add_exponentials(plain.numpy(), columns.numpy(), numerators.numpy(), row_sums.numpy())
+    hashed.shifted_exponentials(shifted.numpy(), nowhere, nowhere, columns.numpy(), shifts.numpy(), sums.numpy())
     for weights in (plain, shifted):
         assert float(weights.min()) > 1e-35
         assert torch.allclose(weights.double(), logits.double().exp(), rtol=1e-6, atol=2e-35)
@@ -98,7 +99,7 @@ def test_rows_far_below_the_bound_are_right(distance, d_v, loops, monkeypatch):
     The other keys have equal logits, so that the answer is their mean; the long key has a value that would show.
     """
     if loops == "torch":
-        monkeypatch.setattr(acceleration, "_module", lambda: None)
+        monkeypatch.setattr(compute_loops, "numba_works", lambda: False)
     n = 4000
     q, k = torch.tensor([[[1.0, 0.0]]]), torch.zeros(1, n, 2)
     # Half of them turned away and half of them far: the mean stays at 0.

@@ -8,7 +8,7 @@ import torch
 
 from approxkmv.attention import get
 from approxkmv.attention.blocks.expansion import stand_apart
-from approxkmv.compute import acceleration
+from approxkmv.compute import loops as compute_loops
 from approxkmv.compute.counting import counting
 
 # Settings that approximate at these lengths
@@ -35,7 +35,7 @@ def loops(request, monkeypatch):
     if request.param == "compiled":
         pytest.importorskip("numba")
     else:
-        monkeypatch.setattr(acceleration, "_module", lambda: None)
+        monkeypatch.setattr(compute_loops, "numba_works", lambda: False)
 
 
 def heads(n, seed, d=16, n_k=None):

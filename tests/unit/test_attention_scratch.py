@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from approxkmv.attention import get, methods
-from approxkmv.compute import acceleration
+from approxkmv.compute import loops as compute_loops
+from approxkmv.compute import scratch as compute_scratch
 from approxkmv.compute.counting import counting
 
 
@@ -23,7 +24,7 @@ def loops(request, monkeypatch):
     if request.param == "compiled":
         pytest.importorskip("numba")
     else:
-        monkeypatch.setattr(acceleration, "_module", lambda: None)
+        monkeypatch.setattr(compute_loops, "numba_works", lambda: False)
 
 
 def poison(monkeypatch):
@@ -41,7 +42,7 @@ def poison(monkeypatch):
 
         return made
 
-    monkeypatch.setattr(acceleration, "_POISONED", True)
+    monkeypatch.setattr(compute_scratch, "_POISONED", True)
     for owner, names in (
         (torch, ("empty", "empty_like", "empty_strided")),
         (torch.Tensor, ("new_empty", "new_empty_strided")),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from approxkmv.attention import get, methods
-from approxkmv.compute import acceleration
+from approxkmv.compute import loops as compute_loops
 
 N, D = 200, 16
 # Settings that approximate at this length: of their defaults some would take every key.
@@ -37,7 +37,7 @@ def loops(request, monkeypatch):
     if request.param == "compiled":
         pytest.importorskip("numba")
     else:
-        monkeypatch.setattr(acceleration, "_module", lambda: None)
+        monkeypatch.setattr(compute_loops, "numba_works", lambda: False)
 
 
 def inputs(d_v):

@@ -16,14 +16,14 @@ PACKAGE = Path(__file__).parents[2] / "src" / "approxkmv"
 
 # A loop whose constant and callee are of another file.
 _PART = """
-from approxkmv.compiling import cached_njit
+from approxkmv.compute.compiling import cached_njit
 FACTOR = 2.0
 @cached_njit(nogil=True)
 def shifted(x):
     return x + 1.0
 """
 _WHOLE = """
-from approxkmv.compiling import cached_njit
+from approxkmv.compute.compiling import cached_njit
 from approxkmv.part import FACTOR, shifted
 @cached_njit(nogil=True)
 def answer(x):
@@ -152,4 +152,6 @@ for name in ("exact-fused", "clustered", "local-expansion", "approxkmv", "knn"):
 
 def test_no_loop_asks_numba_for_its_own_cache():
     for file in PACKAGE.rglob("*.py"):
-        assert "cache=True" not in file.read_text(), f"{file}: cached_njit of approxkmv/compiling.py keeps the code"
+        assert "cache=True" not in file.read_text(), (
+            f"{file}: cached_njit of approxkmv/compute/compiling.py keeps the code"
+        )

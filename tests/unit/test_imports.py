@@ -72,7 +72,7 @@ def test_what_is_imported_in_a_function_or_through_a_package_is_in_the_list():
     assert ROOT / "models" / "capture.py" in command_files("extract")
     assert ROOT / "models" / "openai_gpt.py" in command_files("extract")
     assert ROOT / "provenance.py" in command_files("summary")
-    assert ROOT / "steps" / "shards.py" in command_files("summary")
+    assert ROOT / "results" / "shards.py" in command_files("summary")
 
 
 def test_not_everything_depends_on_everything():

@@ -148,7 +148,7 @@ def test_c_is_left_out_where_numba_does_not_work(vectors, tmp_path, monkeypatch)
         raise SystemError("initialization of _internal failed without raising an exception")
 
     monkeypatch.setattr(streaming, "length_statistics", broken)
-    monkeypatch.setattr(run_module, "compiled_loops", lambda: streaming)
+    monkeypatch.setattr(run_module, "numba_works", lambda: True)
     said = []
     asked = settings(vectors, methods=["mean"], targets=[0.9], workload={"lengths": [150]})
     run_sweep(asked, tmp_path / "sweep.csv", {}, say=said.append)

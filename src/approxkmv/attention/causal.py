@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from approxkmv.attention.exponentials import exp_
+from approxkmv.attention.kernels.exponentials import exp_
 from approxkmv.compute.counting import count
 
 Sums = tuple[torch.Tensor, torch.Tensor, torch.Tensor]

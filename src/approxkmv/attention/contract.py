@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from approxkmv.arrays import resolve_scale, resolve_seed
+from approxkmv.compute.torch_state import plain_torch
 from approxkmv.errors import ApproxKMVError, InputError
-from approxkmv.torch_state import plain_torch
 
 Parameters = Mapping[str, Any]
 

@@ -9,13 +9,13 @@ import numpy as np
 import torch
 
 from approxkmv.arrays import LARGEST_PRODUCT, Array, as_float64, queries_and_keys, resolve_scale
+from approxkmv.compute.torch_state import plain_torch
 from approxkmv.errors import InputError
 from approxkmv.kernels import reduce_attention
 from approxkmv.kmv import inputs
 from approxkmv.kmv.algorithm import approx_kmv
 from approxkmv.kmv.costs import Tally
 from approxkmv.kmv.heavy import DEFAULT_MEMORY, HeavyKeys
-from approxkmv.torch_state import plain_torch
 
 
 @dataclass(frozen=True)

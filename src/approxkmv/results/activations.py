@@ -78,7 +78,7 @@ def read_activations(path: Path) -> Shard:
             names = sorted(handle.keys())
             scales = handle.get_tensor("scales")
             causal, masked = (bool(handle.get_tensor(name)) for name in ("causal", "masked"))
-            origin = handle.metadata()["origin"]
+            origin = (handle.metadata() or {})["origin"]
     except FileNotFoundError as error:
         raise TableError(f"{path} is missing: run extract for this model and shard first") from error
     except (SafetensorError, OSError, KeyError, TypeError) as error:

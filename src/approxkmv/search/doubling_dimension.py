@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from approxkmv.arrays import as_float64
+from approxkmv.compute.torch_state import plain_torch
 from approxkmv.errors import InputError
-from approxkmv.torch_state import plain_torch
 
 _QUANTILES = (0.01, 0.03, 0.1, 0.3, 0.6, 1.0)
 

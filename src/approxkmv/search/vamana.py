@@ -15,10 +15,10 @@ import numpy as np
 import torch
 
 from approxkmv.attention.contract import UnavailableError
-from approxkmv.compute.acceleration import over_threads
 from approxkmv.compute.counting import count as report
+from approxkmv.compute.threads import over_threads
+from approxkmv.compute.torch_state import plain_torch
 from approxkmv.errors import InputError
-from approxkmv.torch_state import plain_torch
 
 _LARGEST = 1e17
 _WIDTH = 16  # coordinates are padded to whole vectors of the processor

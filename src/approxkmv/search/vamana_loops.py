@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from approxkmv.compiling import cached_njit
+from approxkmv.compute.compiling import cached_njit
 
 _FLAGS = {"reassoc", "contract", "nsz"}
 

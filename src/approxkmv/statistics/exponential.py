@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from approxkmv.compiling import cached_njit
+from approxkmv.compute.compiling import cached_njit
 
 LOG2_E = 1.4426950408889634
 # ln 2 in two parts: the first has trailing zero bits, so that its product with an integer is exact.

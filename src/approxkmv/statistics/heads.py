@@ -12,11 +12,11 @@ import numpy as np
 import torch
 
 from approxkmv.arrays import Array, queries_and_keys, resolve_scale
+from approxkmv.compute.torch_state import plain_torch
 from approxkmv.errors import InputError
 from approxkmv.statistics.head_to_tail import ratios_of_prefixes
 from approxkmv.statistics.order import order_logarithms
 from approxkmv.statistics.softmax import softmax_statistics
-from approxkmv.torch_state import plain_torch
 
 # In place of the logarithm of an entry that a mask hides: its exponential is 0 whatever it is relative to.
 HIDDEN = -1e300

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from approxkmv.compiling import cached_njit
+from approxkmv.compute.compiling import cached_njit
 from approxkmv.statistics.selection import select_largest
 
 SAMPLE = 2048

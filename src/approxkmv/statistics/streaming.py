@@ -21,8 +21,8 @@ import numpy as np
 import torch
 
 from approxkmv.arrays import Array, queries_and_keys, resolve_scale
+from approxkmv.compute.torch_state import plain_torch
 from approxkmv.errors import InputError, NonFiniteError
-from approxkmv.torch_state import plain_torch
 
 # Shares of a row's softmax mass whose keys are counted.
 SHARES = (0.9, 0.99)

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import torch
 
-from approxkmv.compiling import cached_njit
+from approxkmv.compute.compiling import cached_njit
 from approxkmv.errors import NonFiniteError
 from approxkmv.statistics.exponential import exp_and_sum
 from approxkmv.statistics.streaming import SHARES, Largest

@@ -19,8 +19,8 @@ import torch
 
 from approxkmv.attention import Method, UnavailableError, get, methods
 from approxkmv.attention.contract import check_inputs
-from approxkmv.compute.acceleration import compiled_loops
 from approxkmv.compute.counting import counting
+from approxkmv.compute.loops import numba_works
 from approxkmv.errors import ConfigError
 from approxkmv.files import check_writable, sha256, write_text, written_with_hash
 from approxkmv.partial import PartialTable
@@ -150,7 +150,7 @@ class _Inputs:
 
     def head_to_tail(self, say: Callable[[str], None]) -> float | None:
         """c of the first input's kernel; None where that takes too long or numba, which it needs, does not work."""
-        if self.case.n > _LONGEST_KERNEL or compiled_loops() is None:
+        if self.case.n > _LONGEST_KERNEL or not numba_works():
             return None
         p = self.problem("evaluation", 0)
         try:

@@ -31,8 +31,9 @@ from approxkmv.attention.blocks.local_expansion import exactly_where_lost
 from approxkmv.attention.causal import Sums, causal_attention, exact_sums
 from approxkmv.attention.contract import Method, UnavailableError, per_batch
 from approxkmv.attention.exact import fused as exact_fused
-from approxkmv.compute.acceleration import compiled_loops, over_threads
 from approxkmv.compute.counting import count
+from approxkmv.compute.loops import compiled_loops
+from approxkmv.compute.threads import over_threads
 
 LEAST_SAMPLES = 4
 # Beyond this variance of a query's logits around its block's, the far key says too little to be a control variate.
@@ -59,7 +60,7 @@ def predicted_deviation(
     control variate, which is about that of a lognormal beyond its first order, exp(s) - 1 - s, s being the variance
     of the query's logits around its block's.
     """
-    loops = compiled_loops()
+    loops = compiled_loops("attention.blocks.loops")
     if loops is not None:
         out = torch.empty(len(e.blocks), dtype=torch.float64)
         tensors = (heavy, scales, log_weight, e.blocks.row_variances, out)
@@ -88,7 +89,7 @@ def sums(
 
     with_own_keys: key i is the query's own, of as many keys as queries, and is summed exactly.
     """
-    loops, d_v, scale = compiled_loops(), v.shape[1], clustering["scale"]
+    loops, d_v, scale = compiled_loops("attention.blocks.loops"), v.shape[1], clustering["scale"]
     apart = stand_apart(q, k, scale)
     if loops is not None and clustering["directions"] == 0 and not len(apart):
         out = torch.empty(len(q), d_v + 2)
@@ -184,7 +185,7 @@ def draw(e: Expansion, counts: np.ndarray, generator: torch.Generator) -> Sample
     ends = counts.cumsum()
     points = torch.rand(int(ends[-1]), generator=generator, dtype=torch.float64).numpy()
     keys = np.empty(len(points), np.int64)
-    loops = compiled_loops()
+    loops = compiled_loops("attention.blocks.loops")
     if loops is not None:
         logs, control = np.empty(len(keys), np.float32), np.empty(len(keys), np.float32)
         given = ends, e.ends, e.chosen, e.weights.numpy(), e.total.numpy(), points, keys, logs, control

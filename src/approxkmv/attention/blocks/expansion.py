@@ -16,8 +16,10 @@ import torch
 
 from approxkmv.attention.blocks.k_means import k_means
 from approxkmv.attention.causal import Sums, exact_sums, merged
-from approxkmv.compute.acceleration import compiled_loops, native_bfloat16, over_threads, scratch
 from approxkmv.compute.counting import count
+from approxkmv.compute.loops import compiled_loops, native_bfloat16
+from approxkmv.compute.scratch import scratch
+from approxkmv.compute.threads import over_threads
 
 # Each tilted column of v costs d more columns in the far sums; beyond these the far value is the block's mean.
 _TILTED_COLUMNS = 2
@@ -101,7 +103,7 @@ def make_blocks(
 
     importance (r,): what a square along each of the points' axes counts in `row_variances`.
     """
-    loops = compiled_loops()
+    loops = compiled_loops("attention.blocks.loops")
     grouped: Grouped = (loops.group if loops is not None else _group)(labels.numpy(), multiple)
     queries, rows, block_of, starts, sizes = grouped
     number = len(starts)
@@ -155,7 +157,7 @@ def principal_axes(k: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Ten
 
 def spreads(points: torch.Tensor, middle: torch.Tensor, variances: torch.Tensor) -> torch.Tensor:
     """(n,) the sum over the columns of (points (n, d) - middle (d,))^2 variances (d,)."""
-    loops = compiled_loops()
+    loops = compiled_loops("attention.blocks.loops")
     if loops is None:
         return (points - middle).square() @ variances
     out = torch.empty(len(points))
@@ -265,7 +267,7 @@ class Expansion:
         blocks = self.blocks
         rows, d_v = len(blocks.deltas), self.far_value.shape[1]
         count(kernel_evaluations=rows + (0 if k is None else len(blocks.rows)))
-        loops = compiled_loops()
+        loops = compiled_loops("attention.blocks.loops")
         if loops is not None:
             whole = torch.empty(4, rows)
             value = torch.empty(rows, d_v) if self.tilted else self.far_value
@@ -334,7 +336,7 @@ def expand(
     """
     n_k, d_v = v.shape
     d = q.shape[1]
-    loops = compiled_loops()
+    loops = compiled_loops("attention.blocks.loops")
     multiple = _ROWS_OF_BFLOAT16 if low == torch.bfloat16 and loops is None else 1
     mean = k.mean(0)
     axes, spread = principal_axes(without(k, apart), min(directions, d))
@@ -434,7 +436,7 @@ def choose_keys(
     blocks, n_k = logs.shape
     tilts = v.shape[1]
     kept = _rank_of_bar(n_k, near, first)
-    loops = compiled_loops()
+    loops = compiled_loops("attention.blocks.loops")
     if loops is not None:
         highest, thresholds = torch.empty(blocks), torch.empty(blocks)
         totals, values = torch.empty(blocks), torch.empty(blocks, tilts)
@@ -481,7 +483,7 @@ def sums_of_keys(
     lengths[1:] -= ends[:-1]
     # Each key with each query, padded rows too, and with the block's centre
     count(kernel_evaluations=int((blocks.sizes + 1) @ lengths))
-    loops = compiled_loops()
+    loops = compiled_loops("attention.blocks.loops")
     if extra is None:
         extra = torch.zeros(len(chosen))
     if loops is not None:

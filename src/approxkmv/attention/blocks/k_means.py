@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import torch
 
-from approxkmv.compute.acceleration import compiled_loops, scratch
 from approxkmv.compute.counting import count
+from approxkmv.compute.loops import compiled_loops
+from approxkmv.compute.scratch import scratch
 
 
 def k_means(
     points: torch.Tensor, clusters: int, iterations: int, sampled: int, generator: torch.Generator
 ) -> torch.Tensor:
     """Label (n,) of each of points (n, r): Lloyd's iterations on `sampled` points a cluster, then one on all."""
-    loops = compiled_loops()
+    loops = compiled_loops("attention.blocks.loops")
 
     def nearest(some: torch.Tensor) -> torch.Tensor:
         norms = centres.square().sum(1)

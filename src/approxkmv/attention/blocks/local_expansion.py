@@ -19,8 +19,9 @@ from approxkmv.attention.blocks.expansion import (
 )
 from approxkmv.attention.contract import Method, UnavailableError, per_batch
 from approxkmv.attention.exact import fused as exact_fused
-from approxkmv.compute.acceleration import compiled_loops, native_bfloat16, over_threads
 from approxkmv.compute.counting import count
+from approxkmv.compute.loops import compiled_loops, native_bfloat16
+from approxkmv.compute.threads import over_threads
 
 
 def attend(
@@ -37,7 +38,7 @@ def attend(
     """The method for one batch entry on a CPU: float32 q (n_q, d), k (n_k, d), v (n_k, d_v) to (n_q, d_v)."""
     if near >= len(k):
         return exact_fused.attend(q, k, v, scale, 512)
-    loops = compiled_loops()
+    loops = compiled_loops("attention.blocks.loops")
     apart = stand_apart(q, k, scale)
     if loops is not None and clustering["directions"] == 0 and not len(apart):
         out = torch.empty(len(q), v.shape[1])

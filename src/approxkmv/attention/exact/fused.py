@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from approxkmv.attention.contract import Method, UnavailableError
-from approxkmv.attention.exponentials import LOWEST, exp_
-from approxkmv.compute.acceleration import compiled_loops
+from approxkmv.attention.kernels.exponentials import LOWEST, exp_
 from approxkmv.compute.counting import count
+from approxkmv.compute.loops import compiled_loops
 
 # Below this row sum the shift was so far above the row's maximum that terms were lost: exponentials are at least
 # exp(LOWEST), so that what n of them add to a larger sum is under n 2e-13 of it.
@@ -34,7 +34,7 @@ def _by_bound(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tile: int) -> t
     shifted_q = torch.cat([q, -shift.unsqueeze(1)], 1)
     keys_and_one = torch.cat([k, k.new_ones(len(k), 1)], 1)
     columns = v.mT.contiguous().mT  # each column contiguous
-    loops = compiled_loops() if v.shape[1] <= _FEW_COLUMNS else None
+    loops = compiled_loops("attention.exact.loops") if v.shape[1] <= _FEW_COLUMNS else None
     numerators, row_sums = q.new_zeros(v.shape[1], n_q), q.new_zeros(n_q)
     buffer = q.new_empty(min(tile, n_q) * min(tile, len(k)))
     for i in range(0, n_q, tile):

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from approxkmv.attention.contract import Method, UnavailableError
-from approxkmv.attention.exponentials import LOWEST, flushed_
+from approxkmv.attention.kernels.exponentials import LOWEST, flushed_
 from approxkmv.compute.counting import count
 
 

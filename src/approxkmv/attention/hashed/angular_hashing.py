@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
-from approxkmv.attention.exponentials import exp_
-from approxkmv.compute.acceleration import compiled_loops
+from approxkmv.attention.kernels.exponentials import exp_
 from approxkmv.compute.counting import count
+from approxkmv.compute.loops import compiled_loops
 
 # So many queries at a time: their logits with the sample stay near the cache.
 _ROWS = 1024
@@ -120,7 +120,11 @@ def block_sums(
     """
     number, rows = blocks.queries.shape
     sampled_k = k[sample.keys].mT
-    loops = compiled_loops() if q.device.type == "cpu" and columns.shape[1] <= _FEW_COLUMNS else None
+    loops = (
+        compiled_loops("attention.hashed.loops")
+        if q.device.type == "cpu" and columns.shape[1] <= _FEW_COLUMNS
+        else None
+    )
     columns = columns.mT.contiguous()
     place = torch.arange(len(sample.keys), device=q.device)
     step = max(1, _ROWS // rows)

@@ -14,9 +14,9 @@ import math
 import torch
 
 from approxkmv.attention.contract import Method, per_batch
-from approxkmv.attention.exponentials import flushed_
 from approxkmv.attention.hashed.angular_hashing import block_sums, sort_into_blocks, sorted_sample
 from approxkmv.attention.hashed.column_sampling import column_probabilities, with_ones
+from approxkmv.attention.kernels.exponentials import flushed_
 
 _MORE = 1.5
 

@@ -27,8 +27,8 @@ from typing import Any
 import torch
 
 from approxkmv.attention.contract import Method, per_batch
-from approxkmv.attention.exponentials import exp_
 from approxkmv.attention.hashed.column_sampling import with_ones
+from approxkmv.attention.kernels.exponentials import exp_
 from approxkmv.compute.counting import count
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from approxkmv.attention.exponentials import exp_
+from approxkmv.attention.kernels.exponentials import exp_
 from approxkmv.compute.counting import count
 
 _ROWS = 512  # queries at a time: products with the sample stay in the cache

@@ -14,7 +14,7 @@ import torch
 
 from approxkmv.attention.contract import Method, per_batch
 from approxkmv.attention.exact import fused as exact_fused
-from approxkmv.attention.exponentials import softmax
+from approxkmv.attention.kernels.exponentials import softmax
 from approxkmv.attention.searched.lazy_gumbel import SampledRows, sample_rows
 from approxkmv.compute.counting import count
 from approxkmv.search.indexes import Index, make_index

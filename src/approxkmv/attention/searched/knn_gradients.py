@@ -23,8 +23,8 @@ from approxkmv.arrays import resolve_seed
 from approxkmv.attention.contract import check_inputs
 from approxkmv.attention.searched.knn import method, sampled_attention
 from approxkmv.attention.searched.lazy_gumbel import SampledRows, products_of_pairs
+from approxkmv.compute.torch_state import plain_torch
 from approxkmv.errors import InputError
-from approxkmv.torch_state import plain_torch
 
 _ENTRIES = 1 << 18  # gathered at a time
 

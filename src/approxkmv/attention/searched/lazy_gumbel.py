@@ -15,9 +15,10 @@ from dataclasses import dataclass
 
 import torch
 
-from approxkmv.attention.exponentials import exp_
-from approxkmv.compute.acceleration import compiled_loops, over_threads
+from approxkmv.attention.kernels.exponentials import exp_
 from approxkmv.compute.counting import count
+from approxkmv.compute.loops import compiled_loops
+from approxkmv.compute.threads import over_threads
 
 _GAMES = 1 << 15  # samples of all rows at a time, each of which may meet as many tail keys as the root of n
 _PAIRS = 1 << 20  # rows gathered at a time
@@ -66,12 +67,11 @@ def products_of_pairs(q: torch.Tensor, k: torch.Tensor, rows: torch.Tensor, keys
     """<q[rows], k[keys]> (t,) for t pairs."""
     if len(rows) == 0:
         return q.new_empty(0)
-    if q.device.type == "cpu" and compiled_loops() is not None:
-        from approxkmv.attention.searched.compiled_pairs import products
-
+    loops = compiled_loops("attention.searched.loops") if q.device.type == "cpu" else None
+    if loops is not None:
         out = torch.empty(len(rows))
         given = [t.contiguous().numpy() for t in (q, k, rows, keys, out)]
-        over_threads(lambda first, last: products(first, last, *given), len(rows))
+        over_threads(lambda first, last: loops.products(first, last, *given), len(rows))
         return out
     parts = zip(rows.split(_PAIRS // 16), keys.split(_PAIRS // 16), strict=True)
     return torch.cat([torch.linalg.vecdot(q[some], k[here]) for some, here in parts])

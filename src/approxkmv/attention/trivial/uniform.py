@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from approxkmv.attention.contract import Method, per_batch
-from approxkmv.attention.exponentials import softmax
+from approxkmv.attention.kernels.exponentials import softmax
 from approxkmv.compute.counting import count
 
 

@@ -26,7 +26,7 @@ from numba.core.serialize import dumps
 from approxkmv.errors import TableError
 from approxkmv.files import written_whole
 
-_PACKAGES = Path(__file__).parent.parent
+_PACKAGES = Path(__file__).parents[2]
 _UNUSED = 30 * 86400  # seconds after which code that nobody loaded goes
 
 

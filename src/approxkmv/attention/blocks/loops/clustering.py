@@ -1,0 +1,125 @@
+"""Compiled loops that cut queries into blocks."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from approxkmv.attention.kernels.numbers import FLAGS, f32
+from approxkmv.compute.compiling import cached_njit
+
+
+@cached_njit(fastmath=FLAGS, nogil=True)
+def nearest(distances, points, labels):
+    """labels (rows,) = the column with the least of distances (rows, columns) + |points|^2, which is not negative.
+
+    The bits of a float32 that is not negative are in the order of the numbers; with the column in place of the last
+    ones a single minimum of integers, which the compiler vectorises, finds both. Distances that agree to 12 bits or
+    more may be taken for equal: for a clustering they are.
+    """
+    columns = distances.shape[1]
+    places = 1
+    while places < columns:
+        places *= 2
+    mask = np.int32(places - 1)
+    keep = np.int32(-places)
+    for i in range(len(labels)):
+        least = np.int32(2147483647)
+        square = f32(0.0)
+        for p in range(points.shape[1]):
+            square += points[i, p] * points[i, p]
+        for j in range(columns):
+            x = f32(max(distances[i, j] + square, f32(0.0)))
+            least = min(least, (x.view(np.int32) & keep) | np.int32(j))
+        labels[i] = least & mask
+
+
+@cached_njit(fastmath=FLAGS, nogil=True)
+def spreads(points, middle, variances, out):
+    """out (n,) = the sum over the columns of (points (n, d) - middle (d,))^2 variances (d,)."""
+    for i in range(len(points)):
+        whole = f32(0.0)
+        for p in range(points.shape[1]):
+            x = points[i, p] - middle[p]
+            whole += x * x * variances[p]
+        out[i] = whole
+
+
+@cached_njit(nogil=True)
+def group(labels, multiple):
+    """queries, rows, labels, starts and sizes of `Blocks`: points (n,) with a label in blocks, a block for each used.
+
+    A block's rows are padded to a multiple of some.
+    """
+    n = len(labels)
+    counts = np.zeros(labels.max() + 1, np.int64)
+    for i in range(n):
+        counts[labels[i]] += 1
+    number = np.count_nonzero(counts)
+    block_of_label = np.empty(len(counts), np.int64)
+    starts, sizes, following = np.empty(number, np.int64), np.empty(number, np.int64), np.empty(number, np.int64)
+    b = whole = 0
+    for label in range(len(counts)):
+        if counts[label] > 0:
+            block_of_label[label] = b
+            starts[b] = following[b] = whole
+            sizes[b] = (counts[label] + multiple - 1) // multiple * multiple
+            whole += sizes[b]
+            b += 1
+    queries = np.full(whole, -1)
+    rows, block_of = np.empty(n, np.int64), np.empty(n, np.int64)
+    for i in range(n):
+        b = block_of_label[labels[i]]
+        queries[following[b]] = i
+        rows[i] = following[b]
+        block_of[i] = b
+        following[b] += 1
+    return queries, rows, block_of, starts, sizes
+
+
+@cached_njit(fastmath=FLAGS, nogil=True)
+def centre_blocks(q, scale, points, importance, queries, starts, sizes, deltas, centres, variances, row_variances):
+    """Fill deltas (rows, d), centres (blocks, d), variances (blocks, r) and row_variances (rows,), block after block.
+
+    q (n, d) times scale are the queries, whose centre and distances from it are wanted; points (n, r), whose variance
+    is, for each block along each axis, and for each row over the axes, times their importance (r,).
+    """
+    d = q.shape[1]
+    r = points.shape[1]
+    middle = np.empty(r, np.float32)
+    for b in range(len(starts)):
+        first = starts[b]
+        last = first + sizes[b]
+        # Padded rows are a block's last.
+        while queries[last - 1] < 0:
+            last -= 1
+            deltas[last, :] = f32(0.0)
+            row_variances[last] = f32(0.0)
+        share = f32(1.0) / f32(last - first)
+        for p in range(d):
+            centres[b, p] = f32(0.0)
+        for p in range(r):
+            middle[p] = f32(0.0)
+            variances[b, p] = f32(0.0)
+        for row in range(first, last):
+            query = queries[row]
+            for p in range(d):
+                centres[b, p] += q[query, p]
+            for p in range(r):
+                middle[p] += points[query, p]
+        for p in range(d):
+            centres[b, p] *= share * scale
+        for p in range(r):
+            middle[p] *= share
+        for row in range(first, last):
+            query = queries[row]
+            for p in range(d):
+                deltas[row, p] = q[query, p] * scale - centres[b, p]
+            whole = f32(0.0)
+            for p in range(r):
+                delta = points[query, p] - middle[p]
+                square = delta * delta
+                variances[b, p] += square
+                whole += square * importance[p]
+            row_variances[row] = whole
+        for p in range(r):
+            variances[b, p] *= share
