@@ -167,9 +167,16 @@ def _load(kind: Any, location: ModelLocation, dtype: torch.dtype, attention: str
             dtype=dtype,
             attn_implementation=attention,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
             **({} if config is None else {"config": config}),
             **_options(location),
             **_weight_options(location),
+        )
+    if info["mismatched_keys"]:
+        key, in_file, in_model = min(info["mismatched_keys"])
+        raise SourceError(
+            f"{_name(location)}: {len(info['mismatched_keys'])} weights are not of the size that the configuration "
+            f"says, first {key}: {tuple(in_file)} in the file, {tuple(in_model)} in the model: correct config.json"
         )
     missing = sorted(key for key in info["missing_keys"] if not AFTER_ATTENTION.search(key) and _random(model, key))
     if missing:
