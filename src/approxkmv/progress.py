@@ -66,12 +66,16 @@ def reason_of(error: BaseException) -> str | None:
 
 
 def _is_of_memory(error: BaseException) -> bool:
-    """Python's and NumPy's MemoryError, the system's, and torch's: a class of its own on CUDA, a sentence on a CPU."""
+    """Python's and NumPy's MemoryError, the system's, and torch's: a class of its own on CUDA, sentences on a CPU.
+
+    With far too little its libraries cannot be mapped, or oneDNN has no room for the code that it makes.
+    """
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     words = ("can't allocate memory", "not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    words += ("could not create a primitive", "failed to map segment")
     return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+        isinstance(error, (RuntimeError, ImportError)) and any(word in str(error) for word in words)
     )
 
 

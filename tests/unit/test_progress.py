@@ -98,9 +98,11 @@ def raising(error: Exception) -> Callable[[], None]:
         lambda: torch.empty(2**55),
         lambda: mmap.mmap(-1, 2**55),
         raising(OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nGPU 0 has 79 GiB.")),
+        raising(RuntimeError("could not create a primitive")),
+        raising(ImportError("libtorch_cpu.so: failed to map segment from shared object")),
         read_with_too_little,
     ],
-    ids=["numpy", "torch", "system", "cuda", "in place of"],
+    ids=["numpy", "torch", "system", "cuda", "onednn", "library", "in place of"],
 )
 def test_too_little_memory_is_one_line_that_says_what_to_lower(monkeypatch, capsys, log, command):
     monkeypatch.setattr(cli, "app", command)
