@@ -37,3 +37,15 @@ class TableError(ApproxKMVError):
 
 class BusyError(ApproxKMVError):
     """Another run works in the same folder."""
+
+
+class UnavailableError(ApproxKMVError):
+    """A method cannot run on this device, with these shapes or in this memory; a sweep records why and goes on."""
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error's text that says something, and what a colon at its end leads to; or its name."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if len(lines) > 1 and lines[0].endswith(":"):
+        return f"{lines[0]} {lines[1]}"
+    return lines[0] if lines else type(error).__name__

@@ -6,6 +6,7 @@ import torch
 
 from approxkmv.attention import get
 from approxkmv.attention.blocks import approxkmv as ours
+from approxkmv.attention.blocks import light_keys
 from approxkmv.attention.blocks.expansion import expand, make_blocks, stand_apart, sums_of_keys
 from approxkmv.attention.blocks.k_means import k_means
 from approxkmv.compute import loops as compute_loops
@@ -194,10 +195,10 @@ def test_budgets_go_where_the_deviation_is():
     start, size = int(e.blocks.starts[0]), int(e.blocks.sizes[0])
     # The far key holds nine tenths of the sums of one block and nothing of the others'.
     log_weight[start : start + size] = np.log(9.0)
-    deviation = ours.predicted_deviation(e, heavy, torch.zeros(len(e.blocks)), log_weight)
+    deviation = light_keys.predicted_deviation(e, heavy, torch.zeros(len(e.blocks)), log_weight)
     s = e.blocks.row_variances[start : start + size].double().clamp_max(10)
     assert torch.allclose(deviation[0], 0.9 * (s.exp() - 1 - s).mean().sqrt(), rtol=1e-4)
-    counts = ours.budgets(e, deviation, 32)
+    counts = light_keys.budgets(e, deviation, 32)
     assert int(counts[0]) == 128
     assert bool((counts[1:] == 4).all())
 
@@ -238,7 +239,7 @@ def test_draws_have_the_probability_that_they_say():
         **{**CLUSTERING, "block": 212},
     )
     number = 400_000
-    sample = ours.draw(e, np.array([number]), torch.Generator().manual_seed(1))
+    sample = light_keys.draw(e, np.array([number]), torch.Generator().manual_seed(1))
     keys = torch.from_numpy(sample.keys)
     rate = (-torch.from_numpy(sample.logs).double()).exp() / number
     drawn = torch.bincount(keys, minlength=212)
@@ -315,7 +316,7 @@ def test_without_axes_every_block_has_its_samples():
     q, k, v = clustered(240, 8, 1)
     without = {**CLUSTERING, "directions": 0, "scale": 1.0, "low": torch.float32}
     e = expand(q, k, v, torch.Generator().manual_seed(0), stand_apart(q, k, 1.0), **without)
-    assert ours.budgets(e, torch.zeros(1, dtype=torch.float64), 33).tolist() == [33]
+    assert light_keys.budgets(e, torch.zeros(1, dtype=torch.float64), 33).tolist() == [33]
 
 
 def test_paper_with_one_block_is_exact():

@@ -18,15 +18,9 @@ from approxkmv.errors import ConfigError, InputError, NonFiniteError
 from approxkmv.progress import Times
 from approxkmv.results.activations import write_activations
 from approxkmv.statistics import head_statistics
-from approxkmv.statistics.entries import CAUSAL
-from approxkmv.statistics.streaming import (
-    SHARES,
-    Largest,
-    LengthStatistics,
-    add_strip_by_torch,
-    every_key,
-    length_statistics,
-)
+from approxkmv.statistics.entries import CAUSAL, SHARES
+from approxkmv.statistics.largest import Largest
+from approxkmv.statistics.streaming import LengthStatistics, add_strip_by_torch, every_key, length_statistics
 from approxkmv.statistics.streaming_cpu import add_strip, keys_holding
 from approxkmv.steps import lengths
 from approxkmv.steps.lengths import measure_lengths

@@ -11,16 +11,12 @@ import torch
 
 from approxkmv.arrays import resolve_scale, resolve_seed
 from approxkmv.compute.torch_state import plain_torch
-from approxkmv.errors import ApproxKMVError, InputError
+from approxkmv.errors import InputError, UnavailableError
 
 Parameters = Mapping[str, Any]
 
 # What norms of rows, and products of them, may be: their squares, times any number of rows, stay within float32.
 LARGEST = 1e12
-
-
-class UnavailableError(ApproxKMVError):
-    """A method cannot run on this device, with these shapes or in this memory; a sweep records why and goes on."""
 
 
 @dataclass(frozen=True)

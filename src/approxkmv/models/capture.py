@@ -235,7 +235,7 @@ class CapturableModel:
             raise
         except Exception as error:
             # Anything: it comes from inside an architecture that was never run this way.
-            from approxkmv.models.fetching import one_line
+            from approxkmv.errors import one_line
 
             raise CaptureError(
                 f"{self.architecture} does not run on token ids alone "

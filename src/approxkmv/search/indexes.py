@@ -8,9 +8,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from approxkmv.attention.contract import UnavailableError
 from approxkmv.compute.counting import count as report
-from approxkmv.errors import InputError
+from approxkmv.errors import InputError, UnavailableError
 from approxkmv.kernels import reduce_attention
 
 

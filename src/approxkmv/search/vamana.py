@@ -14,11 +14,10 @@ from types import ModuleType
 import numpy as np
 import torch
 
-from approxkmv.attention.contract import UnavailableError
 from approxkmv.compute.counting import count as report
 from approxkmv.compute.threads import over_threads
 from approxkmv.compute.torch_state import plain_torch
-from approxkmv.errors import InputError
+from approxkmv.errors import InputError, UnavailableError
 
 _LARGEST = 1e17
 _WIDTH = 16  # coordinates are padded to whole vectors of the processor

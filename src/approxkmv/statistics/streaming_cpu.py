@@ -9,8 +9,9 @@ import torch
 
 from approxkmv.compute.compiling import cached_njit
 from approxkmv.errors import NonFiniteError
+from approxkmv.statistics.entries import SHARES
 from approxkmv.statistics.exponential import exp_and_sum
-from approxkmv.statistics.streaming import SHARES, Largest
+from approxkmv.statistics.largest import Largest
 
 _SHARES = np.array(SHARES)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from approxkmv.config import Study, load_config, study_of
 from approxkmv.errors import TableError
 from approxkmv.files import hash_file, is_damaged
-from approxkmv.models.fetching import is_running
+from approxkmv.models.folders import is_running
 from approxkmv.results.shards import origin_of, shard_count
 from approxkmv.steps.fetch import origin, read_location
 

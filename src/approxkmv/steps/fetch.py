@@ -10,7 +10,7 @@ from approxkmv.config import ModelEntry
 from approxkmv.errors import SourceError, TableError
 from approxkmv.files import sha256, write_json
 from approxkmv.models import ModelLocation, fetch, parse_source
-from approxkmv.models.fetching import RECORD
+from approxkmv.models.folders import RECORD
 from approxkmv.models.sources import PathSource, identity
 
 

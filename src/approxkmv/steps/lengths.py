@@ -16,7 +16,8 @@ from approxkmv.progress import Times, progress
 from approxkmv.results.activations import Activations, Shard, read_activations
 from approxkmv.results.shards import read_shards, shard_count, write_shard
 from approxkmv.results.tables import MASKED, facts_of_attention, length_tables, read_shard_table
-from approxkmv.statistics.streaming import SHARES, LengthStatistics, length_statistics
+from approxkmv.statistics.entries import SHARES
+from approxkmv.statistics.streaming import LengthStatistics, length_statistics
 
 PLACE = {"context": "int32", "layer": "int16", "head": "int16", "length": "int32"}
 SHARE_NAMES = [f"{100 * share:g}" for share in SHARES]

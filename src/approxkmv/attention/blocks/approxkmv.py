@@ -11,14 +11,12 @@ leaves the estimates unbiased.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 from approxkmv.attention.blocks.expansion import (
-    Expansion,
     expand,
     lost_of_one_block,
     of_one_block,
@@ -26,6 +24,14 @@ from approxkmv.attention.blocks.expansion import (
     stand_apart,
     sums_of_keys,
     with_keys_apart,
+)
+from approxkmv.attention.blocks.light_keys import (
+    CONTROLLED,
+    budgets,
+    draw,
+    predicted_deviation,
+    sampled_moments,
+    sampled_own,
 )
 from approxkmv.attention.blocks.local_expansion import exactly_where_lost
 from approxkmv.attention.causal import Sums, causal_attention, exact_sums
@@ -35,44 +41,8 @@ from approxkmv.compute.counting import count
 from approxkmv.compute.loops import compiled_loops
 from approxkmv.compute.threads import over_threads
 
-LEAST_SAMPLES = 4
-# Beyond this variance of a query's logits around its block's, the far key says too little to be a control variate.
-CONTROLLED = 2.0
 # In the causal form, triangles of at most so many queries are exact.
 _EXACT_BELOW = 256
-
-
-def budgets(e: Expansion, deviation: torch.Tensor, samples: int) -> np.ndarray:
-    """Samples (blocks,) for each block, `samples` on average over the queries, from its predicted deviation."""
-    sizes = e.blocks.sizes
-    average = float(deviation.numpy() @ sizes) / float(sizes.sum())
-    # Without axes nothing is known of the deviation: the same for all.
-    counts = samples * (deviation.numpy() / average if average > 1e-30 else np.ones(len(sizes)))
-    return counts.clip(min(LEAST_SAMPLES, samples), 4 * samples).round().astype(np.int64)
-
-
-def predicted_deviation(
-    e: Expansion, heavy: torch.Tensor, scales: torch.Tensor, log_weight: torch.Tensor
-) -> torch.Tensor:
-    """Root mean square (blocks,), float64, over a block's rows, of what one sample would leave uncertain.
-
-    Relative to the row's sum: the far part of it, times the deviation of one sample of the difference from the
-    control variate, which is about that of a lognormal beyond its first order, exp(s) - 1 - s, s being the variance
-    of the query's logits around its block's.
-    """
-    loops = compiled_loops("attention.blocks.loops")
-    if loops is not None:
-        out = torch.empty(len(e.blocks), dtype=torch.float64)
-        tensors = (heavy, scales, log_weight, e.blocks.row_variances, out)
-        given = e.blocks.starts, e.blocks.sizes, *(t.numpy() for t in tensors)
-        over_threads(lambda first, last: loops.far_deviations(first, last, *given), len(e.blocks))
-        return out
-    # A row whose sums left float32 is made again in the end; until then its light keys count as all there is.
-    share = torch.sigmoid(log_weight - e.blocks.of_rows(scales) - heavy[:, 0].log()).nan_to_num(1.0)
-    s = e.blocks.row_variances.clamp_max(10.0)
-    # Padded rows have no variance.
-    predicted = share.square() * (s.exp() - 1 - s)
-    return torch.from_numpy(np.add.reduceat(predicted.double().numpy(), e.blocks.starts) / e.blocks.sizes).sqrt()
 
 
 def sums(
@@ -156,89 +126,6 @@ def sums(
             rest = left * weight * (seen.own_share_seen - seen.own_share)
             numerators = numerators - rest.unsqueeze(1) * blocks.of_rows(seen.value)
     return finished(blocks.of_queries(torch.cat([numerators, row_sums.unsqueeze(1), shift.unsqueeze(1)], 1)))
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Light keys (m,), independent, so many of them for each block, block after block."""
-
-    keys: np.ndarray
-    ends: np.ndarray
-    """Those of block b are keys[ends[b-1]:ends[b]]."""
-    logs: np.ndarray
-    """(m,) logarithm of 1 / (counts p), p being the probability of the key: with it exp(q.k) counts."""
-    control: np.ndarray
-    """(m,) w / (sum(w) counts p), with which the key counts in the sums of the control variate."""
-
-    def blocks(self) -> torch.Tensor:
-        """(m,) the block of each."""
-        return torch.from_numpy(np.searchsorted(self.ends, np.arange(len(self.keys)), side="right"))
-
-
-def draw(e: Expansion, counts: np.ndarray, generator: torch.Generator) -> Sample:
-    """counts[b] light keys for block b.
-
-    Half of the probability of a key is in proportion to its expected weight w, half is the same for all: no term can
-    then be more than twice as large as under uniform sampling, however far a query lies from its block.
-    """
-    blocks, n_k = len(counts), e.weights.shape[2]
-    ends = counts.cumsum()
-    points = torch.rand(int(ends[-1]), generator=generator, dtype=torch.float64).numpy()
-    keys = np.empty(len(points), np.int64)
-    loops = compiled_loops("attention.blocks.loops")
-    if loops is not None:
-        logs, control = np.empty(len(keys), np.float32), np.empty(len(keys), np.float32)
-        given = ends, e.ends, e.chosen, e.weights.numpy(), e.total.numpy(), points, keys, logs, control
-        over_threads(lambda first, last: loops.draw_light(first, last, *given), blocks)
-        return Sample(keys, ends, logs, control)
-    # Without a light key there is nothing to draw: any key, of weight 0.
-    with np.errstate(divide="ignore"):
-        even = 1.0 / (n_k - np.diff(e.ends, prepend=0)).astype(np.float64)
-    heights = e.weights[:, 0].double().cumsum(1).numpy()
-    by_weight = heights[:, -1] > 0
-    begin = first = 0
-    for b, end in enumerate(ends):
-        u = points[begin:end] * (2 if by_weight[b] else 1)
-        near = e.chosen[first : e.ends[b]]
-        # A point below one half is a place among the light keys, one above it a place in the running sum.
-        place = (u * (n_k - len(near))).astype(np.int64).clip(max=max(n_k - len(near) - 1, 0))
-        # As many near keys come before the light key at a place as lie less than that many places behind it.
-        evenly = place + np.searchsorted(near - np.arange(len(near)), place, side="right")
-        # right: a near key, whose interval is empty, is never drawn
-        weighed = np.searchsorted(heights[b], (u - 1) * heights[b, -1], side="right")
-        keys[begin:end] = np.where(u < 1, evenly, weighed).clip(max=n_k - 1)
-        begin, first = end, int(e.ends[b])
-    of_draw = np.repeat(np.arange(blocks), counts)
-    share = e.weights.numpy()[of_draw, 0, keys].astype(np.float64) / e.total.double().numpy()[of_draw]
-    rate = counts[of_draw] * np.where(by_weight[of_draw], 0.5 * (share + even[of_draw]), even[of_draw])
-    return Sample(keys, ends, -np.log(rate).astype(np.float32), (share / rate).astype(np.float32))
-
-
-def sampled_moments(
-    e: Expansion, sample: Sample, k: torch.Tensor, v: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sums over each block's sample with the weights of the control variate, to first order around its far key.
-
-    Of one and the values, (blocks, 1 + d_v); of the distances from the far key and, where the far values are tilted,
-    of these times each value, (blocks, 1 or 1 + d_v, d).
-    """
-    number, keys, of_draw = len(e.blocks), torch.from_numpy(sample.keys), sample.blocks()
-    control, values = torch.from_numpy(sample.control).unsqueeze(1), v[keys]
-    weighed = torch.cat([control, control * values], 1)
-    means = torch.zeros(number, weighed.shape[1]).index_add_(0, of_draw, weighed)
-    centred = k[keys] - e.mean - e.far_axes[of_draw, 0]
-    tilts = torch.zeros_like(e.far_axes)
-    for c in range(tilts.shape[1]):
-        tilts[:, c].index_add_(0, of_draw, centred * weighed[:, c : c + 1])
-    return means, tilts
-
-
-def sampled_own(e: Expansion, sample: Sample) -> torch.Tensor:
-    """Per row, the sum of 1 / (counts p) over the draws of its block that drew its own key; its mean is one."""
-    blocks, keys = e.blocks, torch.from_numpy(sample.keys)
-    met = torch.from_numpy(blocks.labels)[keys] == sample.blocks()
-    rows = torch.from_numpy(blocks.rows)[keys[met]]
-    return torch.zeros(len(blocks.deltas)).index_add_(0, rows, torch.from_numpy(sample.logs)[met].exp())
 
 
 def _approxkmv(

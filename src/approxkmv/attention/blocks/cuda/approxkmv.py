@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from approxkmv.attention.blocks.approxkmv import CONTROLLED, LEAST_SAMPLES
 from approxkmv.attention.blocks.cuda.expansion import (
     Expansion,
     count_clustering,
@@ -19,6 +18,7 @@ from approxkmv.attention.blocks.cuda.expansion import (
     sums_of_keys,
 )
 from approxkmv.attention.blocks.expansion import REACH
+from approxkmv.attention.blocks.light_keys import CONTROLLED, LEAST_SAMPLES
 from approxkmv.attention.kernels import cuda_graphs
 from approxkmv.attention.kernels import triton as triton_kernels
 from approxkmv.compute.counting import count

@@ -1,0 +1,127 @@
+"""Folders of models that are whole or absent: filled under another name, recorded by hash, renamed when complete."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import socket
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+from approxkmv.errors import SourceError
+from approxkmv.files import sha256
+from approxkmv.models.sources import ModelLocation
+
+RECORD = "source.json"
+"""Written into a fetched folder last: the source, the hashes of what it was made from and of every file."""
+
+
+def complete(
+    destination: Path, source: str, hashes: Mapping[str, str], fill: Callable[[Path], dict[str, str]]
+) -> ModelLocation:
+    """The destination if it is complete for this source and these hashes; otherwise fill a new folder and rename it.
+
+    Args:
+        hashes: by file name ("wheel" for the wheel), those that it must consist of or have been made from.
+        fill: writes into the folder it is given, and returns the hashes of what it wrote from.
+    Raises:
+        SourceError: a file with another hash, or what fill raises.
+    """
+    remove_leftovers(destination.parent)
+    if _is_complete(destination, source, hashes):
+        return ModelLocation(destination)
+    with replacing(destination) as folder:
+        made_from = fill(folder)
+        files = file_hashes(folder)
+        compare(files | made_from, hashes, source)
+        record = {"source": source, "made_from": made_from, "sha256": files}
+        (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+    return ModelLocation(destination)
+
+
+def _is_complete(destination: Path, source: str, hashes: Mapping[str, str]) -> bool:
+    """Whether every file is the one that was recorded, by its content, and none was added."""
+    try:
+        record = json.loads((destination / RECORD).read_text())
+        known = record["sha256"] | record["made_from"]
+        return (
+            record["source"] == source
+            and all(known.get(name) == digest for name, digest in hashes.items())
+            and file_hashes(destination) == record["sha256"]
+        )
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return False
+
+
+@contextlib.contextmanager
+def replacing(destination: Path) -> Iterator[Path]:
+    """A new folder beside the destination that takes its name when the block ends without an error.
+
+    What an earlier fetch wrote under that name is replaced; anything else there is left alone.
+
+    Raises:
+        SourceError: the destination is a file, or a folder with content that no fetch wrote.
+    """
+    foreign = destination.exists() and not (destination / RECORD).is_file()
+    if foreign and (not destination.is_dir() or any(destination.iterdir())):
+        raise SourceError(f"{destination} exists and was not written by a fetch: remove it or name another folder")
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{destination.name}.{_this_process(os.getpid())}."
+    room = Path(tempfile.mkdtemp(prefix=prefix, dir=destination.parent))
+    try:
+        folder = room / "new"  # made by mkdir, so that it gets the user's usual permissions
+        folder.mkdir()
+        yield folder
+        if destination.exists():
+            destination.rename(room / "old")
+        folder.rename(destination)
+    finally:
+        shutil.rmtree(room, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the rooms that killed calls of replacing left in a folder; those of living processes stay.
+
+    Only those of this machine: of another one's processes, with which the folder may be shared, nothing is known here.
+    """
+    for room in folder.glob(".*"):
+        found = re.fullmatch(rf"\..+\.{re.escape(_this_process(''))}(\d+)\.[^.]+", room.name)
+        if found and room.is_dir() and not is_running(int(found[1])):
+            shutil.rmtree(room, ignore_errors=True)
+
+
+def _this_process(number: int | str) -> str:
+    return f"{socket.gethostname()}-{number}"
+
+
+def is_running(number: int) -> bool:
+    """Whether there is a process of this number on this machine."""
+    try:
+        os.kill(number, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def compare(found: Mapping[str, str], expected: Mapping[str, str], name: str) -> None:
+    for file, digest in expected.items():
+        if file not in found:
+            raise SourceError(f"{name}: {file} has a hash in the configuration but is not in the model's folder")
+        if found[file] != digest:
+            raise SourceError(f"{name}: {file} has sha256 {found[file]}, expected {digest}: the file is not used")
+
+
+def file_hashes(folder: Path) -> dict[str, str]:
+    """By path inside the folder, of all files but the record."""
+    paths = {path.relative_to(folder).as_posix(): path for path in sorted(files(folder))}
+    return {name: sha256(path) for name, path in paths.items() if name != RECORD}
+
+
+def files(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.rglob("*") if path.is_file())

@@ -1,0 +1,50 @@
+"""The largest of a stream of numbers, in memory that does not grow with it."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+# The candidates are cut back to the 2n largest when there are SLACK n of them.
+SLACK = 8
+
+
+class Largest:
+    """The 2n largest of a stream of logarithms, and the sum of all others; on one device, in O(n) memory."""
+
+    def __init__(self, n: int, device: torch.device) -> None:
+        self.n = n
+        self.bound = -math.inf
+        self._parts: list[torch.Tensor] = []
+        self._count = 0
+        self._far = torch.tensor(-math.inf, dtype=torch.float64, device=device)
+
+    def add(self, values: torch.Tensor, log_far: torch.Tensor) -> None:
+        """Take a strip's values above the bound, and the log of the sum of its others."""
+        self._parts.append(values)
+        self._count += values.numel()
+        self._far = torch.logaddexp(self._far, log_far)
+        if self._count > SLACK * self.n:
+            self._cut(2 * self.n)
+
+    def _cut(self, count: int) -> torch.Tensor:
+        """Keep the `count` largest, in descending order; the others join the far tail."""
+        values = torch.cat(self._parts)
+        if values.numel() > count:
+            values = values.sort(descending=True).values
+            self._far = torch.logaddexp(self._far, values[count:].logsumexp(0))
+            values = values[:count]
+            self.bound = float(values[-1])
+        self._parts = [values]
+        self._count = values.numel()
+        return values
+
+    def finish(self) -> tuple[float, float, float, float]:
+        """c, log K_(n), log K_(n+1) and log K_(2n)."""
+        n = self.n
+        ordered = self._cut(2 * n).sort(descending=True).values
+        head = ordered[:n].logsumexp(0)
+        tail = torch.logaddexp(self._far, ordered[n:].logsumexp(0))
+        logs = ordered[[n - 1, n, 2 * n - 1]].tolist()
+        return math.exp(float(tail - head)), logs[0], logs[1], logs[2]
