@@ -72,8 +72,10 @@ def _is_of_memory(error: BaseException) -> bool:
     """
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    words = ("can't allocate memory", "not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    words += ("could not create a primitive", "failed to map segment")
+    words = [
+        *("can't allocate memory", "not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED"),
+        *("could not create a primitive", "failed to map segment"),
+    ]
     return isinstance(error, MemoryError) or (
         isinstance(error, (RuntimeError, ImportError)) and any(word in str(error) for word in words)
     )

@@ -287,8 +287,8 @@ def test_a_killed_fetch_leaves_no_destination(index, tmp_path):
     destination = tmp_path / "models" / "tiny"
     # Stopped where the folder is filled and its record is not yet written.
     code = (
-        "import sys, time; from pathlib import Path; from approxkmv.models import fetching, parse_source\n"
-        "fetching.json.dumps = lambda *a, **k: (print('filled', flush=True), time.sleep(60))\n"
+        "import sys, time; from pathlib import Path; from approxkmv.models import fetching, folders, parse_source\n"
+        "folders.json.dumps = lambda *a, **k: (print('filled', flush=True), time.sleep(60))\n"
         "fetching.fetch(parse_source(sys.argv[1]), Path(sys.argv[2]))\n"
     )
     run = subprocess.Popen([sys.executable, "-c", code, SOURCE, str(destination)], stdout=subprocess.PIPE, text=True)
