@@ -159,6 +159,13 @@ def self_attention(n=160, d=8, d_v=2):
     return q, k, torch.randn(1, n, d_v, generator=generator) + k[..., :1]
 
 
+@pytest.fixture
+def all_estimates(monkeypatch):
+    """Those too that are expected to be so far off that their rows are made again."""
+    monkeypatch.setattr("approxkmv.attention.blocks.expansion._OFF", 1e9)
+
+
+@pytest.mark.usefixtures("all_estimates")
 @pytest.mark.parametrize("d_v", [1, 2, 5])
 @pytest.mark.parametrize("keys", ["as many", "fewer", "the queries"])
 def test_numerators_and_row_sums_are_unbiased(keys, d_v):
@@ -205,6 +212,7 @@ def test_error_falls_as_one_over_the_root_of_the_budget():
     assert 2.8 < gaps[0] / gaps[1] < 5.7
 
 
+@pytest.mark.usefixtures("all_estimates")
 def test_the_own_key_is_exact_where_it_matters_most():
     """K = Q: a query's own key outweighs the others. One query more, and no key is a query's own."""
     q = 1.3 * torch.randn(1, 300, 12, generator=torch.Generator().manual_seed(0))
@@ -228,6 +236,7 @@ def test_an_offset_of_the_values_moves_the_answer_by_it(method, d_v):
     assert float((moved - 1000 - plain).abs().max()) < 3e-3
 
 
+@pytest.mark.usefixtures("all_estimates")
 @pytest.mark.parametrize("long", [30.0, 100.0])
 @pytest.mark.parametrize("method", [cuda, ours])
 def test_one_long_key_has_its_weight_in_every_row(method, long):

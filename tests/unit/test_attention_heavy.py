@@ -97,6 +97,34 @@ def test_the_heaviest_key_of_each_row_has_its_weight(name, given, n, largest):
 
 @pytest.mark.usefixtures("loops")
 @pytest.mark.parametrize(("name", "given"), SETTINGS)
+def test_a_key_seven_times_as_long_is_not_lost(name, given):
+    q, k = heads(400, 1, d=64)
+    k[17] *= 7
+    weights = weights_of(q, k, 0.2)
+    sharp = weights[:, 17] > 0.9
+    assert int(sharp.sum()) > 50
+    out, _ = attend(name, q, k, torch.eye(400)[:, 17:18], given, 0.2)
+    assert float((out - weights[:, 17:18])[sharp].abs().max()) < 0.2
+
+
+@pytest.mark.usefixtures("loops")
+@pytest.mark.parametrize("largest", [30.0, 40.0, 60.0])
+@pytest.mark.parametrize(("name", "given"), SETTINGS)
+def test_between_what_is_in_reach_and_what_is_far_out(name, given, largest):
+    """Logits whose far sums a few keys make up: rows of nearly one weight lose it, and few of them unnoticed."""
+    q, k = heads(1000, 2, d=64)
+    scale = largest / float((q @ k.mT).abs().max())
+    weights = weights_of(q, k, scale)
+    columns = torch.eye(64)[torch.arange(1000) % 64]
+    out, _ = attend(name, q, k, columns, given, scale)
+    sharp = weights.amax(1) > 0.9
+    assert int(sharp.sum()) > 90
+    gaps = (out - weights @ columns.double()).abs().amax(1)[sharp]
+    assert float((gaps > 0.3).double().mean()) < 0.1
+
+
+@pytest.mark.usefixtures("loops")
+@pytest.mark.parametrize(("name", "given"), SETTINGS)
 def test_long_queries_do_not_spoil_their_block(name, given):
     q, k = heads(400, 3)
     values = torch.randn(400, 1, generator=torch.Generator().manual_seed(1)) + k[:, :1]

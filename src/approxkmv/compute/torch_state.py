@@ -25,7 +25,9 @@ def plain_torch() -> Iterator[None]:
     of the block, only where it is another one.
     """
     with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
+        # What a call finds as it should be, as nearly all do, costs it nothing.
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         default = torch.get_default_dtype()
         if default != torch.float32:

@@ -18,7 +18,7 @@ import torch
 
 from approxkmv.attention.blocks.expansion import (
     expand,
-    lost_of_one_block,
+    in_one_block,
     of_one_block,
     project,
     stand_apart,
@@ -61,20 +61,25 @@ def sums(
     """
     loops, d_v, scale = compiled_loops("attention.blocks.loops"), v.shape[1], clustering["scale"]
     apart = stand_apart(q, k, scale)
-    if loops is not None and clustering["directions"] == 0 and not len(apart):
+    if (
+        loops is not None
+        and clustering["directions"] == 0
+        and not len(apart)
+        and in_one_block(q, k, scale, clustering["near"])
+    ):
         out = torch.empty(len(q), d_v + 2)
         inputs, room = of_one_block(q, k, v, generator.initial_seed(), scale, clustering["near"])
         points = torch.rand(samples, generator=generator, dtype=torch.float64).numpy()
         given = [*inputs, np.float32(CONTROLLED), points, *room, out.numpy()]
         number = loops.controlled_sums_of_one_block(with_own_keys, *given)
         count(kernel_evaluations=len(k) + (len(q) + 1) * (number + samples) + len(q) * (1 + with_own_keys))
-        out[lost_of_one_block(k, room), d_v] = torch.nan
         return out[:, :d_v], out[:, d_v], out[:, d_v + 1]
     # Bfloat16 sums of the control variate would be a bias.
     e = expand(q, k, v, generator, apart, low=torch.float32, **clustering)
     blocks = e.blocks
     heavy, scales = sums_of_keys(blocks, k, e.mean, v, e.chosen, e.ends, None, torch.float32)
     seen = e.seen(k if with_own_keys else None)
+    lost = e.lost(heavy[:, 0], scales, seen)
     counts = budgets(e, predicted_deviation(e, heavy, scales, seen.log_weight), samples)
     sample = draw(e, counts, generator)
     if len(apart):
@@ -86,7 +91,7 @@ def sums(
     )
 
     def finished(rest: torch.Tensor) -> Sums:
-        rest[e.lost, d_v] = torch.nan
+        rest[lost, d_v] = torch.nan
         return with_keys_apart((rest[:, :d_v], rest[:, d_v], rest[:, d_v + 1]), apart, q, k, v, e.mean, scale)
 
     # The control variate: the far key's sums, less the same sums over the sample, where it is worth its own noise.

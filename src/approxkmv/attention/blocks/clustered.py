@@ -14,8 +14,8 @@ import torch
 
 from approxkmv.attention.blocks.expansion import (
     REACH,
+    beyond_reach,
     make_blocks,
-    spreads,
     stand_apart,
     sums_of_keys,
     variances_of,
@@ -93,14 +93,15 @@ def attend(
     shift = torch.maximum(row_scale, far.amax(1))
     far.sub_(shift.unsqueeze(1)).exp_()
     exact *= (row_scale - shift).exp_().unsqueeze(1)
-    rest = (blocks.of_queries(t) for t in (exact[:, 1:] + far @ values, exact[:, 0] + far.sum(1), shift))
+    far_sums = far.sum(1)
+    rest = (blocks.of_queries(t) for t in (exact[:, 1:] + far @ values, exact[:, 0] + far_sums, shift))
     numerators, row_sums, _ = with_keys_apart(tuple(rest), apart, *whole, mean, scale)  # type: ignore[arg-type]
     # Out of reach: too far from the block's centre for its exponentials, or of logits too far apart in a cluster
-    nothing = torch.zeros_like(mean)
     some = slice(None, None, max(1, len(keys) // 512))
     within = (keys[some] - centroids[labels[some]]).square().mean(0)
-    variances = spreads(blocks.deltas, nothing, variances_of(keys)), spreads(rows, nothing, within)
-    lost = blocks.of_queries(torch.maximum(*variances)) > REACH
+    out_of_block = blocks.deltas.square() @ variances_of(keys) > REACH
+    out_of_clusters = beyond_reach(rows.square() @ within, exact[:, 0].log(), far_sums.log(), len(counts))
+    lost = blocks.of_queries(out_of_block | out_of_clusters)
     return exactly_where_lost(numerators / row_sums.unsqueeze(1), lost, *whole, scale)
 
 

@@ -8,6 +8,7 @@ weight into one far key per block, to first order in delta in the weights and, f
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,12 +39,14 @@ _KEYS_FOR_AXES = 512
 
 # Keys whose logits vary this much more over the queries than other keys' do, and by more than so many nats, stand
 # apart: of some heads and of GloVe none has over twice the spread of the others.
-_APART, _APART_NATS = 8.0, 4.0
+_APART, _APART_NATS = 4.0, 4.0
 # So many rows decide how far the others reach.
 _SAMPLED_FOR_VARIANCES = 256
-# A query whose logits have more than this variance around those of its block's centre is out of reach: 0.1 to 60 on
-# heads of models and GloVe at blocks of 512 or fewer.
+# A query whose logits have more than this variance around those of its block's centre is out of reach however little
+# the far keys weigh: 0.1 to 60 on heads of models and GloVe at blocks of 512 or fewer. Below it, one whose sum is
+# expected to be off by more than so many times itself.
 REACH = 64.0
+_OFF = 3.0
 
 # queries, rows, labels, starts and sizes of Blocks
 Grouped = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
@@ -81,13 +84,12 @@ class Blocks:
         """Rows of the blocks (padded n, ...) in the order of the queries (n, ...)."""
         return per_row[torch.from_numpy(self.rows)]
 
-    def beyond_reach(self, k: torch.Tensor, apart: np.ndarray) -> torch.Tensor:
-        """(n,) whether a query is out of reach of its block, of keys k (n_k, d) but those that stand apart."""
-        of_rows = self.row_variances
-        if self.variances.shape[1] == 0:
-            # Without axes the variances are those of the columns.
-            of_rows = spreads(self.deltas, torch.zeros(k.shape[1]), variances_of(without(k, apart)))
-        return self.of_queries(of_rows) > REACH
+    def logit_variances(self, k: torch.Tensor, apart: np.ndarray) -> torch.Tensor:
+        """(padded n,) of each row's logits around its block's, over keys k (n_k, d) but those that stand apart."""
+        if self.variances.shape[1] > 0:
+            return self.row_variances
+        # Without axes the variances are those of the columns.
+        return self.deltas.square() @ variances_of(without(k, apart))
 
     def in_rows(self, per_query: torch.Tensor) -> torch.Tensor:
         """Something of the queries (n, ...) in the order of the blocks' rows (padded n, ...), zero where padded."""
@@ -155,14 +157,37 @@ def principal_axes(k: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Ten
     return vectors.flip(1)[:, :count], values.flip(0)[:count].clamp_min(0)
 
 
-def spreads(points: torch.Tensor, middle: torch.Tensor, variances: torch.Tensor) -> torch.Tensor:
-    """(n,) the sum over the columns of (points (n, d) - middle (d,))^2 variances (d,)."""
+def spreads(points: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """(n,) variance of the products of each of points (n, d), less their mean, with others (m, d), by column.
+
+    Samples of the rows decide the mean and the variances of the columns.
+    """
     loops = compiled_loops("attention.blocks.loops")
-    if loops is None:
-        return (points - middle).square() @ variances
-    out = torch.empty(len(points))
-    loops.spreads(*(t.contiguous().numpy() for t in (points, middle, variances, out)))
-    return out
+    if loops is not None:
+        out = np.empty(len(points), np.float32)
+        loops.spreads(points.contiguous().numpy(), others.contiguous().numpy(), _SAMPLED_FOR_VARIANCES, out)
+        return torch.from_numpy(out)
+    return (points - _sample(points).mean(0)).square() @ variances_of(others)
+
+
+def most_variance(far_keys: int) -> float:
+    """Up to this variance of its logits around its block's no row of so many far keys is lost."""
+    return min(REACH, math.log(_OFF**2 * far_keys))
+
+
+def beyond_reach(variances: torch.Tensor, known: torch.Tensor, far_log: torch.Tensor, far_keys: int) -> torch.Tensor:
+    """(rows,) whether a row is out of reach of its block: its sum is expected to be off by more than _OFF times itself.
+
+    The exponentials of n far keys, of logits with a variance s around the block's, are about lognormal: their sum is
+    off by sqrt(exp(s) / n) of itself, since a few of them make it up and no centre knows which.
+
+    Args:
+        variances: (rows,) s. far_keys: n.
+        known, far_log: (rows,) logs of the sums over the keys that the row meets itself, and over the far ones.
+    """
+    share = torch.nn.functional.logsigmoid(far_log - known)
+    # A NaN is lost too.
+    return ~(share + 0.5 * variances <= math.log(_OFF * far_keys**0.5)) | (variances > REACH)
 
 
 def _sample(points: torch.Tensor) -> torch.Tensor:
@@ -181,10 +206,13 @@ def stand_apart(q: torch.Tensor, k: torch.Tensor, scale: float) -> np.ndarray:
     Of queries q (n_q, d) some have a logit of a hundred, some of minus a hundred with a key a hundred times as long.
     Such a key is summed exactly for every query.
     """
-    found = spreads(k, _sample(k).mean(0), scale**2 * variances_of(q)).numpy()
+    found = spreads(k, q).numpy()
     some = found[:: max(1, len(found) // _SAMPLED_FOR_VARIANCES)]
     usual = np.partition(some, len(some) // 2)[len(some) // 2]
-    apart = np.flatnonzero(found > max(_APART**2 * usual, _APART_NATS**2))
+    bar = max(_APART**2 * float(usual), (_APART_NATS / scale) ** 2)
+    if not float(found.max()) > bar:
+        return np.empty(0, np.int64)
+    apart = np.flatnonzero(found > bar)
     # So many are no exceptions.
     return apart if len(apart) <= len(k) / 16 else apart[:0]
 
@@ -227,8 +255,10 @@ class Expansion:
     """Everything that is known about the blocks before a single query is looked at again."""
 
     blocks: Blocks
-    lost: torch.Tensor
-    """(n_q,) whether a query is out of reach of its block."""
+    logit_variances: torch.Tensor
+    """(rows,) as Blocks has them."""
+    far_keys: int
+    """About so many keys of each block are far."""
     mean: torch.Tensor
     """(d,) of the keys, which are taken relative to it: attention does not see a common shift."""
     rounded: torch.Tensor | None
@@ -261,6 +291,14 @@ class Expansion:
 
     def _own_apart(self, k: torch.Tensor | None) -> np.ndarray:
         return self.apart if k is not None else self.apart[:0]
+
+    def lost(self, near: torch.Tensor, scales: torch.Tensor, seen: Seen) -> torch.Tensor:
+        """(n_q,) `beyond_reach` of each query: near (rows,) and scales (blocks,) are the near keys' sums."""
+        variances = self.logit_variances
+        if float(variances.max()) <= most_variance(self.far_keys):
+            return torch.zeros(len(self.blocks.rows), dtype=torch.bool)
+        known = torch.logaddexp(near.log() + self.blocks.of_rows(scales), seen.own_log)
+        return self.blocks.of_queries(beyond_reach(variances, known, seen.log_weight, self.far_keys))
 
     def seen(self, k: torch.Tensor | None) -> Seen:
         """What the rows see of the far keys and, if the keys k (n, d) are given, of their own."""
@@ -353,12 +391,12 @@ def expand(
         labels = k_means(points, clusters, iterations, sampled, generator)
     importance = spread / metric.square()
     blocks = make_blocks(q, scale, points, importance, labels, multiple)
-    lost = blocks.beyond_reach(k, apart)
-    if bool(lost.any()):
+    logit_variances = blocks.logit_variances(k, apart)
+    if float(logit_variances.max()) > REACH:
         # In a block of their own they do not move the centre of others.
-        labels[lost] = clusters
+        labels[blocks.of_queries(logit_variances) > REACH] = clusters
         blocks = make_blocks(q, scale, points, importance, labels, multiple)
-        lost = blocks.beyond_reach(k, apart)
+        logit_variances = blocks.logit_variances(k, apart)
 
     # An array of its own, since oneDNN's products of bfloat16 read past the rows of a view, and NaN there makes NaN.
     keys = torch.sub(k, mean, out=scratch("keys", n_k, d, dtype=low))
@@ -394,7 +432,8 @@ def expand(
         torch.sub(total.log() + highest, second, out=far_log)
     rounded = keys if low == torch.bfloat16 else None
     return Expansion(
-        blocks, lost, mean, rounded, logs, weights, apart, thresholds, chosen, ends, total, far_log, far_value, far_axes
+        *(blocks, logit_variances, max(1, n_k - near), mean, rounded, logs, weights, apart, thresholds, chosen, ends),
+        *(total, far_log, far_value, far_axes),
     )
 
 
@@ -411,10 +450,9 @@ def of_one_block(
     return [*inputs, tilts], [t.numpy() for t in room]
 
 
-def lost_of_one_block(k: torch.Tensor, room: list[np.ndarray]) -> torch.Tensor:
-    """`Blocks.beyond_reach` after a loop for one block has worked in `room`."""
-    deltas = torch.from_numpy(room[0])
-    return spreads(deltas, torch.zeros(k.shape[1]), variances_of(k)) > REACH
+def in_one_block(q: torch.Tensor, k: torch.Tensor, scale: float, near: int) -> bool:
+    """Whether no query can be lost in one block of all of them."""
+    return scale**2 * spreads(q, k).numpy().max() <= most_variance(len(k) - near)
 
 
 def _rank_of_bar(n_k: int, near: int, first: int) -> int:

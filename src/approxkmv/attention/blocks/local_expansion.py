@@ -5,13 +5,14 @@ Cost: n d (near + n / block), up to constants. The expansion itself is in `expan
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 
 from approxkmv.attention.blocks.expansion import (
     expand,
-    lost_of_one_block,
+    in_one_block,
     of_one_block,
     stand_apart,
     sums_of_keys,
@@ -40,13 +41,13 @@ def attend(
         return exact_fused.attend(q, k, v, scale, 512)
     loops = compiled_loops("attention.blocks.loops")
     apart = stand_apart(q, k, scale)
-    if loops is not None and clustering["directions"] == 0 and not len(apart):
+    if loops is not None and clustering["directions"] == 0 and not len(apart) and in_one_block(q, k, scale, near):
         out = torch.empty(len(q), v.shape[1])
         inputs, room = of_one_block(q, k, v, generator.initial_seed(), scale, near)
         own = len(q) == len(k)
         number = loops.answers_of_one_block(own, *inputs, *room, out.numpy())
         count(kernel_evaluations=len(k) + (len(q) + 1) * number + len(q) * (1 + own))
-        return exactly_where_lost(out, lost_of_one_block(k, room), q, k, v, scale)
+        return exactly_where_lost(out, None, q, k, v, scale)
     low = torch.bfloat16 if products == "bfloat16" else torch.float32
     if low == torch.bfloat16 and q.shape[1] % 2:
         q, k = (torch.nn.functional.pad(t, (0, 1)) for t in (q, k))
@@ -54,13 +55,14 @@ def attend(
     sums, scales = sums_of_keys(e.blocks, k, e.mean, v, e.chosen, e.ends, None, low, e.rounded)
     with_own_keys = len(q) == len(k)
     seen = e.seen(k if with_own_keys else None)
+    lost = e.lost(sums[:, 0], scales, seen)
     if loops is not None and not len(apart):
         out = torch.empty(len(q), v.shape[1])
         rows = sums, scales, seen.log_weight, seen.value, seen.own_log, seen.own_share, seen.own_share_seen
         given: list[Any] = [e.blocks.queries, e.blocks.starts, e.blocks.sizes, e.tilted]
         given += [t.numpy() for t in (*rows, v.contiguous(), out)]
         over_threads(lambda first, last: loops.expanded_answers(first, last, *given), len(e.blocks))
-        return exactly_where_lost(out, e.lost, q, k, v, scale)
+        return exactly_where_lost(out, lost, q, k, v, scale)
     scale_of_row = e.blocks.of_rows(scales)
     weight = (seen.log_weight - scale_of_row).exp_()
     # Exactly in place of its share of the far key.
@@ -75,15 +77,16 @@ def attend(
     row_sums = sums[:, 0] + weight + added - weight * seen.own_share_seen
     rest = (e.blocks.of_queries(t) for t in (numerators, row_sums, scale_of_row))
     numerators, row_sums, _ = with_keys_apart(tuple(rest), apart, q, k, v, e.mean, scale)  # type: ignore[arg-type]
-    return exactly_where_lost(numerators / row_sums.unsqueeze(1), e.lost, q, k, v, scale)
+    return exactly_where_lost(numerators / row_sums.unsqueeze(1), lost, q, k, v, scale)
 
 
 def exactly_where_lost(
-    out: torch.Tensor, lost: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+    out: torch.Tensor, lost: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
 ) -> torch.Tensor:
     """Recompute exactly the rows of out (n_q, d_v) that are lost (n_q,), or not finite: an exponential left float32."""
-    if bool(lost.any()) or not bool(out.sum().isfinite()):
-        lost = (lost | ~out.isfinite().all(1)).nonzero().squeeze(1)
+    if (lost is not None and bool(lost.any())) or not math.isfinite(float(out.sum())):
+        broken = ~out.isfinite().all(1)
+        lost = (broken if lost is None else lost | broken).nonzero().squeeze(1)
         count(recomputed_rows=len(lost))
         out[lost] = exact_fused.attend(q[lost], k, v, scale, 512)
     return out

@@ -17,7 +17,7 @@ from approxkmv.attention.blocks.cuda.expansion import (
     expand,
     sums_of_keys,
 )
-from approxkmv.attention.blocks.expansion import REACH
+from approxkmv.attention.blocks.expansion import beyond_reach
 from approxkmv.attention.blocks.light_keys import CONTROLLED, LEAST_SAMPLES
 from approxkmv.attention.kernels import cuda_graphs
 from approxkmv.attention.kernels import triton as triton_kernels
@@ -114,7 +114,10 @@ def sums(
         numerators = numerators + (left * (added - counted)).unsqueeze(2) * own.value
         if not e.tilted:
             numerators = numerators + (left * weight * (own.share - own.share_seen)).unsqueeze(2) * e.value
-    row_sums = torch.where(e.row_variances > REACH, torch.nan, row_sums)
+    known = heavy_sums.log() + scales
+    known = known if own is None else torch.logaddexp(known, own.log)
+    lost = beyond_reach(e.row_variances, known, e.log_weight, n_k - e.chosen.shape[2])
+    row_sums = torch.where(lost, torch.nan, row_sums)
     together = e.of_queries(torch.cat([numerators, row_sums.unsqueeze(2), shift.unsqueeze(2)], 2))
     return together[..., :d_v], together[..., d_v], together[..., d_v + 1]
 

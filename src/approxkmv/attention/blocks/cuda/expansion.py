@@ -95,7 +95,7 @@ class Expansion:
     tilted: bool
     """Whether `value` is of first order in the row's distance from the centre, and not the block's mean."""
     row_variances: torch.Tensor
-    """(batch, rows) of a row's logits around its block's; above `expansion.REACH` a row is lost."""
+    """(batch, rows) of a row's logits around its block's; `expansion.beyond_reach` says when it is lost."""
 
     def own_keys(self) -> OwnKeys:
         """The key of the same index as each query, of as many keys as queries."""

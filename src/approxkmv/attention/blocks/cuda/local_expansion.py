@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from approxkmv.attention.blocks.cuda.expansion import count_clustering, exactly_where_lost, expand, sums_of_keys
-from approxkmv.attention.blocks.expansion import REACH
+from approxkmv.attention.blocks.expansion import beyond_reach
 from approxkmv.attention.kernels import cuda_graphs
 from approxkmv.attention.kernels import triton as triton_kernels
 from approxkmv.compute.counting import count
@@ -39,6 +39,7 @@ def steps(
         shift = torch.maximum(shift, own.log)
     exact, weight = (scales - shift).exp(), (e.log_weight - shift).exp()
     numerators = numerators * exact.unsqueeze(2) + weight.unsqueeze(2) * e.value
+    known = row_sums.log() + scales
     row_sums = row_sums * exact + weight
     if own is not None:
         # Exactly in place of its share of the far key.
@@ -51,7 +52,9 @@ def steps(
             numerators = numerators + (weight * (own.share - own.share_seen)).unsqueeze(2) * e.value
         row_sums = row_sums + torch.where(light, added - weight * own.share_seen, 0.0)
     # Far from its block's centre a row does not see what the far key weighs: it is made exactly in the end.
-    row_sums = torch.where((shift - scales < _LARGEST) & (e.row_variances <= REACH), row_sums, torch.nan)
+    known = known if own is None else torch.logaddexp(known, own.log)
+    lost = beyond_reach(e.row_variances, known, e.log_weight, k.shape[1] - e.chosen.shape[2])
+    row_sums = torch.where((shift - scales < _LARGEST) & ~lost, row_sums, torch.nan)
     return e.of_queries(numerators / row_sums.unsqueeze(2)) + mean
 
 

@@ -34,11 +34,27 @@ def nearest(distances, points, labels):
 
 
 @cached_njit(fastmath=FLAGS, nogil=True)
-def spreads(points, middle, variances, out):
-    """out (n,) = the sum over the columns of (points (n, d) - middle (d,))^2 variances (d,)."""
+def spreads(points, others, sampled, out):
+    """out (n,) = `spreads` of expansion.py of points (n, d) and others (m, d), of which `sampled` rows decide."""
+    d = points.shape[1]
+    middle, mean, variances = np.zeros(d, np.float32), np.zeros(d, np.float32), np.zeros(d, np.float32)
+    step = max(1, len(points) // sampled)
+    for i in range(0, len(points), step):
+        for p in range(d):
+            middle[p] += points[i, p]
+    middle /= f32(-(-len(points) // step))
+    step = max(1, len(others) // sampled)
+    share = f32(1.0) / f32(-(-len(others) // step))
+    for i in range(0, len(others), step):
+        for p in range(d):
+            mean[p] += others[i, p] * share
+    for i in range(0, len(others), step):
+        for p in range(d):
+            x = others[i, p] - mean[p]
+            variances[p] += x * x * share
     for i in range(len(points)):
         whole = f32(0.0)
-        for p in range(points.shape[1]):
+        for p in range(d):
             x = points[i, p] - middle[p]
             whole += x * x * variances[p]
         out[i] = whole
