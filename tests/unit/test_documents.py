@@ -34,3 +34,9 @@ def test_the_findings_are_what_the_reference_tables_say():
         [sys.executable, "benchmarks/findings.py", "--check"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "workflow" / "report").glob("*.rst")), ids=lambda path: path.stem)
+def test_captions_of_the_report_are_what_docutils_reads(path: Path):
+    docutils = pytest.importorskip("docutils.core")
+    docutils.publish_doctree(path.read_text(), settings_overrides={"halt_level": 2, "report_level": 5})

@@ -150,7 +150,7 @@ def test_the_reference_figures_are_all_figures():
     [
         *[(0.0, "0"), (0.001, "<.01"), (0.0123, "0.01"), (0.456, "0.46"), (0.996, "1.0"), (1.0, "1.0"), (4.6, "4.6")],
         *[(9.94, "9.9"), (9.96, "10"), (89.1, "89"), (9999.0, "9999"), (12345.0, "1e4"), (1.79e308, "2e308")],
-        (float("nan"), "–"),
+        *[(float("nan"), "–"), (float("inf"), "∞"), (float("-inf"), "-∞")],
     ],
 )
 def test_short_numbers(value, text):
@@ -203,6 +203,15 @@ def test_the_scaling_of_any_number_of_models_is_drawn(tmp_path, figures, count):
         tables(tmp_path, name, 2, 3, bound=4.6 + i)
     catalogue.draw("context_scaling", tmp_path, names, tmp_path / "x")
     assert misplaced_texts(figures[0]) == []
+
+
+def test_the_bound_is_within_the_axes_when_c_is_far_below_it(tmp_path, figures):
+    tables(tmp_path, "m", 2, 3, bound=1000.0)
+    catalogue.draw("context_scaling", tmp_path, ["m"], tmp_path / "x")
+    top = figures[0].axes[0]
+    (words,) = top.texts
+    renderer = figures[0].canvas.get_renderer()
+    assert top.get_window_extent(renderer).y1 >= words.get_window_extent(renderer).y1
 
 
 def test_files_are_the_same_bytes_each_time(tmp_path):

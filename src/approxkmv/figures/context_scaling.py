@@ -49,13 +49,14 @@ def draw(tables: Path, models: Sequence[str], stem: Path) -> list[Path]:
         bounds.append(facts["paper_bound"])
     top.set_yscale("log")
     low, high = top.get_ylim()
-    top.set_ylim(min(low, 1.0), high * 1.2)
+    # The line of the bound and the words above it are within the axes, however small c is.
+    low, lowest, highest = min(low, 1.0), min(bounds), max(bounds)
+    top.set_ylim(low, max(high * 1.2, highest * (highest / low) ** 0.06))
     from matplotlib.ticker import FuncFormatter, LogLocator
 
     top.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     top.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
     top.yaxis.set_minor_formatter(FuncFormatter(lambda y, _: ""))
-    lowest, highest = min(bounds), max(bounds)
     if lowest < highest:
         top.axhspan(lowest, highest, color="#D00000", alpha=0.12, linewidth=0)
     top.axhline(highest, color="#D00000", linewidth=1.0, linestyle=":")

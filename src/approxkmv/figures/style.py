@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 import warnings
 from collections.abc import Mapping
@@ -113,6 +114,8 @@ def short(value: float) -> str:
     """A number for a cell of a heat map: two to three significant digits, at most five characters."""
     if value != value:
         return "–"
+    if math.isinf(value):
+        return "∞" if value > 0 else "-∞"
     size = abs(value)
     if size < 0.005:
         return "0" if size == 0 else "<.01"
