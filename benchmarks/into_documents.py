@@ -429,9 +429,14 @@ def reliability() -> str:
         add("kills", counts, "tried", "survived", "python benchmarks/reliability_kills.py")
     inputs = pd.read_csv(folder / "bad_inputs.csv")
     add("bad inputs", inputs, "tried", "one_line", "python benchmarks/reliability.py bad-inputs")
-    calls = pd.read_csv(folder / "fuzz.csv")
+    calls = pd.read_csv(folder / "fuzz.csv", keep_default_na=False)
     calls["good"] = calls["answered"] + calls["refused"]
-    add("random calls", calls, "calls", "good", "python benchmarks/reliability.py fuzz")
+    groups = {"method": "attention", "causal": "causal attention", "statistics": "statistics"}
+    groups |= {"texts": "readers", "tables": "readers"}
+    first = calls["kind"].str.split().str[0]
+    calls["kind"] = [groups.get(word, "kernels and ApproxKMV") for word in first]
+    counts = calls.groupby("kind", sort=False)[["calls", "good", "failures"]].sum().reset_index()
+    add("random calls", counts, "calls", "good", "python benchmarks/reliability.py fuzz")
     killed = f"{len(kills):,} kills, " if len(kills) else ""
     return (
         f"{markdown(pd.DataFrame(lines))}\n\nIn all {killed}{inputs['tried'].sum():,} bad inputs and "
