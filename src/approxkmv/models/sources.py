@@ -115,7 +115,7 @@ def parse_hub(text: str, rest: str) -> HubSource:
     repository, _, revision = rest.partition("@")
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", repository):
         raise SourceError(f"source {text!r}: {repository!r} is not a repository of the form OWNER/NAME")
-    if not re.fullmatch(r"[\w./-]+", revision):
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", revision):
         raise SourceError(
             f"source {text!r} has no revision: pin one, for example hub:{repository}@COMMIT, "
             "so that a later run gets the same files"

@@ -14,6 +14,7 @@ from approxkmv.corpora.sources import parse_corpus
 from approxkmv.errors import ConfigError, SourceError, TableError
 from approxkmv.models.fetching import check_wheel, locate
 from approxkmv.models.sources import PathSource, parse_source
+from approxkmv.sweep.workloads import cases, check_case
 
 
 def check_study(config: Mapping[str, Any], study: Study) -> list[str]:
@@ -35,9 +36,11 @@ def check_study(config: Mapping[str, Any], study: Study) -> list[str]:
         settings = sweep_settings(study.sweep, "capture")
         settings.check_methods()
         for workload in settings.workloads:
-            local = workload.name != "model-qk" and workload.path and not workload.path.startswith("npm:")
-            if local and not Path(str(workload.path)).is_file():
+            local = workload.name != "model-qk" and not (workload.path or "").startswith("npm:")
+            if local and workload.path and not Path(workload.path).is_file():
                 raise ConfigError(f"sweeps.{study.sweep_name}: the word vectors {workload.path} do not exist")
+            for case in cases(workload) if local else ():
+                check_case(case)
         lines.append(f"  sweep {study.sweep_name}: {', '.join(workload.name for workload in settings.workloads)}")
     if study.complexity:
         lines.append(f"  complexity: n = {', '.join(map(str, study.complexity['sizes']))}")
