@@ -416,6 +416,7 @@ def reliability() -> str:
     def add(what: str, table: pd.DataFrame, tried: str, good: str, command: str) -> None:
         for row in table.to_dict("records"):
             bad = row["failures"] if isinstance(row["failures"], str) else ""
+            bad = bad if len(bad) <= 200 else f"{bad[:200]} …"
             cells = {"kind": row["kind"], "tried": f"{row[tried]:,}", "ended as it must": f"{row[good]:,}"}
             lines.append({"": what, **cells, "the others": bad.replace("|", "\\|"), "command": f"`{command}`"})
 
