@@ -12,7 +12,7 @@ report: .venv/ready
 	PATH="$(CURDIR)/$(BIN):$$PATH" snakemake --cores all --report results/report.html
 
 test: .venv/ready-for-tests
-	PATH="$(CURDIR)/$(BIN):$$PATH" pytest -n 2 --dist loadfile
+	PATH="$(CURDIR)/$(BIN):$$PATH" pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 benchmarks: .venv/ready
 	$(BIN)/python benchmarks/statistics_speed.py
