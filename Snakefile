@@ -36,12 +36,14 @@ rule all:
 
 
 rule clean_leftovers:
+    log:
+        f"{RESULTS}/logs/clean_leftovers.log",
     conda:
         "environment.yml"
     params:
         results=lambda wildcards: RESULTS,
     shell:
-        "approxkmv clean {params.results}"
+        "approxkmv clean {params.results} | tee {log}"
 
 
 onstart:
