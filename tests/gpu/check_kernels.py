@@ -147,6 +147,9 @@ def plain_local_expansion(q, k, v, scale, order, block, near):
                 seen = share * (1 + (delta * (k[e, rows] - far_key)).sum(1))
                 row_sums = row_sums + light * (own - seen)
                 numerators = numerators + (light * (own - (seen if tilted else share))).unsqueeze(1) * v[e, rows]
+                if not tilted:
+                    # The weights of a row add up to one.
+                    numerators = numerators - (light * (seen - share)).unsqueeze(1) * value
             out[e, rows] = numerators / row_sums.unsqueeze(1)
     return out
 
@@ -167,7 +170,7 @@ def check_order():
     first = torch.full((1,), 3, device=DEVICE)
     q, k, _ = inputs(2, 37, 20, 6, 1, torch.float32, 0)
     for queries, clusters in ((q, 5), (q, 37), (q, 60), (q[:, :1].expand(-1, 37, -1), 5)):
-        order = expansion_cuda.order_of_queries(queries, k, first, clusters, 3, 2)
+        order = expansion_cuda.order_of_queries(queries, k.var(1, correction=0, keepdim=True), first, clusters, 3, 2)
         assert torch.equal(order.sort(1).values, torch.arange(37, device=DEVICE).expand(2, -1))
     print("order of queries: each once")
 
@@ -185,7 +188,7 @@ def check_local_expansion():
     for n_q, n_k, d, d_v, block, near in shapes:
         q, k, v = inputs(2, n_q, n_k, d, d_v, torch.float32, n_q)
         block = min(block, n_q)
-        order = expansion_cuda.order_of_queries(q, k, first, -(-n_q // block), 2, 8)
+        order = expansion_cuda.order_of_queries(q, k.var(1, correction=0, keepdim=True), first, -(-n_q // block), 2, 8)
         right = plain_local_expansion(q, k, v, d**-0.5, order, block, near)
         for dtype in (torch.float32, torch.bfloat16):
             with ordered_by(lambda *_, order=order: order):

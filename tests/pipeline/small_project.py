@@ -121,6 +121,7 @@ class Project:
         Returns its exit code and what it printed.
         """
         printed = io.StringIO()
+        progress.LOG.handlers.clear()  # of a test before, they would print elsewhere
         before = os.getcwd(), sys.argv
         os.chdir(self.folder)
         sys.argv = ["approxkmv", *arguments]
