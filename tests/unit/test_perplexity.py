@@ -199,8 +199,8 @@ def test_the_table_has_a_row_for_each_setting_and_names_what_cannot_run(model, t
     assert "needs faiss" in table["unavailable"][2]
     assert json.loads(table["parameters"][1])["near"] == 16
     assert json.loads(out.with_suffix(".json").read_text()) == {"made": "here", "tokens_of_earlier_runs": []}
-    # An estimated sum that is not positive is no fault: few are.
-    assert table["recomputed_share"].dropna().between(0, 0.01).tolist() == [True] * 4
+    # A row out of its block's reach is no fault: few are, with 16 near keys of 300 as well.
+    assert table["recomputed_share"].dropna().between(0, 0.1).tolist() == [True] * 4
     # 30 tokens lie below what the recursion computes exactly.
     assert table["ratio"][0] == pytest.approx(1, abs=1e-5)
 
