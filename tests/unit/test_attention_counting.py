@@ -1,9 +1,12 @@
 """Every method counts the kernel evaluations and inner products that it makes."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from approxkmv.attention import get, methods
+from approxkmv.attention.causal import causal_attention
 from approxkmv.attention.hashed import hyperattention
 from approxkmv.compute import loops as compute_loops
 from approxkmv.compute.counting import count, counting
@@ -105,13 +108,15 @@ def test_rows_made_again_are_counted(name):
 
 
 def test_causal_halves_what_is_seen():
-    given = {"scale": 0.4, "seed": 0, "projections": 7}
+    parameters = hyperattention.Parameters(block=10, samples=10)
+    sums = partial(hyperattention.sums, parameters=parameters)
+    q, k, v = (t[0] for t in inputs())
     with counting() as counts:
-        hyperattention.causal(*inputs(), block=10, samples=10, exact_below=1000, **given)
+        causal_attention(0.4 * q, k, v, torch.Generator().manual_seed(0), sums, 1000)
     # One triangle is computed as a square.
     assert counts.kernel_evaluations == N_Q * N_K
     with counting() as counts:
-        hyperattention.causal(*inputs(), block=10, samples=10, exact_below=51, **given)
+        causal_attention(0.4 * q, k, v, torch.Generator().manual_seed(0), sums, 51)
     assert counts.kernel_evaluations < 0.5 * N_Q * N_K
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from approxkmv.attention import get
-from approxkmv.attention.causal import causal_sums
+from approxkmv.attention.causal import causal_attention, causal_sums
 from approxkmv.attention.hashed import hyperattention, kdeformer, vkde_lsh
 from approxkmv.attention.hashed.angular_hashing import gray_rank, sort_into_blocks
 from approxkmv.attention.hashed.column_sampling import column_probabilities
@@ -40,28 +40,23 @@ def exact(q, k, v, scale):
     return (scale * q.double() @ k.double().mT).softmax(-1) @ v.double()
 
 
-def joined(sums):
-    """[Numerators, row sums] and logs from a function that gives the three apart."""
+def sums_of(module, **given):
+    """f(q, k, v, generator, **budget): a method's numerators, row sums and logs."""
 
-    def both(q, k, v, generator, **budget):
-        numerators, row_sums, logs = sums(q, k, v, generator, **budget)
-        return torch.cat([numerators, row_sums.unsqueeze(1)], 1), logs
+    def sums(q, k, v, generator, **budget):
+        return module.sums(q, k, v, generator, module.Parameters(**given, **budget))
 
-    return both
-
-
-kdeformer_sums = joined(partial(kdeformer.sums, projections=4))
-hyperattention_sums = joined(partial(hyperattention.sums, projections=4))
+    return sums
 
 
-@joined
-def causal_hyperattention_sums(q, k, v, generator, **budget):
-    return causal_sums(q, k, v, generator, partial(hyperattention.sums, projections=4, **budget), 30)
+kdeformer_sums = sums_of(kdeformer, projections=4)
+hyperattention_sums = sums_of(hyperattention, projections=4)
+vkde_sums = sums_of(vkde_lsh)
 
 
-def vkde_sums(q, k, v, generator, **budget):
-    both, logs = vkde_lsh.sums(q, k, v, generator, **budget)
-    return both.mean(0), logs
+def causal_of(sums):
+    """The same by recursion, triangles of 30 queries exact."""
+    return lambda q, k, v, generator, **budget: causal_sums(q, k, v, generator, partial(sums, **budget), 30)
 
 
 def estimates(sums, q, k, v, budget, seeds, causal=False):
@@ -72,7 +67,8 @@ def estimates(sums, q, k, v, budget, seeds, causal=False):
     log_sum = logits.logsumexp(1)
     found = []
     for seed in range(seeds):
-        both, logs = sums(q, k, v, torch.Generator().manual_seed(seed), **budget)
+        numerators, row_sums, logs = sums(q, k, v, torch.Generator().manual_seed(seed), **budget)
+        both = torch.cat([numerators, row_sums.unsqueeze(1)], 1)
         found.append(both.double() * (logs.double() - log_sum).exp().unsqueeze(1))
     ones = torch.ones(len(k), 1, dtype=torch.float64)
     return torch.stack(found), logits.softmax(1) @ torch.cat([v.double(), ones], 1)
@@ -82,7 +78,9 @@ UNBIASED = {
     "kdeformer": (kdeformer_sums, {"block": 20, "samples": 40}),
     # More samples than keys of a block: one at least lies outside.
     "hyperattention": (hyperattention_sums, {"block": 20, "samples": 40}),
-    "causal": (causal_hyperattention_sums, {"block": 20, "samples": 30}),
+    "causal hyperattention": (causal_of(hyperattention_sums), {"block": 20, "samples": 30}),
+    "causal kdeformer": (causal_of(kdeformer_sums), {"block": 20, "samples": 30}),
+    "causal vkde-lsh": (causal_of(vkde_sums), {"tables": 12, "bucket": 50}),
     "vkde-lsh": (vkde_sums, {"tables": 12, "bucket": 50}),
 }
 
@@ -96,7 +94,7 @@ def test_numerators_and_row_sums_are_unbiased(name):
     """
     sums, budget = UNBIASED[name]
     q, k, v = inputs(200, 200, 8, 1)
-    found, right = estimates(sums, q, k, v, budget, 300, causal=name == "causal")
+    found, right = estimates(sums, q, k, v, budget, 300, causal=name.startswith("causal"))
     signs = torch.from_numpy(np.random.default_rng(0).choice([-1.0, 1.0], (20, 200)))
     signs[0] = 1.0
     combined = torch.einsum("cn,snw->csw", signs, found).movedim(1, 0)
@@ -220,27 +218,25 @@ def masked(q, k, v, scale):
     return logits.masked_fill(later, -torch.inf).softmax(-1) @ v.double()
 
 
-def causal(q, k, v, **budget):
-    given = {"scale": 0.6, "seed": 0, "block": 16, "samples": 1000, "projections": 7}
-    return hyperattention.causal(q, k, v, **(given | budget))
+def causal(q, k, v, exact_below, **budget):
+    sums = partial(hyperattention_sums, **({"block": 16, "samples": 1000} | budget))
+    return causal_attention(0.6 * q, k, v, torch.Generator().manual_seed(0), sums, exact_below)
 
 
 @pytest.mark.parametrize("budget", [{"exact_below": 1000}, {"exact_below": 10, "block": 1000}, {"exact_below": 1}])
 def test_causal_with_all_it_needs_is_masked_attention(budget):
-    q, k, v = (torch.stack(t) for t in zip(inputs(301, 301, 7, 2), inputs(301, 301, 7, 2, seed=1), strict=True))
-    out = causal(q, k, v, **budget)
-    for b in range(2):
-        assert (out[b].double() - masked(q[b], k[b], v[b], 0.6)).abs().max() < 2e-5
+    q, k, v = inputs(301, 301, 7, 2)
+    assert (causal(q, k, v, **budget).double() - masked(q, k, v, 0.6)).abs().max() < 2e-5
 
 
 def test_causal_rows_do_not_see_later_keys():
     q, k, v = inputs(200, 200, 7, 2)
     given = {"samples": 32, "exact_below": 25}
-    before = causal(q[None], k[None], v[None], **given)[0]
+    before = causal(q, k, v, **given)
     # Row i < 25 is exact, and so is the part of every row in its own triangle.
     assert (before[:25].double() - masked(q, k, v, 0.6)[:25]).abs().max() < 2e-5
     v[150:] += 100
-    after = causal(q[None], k[None], v[None], **given)[0]
+    after = causal(q, k, v, **given)
     assert torch.equal(before[:150], after[:150])
     assert not torch.equal(before[150:], after[150:])
 
@@ -274,8 +270,13 @@ def test_signs_tell_more_per_collision_than_shifted_grids_do():
 def test_groups_share_the_tables_out():
     q, k, v = inputs(60, 60, 5, 1)
     given = {"tables": 7, "bucket": 10}
-    together, logs = vkde_lsh.sums(q, k, v, torch.Generator().manual_seed(0), **given)
-    apart, same = vkde_lsh.sums(q, k, v, torch.Generator().manual_seed(0), **given, groups=3)
+    together, logs, apart, same = (
+        part
+        for groups in (1, 3)
+        for part in vkde_lsh.table_sums(
+            q, k, v, torch.Generator().manual_seed(0), vkde_lsh.Parameters(**given, groups=groups)
+        )
+    )
     assert torch.equal(logs, same)
     # Tables 0, 3, 6 make the first group, 1 and 4 the second, 2 and 5 the third.
     weights = torch.tensor([3.0, 2.0, 2.0]) / 7
@@ -286,7 +287,8 @@ def test_groups_share_the_tables_out():
 def test_the_answer_is_the_quotient_of_the_medians(groups):
     q, k, v = inputs(60, 60, 5, 2)
     given = {"tables": 12, "bucket": 30, "groups": groups}
-    both, _ = vkde_lsh.sums(q, k - k.mean(0), v, torch.Generator().manual_seed(0), **given)
+    parameters = vkde_lsh.Parameters(**given)
+    both, _ = vkde_lsh.table_sums(q, k - k.mean(0), v, torch.Generator().manual_seed(0), parameters)
     medians = np.median(both.numpy(), axis=0)
     # A query of which half of the groups met no key has an answer of another kind.
     met = medians[:, -1] > 0

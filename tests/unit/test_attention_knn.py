@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from approxkmv.attention import UnavailableError, get
 from approxkmv.attention.searched import lazy_gumbel
-from approxkmv.attention.searched.knn import head_size, sampled_attention
+from approxkmv.attention.searched.knn import Parameters, head_size, sampled_attention
 from approxkmv.attention.searched.knn_gradients import estimated_gradients, knn_attention, random_walks
 from approxkmv.compute import loops as compute_loops
 from approxkmv.errors import InputError
@@ -61,7 +61,7 @@ def test_samples_have_the_softmax_as_their_distribution(head, loops, monkeypatch
     q, k, _ = heads(4, 40, 4, 1, spread=0.8)
     samples = 40000
     generator = torch.Generator().manual_seed(2)
-    sampled = sampled_attention(q, k, generator, top=5, samples=samples, index="flat", head=head)
+    sampled = sampled_attention(q, k, generator, Parameters(top=5, samples=samples, index="flat", head=head))
     rows, keys, weights = sampled.entries()
     keys, weights = keys[rows == 3], weights[rows == 3]
     frequency = torch.zeros(40).index_add_(0, keys, weights).double()
@@ -235,7 +235,7 @@ def test_gradients_with_a_head_of_all_keys_are_exact():
     q, k, v = heads(20, 30, 4, 3)
     gradient = torch.randn(20, 3, generator=torch.Generator().manual_seed(9))
     generators = [torch.Generator().manual_seed(i) for i in (0, 1)]
-    samples = [sampled_attention(q * 0.5, k, g, top=30, samples=1, index="flat", head="exact") for g in generators]
+    samples = [sampled_attention(q * 0.5, k, generator, Parameters(top=30, samples=1)) for generator in generators]
     found = estimated_gradients(q, k, v, gradient, 0.5, *samples)
     for one, wanted in zip(found, exact_gradients(q, k, v, gradient, 0.5), strict=True):
         assert (one.double() - wanted).abs().max() < 1e-5
@@ -249,7 +249,7 @@ def test_walks_keep_the_bound_of_the_paper():
     walks = 3000
     for seed in range(3):
         generator = torch.Generator().manual_seed(seed)
-        sampled = sampled_attention(q, k, generator, top=0, samples=600, index="flat", head="sampled")
+        sampled = sampled_attention(q, k, generator, Parameters(top=0, samples=600, index="flat", head="sampled"))
         found = random_walks(sampled, x, 40, walks, generator)
         bound = x.abs().sum(0) * (2 * math.log(2 * 40 * 3 / 0.01) / walks) ** 0.5
         assert bool(((found.double() - right).abs() < bound).all())
@@ -264,7 +264,7 @@ def test_walks_are_unbiased_even_where_they_use_a_step_again():
     found = []
     for seed in range(300):
         generator = torch.Generator().manual_seed(seed)
-        sampled = sampled_attention(q, k, generator, top=0, samples=2, index="flat", head="sampled")
+        sampled = sampled_attention(q, k, generator, Parameters(top=0, samples=2, index="flat", head="sampled"))
         found.append(random_walks(sampled, x, 40, 60, generator).double())
     signs = torch.from_numpy(np.random.default_rng(0).choice([-1.0, 1.0], (20, 40, 2)))
     combined = torch.einsum("cnw,snw->sc", signs, torch.stack(found))
@@ -275,7 +275,7 @@ def test_walks_are_unbiased_even_where_they_use_a_step_again():
 
 def test_walks_want_single_steps():
     q, k, _ = heads(5, 40, 4, 1)
-    sampled = sampled_attention(q, k, torch.Generator(), top=0, samples=4, index="flat", head="exact")
+    sampled = sampled_attention(q, k, torch.Generator(), Parameters(top=0, samples=4, index="flat", head="exact"))
     with pytest.raises(InputError, match="head='sampled'"):
         random_walks(sampled, torch.ones(5, 1), 40, 10, torch.Generator())
 

@@ -17,6 +17,9 @@ from approxkmv.compute.counting import count
 Sums = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Numerators (n_q, d_v), row sums (n_q,) and the logs (n_q,) that both are divided by."""
 
+EXACT_BELOW = 256
+"""Triangles of at most so many queries are exact."""
+
 SumsOfKeys = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Generator], Sums]
 """f(q, k, v, generator) for scaled float32 q (n_q, d), k (n_k, d), v (n_k, d_v), every query meeting every key."""
 
@@ -63,7 +66,12 @@ def causal_sums(
 
 
 def causal_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator, sums: SumsOfKeys, exact_below: int
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    generator: torch.Generator,
+    sums: SumsOfKeys,
+    exact_below: int = EXACT_BELOW,
 ) -> torch.Tensor:
     """Causal attention (n, d_v) from `causal_sums`; a row whose estimated sum is not positive is computed exactly."""
     numerators, row_sums, _ = causal_sums(q, k, v, generator, sums, exact_below)

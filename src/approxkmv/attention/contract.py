@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Any, TypeVar
 
 import torch
 
 from approxkmv.arrays import resolve_scale, resolve_seed
+from approxkmv.attention.causal import Sums, causal_attention
 from approxkmv.compute.torch_state import plain_torch
 from approxkmv.errors import InputError, UnavailableError
 
 Parameters = Mapping[str, Any]
+P = TypeVar("P")
+"""A frozen dataclass with a method's parameters and their defaults."""
 
 # What norms of rows, and products of them, may be: their squares, times any number of rows, stay within float32.
 LARGEST = 1e12
@@ -61,6 +64,64 @@ class Method:
         for name in ("compute", "causal"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, plain_torch()(getattr(self, name)))
+
+    @classmethod
+    def from_sums(
+        cls,
+        name: str,
+        sums: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Generator, P], Sums],
+        parameters: type[P],
+        *,
+        summary: str,
+        grid: Sequence[dict[str, Any]],
+        around_mean: bool = False,
+        cpu_only: bool = False,
+    ) -> Method:
+        """A method from its sums before they are divided, with the causal form that follows from them.
+
+        Args:
+            sums: f(q, k, v, generator, parameters) for the float32 matrices of one batch entry, q scaled: numerators
+                (n_q, d_v), row sums (n_q,) above 0 and the logs (n_q,) that both are divided by.
+            parameters: the dataclass of that last argument.
+            around_mean: `sums` gets values less their mean; see `per_batch`.
+            cpu_only: whether other devices are refused.
+        """
+
+        def check(q: torch.Tensor) -> None:
+            if cpu_only and q.device.type != "cpu":
+                raise UnavailableError(f"{name} runs on a CPU only, not on {q.device.type}")
+
+        def compute(
+            q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, seed: int, **given: Any
+        ) -> torch.Tensor:
+            check(q)
+            chosen = parameters(**given)
+
+            def single(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+                numerators, row_sums, _ = sums(q * scale, k, v, generator, chosen)
+                return numerators / row_sums.unsqueeze(1)
+
+            return per_batch(single, q, k, v, seed, around_mean=around_mean)
+
+        def causal(
+            q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, seed: int, **given: Any
+        ) -> torch.Tensor:
+            check(q)
+            chosen = parameters(**given)
+
+            def square(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator) -> Sums:
+                # The mean of this square's values alone: that of all of them holds later ones.
+                mean = v.mean(0) if around_mean else v.new_zeros(v.shape[1])
+                numerators, row_sums, logs = sums(q, k, v - mean, generator, chosen)
+                return numerators + row_sums.unsqueeze(1) * mean, row_sums, logs
+
+            def single(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+                return causal_attention(q * scale, k, v, generator, square)
+
+            return per_batch(single, q, k, v, seed)
+
+        defaults = asdict(parameters())  # type: ignore[call-overload]
+        return cls(name, compute, summary, defaults, grid, causal=causal)
 
     def parameters(self, given: Parameters | None = None) -> dict[str, Any]:
         """The defaults with `given` put over them.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from approxkmv.attention.causal import Sums
 from approxkmv.attention.contract import Method, UnavailableError
 from approxkmv.attention.kernels.exponentials import LOWEST, exp_
 from approxkmv.compute.counting import count
@@ -14,6 +15,8 @@ from approxkmv.compute.loops import compiled_loops
 _UNDERFLOW = 1e-22
 # A matrix product with few columns costs as much as one with sixteen; a product with a vector, a tenth of it.
 _FEW_COLUMNS = 8
+# 512 x 512 logits are 1 MiB: measured fastest of 128 to 2,048 a side on a core with 1 MiB of second-level cache.
+TILE = 512
 
 
 def _add_products(weights: torch.Tensor, v: torch.Tensor, numerators: torch.Tensor, row_sums: torch.Tensor) -> None:
@@ -26,8 +29,8 @@ def _add_products(weights: torch.Tensor, v: torch.Tensor, numerators: torch.Tens
         numerators.addmm_(v.mT, weights.mT)
 
 
-def _by_bound(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tile: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Numerators (n_q, d_v) and row sums (n_q,), row i times exp(-|q_i| max_j |k_j|), which is at most 1 each."""
+def _by_bound(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tile: int) -> Sums:
+    """The sums, the log of row i |q_i| max_j |k_j|, so that no term is above 1."""
     n_q = len(q)
     shift = q.square().sum(1).sqrt() * k.square().sum(1).max().sqrt()
     # The shift rides in the product as one more column, which saves a pass over every tile.
@@ -49,15 +52,13 @@ def _by_bound(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tile: int) -> t
                 loops.add_exponentials(weights.numpy(), here[0].mT.numpy(), here[1].numpy(), here[2].numpy())
             else:
                 _add_products(weights.clamp_min_(LOWEST).exp_(), *here)
-    return numerators.mT, row_sums
+    return numerators.mT, row_sums, shift
 
 
-def _by_running_maximum(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tile: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _by_running_maximum(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tile: int) -> Sums:
     """The same sums shifted by each row's own maximum so far: slower, and sound for any logits."""
     n_q = len(q)
-    numerators, row_sums = q.new_zeros(v.shape[1], n_q), q.new_zeros(n_q)
+    numerators, row_sums, logs = q.new_zeros(v.shape[1], n_q), q.new_zeros(n_q), q.new_empty(n_q)
     for i in range(0, n_q, tile):
         rows = q[i : i + tile]
         highest = rows.new_full((len(rows),), -torch.inf)
@@ -70,22 +71,32 @@ def _by_running_maximum(
             weights = logits.sub_(higher.unsqueeze(1)).clamp_min_(LOWEST).exp_()
             _add_products(weights, v[j : j + tile], numerators[:, i : i + tile], row_sums[i : i + tile])
             highest = higher
-    return numerators.mT, row_sums
+        logs[i : i + tile] = highest
+    return numerators.mT, row_sums, logs
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, tile: int) -> torch.Tensor:
-    """softmax(scale q k^T) v for float32 q (n_q, d), k (n_k, d), v (n_k, d_v), in O((n_q + n_k)(d + d_v)) memory."""
-    q = q * scale
+def sums(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tile: int = TILE) -> Sums:
+    """Numerators, row sums and logs for float32 q (n_q, d), scaled, k (n_k, d), v (n_k, d_v).
+
+    In O((n_q + n_k)(d + d_v)) memory.
+    """
     # Attention does not change when all keys move together, and the bound is tighter around their mean.
-    k = k - k.mean(0)
-    numerators, row_sums = _by_bound(q, k, v, tile)
+    mean = k.mean(0)
+    k = k - mean
+    numerators, row_sums, logs = _by_bound(q, k, v, tile)
     count(kernel_evaluations=len(q) * len(k))
     lost = (row_sums < _UNDERFLOW).nonzero().squeeze(1)
     if len(lost):
-        again, sums = _by_running_maximum(q[lost], k, v, tile)
+        again = _by_running_maximum(q[lost], k, v, tile)
         count(kernel_evaluations=len(lost) * len(k))
         numerators = numerators.contiguous()
-        numerators[lost], row_sums[lost] = again, sums
+        numerators[lost], row_sums[lost], logs[lost] = again
+    return numerators, row_sums, logs + q @ mean
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, tile: int = TILE) -> torch.Tensor:
+    """softmax(scale q k^T) v of the same."""
+    numerators, row_sums, _ = sums(q * scale, k, v, tile)
     return numerators / row_sums.unsqueeze(1)
 
 
@@ -107,8 +118,7 @@ method = Method(
     name="exact-fused",
     compute=_exact_fused,
     summary="exp(QK^T)[v, 1] in tiles, the matrix never stored",
-    # 512 x 512 logits are 1 MiB: measured fastest of 128 to 2,048 a side on a core with 1 MiB of second-level cache.
-    defaults={"tile": 512},
+    defaults={"tile": TILE},
     exact=True,
     seeded=False,
 )

@@ -10,10 +10,12 @@ sampling by norm sees little but a common offset of the values.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 
-from approxkmv.attention.contract import Method, per_batch
+from approxkmv.attention.causal import Sums
+from approxkmv.attention.contract import Method
 from approxkmv.attention.hashed.angular_hashing import block_sums, sort_into_blocks, sorted_sample
 from approxkmv.attention.hashed.column_sampling import column_probabilities, with_ones
 from approxkmv.attention.kernels.exponentials import flushed_
@@ -21,19 +23,20 @@ from approxkmv.attention.kernels.exponentials import flushed_
 _MORE = 1.5
 
 
-def sums(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    generator: torch.Generator,
-    *,
-    block: int,
-    samples: int,
-    projections: int,
-    normalised: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+@dataclass(frozen=True)
+class Parameters:
+    """Queries of a block at most, sampled columns, bits of a code; whether variances are relative to the row sums."""
+
+    block: int = 128
+    samples: int = 128
+    projections: int = 7
+    normalised: bool = False
+
+
+def sums(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator, parameters: Parameters) -> Sums:
     """Numerators (n_q, d_v), row sums (n_q,) and the logs (n_q,) that both are divided by, for scaled queries."""
-    blocks = sort_into_blocks(q, k, generator, block=block, projections=projections)
+    blocks = sort_into_blocks(q, k, generator, block=parameters.block, projections=parameters.projections)
+    samples = parameters.samples
     probabilities = column_probabilities(v)
     more = round(_MORE * samples)
     drawn = torch.multinomial(probabilities, more, replacement=True, generator=generator)
@@ -56,7 +59,7 @@ def sums(
         variance[here] = flushed_(light.square_()) @ first_size / samples
         variance[here] -= (first[here] / samples).square().sum(-1)
     # The average is over the variances of the estimates, each with its row's own factor exp(shift) back in place.
-    if normalised:
+    if parameters.normalised:
         size = (heavy + first / samples)[..., -1]
         log_variance = variance.clamp_min(1e-37).log() - 2 * size.clamp_min(1e-37).log()
     else:
@@ -65,43 +68,17 @@ def sums(
     average = torch.logsumexp(logs, 0) - math.log(len(q))
     above = (log_variance.double() > average).unsqueeze(-1)
     answers = blocks.unsorted(heavy + torch.where(above, all_of_them / more, first / samples), len(q))
-    return answers[:, :-1], answers[:, -1], blocks.unsorted(shifts, len(q))
+    # A row may vanish beside its largest logit, if that is of a sample that it does not use.
+    row_sums = answers[:, -1].clamp_min(torch.finfo(q.dtype).tiny)
+    return answers[:, :-1], row_sums, blocks.unsorted(shifts, len(q))
 
 
-def _approxkmv_paper(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    scale: float,
-    seed: int,
-    block: int,
-    samples: int,
-    projections: int,
-    normalised: bool,
-) -> torch.Tensor:
-    def single(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        numerators, row_sums, _ = sums(
-            q * scale,
-            k,
-            v,
-            generator,
-            block=block,
-            samples=samples,
-            projections=projections,
-            normalised=normalised,
-        )
-        # A row may vanish beside its largest logit, if that is of a sample that it does not use.
-        return numerators / row_sums.clamp_min(torch.finfo(q.dtype).tiny).unsqueeze(1)
-
-    return per_batch(single, q, k, v, seed, around_mean=True)
-
-
-method = Method(
-    name="approxkmv-paper",
-    compute=_approxkmv_paper,
+method = Method.from_sums(
+    "approxkmv-paper",
+    sums,
+    Parameters,
+    around_mean=True,
     summary="A.1.4 of the paper: sorted hashing, column-norm sampling, more samples where the variance is high",
-    defaults={"block": 128, "samples": 128, "projections": 7, "normalised": False},
     grid=[
         {"block": 32, "samples": 32},
         {"block": 64, "samples": 64},

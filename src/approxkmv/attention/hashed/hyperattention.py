@@ -9,33 +9,30 @@ Source: Han, Jayaram, Karbasi, Mirrokni, Woodruff & Zandieh (2024); the causal f
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
-from approxkmv.attention.causal import Sums, causal_attention
-from approxkmv.attention.contract import Method, per_batch
+from approxkmv.attention.causal import Sums
+from approxkmv.attention.contract import Method
 from approxkmv.attention.hashed.angular_hashing import block_sums, sort_into_blocks, sorted_sample
 from approxkmv.attention.hashed.column_sampling import with_ones
 
-# In the causal form, triangles of at most so many queries are exact.
-_EXACT_BELOW = 256
+
+@dataclass(frozen=True)
+class Parameters:
+    """Queries of a block at most, keys in the shared sample, and bits of a code."""
+
+    block: int = 128
+    samples: int = 256
+    projections: int = 7
 
 
-def sums(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    generator: torch.Generator,
-    *,
-    block: int,
-    samples: int,
-    projections: int,
-) -> Sums:
+def sums(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator, parameters: Parameters) -> Sums:
     """Numerators (n_q, d_v), row sums (n_q,) and the logs (n_q,) that both are divided by, for scaled queries."""
     n_q, n_k = len(q), len(k)
-    blocks = sort_into_blocks(q, k, generator, block=block, projections=projections)
-    drawn = torch.randperm(n_k, generator=generator, device=k.device)[:samples]
+    blocks = sort_into_blocks(q, k, generator, block=parameters.block, projections=parameters.projections)
+    drawn = torch.randperm(n_k, generator=generator, device=k.device)[: parameters.samples]
     if len(blocks.queries) == 1:
         # In a single block nothing is left to estimate.
         drawn = drawn[:0]
@@ -51,46 +48,11 @@ def sums(
     return both[:, :-1], both[:, -1], blocks.unsorted(logs, n_q)
 
 
-def _hyperattention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, seed: int, **parameters: Any
-) -> torch.Tensor:
-    def single(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        numerators, row_sums, _ = sums(q * scale, k, v, generator, **parameters)
-        return numerators / row_sums.unsqueeze(1)
-
-    return per_batch(single, q, k, v, seed)
-
-
-def causal(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    scale: float,
-    seed: int,
-    exact_below: int = _EXACT_BELOW,
-    **parameters: Any,
-) -> torch.Tensor:
-    """The method with query i seeing the keys 0..i alone, by recursion: (batch, n, d_v).
-
-    Triangles on the diagonal of at most `exact_below` queries are exact; the other parameters are the method's.
-    """
-
-    def square(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator) -> Sums:
-        return sums(q, k, v, generator, **parameters)
-
-    def single(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        return causal_attention(q * scale, k, v, generator, square, exact_below)
-
-    return per_batch(single, q, k, v, seed)
-
-
-method = Method(
-    name="hyperattention",
-    compute=_hyperattention,
-    causal=causal,
+method = Method.from_sums(
+    "hyperattention",
+    sums,
+    Parameters,
     summary="sorted angular hashing, the rest from uniform keys shared by all queries",
-    defaults={"block": 128, "samples": 256, "projections": 7},
     grid=[
         {"block": 32, "samples": 64},
         {"block": 64, "samples": 128},

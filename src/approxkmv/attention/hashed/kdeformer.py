@@ -9,27 +9,29 @@ Source: Zandieh, Han, Daliri & Karbasi (2023). The form with spectral guarantees
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
-from approxkmv.attention.contract import Method, per_batch
+from approxkmv.attention.causal import Sums
+from approxkmv.attention.contract import Method
 from approxkmv.attention.hashed.angular_hashing import block_sums, sort_into_blocks, sorted_sample
 from approxkmv.attention.hashed.column_sampling import column_probabilities, with_ones
 
 
-def sums(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    generator: torch.Generator,
-    *,
-    block: int,
-    samples: int,
-    projections: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+@dataclass(frozen=True)
+class Parameters:
+    """Queries of a block at most, sampled columns, and bits of a code."""
+
+    block: int = 128
+    samples: int = 128
+    projections: int = 7
+
+
+def sums(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator, parameters: Parameters) -> Sums:
     """Numerators (n_q, d_v), row sums (n_q,) and the logs (n_q,) that both are divided by, for scaled queries."""
-    blocks = sort_into_blocks(q, k, generator, block=block, projections=projections)
+    blocks = sort_into_blocks(q, k, generator, block=parameters.block, projections=parameters.projections)
+    samples = parameters.samples
     probabilities = column_probabilities(v)
     drawn = torch.multinomial(probabilities, samples, replacement=True, generator=generator)
     if len(blocks.queries) == 1:
@@ -45,21 +47,12 @@ def sums(
     return answers[:, :-2], answers[:, -2], answers[:, -1]
 
 
-def _kdeformer(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, seed: int, **parameters: Any
-) -> torch.Tensor:
-    def single(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        numerators, row_sums, _ = sums(q * scale, k, v, generator, **parameters)
-        return numerators / row_sums.unsqueeze(1)
-
-    return per_batch(single, q, k, v, seed, around_mean=True)
-
-
-method = Method(
-    name="kdeformer",
-    compute=_kdeformer,
+method = Method.from_sums(
+    "kdeformer",
+    sums,
+    Parameters,
+    around_mean=True,
     summary="sorted angular hashing, the rest from columns sampled by the norms of their values",
-    defaults={"block": 128, "samples": 128, "projections": 7},
     grid=[
         {"block": 32, "samples": 32},
         {"block": 64, "samples": 64},

@@ -22,11 +22,12 @@ Charikar & Siminelakis (2017); angular hashing, Charikar (2002).
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
-from approxkmv.attention.contract import Method, per_batch
+from approxkmv.attention.causal import Sums
+from approxkmv.attention.contract import Method
 from approxkmv.attention.hashed.column_sampling import with_ones
 from approxkmv.attention.kernels.exponentials import exp_
 from approxkmv.compute.counting import count
@@ -44,25 +45,26 @@ def bits_for(bucket: int, n_k: int) -> int:
     return max(0, math.ceil(math.log2(n_k / bucket)))
 
 
-def sums(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    generator: torch.Generator,
-    *,
-    tables: int,
-    bucket: int,
-    groups: int = 1,
+@dataclass(frozen=True)
+class Parameters:
+    """tables; bucket: keys at a right angle that a query meets in one; groups: 1 for the mean, more for the median."""
+
+    tables: int = 16
+    bucket: int = 32
+    groups: int = 1
+
+
+def table_sums(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator, parameters: Parameters
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """[Numerators, row sums] (groups, n_q, d_v + 1), each the mean over a group of tables, and their logs (n_q,).
 
     For scaled queries q (n_q, d). Zero and -inf for a query that met no key.
     """
-    bits = bits_for(bucket, len(k))
-    if bits == 0:
-        # Everything shares one bucket in each table.
-        tables = groups = 1
-    groups = min(groups, tables)
+    bits = bits_for(parameters.bucket, len(k))
+    # With no bits everything shares one bucket in each table.
+    tables = parameters.tables if bits else 1
+    groups = min(parameters.groups, tables)
     extended = with_ones(v)
     norms = q.square().sum(1).sqrt() * k.square().sum(1).amax().sqrt()
     inverse_norms = 1 / norms.clamp_min(1e-30)
@@ -101,29 +103,25 @@ def sums(
     return out / in_group.view(-1, 1, 1), shifts
 
 
-def _vkde_lsh(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, seed: int, **parameters: Any
-) -> torch.Tensor:
-    def single(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        # Attention does not change when all keys move together, and angles tell more around their mean.
-        both, _ = sums(q * scale, k - k.mean(0), v, generator, **parameters)
-        ordered = both.sort(0).values
-        mean, median = both.mean(0), 0.5 * (ordered[(len(both) - 1) // 2] + ordered[len(both) // 2])
-        # Half of the groups may have met nothing.
-        both = torch.where(median[:, -1:] > 0, median, mean)
-        # Of a query that met no key nothing is known.
-        return torch.where(both[:, -1:] > 0, both[:, :-1] / both[:, -1:], v.mean(0))
-
-    return per_batch(single, q, k, v, seed)
+def sums(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator, parameters: Parameters) -> Sums:
+    """Numerators (n_q, d_v), row sums (n_q,) and the logs (n_q,) that both are divided by, for scaled queries."""
+    # Attention does not change when all keys move together, and angles tell more around their mean.
+    centre = k.mean(0)
+    both, logs = table_sums(q, k - centre, v, generator, parameters)
+    ordered = both.sort(0).values
+    mean, median = both.mean(0), 0.5 * (ordered[(len(both) - 1) // 2] + ordered[len(both) // 2])
+    # Half of the groups may have met nothing.
+    both = torch.where(median[:, -1:] > 0, median, mean)
+    # Of a query that met no key nothing is known: the mean value, with a log that makes it nothing beside other sums.
+    both = torch.where(both[:, -1:] > 0, both, with_ones(v.mean(0, keepdim=True)))
+    return both[:, :-1], both[:, -1], logs + q @ centre
 
 
-method = Method(
-    name="vkde-lsh",
-    compute=_vkde_lsh,
+method = Method.from_sums(
+    "vkde-lsh",
+    sums,
+    Parameters,
     summary="hash tables: the keys of a query's bucket, weighted by their chance to be there",
-    # bucket: keys at a right angle that a query meets in a table. groups: 1 for the mean over tables, more for the
-    # median of so many means.
-    defaults={"tables": 16, "bucket": 32, "groups": 1},
     grid=[
         {"tables": 4, "bucket": 16},
         {"tables": 8, "bucket": 32},

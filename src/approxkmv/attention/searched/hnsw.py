@@ -5,55 +5,49 @@ The index is that of Malkov & Yashunin (2018), the estimator DEANN's.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
-from approxkmv.attention.contract import Method, UnavailableError, per_batch
+from approxkmv.attention.causal import Sums
+from approxkmv.attention.contract import Method
 from approxkmv.attention.exact import fused as exact_fused
 from approxkmv.attention.searched.deann import estimate
 
 
-def sums(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    generator: torch.Generator,
-    *,
-    near: int,
-    samples: int,
-    links: int,
-    construction: int,
-    breadth: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+@dataclass(frozen=True)
+class Parameters:
+    """Keys found for each query, keys of the shared sample, and the graph: as those of `search.indexes.HNSWIndex`."""
+
+    near: int = 64
+    samples: int = 128
+    links: int = 12
+    construction: int = 32
+    breadth: int = 64
+
+
+def sums(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator, parameters: Parameters) -> Sums:
     """Numerators (n_q, d_v), row sums (n_q,) and the logs (n_q,) that both are divided by, for scaled queries."""
     from approxkmv.search.indexes import HNSWIndex
 
-    index = HNSWIndex(k, links, construction, breadth)
+    if parameters.near >= len(k):
+        return exact_fused.sums(q, k, v)
+    # Attention does not change when all keys move together, and the graph is of their distances.
+    mean = k.mean(0)
+    keys = k - mean
+    index = HNSWIndex(keys, parameters.links, parameters.construction, parameters.breadth)
     index.add(0, len(k))
-    found, logits = index.search(q, min(near, len(k)))
-    return estimate(q, k, v, found, logits, samples, generator)
+    found, logits = index.search(q, parameters.near)
+    numerators, row_sums, logs = estimate(q, keys, v, found, logits, parameters.samples, generator)
+    return numerators, row_sums, logs + q @ mean
 
 
-def _hnsw(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, seed: int, near: int, **parameters: int
-) -> torch.Tensor:
-    if q.device.type != "cpu":
-        raise UnavailableError(f"hnsw runs on a CPU only, not on {q.device.type}")
-
-    def single(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        if near >= len(k):
-            return exact_fused.attend(q, k, v, scale, 512)
-        # Attention does not change when all keys move together, and the graph is of their distances.
-        numerators, row_sums, _ = sums(q * scale, k - k.mean(0), v, generator, near=near, **parameters)
-        return numerators / row_sums.unsqueeze(1)
-
-    return per_batch(single, q, k, v, seed)
-
-
-method = Method(
-    name="hnsw",
-    compute=_hnsw,
+method = Method.from_sums(
+    "hnsw",
+    sums,
+    Parameters,
+    cpu_only=True,
     summary="neighbours from a small-world graph exactly, the rest by uniform sampling (DEANN's estimator)",
-    defaults={"near": 64, "samples": 128, "links": 12, "construction": 32, "breadth": 64},
     grid=[
         {"near": 8, "samples": 32, "links": 6, "construction": 16, "breadth": 8},
         {"near": 16, "samples": 64, "links": 6, "construction": 16, "breadth": 16},

@@ -9,6 +9,8 @@ non-negative entry O_ij at most sqrt(3 |V| log(2 n d_v / delta) / (samples O_ij)
 from __future__ import annotations
 
 import math
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -22,6 +24,26 @@ from approxkmv.search.indexes import Index, make_index
 _CAUSAL_ROWS = 256  # queries of the causal form that share their own keys exactly and one search of the earlier ones
 
 
+@dataclass(frozen=True)
+class Parameters:
+    """What a row's head and samples are, and how the head is searched."""
+
+    top: int = 0
+    """Keys of the head; 0 for the root of their number."""
+    samples: int = 16
+    index: str = "flat"
+    """flat or hnsw; the last three are the latter's."""
+    head: str = "exact"
+    """exact or sampled, see `sample_rows`."""
+    links: int = 12
+    construction: int = 32
+    breadth: int = 64
+
+    def index_of(self, k: torch.Tensor) -> Index:
+        """The index, empty, for keys k (n_k, d)."""
+        return make_index(self.index, k, links=self.links, construction=self.construction, breadth=self.breadth)
+
+
 def head_size(top: int, n_k: int) -> int:
     """`top`, or the root of the number of keys, the paper's choice, where it is 0."""
     return min(n_k, top or math.ceil(math.sqrt(n_k)))
@@ -33,48 +55,28 @@ def _floor(found: torch.Tensor) -> torch.Tensor:
 
 
 def sampled_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    generator: torch.Generator,
-    *,
-    top: int,
-    samples: int,
-    index: str,
-    head: str,
-    **graph: int,
+    q: torch.Tensor, k: torch.Tensor, generator: torch.Generator, parameters: Parameters
 ) -> SampledRows:
     """A sparse matrix whose expectation is softmax(q k^T), for scaled float32 q (n_q, d) and k (n_k, d)."""
-    searched = make_index(index, k, **graph)
+    searched = parameters.index_of(k)
     searched.add(0, len(k))
-    keys, logits = searched.search(q, head_size(top, len(k)))
-    keys = keys.clamp_min(0)
-    return sample_rows(q, k, keys, logits, _floor(logits), len(k), samples, generator, head=head)
+    keys, logits = searched.search(q, head_size(parameters.top, len(k)))
+    return sample_rows(
+        q, k, keys.clamp_min(0), logits, _floor(logits), len(k), parameters.samples, generator, head=parameters.head
+    )
 
 
-def _knn(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    scale: float,
-    seed: int,
-    top: int,
-    samples: int,
-    index: str,
-    head: str,
-    **graph: int,
-) -> torch.Tensor:
+def _knn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, seed: int, **given: Any) -> torch.Tensor:
+    parameters = Parameters(**given)
+
     def single(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        if head_size(top, len(k)) == len(k) and head == "exact":
+        if head_size(parameters.top, len(k)) == len(k) and parameters.head == "exact":
             if q.device.type == "cpu":
-                return exact_fused.attend(q, k, v, scale, 512)
+                return exact_fused.attend(q, k, v, scale)
             count(kernel_evaluations=len(q) * len(k))
             return softmax((q * scale) @ k.mT) @ v
         # Attention does not change when all keys move together; around their mean a graph has shorter distances.
-        sampled = sampled_attention(
-            q * scale, k - k.mean(0), generator, top=top, samples=samples, index=index, head=head, **graph
-        )
-        return sampled.product(v)
+        return sampled_attention(q * scale, k - k.mean(0), generator, parameters).product(v)
 
     return per_batch(single, q, k, v, seed)
 
@@ -87,9 +89,7 @@ def _causal_block(
     first: int,
     last: int,
     generator: torch.Generator,
-    top: int,
-    samples: int,
-    head: str,
+    parameters: Parameters,
 ) -> torch.Tensor:
     """Rows first to last - 1 of causal attention: their own keys and the best of the earlier ones, then the tail."""
     some, own = q[first:last], torch.arange(first, last, device=q.device)
@@ -97,34 +97,28 @@ def _causal_block(
     keys = own.expand(last - first, -1)
     floor = torch.full((last - first,), -torch.inf, device=q.device)
     if first:
-        near = head_size(top, first)
+        near = head_size(parameters.top, first)
         found, found_logits = index.search(some, near)
         keys = torch.cat([found.clamp_min(0), keys], 1)
         logits = torch.cat([found_logits, logits], 1)
         floor = floor if near == first else _floor(found_logits)
-    return sample_rows(some, k, keys, logits, floor, first, samples, generator, head=head).product(v)
+    return sample_rows(
+        some, k, keys, logits, floor, first, parameters.samples, generator, head=parameters.head
+    ).product(v)
 
 
 def _causal(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    scale: float,
-    seed: int,
-    top: int,
-    samples: int,
-    index: str,
-    head: str,
-    **graph: int,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, seed: int, **given: Any
 ) -> torch.Tensor:
+    parameters = Parameters(**given)
+
     def single(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         q, k = q * scale, k - k.mean(0)
-        searched = make_index(index, k, **graph)
+        searched = parameters.index_of(k)
         parts = []
         for first in range(0, len(q), _CAUSAL_ROWS):
             last = min(first + _CAUSAL_ROWS, len(q))
-            parts.append(_causal_block(searched, q, k, v, first, last, generator, top, samples, head))
+            parts.append(_causal_block(searched, q, k, v, first, last, generator, parameters))
             searched.add(first, last)
         return torch.cat(parts)
 
@@ -136,15 +130,7 @@ method = Method(
     compute=_knn,
     causal=_causal,
     summary="nearest keys exactly, the tail by lazy Gumbel sampling; unbiased with an exact index",
-    defaults={
-        "top": 0,
-        "samples": 16,
-        "index": "flat",
-        "head": "exact",
-        "links": 12,
-        "construction": 32,
-        "breadth": 64,
-    },
+    defaults=asdict(Parameters()),
     may_be_zero=frozenset({"top"}),
     choices={"head": ("exact", "sampled")},
     grid=[

@@ -21,7 +21,7 @@ import torch
 
 from approxkmv.arrays import resolve_seed
 from approxkmv.attention.contract import check_inputs
-from approxkmv.attention.searched.knn import method, sampled_attention
+from approxkmv.attention.searched.knn import Parameters, method, sampled_attention
 from approxkmv.attention.searched.lazy_gumbel import SampledRows, products_of_pairs
 from approxkmv.compute.torch_state import plain_torch
 from approxkmv.errors import InputError
@@ -104,7 +104,7 @@ class _KNNAttention(torch.autograd.Function):
         v: torch.Tensor,
         scale: float,
         seed: int,
-        parameters: dict[str, Any],
+        parameters: Parameters,
     ) -> torch.Tensor:
         ctx.save_for_backward(q, k, v)
         ctx.settings = scale, seed, parameters
@@ -129,10 +129,10 @@ class _KNNAttention(torch.autograd.Function):
 
 
 def _rows(
-    q: torch.Tensor, k: torch.Tensor, scale: float, generator: torch.Generator, parameters: dict[str, Any]
+    q: torch.Tensor, k: torch.Tensor, scale: float, generator: torch.Generator, parameters: Parameters
 ) -> SampledRows:
     keys = k.float()
-    return sampled_attention(q.float() * scale, keys - keys.mean(0), generator, **parameters)
+    return sampled_attention(q.float() * scale, keys - keys.mean(0), generator, parameters)
 
 
 def knn_attention(
@@ -161,7 +161,7 @@ def knn_attention(
         InputError: inputs that do not fit. UnavailableError: faiss is missing.
     """
     scale = check_inputs(q, k, v, scale)
-    parameters = method.parameters({"top": top, "samples": samples, "index": index, "head": head})
+    parameters = Parameters(**method.parameters({"top": top, "samples": samples, "index": index, "head": head}))
     # Three streams of random numbers for each seed
     seed = resolve_seed(seed) % 2**61
     answer: torch.Tensor = _KNNAttention.apply(q, k, v, scale, seed, parameters)
