@@ -31,15 +31,11 @@ rule all:
         rules.complexity.output if STUDY.complexity else [],
         rules.sweep.output if STUDY.sweep else [],
         rules.perplexity.output if STUDY.perplexity else [],
-    conda:
-        "environment.yml"
 
 
 rule clean_leftovers:
     log:
         f"{RESULTS}/logs/clean_leftovers.log",
-    conda:
-        "environment.yml"
     params:
         results=lambda wildcards: RESULTS,
     shell:

@@ -12,8 +12,6 @@ rule complexity:
         ),
     log:
         f"{RESULTS}/logs/complexity.log",
-    conda:
-        "../../environment.yml"
     threads: workflow.cores
     params:
         config=lambda wildcards: SETTINGS,
@@ -36,8 +34,6 @@ rule complexity_figure:
         ),
     log:
         f"{RESULTS}/logs/complexity_figure.log",
-    conda:
-        "../../environment.yml"
     params:
         results=lambda wildcards: RESULTS,
         stem=lambda wildcards, output: output.png.removesuffix(".png"),

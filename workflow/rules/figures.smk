@@ -19,8 +19,6 @@ rule max_ratios:
         ),
     log:
         f"{RESULTS}/logs/max_ratios_{{model}}.log",
-    conda:
-        "../../environment.yml"
     params:
         tables=lambda wildcards: TABLES,
         stem=lambda wildcards, output: output.png.removesuffix(".png"),
@@ -43,8 +41,6 @@ rule order_ratios:
         ),
     log:
         f"{RESULTS}/logs/order_ratios_{{model}}.log",
-    conda:
-        "../../environment.yml"
     params:
         tables=lambda wildcards: TABLES,
         stem=lambda wildcards, output: output.png.removesuffix(".png"),
@@ -67,8 +63,6 @@ rule context_scaling:
         ),
     log:
         f"{RESULTS}/logs/context_scaling.log",
-    conda:
-        "../../environment.yml"
     params:
         tables=lambda wildcards: TABLES,
         stem=lambda wildcards, output: output.png.removesuffix(".png"),
@@ -93,8 +87,6 @@ rule growth:
         ),
     log:
         f"{RESULTS}/logs/growth_{{model}}.log",
-    conda:
-        "../../environment.yml"
     params:
         tables=lambda wildcards: TABLES,
         stem=lambda wildcards, output: output.png.removesuffix(".png"),
@@ -118,8 +110,6 @@ rule growth_curves:
         ),
     log:
         f"{RESULTS}/logs/growth_curves_{{model}}.log",
-    conda:
-        "../../environment.yml"
     params:
         tables=lambda wildcards: TABLES,
         stem=lambda wildcards, output: output.png.removesuffix(".png"),
@@ -142,8 +132,6 @@ rule length_scaling:
         ),
     log:
         f"{RESULTS}/logs/length_scaling_{{model}}.log",
-    conda:
-        "../../environment.yml"
     params:
         tables=lambda wildcards: TABLES,
         stem=lambda wildcards, output: output.png.removesuffix(".png"),
@@ -155,5 +143,3 @@ rule figures:
     input:
         study_figures("pdf"),
         study_figures("png"),
-    conda:
-        "../../environment.yml"

@@ -8,8 +8,6 @@ rule model:
         f"{RESULTS}/models/{{model}}.json",
     log:
         f"{RESULTS}/logs/model_{{model}}.log",
-    conda:
-        "../../environment.yml"
     params:
         config=lambda wildcards: SETTINGS,
         entry=lambda wildcards: str(model_of(checked(config), wildcards.model)),
@@ -30,8 +28,6 @@ rule activations:
         contexts=f"{RESULTS}/statistics/{{model}}/{{shard}}.contexts.csv",
     log:
         f"{RESULTS}/logs/extract_{{model}}_{{shard}}.log",
-    conda:
-        "../../environment.yml"
     threads: workflow.cores
     resources:
         gpu=int(STUDY.device == "cuda"),

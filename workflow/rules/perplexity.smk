@@ -18,8 +18,6 @@ rule perplexity:
         record=f"{RESULTS}/tables/perplexity.json",
     log:
         f"{RESULTS}/logs/perplexity.log",
-    conda:
-        "../../environment.yml"
     # Nothing else runs while times are taken.
     threads: workflow.cores
     resources:

@@ -9,8 +9,6 @@ rule statistics:
         f"{RESULTS}/logs/statistics_{{model}}_{{shard}}.log",
     # Made first whenever it can be, so that the activations of one shard at a time lie on the disk.
     priority: 1
-    conda:
-        "../../environment.yml"
     threads: workflow.cores
     params:
         config=lambda wildcards: SETTINGS,
@@ -33,8 +31,6 @@ rule summary:
         overview=f"{RESULTS}/tables/overview_{{model}}.json",
     log:
         f"{RESULTS}/logs/summary_{{model}}.log",
-    conda:
-        "../../environment.yml"
     params:
         config=lambda wildcards: SETTINGS,
         results=lambda wildcards: RESULTS,
@@ -65,8 +61,6 @@ rule growth_per_head:
         f"{RESULTS}/tables/growth_curves_{{model}}.csv",
     log:
         f"{RESULTS}/logs/growth_{{model}}.log",
-    conda:
-        "../../environment.yml"
     params:
         config=lambda wildcards: SETTINGS,
         results=lambda wildcards: RESULTS,
@@ -91,8 +85,6 @@ rule paper_comparison:
         ),
     log:
         f"{RESULTS}/logs/paper_comparison.log",
-    conda:
-        "../../environment.yml"
     params:
         config=lambda wildcards: SETTINGS,
         results=lambda wildcards: RESULTS,
@@ -111,8 +103,6 @@ rule lengths:
         f"{RESULTS}/logs/lengths_{{model}}_{{shard}}.log",
     # As for statistics: one shard's activations on the disk at a time.
     priority: 1
-    conda:
-        "../../environment.yml"
     threads: workflow.cores
     resources:
         gpu=int(STUDY.device == "cuda"),
@@ -140,8 +130,6 @@ rule length_table:
         f"{RESULTS}/tables/lengths_{{model}}.json",
     log:
         f"{RESULTS}/logs/length_table_{{model}}.log",
-    conda:
-        "../../environment.yml"
     params:
         config=lambda wildcards: SETTINGS,
         results=lambda wildcards: RESULTS,

@@ -12,8 +12,6 @@ rule model_heads:
         tuning=f"{RESULTS}/sweep/heads_tuning.safetensors",
     log:
         f"{RESULTS}/logs/model_heads.log",
-    conda:
-        "../../environment.yml"
     threads: workflow.cores
     params:
         config=lambda wildcards: SETTINGS,
@@ -46,8 +44,6 @@ rule sweep:
         ),
     log:
         f"{RESULTS}/logs/sweep.log",
-    conda:
-        "../../environment.yml"
     # Nothing else runs while times are taken.
     threads: workflow.cores
     resources:
@@ -85,8 +81,6 @@ rule sweep_figure:
         f"{RESULTS}/logs/figure_{{figure}}.log",
     wildcard_constraints:
         figure="speedup|error_vs_time|crossover",
-    conda:
-        "../../environment.yml"
     params:
         results=lambda wildcards: RESULTS,
         stem=lambda wildcards, output: output.png.removesuffix(".png"),

@@ -6,8 +6,6 @@ checkpoint texts:
         f"{RESULTS}/texts.parquet",
     log:
         f"{RESULTS}/logs/texts.log",
-    conda:
-        "../../environment.yml"
     params:
         config=lambda wildcards: SETTINGS,
         corpus=(str(STUDY.corpus), STUDY.unit, STUDY.contexts, STUDY.seed),
