@@ -18,7 +18,7 @@ def command_files(command: str, *more: str) -> list[Path]:
     """The files that a command of the command line imports, directly or not, in the order of their names.
 
     Args:
-        command: a name of a function of cli.py, as `summary`.
+        command: a name of a function of cli/, as `summary`.
         more: what is imported by a name that is known at run time alone: files of the package, or folders of such.
     """
     waiting = [*_of_command(command)]
@@ -35,8 +35,9 @@ def command_files(command: str, *more: str) -> list[Path]:
 
 
 def _of_command(command: str) -> Iterator[Path]:
-    """What the function of a command imports, and the functions of cli.py that it calls."""
-    functions = {node.name: node for node in _tree(ROOT / "cli.py").body if isinstance(node, ast.FunctionDef)}
+    """What the function of a command imports, and the functions of cli/ that it calls."""
+    files = sorted((ROOT / "cli").glob("*.py"))
+    functions = {node.name: node for file in files for node in _tree(file).body if isinstance(node, ast.FunctionDef)}
     yield from _imported(functions[command])
     for node in ast.walk(functions[command]):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in functions:

@@ -110,7 +110,7 @@ def test_a_file_that_holds_no_settings_is_one_line(content, tmp_path):
 
 
 def test_a_record_does_not_overwrite_the_settings(tmp_path):
-    from approxkmv.cli import sweep
+    from approxkmv.cli.race import sweep
 
     settings = tmp_path / "sweep.json"
     settings.write_text(json.dumps(GOOD))

@@ -1,0 +1,35 @@
+"""The command line: every step of the pipeline as a command, without Snakemake."""
+
+from __future__ import annotations
+
+import sys
+
+from approxkmv.cli import pipeline, race, upkeep  # noqa: F401
+from approxkmv.cli.app import app, config_app
+from approxkmv.progress import LOG, reason_of
+
+# The list of commands shows first lines whole; left alone it cuts them after 45 characters.
+for _command in (*app.registered_commands, *config_app.registered_commands):
+    _command.short_help = (getattr(_command.callback, "__doc__", None) or "").strip().split("\n")[0]
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one line on stderr (and in the log) and exit code 2."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        _fail("stopped", 130)
+    except Exception as error:
+        reason = reason_of(error)
+        if reason is None:
+            raise
+        _fail(reason, 2)
+
+
+def _fail(message: str, code: int) -> None:
+    line = f"approxkmv: {' '.join(message.split())}"
+    if LOG.handlers:
+        LOG.error("%s", line)
+    else:
+        print(line, file=sys.stderr)
+    sys.exit(code)

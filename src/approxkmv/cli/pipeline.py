@@ -1,0 +1,228 @@
+"""The commands of a study: from a model and texts to tables and figures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from approxkmv.cli.app import CONFIG, Config, Log, Model, StudyName, app, asked
+from approxkmv.config import corpus_of, entry_of, load_config, model_of
+from approxkmv.progress import LOG, Times, log_to, step
+
+
+@app.command()
+def fetch(
+    model: Annotated[str, typer.Option("--model", help="A model of the catalogue.")],
+    out: Annotated[Path, typer.Option("--out", help="JSON file to write: where the model lies.")],
+    config: Config = CONFIG,
+    log: Log = None,
+) -> None:
+    """Download a model (or find it on disk), check its hashes, unpack it into the cache."""
+    from approxkmv.steps.fetch import fetch_model
+
+    log_to(log)
+    checked = load_config(config)
+    with step(f"fetch      {model}"):
+        fetch_model(model_of(checked, model), Path(checked["cache"]), out)
+
+
+@app.command()
+def texts(
+    out: Annotated[Path, typer.Option("--out", help="Parquet file to write: index, name, text.")],
+    config: Config = CONFIG,
+    study: StudyName = None,
+    log: Log = None,
+) -> None:
+    """Read the corpus, cut it into the study's unit of text, and draw the study's texts."""
+    from approxkmv.steps.texts import write_texts
+
+    chosen = asked(config, study, log)
+    with step(f"texts      {corpus_of(chosen).name}") as notes:
+        count = write_texts(chosen, out)
+        all_of_them = chosen.contexts is not None and count < chosen.contexts
+        notes.append(f"{count} texts" + (f", all there are: {chosen.contexts} were asked for" if all_of_them else ""))
+
+
+@app.command()
+def extract(
+    model: Model,
+    location: Annotated[Path, typer.Option("--location", help="JSON file of `approxkmv fetch`.")],
+    texts: Annotated[Path, typer.Option("--texts", help="Parquet file of `approxkmv texts`.")],
+    shard: Annotated[int, typer.Option("--shard", min=0, help="Which part of the texts, counting from 0.")],
+    out: Annotated[Path, typer.Option("--out", help="safetensors file to write: queries and keys.")],
+    contexts_out: Annotated[Path, typer.Option("--contexts-out", help="CSV file to write: what became of each text.")],
+    config: Config = CONFIG,
+    study: StudyName = None,
+    log: Log = None,
+) -> None:
+    """Run a shard of the texts through a model and keep the queries and keys of every layer and head."""
+    chosen = asked(config, study, log)
+    entry_of(chosen, model)
+    with step(f"extract    {model}, shard {shard}") as notes:
+        from approxkmv.steps.extract import extract as run
+
+        times = Times()
+        used, skipped, cut = run(chosen, model, location, texts, shard, out, contexts_out, times)
+        short = f", {skipped} too short" if skipped else ""
+        notes.append(f"{used} texts{short}" + (f", {cut} cut at the limit of tokens" if cut else ""))
+        notes.append(f"({times})")
+
+
+@app.command()
+def statistics(
+    model: Model,
+    activations: Annotated[Path, typer.Option("--activations", help="safetensors file of `approxkmv extract`.")],
+    heads_out: Annotated[Path, typer.Option("--heads-out", help="Parquet file to write: per text, layer and head.")],
+    prefixes_out: Annotated[Path, typer.Option("--prefixes-out", help="Parquet file to write: c at given prefixes.")],
+    config: Config = CONFIG,
+    study: StudyName = None,
+    log: Log = None,
+) -> None:
+    """Experiments (i) and (ii) on the queries and keys of a shard."""
+    chosen = asked(config, study, log)
+    with step(f"statistics {model}, {activations.stem}") as notes:
+        from approxkmv.steps.statistics import measure
+
+        times = Times()
+        heads = measure(model, activations, chosen.min_prefix, chosen.prefixes, heads_out, prefixes_out, times)
+        notes.append(f"{heads} kernels")
+        notes.append(f"({times})")
+
+
+@app.command()
+def summary(
+    model: Model,
+    statistics: Annotated[Path, typer.Option("--statistics", help="Folder of the shards' Parquet and CSV files.")],
+    texts: Annotated[Path, typer.Option("--texts", help="Parquet file of `approxkmv texts`; says how many shards.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the model's tables.")],
+    config: Config = CONFIG,
+    study: StudyName = None,
+    log: Log = None,
+) -> None:
+    """Bring a model's shards together: per-head table, scaling with length, overview."""
+    chosen = asked(config, study, log)
+    entry = entry_of(chosen, model)
+    with step(f"summary    {model}") as notes:
+        from approxkmv.provenance import describe
+        from approxkmv.steps.summary import summarise
+
+        facts = summarise(chosen, entry, texts, statistics, out, describe())
+        notes.append(f"largest c {facts['largest_ratio']:.2f}")
+
+
+@app.command()
+def growth(
+    model: Model,
+    statistics: Annotated[Path, typer.Option("--statistics", help="Folder of the shards' Parquet and CSV files.")],
+    texts: Annotated[Path, typer.Option("--texts", help="Parquet file of `approxkmv texts`; says how many shards.")],
+    tables: Annotated[Path, typer.Option("--tables", help="Folder of the model's tables; two more are written here.")],
+    config: Config = CONFIG,
+    study: StudyName = None,
+    log: Log = None,
+) -> None:
+    """How fast c grows with the length, head by head: exponent, interval, verdict."""
+    chosen = asked(config, study, log)
+    entry_of(chosen, model)
+    with step(f"growth     {model}") as notes:
+        from approxkmv.steps.growth import measure_growth
+
+        counts = measure_growth(chosen, model, texts, statistics, tables)["verdict"].value_counts()
+        notes.append(", ".join(f"{count} {word}" for word, count in counts.items()))
+
+
+@app.command()
+def lengths(
+    model: Model,
+    activations: Annotated[Path, typer.Option("--activations", help="safetensors file of `approxkmv extract`.")],
+    contexts: Annotated[Path, typer.Option("--contexts", help="CSV file of `approxkmv extract`.")],
+    out: Annotated[Path, typer.Option("--out", help="Parquet file to write: per text, layer, head and length.")],
+    config: Config = CONFIG,
+    study: StudyName = None,
+    log: Log = None,
+) -> None:
+    """Long texts: c, order ratios and keys per row at the study's lengths, on the queries and keys of a shard."""
+    chosen = asked(config, study, log)
+    with step(f"lengths    {model}, {activations.stem}") as notes:
+        from approxkmv.steps.lengths import measure_lengths
+
+        times = Times()
+        missing = measure_lengths(chosen, model, activations, contexts, out, times)
+        notes.append(f"({chosen.device}: {times})")
+        if missing:
+            notes.append("lengths left out")
+    for line in missing:
+        LOG.info("  %s", line)
+
+
+@app.command("length-scaling")
+def length_scaling(
+    model: Model,
+    statistics: Annotated[Path, typer.Option("--statistics", help="Folder of the shards' Parquet and CSV files.")],
+    texts: Annotated[Path, typer.Option("--texts", help="Parquet file of `approxkmv texts`; says how many shards.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the model's tables.")],
+    config: Config = CONFIG,
+    study: StudyName = None,
+    log: Log = None,
+) -> None:
+    """Bring a model's long texts together: per layer, head and length."""
+    chosen = asked(config, study, log)
+    entry = entry_of(chosen, model)
+    with step(f"lengths    {model}, summary") as notes:
+        from approxkmv.provenance import describe
+        from approxkmv.steps.lengths import summarise_lengths
+
+        facts = summarise_lengths(chosen, entry, texts, statistics, out, describe())
+        notes.append(f"n = {facts['lengths'][0]:,} to {facts['lengths'][-1]:,}")
+
+
+@app.command()
+def compare(
+    tables: Annotated[Path, typer.Option("--tables", help="Folder of the models' tables.")],
+    out: Annotated[Path, typer.Option("--out", help="CSV file to write.")],
+    config: Config = CONFIG,
+    study: StudyName = None,
+    log: Log = None,
+) -> None:
+    """The paper's claims beside what was measured: claim, criterion, paper, model, ours, holds."""
+    chosen = asked(config, study, log)
+    with step("compare    the paper's claims"):
+        from approxkmv.steps.compare import compare as run
+
+        run(tables, list(chosen.models), out)
+
+
+@app.command()
+def figure(
+    name: Annotated[str, typer.Argument(help="A figure of the catalogue, as max_ratios or context_scaling.")],
+    tables: Annotated[Path, typer.Option("--tables", help="Folder of the models' tables.")],
+    stem: Annotated[Path, typer.Option("--out", help="Where to write, without a suffix: makes OUT.pdf and OUT.png.")],
+    models: Annotated[
+        list[str] | None, typer.Option("--model", help="A model; give several for context_scaling.")
+    ] = None,
+    log: Log = None,
+) -> None:
+    """Draw one figure from tables alone."""
+    from approxkmv.figures.catalogue import draw
+
+    log_to(log)
+    with step(f"figure     {stem.name}"):
+        draw(name, tables, models or [], stem)
+
+
+@app.command()
+def complexity(
+    counts_out: Annotated[Path, typer.Option("--counts-out", help="CSV file to write: evaluations at each n.")],
+    fits_out: Annotated[Path, typer.Option("--fits-out", help="CSV file to write: exponents and crossings.")],
+    config: Config = CONFIG,
+    study: StudyName = None,
+    log: Log = None,
+) -> None:
+    """Count what ApproxKMV with its printed constants costs against n, and fit exponents."""
+    chosen = asked(config, study, log)
+    with step("complexity of ApproxKMV as printed"):
+        from approxkmv.provenance import describe
+        from approxkmv.steps.complexity import count
+
+        count(chosen, counts_out, fits_out, describe())

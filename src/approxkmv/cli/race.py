@@ -1,0 +1,150 @@
+"""The commands of attention methods: a sweep with the heads it takes, and perplexity."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from approxkmv.cli.app import CONFIG, Config, Log, StudyName, app, asked
+from approxkmv.config import corpus_entry, load_config, model_of, sweep_settings
+from approxkmv.errors import ConfigError
+from approxkmv.files import check_writable
+from approxkmv.progress import LOG, log_to, step
+
+
+@app.command("model-heads")
+def model_heads(
+    location: Annotated[Path, typer.Option("--location", help="JSON file of `approxkmv fetch`.")],
+    out: Annotated[Path, typer.Option("--out", help="safetensors file to write: q, k, v of the chosen heads.")],
+    tuning_out: Annotated[Path, typer.Option("--tuning-out", help="The same on a second text, for tuning.")],
+    config: Config = CONFIG,
+    study: StudyName = None,
+    log: Log = None,
+) -> None:
+    """Capture the heads that the study's sweep takes as its workload model-qk."""
+    chosen = asked(config, study, log)
+    if chosen.sweep is None or chosen.sweep["capture"] is None:
+        raise ConfigError(f"study {chosen.name} has no sweep that captures heads")
+    captured = chosen.sweep["capture"]
+    with step(f"heads      {captured['model']}, {captured['tokens']} tokens"):
+        from approxkmv.steps.fetch import read_location
+        from approxkmv.steps.model_heads import capture_heads
+
+        heads = [(layer, head) for layer, head in captured["heads"]]
+        corpus = corpus_entry(load_config(config), captured["corpus"])
+        capture_heads(read_location(location), corpus, captured["tokens"], heads, out, tuning_out)
+
+
+@app.command()
+def sweep(
+    out: Annotated[Path, typer.Option("--out", help="CSV file to write; its record is written beside it as JSON.")],
+    capture: Annotated[Path | None, typer.Option("--capture", help="Heads of a model, for model-qk.")] = None,
+    tuning_capture: Annotated[Path | None, typer.Option("--tuning-capture", help="The same, for tuning.")] = None,
+    settings: Annotated[
+        Path | None,
+        typer.Option("--settings", help="A JSON file with one sweep, in place of --config."),
+    ] = None,
+    config: Config = CONFIG,
+    study: StudyName = None,
+    log: Log = None,
+) -> None:
+    """Time attention methods against exact attention at equal error."""
+    log_to(log)
+    if settings is not None:
+        from approxkmv.sweep.settings_file import read_settings
+
+        chosen = read_settings(settings, out)
+    else:
+        named = asked(config, study, log)
+        if named.sweep is None:
+            raise ConfigError(f"study {named.name} has no sweep: name one of the configuration's sweeps in it")
+        captures = [str(path) if path else None for path in (capture, tuning_capture)]
+        chosen = replace(sweep_settings(named.sweep, *captures), cache=load_config(config)["cache"])
+    with step(f"sweep      {out.stem}"):
+        from approxkmv.provenance import describe
+        from approxkmv.sweep import run_sweep
+
+        run_sweep(chosen, out, describe(), say=lambda line: LOG.info("  %s", line))
+
+
+@app.command()
+def perplexity(
+    out: Annotated[
+        Path, typer.Option("--out", "--output", help="CSV file to write; its record is written beside it as JSON.")
+    ],
+    method: Annotated[
+        str | None,
+        typer.Option("--method", help="The attention method, one with a causal form; without it, those of the study."),
+    ] = None,
+    model: Annotated[str, typer.Option("--model", help="With --method: a model of the catalogue.")] = "smollm2-135m",
+    corpus: Annotated[str, typer.Option("--corpus", help="With --method: a corpus.")] = "moby-dick",
+    tokens: Annotated[
+        str, typer.Option("--tokens", help="With --method: lengths of the text, separated by commas.")
+    ] = "1024,2048,4096",
+    layers: Annotated[
+        str, typer.Option("--layers", help="With --method: layers to replace, all or as 0,5-9, counted from 0.")
+    ] = "all",
+    parameters: Annotated[
+        str, typer.Option("--parameters", help="With --method: its parameters, a JSON object; the rest are defaults.")
+    ] = "{}",
+    seed: Annotated[int, typer.Option("--seed", min=0, help="With --method: its seed.")] = 0,
+    location: Annotated[
+        Path | None, typer.Option("--location", help="JSON file of `approxkmv fetch`; without it the model is fetched.")
+    ] = None,
+    config: Config = CONFIG,
+    study: StudyName = None,
+    log: Log = None,
+) -> None:
+    """Perplexity of a causal language model with a method in place of its attention, beside the exact one."""
+    log_to(log)
+    checked = load_config(config)
+    if method is not None:
+        from approxkmv.perplexity.settings import from_options
+
+        settings = from_options(
+            model=model,
+            corpus=corpus,
+            tokens=tokens,
+            layers=layers,
+            method=method,
+            parameters=parameters,
+            seed=seed,
+        )
+    else:
+        named = asked(config, study, log)
+        if named.perplexity is None:
+            raise ConfigError(f"study {named.name} has no perplexity: give --method, or name methods in the study")
+        settings = dict(named.perplexity)
+    entry, chosen = model_of(checked, settings["model"]), corpus_entry(checked, settings["corpus"])
+    check_writable(out, out.with_suffix(".json"))
+    with step(f"perplexity {entry.name}"):
+        from approxkmv.models import fetch as find
+        from approxkmv.models import parse_source
+        from approxkmv.perplexity.model import CausalModel
+        from approxkmv.perplexity.settings import chosen_methods
+        from approxkmv.provenance import describe
+        from approxkmv.steps.fetch import read_location
+        from approxkmv.steps.perplexity import measure_perplexity
+
+        methods = chosen_methods(settings["methods"])
+        if location is not None:
+            found = read_location(location)
+        else:
+            cache = Path(checked["cache"]) / "models" / entry.name
+            found = find(parse_source(entry.source), cache, sha256=entry.sha256, files=dict(entry.files))
+        measure_perplexity(
+            CausalModel.load(found, dtype=settings["dtype"], device=settings["device"]),
+            entry.name,
+            chosen,
+            tokens=settings["tokens"],
+            methods=methods,
+            layers=settings["layers"],
+            seed=settings["seed"],
+            out=out,
+            record=describe(settings),
+            say=lambda line: LOG.info("  %s", line),
+            require_all=method is not None,
+        )
