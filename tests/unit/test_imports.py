@@ -22,7 +22,7 @@ STEPS = {
     "summary": "approxkmv.steps.summary",
     "growth": "approxkmv.steps.growth",
     "lengths": "approxkmv.steps.lengths",
-    "length_scaling": "approxkmv.steps.lengths",
+    "length_scaling": "approxkmv.steps.length_scaling",
     "compare": "approxkmv.steps.compare",
     "complexity": "approxkmv.steps.complexity",
     "model_heads": "approxkmv.steps.model_heads",

@@ -71,7 +71,7 @@ rule context_scaling:
         "approxkmv figure context_scaling {params.models} --tables {params.tables} --out {params.stem} --log {log}"
 
 
-rule growth:
+rule growth_figure:
     input:
         f"{TABLES}/growth_{{model}}.csv",
         f"{TABLES}/growth_curves_{{model}}.csv",
@@ -86,7 +86,7 @@ rule growth:
             labels={"figure": "Growth of c per head", "model": "{model}"},
         ),
     log:
-        f"{RESULTS}/logs/growth_{{model}}.log",
+        f"{RESULTS}/logs/growth_figure_{{model}}.log",
     params:
         tables=lambda wildcards: TABLES,
         stem=lambda wildcards, output: output.png.removesuffix(".png"),
@@ -117,7 +117,7 @@ rule growth_curves:
         "approxkmv figure growth_curves --model {wildcards.model} --tables {params.tables} --out {params.stem} --log {log}"
 
 
-rule length_scaling:
+rule length_scaling_figure:
     input:
         f"{TABLES}/length_scaling_{{model}}.csv",
         f"{TABLES}/lengths_{{model}}.json",
@@ -131,7 +131,7 @@ rule length_scaling:
             labels={"figure": "Long texts", "model": "{model}"},
         ),
     log:
-        f"{RESULTS}/logs/length_scaling_{{model}}.log",
+        f"{RESULTS}/logs/length_scaling_figure_{{model}}.log",
     params:
         tables=lambda wildcards: TABLES,
         stem=lambda wildcards, output: output.png.removesuffix(".png"),

@@ -1,4 +1,4 @@
-rule model:
+rule fetch:
     input:
         files=lambda wildcards: local_files(
             model_of(checked(config), wildcards.model).source
@@ -7,7 +7,7 @@ rule model:
     output:
         f"{RESULTS}/models/{{model}}.json",
     log:
-        f"{RESULTS}/logs/model_{{model}}.log",
+        f"{RESULTS}/logs/fetch_{{model}}.log",
     params:
         config=lambda wildcards: SETTINGS,
         entry=lambda wildcards: str(model_of(checked(config), wildcards.model)),
@@ -18,9 +18,9 @@ rule model:
         "approxkmv fetch --model {wildcards.model} --config {params.config} --out {output} --log {log}"
 
 
-rule activations:
+rule extract:
     input:
-        location=rules.model.output[0],
+        location=rules.fetch.output[0],
         texts=f"{RESULTS}/texts.parquet",
         source=package("extract"),
     output:

@@ -1,6 +1,6 @@
 rule statistics:
     input:
-        tensors=rules.activations.output.tensors,
+        tensors=rules.extract.output.tensors,
         source=package("statistics"),
     output:
         heads=f"{RESULTS}/statistics/{{model}}/{{shard}}.heads.parquet",
@@ -45,7 +45,7 @@ rule summary:
         "--out {params.results}/tables --log {log}"
 
 
-rule growth_per_head:
+rule growth:
     input:
         heads=f"{RESULTS}/tables/heads_{{model}}.csv",
         prefixes=shard_files("prefixes.parquet"),
@@ -70,7 +70,7 @@ rule growth_per_head:
         "--texts {input.texts} --tables {params.results}/tables --config {params.config} --log {log}"
 
 
-rule paper_comparison:
+rule compare:
     input:
         collect(f"{RESULTS}/tables/heads_{{model}}.csv", model=MODELS),
         collect(f"{RESULTS}/tables/context_scaling_{{model}}.csv", model=MODELS),
@@ -84,7 +84,7 @@ rule paper_comparison:
             labels={"table": "the paper's claims"},
         ),
     log:
-        f"{RESULTS}/logs/paper_comparison.log",
+        f"{RESULTS}/logs/compare.log",
     params:
         config=lambda wildcards: SETTINGS,
         results=lambda wildcards: RESULTS,
@@ -94,8 +94,8 @@ rule paper_comparison:
 
 rule lengths:
     input:
-        tensors=rules.activations.output.tensors,
-        contexts=rules.activations.output.contexts,
+        tensors=rules.extract.output.tensors,
+        contexts=rules.extract.output.contexts,
         source=package("lengths"),
     output:
         f"{RESULTS}/statistics/{{model}}/{{shard}}.lengths.parquet",
@@ -114,7 +114,7 @@ rule lengths:
         "--config {params.config} --out {output} --log {log}"
 
 
-rule length_table:
+rule length_scaling:
     input:
         lengths=shard_files("lengths.parquet"),
         contexts=shard_files("contexts.csv"),
@@ -129,7 +129,7 @@ rule length_table:
         ),
         f"{RESULTS}/tables/lengths_{{model}}.json",
     log:
-        f"{RESULTS}/logs/length_table_{{model}}.log",
+        f"{RESULTS}/logs/length_scaling_{{model}}.log",
     params:
         config=lambda wildcards: SETTINGS,
         results=lambda wildcards: RESULTS,

@@ -171,9 +171,9 @@ def length_scaling(
     entry = entry_of(chosen, model)
     with step(f"lengths    {model}, summary") as notes:
         from approxkmv.provenance import describe
-        from approxkmv.steps.lengths import summarise_lengths
+        from approxkmv.steps.length_scaling import summarise
 
-        facts = summarise_lengths(chosen, entry, texts, statistics, out, describe())
+        facts = summarise(chosen, entry, texts, statistics, out, describe())
         notes.append(f"n = {facts['lengths'][0]:,} to {facts['lengths'][-1]:,}")
 
 

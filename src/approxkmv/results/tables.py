@@ -92,7 +92,7 @@ def length_tables(folder: Path, model: str) -> LengthTables:
     return LengthTables(folder / f"length_scaling_{model}.csv", folder / f"lengths_{model}.json")
 
 
-# What an overview holds (see summarise and summarise_lengths), and of which type; some again with masked_ in front.
+# What an overview holds (see steps summary and length_scaling), and of which type; some again with masked_ in front.
 MASKED_FACTS: dict[str, type] = {
     **dict.fromkeys(("largest_ratio", "median_ratio"), float),
     **dict.fromkeys(("largest_ratio_layer", "largest_ratio_head", "heads_within_bound"), int),

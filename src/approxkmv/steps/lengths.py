@@ -5,17 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 
-from approxkmv.config import ModelEntry, Study, corpus_of
+from approxkmv.config import Study
 from approxkmv.errors import ApproxKMVError, ConfigError, NonFiniteError, TableError
-from approxkmv.files import write_csv, write_json
 from approxkmv.progress import Times, progress
 from approxkmv.results.activations import Activations, Shard, read_activations
-from approxkmv.results.shards import read_shards, shard_count, write_shard
-from approxkmv.results.tables import MASKED, facts_of_attention, length_tables, read_shard_table
+from approxkmv.results.shards import write_shard
+from approxkmv.results.tables import MASKED, read_shard_table
 from approxkmv.statistics.entries import SHARES
 from approxkmv.statistics.streaming import LengthStatistics, length_statistics
 
@@ -51,7 +49,7 @@ def measure_lengths(
                 raise TableError(f"{contexts} has no text {item.context}, which {activations} has: run extract again")
             fitting = [length for length in study.lengths if length <= n]
             if len(fitting) < len(study.lengths):
-                missing.append(_missing(item.context, n, bool(taken.loc[item.context, "cut"]), study.lengths))
+                missing.append(too_short(item.context, n, bool(taken.loc[item.context, "cut"]), study.lengths))
             for length in fitting:
                 with times.of(f"{length:,} tokens"):
                     tables.append(_one_length(model, item, shard, length, study.device))
@@ -66,7 +64,8 @@ def measure_lengths(
     return missing
 
 
-def _missing(context: int, n: int, cut: bool, lengths: tuple[int, ...]) -> str:
+def too_short(context: int, n: int, cut: bool, lengths: tuple[int, ...]) -> str:
+    """A line that says which lengths a text of n tokens does not reach, and why."""
     left_out = ", ".join(f"{length:,}" for length in lengths if length > n)
     why = f"the model's positions or max_tokens end at {n:,}" if cut else f"it has {n:,} tokens"
     return f"text {context}: no {left_out}, {why}"
@@ -97,66 +96,3 @@ def _values(found: LengthStatistics) -> dict[str, float]:
         whats = ("mean", "median", "largest")
         values |= {f"keys_{name}_{what}": float(count) for what, count in zip(whats, counts, strict=True)}
     return values
-
-
-def summarise_lengths(
-    study: Study, model: ModelEntry, texts: Path, statistics: Path, out: Path, provenance: dict[str, Any]
-) -> dict[str, Any]:
-    """Write length_scaling_MODEL.csv and lengths_MODEL.json of a model; returns the latter.
-
-    The CSV has, per layer, head and length: texts, and medians over texts of ratio (c), next_ratio and double_ratio
-    (K_(n)/K_(n+1) and K_(n)/K_(2n)) beside log_double, softmax_ratio (c of D^-1 A), tail_exponent (see HeadStatistics),
-    and keys_90_mean, keys_90_median, keys_90_largest: how many keys hold 90 % of a row's softmax mass, over the rows of
-    a text; likewise keys_99_...; largest_ratio is the largest c of any text.
-    """
-    names = length_tables(out, model.name)
-    shards = shard_count(texts, study.shard_contexts)
-    values, taken = read_shards(statistics, shards, "lengths.parquet", "contexts.csv")
-    if values.empty:
-        raise TableError(
-            f"model {model.name}: no text reaches the shortest length, {min(study.lengths):,} tokens: shorten lengths"
-        )
-    table = length_scaling(values)
-    write_csv(names.scaling, table)
-    run = sorted({int(length) for length in table["length"]})
-    used = taken[taken["used"]]
-    facts = {
-        "model": model.name,
-        "label": model.label,
-        "corpus": corpus_of(study).label,
-        "texts_used": int(values["context"].nunique()),
-        "lengths": run,
-        "lengths_left_out": {str(length): "no text reaches it" for length in study.lengths if length not in run},
-        "texts_missing": [
-            _missing(context, n, bool(cut), study.lengths)
-            for context, n, cut in zip(*(used[name].tolist() for name in ("context", "tokens", "cut")), strict=True)
-            if n < max(study.lengths)
-        ],
-        "layers": int(table["layer"].max()) + 1,
-        "heads": int(table["head"].max()) + 1,
-        **facts_of_attention(taken),
-        "provenance": provenance,
-    }
-    write_json(names.facts, facts)
-    return facts
-
-
-def length_scaling(values: pd.DataFrame) -> pd.DataFrame:
-    """The table of summarise_lengths from the rows of all texts."""
-    keys = ["layer", "head", "length"]
-    groups = values.groupby(keys, sort=True)
-    table = pd.DataFrame({"texts": groups.size()})
-    for before in ("", MASKED):
-        if f"{before}ratio" not in values:
-            continue
-        medians = groups[[f"{before}{name}" for name in VALUES]].median()
-        table[f"{before}ratio"] = medians[f"{before}ratio"]
-        table[f"{before}largest_ratio"] = groups[f"{before}ratio"].max()
-        with np.errstate(over="ignore"):
-            # Capped at the largest float64; the logarithm has the truth.
-            for name in ("next", "double"):
-                capped = np.minimum(np.exp(medians[f"{before}log_{name}"]), np.finfo(np.float64).max)
-                table[f"{before}{name}_ratio"] = capped
-        for name in ("log_double", "softmax_ratio", "tail_exponent", *COUNTS):
-            table[f"{before}{name}"] = medians[f"{before}{name}"]
-    return table.reset_index()
