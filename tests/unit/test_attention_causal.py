@@ -165,7 +165,7 @@ def test_causal_sums_of_approxkmv_are_unbiased():
         numerators, row_sums, logs = ours.sums(
             q, k, v, generator, scale=1.0, samples=8, with_own_keys=False, **clustering
         )
-        return numerators, row_sums, logs + q @ k.mean(0)
+        return numerators[:, :-1], row_sums, logs + q @ k.mean(0)
 
     found = []
     for seed in range(120):

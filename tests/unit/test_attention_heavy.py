@@ -8,6 +8,7 @@ import torch
 
 from approxkmv.attention import get
 from approxkmv.attention.blocks.expansion import stand_apart
+from approxkmv.attention.blocks.light_keys import MOST_PARTS
 from approxkmv.compute import loops as compute_loops
 from approxkmv.compute.counting import counting
 
@@ -64,14 +65,16 @@ def test_one_long_key_has_its_weight_in_every_row(name, given, n_k, long):
     for seed in range(3):
         q, k = heads(400, seed, n_k=n_k)
         values = torch.randn(n_k, 1, generator=torch.Generator().manual_seed(seed)) + k[:, :1]
-        plain, _ = attend(name, q, k, values, given, 0.4)
+        plain, before = attend(name, q, k, values, given, 0.4)
         usual = float((plain - weights_of(q, k, 0.4) @ values.double()).square().mean().sqrt())
         k[17] *= long
         weights = weights_of(q, k, 0.4)
         assert int((weights[:, 17] > 0.9).sum()) > 100
         v = torch.cat([torch.eye(n_k)[:, 17:18], values], 1)
         out, again = attend(name, q, k, v, given, 0.4)
-        assert again == 0
+        # At most one row in a hundred more than without it, since the draws differ: a few estimates are noise anyway.
+        assert again <= before + 4
+        assert before <= (4 if name == "approxkmv" else 0)
         # What the others' sum is off by moves this weight where neither outweighs the other.
         clear = (weights[:, 17] - 0.5).abs() > 0.49
         assert float((out - weights @ v.double())[clear, 0].abs().max()) < 0.05
@@ -141,6 +144,24 @@ def test_long_queries_do_not_spoil_their_block(name, given):
     assert float(gap[~others].abs().max()) < 0.02
     # Twice: the few worst rows of a sampled answer make most of its gap.
     assert gaps[1] < 2 * gaps[0] + 1e-3
+
+
+@pytest.mark.usefixtures("loops")
+def test_no_estimate_is_mostly_noise():
+    """Where what is drawn and what the far key says of it nearly cancel, a quotient may be anything: 2,000 here."""
+    generator = torch.Generator().manual_seed(1)
+    q, k = (torch.randn(1000, 64, generator=generator) for _ in "qk")
+    q, k = (x * (0.3 * torch.randn(1000, 1, generator=generator)).exp() for x in (q, k))
+    scale = 20 / float((q @ k.mT).abs().max())
+    values = torch.eye(64)[torch.arange(1000) % 64]
+    again = 0
+    for seed in range(4):
+        with counting() as counts:
+            given = {"block": 40, "near": 24, "samples": 8, "seed": seed, "scale": scale}
+            out = get("approxkmv")(q[None], k[None], values[None], **given)
+        assert float(out.abs().max()) < MOST_PARTS
+        again += counts.recomputed_rows
+    assert again < 0.2 * 4 * 1000
 
 
 def test_what_stands_apart():

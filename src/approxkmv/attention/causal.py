@@ -73,8 +73,15 @@ def causal_attention(
     sums: SumsOfKeys,
     exact_below: int = EXACT_BELOW,
 ) -> torch.Tensor:
-    """Causal attention (n, d_v) from `causal_sums`; a row whose estimated sum is not positive is computed exactly."""
+    """Causal attention (n, d_v) from `causal_sums`, as `causal_answers` divides them."""
     numerators, row_sums, _ = causal_sums(q, k, v, generator, sums, exact_below)
+    return causal_answers(numerators, row_sums, q, k, v)
+
+
+def causal_answers(
+    numerators: torch.Tensor, row_sums: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> torch.Tensor:
+    """The quotients (n, d_v); a row whose estimated sum is not positive is computed exactly."""
     out = numerators / row_sums.unsqueeze(1)
     lost = (~((row_sums > 0) & out.isfinite().all(1))).nonzero().squeeze(1)
     count(recomputed_rows=len(lost))

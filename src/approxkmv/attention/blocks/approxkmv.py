@@ -1,12 +1,13 @@
 """The algorithm's idea in practice: heavy keys exactly, unbiased estimates of the light keys' sums.
 
 The heavy keys are the near keys of a block of queries (`expansion`); the light keys are sampled with probability
-proportional to their expected weight in the block. The far key of the expansion, whose sums over all light keys
-are known, is the control variate: what is sampled is the difference. Numerators and row sums are unbiased for every
-query, given the clustering; their quotient, the answer, is not. Where values are all the same, both are one estimate
-times that value, so that the answer is that value, and moves with a common offset of the values. The budget of samples
-is spread over the blocks in proportion to the predicted deviation of their rows, which depends on no sample, so that it
-leaves the estimates unbiased.
+proportional to their expected weight in the block. The far key of the expansion, whose sums over all light keys are
+known, is the control variate: what is sampled is the difference. Numerators and row sums are unbiased for every query,
+given the clustering; their quotient, the answer, is not. Where values are all the same, both are one estimate times
+that value, so that the answer is that value, and moves with a common offset of the values. Rows whose estimate is
+mostly noise (`MOST_PARTS`) are made again exactly; what the others answer stays, but for the tilt of a far key, within
+so many times the range of the values. The budget of samples is spread over the blocks in proportion to the predicted
+deviation of their rows, which depends on no sample, so that it leaves the estimates unbiased.
 """
 
 from __future__ import annotations
@@ -32,9 +33,10 @@ from approxkmv.attention.blocks.light_keys import (
     predicted_deviation,
     sampled_moments,
     sampled_own,
+    trusted,
 )
 from approxkmv.attention.blocks.local_expansion import exactly_where_lost
-from approxkmv.attention.causal import Sums, causal_attention, exact_sums
+from approxkmv.attention.causal import Sums, causal_answers, causal_sums, exact_sums
 from approxkmv.attention.contract import Method, UnavailableError, per_batch
 from approxkmv.attention.exact import fused as exact_fused
 from approxkmv.compute.counting import count
@@ -55,8 +57,9 @@ def sums(
     with_own_keys: bool,
     **clustering: Any,
 ) -> Sums:
-    """Numerators (n_q, d_v), row sums (n_q,) and the logs (n_q,) that both are divided by; a sum out of reach is NaN.
+    """Numerators (n_q, d_v + 1), row sums (n_q,) and the logs (n_q,) that both are divided by; out of reach is NaN.
 
+    The last column is what the parts of the row sum add up to without their signs: `trusted` compares the two.
     with_own_keys: key i is the query's own, of as many keys as queries, and is summed exactly.
     """
     loops, d_v, scale = compiled_loops("attention.blocks.loops"), v.shape[1], clustering["scale"]
@@ -67,13 +70,13 @@ def sums(
         and not len(apart)
         and in_one_block(q, k, scale, clustering["near"])
     ):
-        out = torch.empty(len(q), d_v + 2)
+        out = torch.empty(len(q), d_v + 3)
         inputs, room = of_one_block(q, k, v, generator.initial_seed(), scale, clustering["near"])
         points = torch.rand(samples, generator=generator, dtype=torch.float64).numpy()
         given = [*inputs, np.float32(CONTROLLED), points, *room, out.numpy()]
         number = loops.controlled_sums_of_one_block(with_own_keys, *given)
         count(kernel_evaluations=len(k) + (len(q) + 1) * (number + samples) + len(q) * (1 + with_own_keys))
-        return out[:, :d_v], out[:, d_v], out[:, d_v + 1]
+        return out[:, : d_v + 1], out[:, d_v + 1], out[:, d_v + 2]
     # Bfloat16 sums of the control variate would be a bias.
     e = expand(q, k, v, generator, apart, low=torch.float32, **clustering)
     blocks = e.blocks
@@ -91,12 +94,13 @@ def sums(
     )
 
     def finished(rest: torch.Tensor) -> Sums:
-        rest[lost, d_v] = torch.nan
-        return with_keys_apart((rest[:, :d_v], rest[:, d_v], rest[:, d_v + 1]), apart, q, k, v, e.mean, scale)
+        rest[lost, d_v + 1] = torch.nan
+        found = rest[:, : d_v + 1], rest[:, d_v + 1], rest[:, d_v + 2]
+        return with_keys_apart(found, apart, q, k, with_ones(v), e.mean, scale) if len(apart) else found
 
     # The control variate: the far key's sums, less the same sums over the sample, where it is worth its own noise.
     if loops is not None:
-        out = torch.empty(len(q), d_v + 2)
+        out = torch.empty(len(q), d_v + 3)
         given = [blocks.starts, blocks.sizes, blocks.queries, blocks.rows, blocks.labels]
         given += [*(t.numpy() for t in (heavy, scales, estimate, estimate_scales, blocks.row_variances))]
         given += [np.float32(CONTROLLED), sample.ends, sample.keys, sample.logs, sample.control]
@@ -117,7 +121,9 @@ def sums(
     estimate *= (blocks.of_rows(estimate_scales) - shift).exp_().unsqueeze(1)
     weight = torch.where(blocks.row_variances < CONTROLLED, (seen.log_weight - shift).exp_(), 0.0)
     sampled = blocks.of_rows(means)
-    row_sums = heavy[:, 0] + estimate[:, 0] + weight * (1 - sampled[:, 0] - leaning[:, 0])
+    row_sums = heavy[:, 0] + estimate[:, 0]
+    absolute = row_sums + weight * (1 + sampled[:, 0] + leaning[:, 0].abs())
+    row_sums = row_sums + weight * (1 - sampled[:, 0] - leaning[:, 0])
     far_value = seen.value - leaning[:, 1:] if e.tilted else blocks.of_rows(seen.value) * (1 - leaning[:, :1])
     numerators = heavy[:, 1:] + estimate[:, 1:] + weight.unsqueeze(1) * (far_value - sampled[:, 1:])
     if with_own_keys:
@@ -125,12 +131,18 @@ def sums(
         left = torch.where(torch.isfinite(seen.own_log), 1 - sampled_own(e, sample), 0.0)
         exact = torch.exp(seen.own_log - shift)
         row_sums = row_sums + left * (exact - weight * seen.own_share_seen)
+        absolute = absolute + left.abs() * (exact + weight * seen.own_share_seen.abs())
         counted = weight * (seen.own_share_seen if e.tilted else seen.own_share)
         numerators = numerators + (left * (exact - counted)).unsqueeze(1) * blocks.in_rows(v)
         if not e.tilted:
             rest = left * weight * (seen.own_share_seen - seen.own_share)
             numerators = numerators - rest.unsqueeze(1) * blocks.of_rows(seen.value)
-    return finished(blocks.of_queries(torch.cat([numerators, row_sums.unsqueeze(1), shift.unsqueeze(1)], 1)))
+    return finished(blocks.of_queries(torch.cat([numerators, torch.stack([absolute, row_sums, shift], 1)], 1)))
+
+
+def with_ones(v: torch.Tensor) -> torch.Tensor:
+    """v (n, d_v) and a column whose sums are those of the weights."""
+    return torch.cat([v, torch.ones(len(v), 1)], 1)
 
 
 def _approxkmv(
@@ -149,9 +161,8 @@ def _approxkmv(
         numerators, row_sums, _ = sums(
             q, k, v, generator, scale=scale, near=near, with_own_keys=len(q) == len(k), **parameters
         )
-        # A row sum is positive; an estimate of one need not be.
-        answer = numerators / row_sums.unsqueeze(1)
-        return exactly_where_lost(answer, ~(row_sums > 0), q, k, v, scale)
+        numerators, row_sums = trusted(numerators, row_sums)
+        return exactly_where_lost(numerators / row_sums.unsqueeze(1), row_sums.isnan(), q, k, v, scale)
 
     return per_batch(single, q, k, v, seed, around_mean=True)
 
@@ -165,13 +176,15 @@ def _causal(
     def square(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator) -> Sums:
         if near >= len(k):
             return exact_sums(q, k, v)
+        v = v[:, :-1]
         # Query i and key i of a square belong to different tokens.
         numerators, row_sums, logs = sums(q, k, v, generator, scale=1.0, near=near, with_own_keys=False, **parameters)
         # The sums are those of centred keys, which are the same for one set of keys but not for two.
         return numerators, row_sums, logs + q @ k.mean(0)
 
     def single(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        return causal_attention(q * scale, k, v, generator, square, max(_EXACT_BELOW, near))
+        numerators, row_sums, _ = causal_sums(q * scale, k, with_ones(v), generator, square, max(_EXACT_BELOW, near))
+        return causal_answers(*trusted(numerators, row_sums), q * scale, k, v)
 
     return per_batch(single, q, k, v, seed)
 

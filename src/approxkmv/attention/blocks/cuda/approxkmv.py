@@ -18,7 +18,7 @@ from approxkmv.attention.blocks.cuda.expansion import (
     sums_of_keys,
 )
 from approxkmv.attention.blocks.expansion import beyond_reach
-from approxkmv.attention.blocks.light_keys import CONTROLLED, LEAST_SAMPLES
+from approxkmv.attention.blocks.light_keys import CONTROLLED, LEAST_SAMPLES, trusted
 from approxkmv.attention.kernels import cuda_graphs
 from approxkmv.attention.kernels import triton as triton_kernels
 from approxkmv.compute.counting import count
@@ -58,7 +58,7 @@ def sums(
     with_own_keys: bool,
     **parameters: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Numerators (batch, n_q, d_v), row sums and the logs (batch, n_q) that both are divided by.
+    """Numerators (batch, n_q, d_v + 1), row sums and the logs (batch, n_q) that both are divided by, as on a CPU.
 
     first and points: see `random_inputs`. with_own_keys: key i is query i's own and is summed exactly.
     """
@@ -99,7 +99,9 @@ def sums(
     shift = shift if own is None else torch.maximum(shift, own.log)
     exact, light = (scales - shift).exp(), (estimate_scales - shift).exp()
     weight = torch.where(variances.flatten(1) < CONTROLLED, (e.log_weight - shift).exp(), 0.0)
-    row_sums = heavy_sums * exact + estimate_sums * light + weight * (1 - means[..., 0] - leaning[..., 0])
+    row_sums = heavy_sums * exact + estimate_sums * light
+    parts = row_sums + weight * (1 + means[..., 0] + leaning[..., 0].abs())
+    row_sums = row_sums + weight * (1 - means[..., 0] - leaning[..., 0])
     value = e.value - leaning[..., 1:] if e.tilted else e.value * (1 - leaning)
     numerators = heavy * exact.unsqueeze(2) + estimate * light.unsqueeze(2)
     numerators = numerators + weight.unsqueeze(2) * (value - means[..., 1:])
@@ -110,6 +112,7 @@ def sums(
         left = torch.where(own.log > -torch.inf, 1 - met, 0.0)
         added = (own.log - shift).exp()
         row_sums = row_sums + left * (added - weight * own.share_seen)
+        parts = parts + left.abs() * (added + weight * own.share_seen.abs())
         counted = weight * (own.share_seen if e.tilted else own.share)
         numerators = numerators + (left * (added - counted)).unsqueeze(2) * own.value
         if not e.tilted:
@@ -118,15 +121,16 @@ def sums(
     known = known if own is None else torch.logaddexp(known, own.log)
     lost = beyond_reach(e.row_variances, known, e.log_weight, n_k - e.chosen.shape[2])
     row_sums = torch.where(lost, torch.nan, row_sums)
-    together = e.of_queries(torch.cat([numerators, row_sums.unsqueeze(2), shift.unsqueeze(2)], 2))
-    return together[..., :d_v], together[..., d_v], together[..., d_v + 1]
+    together = e.of_queries(torch.cat([numerators, torch.stack([parts, row_sums, shift], 2)], 2))
+    return together[..., : d_v + 1], together[..., d_v + 1], together[..., d_v + 2]
 
 
 def steps(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *random: torch.Tensor, **parameters: Any) -> torch.Tensor:
-    """The method without a single size or branch that depends on the data; NaN where a row sum is not positive."""
+    """The method without a single size or branch that depends on the data; NaN where a row is made again."""
     mean = v.float().mean(1, keepdim=True)
     numerators, row_sums, _ = sums(q, k, v - mean, *random, **parameters)
-    return numerators / torch.where(row_sums > 0, row_sums, torch.nan).unsqueeze(2) + mean
+    numerators, row_sums = trusted(numerators, row_sums)
+    return numerators / row_sums.unsqueeze(2) + mean
 
 
 @torch.no_grad()

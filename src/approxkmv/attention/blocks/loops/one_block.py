@@ -113,7 +113,7 @@ def answers_of_one_block(with_own_keys, q, scale, k, v, kept, begin, step, tilts
 def controlled_sums_of_one_block(
     with_own_keys, q, scale, k, v, kept, begin, step, tilts, limit, points, deltas, logs, weights, out
 ):  # fmt: skip
-    """`approxkmv.sums` for one block of all queries and no axes, into out (n_q, d_v + 2): how many keys were near.
+    """`approxkmv.sums` for one block of all queries and no axes, into out (n_q, d_v + 3): how many keys were near.
 
     points (m,) are uniform random numbers, one for each sample.
     """

@@ -101,11 +101,12 @@ def controlled_sums(
     limit, ends, keys, logs, control, deltas, k, mean, v, far_value, far_axes, log_weight, own_log, own_share, own_seen,
     out
 ):  # fmt: skip
-    """Numerators, row sum and log (n, d_v + 2) of each query of blocks low to high - 1, by the control variate.
+    """Numerators, parts, row sum and log (n, d_v + 3) of each query of blocks low to high - 1, by the control variate.
 
     For every row: heavy keys + estimate over the sample + far key - far key over the sample, and the own key (of log
-    own_log, -inf for none) exactly instead of its share. The sample of block b is keys[ends[b-1]:ends[b]], with the
-    weights exp(logs) and `control`; far_axes and the rest are of `Expansion` and `Seen`. Every row is a query.
+    own_log, -inf for none) exactly instead of its share. Parts: these without their signs. The sample of block b is
+    keys[ends[b-1]:ends[b]], with the weights exp(logs) and `control`; far_axes and the rest are of `Expansion` and
+    `Seen`. Every row is a query.
     """
     d, width = k.shape[1], v.shape[1]
     tilts = far_axes.shape[1]
@@ -141,9 +142,11 @@ def controlled_sums(
             for p in range(d):
                 lean += deltas[row, p] * leans[0, p]
             row_sum = heavy[row, 0] * exact + estimate[row, 0] * light
+            parts = row_sum + weight * (f32(1.0) + means[0] + abs(lean))
             row_sum += weight * (f32(1.0) - means[0] - lean)
             if mine:
                 row_sum += left * (own - weight * own_seen[row])
+                parts += abs(left) * (own + weight * abs(own_seen[row]))
             for c in range(width):
                 far = far_value[row if tilts > 1 else b, c]
                 sampled = means[1 + c]
@@ -160,5 +163,6 @@ def controlled_sums(
                         seen += (own_share[row] - own_seen[row]) * (v[query, c] - far)
                     value += left * (own * v[query, c] - weight * seen)
                 out[query, c] = value
-            out[query, width] = row_sum
-            out[query, width + 1] = shift
+            out[query, width] = parts
+            out[query, width + 1] = row_sum
+            out[query, width + 2] = shift
