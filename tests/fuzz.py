@@ -23,7 +23,15 @@ import numpy as np
 import pandas as pd
 import torch
 
-from approxkmv import approx_attention, approx_kmv, log_kernel, order_ratios, reduce_attention, top_eigenvalue
+from approxkmv import (
+    approx_attention,
+    approx_kmv,
+    attention_statistics,
+    log_kernel,
+    order_ratios,
+    reduce_attention,
+    top_eigenvalue,
+)
 from approxkmv.attention import get, methods
 from approxkmv.corpora import read_corpus
 from approxkmv.errors import ApproxKMVError
@@ -223,6 +231,52 @@ def lengths(rng: np.random.Generator) -> None:
         demand(abs(float(whole.log_next) - one.log_next) <= off, "log_next", float(whole.log_next), one.log_next)
 
 
+def attention_rows(rng: np.random.Generator) -> None:
+    q, k, scale, bad = head(rng, 3)
+    n, d = q.shape if q.ndim == 2 else (0, 1)
+    options: dict[str, Any] = {"dtype": str(rng.choice(["float32", "float64"]))}
+    seen = np.ones((len(q), len(k)), dtype=bool)
+    kind = rng.integers(4)
+    if kind == 1:
+        options["mask"], seen = "causal", np.tri(len(k), dtype=bool)
+    elif kind == 2:
+        options["mask"] = window = below(rng, len(k))
+        seen = np.tri(len(k), dtype=bool) & ~np.tri(len(k), k=-window, dtype=bool)
+    elif kind == 3:
+        options["mask"] = seen = rng.random(seen.shape) < 0.7
+    if rng.integers(3) == 0:
+        options["softcap"] = float(10 ** rng.uniform(-1, 2))
+    sink = -np.inf
+    if rng.integers(3) == 0:
+        options["sinks"] = np.array(sink := float(rng.normal()))
+    found = attention_statistics(q, k, scale=scale, **options)
+    rows_of = {
+        name: getattr(found, name) for name in ("entropy", "support", "largest_weight", "first_mass", "sink_mass")
+    }
+    whole = (found.mean_entropy, found.entropy_quantiles, found.keys_per_share, found.ratio, found.softmax_ratio)
+    whole += (found.column_norm, found.stable_rank)
+    if bad:
+        raise Bad("answered")
+    demand(all(np.isfinite(part).all() for part in (*rows_of.values(), *whole)), "not finite")
+    s = d**-0.5 if scale is None else scale
+    logits = s * (q @ k.T)
+    cap = options.get("softcap")
+    logits = cap * np.tanh(logits / cap) if cap else logits
+    every = torch.from_numpy(np.concatenate([np.where(seen, logits, -np.inf), np.full((n, 1), sink)], 1))
+    p = every.softmax(-1).nan_to_num(0.0)
+    # What each logit may be off by: sums of products in their type, and the exponentials.
+    eps = ROUNDING if options["dtype"] == "float32" else 1e-13
+    off = eps * (1 + s * np.linalg.norm(q, axis=-1).max() * np.linalg.norm(k, axis=-1).max())
+    entropy = torch.special.entr(p).sum(-1).numpy()
+    # A logit that is off by x changes an entropy by at most x log n or so, and no entropy is above log n.
+    allowed = min(math.log(n + 2), 4 * off * (1 + math.log(n)) + 1e-6)
+    demand(np.abs(rows_of["entropy"] - entropy).max() <= allowed, "entropy off where", allowed, "is rounding")
+    for name, right in (("largest_weight", p[:, :-1].amax(-1)), ("first_mass", p[:, 0]), ("sink_mass", p[:, -1])):
+        demand(np.abs(rows_of[name] - right.numpy()).max() <= min(1.0, 2 * off + 1e-6), name)
+    demand((found.keys_per_share <= seen.sum(1)[:, None]).all(), "more keys than there are")
+    demand(0 <= found.stable_rank <= 1.01 * n, "stable rank", float(found.stable_rank))
+
+
 def kernel(rng: np.random.Generator) -> None:
     q, k, scale, bad = head(rng, 0)
     logs, reduced = log_kernel(q, k, scale), reduce_attention(q, k, scale)
@@ -379,6 +433,7 @@ def kinds() -> dict[str, Callable[[np.random.Generator], None]]:
     return found | {
         "statistics of heads": statistics,
         "statistics of lengths": lengths,
+        "attention_statistics": attention_rows,
         "log_kernel": kernel,
         "approx_kmv": product,
         "approx_attention": by_products,

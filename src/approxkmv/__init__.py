@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from approxkmv.kmv.algorithm import approx_kmv as approx_kmv
     from approxkmv.kmv.attention_product import approx_attention as approx_attention
     from approxkmv.kmv.eigenvalue import top_eigenvalue as top_eigenvalue
+    from approxkmv.statistics import AttentionStatistics as AttentionStatistics
     from approxkmv.statistics import OrderRatios as OrderRatios
+    from approxkmv.statistics import attention_statistics as attention_statistics
     from approxkmv.statistics import head_to_tail_ratios as head_to_tail_ratios
     from approxkmv.statistics import order_ratios as order_ratios
 
@@ -26,7 +28,9 @@ _HOME = {
     "AttentionReduction": "approxkmv.kernels",
     "reduce_attention": "approxkmv.kernels",
     "log_kernel": "approxkmv.kernels",
+    "AttentionStatistics": "approxkmv.statistics",
     "OrderRatios": "approxkmv.statistics",
+    "attention_statistics": "approxkmv.statistics",
     "head_to_tail_ratios": "approxkmv.statistics",
     "order_ratios": "approxkmv.statistics",
     "approx_kmv": "approxkmv.kmv.algorithm",

@@ -9,6 +9,7 @@ import torch
 from approxkmv import (
     approx_attention,
     approx_kmv,
+    attention_statistics,
     head_to_tail_ratios,
     log_kernel,
     order_ratios,
@@ -57,7 +58,16 @@ def of_practical_graph(k):
     return build(k, alpha=1.2, degree=8, beam=8, generator=torch.Generator().manual_seed(1))
 
 
+def of_attention(q, k, v, scale=None, dtype="float32"):
+    found = attention_statistics(q, k, scale=scale, mask="causal", sinks=v[:, 0, 0], dtype=dtype)
+    names = ("entropy", "mean_entropy", "entropy_quantiles", "support", "largest_weight", "first_mass", "sink_mass")
+    names += ("keys_per_share", "ratio", "softmax_ratio", "log_next", "log_double", "column_norm", "stable_rank")
+    return [getattr(found, name) for name in names]
+
+
 NUMERIC = {
+    "attention_statistics": of_attention,
+    "attention_statistics in float64": partial(of_attention, dtype="float64"),
     "reduce_attention": lambda q, k, v, scale=None: reduce_attention(q, k, scale),
     "log_kernel": lambda q, k, v, scale=None: log_kernel(q, k, scale),
     "head_to_tail_ratios": lambda q, k, v, scale=None: head_to_tail_ratios(q, k, 10, scale),

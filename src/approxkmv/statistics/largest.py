@@ -28,9 +28,14 @@ class Largest:
         if self._count > SLACK * self.n:
             self._cut(2 * self.n)
 
+    def add_strip(self, values: torch.Tensor) -> None:
+        """Take a strip's values, of which -inf are none."""
+        above = values > self.bound
+        self.add(values[above], values.masked_fill(above, -math.inf).flatten().logsumexp(0))
+
     def _cut(self, count: int) -> torch.Tensor:
         """Keep the `count` largest, in descending order; the others join the far tail."""
-        values = torch.cat(self._parts)
+        values = torch.cat([self._far.new_empty(0), *self._parts])
         if values.numel() > count:
             values = values.sort(descending=True).values
             self._far = torch.logaddexp(self._far, values[count:].logsumexp(0))
@@ -41,10 +46,10 @@ class Largest:
         return values
 
     def finish(self) -> tuple[float, float, float, float]:
-        """c, log K_(n), log K_(n+1) and log K_(2n)."""
+        """c, log K_(n), log K_(n+1) and log K_(2n); of fewer entries c is 0, and what is not there -inf."""
         n = self.n
         ordered = self._cut(2 * n).sort(descending=True).values
         head = ordered[:n].logsumexp(0)
         tail = torch.logaddexp(self._far, ordered[n:].logsumexp(0))
-        logs = ordered[[n - 1, n, 2 * n - 1]].tolist()
-        return math.exp(float(tail - head)), logs[0], logs[1], logs[2]
+        nth, following, double = (float(ordered[i]) if i < len(ordered) else -math.inf for i in (n - 1, n, 2 * n - 1))
+        return math.exp(float(tail - head)) if float(tail) > -math.inf else 0.0, nth, following, double

@@ -1,0 +1,231 @@
+"""The logits of attention a tile at a time: scale, cap, bias and mask, from inputs that are checked once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from approxkmv.arrays import Array, as_float64, queries_and_keys, resolve_scale
+from approxkmv.compute.scratch import scratch
+from approxkmv.errors import InputError
+
+# Columns of float32 products that are summed together: the fewer, the smaller the sums on the way to a logit, whose
+# rounding is what a float32 logit is off by. Two sums of 32 halve the error of one of 64, at a sixth of its time more.
+COLUMNS = 32
+# In place of a logit that a mask hides, by type; and what logits may be, far enough from it.
+HIDDEN = {torch.float32: -1e30, torch.float64: -1e300}
+LARGEST = {torch.float32: 1e28, torch.float64: 1e290}
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+@dataclass(frozen=True)
+class Logits:
+    """scale <q_i, k_j>, capped, with a bias, some of them hidden; heads are all leading dimensions in one."""
+
+    q: torch.Tensor
+    """(heads, n_q, d) in the type of the products, scaled."""
+    k: torch.Tensor
+    """(heads, n_k, d) likewise."""
+    row_terms: torch.Tensor
+    """(heads, n_q) float64: scale |q_i|^2 / 2, by which the Gaussian kernel of Lemma 4.1 differs in its logarithm."""
+    softcap: float | None
+    bias: torch.Tensor | None
+    """(..., n_q, n_k), expanded to all leading dimensions, or (n_q, n_k)."""
+    seen: torch.Tensor | None
+    """bool, as bias."""
+    spans: np.ndarray | None
+    """(n_q, 2) int64: query i sees the keys from the first number to before the second."""
+    batch: tuple[int, ...]
+    """The leading dimensions."""
+
+    @property
+    def hidden(self) -> float:
+        """What stands in a tile for a hidden logit."""
+        return HIDDEN[self.q.dtype]
+
+    def pieces(self, keys: int, area: int) -> Iterator[tuple[slice, slice]]:
+        """Heads and rows that are computed together, some `area` logits for each thread, of `keys` keys each row.
+
+        Several heads come with all their rows, so that they are neighbours among all rows of all heads.
+        """
+        heads, n_q = self.q.shape[:2]
+        area *= torch.get_num_threads() if self.q.device.type == "cpu" else 16
+        rows = min(n_q, max(1, area // keys))
+        together = max(1, area // (rows * keys))
+        for head in range(0, heads, together):
+            for row in range(0, n_q, rows):
+                yield slice(head, min(head + together, heads)), slice(row, min(row + rows, n_q))
+
+    def tiles(self, heads: slice, rows: slice, keys: int) -> Iterator[torch.Tensor]:
+        """All tiles of these rows, `keys` keys wide; each lasts until the next."""
+        n_k = self.k.shape[1]
+        for start in range(0, n_k, keys):
+            tile = self.tile(heads, rows, slice(start, min(start + keys, n_k)))
+            if tile is not None:
+                yield tile
+
+    def tile(self, heads: slice, rows: slice, keys: slice) -> torch.Tensor | None:
+        """(heads, rows, keys): a tile, valid until the next; None where a mask by spans hides all of it."""
+        place = _place(self.spans, rows, keys)
+        if place is None:
+            return None
+        q, k = self.q[heads, rows], self.k[heads, keys].mT
+        shape = q.shape[0], q.shape[1], k.shape[2]
+        on_cpu = q.device.type == "cpu"
+        tile = scratch("logits", *shape, dtype=q.dtype) if on_cpu else q.new_empty(shape)
+        width = COLUMNS if q.dtype == torch.float32 else q.shape[2]
+        torch.bmm(q[..., :width], k[:, :width], out=tile)
+        for start in range(width, q.shape[2], width):
+            tile.baddbmm_(q[..., start : start + width], k[:, start : start + width])
+        if self.softcap is not None:
+            tile.div_(self.softcap).tanh_().mul_(self.softcap)
+        if self.bias is not None:
+            tile += self._part(self.bias, heads, rows, keys)
+        if self.seen is not None:
+            tile.masked_fill_(~self._part(self.seen, heads, rows, keys), self.hidden)
+        if len(place):
+            own = torch.from_numpy(place).to(tile.device)
+            j = torch.arange(keys.start, keys.start + shape[2], device=tile.device)
+            tile.masked_fill_((j < own[:, :1]) | (j >= own[:, 1:]), self.hidden)
+        return tile
+
+    def _part(self, array: torch.Tensor, heads: slice, rows: slice, keys: slice) -> torch.Tensor:
+        if array.ndim == 2:
+            return array[rows, keys]
+        indices = (np.unravel_index(head, self.batch) for head in range(heads.start, heads.stop))
+        return torch.stack([array[tuple(map(int, index))][rows, keys] for index in indices])
+
+
+def _place(spans: np.ndarray | None, rows: slice, keys: slice) -> np.ndarray | None:
+    """The rows' spans where they cut through these keys, none of them where they see all, None where they see none."""
+    if spans is None:
+        return np.empty((0, 2), np.int64)
+    own = spans[rows]
+    if own[:, 0].min() >= keys.stop or own[:, 1].max() <= keys.start:
+        return None
+    return own[:0] if own[:, 0].max() <= keys.start and own[:, 1].min() >= keys.stop else own
+
+
+def checked_logits(
+    q: Array, k: Array, scale: float | None, mask: Any, bias: Array | None, softcap: float | None, dtype: str
+) -> Logits:
+    """The arguments of attention_statistics, checked. Raises InputError in one line."""
+    if dtype not in DTYPES:
+        raise InputError(f"dtype is {dtype!r}: use one of {', '.join(DTYPES)}")
+    kind = DTYPES[dtype]
+    queries, keys, _ = queries_and_keys(q, _repeated(q, k))
+    batch, (n_q, d), n_k = tuple(queries.shape[:-2]), queries.shape[-2:], keys.shape[-2]
+    s = resolve_scale(scale, d)
+    cap = None if softcap is None else _positive(softcap)
+    added = None if bias is None else _as_bias(bias, (*batch, n_q, n_k), queries.device)
+    spans, seen = _masks(mask, (*batch, n_q, n_k), queries.device)
+    queries, keys = queries.reshape(-1, n_q, d), keys.reshape(-1, n_k, d)
+    most = s * _longest(queries) * _longest(keys)
+    if added is not None and added.numel():
+        most += float(added.abs().amax())
+    if most > LARGEST[kind]:
+        raise InputError(f"logits may be {most:.0e}, and {dtype} takes {LARGEST[kind]:.0e}: scale q or k or bias down")
+    scaled = queries * s
+    # A power of 2 from one to the other changes no product and keeps both within float32.
+    one, other = (float(x.abs().max()) if x.numel() else 0.0 for x in (scaled, keys))
+    shift = 2.0 ** round(0.5 * (math.log2(other) - math.log2(one))) if one > 0 and other > 0 else 1.0
+    return Logits(
+        (scaled * shift).to(kind),
+        (keys / shift).to(kind),
+        torch.linalg.vecdot(queries, queries) * (0.5 * s),
+        cap,
+        added,
+        seen,
+        spans,
+        batch,
+    )
+
+
+def _repeated(q: Array, k: Array) -> Array:
+    """k with each head as often as q has heads for it."""
+    if not all(isinstance(x, (np.ndarray, torch.Tensor)) and x.ndim > 2 for x in (q, k)):
+        return k
+    times, rest = divmod(q.shape[-3], max(1, k.shape[-3]))
+    if rest or times < 2:
+        return k
+    return np.repeat(k, times, axis=-3) if isinstance(k, np.ndarray) else k.detach().repeat_interleave(times, -3)
+
+
+def _longest(rows: torch.Tensor) -> float:
+    return float(torch.linalg.vector_norm(rows, dim=-1).max()) if rows.numel() else 0.0
+
+
+def _positive(softcap: float) -> float:
+    is_number = isinstance(softcap, (int, float, np.floating, np.integer)) and not isinstance(softcap, bool)
+    if not (is_number and 1e-28 <= softcap <= 1e28):
+        raise InputError(f"softcap is {softcap!r}: it must be a positive number, from 1e-28 to 1e28")
+    return float(softcap)
+
+
+def _as_bias(bias: Array, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    if isinstance(bias, np.ndarray) and bias.dtype.kind in "fiu":
+        bias = torch.from_numpy(np.ascontiguousarray(bias))
+    if not isinstance(bias, torch.Tensor) or bias.is_complex() or bias.dtype == torch.bool:
+        raise InputError("bias must be a torch tensor or a NumPy array of real numbers")
+    if bias.numel() and not bool(torch.isfinite(bias).all()):
+        raise InputError("bias holds a NaN or an infinity: give what hides keys as mask")
+    return _expanded(bias.detach().to(device), "bias", shape)
+
+
+def _expanded(array: torch.Tensor, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """The array as (n_q, n_k) where that is all there is of it, else expanded to all leading dimensions."""
+    try:
+        whole = array.expand(shape)
+    except RuntimeError:
+        raise InputError(f"{name} has shape {tuple(array.shape)}: it must broadcast to {shape}") from None
+    return array.reshape(array.shape[-2:]).expand(shape[-2:]) if array.shape[:-2].numel() == 1 else whole
+
+
+def _masks(mask: Any, shape: tuple[int, ...], device: torch.device) -> tuple[np.ndarray | None, torch.Tensor | None]:
+    """A mask as spans or as a bool tensor; both None where every query sees every key."""
+    n_q, n_k = shape[-2:]
+    if isinstance(mask, str) and mask == "none":
+        return None, None
+    is_window = isinstance(mask, (int, np.integer)) and not isinstance(mask, bool) and mask > 0
+    if is_window or (isinstance(mask, str) and mask == "causal"):
+        if n_q != n_k:
+            raise InputError(f"there are {n_q} queries and {n_k} keys: give their mask as spans or a boolean array")
+        stops = np.arange(1, n_q + 1)
+        return np.stack([np.maximum(stops - mask, 0) if is_window else np.zeros_like(stops), stops], 1), None
+    if isinstance(mask, np.ndarray) and mask.dtype.kind in "biu":
+        mask = torch.from_numpy(np.ascontiguousarray(mask))
+    if isinstance(mask, torch.Tensor) and mask.dtype == torch.bool:
+        return None, _expanded(mask.to(device), "mask", shape)
+    if not isinstance(mask, torch.Tensor) or mask.is_floating_point() or mask.is_complex():
+        raise InputError(
+            f'mask is {mask if isinstance(mask, (str, int, float)) else type(mask).__name__!r}: use "none", "causal", '
+            "a window of at least 1 key, a boolean array, or whole numbers (n_q, 2) from and before which keys are seen"
+        )
+    spans = mask.detach().cpu().numpy().astype(np.int64)
+    if spans.shape != (n_q, 2) or spans.min(initial=0) < 0 or spans.max(initial=0) > n_k:
+        raise InputError(f"mask of whole numbers has shape {spans.shape}: spans are ({n_q}, 2), each from 0 to {n_k}")
+    return spans, None
+
+
+def checked_sinks(sinks: Array | None, logits: Logits) -> torch.Tensor | None:
+    """(heads, n_q) float64: one more logit of each row. Raises InputError."""
+    if sinks is None:
+        return None
+    given = as_float64(sinks, "sinks").to(logits.q.device)
+    shape = (*logits.batch, logits.q.shape[1])
+    by_row = given.shape == shape
+    try:
+        whole = (given if by_row else given.unsqueeze(-1)).expand(shape)
+    except RuntimeError:
+        raise InputError(
+            f"sinks has shape {tuple(given.shape)}: one for each head must broadcast to {shape[:-1]}, one for each "
+            f"query is {shape}"
+        ) from None
+    if given.numel() and float(given.abs().amax()) > LARGEST[torch.float32]:
+        raise InputError(f"sinks is as large as {float(given.abs().amax()):.0e}: logits are at most 1e28")
+    return whole.reshape(logits.q.shape[:2])

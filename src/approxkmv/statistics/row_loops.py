@@ -1,0 +1,72 @@
+"""The functions of `rows` for float32 on a CPU, in compiled loops on as many threads as torch has."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from approxkmv.compute.compiling import cached_njit
+from approxkmv.compute.exponentials import FLAGS, exp, f32
+from approxkmv.compute.threads import over_threads
+from approxkmv.statistics.exponential import exp_and_sum
+from approxkmv.statistics.rows import RowSums
+from approxkmv.statistics.streaming_cpu import count_keys as count_keys_of_row
+
+# Weights below its exponential are dropped: what n of them add to a row's largest, 1, is under n 2e-38.
+LOWEST = f32(-87.0)
+
+
+def add_tile(tile: torch.Tensor, sums: RowSums) -> None:
+    """As rows.add_tile."""
+    # torch's maximum is vectorised and numba's is not.
+    tops = tile.amax(1).numpy()
+    given = tile.numpy(), tops, sums.largest.numpy(), sums.total.numpy(), sums.moment.numpy()
+    over_threads(lambda low, high: _add_rows(low, high, *given), len(tile))
+
+
+def count_keys(tile: torch.Tensor, hidden: float, shares: tuple[float, ...]) -> torch.Tensor:
+    """As rows.count_keys."""
+    out = torch.empty(len(tile), len(shares), dtype=torch.long)
+    given = tile.numpy(), tile.amax(1).numpy(), hidden, np.array(shares), out.numpy()
+    over_threads(lambda low, high: _count_rows(low, high, *given), len(tile))
+    return out
+
+
+@cached_njit(nogil=True, fastmath=FLAGS)
+def _add_rows(low, high, tile, tops, largest, total, moment):
+    width = tile.shape[1]
+    for i in range(low, high):
+        line = tile[i]
+        if tops[i] >= largest[i]:
+            rise = tops[i] - largest[i]
+            fade = np.exp(-rise)
+            moment[i] = fade * (moment[i] + rise * total[i])
+            largest[i] = tops[i]
+            # The largest are counted apart: beside their 1 a float32 sum would lose the digits of small weights.
+            ties = 0
+            for j in range(width):
+                ties += line[j] == tops[i]
+                line[j] = line[j] if line[j] < tops[i] else tops[i] - f32(100.0)
+            total[i] = fade * total[i] + ties
+        top = f32(largest[i])
+        weights = f32(0.0)
+        moments = f32(0.0)
+        for j in range(width):
+            below = line[j] - top
+            weight = exp(below) if below > LOWEST else f32(0.0)
+            weights += weight
+            moments += weight * below
+        total[i] += weights
+        moment[i] -= moments
+
+
+@cached_njit(nogil=True)
+def _count_rows(low, high, tile, tops, hidden, shares, out):
+    width = tile.shape[1]
+    weights = np.empty(width)
+    for i in range(low, high):
+        if tops[i] <= 0.5 * hidden:
+            out[i] = 0
+            continue
+        total = exp_and_sum(tile[i], width, np.float64(tops[i]), weights)
+        count_keys_of_row(weights, width, total, shares, out[i])

@@ -1,0 +1,52 @@
+"""What is summed over each row of logits, tile by tile: in plain torch, on any device and in any type.
+
+`row_loops` has the same two functions for float32 on a CPU, in compiled loops; tests hold the two against each other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class RowSums:
+    """Of each row the largest logit so far, and sums relative to it; float64."""
+
+    largest: torch.Tensor
+    total: torch.Tensor
+    """The sum of w = exp(logit - largest)."""
+    moment: torch.Tensor
+    """The sum of w (largest - logit)."""
+
+    def __getitem__(self, rows: slice) -> RowSums:
+        return RowSums(self.largest[rows], self.total[rows], self.moment[rows])
+
+
+def add_tile(tile: torch.Tensor, sums: RowSums) -> None:
+    """Add a tile (rows, keys), which may be written to; hidden logits are far below `largest` from the start."""
+    largest = torch.maximum(sums.largest, tile.amax(1).double())
+    rise = largest - sums.largest
+    fade = torch.exp(-rise)
+    # With the sums before, as all logits below the largest have moved away by `rise`.
+    sums.moment.add_(sums.total * rise).mul_(fade)
+    sums.total.mul_(fade)
+    sums.largest.copy_(largest)
+    below = tile - largest.to(tile.dtype).unsqueeze(1)
+    weights = below.exp()
+    sums.total.add_(weights.sum(1, dtype=torch.float64))
+    sums.moment.sub_(weights.mul_(below).sum(1, dtype=torch.float64))
+
+
+def count_keys(tile: torch.Tensor, hidden: float, shares: tuple[float, ...]) -> torch.Tensor:
+    """(rows, shares) int64: the least number of keys, largest first, whose weights make up each share of the row's.
+
+    tile: (rows, n_k), whole rows.
+    """
+    seen = (tile > hidden / 2).sum(1, keepdim=True)
+    weights = (tile - tile.amax(1, keepdim=True)).double().exp()
+    mass = weights.sort(1, descending=True).values.cumsum(1)
+    total = mass[:, -1:]
+    needed = torch.cat([(mass < share * total).sum(1, keepdim=True) + 1 for share in shares], 1)
+    return torch.minimum(needed, seen)

@@ -1,0 +1,101 @@
+"""Norms of D^-1 A in passes over strips of rows: its columns, and its largest singular value."""
+
+from __future__ import annotations
+
+import torch
+
+from approxkmv.statistics.logits import Logits
+
+# Logits of one strip of whole rows, for each thread; a matrix that fits is computed once and not in each pass.
+STRIP = 2**21
+# Passes between two looks at the singular value, how little it may have changed between them, and most passes.
+EVERY = 4
+UNCHANGED = 1e-3
+PASSES = 96
+
+
+class _Strips:
+    """D^-1 A of some heads, strip by strip; kept where it is one strip."""
+
+    def __init__(self, logits: Logits, log_sums: torch.Tensor, heads: slice) -> None:
+        self._logits, self._log_sums, self._heads = logits, log_sums, heads
+        self._rows = [rows for group, rows in logits.pieces(logits.k.shape[1], STRIP) if group == heads]
+        self._kept: torch.Tensor | None = None
+
+    def __iter__(self):
+        if self._kept is not None:
+            yield self._kept
+            return
+        for rows in self._rows:
+            tile = self._logits.tile(self._heads, rows, slice(0, self._logits.k.shape[1]))
+            if tile is None:
+                continue
+            # Rows without a key have an infinite sum here. What is clamped is 0 in float32, and slow to compute with.
+            tile -= self._log_sums[self._heads, rows].to(tile.dtype).unsqueeze(2)
+            weights = tile.clamp_min_(-80.0 if tile.dtype == torch.float32 else -700.0).exp_()
+            if len(self._rows) == 1:
+                self._kept = weights = weights.clone()
+            yield weights
+
+    def gram(self, x: torch.Tensor, squares: torch.Tensor | None = None) -> torch.Tensor:
+        """P^T P x for x (heads, n_k); adds the columns' sums of squares to `squares`, float64."""
+        out = torch.zeros_like(x)
+        for weights in self:
+            y = torch.bmm(weights, x.unsqueeze(2))
+            out += torch.bmm(weights.mT, y)[..., 0]
+            if squares is not None:
+                squares += weights.square().sum(1)
+        return out
+
+
+def column_norm_and_stable_rank(logits: Logits, log_sums: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Per head n_q max_j |P e_j|^2 and |P|_F^2 / |P|_2^2 of P = D^-1 A, float64; 0 for a P without entries.
+
+    log_sums: (heads, n_q) float64, the logarithms of D; infinite for a row without keys.
+    """
+    n_q, n_k = logits.q.shape[1], logits.k.shape[1]
+    norms, ranks = [], []
+    for heads in dict.fromkeys((group.start, group.stop) for group, _ in logits.pieces(n_k, STRIP)):
+        strips = _Strips(logits, log_sums, slice(*heads))
+        squares = log_sums.new_zeros(heads[1] - heads[0], n_k)
+        largest = _largest_eigenvalue(strips, squares)
+        norms.append(n_q * squares.amax(1))
+        whole = squares.sum(1)
+        ranks.append(torch.where(largest > 0, whole / largest, 0.0))
+    empty = log_sums.new_zeros(0)
+    return torch.cat([empty, *norms]), torch.cat([empty, *ranks])
+
+
+def _largest_eigenvalue(strips: _Strips, squares: torch.Tensor) -> torch.Tensor:
+    """|P|_2^2 of each head by Lanczos' method on P^T P, from below; `squares` gets the columns' sums of squares.
+
+    P has no negative entry, so P^T P has a leading eigenvector without one (Perron and Frobenius), and the vector of
+    ones, with which the iteration begins, is never nearly orthogonal to it: their cosine is at least 1/sqrt(n).
+    """
+    heads, n = squares.shape
+    kind = strips._logits.q.dtype
+    basis = [squares.new_full((heads, n), n**-0.5).to(kind)]
+    steps = min(PASSES, n)
+    matrix = squares.new_zeros(heads, steps + 1, steps + 1)
+    before = squares.new_zeros(heads)
+    for step in range(steps):
+        image = strips.gram(basis[-1], None if step else squares).double()
+        matrix[:, step, step] = torch.linalg.vecdot(image, basis[-1].double())
+        whole = torch.stack(basis, 1).double()
+        # Twice, or what rounding leaves of the earlier directions grows from pass to pass.
+        for _ in range(2):
+            image -= torch.einsum("hsn,hs->hn", whole, torch.einsum("hsn,hn->hs", whole, image))
+        length = torch.linalg.vector_norm(image, dim=1)
+        found = torch.linalg.eigvalsh(matrix[:, : step + 1, : step + 1])[:, -1] if step % EVERY == EVERY - 1 else None
+        # What is left is rounding: the space that the iteration can reach is exhausted.
+        length = torch.where(length > 1e-6 * matrix[:, 0, 0], length, 0.0)
+        exhausted = not bool(length.any())
+        if found is not None:
+            if bool((found - before <= UNCHANGED * found).all()):
+                return found
+            before = found
+        if exhausted:
+            break
+        matrix[:, step, step + 1] = matrix[:, step + 1, step] = length
+        basis.append(torch.where(length > 0, 1 / length, 0.0).unsqueeze(1).mul(image).nan_to_num_(0.0).to(kind))
+    return torch.linalg.eigvalsh(matrix[:, : len(basis), : len(basis)])[:, -1]

@@ -1,0 +1,393 @@
+"""Statistics of attention in tiles, against the whole n x n matrix in float64."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from approxkmv import attention_statistics
+from approxkmv.errors import InputError
+from approxkmv.statistics import attention, head_statistics, row_loops, rows, spectrum
+from approxkmv.statistics.streaming import length_statistics
+
+# What is promised of float32 products with logits up to 30, and of float64 products with logits up to 10^4.
+SINGLE, DOUBLE = 1e-5, 1e-6
+PER_ROW = ("entropy", "support", "largest_weight", "first_mass", "sink_mass")
+PER_HEAD = ("mean_entropy", "entropy_quantiles", "ratio", "softmax_ratio", "log_next", "log_double", "column_norm")
+
+
+def entries(q, k, *, scale=None, seen=None, bias=None, softcap=None, sinks=None):
+    """Log weights (..., n_q, n_k) and log of the sinks' shares (..., n_q), and log K, in float64, all of them held."""
+    q, k = torch.as_tensor(q).double(), torch.as_tensor(k).double()
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if k.ndim > 2:
+        k = k.repeat_interleave(q.shape[-3] // k.shape[-3], -3)
+    x = scale * q @ k.mT
+    if softcap is not None:
+        x = softcap * (x / softcap).tanh()
+    if bias is not None:
+        x = x + torch.as_tensor(bias).double()
+    if seen is not None:
+        x = x.masked_fill(~torch.as_tensor(seen), -torch.inf)
+    sink = torch.full((*x.shape[:-1], 1), -torch.inf, dtype=torch.float64)
+    if sinks is not None:
+        sink = torch.as_tensor(sinks).double()[..., None, None].expand(*x.shape[:-1], 1)
+    log_p = torch.cat([x, sink], -1).log_softmax(-1).nan_to_num(nan=-torch.inf)
+    return log_p[..., :-1], log_p[..., -1], x - 0.5 * scale * q.square().sum(-1, keepdim=True)
+
+
+def ratios(logs):
+    """c and the order ratios of a head's entries: those that exist are sorted."""
+    n = logs.shape[-1]
+    values = logs.flatten(-2).sort(-1, descending=True).values
+    c = (values[..., n:].logsumexp(-1) - values[..., :n].logsumexp(-1)).exp()
+    return c, values[..., n - 1] - values[..., n], values[..., n - 1] - values[..., 2 * n - 1]
+
+
+def reference(q, k, **options):
+    """Everything by its definition."""
+    log_p, log_sink, log_k = entries(q, k, **options)
+    p, sink = log_p.exp(), log_sink.exp()
+    entropy = torch.special.entr(p).sum(-1) + torch.special.entr(sink)
+    exists = p.sum(-1) + sink > 0
+    kept = torch.where(exists, entropy, torch.nan)
+    c, following, double = ratios(log_k)
+    return {
+        "entropy": entropy,
+        "support": entropy.exp() * exists,
+        "largest_weight": p.amax(-1),
+        "first_mass": p[..., 0],
+        "sink_mass": sink,
+        "mean_entropy": kept.nanmean(-1).nan_to_num(),
+        "entropy_quantiles": torch.from_numpy(
+            np.nan_to_num(np.moveaxis(np.nanquantile(kept.numpy(), attention.QUANTILES, axis=-1), 0, -1))
+        ),
+        "ratio": c,
+        "softmax_ratio": ratios(log_p)[0],
+        "log_next": following,
+        "log_double": double,
+        "column_norm": p.shape[-2] * p.square().sum(-2).amax(-1),
+        "stable_rank": p.square().sum((-2, -1)) / torch.linalg.matrix_norm(p, 2).square(),
+    }
+
+
+def agree(found, wanted, tolerance, names=(*PER_ROW, *PER_HEAD)):
+    for name in names:
+        got, right = torch.as_tensor(getattr(found, name)), wanted[name]
+        assert got.dtype == torch.float64
+        assert got.shape == right.shape, name
+        # Relative, and absolute for what is an exponential or logarithm near 0: c without a tail, a ratio of ties.
+        torch.testing.assert_close(got, right, rtol=tolerance, atol=tolerance if name.startswith("log") else 1e-12)
+    torch.testing.assert_close(torch.as_tensor(found.stable_rank), wanted["stable_rank"], rtol=0.01, atol=0)
+
+
+def head(seed, *shape, largest=30.0, offset=0.0):
+    """Queries and keys whose logits reach up to `largest`, as float32."""
+    generator = torch.Generator().manual_seed(seed)
+    q, k = (torch.randn(*shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    k += offset * torch.randn(shape[-1], generator=generator, dtype=torch.float64)
+    longest = (shape[-1] ** -0.5 * q @ k.mT).abs().amax()
+    return (q * (largest / longest).sqrt()).float(), (k * (largest / longest).sqrt()).float()
+
+
+CAUSAL = torch.ones(700, 700, dtype=torch.bool).tril()
+HEADS = {
+    "diffuse": head(0, 700, 64, largest=1.0),
+    "ordinary": head(1, 700, 64, largest=10.0),
+    "sharp": head(2, 700, 64),
+    "an offset of the keys": head(3, 700, 128, offset=1.0),
+    "narrow": head(4, 700, 3),
+    "all equal": (torch.ones(700, 4), torch.ones(700, 4)),
+    "zero": (torch.zeros(700, 4), torch.zeros(700, 4)),
+    "one key for all": (torch.full((700, 8), 2.0), torch.eye(700, 8) * 9),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("name", HEADS)
+def test_everything_by_its_definition(name, dtype):
+    q, k = HEADS[name]
+    agree(attention_statistics(q, k, dtype=dtype), reference(q, k), SINGLE if dtype == "float32" else DOUBLE)
+
+
+@pytest.mark.parametrize("largest", [100.0, 1e4])
+def test_large_logits_in_float64(largest):
+    q, k = (x.double() for x in head(5, 300, 16, largest=largest))
+    agree(attention_statistics(q, k, dtype="float64"), reference(q, k), DOUBLE)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(
+    ("mask", "seen"),
+    [
+        ("causal", CAUSAL),
+        (7, CAUSAL & ~CAUSAL.tril(-7)),
+        (700, CAUSAL),
+        (torch.stack([torch.arange(700) // 90 * 90, torch.arange(700) + 1], 1), None),
+        (CAUSAL, CAUSAL),
+        (CAUSAL.numpy() & ~np.tri(700, 700, -600, dtype=bool), None),
+    ],
+    ids=["causal", "window", "wide window", "chunks", "boolean", "numpy"],
+)
+def test_masks(mask, seen, dtype):
+    q, k = HEADS["ordinary"]
+    if seen is None and mask.dtype == np.bool_:
+        seen = torch.from_numpy(mask)
+    elif seen is None:
+        place = torch.arange(700)
+        seen = (place >= mask[:, :1]) & (place < mask[:, 1:])
+    found = attention_statistics(q, k, mask=mask, dtype=dtype)
+    agree(found, reference(q, k, seen=seen), SINGLE if dtype == "float32" else DOUBLE)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_bias_cap_sinks_and_grouped_keys_of_several_leading_dimensions(dtype):
+    generator = torch.Generator().manual_seed(6)
+    q = torch.randn(2, 6, 130, 16, generator=generator)
+    k = torch.randn(2, 3, 130, 16, generator=generator)
+    bias = torch.randn(6, 130, 130, generator=generator)
+    options = {"bias": bias, "softcap": 2.0, "sinks": torch.randn(6, generator=generator), "scale": 0.9}
+    found = attention_statistics(q, k, mask="causal", dtype=dtype, **options)
+    wanted = reference(q, k, seen=CAUSAL[:130, :130], **options)
+    agree(found, wanted, SINGLE if dtype == "float32" else DOUBLE)
+    # NumPy arrays give NumPy arrays of the same numbers.
+    options |= {name: options[name].numpy() for name in ("bias", "sinks")}
+    arrays = attention_statistics(q.numpy(), k.numpy(), mask="causal", dtype=dtype, **options)
+    for name in (*PER_ROW, *PER_HEAD, "stable_rank", "keys_per_share"):
+        assert isinstance(getattr(arrays, name), np.ndarray)
+        np.testing.assert_array_equal(getattr(arrays, name), getattr(found, name).numpy())
+
+
+@pytest.mark.parametrize(("n_q", "n_k"), [(40, 900), (900, 40), (2, 5), (5, 2)])
+def test_more_keys_than_queries_and_fewer(n_q, n_k):
+    generator = torch.Generator().manual_seed(7)
+    q, k = torch.randn(3, n_q, 8, generator=generator), torch.randn(3, n_k, 8, generator=generator)
+    names = (*PER_ROW, "mean_entropy", "entropy_quantiles", "column_norm")
+    names += ("ratio", "softmax_ratio", "log_next", "log_double") if n_q > 2 else ()
+    log_p = entries(q, k)[0]
+    wanted = reference(q, k) if n_q > 2 else None
+    found = attention_statistics(q, k)
+    if wanted is not None:
+        agree(found, wanted, SINGLE, names)
+    torch.testing.assert_close(found.entropy, torch.special.entr(log_p.exp()).sum(-1), rtol=SINGLE, atol=0)
+
+
+def test_one_query_and_one_key():
+    found = attention_statistics(torch.ones(1, 4), torch.ones(1, 4))
+    assert found.entropy.tolist() == [0.0]
+    assert found.support.tolist() == found.largest_weight.tolist() == found.first_mass.tolist() == [1.0]
+    assert found.keys_per_share.tolist() == [[1, 1]]
+    assert float(found.ratio) == float(found.softmax_ratio) == 0.0
+    assert float(found.stable_rank) == pytest.approx(1.0)
+    with pytest.raises(InputError, match="there are not 2n = 2 entries"):
+        _ = found.log_next
+
+
+def test_no_heads():
+    found = attention_statistics(torch.ones(0, 3, 4), torch.ones(0, 3, 4))
+    for name in (*PER_ROW, *PER_HEAD, "stable_rank", "keys_per_share"):
+        assert getattr(found, name).shape[0] == 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_rows_that_see_no_key(dtype):
+    q, k = HEADS["ordinary"]
+    seen = CAUSAL.clone()
+    seen[::3] = False
+    wanted = reference(q, k, seen=seen)
+    tolerance = SINGLE if dtype == "float32" else DOUBLE
+    agree(attention_statistics(q, k, mask=seen, dtype=dtype), wanted, tolerance)
+    place = torch.arange(700)
+    spans = torch.stack([torch.zeros_like(place), torch.where(place % 3 == 0, 0, place + 1)], 1)
+    found = attention_statistics(q, k, mask=spans, dtype=dtype)
+    agree(found, wanted, tolerance)
+    assert not any(bool(getattr(found, name)[::3].any()) for name in (*PER_ROW, "keys_per_share"))
+    # A sink is then all there is.
+    found = attention_statistics(q, k, mask=seen, dtype=dtype, sinks=torch.tensor(-3.0))
+    agree(found, reference(q, k, seen=seen, sinks=torch.tensor(-3.0)), tolerance)
+    assert bool((found.sink_mass[::3] == 1).all())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_no_row_sees_a_key(dtype):
+    q, k = HEADS["narrow"]
+    found = attention_statistics(q, k, mask=torch.zeros(700, 700, dtype=torch.bool), dtype=dtype)
+    for name in (*PER_ROW, "mean_entropy", "entropy_quantiles", "ratio", "softmax_ratio", "column_norm", "stable_rank"):
+        assert float(getattr(found, name).abs().max()) == 0.0, name
+    with pytest.raises(InputError, match="K_"):
+        _ = found.log_double
+
+
+def counts_by_sorting(weights, shares):
+    mass = np.sort(weights, axis=-1)[..., ::-1].cumsum(-1)
+    return np.stack([(mass < share * mass[..., -1:]).sum(-1) + 1 for share in shares], -1)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("name", ["diffuse", "ordinary", "sharp", "narrow"])
+def test_keys_that_hold_a_share(name, dtype):
+    q, k = HEADS[name]
+    shares = (0.5, 0.9, 0.99, 0.999)
+    for mask, seen in (("none", torch.ones_like(CAUSAL)), ("causal", CAUSAL)):
+        found = attention_statistics(q, k, mask=mask, shares=shares, dtype=dtype).keys_per_share
+        weights = entries(q, k, seen=seen)[0].exp().numpy()
+        assert found.dtype == torch.long
+        # A share that is reached within a logit's rounding may be held by a key more or less.
+        low, high = (counts_by_sorting(weights, [share + change for share in shares]) for change in (-2e-5, 2e-5))
+        assert ((found.numpy() >= low) & (found.numpy() <= high)).all()
+        # Of half the mass, and of rows on the whole, hardly any.
+        assert (found.numpy() == counts_by_sorting(weights, shares)).mean() > (0.97 if dtype == "float32" else 0.9999)
+
+
+def test_equal_weights_are_counted_as_many():
+    q, k = HEADS["zero"]
+    found = attention_statistics(q, k, shares=(0.25, 0.5), mask="causal").keys_per_share
+    size = torch.arange(1, 701)
+    assert torch.equal(found, torch.stack([-(-size // 4), -(-size // 2)], 1))
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_loops_and_plain_torch_agree(name):
+    q, k = HEADS[name]
+    tile = (q.shape[1] ** -0.5 * q @ k.mT).masked_fill(~CAUSAL, -1e30)
+    tile[5] = -1e30
+    sums = []
+    for form in (rows, row_loops):
+        found = rows.RowSums(torch.full((700,), -5e29, dtype=torch.float64), *torch.zeros(2, 700, dtype=torch.float64))
+        for part in tile.clone().split(300, 1):
+            form.add_tile(part.contiguous(), found)
+        sums.append(found)
+    for plain, fast in zip(*(vars(s).values() for s in sums), strict=True):
+        torch.testing.assert_close(fast, plain, rtol=2e-6, atol=1e-12)
+    counts = [form.count_keys(tile, -1e30, (0.5, 0.9)) for form in (rows, row_loops)]
+    assert float((counts[0] != counts[1]).double().mean()) < 0.01
+
+
+def test_as_the_statistics_of_heads_and_of_lengths_have_it():
+    q, k = HEADS["ordinary"]
+    found = attention_statistics(q, k, dtype="float64")
+    heads = head_statistics(q, k, 700)
+    whole = length_statistics(q, k)[0][0]
+    assert float(found.ratio) == pytest.approx(float(heads.ratios[0]), rel=1e-8)
+    assert float(found.softmax_ratio) == pytest.approx(float(heads.softmax_ratio), rel=1e-8)
+    assert float(found.log_next) == pytest.approx(float(heads.log_next), abs=1e-8)
+    assert float(found.log_double) == pytest.approx(float(heads.log_double), abs=1e-8)
+    assert float(found.column_norm) == pytest.approx(700 ** float(heads.column_exponent), rel=1e-8)
+    assert found.keys_per_share.double().mean(0).tolist() == pytest.approx(list(whole.mean_keys), rel=1e-3)
+
+
+def matrices(n, seed):
+    """Logits of matrices whose leading singular value is hard to find: near others, or of few rows."""
+    rng = np.random.default_rng(seed)
+    blocks = np.repeat(np.arange(n // 10), 10)
+    band = -np.abs(np.subtract.outer(np.arange(n), np.arange(n))) / 2.0
+    spread = rng.standard_normal((n, n))
+    yield "identity", np.where(np.eye(n, dtype=bool), 0.0, -60.0)
+    yield (
+        "shifted identity and a key of some rows",
+        np.where(np.roll(np.eye(n, dtype=bool), 1, 1), 0.0, -60.0)
+        + 70.0 * np.outer(np.arange(n) < 3, np.arange(n) == n - 1),
+    )
+    yield "equal blocks", np.where(np.equal.outer(blocks, blocks), 0.0, -60.0)
+    yield "band", band
+    yield "wide band", band / 20
+    yield "random, diffuse", spread
+    yield "random, sharp", 6 * spread
+    yield "random, causal", np.where(np.tri(n, dtype=bool), 3 * spread, -60.0)
+    yield "keys of unequal weight", spread + 4 * rng.standard_normal(n)
+    yield "sharpness by row", spread * 10 * rng.random((n, 1))
+
+
+@pytest.mark.parametrize("n", [60, 500])
+def test_stable_rank_to_one_percent(n, monkeypatch):
+    # The larger ones in strips, which are computed again in each pass.
+    monkeypatch.setattr(spectrum, "STRIP", 2**16)
+    for seed in range(4 if n < 100 else 1):
+        for name, bias in matrices(n, seed):
+            p = torch.from_numpy(bias).softmax(-1)
+            right = float(p.square().sum() / torch.linalg.matrix_norm(p, 2) ** 2)
+            # All of the logits come from the bias.
+            found = attention_statistics(torch.zeros(n, 1), torch.zeros(n, 1), bias=torch.from_numpy(bias))
+            assert float(found.stable_rank) == pytest.approx(right, rel=0.01), name
+
+
+def peak_memory():
+    """The most memory that this process has held since clear_refs, in bytes."""
+    return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="asks Linux for the peak of memory")
+def test_memory_grows_with_n_and_not_its_square():
+    q, k = head(9, 8000, 8)
+
+    def everything():
+        found = attention_statistics(q, k, mask="causal")
+        return found.first_mass, found.keys_per_share, found.ratio, found.stable_rank
+
+    attention_statistics(q[:600], k[:600]).keys_per_share  # noqa: B018
+    Path("/proc/self/clear_refs").write_text("5")
+    before = peak_memory()
+    everything()
+    # One float32 for each pair would be 256 MB.
+    assert peak_memory() - before < 150e6
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mask": "backwards"}, "mask is 'backwards'"),
+        ({"mask": 0}, "mask is 0"),
+        ({"mask": True}, "mask is True"),
+        ({"mask": 2.0}, "mask is 2.0"),
+        ({"mask": None}, "mask is 'NoneType'"),
+        ({"mask": torch.ones(5, 6, dtype=torch.bool)}, "mask has shape"),
+        ({"mask": torch.ones(6, 3, dtype=torch.long)}, "mask of whole numbers"),
+        ({"mask": torch.full((6, 2), 7)}, "mask of whole numbers"),
+        ({"bias": torch.ones(6)[:5]}, "bias has shape"),
+        ({"bias": torch.full((6, 6), torch.nan)}, "bias holds a NaN"),
+        ({"bias": torch.full((6, 6), -torch.inf)}, "give what hides keys as mask"),
+        ({"bias": "alibi"}, "bias must be"),
+        ({"bias": torch.full((6, 6), -3.4e38)}, "logits may be"),
+        ({"sinks": torch.ones(3)}, "sinks has shape"),
+        ({"sinks": torch.tensor(torch.inf)}, "sinks holds a NaN"),
+        ({"softcap": 0.0}, "softcap is 0.0"),
+        ({"softcap": torch.nan}, "softcap is nan"),
+        ({"shares": (0.5, 1.0)}, "shares is"),
+        ({"shares": 0.5}, "shares is 0.5"),
+        ({"dtype": "float16"}, "dtype is 'float16'"),
+        ({"scale": -1.0}, "scale is -1.0"),
+        ({"scale": 1e30}, "logits may be"),
+        ({"k": torch.ones(2, 3, 6, 4)}, "differ in width"),
+        ({"k": torch.ones(2, 4, 6, 5)}, "differ in width"),
+        ({"k": np.ones((2, 4, 6, 4))}, "different kinds"),
+        ({"k": torch.full((2, 4, 6, 4), torch.inf)}, "k holds a NaN"),
+    ],
+)
+def test_what_is_refused(change, message):
+    options = {"q": torch.ones(2, 4, 6, 4), "k": torch.ones(2, 2, 6, 4)} | change
+    with pytest.raises(InputError, match=message) as error:
+        attention_statistics(options.pop("q"), options.pop("k"), **options)
+    assert "\n" not in str(error.value)
+
+
+def test_a_window_needs_as_many_queries_as_keys():
+    with pytest.raises(InputError, match="spans or a boolean array"):
+        attention_statistics(torch.ones(3, 4), torch.ones(5, 4), mask="causal")
+
+
+def test_what_was_given_may_change_afterwards():
+    q, k = (x.clone().double() for x in HEADS["ordinary"])
+    found = attention_statistics(q, k, dtype="float64")
+    before = float(attention_statistics(q, k, dtype="float64").stable_rank)
+    q.zero_(), k.zero_()
+    assert float(found.stable_rank) == before
+
+
+def test_products_beyond_float32_that_cancel():
+    q, k = HEADS["ordinary"]
+    plain = attention_statistics(q.double(), k.double())
+    moved = attention_statistics(q.double() * 2.0**150, k.double() * 2.0**-150)
+    assert torch.equal(moved.entropy, plain.entropy)
