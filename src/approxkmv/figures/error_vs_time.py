@@ -13,6 +13,8 @@ def draw(table: Path, output_stem: Path, n: int | None = None) -> list[Path]:
     Bars are quartiles of the time, and of the error the median to the 95th percentile. Raises TableError when the
     table is missing or is not a sweep's.
     """
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     frame = read_sweep(table)
     workloads = conditions(frame)
     methods = colours(frame)
@@ -43,6 +45,13 @@ def draw(table: Path, output_stem: Path, n: int | None = None) -> list[Path]:
             axis.axhline(target, color="0.75", linewidth=0.7, zorder=0)
         axis.set_xscale("log")
         axis.set_yscale("log")
+        for ticks in (axis.xaxis, axis.yaxis):
+            low, high = ticks.get_view_interval()
+            if high < 15 * low:
+                # Within about one decade the labels of all minor ticks would run into each other.
+                ticks.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+                ticks.set_major_formatter("{x:g}")
+            ticks.set_minor_formatter(NullFormatter())
         axis.set_title(f"{workload.title}\nn = {length:,}", fontsize=8)
         axis.set_xlabel("seconds")
     axes[0].set_ylabel("error, of |v|")
