@@ -20,7 +20,7 @@ import pandas as pd
 from into_documents import REFERENCE, ROOT, machine, markdown
 
 from approxkmv.kmv.complexity import bound_exponents
-from approxkmv.results.tables import MASKED, length_tables, model_tables, read_overview
+from approxkmv.results.tables import MASKED, length_tables, masks_of, model_tables, read_overview
 from approxkmv.statistics.growth import FAILS, FAR_BOUND, FAR_LENGTH, FAST, FLAT, HOLDS, SLOWLY, UNDECIDED
 from approxkmv.steps.lengths import SHARE_NAMES
 
@@ -41,10 +41,6 @@ def number(value: float) -> str:
 def paragraph(text: str) -> str:
     """Lines of the documents' width, and an empty one."""
     return textwrap.fill(" ".join(text.split()), 120, break_long_words=False, break_on_hyphens=False) + "\n"
-
-
-def masks_of(table: pd.DataFrame, column: str) -> list[str]:
-    return [before for before in MASK_NAMES if f"{before}{column}" in table]
 
 
 def verdict_rows(label: str, growth: pd.DataFrame) -> list[dict[str, str]]:

@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from approxkmv.slopes import log_log_line
+
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = ROOT / "results" / "reference"
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -240,7 +242,7 @@ def workload_ratios() -> str:
     lines = []
     for workload in table["workload"].drop_duplicates():
         rows = table[table["workload"] == workload]
-        growth = np.polyfit(np.log(rows["n"]), np.log(rows["head_to_tail"]), 1)[0]
+        growth, *_ = log_log_line(rows["n"], rows["head_to_tail"])
         lines.append(
             {
                 "workload": _workload(workload),
@@ -337,7 +339,7 @@ def rising() -> str:
             if len(here) < 3:
                 line[_workload(workload)] = "–"
                 continue
-            slope = np.polyfit(np.log(here["n"]), np.log(here["times"]), 1)[0]
+            slope, *_ = log_log_line(here["n"], here["times"])
             line[_workload(workload)] = f"{slope:+.2f} ({here['n'].iloc[0]:,} to {here['n'].iloc[-1]:,})"
         lines.append(line)
     return markdown(pd.DataFrame(lines)) + "\n"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class ApproxKMVError(Exception):
     """Base of every error that the command line prints as one line, with exit code 2."""
@@ -41,6 +44,13 @@ class BusyError(ApproxKMVError):
 
 class UnavailableError(ApproxKMVError):
     """A method cannot run on this device, with these shapes or in this memory; a sweep records why and goes on."""
+
+
+def did_you_mean(word: object, words: Iterable[str], there: str, cutoff: float) -> str:
+    """The nearest of the right words, as the end of a message about a wrong one; without a near one, all of them."""
+    words = list(words)
+    near = difflib.get_close_matches(str(word), words, n=1, cutoff=cutoff)
+    return f"did you mean {near[0]!r}?" if near else f"{there}: {', '.join(words)}"
 
 
 def one_line(error: BaseException) -> str:

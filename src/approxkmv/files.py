@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from approxkmv.errors import SourceError, TableError
+from approxkmv.errors import SourceError, TableError, one_line
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -145,8 +145,7 @@ def read_table(path: Path, columns: Columns | None = None, empty: bool = False) 
     except TableError:
         raise
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise TableError(f"{path} cannot be read ({reason}): delete it and run again") from error
+        raise TableError(f"{path} cannot be read ({one_line(error)}): delete it and run again") from error
     check_columns(path, table, columns or {})
     if table.empty and not empty:
         raise TableError(f"{path} has no rows: delete it and run again")

@@ -66,7 +66,7 @@ def _made() -> Path:
 def _make(folder: Path) -> None:
     from approxkmv.kmv.complexity import COLUMNS as COUNTED
     from approxkmv.results.tables import SHARDS as KINDS
-    from approxkmv.sweep.run import COLUMNS as TIMED
+    from approxkmv.sweep.table import COLUMNS as TIMED
 
     study = {"models": ["m"], "corpus": "c", "min_prefix": 10, "prefixes": [10, 20]}
     studies = {"embedded": study, "long": study | {"lengths": [10, 20]}}

@@ -372,7 +372,7 @@ def write(table, rows):
     import csv
     import json
 
-    from approxkmv.sweep.run import machine
+    from approxkmv.sweep.measure import machine
 
     with table.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(

@@ -20,8 +20,9 @@ from approxkmv.errors import ConfigError, InputError, SourceError, TableError
 from approxkmv.files import write_csv
 from approxkmv.statistics import streaming
 from approxkmv.sweep import SweepSettings, run_sweep
+from approxkmv.sweep import inputs as inputs_module
 from approxkmv.sweep import run as run_module
-from approxkmv.sweep.run import COLUMNS
+from approxkmv.sweep.table import COLUMNS
 from approxkmv.sweep.word_vectors import word_vectors
 from approxkmv.sweep.workloads import Case, cases, load
 
@@ -118,14 +119,14 @@ def test_a_row_that_runs_out_of_memory_later_leaves_the_others(vectors, tmp_path
 
 
 def test_a_case_that_does_not_fit_into_memory_leaves_the_others(vectors, tmp_path, monkeypatch):
-    right = run_module.load
+    right = inputs_module.load
 
     def load_little(case, *words, **more):
         if case.n == 150:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB.")
         return right(case, *words, **more)
 
-    monkeypatch.setattr(run_module, "load", load_little)
+    monkeypatch.setattr(inputs_module, "load", load_little)
     run_sweep(settings(vectors, methods=["exact-fused", "mean"]), tmp_path / "sweep.csv", {}, say=lambda line: None)
     by = {(r["method"], r["n"]): r for r in read(tmp_path / "sweep.csv")}
     assert {r["status"] for r in by.values() if r["n"] == "150"} == {"unavailable"}
@@ -148,7 +149,7 @@ def test_c_is_left_out_where_numba_does_not_work(vectors, tmp_path, monkeypatch)
         raise SystemError("initialization of _internal failed without raising an exception")
 
     monkeypatch.setattr(streaming, "length_statistics", broken)
-    monkeypatch.setattr(run_module, "numba_works", lambda: True)
+    monkeypatch.setattr(inputs_module, "numba_works", lambda: True)
     said = []
     asked = settings(vectors, methods=["mean"], targets=[0.9], workload={"lengths": [150]})
     run_sweep(asked, tmp_path / "sweep.csv", {}, say=said.append)

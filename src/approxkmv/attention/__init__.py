@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from approxkmv.errors import InputError
+from approxkmv.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
     from approxkmv.attention.contract import Method as Method
@@ -43,9 +42,7 @@ def methods() -> list[str]:
 def check_name(name: str) -> None:
     """Raise InputError, with the nearest right name, unless a method is called that. Needs no torch."""
     if name not in methods():
-        near = difflib.get_close_matches(str(name), _MODULES, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(_MODULES)}"
-        raise InputError(f"no method is called {name!r}; {hint}")
+        raise InputError(f"no method is called {name!r}; {did_you_mean(name, _MODULES, 'there are', cutoff=0.4)}")
 
 
 def get(name: str) -> Method:

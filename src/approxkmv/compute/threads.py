@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -39,3 +40,14 @@ def over_threads(loop: Callable[[int, int], None], count: int) -> None:
     work()
     for other in others:
         other.result()
+
+
+def over_items(function: Callable[..., None], *items: Iterable[Any]) -> None:
+    """Call function(*row) for each row of zip(*items), on as many threads as torch has."""
+    rows = list(zip(*items, strict=True))
+
+    def loop(low: int, high: int) -> None:
+        for row in rows[low:high]:
+            function(*row)
+
+    over_threads(loop, len(rows))

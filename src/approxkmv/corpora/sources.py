@@ -6,7 +6,7 @@ from pathlib import Path
 
 from approxkmv.corpora.formats import columns_of, merged, read_file, row_of_table
 from approxkmv.corpora.passages import Document
-from approxkmv.errors import SourceError
+from approxkmv.errors import SourceError, one_line
 from approxkmv.files import check_sha256
 from approxkmv.models.sources import HubSource, parse_hub
 from approxkmv.progress import on_terminal
@@ -65,10 +65,9 @@ def _from_hub(source: HubSource) -> list[Document]:
             datasets.utils.logging.disable_progress_bar()
         splits = datasets.load_dataset(name, revision=revision)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SourceError(
-            f"the data set {name} at revision {revision} cannot be had: {reason}. Check the network and the name, "
-            "or fill the cache first"
+            f"the data set {name} at revision {revision} cannot be had: {one_line(error)}. Check the network and "
+            "the name, or fill the cache first"
         ) from error
     where = f"the data set {name}"
     return merged(

@@ -16,6 +16,7 @@ from approxkmv.figures.sweep_table import (
     save,
     select,
 )
+from approxkmv.slopes import log_log_line
 
 _FARTHEST = 2.0**24
 
@@ -38,7 +39,7 @@ def crossover(n: np.ndarray, ratio: np.ndarray) -> tuple[float, str]:
         return float(np.exp(x[last] + part * (x[last + 1] - x[last]))), "measured"
     if len(n) < 2:
         return float("nan"), "never"
-    slope, intercept = np.polyfit(x[-3:], logs[-3:], 1)
+    slope, intercept, _ = log_log_line(n[-3:], ratio[-3:])
     # With almost no slope the length is beyond anything that can be said.
     if slope <= 1e-6 or -intercept / slope > np.log(_FARTHEST):
         return float("nan"), "never"

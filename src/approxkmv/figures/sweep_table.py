@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from approxkmv.errors import TableError
 from approxkmv.figures import style
 from approxkmv.files import read_table
-from approxkmv.sweep.run import COLUMNS
+from approxkmv.sweep.table import COLUMNS
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from approxkmv.arrays import Array, queries_and_keys, resolve_scale
+from approxkmv.compute.threads import over_items
 from approxkmv.compute.torch_state import plain_torch
 from approxkmv.errors import InputError
 from approxkmv.statistics.head_to_tail import ratios_of_prefixes
@@ -248,11 +247,9 @@ def _run(
             if softmax:
                 softmax_statistics(log_values, causal, part.softmax[index])
 
-    workers = min(torch.get_num_threads(), count)
-    with ThreadPoolExecutor(workers) if workers > 1 else nullcontext() as pool:
-        for start, chunk in _logits(queries.reshape(-1, n, d), keys.reshape(-1, n, d), s, memory):
-            # The compiled functions release the interpreter's lock. One head is not worth handing to a thread.
-            list((pool.map if pool else map)(one_head, range(start, start + chunk.shape[0]), chunk))
+    for start, chunk in _logits(queries.reshape(-1, n, d), keys.reshape(-1, n, d), s, memory):
+        # The compiled functions release the interpreter's lock.
+        over_items(one_head, range(start, start + len(chunk)), chunk)
     return [
         _Found(*(table.reshape(*batch, table.shape[1]) for table in (part.ratios, part.logs, part.softmax)))
         for part in found

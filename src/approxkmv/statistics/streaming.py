@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 
 from approxkmv.arrays import Array, queries_and_keys, resolve_scale
+from approxkmv.compute.threads import over_items
 from approxkmv.compute.torch_state import plain_torch
 from approxkmv.errors import InputError, NonFiniteError
 from approxkmv.statistics.entries import SHARES
@@ -96,15 +97,12 @@ def length_statistics(
     on_cpu = queries.device.type == "cpu"
     together = torch.get_num_threads() if on_cpu else 1
     found: list[list[LengthStatistics]] = []
-    with ThreadPoolExecutor(together) as pool:
-        for start in range(0, len(queries), together):
-            part = queries[start : start + together]
-            heads = [[_Head(n, queries.device) for _ in masks] for _ in part]
-            for first, logits in _strips(part, keys[start : start + together], s, block):
-                work = [pool.submit(_strip, head, logits[i], first, masks) for i, head in enumerate(heads)]
-                for item in work:
-                    item.result()
-            found += [[mask.finish() for mask in head] for head in heads]
+    for start in range(0, len(queries), together):
+        part = queries[start : start + together]
+        heads = [[_Head(n, queries.device) for _ in masks] for _ in part]
+        for first, logits in _strips(part, keys[start : start + together], s, block):
+            over_items(partial(_strip, first=first, masks=masks), heads, logits)
+        found += [[mask.finish() for mask in head] for head in heads]
     return found
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from approxkmv.errors import TableError
 from approxkmv.files import write_csv
 from approxkmv.results.tables import masks_of, model_tables, read_heads, read_overview, read_statistics
+from approxkmv.slopes import log_log_line
 from approxkmv.statistics.entries import CAUSAL
 
 # Columns of the table of heads that claims are judged by.
@@ -117,5 +117,5 @@ def growth_exponent(scaling: pd.DataFrame, before: str = "") -> tuple[float, str
     part = part[part[mean] > 0]
     if len(part) < 2:
         return float("nan"), "(too few lengths)"
-    slope = np.polyfit(np.log(part["prefix"]), np.log(part[mean]), 1)[0]
-    return float(slope), f"{int(part['prefix'].min())} to {int(part['prefix'].max())}"
+    slope, *_ = log_log_line(part["prefix"], part[mean])
+    return slope, f"{int(part['prefix'].min())} to {int(part['prefix'].max())}"

@@ -17,8 +17,7 @@ from approxkmv.partial import PartialTable
 from approxkmv.perplexity.layers import parse_layers
 from approxkmv.perplexity.model import CausalModel, Perplexity
 from approxkmv.perplexity.replacement import Replacement
-from approxkmv.sweep.measure import running_out_of_memory
-from approxkmv.sweep.run import machine
+from approxkmv.sweep.measure import machine, running_out_of_memory
 
 
 def measure_perplexity(

@@ -6,9 +6,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
-Row = dict[str, Any]
+from approxkmv.slopes import log_log_line
+from approxkmv.sweep.table import Row
 
 # What makes one profile: everything of a row but its n and what was measured there.
 PROFILE = ("workload", "batch", "columns", "d", "d_v", "device", "dtype", "method", "kind", "target")
@@ -42,17 +41,11 @@ def fit_exponent(lengths: Sequence[float], evaluations: Sequence[float]) -> tupl
     None for a slope without two different n or with nothing evaluated, and for an error without a third n: two points
     say nothing about how far from a line they are.
     """
-    x, y = np.asarray(lengths, np.float64), np.asarray(evaluations, np.float64)
-    if len(np.unique(x)) < 2 or not (y > 0).all():
+    if len(set(lengths)) < 2 or not min(evaluations) > 0:
         return None, None
-    x, y = np.log(x), np.log(y)
-    x = x - x.mean()
-    slope = float(x @ y / (x @ x))
-    if len(x) < 3:
-        return round(slope, 12), None
-    rest = y - y.mean() - slope * x
+    slope, _, error = log_log_line(lengths, evaluations)
     # Twelve digits are more than counts have.
-    return round(slope, 12), round(float(np.sqrt(rest @ rest / (len(x) - 2) / (x @ x))), 12)
+    return round(slope, 12), None if error is None else round(error, 12)
 
 
 def evaluation_exponents(rows: Sequence[Row]) -> list[Row]:

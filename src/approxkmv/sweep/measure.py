@@ -2,19 +2,47 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 
 from approxkmv.attention import UnavailableError
 from approxkmv.attention.kernels.cuda_graphs import recordings
+from approxkmv.errors import one_line
+from approxkmv.provenance import processor
 
 Run = Callable[[int], object]
 _NO_MEMORY = re.compile("can't allocate memory|out of memory|ALLOC_FAILED")
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What a reader of a timing has to know about the machine and its software."""
+    found: dict[str, Any] = {
+        "machine": platform.machine(),
+        "system": platform.platform(),
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "threads": torch.get_num_threads(),
+    }
+    for name in ("numba", "triton"):
+        try:
+            found[name] = __import__(name).__version__
+        except ImportError:
+            found[name] = None
+    if device.startswith("cuda"):
+        found["gpu"] = torch.cuda.get_device_name(device)
+        found["cuda"] = torch.version.cuda
+    return found
 
 
 @contextmanager
@@ -26,8 +54,7 @@ def running_out_of_memory(what: str) -> Iterator[None]:
         # What torch raises on a CPU, and what CUDA's libraries raise, has no type of its own.
         if not isinstance(error, MemoryError) and not _NO_MEMORY.search(str(error)):
             raise
-        reason = (str(error).splitlines() or ["no more is said"])[0]
-        raise UnavailableError(f"{what} runs out of memory: {reason}") from error
+        raise UnavailableError(f"{what} runs out of memory: {one_line(error)}") from error
 
 
 def errors(out: torch.Tensor, exact: torch.Tensor, v: torch.Tensor) -> tuple[float, float]:

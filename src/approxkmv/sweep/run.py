@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -18,158 +16,33 @@ import numpy as np
 import torch
 
 from approxkmv.attention import Method, UnavailableError, get, methods
-from approxkmv.attention.contract import check_inputs
 from approxkmv.compute.counting import counting
-from approxkmv.compute.loops import numba_works
 from approxkmv.errors import ConfigError
-from approxkmv.files import check_writable, sha256, write_text, written_with_hash
+from approxkmv.files import check_writable, sha256, write_text
 from approxkmv.partial import PartialTable
-from approxkmv.provenance import processor
 from approxkmv.sweep.exponents import EXPONENT_COLUMNS, add_exponents, evaluation_exponents
+from approxkmv.sweep.inputs import REFERENCE, Inputs
 from approxkmv.sweep.measure import (
     errors,
     interleaved_seconds,
+    machine,
     quartiles,
     running_out_of_memory,
     summary,
     timer,
 )
 from approxkmv.sweep.settings import SweepSettings, WorkloadSettings
+from approxkmv.sweep.table import COLUMNS, Row, write_rows
 from approxkmv.sweep.tuning import MOST_RECOMPUTED, Choice, tune
 from approxkmv.sweep.word_vectors import fetch_vectors
-from approxkmv.sweep.workloads import Case, Problem, cases, check_case, files, load, shares_inputs
+from approxkmv.sweep.workloads import Case, Problem, cases, check_case, files, shares_inputs
 
-REFERENCE = "exact-fused"
-# The error of the reference itself is against this many rows of the answer in float64.
-_CHECKED_ROWS = 256
-# Seconds at this length, four times as many at twice as much.
-_LONGEST_KERNEL = 32768
 # A tenth of the smallest default target: beyond it the errors of a case would be those of its exact answer.
 _REFERENCE_ERROR = 0.005
-
-COLUMNS = {
-    "workload": "name of the workload, with the head for a model",
-    "n": "queries, and keys",
-    "batch": "attentions computed in one call",
-    "columns": "one value column, or all of them",
-    "d": "width of queries and keys",
-    "d_v": "width of the values",
-    "device": "cpu or cuda",
-    "dtype": "type of the inputs",
-    "method": "name of the method",
-    "kind": "exact, trivial or approximate",
-    "target": "largest error |out - exact|_2 / |v|_2 that tuning accepted; empty for exact rows",
-    "status": "ok, unreached (the best error is given) or unavailable (the reason is given)",
-    "reason": "why a row could not run",
-    "parameters": "the chosen parameters, JSON",
-    "tuning_error": "largest error over the tuning seeds",
-    "head_to_tail": "c of Assumption (A) of the first input's kernel at this n; empty where it was not computed",
-    "tuning_inputs": "apart, or shared: rows that tuning used are among those of the evaluation",
-    "error_v_mean": "error relative to |v|_2 on other seeds and inputs, against exact-fused in float32, whose own "
-    "is 0 here (against float64: in the record): mean",
-    "error_v_median": "median",
-    "error_v_p95": "95th percentile",
-    "held": "whether that mean is within the target, with at most 1 % of the rows recomputed: yes or no",
-    "error_exact_mean": "error relative to |exact|_2: mean",
-    "error_exact_median": "median",
-    "error_exact_p95": "95th percentile",
-    "seeds": "number of evaluation seeds",
-    "recomputed_share": "mean share of rows whose answer was lost and made again exactly; tuning takes at most 1 %",
-    "seconds_q1": "first quartile of the timed runs",
-    "seconds": "median of the timed runs",
-    "seconds_q3": "third quartile of the timed runs",
-    "repeats": "number of timed runs",
-    "kernel_evaluations": "kernel evaluations of a run over the whole batch: median over the evaluation seeds",
-    "inner_products": "those, and the inner products that choose or place points",
-    "evaluation_exponent": "slope of log kernel evaluations on log n, over the n at which this target was reached",
-    "evaluation_exponent_error": "its standard error",
-}
-Row = dict[str, Any]
-
-
-def machine(device: str) -> dict[str, Any]:
-    """What a reader of a timing has to know about the machine and its software."""
-    found: dict[str, Any] = {
-        "machine": platform.machine(),
-        "system": platform.platform(),
-        "processor": processor(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "threads": torch.get_num_threads(),
-    }
-    for name in ("numba", "triton"):
-        try:
-            found[name] = __import__(name).__version__
-        except ImportError:
-            found[name] = None
-    if device.startswith("cuda"):
-        found["gpu"] = torch.cuda.get_device_name(device)
-        found["cuda"] = torch.version.cuda
-    return found
 
 
 def _kind(method: Method) -> str:
     return "exact" if method.exact else "trivial" if method.trivial else "approximate"
-
-
-class _Inputs:
-    """The inputs of one case and their exact answers, each made once."""
-
-    def __init__(self, case: Case, settings: SweepSettings) -> None:
-        self.case, self.settings = case, settings
-        self._problems: dict[tuple[str, int], Problem] = {}
-        self._exact: dict[tuple[str, int], torch.Tensor] = {}
-
-    def problem(self, part: str, index: int) -> Problem:
-        key = (part, index % self.settings.inputs)
-        if key not in self._problems:
-            problem = load(self.case, *key, device=self.settings.device, dtype=self.settings.dtype)
-            check_inputs(problem.q, problem.k, problem.v, problem.scale)
-            self._problems[key] = problem
-        return self._problems[key]
-
-    def exact(self, part: str, index: int) -> torch.Tensor:
-        """The answer in float32, whatever the type of the inputs."""
-        key = (part, index % self.settings.inputs)
-        if key not in self._exact:
-            p = self.problem(*key)
-            method = get(REFERENCE)
-            self._exact[key] = method.compute(
-                p.q.float(), p.k.float(), p.v.float(), scale=p.scale, seed=0, **method.defaults
-            )
-        return self._exact[key]
-
-    def prepare(self) -> None:
-        """Make every input and its exact answer, before anything is measured."""
-        turns = max(len(self.settings.seeds), self.settings.warmups + self.settings.repeats)
-        for part, count in (("tuning", len(self.settings.tuning_seeds)), ("evaluation", turns)):
-            for index in range(min(count, self.settings.inputs)):
-                self.exact(part, index)
-
-    def head_to_tail(self, say: Callable[[str], None]) -> float | None:
-        """c of the first input's kernel; None where that takes too long or numba, which it needs, does not work."""
-        if self.case.n > _LONGEST_KERNEL or not numba_works():
-            return None
-        p = self.problem("evaluation", 0)
-        try:
-            from approxkmv.statistics.streaming import length_statistics
-
-            return length_statistics(p.q[0].float().cpu(), p.k[0].float().cpu(), p.scale)[0][0].ratio
-        except Exception as error:  # beside a NumPy that is too new numba fails in many ways; nothing else here needs c
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            say(f"{self.case.name} n={self.case.n}: c is left out: {reason}")
-            return None
-
-    def reference_error(self) -> float:
-        """Error of the exact answer itself, against float64 on some rows."""
-        p, exact = self.problem("evaluation", 0), self.exact("evaluation", 0)
-        rows = torch.linspace(0, p.q.shape[1] - 1, min(_CHECKED_ROWS, p.q.shape[1])).long().to(p.q.device)
-        q, k, v = p.q[:, rows].double(), p.k.double(), p.v.double()
-        right = torch.stack([(p.scale * q[b] @ k[b].mT).softmax(-1) @ v[b] for b in range(len(q))])
-        scale = float(v.norm()) * (len(rows) / p.q.shape[1]) ** 0.5
-        return float((exact[:, rows].double() - right).norm()) / scale
 
 
 def _compute(method: Method, problem: Problem, seed: int, parameters: dict[str, Any]) -> torch.Tensor:
@@ -205,7 +78,7 @@ def _rows_of_case(
         "dtype": settings.dtype,
         "tuning_inputs": "shared" if shares_inputs(case) else "apart",
     }
-    inputs = _Inputs(case, settings)
+    inputs = Inputs(case, settings)
     try:
         with running_out_of_memory("the exact answer"):
             inputs.prepare()
@@ -277,7 +150,7 @@ def _rows_of_case(
 
 
 def _measure(
-    inputs: _Inputs, settings: SweepSettings, rows: list[Row], runs: dict[str, Callable[[int], object]]
+    inputs: Inputs, settings: SweepSettings, rows: list[Row], runs: dict[str, Callable[[int], object]]
 ) -> tuple[dict[str, Row], dict[str, str]]:
     """Errors and times of each label of the rows, and why those ran no more that had run while tuning."""
     measured: dict[str, Row] = {}
@@ -309,7 +182,7 @@ def _measure(
     return measured, failures | while_timing
 
 
-def _errors_and_counts(inputs: _Inputs, method: Method, seeds: Sequence[int], parameters: dict[str, Any]) -> Row:
+def _errors_and_counts(inputs: Inputs, method: Method, seeds: Sequence[int], parameters: dict[str, Any]) -> Row:
     of_v, of_exact = [], []
     kernel_evaluations, inner_products, recomputed = [], [], []
     for i, seed in enumerate(seeds):
@@ -405,13 +278,6 @@ def run_sweep(
         "provenance": provenance,
     }
     write_text(record_file, json.dumps(record, indent=2, default=str))
-    _write_csv(exponents_file, exponents, EXPONENT_COLUMNS)
-    _write_csv(output, rows, COLUMNS)
+    write_rows(exponents_file, exponents, EXPONENT_COLUMNS)
+    write_rows(output, rows, COLUMNS)
     partial.remove()
-
-
-def _write_csv(path: Path, rows: list[Row], columns: dict[str, str]) -> None:
-    with written_with_hash(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(columns), restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)

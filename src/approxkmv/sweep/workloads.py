@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from approxkmv.attention.exact.naive import free_bytes
-from approxkmv.errors import InputError, SourceError
+from approxkmv.errors import InputError, SourceError, one_line
 from approxkmv.sweep.settings import WorkloadSettings
 from approxkmv.sweep.word_vectors import shipped_vectors, word_vectors
 
@@ -135,8 +135,7 @@ def _capture(path: str) -> tuple[dict[str, torch.Tensor], float]:
             metadata = file.metadata() or {}
         scale = float(metadata.get("scale", tensors["q"].shape[-1] ** -0.5))
     except Exception as error:  # the package raises its own type, which it does not export
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise SourceError(f"{path}: no capture with tensors q, k, v could be read ({reason})") from error
+        raise SourceError(f"{path}: no capture with tensors q, k, v could be read ({one_line(error)})") from error
     q, k, v = tensors.values()
     if any(t.ndim != 3 or 0 in t.shape for t in (q, k, v)) or q.shape != k.shape or k.shape[:2] != v.shape[:2]:
         shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())

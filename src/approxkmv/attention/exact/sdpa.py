@@ -13,6 +13,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from approxkmv.attention.contract import Method, UnavailableError
 from approxkmv.compute.counting import count
+from approxkmv.errors import one_line
 
 _BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -64,7 +65,7 @@ def choose_backend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: flo
             try:
                 seconds[backend] = _seconds(lambda b=backend: _run(b, q, k, v, scale), q.device)  # type: ignore[misc]
             except RuntimeError as error:
-                refusals.append(f"{backend}: {str(error).splitlines()[0]}")
+                refusals.append(f"{backend}: {one_line(error)}")
         if not seconds:
             raise UnavailableError(f"exact-sdpa finds no fused backend here ({'; '.join(refusals)})")
         _fastest[key] = min(seconds, key=lambda name: seconds[name])
@@ -89,8 +90,7 @@ def _exact_sdpa(
     try:
         return _run(backend, q, k, v, scale, is_causal)
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise UnavailableError(f"exact-sdpa: backend {backend} refuses these inputs ({reason})") from error
+        raise UnavailableError(f"exact-sdpa: backend {backend} refuses these inputs ({one_line(error)})") from error
 
 
 method = Method(

@@ -1,0 +1,77 @@
+"""The inputs of one case of a sweep and their exact answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from approxkmv.attention import get
+from approxkmv.attention.contract import check_inputs
+from approxkmv.compute.loops import numba_works
+from approxkmv.errors import one_line
+from approxkmv.sweep.settings import SweepSettings
+from approxkmv.sweep.workloads import Case, Problem, load
+
+REFERENCE = "exact-fused"
+# The error of the reference itself is against this many rows of the answer in float64.
+_CHECKED_ROWS = 256
+# Seconds at this length, four times as many at twice as much.
+_LONGEST_KERNEL = 32768
+
+
+class Inputs:
+    """The inputs of one case and their exact answers, each made once."""
+
+    def __init__(self, case: Case, settings: SweepSettings) -> None:
+        self.case, self.settings = case, settings
+        self._problems: dict[tuple[str, int], Problem] = {}
+        self._exact: dict[tuple[str, int], torch.Tensor] = {}
+
+    def problem(self, part: str, index: int) -> Problem:
+        key = (part, index % self.settings.inputs)
+        if key not in self._problems:
+            problem = load(self.case, *key, device=self.settings.device, dtype=self.settings.dtype)
+            check_inputs(problem.q, problem.k, problem.v, problem.scale)
+            self._problems[key] = problem
+        return self._problems[key]
+
+    def exact(self, part: str, index: int) -> torch.Tensor:
+        """The answer in float32, whatever the type of the inputs."""
+        key = (part, index % self.settings.inputs)
+        if key not in self._exact:
+            p = self.problem(*key)
+            method = get(REFERENCE)
+            self._exact[key] = method.compute(
+                p.q.float(), p.k.float(), p.v.float(), scale=p.scale, seed=0, **method.defaults
+            )
+        return self._exact[key]
+
+    def prepare(self) -> None:
+        """Make every input and its exact answer, before anything is measured."""
+        turns = max(len(self.settings.seeds), self.settings.warmups + self.settings.repeats)
+        for part, count in (("tuning", len(self.settings.tuning_seeds)), ("evaluation", turns)):
+            for index in range(min(count, self.settings.inputs)):
+                self.exact(part, index)
+
+    def head_to_tail(self, say: Callable[[str], None]) -> float | None:
+        """c of the first input's kernel; None where that takes too long or numba, which it needs, does not work."""
+        if self.case.n > _LONGEST_KERNEL or not numba_works():
+            return None
+        p = self.problem("evaluation", 0)
+        try:
+            from approxkmv.statistics.streaming import length_statistics
+
+            return length_statistics(p.q[0].float().cpu(), p.k[0].float().cpu(), p.scale)[0][0].ratio
+        except Exception as error:  # beside a NumPy that is too new numba fails in many ways; nothing else here needs c
+            say(f"{self.case.name} n={self.case.n}: c is left out: {one_line(error)}")
+            return None
+
+    def reference_error(self) -> float:
+        """Error of the exact answer itself, against float64 on some rows."""
+        p, exact = self.problem("evaluation", 0), self.exact("evaluation", 0)
+        rows = torch.linspace(0, p.q.shape[1] - 1, min(_CHECKED_ROWS, p.q.shape[1])).long().to(p.q.device)
+        q, k, v = p.q[:, rows].double(), p.k.double(), p.v.double()
+        right = torch.stack([(p.scale * q[b] @ k[b].mT).softmax(-1) @ v[b] for b in range(len(q))])
+        scale = float(v.norm()) * (len(rows) / p.q.shape[1]) ** 0.5
+        return float((exact[:, rows].double() - right).norm()) / scale
