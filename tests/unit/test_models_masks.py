@@ -11,7 +11,7 @@ import pytest
 import torch
 from models_support import ARCHITECTURES, LENGTH_DEPENDENT, SMALL, own_attentions, save_random
 
-from approxkmv import log_kernel
+from approxkmv import attention_statistics, log_kernel
 from approxkmv.config import load_config, study_of
 from approxkmv.errors import CaptureError
 from approxkmv.models import CapturableModel, recording
@@ -84,6 +84,30 @@ def test_the_masked_statistics_are_those_of_the_models_own_mask(tmp_path, name):
         np.testing.assert_allclose(row["last_ratio"], ratio(logs, torch.ones(40, 40, dtype=torch.bool)), rtol=1e-9)
 
 
+_T5 = ("T5Config", {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 3, "num_heads": 4})
+_OWN = WINDOWED | {name: SMALL[name] for name in ("bert", "llama", "mpnet")} | {"T5": _T5}
+
+
+@pytest.mark.parametrize("name", _OWN)
+def test_statistics_of_a_layer_are_those_of_the_models_own_attention(tmp_path, name):
+    location = save_random(tmp_path, *_OWN[name])
+    texts = [TEXT, TEXT[3:28]]
+    for text, captured in zip(texts, CapturableModel.load(location).capture(texts), strict=True):
+        own = own_attentions(location, text).double()
+        for layer, weights in enumerate(own):
+            found = attention_statistics(captured.queries[layer], captured.keys[layer], **captured.softmax_of(layer))
+            sink = 1 - weights.sum(-1)
+            close = {"rtol": 1e-4, "atol": 1e-6}
+            torch.testing.assert_close(found.largest_weight, weights.amax(-1), **close)
+            torch.testing.assert_close(found.first_mass, weights[..., 0], **close)
+            torch.testing.assert_close(found.sink_mass, sink, **close)
+            assert bool((found.sink_mass > 1e-3).any()) == (name == "GPT-OSS")
+            entropy = torch.special.entr(weights).sum(-1) + torch.special.entr(sink.clamp_min(0))
+            torch.testing.assert_close(found.entropy, entropy, rtol=1e-4, atol=1e-5)
+            norm = len(text) * weights.square().sum(-2).amax(-1)
+            torch.testing.assert_close(found.column_norm, norm, **close)
+
+
 def test_what_is_beside_the_kernel_is_known_by_layer(tmp_path):
     def model_of(name: str, class_name: str, settings: dict) -> CapturableModel:
         return CapturableModel.load(save_random(tmp_path / name, class_name, settings))
@@ -97,7 +121,7 @@ def test_what_is_beside_the_kernel_is_known_by_layer(tmp_path):
     assert sunk.left_out == ("the learned sink in 3 of 3 layers",)
     mpnet = model_of("mpnet", *SMALL["mpnet"])
     assert mpnet.left_out == ("the bias added to the logits in 3 of 3 layers",)
-    t5 = model_of("t5", "T5Config", {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 3, "num_heads": 4})
+    t5 = model_of("t5", *_T5)
     assert t5.left_out == (
         "the bias added to the logits in 3 of 3 layers",
         "the decoder (this is the encoder's self-attention)",

@@ -271,7 +271,7 @@ def left_out_in_words(layers: Sequence[Layer], encoder_only: bool) -> tuple[str,
 
     capped = [layer.softcap is not None for layer in layers]
     sinks = [layer.sinks is not None for layer in layers]
-    biased = [layer.bias for layer in layers]
+    biased = [layer.bias is not None for layer in layers]
     caps = " and ".join(f"{cap:g}" for cap in sorted({layer.softcap for layer in layers if layer.softcap is not None}))
     return (
         *([f"the logits' cap of {caps} {where(capped)}"] if any(capped) else []),

@@ -141,7 +141,7 @@ def _record(
         window=_window(module, options),
         softcap=options.get("softcap"),
         sinks=options.get("s_aux", options.get("sinks")),
-        bias=options.get("position_bias") is not None,
+        bias=options.get("position_bias"),
     )
     recording.record(query, key, value, scale, causal=causal, mask=mask, layer=layer)
 

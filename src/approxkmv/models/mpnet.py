@@ -15,7 +15,7 @@ from approxkmv.models.recording import Layer, Recording
 def recording_calls(backbone: torch.nn.Module, recording: Recording) -> Iterator[None]:
     """Within the block, every layer records what its attention multiplies; afterwards the modules are as before.
 
-    The bias that the model adds to the logits by relative position is no part of them: that there is one is recorded.
+    The bias that the model adds to the logits by relative position is no part of them, and recorded beside them.
 
     Args:
         backbone: an MPNetModel.
@@ -31,9 +31,11 @@ def recording_calls(backbone: torch.nn.Module, recording: Recording) -> Iterator
         return hook
 
     def hand_over(made: dict[str, torch.Tensor], width: int) -> Callable[..., None]:
-        def hook(module: Any, inputs: Any, output: Any) -> None:
+        def hook(module: Any, inputs: Any, options: dict[str, Any], output: Any) -> None:
             q, k, v = (made.pop(name) for name in ("q", "k", "v"))
-            recording.record(q, k, v, width**-0.5, causal=False, layer=Layer(bias=True))
+            # By name, or after the hidden states and the mask.
+            bias = options.get("position_bias", next(iter(inputs[2:3]), None))
+            recording.record(q, k, v, width**-0.5, causal=False, layer=Layer(bias=bias))
 
         return hook
 
@@ -42,7 +44,7 @@ def recording_calls(backbone: torch.nn.Module, recording: Recording) -> Iterator
         for name in ("q", "k", "v"):
             linear = getattr(module, name)
             handles.append(linear.register_forward_hook(keep(made, name, module.num_attention_heads)))
-        handles.append(module.register_forward_hook(hand_over(made, module.attention_head_size)))
+        handles.append(module.register_forward_hook(hand_over(made, module.attention_head_size), with_kwargs=True))
     try:
         yield
     finally:

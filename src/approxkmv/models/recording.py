@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from approxkmv.errors import CaptureError, NonFiniteError
-from approxkmv.models.masks import plain_spans, spans_of
+from approxkmv.models.masks import HIDDEN, plain_spans, spans_of
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,8 @@ class Layer:
     """Logits x become softcap * tanh(x / softcap)."""
     sinks: torch.Tensor | None = None
     """One more logit of each row, of no key: (heads,), or as the model has it per query."""
-    bias: bool = False
-    """Whether something is added to the logits, by relative position for example."""
+    bias: torch.Tensor | None = None
+    """What is added to the logits, by relative position for example: (heads or 1, n, n)."""
 
 
 NOTHING_ELSE = Layer()
@@ -44,6 +45,20 @@ class Captured:
     """(layers, n, 2) int32 on the CPU: query i sees the keys from the first number to before the second."""
     layers: tuple[Layer, ...]
     """What else each layer's softmax has."""
+
+    def softmax_of(self, layer: int) -> dict[str, Any]:
+        """What attention_statistics takes beside queries and keys to describe the softmax that a layer computes.
+
+        >>> attention_statistics(one.queries[3], one.keys[3], **one.softmax_of(3)).entropy       # doctest: +SKIP
+        """
+        own = self.layers[layer]
+        return {
+            "scale": float(self.scales[layer]),
+            "mask": self.spans[layer],
+            "bias": own.bias,
+            "softcap": own.softcap,
+            "sinks": own.sinks,
+        }
 
 
 class NonFiniteActivation(NonFiniteError):
@@ -114,7 +129,7 @@ class Recording:
             scale: the factor of the logits in this layer.
             causal: whether, without a mask, position i sees no position after i in this layer.
             mask: as models/masks.py takes it, or None.
-            layer: what else its softmax has.
+            layer: what else its softmax has; its bias of the whole batch, (batch or 1, heads or 1, n, n).
         Raises:
             CaptureError: this is no self-attention of the shape that the layers before had, or a mask that cannot be
                 described.
@@ -153,7 +168,10 @@ class Recording:
         self._scales.append(float(scale))
         spans, biased = self._seen(mask, causal)
         self._spans.append(spans)
-        self.layers.append(replace(layer, bias=layer.bias or biased))
+        if biased and mask is not None:
+            added = mask.masked_fill(mask <= HIDDEN, 0.0)
+            layer = replace(layer, bias=added if layer.bias is None else layer.bias + added)
+        self.layers.append(layer)
 
     def _seen(self, mask: torch.Tensor | None, causal: bool) -> tuple[list[torch.Tensor], bool]:
         """Each text's spans in this layer, and whether the mask adds a bias."""
@@ -192,8 +210,20 @@ class Recording:
             if require_finite:
                 _require_finite(index if indices is None else indices[index], named)
             spans = torch.stack([layer[index] for layer in self._spans])
-            captured.append(Captured(queries, keys, scales, values, spans, tuple(self.layers)))
+            layers = tuple(_of_text(layer, index, self.lengths[index]) for layer in self.layers)
+            captured.append(Captured(queries, keys, scales, values, spans, layers))
         return captured
+
+
+def _of_text(layer: Layer, index: int, n: int) -> Layer:
+    """A layer of a batch as one of its texts, of n tokens, has it."""
+    bias, sinks = layer.bias, layer.sinks
+    if bias is not None:
+        bias = bias[index if len(bias) > 1 else 0, :, :n, :n]
+    if sinks is not None and sinks.ndim > 2:
+        # (batch, heads, n), with whatever dimensions of one.
+        sinks = sinks[index if len(sinks) > 1 else 0].flatten(1)[:, :n]
+    return replace(layer, bias=bias, sinks=sinks)
 
 
 ADVICE = "write an adapter as models/openai_gpt.py does, see docs/add-a-model.md"
