@@ -1,7 +1,7 @@
 """Put the reference tables into the documents, between their markers: python benchmarks/into_documents.py
 
-A document has `<!-- table: NAME -->` and `<!-- end -->`; what stands between is replaced by what NAME's function makes
-of the files in results/reference/. With --check nothing is written and the exit code says whether all is up to date.
+The text between `<!-- table: NAME -->` and `<!-- end -->` is replaced by what NAME's function makes of the files in
+results/reference/. With --check nothing is written; the exit code is the number of outdated documents.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def markdown(table: pd.DataFrame) -> str:
 
 
 def machine(path: Path) -> str:
-    """One line about the machine and the versions that made a table."""
+    """One line with the machine and the versions that made a table."""
     record = json.loads(path.read_text(encoding="utf-8"))
     record = record.get("provenance", record)
     versions = record["versions"]
@@ -50,7 +50,7 @@ def statistics_speed() -> str:
         {
             "one thread": single["what"] + ", n = " + single["n"].astype(str) + ", d = " + single["d"].astype(str),
             "ours, per head": single["ours_ms"].map("{:.2f} ms".format),
-            "of it the float64 product": single["product_ms"].map("{:.2f} ms".format),
+            "of which the float64 product": single["product_ms"].map("{:.2f} ms".format),
             "torch.topk of every prefix": single["other_ms"].map("{:.0f} ms".format),
             "times faster (median, lowest to highest)": [
                 f"{m:.0f} ({low:.0f} to {high:.0f})"
@@ -83,33 +83,55 @@ def _workload(name: str) -> str:
     return name.replace("model-qk-", "model head ")
 
 
-def at_equal_error(study: str) -> str:
-    """Times exact-fused's speed at each target: a row per method, a column per workload and length."""
-    table = _sweep(study)
-    if study == "rows":
-        table = table[table["n"] == table.groupby("workload")["n"].transform("max")]
-    table = table[table["method"] != BASELINE]
-    columns = list(table[["workload", "n"]].drop_duplicates().itertuples(index=False, name=None))
-    lines = []
-    for method in table["method"].drop_duplicates():
-        line = {"method": method}
-        for workload, n in columns:
-            here = table[(table["method"] == method) & (table["workload"] == workload) & (table["n"] == n)]
-            cells = []
-            for target in TARGETS:
-                row = here[(here["target"] == target) & (here["status"] == "ok")]
-                cells.append(f"{row['times'].iloc[0]:.1f}" if len(row) else "–")
-            if (here["kind"] == "exact").all():
-                cells = [f"{times:.1f}" for times in here["times"]]
-            line[f"{_workload(workload)}, n = {n:,}"] = " / ".join(cells) if set(cells) != {"–"} else "–"
-        lines.append(line)
+def _times(here: pd.DataFrame) -> str:
+    """Times exact-fused's speed at each target, from the rows of one method on one workload at one n."""
+    if (here["kind"] == "exact").all():
+        return " / ".join(f"{times:.1f}" for times in here["times"])
+    reached = here[here["status"] == "ok"].groupby("target")["times"].max()
+    cells = [f"{reached[target]:.1f}" if target in reached else "–" for target in TARGETS]
+    return " / ".join(cells) if set(cells) != {"–"} else "–"
+
+
+def _about(study: str, table: pd.DataFrame) -> str:
     value_columns = "one value column" if set(table["columns"]) == {"one"} else "as many value columns as d"
     record = REFERENCE / study / "tables" / "sweep.json"
     seconds = json.loads(record.read_text(encoding="utf-8"))["seconds"]
     return (
-        f"{markdown(pd.DataFrame(lines))}\n\nTimes the speed of `{BASELINE}`, at error 0.15 / 0.10 / 0.05; – where no "
-        f"setting reaches it. One thread, {value_columns}; {machine(record)}; {seconds / 60:.0f} minutes.\n"
+        f"Times the speed of `{BASELINE}`, at error 0.15 / 0.10 / 0.05; – where no setting reaches it. "
+        f"One thread, {value_columns}; {machine(record)}; {seconds / 60:.0f} minutes.\n"
     )
+
+
+def at_longest() -> str:
+    """Every method at the longest n of each workload: a row per method, in two tables of word vectors and of heads."""
+    table = _sweep("rows")
+    table = table[(table["n"] == table.groupby("workload")["n"].transform("max")) & (table["method"] != BASELINE)]
+    heads = table["workload"].str.startswith("model-qk")
+    parts = []
+    for part in (table[~heads], table[heads]):
+        lines = [
+            {"method": method}
+            | {
+                f"{_workload(workload)}, n = {n:,}": _times(here)
+                for (workload, n), here in rows.groupby(["workload", "n"], sort=False)
+            }
+            for method, rows in part.groupby("method", sort=False)
+        ]
+        parts.append(markdown(pd.DataFrame(lines)))
+    return "\n\n".join([*parts, _about("rows", table)])
+
+
+def at_each_length(study: str) -> str:
+    """A row per workload and length, a column per method, the fastest trivial method standing for all of them."""
+    table = _sweep(study)
+    table = table[table["method"] != BASELINE]
+    table["column"] = table["method"].where(table["kind"] != "trivial", "trivial")
+    lines = [
+        {"workload": f"{_workload(workload)}, n = {n:,}"}
+        | {column: _times(here) for column, here in rows.groupby("column", sort=False)}
+        for (workload, n), rows in table.groupby(["workload", "n"], sort=False)
+    ]
+    return f"{markdown(pd.DataFrame(lines))}\n\n{_about(study, table)}"
 
 
 def wins() -> str:
@@ -190,9 +212,8 @@ def graph_search() -> str:
     low, high = once["doubling_dimension_at_least"], once["greedy_cover_log2"]
     return (
         f"{markdown(pd.DataFrame(lines))}\n\n{len(once)} kernels of {once['n'].iloc[0]:,} keys. The doubling dimension "
-        f"of their keys is at least {low.min():.1f} to {low.max():.1f}, and a greedy cover shows that it is at most "
-        f"{high.min():.1f} to {high.max():.1f}: more than that the search for it does not say. "
-        f"`python benchmarks/graph_search.py`.\n"
+        f"of their keys is at least {low.min():.1f} to {low.max():.1f} and, by a greedy cover, at most "
+        f"{high.min():.1f} to {high.max():.1f}. `python benchmarks/graph_search.py`.\n"
     )
 
 
@@ -229,7 +250,7 @@ def spectral_error() -> str:
             "spectral error, mean": table["spectral_error"].map("{:.2f}".format),
             "bound on its expectation": table["bound"].map("{:.2f}".format),
             "kernel evaluations per pair": table["kernel_evaluations_per_pair"].map("{:.0f}".format),
-            "sums below the floor, made exactly": table["sums_made_exactly"].map("{:.0%}".format),
+            "sums below the floor, computed exactly": table["sums_made_exactly"].map("{:.0%}".format),
         }
     )
     return markdown(shown) + "\n"
@@ -246,7 +267,7 @@ def workload_ratios() -> str:
         lines.append(
             {
                 "workload": _workload(workload),
-                "c, from the shortest to the longest": " → ".join(
+                "c at the shortest and longest n": " → ".join(
                     f"{rows['head_to_tail'].iloc[i]:.3g} (n = {rows['n'].iloc[i]:,})" for i in (0, -1)
                 ),
                 "c ~ n^g, g": f"{growth:.2f}",
@@ -257,7 +278,7 @@ def workload_ratios() -> str:
 
 
 def against_paper() -> str:
-    """How many times faster than approxkmv-paper approxkmv is, where the former reaches an error."""
+    """How many times faster approxkmv is than approxkmv-paper, where the latter reaches an error."""
     table = pd.concat([_sweep("rows"), _sweep("long")])
     table = table[(table["status"] == "ok") & table["target"].notna()]
     where = ["workload", "n", "target"]
@@ -312,23 +333,24 @@ def whole_squad() -> str:
         {
             "step": table["step"],
             "jobs": table["jobs"],
-            "minutes in which it ran": (table["running"] / 60).map("{:.1f}".format),
+            "minutes": (table["running"] / 60).map("{:.1f}".format),
         }
     )
     found = record["measured"]
     return (
         f"{markdown(shown)}\n\n{record['settings']['contexts']:,} contexts in {found['seconds'] / 60:.1f} minutes; "
-        f"largest memory of all processes together "
-        f"{found['memory_of_all_processes_gb']:.1f} GB, of one {found['memory_of_the_largest_process_gb']:.1f} GB; "
+        f"peak memory {found['memory_of_all_processes_gb']:.1f} GB of all processes together and "
+        f"{found['memory_of_the_largest_process_gb']:.1f} GB of the largest one; "
         f"activations on disk at most {found['activations_gb']:.1f} GB. "
         f"{machine(path.with_suffix('.json'))}, `python benchmarks/whole_squad.py`.\n"
     )
 
 
-def rising() -> str:
+def rising(heads: bool) -> str:
     """Slope of log(exact-fused's time / the method's time) on log n, at error 0.10: above 0, the ratio rises with n."""
     table = pd.concat([_sweep("rows"), _sweep("long")])
     table = table[(table["kind"] == "approximate") & (table["target"] == 0.1) & (table["status"] == "ok")]
+    table = table[table["workload"].str.startswith("model-qk") == heads]
     # Two sweeps may share a length; one is enough.
     table = table.drop_duplicates(["method", "workload", "n"], keep="last")
     lines = []
@@ -388,7 +410,7 @@ def perplexity() -> str:
 
 
 def embedded_study() -> str:
-    """What the default study found; of a causal model also over the entries that its attention uses."""
+    """What the default study found; for a causal model also over the entries that its attention uses."""
     lines = []
     for path in sorted((REFERENCE / "embedded" / "tables").glob("overview_*.json")):
         facts = json.loads(path.read_text(encoding="utf-8"))
@@ -411,7 +433,7 @@ def embedded_study() -> str:
 
 
 def reliability() -> str:
-    """How many kills, bad inputs and random calls were tried, and how many ended as they must."""
+    """How many kills, bad inputs and random calls were tried, and how many passed."""
     folder = REFERENCE / "reliability"
     lines = []
 
@@ -419,8 +441,8 @@ def reliability() -> str:
         for row in table.to_dict("records"):
             bad = row["failures"] if isinstance(row["failures"], str) else ""
             bad = bad if len(bad) <= 200 else f"{bad[:200]} …"
-            cells = {"kind": row["kind"], "tried": f"{row[tried]:,}", "ended as it must": f"{row[good]:,}"}
-            lines.append({"": what, **cells, "the others": bad.replace("|", "\\|"), "command": f"`{command}`"})
+            cells = {"kind": row["kind"], "tried": f"{row[tried]:,}", "passed": f"{row[good]:,}"}
+            lines.append({"": what, **cells, "failures": bad.replace("|", "\\|"), "command": f"`{command}`"})
 
     kills = pd.read_csv(folder / "kills.csv") if (folder / "kills.csv").exists() else pd.DataFrame()
     if len(kills):
@@ -442,7 +464,7 @@ def reliability() -> str:
     add("random calls", counts, "calls", "good", "python benchmarks/reliability.py fuzz")
     killed = f"{len(kills):,} kills, " if len(kills) else ""
     return (
-        f"{markdown(pd.DataFrame(lines))}\n\nIn all {killed}{inputs['tried'].sum():,} bad inputs and "
+        f"{markdown(pd.DataFrame(lines))}\n\nIn total {killed}{inputs['tried'].sum():,} bad inputs and "
         f"{calls['calls'].sum():,} random calls, of which {calls['answered'].sum():,} were answered and "
         f"{calls['refused'].sum():,} refused. "
         f"{machine(folder / 'fuzz.json')}.\n"
@@ -452,11 +474,11 @@ def reliability() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "statistics-speed": statistics_speed,
     "embedded-study": embedded_study,
-    "methods-at-equal-error": lambda: at_equal_error("rows"),
-    "methods-long": lambda: at_equal_error("long"),
-    "methods-columns": lambda: at_equal_error("columns"),
+    "methods-at-equal-error": at_longest,
+    "methods-long": lambda: at_each_length("long"),
+    "methods-columns": lambda: at_each_length("columns"),
     "methods-wins": wins,
-    "methods-rising": rising,
+    "methods-rising": lambda: f"{rising(heads=False)}\n{rising(heads=True)}",
     "methods-aims": aims,
     "methods-graph-search": graph_search,
     "methods-knn-training": knn_training,
@@ -472,7 +494,7 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def filled(text: str) -> str:
-    """The document with every marked table made anew."""
+    """The document with every marked table regenerated."""
     return MARKED.sub(lambda found: found[1] + TABLES[found[2]]() + found[3], text)
 
 
@@ -481,7 +503,7 @@ def main() -> int:
     stale = [path for path in DOCUMENTS if (text := path.read_text(encoding="utf-8")) != filled(text)]
     if "--check" in sys.argv:
         for path in stale:
-            print(f"{path.relative_to(ROOT)} is not what the reference tables say: run python {sys.argv[0]}")
+            print(f"{path.relative_to(ROOT)} is out of date: run python {sys.argv[0]}")
         return len(stale)
     for path in stale:
         path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
