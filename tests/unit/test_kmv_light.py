@@ -192,34 +192,55 @@ def test_hidden_buckets_add_up_to_their_share_at_most():
 
 
 def test_small_budgets_are_sampled_pair_by_pair():
-    """A large row error makes budgets below one evaluation per key; then fewer than all pairs are computed."""
+    """Budgets below one evaluation per key: fewer than all pairs are computed, mean and variance stay the proof's."""
     case = background(250)
-    x = np.random.default_rng(8).standard_normal(250)
-    few = PaperConstants(median_factor=0.5, repetition_factor=2.0, density_error_exponent=0.05)
+    x = np.random.default_rng(8).choice([-1.0, 1.0], 250)  # of one bucket, since each costs seconds
+    few = PaperConstants(median_factor=1e-9, repetition_factor=2.0, density_error_exponent=0.05)
     kernel = GaussianKernel(case.queries, case.keys, case.sigma)
     heavy = find_heavy(case.queries, case.keys, sigma=case.sigma, seed=0)
     parts = split(x, gamma=0.109, epsilon=0.5)
-    light = approx_light(
-        kernel,
-        parts.scaled,
-        parts.kept,
-        heavy,
-        row_error=2.0,
-        bucket_epsilon=1.0,
-        hidden_error=1e-3,
-        density="levels",
-        constants=few,
-        source=np.random.SeedSequence(0),
-        memory=1 << 28,
-    )
-    assert few.averages(250) == light.averages
-    assert light.sampling_tally.distinct_evaluations == kernel.computed
-    assert 0 < light.sampling_tally.distinct_evaluations < 0.5 * 250 * 250
     mask = np.zeros((250, 250))
     mask[:, parts.kept] = 1.0
     mask[heavy.rows(), heavy.indices] = 0.0
-    exact = (case.matrix * mask) @ parts.scaled
-    assert np.sqrt(np.mean((light.z - exact) ** 2)) <= 2.0
+    terms = case.matrix * mask * parts.scaled
+    scores = []
+    for seed in range(12):
+        kernel.computed = 0
+        light = approx_light(
+            kernel,
+            parts.scaled,
+            parts.kept,
+            heavy,
+            row_error=2.0,
+            bucket_epsilon=1.0,
+            hidden_error=1e-3,
+            density="levels",
+            constants=few,
+            source=np.random.SeedSequence(seed),
+            memory=1 << 28,
+        )
+        assert light.averages == 1
+        assert light.sampling_tally.distinct_evaluations == kernel.computed
+        assert 0 < light.sampling_tally.distinct_evaluations < 0.5 * 250 * 250
+        variance = 249 * (terms**2).sum(1) / light.repetitions
+        scores.append((light.z - terms.sum(1)) / np.sqrt(variance))
+    score = np.concatenate(scores)
+    # 3,000 scores of kurtosis below 4: the standard deviation of their mean square is 3 %.
+    assert abs(score.mean()) < 4.5 / math.sqrt(score.size)
+    assert (score**2).mean() == pytest.approx(1.0, rel=0.15)
+
+
+def test_the_median_errs_less_than_one_average():
+    """Of m averages, each nearly normal, the median's variance is pi / (2 m) of one's; m = 10 ln n."""
+    case = background(60)
+    x = np.random.default_rng(5).standard_normal(60)
+    runs = [light_of(case, x, constants=PaperConstants(repetition_factor=1.0), seed=s)[0] for s in range(40)]
+    light, matrix, scaled = light_of(case, x, constants=PaperConstants(repetition_factor=1.0))
+    assert light.averages == 41
+    variance = 59 * (matrix**2 @ scaled**2) / light.repetitions
+    score = (np.stack([r.z for r in runs]) - matrix @ scaled) / np.sqrt(variance)
+    # 2,400 nearly independent scores: their mean square has a standard deviation of 3 %.
+    assert (score**2).mean() == pytest.approx(math.pi / (2 * light.averages), rel=0.15)
 
 
 def test_counts_only_asks_for_what_a_full_run_asks_for():
