@@ -8,9 +8,9 @@ from typing import Any
 
 from approxkmv.errors import ConfigError
 
-LARGEST_FILE = 2**20
-# Entries with every alias written out, and levels: far beyond any configuration, and soon read.
-MOST_ENTRIES = 50_000
+# Bytes, entries with every alias written out, and levels: far beyond any configuration, and read in a second or two.
+LARGEST_FILE = 2**18
+MOST_ENTRIES = 10_000
 MOST_LEVELS = 30
 # Seeds of 32 bits are taken by every generator; no other number is larger.
 LARGEST_NUMBER = 2**32 - 1
@@ -30,10 +30,22 @@ def read_yaml(path: Path) -> Any:
         raise ConfigError(f"the configuration {path} is not UTF-8 text: {error.reason}") from error
     if len(data) > LARGEST_FILE:
         raise ConfigError(f"{path} has more than {LARGEST_FILE:,} bytes: it is no configuration")
+
+    class Loader(yaml.SafeLoader):
+        nodes = 0
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            # While it is read: a file of nothing but entries takes seconds, and need not be read to its end.
+            self.nodes += 1
+            if self.nodes > 2 * MOST_ENTRIES:  # a key and its value
+                raise ConfigError(f"{path} has more than {MOST_ENTRIES:,} entries: it is no configuration")
+            return super().compose_node(parent, index)
+
     try:
-        node = yaml.compose(text, yaml.SafeLoader)
+        loader = Loader(text)
+        node = loader.get_single_node()
         _count_entries(node, path, {}, ())
-        return yaml.safe_load(text)
+        return None if node is None else loader.construct_document(node)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}" if mark else ""

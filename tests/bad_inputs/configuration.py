@@ -114,6 +114,8 @@ FILES: dict[str, bytes] = {
     "aliases in a parameter": GOOD + BOMB.replace(b"a59", b"parameters"),
     "more than a megabyte": GOOD + b"# " + b"x" * 2**20,
     "a hundred thousand entries": b"study: [" + b"1," * 100_000 + b"1]\n",
+    "forty thousand anchors": b"".join(b"a%d: &a%d 1\n" % (number, number) for number in range(40_000)),
+    "nine thousand aliases": b"a: &a [1, 1]\nb: [" + b"*a," * 9_000 + b"]\n",
     "a program": b"\x7fELF\x02\x01\x01\0\xff\xfe",
     "half of a character": GOOD.replace(b"study: tiny", b'study: "\\ud800"'),
 }

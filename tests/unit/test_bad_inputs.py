@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 
 import pytest
@@ -31,6 +32,13 @@ def test_the_configuration_that_is_made_bad_there_is_taken_as_it_is(tmp_path):
     assert code == 0, printed
     # What is only checked leaves no trace.
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "model", "words.txt"]
+
+
+@pytest.mark.parametrize("name", ["forty thousand anchors", "a hundred thousand entries", "more than a megabyte"])
+def test_what_is_no_configuration_is_refused_soon(tmp_path, name):
+    start = time.process_time()
+    code, printed = configuration.check(tmp_path, configuration.FILES[name])
+    assert (code, time.process_time() - start < 2.0) == (2, True), printed
 
 
 def test_no_two_cases_have_one_name():
