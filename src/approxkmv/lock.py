@@ -10,7 +10,7 @@ from typing import IO
 
 from approxkmv.errors import BusyError
 
-_held: list[IO[str]] = []
+_held: dict[Path, IO[str]] = {}
 
 
 def try_lock(path: Path) -> IO[str] | None:
@@ -19,14 +19,19 @@ def try_lock(path: Path) -> IO[str] | None:
     A file system without locks has nothing to say: then the file is as good as locked.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    while True:
+        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            return None
+        except OSError:
+            pass
+        # Its last holder may have removed it between the two: then it keeps nobody out.
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            break
         file.close()
-        return None
-    except OSError:
-        pass
     file.truncate(0)
     file.write(f"process {os.getpid()} of {socket.gethostname()}")
     file.flush()
@@ -34,9 +39,22 @@ def try_lock(path: Path) -> IO[str] | None:
 
 
 def hold(path: Path, what: str) -> None:
-    """Keep the lock until this process ends. Raises BusyError, which says who has it, when another process does."""
+    """Keep the lock until release, or until this process ends.
+
+    Raises BusyError, which says who has it, when another process does.
+    """
+    path = path.resolve()
+    if path in _held:
+        return
     file = try_lock(path)
     if file is None:
         who = path.read_text(encoding="utf-8") or "another process"
         raise BusyError(f"{what} is under way already, by {who}: wait until it ends, or stop it")
-    _held.append(file)
+    _held[path] = file
+
+
+def release(path: Path) -> None:
+    """Give a held lock back, and remove its file."""
+    path.unlink(missing_ok=True)
+    if file := _held.pop(path.resolve(), None):
+        file.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 from collections.abc import Callable, Mapping
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from approxkmv.files import check_writable, write_text
+from approxkmv.lock import hold, release
 
 
 class PartialTable:
@@ -25,10 +27,14 @@ class PartialTable:
             identity: what they depend on beside this package's code, by the word that a person has for it, as
                 "settings"; whatever JSON can hold.
         Raises:
-            TableError: the file cannot be written.
+            TableError: the file cannot be written. BusyError: another process is making the same output.
         """
         self.path = Path(output).with_name(f"{Path(output).name}.part")
         check_writable(self.path)
+        self._lock = self.path.with_name(f".{Path(output).name}.lock")
+        hold(self._lock, f"a run that writes {output}")
+        for half_written in self.path.parent.glob(f".{glob.escape(self.path.stem)}.[0-9]*.part"):
+            half_written.unlink()
         self._identity = {name: _hash(_text(value)) for name, value in {**identity, "code": _code()}.items()}
         self.cases: list[dict[str, Any]] = []
         try:
@@ -56,6 +62,7 @@ class PartialTable:
     def remove(self) -> None:
         """Remove the file: what it holds stands in the output."""
         self.path.unlink(missing_ok=True)
+        release(self._lock)
 
 
 def _text(value: Any) -> str:

@@ -16,7 +16,7 @@ from approxkmv.attention.blocks import local_expansion as local_module
 from approxkmv.attention.exact import fused as fused_module
 from approxkmv.attention.exact import naive as naive_module
 from approxkmv.compute.counting import count
-from approxkmv.errors import ConfigError, InputError, SourceError, TableError
+from approxkmv.errors import BusyError, ConfigError, InputError, SourceError, TableError
 from approxkmv.files import write_csv
 from approxkmv.statistics import streaming
 from approxkmv.sweep import SweepSettings, run_sweep
@@ -246,6 +246,31 @@ def test_a_killed_sweep_goes_on_after_its_last_whole_case(vectors, tmp_path):
         "sweep_exponents.csv",
         "sweep_exponents.csv.sha256",
     ]
+
+
+def test_two_processes_never_write_one_table(tmp_path):
+    output = tmp_path / "table.csv"
+    stale = tmp_path / ".table.csv.4194305.part"
+    stale.write_text("half")
+    code = (
+        f"from approxkmv.partial import PartialTable; PartialTable({str(output)!r}, {{}}, print); print(0, flush=True)"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", f"{code}; input()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout.readline() == "0\n"
+        assert not stale.exists()
+        with pytest.raises(
+            BusyError, match=f"that writes .*table.csv is under way already, by process {holder.pid} of"
+        ):
+            partial.PartialTable(output, {}, print)
+    finally:
+        holder.kill()
+        holder.communicate()
+    # The lock dies with its holder, and goes with the end of a run.
+    partial.PartialTable(output, {}, print).remove()
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("changed", ["inputs", "machine", "code"])
