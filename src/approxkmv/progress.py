@@ -51,7 +51,7 @@ def reason_of(error: BaseException) -> str | None:
     cause: BaseException | None = error
     while cause is not None:
         # Also of an error that was raised in place of it, as that of a file which cannot be read.
-        if _is_of_memory(cause):
+        if is_of_memory(cause):
             said = " ".join(str(cause).split())
             return (
                 f"out of memory{f' ({said[:160]})' if said else ''}: lower batch_tokens or shard_contexts of the study "
@@ -65,20 +65,21 @@ def reason_of(error: BaseException) -> str | None:
     return None
 
 
-def _is_of_memory(error: BaseException) -> bool:
+def is_of_memory(error: BaseException) -> bool:
     """Python's and NumPy's MemoryError, the system's, and torch's: a class of its own on CUDA, sentences on a CPU.
 
-    With far too little its libraries cannot be mapped, or oneDNN has no room for the code that it makes.
+    With far too little its libraries cannot be mapped, nor files of weights, or oneDNN has no room for the code that
+    it makes.
     """
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     words = [
         *("can't allocate memory", "not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED"),
-        *("could not create a primitive", "failed to map segment"),
+        *("could not create a primitive", "failed to map segment", "Cannot allocate memory"),
     ]
-    return isinstance(error, MemoryError) or (
-        isinstance(error, (RuntimeError, ImportError)) and any(word in str(error) for word in words)
-    )
+    # safetensors has an exception of its own, which is neither of the two.
+    speaks = isinstance(error, (RuntimeError, ImportError)) or type(error).__name__ == "SafetensorError"
+    return isinstance(error, MemoryError) or (speaks and any(word in str(error) for word in words))
 
 
 @contextmanager

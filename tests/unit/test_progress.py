@@ -10,9 +10,11 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from approxkmv import cli, progress
-from approxkmv.errors import ConfigError, TableError
+from approxkmv.errors import ConfigError, TableError, UnavailableError
+from approxkmv.sweep.measure import running_out_of_memory
 
 
 class Terminal(io.StringIO):
@@ -100,9 +102,11 @@ def raising(error: Exception) -> Callable[[], None]:
         raising(OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nGPU 0 has 79 GiB.")),
         raising(RuntimeError("could not create a primitive")),
         raising(ImportError("libtorch_cpu.so: failed to map segment from shared object")),
+        raising(RuntimeError("unable to mmap 335 bytes from file <model.safetensors>: Cannot allocate memory (12)")),
+        raising(SafetensorError("Cannot allocate memory (os error 12)")),
         read_with_too_little,
     ],
-    ids=["numpy", "torch", "system", "cuda", "onednn", "library", "in place of"],
+    ids=["numpy", "torch", "system", "cuda", "onednn", "library", "weights", "header", "in place of"],
 )
 def test_too_little_memory_is_one_line_that_says_what_to_lower(monkeypatch, capsys, log, command):
     monkeypatch.setattr(cli, "app", command)
@@ -116,6 +120,13 @@ def test_too_little_memory_is_one_line_that_says_what_to_lower(monkeypatch, caps
     with pytest.raises(SystemExit) as end, progress.one_line_errors():
         command()
     assert end.value.code == 2
+
+
+def test_what_is_of_memory_makes_a_method_unavailable():
+    with pytest.raises(UnavailableError, match="a method runs out of memory"), running_out_of_memory("a method"):
+        raise RuntimeError("could not create a primitive")
+    with pytest.raises(RuntimeError, match="a bug"), running_out_of_memory("a method"):
+        raise RuntimeError("a bug")
 
 
 def test_a_bug_stays_a_traceback(monkeypatch):

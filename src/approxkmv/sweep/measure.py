@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,10 +15,10 @@ import torch
 from approxkmv.attention import UnavailableError
 from approxkmv.attention.kernels.cuda_graphs import recordings
 from approxkmv.errors import one_line
+from approxkmv.progress import is_of_memory
 from approxkmv.provenance import processor
 
 Run = Callable[[int], object]
-_NO_MEMORY = re.compile("can't allocate memory|out of memory|ALLOC_FAILED")
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -52,7 +51,7 @@ def running_out_of_memory(what: str) -> Iterator[None]:
         yield
     except (MemoryError, RuntimeError) as error:
         # What torch raises on a CPU, and what CUDA's libraries raise, has no type of its own.
-        if not isinstance(error, MemoryError) and not _NO_MEMORY.search(str(error)):
+        if not is_of_memory(error):
             raise
         raise UnavailableError(f"{what} runs out of memory: {one_line(error)}") from error
 
