@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from approxkmv.attention import get
-from approxkmv.compute import loops as compute_loops
 
 # float32 logits of size L carry an error of about L 6e-8, which the weights inherit.
 EPSILON = 6e-8
@@ -19,16 +18,6 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.fixture(params=["compiled", "torch"])
-def loops(request, monkeypatch):
-    """Both ways that a CPU may take: with numba and without."""
-    if request.param == "compiled":
-        pytest.importorskip("numba")
-    else:
-        monkeypatch.setattr(compute_loops, "numba_works", lambda: False)
-
-
-@pytest.mark.usefixtures("loops")
 @pytest.mark.parametrize("name", ["exact-naive", "exact-sdpa", "exact-fused"])
 @pytest.mark.parametrize("d_v", [1, 3, 40])
 @pytest.mark.parametrize("scale", [0.1, 1.0, 30.0])
@@ -43,7 +32,6 @@ def test_against_float64(name, d_v, scale):
     assert gap < 30 * EPSILON * max(1.0, float(logits.abs().max()))
 
 
-@pytest.mark.usefixtures("loops")
 def test_fused_survives_a_bound_that_underflows():
     """One long key turned away from all queries makes the Cauchy-Schwarz shift useless."""
     generator = torch.Generator().manual_seed(2)

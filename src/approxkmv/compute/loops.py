@@ -20,7 +20,7 @@ def numba_works() -> bool:
 
 
 def compiled_loops(module: str) -> ModuleType | None:
-    """A module of compiled loops, `attention.exact.loops` for instance, or None where numba does not work."""
+    """A module of compiled loops, `attention.searched.loops` for instance, or None where numba does not work."""
     return import_module(f"approxkmv.{module}") if numba_works() else None
 
 

@@ -8,7 +8,6 @@ from approxkmv.attention.causal import Sums
 from approxkmv.attention.contract import Method, UnavailableError
 from approxkmv.attention.kernels.exponentials import LOWEST, exp_
 from approxkmv.compute.counting import count
-from approxkmv.compute.loops import compiled_loops
 
 # Below this row sum the shift was so far above the row's maximum that terms were lost: exponentials are at least
 # exp(LOWEST), so that what n of them add to a larger sum is under n 2e-13 of it.
@@ -37,7 +36,6 @@ def _by_bound(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tile: int) -> S
     shifted_q = torch.cat([q, -shift.unsqueeze(1)], 1)
     keys_and_one = torch.cat([k, k.new_ones(len(k), 1)], 1)
     columns = v.mT.contiguous().mT  # each column contiguous
-    loops = compiled_loops("attention.exact.loops") if v.shape[1] <= _FEW_COLUMNS else None
     numerators, row_sums = q.new_zeros(v.shape[1], n_q), q.new_zeros(n_q)
     buffer = q.new_empty(min(tile, n_q) * min(tile, len(k)))
     for i in range(0, n_q, tile):
@@ -47,11 +45,7 @@ def _by_bound(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tile: int) -> S
             weights = buffer[: len(rows) * len(some)].view(len(rows), len(some))
             torch.mm(rows, some.mT, out=weights)
             here = columns[j : j + tile], numerators[:, i : i + tile], row_sums[i : i + tile]
-            if loops is not None:
-                # One pass over the tile for the exponential and all its sums
-                loops.add_exponentials(weights.numpy(), here[0].mT.numpy(), here[1].numpy(), here[2].numpy())
-            else:
-                _add_products(weights.clamp_min_(LOWEST).exp_(), *here)
+            _add_products(weights.clamp_min_(LOWEST).exp_(), *here)
     return numerators.mT, row_sums, shift
 
 

@@ -12,12 +12,9 @@ import torch
 
 from approxkmv.attention.kernels.exponentials import exp_
 from approxkmv.compute.counting import count
-from approxkmv.compute.loops import compiled_loops
 
 # So many queries at a time: their logits with the sample stay near the cache.
 _ROWS = 1024
-# For more columns than these a matrix product is faster than the compiled loop.
-_FEW_COLUMNS = 8
 
 
 def gray_rank(bits: torch.Tensor) -> torch.Tensor:
@@ -120,12 +117,6 @@ def block_sums(
     """
     number, rows = blocks.queries.shape
     sampled_k = k[sample.keys].mT
-    loops = (
-        compiled_loops("attention.hashed.loops")
-        if q.device.type == "cpu" and columns.shape[1] <= _FEW_COLUMNS
-        else None
-    )
-    columns = columns.mT.contiguous()
     place = torch.arange(len(sample.keys), device=q.device)
     step = max(1, _ROWS // rows)
     for b in range(0, number, step):
@@ -137,15 +128,10 @@ def block_sums(
         count(kernel_evaluations=near.numel() + far.numel())
         shift = near.amax(-1)
         low, high = sample.starts[b : here.stop], sample.starts[b + 1 : here.stop + 1]
-        if loops is not None:
-            sums = far.new_empty(len(far), len(columns))
-            skipped = low.repeat_interleave(rows).numpy(), high.repeat_interleave(rows).numpy()
-            loops.shifted_exponentials(far.numpy(), *skipped, columns.numpy(), shift.view(-1).numpy(), sums.numpy())
-        else:
-            own = (place >= low.unsqueeze(1)) & (place < high.unsqueeze(1))
-            far.view(*shift.shape, -1).masked_fill_(own.unsqueeze(1), -torch.inf)
-            if len(place):
-                shift = torch.maximum(shift, far.amax(1).view_as(shift))
-            sums = exp_(far.sub_(shift.view(-1, 1))) @ columns.mT
+        own = (place >= low.unsqueeze(1)) & (place < high.unsqueeze(1))
+        far.view(*shift.shape, -1).masked_fill_(own.unsqueeze(1), -torch.inf)
+        if len(place):
+            shift = torch.maximum(shift, far.amax(1).view_as(shift))
+        sums = exp_(far.sub_(shift.view(-1, 1))) @ columns
         heavy = exp_(near.sub_(shift.unsqueeze(-1))) @ extended[blocks.keys[here]]
         yield here, heavy, far.view(*shift.shape, -1), sums.view(*shift.shape, -1), shift
