@@ -38,7 +38,7 @@ def kernels() -> Iterator[tuple[str, torch.Tensor, torch.Tensor, float]]:
     """Name, queries, keys and scale of each head, and of word vectors: even rows against odd ones."""
     config = load_config(Path("config.yaml"))
     entry, corpus = model_of(config, "smollm2-135m"), corpus_entry(config, "moby-dick")
-    folder = Path(config["cache"]) / "models" / entry.name
+    folder = Path(config.cache) / "models" / entry.name
     model = CapturableModel.load(fetch(parse_source(entry.source), folder, sha256=entry.sha256, files=entry.files))
     text = read_corpus(corpus.source, corpus.sha256)[0].context
     captured = model.capture([model.tokenize(text, N)])[0]

@@ -41,7 +41,7 @@ def random_bert(folder: Path) -> None:
 
     config = load_config(ROOT / "config.yaml")
     entry = entry_of(study_of(config, "embedded"), "minilm-l6")
-    tokenizer = fetch_model(entry, ROOT / config["cache"], folder.with_suffix(".json")).folder
+    tokenizer = fetch_model(entry, ROOT / config.cache, folder.with_suffix(".json")).folder
     torch.manual_seed(0)
     # Five times the usual deviation, so that attention is not uniform.
     transformers.BertModel(transformers.BertConfig(initializer_range=0.1)).save_pretrained(folder)

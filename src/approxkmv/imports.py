@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent
 PACKAGE = ROOT.name
 # What the configuration says to a command is in the params of its rule, which run it again when they change; an edit
 # of how the configuration is read must not cost every result.
-APART = ROOT / "config.py"
+APART = ROOT / "config"
 
 
 def command_files(command: str, *more: str) -> list[Path]:
@@ -28,7 +28,7 @@ def command_files(command: str, *more: str) -> list[Path]:
     found: set[Path] = set()
     while waiting:
         path = waiting.pop()
-        if path not in found and path != APART:
+        if path not in found and APART not in path.parents:
             found.add(path)
             waiting += _of_file(path)
     return sorted(found)

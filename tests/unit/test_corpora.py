@@ -5,17 +5,17 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
+from pathlib import Path
 
 import pandas as pd
 import pytest
 import yaml
 
-from approxkmv.config import SCHEMA
 from approxkmv.corpora import choose_passages, formats, read_corpus
 from approxkmv.corpora.passages import Document, cut_into_passages
 from approxkmv.errors import ConfigError, SourceError
 
-ROOT = SCHEMA.parents[2]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_shipped_squad_has_its_hash_and_counts():

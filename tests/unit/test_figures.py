@@ -11,13 +11,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from approxkmv.config import SCHEMA
 from approxkmv.errors import ConfigError, TableError
 from approxkmv.figures import catalogue, context_scaling, length_scaling
 from approxkmv.figures.style import short
 from approxkmv.statistics.entries import CAUSAL, OWN_MASK
 
-REFERENCE = SCHEMA.parents[2] / "results" / "reference"
+REFERENCE = Path(__file__).resolve().parents[2] / "results" / "reference"
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -68,7 +67,7 @@ def test_the_masked_statistics_are_those_of_the_models_own_mask(tmp_path, name):
     taken |= {"mask": model.mask, "left_out": ""}
     pd.DataFrame(taken).to_csv(tmp_path / "contexts.csv", index=False)
     study = study_of(load_config(Path(__file__).parents[2] / "config.yaml"), "lengths")
-    study = replace(study, lengths=(30, 40), device="cpu")
+    study = study.model_copy(update={"lengths": (30, 40), "device": "cpu"})
     measure_lengths(study, name, tmp_path / "qk.safetensors", tmp_path / "contexts.csv", tmp_path / "lengths.parquet")
     lengths = pd.read_parquet(tmp_path / "lengths.parquet").set_index(["layer", "head", "length"])
     for (_, row), (_, prefix) in zip(heads.iterrows(), prefixes.iterrows(), strict=True):
@@ -139,9 +138,9 @@ def test_lengths_on_both_sides_of_a_change_of_the_embedding_are_refused(tmp_path
     torch.testing.assert_close(whole[:, :, :30], beyond, atol=1e-5, rtol=1e-5)
     study = study_of(load_config(Path(__file__).parents[2] / "config.yaml"), "lengths")
     for lengths, tokens in (((10, 16), [12, 16]), ((20, 40), [12, 40]), ((), [12, 40])):
-        require_true_prefixes(replace(study, lengths=lengths), "phi", model, tokens)
+        require_true_prefixes(study.model_copy(update={"lengths": lengths}), "phi", model, tokens)
     with pytest.raises(CaptureError, match=r"model phi: .* beyond 16 tokens, so the first 10 of a text of 40") as error:
-        require_true_prefixes(replace(study, lengths=(10, 40)), "phi", model, [12, 40])
+        require_true_prefixes(study.model_copy(update={"lengths": (10, 40)}), "phi", model, [12, 40])
     assert "\n" not in str(error.value)
 
 

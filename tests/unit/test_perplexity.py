@@ -318,7 +318,7 @@ def test_outputs_and_lengths_are_checked_first(model, asked, tmp_path, monkeypat
 
 
 def test_options_become_settings_or_one_line():
-    given = {"model": "m", "corpus": "c", "layers": "all", "method": "knn", "seed": 3}
+    given = {"method": "knn", "seed": 3}
     found = from_options(tokens="64,128", parameters='{"top": 5}', **given)
     assert found["methods"] == {"knn": [{"top": 5}]}
     assert found["tokens"] == [64, 128]
@@ -349,7 +349,7 @@ def config_with(perplexity):
 )
 def test_a_study_that_cannot_be_is_refused_before_anything_runs(more, message):
     good = {"model": "smollm2-135m", "corpus": "moby-dick", "methods": {"knn": [{"top": 4}]}}
-    assert study_of(checked(config_with(good))).perplexity["tokens"] == [1024, 2048, 4096]
+    assert study_of(checked(config_with(good))).perplexity.tokens == (1024, 2048, 4096)
     with pytest.raises(ConfigError, match=message):
         study_of(checked(config_with(good | more)))
 

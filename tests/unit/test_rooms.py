@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "src" / "approxkmv"
 # From the bottom up; rooms of one line do not know each other.
 LAYERS = """
 errors
-files arrays yaml_text slopes
+files arrays yaml_text slopes typed
 provenance progress lock
 compute partial
 kernels

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tracemalloc
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -159,7 +159,7 @@ def two_layers(folder: Path) -> Study:
     taken = {"context": [0], "tokens": 60, "cut": 0, "used": True, "causal": True, "mask": CAUSAL, "left_out": ""}
     pd.DataFrame(taken).to_csv(folder / "contexts.csv", index=False)
     study = study_of(load_config(Path(__file__).parents[2] / "config.yaml"), "lengths")
-    return replace(study, lengths=(20, 60, 90), device="cpu")
+    return study.model_copy(update={"lengths": (20, 60, 90), "device": "cpu"})
 
 
 def test_the_step_says_how_long_each_length_took_and_writes_the_same_bytes_again(tmp_path):
@@ -182,14 +182,14 @@ def test_the_step_computes_on_the_studys_device(tmp_path, monkeypatch):
 
     monkeypatch.setattr(lengths, "length_statistics", watched)
     # A device that is everywhere; it holds no numbers.
-    study = replace(two_layers(tmp_path), device="meta")
+    study = two_layers(tmp_path).model_copy(update={"device": "meta"})
     measure_lengths(study, "m", tmp_path / "qk.safetensors", tmp_path / "contexts.csv", tmp_path / "out.parquet")
     assert seen == [("meta", "meta", (3, n, 8)) for n in (20, 20, 60, 60)]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_device_that_is_not_there_is_one_line(tmp_path):
-    study = replace(two_layers(tmp_path), device="cuda")
+    study = two_layers(tmp_path).model_copy(update={"device": "cuda"})
     with pytest.raises(ConfigError, match="asks for device cuda, but there is none here: set device to cpu"):
         measure_lengths(study, "m", tmp_path / "qk.safetensors", tmp_path / "contexts.csv", tmp_path / "out.parquet")
 

@@ -355,7 +355,7 @@ def test_free_memory_is_that_of_the_control_group(tmp_path, monkeypatch):
 
 def test_a_sweep_needs_torch_and_little_else(vectors, tmp_path):
     """The packages that a bare machine lacks cannot be imported; a mistake is one line all the same."""
-    missing = "typer snakemake transformers datasets pandas matplotlib yaml jsonschema tqdm numba faiss safetensors"
+    missing = "typer snakemake transformers datasets pandas matplotlib yaml pydantic tqdm numba faiss safetensors"
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({missing.split()!r})); sys.argv = ['sweep', *sys.argv[1:]]; "
         "import runpy; runpy.run_module('approxkmv.sweep', run_name='__main__')"

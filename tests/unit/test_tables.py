@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -138,7 +137,7 @@ LAYERS, HEADS_PER_LAYER, TEXTS, PREFIXES = 3, 2, 6, (50, 100)
 def shards(folder: Path, *, causal: bool, prefixes: tuple[int, ...] = PREFIXES) -> Study:
     """One shard as the statistics step writes it, masked values a quarter of the others; returns its study."""
     study = study_of(load_config(Path(__file__).parents[2] / "config.yaml"), "embedded")
-    study = replace(study, prefixes=PREFIXES, shard_contexts=TEXTS)
+    study = study.model_copy(update={"prefixes": PREFIXES, "shard_contexts": TEXTS})
     generator = np.random.default_rng(3)
     context, layer, head = (i.ravel() for i in np.indices((TEXTS, LAYERS, HEADS_PER_LAYER)))
     heads = pd.DataFrame({"context": context, "layer": layer, "head": head, "tokens": 120})
@@ -169,7 +168,8 @@ def summarised(folder: Path, *, causal: bool) -> tuple[Study, str]:
     """All tables of a model in folder/tables."""
     study = shards(folder, causal=causal)
     name, model = next(iter(study.models.items()))
-    summarise(study, replace(model, paper_bound=4.6), folder / "texts.parquet", folder, folder / "tables", {})
+    model = model.model_copy(update={"paper_bound": 4.6})
+    summarise(study, model, folder / "texts.parquet", folder, folder / "tables", {})
     measure_growth(study, name, folder / "texts.parquet", folder, folder / "tables")
     return study, name
 
@@ -178,7 +178,7 @@ def summarised(folder: Path, *, causal: bool) -> tuple[Study, str]:
 def test_overview_and_comparison_have_the_masked_values_of_a_causal_model_beside_the_others(tmp_path, causal):
     study = shards(tmp_path, causal=causal)
     name, model = next(iter(study.models.items()))
-    model = replace(model, paper_bound=4.6)
+    model = model.model_copy(update={"paper_bound": 4.6})
     facts = summarise(study, model, tmp_path / "texts.parquet", tmp_path, tmp_path / "tables", {})
     assert facts["causal"] == causal
     assert facts["heads_within_bound"] == 4

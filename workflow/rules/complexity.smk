@@ -15,7 +15,7 @@ rule complexity:
     threads: workflow.cores
     params:
         config=lambda wildcards: SETTINGS,
-        settings=STUDY.complexity,
+        settings=str(STUDY.complexity),
     shell:
         "approxkmv complexity --config {params.config} --counts-out {output.counts} --fits-out {output.fits} --log {log}"
 

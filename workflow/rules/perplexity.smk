@@ -1,10 +1,10 @@
-PERPLEXITY = STUDY.perplexity or {}
-CORPUS = corpus_entry(checked(config), PERPLEXITY["corpus"]) if PERPLEXITY else None
+PERPLEXITY = STUDY.perplexity
+CORPUS = corpus_entry(checked(config), PERPLEXITY.corpus) if PERPLEXITY else None
 
 
 rule perplexity:
     input:
-        location=f"{RESULTS}/models/{PERPLEXITY['model']}.json" if PERPLEXITY else [],
+        location=f"{RESULTS}/models/{PERPLEXITY.model}.json" if PERPLEXITY else [],
         corpus=local_files(CORPUS.source) if CORPUS else [],
         # A comment in a method must not cost hours of timing: delete the table to measure anew.
         source=ancient(package("perplexity", "attention")),
@@ -21,10 +21,10 @@ rule perplexity:
     # Nothing else runs while times are taken.
     threads: workflow.cores
     resources:
-        gpu=int(PERPLEXITY.get("device") == "cuda"),
+        gpu=int(PERPLEXITY is not None and PERPLEXITY.device == "cuda"),
     params:
         config=lambda wildcards: SETTINGS,
-        settings=STUDY.perplexity,
+        settings=escape(str(PERPLEXITY)),
         corpus=escape(str(CORPUS)),
         identity=identity_of(CORPUS.source) if CORPUS else "",
     shell:

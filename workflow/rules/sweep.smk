@@ -1,10 +1,10 @@
-CAPTURE = (STUDY.sweep or {}).get("capture")
-CAPTURED = corpus_entry(checked(config), CAPTURE["corpus"]) if CAPTURE else None
+CAPTURE = STUDY.capture
+CAPTURED = corpus_entry(checked(config), CAPTURE.corpus) if CAPTURE else None
 
 
 rule model_heads:
     input:
-        location=f"{RESULTS}/models/{CAPTURE['model']}.json" if CAPTURE else [],
+        location=f"{RESULTS}/models/{CAPTURE.model}.json" if CAPTURE else [],
         corpus=local_files(CAPTURED.source) if CAPTURE else [],
         source=package("model_heads"),
     output:
@@ -15,7 +15,7 @@ rule model_heads:
     threads: workflow.cores
     params:
         config=lambda wildcards: SETTINGS,
-        capture=CAPTURE,
+        capture=escape(str(CAPTURE)),
         corpus=escape(str(CAPTURED)),
         identity=identity_of(CAPTURED.source) if CAPTURE else "",
     shell:
@@ -47,10 +47,10 @@ rule sweep:
     # Nothing else runs while times are taken.
     threads: workflow.cores
     resources:
-        gpu=int((STUDY.sweep or {}).get("device") == "cuda"),
+        gpu=int(STUDY.sweep is not None and STUDY.sweep.device != "cpu"),
     params:
         config=lambda wildcards: SETTINGS,
-        settings=STUDY.sweep,
+        settings=escape(str(STUDY.sweep)),
         capture=lambda wildcards, input: (
             f"--capture {input.heads[0]} --tuning-capture {input.heads[1]}"
             if CAPTURE

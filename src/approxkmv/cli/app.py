@@ -25,7 +25,9 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-config_app = typer.Typer(help="The configuration itself: check it.", no_args_is_help=True, rich_markup_mode=None)
+config_app = typer.Typer(
+    help="The configuration: check it, explain its keys.", no_args_is_help=True, rich_markup_mode=None
+)
 app.add_typer(config_app, name="config")
 
 Config = Annotated[Path, typer.Option("--config", help="The configuration file.")]

@@ -25,7 +25,7 @@ def fetch(
     log_to(log)
     checked = load_config(config)
     with step(f"fetch      {model}"):
-        fetch_model(model_of(checked, model), Path(checked["cache"]), out)
+        fetch_model(model_of(checked, model), Path(checked.cache), out)
 
 
 @app.command()

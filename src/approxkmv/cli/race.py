@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from approxkmv.cli.app import CONFIG, Config, Log, StudyName, app, asked
-from approxkmv.config import corpus_entry, load_config, model_of, sweep_settings
+from approxkmv.config import Perplexity, corpus_entry, load_config, model_of, read_as
 from approxkmv.errors import ConfigError
 from approxkmv.files import check_writable
 from approxkmv.progress import LOG, log_to, step
@@ -26,16 +26,15 @@ def model_heads(
 ) -> None:
     """Capture the heads that the study's sweep takes as its workload model-qk."""
     chosen = asked(config, study, log)
-    if chosen.sweep is None or chosen.sweep["capture"] is None:
+    captured = chosen.capture
+    if captured is None:
         raise ConfigError(f"study {chosen.name} has no sweep that captures heads")
-    captured = chosen.sweep["capture"]
-    with step(f"heads      {captured['model']}, {captured['tokens']} tokens"):
+    with step(f"heads      {captured.model}, {captured.tokens} tokens"):
         from approxkmv.steps.fetch import read_location
         from approxkmv.steps.model_heads import capture_heads
 
-        heads = [(layer, head) for layer, head in captured["heads"]]
-        corpus = corpus_entry(load_config(config), captured["corpus"])
-        capture_heads(read_location(location), corpus, captured["tokens"], heads, out, tuning_out)
+        corpus = corpus_entry(load_config(config), captured.corpus)
+        capture_heads(read_location(location), corpus, captured.tokens, captured.heads, out, tuning_out)
 
 
 @app.command()
@@ -61,8 +60,8 @@ def sweep(
         named = asked(config, study, log)
         if named.sweep is None:
             raise ConfigError(f"study {named.name} has no sweep: name one of the configuration's sweeps in it")
-        captures = [str(path) if path else None for path in (capture, tuning_capture)]
-        chosen = replace(sweep_settings(named.sweep, *captures), cache=load_config(config)["cache"])
+        chosen = named.sweep.with_capture(*(str(path) if path else None for path in (capture, tuning_capture)))
+        chosen = replace(chosen, cache=chosen.cache or load_config(config).cache)
     with step(f"sweep      {out.stem}"):
         from approxkmv.provenance import describe
         from approxkmv.sweep import run_sweep
@@ -104,21 +103,14 @@ def perplexity(
     if method is not None:
         from approxkmv.perplexity.settings import from_options
 
-        settings = from_options(
-            model=model,
-            corpus=corpus,
-            tokens=tokens,
-            layers=layers,
-            method=method,
-            parameters=parameters,
-            seed=seed,
-        )
+        given = from_options(tokens=tokens, method=method, parameters=parameters, seed=seed)
+        settings = read_as(Perplexity, {"model": model, "corpus": corpus, "layers": layers, **given})
     else:
         named = asked(config, study, log)
         if named.perplexity is None:
             raise ConfigError(f"study {named.name} has no perplexity: give --method, or name methods in the study")
-        settings = dict(named.perplexity)
-    entry, chosen = model_of(checked, settings["model"]), corpus_entry(checked, settings["corpus"])
+        settings = named.perplexity
+    entry, chosen = model_of(checked, settings.model), corpus_entry(checked, settings.corpus)
     check_writable(out, out.with_suffix(".json"))
     with step(f"perplexity {entry.name}"):
         from approxkmv.models import fetch as find
@@ -129,22 +121,22 @@ def perplexity(
         from approxkmv.steps.fetch import read_location
         from approxkmv.steps.perplexity import measure_perplexity
 
-        methods = chosen_methods(settings["methods"])
+        methods = chosen_methods(settings.methods)
         if location is not None:
             found = read_location(location)
         else:
-            cache = Path(checked["cache"]) / "models" / entry.name
+            cache = Path(checked.cache) / "models" / entry.name
             found = find(parse_source(entry.source), cache, sha256=entry.sha256, files=dict(entry.files))
         measure_perplexity(
-            CausalModel.load(found, dtype=settings["dtype"], device=settings["device"]),
+            CausalModel.load(found, dtype=settings.dtype, device=settings.device),
             entry.name,
             chosen,
-            tokens=settings["tokens"],
+            tokens=settings.tokens,
             methods=methods,
-            layers=settings["layers"],
-            seed=settings["seed"],
+            layers=settings.layers,
+            seed=settings.seed,
             out=out,
-            record=describe(settings),
+            record=describe(settings.model_dump()),
             say=lambda line: LOG.info("  %s", line),
             require_all=method is not None,
         )

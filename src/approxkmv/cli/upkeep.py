@@ -1,4 +1,4 @@
-"""The commands that look after a study: show, clean, config check."""
+"""The commands that look after a study: show, clean, config."""
 
 from __future__ import annotations
 
@@ -41,3 +41,19 @@ def check(config: Config = CONFIG, study: StudyName = None) -> None:
     loaded = load_config(config)
     for line in check_study(loaded, study_of(loaded, study)):
         typer.echo(line)
+
+
+@config_app.command("schema")
+def schema() -> None:
+    """Print the JSON Schema of the configuration, as YAML, for editors: workflow/schemas/config.schema.yaml."""
+    from approxkmv.config.documents import schema_text
+
+    typer.echo(schema_text(), nl=False)
+
+
+@config_app.command("document")
+def document() -> None:
+    """Print what every key of the configuration means, as Markdown: docs/configuration.md."""
+    from approxkmv.config.documents import document as text
+
+    typer.echo(text(), nl=False)

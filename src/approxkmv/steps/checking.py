@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from approxkmv.config import ModelEntry, Study, corpus_entry, model_of, sweep_settings
+from approxkmv.config import Configuration, ModelEntry, Study, corpus_entry, model_of
 from approxkmv.corpora import read_corpus
 from approxkmv.corpora.passages import cut_into_passages
 from approxkmv.corpora.sources import parse_corpus
@@ -17,37 +15,36 @@ from approxkmv.models.sources import PathSource, parse_source
 from approxkmv.sweep.workloads import cases, check_case
 
 
-def check_study(config: Mapping[str, Any], study: Study) -> list[str]:
+def check_study(config: Configuration, study: Study) -> list[str]:
     """What the study would do, in lines. Raises ConfigError, SourceError or TableError for what would stop it later.
 
     Nothing is fetched: of a model or a data set that is not on this machine only the source's form is known.
     """
     lines = [f"study {study.name}"]
-    parts = [part for part in (study.perplexity, (study.sweep or {}).get("capture")) if part is not None]
-    for name in dict.fromkeys([*study.models, *(part["model"] for part in parts)]):
+    parts = [part for part in (study.perplexity, study.capture) if part is not None]
+    for name in dict.fromkeys([*study.models, *(part.model for part in parts)]):
         _check_model(model_of(config, name))
-    for name in dict.fromkeys(part["corpus"] for part in parts):
+    for name in dict.fromkeys(part.corpus for part in parts):
         entry = corpus_entry(config, name)
         if isinstance(parse_corpus(entry.source), Path):
             read_corpus(entry.source, entry.sha256)
     if study.corpus:
         lines += _texts(study)
     if study.sweep:
-        settings = sweep_settings(study.sweep, "capture")
-        settings.check_methods()
-        for workload in settings.workloads:
+        study.sweep.check_methods()
+        for workload in study.sweep.workloads:
             local = workload.name != "model-qk" and not (workload.path or "").startswith("npm:")
             if local and workload.path and not Path(workload.path).is_file():
                 raise ConfigError(f"sweeps.{study.sweep_name}: the word vectors {workload.path} do not exist")
             for case in cases(workload) if local else ():
                 check_case(case)
-        lines.append(f"  sweep {study.sweep_name}: {', '.join(workload.name for workload in settings.workloads)}")
+        lines.append(f"  sweep {study.sweep_name}: {', '.join(workload.name for workload in study.sweep.workloads)}")
     if study.complexity:
-        lines.append(f"  complexity: n = {', '.join(map(str, study.complexity['sizes']))}")
+        lines.append(f"  complexity: n = {', '.join(map(str, study.complexity.sizes))}")
     if study.perplexity:
-        lines.append(f"  perplexity of {study.perplexity['model']} with {', '.join(study.perplexity['methods'])}")
+        lines.append(f"  perplexity of {study.perplexity.model} with {', '.join(study.perplexity.methods)}")
     _check_device(study)
-    for folder in (Path("results") / study.name, Path(config["cache"]) / "models"):
+    for folder in (Path("results") / study.name, Path(config.cache) / "models"):
         _check_writable(folder)
     return lines
 
@@ -84,8 +81,8 @@ def _check_writable(folder: Path) -> None:
 
 
 def _check_device(study: Study) -> None:
-    asked = {study.device, (study.sweep or {}).get("device"), (study.perplexity or {}).get("device")}
-    if "cuda" in asked:
+    asked = [study.device, *(part.device for part in (study.sweep, study.perplexity) if part)]
+    if any(device.startswith("cuda") for device in asked):
         import torch
 
         if not torch.cuda.is_available():

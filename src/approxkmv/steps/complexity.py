@@ -16,9 +16,7 @@ def count(study: Study, counts_out: Path, fits_out: Path, provenance: dict[str, 
     if study.complexity is None:
         raise ConfigError(f"study {study.name} has no complexity part: add `complexity: {{}}` to it")
     settings = study.complexity
-    table = measure_costs(
-        settings["sizes"], seeds=settings["seeds"], epsilon=settings["epsilon"], rows=settings["rows"]
-    )
+    table = measure_costs(settings.sizes, seeds=settings.seeds, epsilon=settings.epsilon, rows=settings.rows)
     write_csv(counts_out, table)
     write_csv(fits_out, fit_exponents(table))
-    write_json(counts_out.with_suffix(".json"), provenance | {"settings": dict(settings)})
+    write_json(counts_out.with_suffix(".json"), provenance | {"settings": settings.model_dump()})

@@ -69,7 +69,10 @@ def extract(
     times = Times() if times is None else times
     with times.of("loading"):
         model = CapturableModel.load(
-            read_location(location), dtype=study.dtype, device=study.device, rotary_scaling=study.rotary_scaling
+            read_location(location),
+            dtype=study.dtype,
+            device=study.device,
+            rotary_scaling=dict(study.rotary_scaling) if study.rotary_scaling else None,
         )
     limit = study.max_tokens if model.max_positions is None else min(study.max_tokens, model.max_positions)
     if limit < study.min_tokens:

@@ -208,8 +208,10 @@ def _errors_and_counts(inputs: Inputs, method: Method, seeds: Sequence[int], par
 def _here(workload: WorkloadSettings, settings: SweepSettings) -> WorkloadSettings:
     """The workload with the paths of its files on this machine: fetched before anything is timed, ~ written out."""
     path = workload.path
+    if workload.name == "model-qk" and path is None:
+        raise ConfigError("workload model-qk: path is missing; give the capture of a model (.safetensors)")
     if path is not None and path.startswith("npm:"):
-        path = str(fetch_vectors(path, workload.sha256, Path(settings.cache) / "vectors"))
+        path = str(fetch_vectors(path, workload.sha256, Path(settings.cache or "cache") / "vectors"))
     paths = [one and os.path.expanduser(one) for one in (path, workload.tuning_path)]
     return replace(workload, path=paths[0], tuning_path=paths[1])
 

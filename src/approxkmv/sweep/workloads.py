@@ -48,7 +48,7 @@ class Case:
 
 def cases(settings: WorkloadSettings) -> Iterator[Case]:
     """Every combination of length, batch, columns and head."""
-    heads: tuple[int | None, ...] = settings.heads if settings.name == "model-qk" else (None,)
+    heads: tuple[int | None, ...] = (settings.heads or (0,)) if settings.name == "model-qk" else (None,)
     for head in heads:
         for columns in settings.columns:
             for batch in settings.batches:

@@ -1,0 +1,22 @@
+"""The configuration: its keys, how config.yaml is read and checked, and what a step needs of it."""
+
+from approxkmv.config.keys import Configuration, Perplexity
+from approxkmv.config.reading import checked, load_config, read_as, settings_file
+from approxkmv.config.study import CorpusEntry, ModelEntry, Study, corpus_entry, corpus_of, entry_of, model_of, study_of
+
+__all__ = [
+    "Configuration",
+    "CorpusEntry",
+    "ModelEntry",
+    "Perplexity",
+    "Study",
+    "checked",
+    "corpus_entry",
+    "corpus_of",
+    "entry_of",
+    "load_config",
+    "model_of",
+    "read_as",
+    "settings_file",
+    "study_of",
+]

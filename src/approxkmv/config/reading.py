@@ -1,0 +1,123 @@
+"""Read config.yaml and check it: a mistake is one line that names its place and the nearest right key."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from approxkmv.attention import check_name
+from approxkmv.config.documents import keys_at
+from approxkmv.config.keys import Configuration, Section
+from approxkmv.errors import ApproxKMVError, ConfigError
+from approxkmv.files import write_text
+from approxkmv.typed import nearest, shown
+from approxkmv.yaml_text import read_yaml, refuse_what_is_not_plain
+
+S = TypeVar("S", bound=Section)
+
+
+def load_config(path: Path) -> Configuration:
+    """The configuration in a YAML file, checked, with defaults filled in. Raises ConfigError in one line."""
+    return checked(read_yaml(path))
+
+
+def checked(value: Any) -> Configuration:
+    """A configuration with its defaults. Raises ConfigError, which names the wrong key and the nearest right one."""
+    config = read_as(Configuration, value)
+    known(config.study, config.studies, "study is")
+    for name, study in config.studies.items():
+        for model in study.models:
+            known(model, config.models, f"studies.{name}.models names the model")
+        if study.models and study.corpus is None:
+            raise ConfigError(f"studies.{name} names models but no corpus: add one of {', '.join(config.corpora)}")
+        if study.corpus is not None:
+            known(study.corpus, config.corpora, f"studies.{name}.corpus names the corpus")
+        if study.sweep is not None:
+            known(study.sweep, config.sweeps, f"studies.{name}.sweep names the sweep")
+        if study.perplexity is not None:
+            _check_part(f"studies.{name}.perplexity", study.perplexity, config)
+            with naming(f"studies.{name}.perplexity.methods"):
+                for method in study.perplexity.methods:
+                    check_name(method)
+    for name, sweep in config.sweeps.items():
+        if sweep.capture is not None:
+            _check_part(f"sweeps.{name}.capture", sweep.capture, config)
+        with naming(f"sweeps.{name}"):
+            for method in sweep.methods:
+                check_name(method)
+            if sweep.parameters:
+                sweep.check_methods()
+    return config
+
+
+def read_as(kind: type[S], value: Any) -> S:
+    """A part of a configuration alone, with its defaults. Raises ConfigError."""
+    refuse_what_is_not_plain(value)
+    try:
+        # By the rules of JSON neither a text nor a truth value is a number.
+        return kind.model_validate_json(json.dumps(_whole_numbers(value)), strict=True)
+    except ValidationError as error:
+        raise ConfigError(min(map(_one_line, error.errors()))[1]) from error
+
+
+def settings_file(config: Configuration, path: Path) -> Path:
+    """Write a checked configuration to `path` unless it is there already with the same content; returns the path."""
+    import yaml
+
+    text = "# Written by the workflow: the configuration of this run, with defaults filled in.\n"
+    text += yaml.safe_dump(config.model_dump(mode="json"), sort_keys=True, allow_unicode=True)
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        write_text(path, text)
+    return path
+
+
+@contextmanager
+def naming(place: str) -> Iterator[None]:
+    """Prefix errors with their place in the configuration."""
+    try:
+        yield
+    except ApproxKMVError as error:
+        raise ConfigError(f"{place}: {error}") from error
+
+
+def known(name: str, names: Mapping[str, Any], what: str) -> None:
+    """Raise ConfigError, with the nearest right name, unless there is one of that name."""
+    if name not in names:
+        raise ConfigError(f"{what} {name!r}, which is not there; {nearest(name, names)}")
+
+
+def _check_part(place: str, part: Any, config: Configuration) -> None:
+    known(part.model, config.models, f"{place} names the model")
+    known(part.corpus, config.corpora, f"{place} names the corpus")
+
+
+def _one_line(error: Any) -> tuple[int, str]:
+    """How deep in the configuration an error is, and the line that says it."""
+    place: tuple[Any, ...] = error["loc"]
+    kind, value, above, last = error["type"], error["input"], place[:-1], place[-1] if place else None
+    if kind == "extra_forbidden":
+        return len(above), f"{_dotted(above)} has the unknown key {last!r}; {nearest(last, keys_at(above))}"
+    if kind == "missing":
+        return len(above), f"{_dotted(above)} lacks the key {last!r}"
+    message = str(error["ctx"]["error"]) if kind == "value_error" else error["msg"].replace("Input should", "it must")
+    if last == "[key]":
+        return len(above), f"{_dotted(above[:-1])} has the name {shown(value)}: {message}"
+    return len(place), f"{_dotted(place)}{'' if isinstance(value, dict) else f' is {shown(value)}'}: {message}"
+
+
+def _dotted(place: Sequence[Any]) -> str:
+    return f"config: {'.'.join(map(str, place))}" if place else "config"
+
+
+def _whole_numbers(value: Any) -> Any:
+    """The same with 3.0, which JSON Schema takes for a whole number, as 3."""
+    if isinstance(value, dict):
+        return {key: _whole_numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_whole_numbers(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -1,0 +1,137 @@
+"""What values an annotation admits: checked and put into words with Python's own library, for a machine without others.
+
+pydantic reads the same annotations where a configuration is checked and where its schema is written.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+_ONE_AND_MANY: dict[Any, tuple[str, str]] = {
+    int: ("a whole number", "whole numbers"),
+    float: ("a number", "numbers"),
+    str: ("a text", "texts"),
+    NoneType: ("null", "null"),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Rule:
+    """What a value must be beside its type, as a part of an Annotated: in words, as a check and as JSON Schema."""
+
+    words: str
+    holds: Callable[[Any], bool]
+    schema: Mapping[str, Any]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> Any:
+        from pydantic_core.core_schema import no_info_after_validator_function
+
+        def check(value: Any) -> Any:
+            if not self.holds(value):
+                raise ValueError(f"give {in_words(source)}{self.words}")
+            return value
+
+        return no_info_after_validator_function(check, handler(source))
+
+    def __get_pydantic_json_schema__(self, core: Any, handler: Callable[[Any], Any]) -> Any:
+        return handler(core) | self.schema
+
+
+def at_least(least: int) -> Rule:
+    return Rule(f" of at least {least}", lambda value: value >= least, {"minimum": least})
+
+
+def between(least: int, most: int) -> Rule:
+    return Rule(f" from {least} to {most}", lambda value: least <= value <= most, {"minimum": least, "maximum": most})
+
+
+def above(bound: float, below: float = float("inf")) -> Rule:
+    words, schema = f" above {bound}", {"exclusiveMinimum": bound}
+    if below < float("inf"):
+        words, schema = f"{words} and below {below}", schema | {"exclusiveMaximum": below}
+    return Rule(words, lambda value: bound < value < below, schema)
+
+
+def each_once(least: int = 0) -> Rule:
+    """Of a list: at least so many values, and none of them twice, which would count what was done once."""
+    words = ", each once" + f", at least {least} of them" * (least > 1)
+    schema = {"uniqueItems": True} | ({"minItems": least} if least else {})
+    return Rule(words, lambda values: least <= len(values) == len(set(values)), schema)
+
+
+def at_least_one() -> Rule:
+    """Of a list or a mapping."""
+    return Rule(", at least one", lambda values: len(values) > 0, {"minItems": 1, "minProperties": 1})
+
+
+def like(pattern: str, words: str) -> Rule:
+    """Of a text: all of it matches a regular expression."""
+    return Rule(f" {words}", lambda text: re.fullmatch(pattern, text) is not None, {"pattern": f"^{pattern}$"})
+
+
+def hints(kind: Any) -> Mapping[str, Any]:
+    """The fields of a class with all that their annotations say."""
+    return get_type_hints(kind, include_extras=True)
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a value is what an annotation says. No truth value is a number, and no list a tuple."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return fits(value, inner[0]) and all(rule.holds(value) for rule in inner[1:])
+    if origin in (Union, UnionType):
+        return any(fits(value, one) for one in inner)
+    if origin is Literal:
+        return isinstance(value, str) and value in inner
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        kinds = inner[:1] * len(value) if inner[-1] is ... else inner
+        return len(value) == len(kinds) and all(map(fits, value, kinds))
+    if origin is Mapping:
+        return isinstance(value, Mapping) and all(fits(k, inner[0]) and fits(v, inner[1]) for k, v in value.items())
+    if kind in (int, float):
+        return isinstance(value, (int, kind)) and not isinstance(value, bool)
+    return kind is Any or isinstance(value, kind)
+
+
+def in_words(kind: Any, many: bool = False) -> str:
+    """What an annotation says, as a message or a document tells it."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return in_words(inner[0], many) + "".join(rule.words for rule in inner[1:] if isinstance(rule, Rule))
+    if origin in (Union, UnionType):
+        return ", or ".join(in_words(one, many) for one in inner)
+    if origin is Literal:
+        return " or ".join(", ".join(map(repr, inner)).rsplit(", ", 1))
+    if origin is tuple and inner[-1] is not ...:
+        return ("pairs of " if many else "a pair of ") + in_words(inner[0], many=True)
+    if origin is tuple:
+        return ("lists of " if many else "a list of ") + in_words(inner[0], many=True)
+    if origin is Mapping:
+        return f"{'mappings' if many else 'a mapping'} from names to {in_words(inner[1], many=True)}"
+    return _ONE_AND_MANY.get(kind, ("a mapping", "mappings"))[many]
+
+
+def advice(value: Any, kind: Any) -> str:
+    """What to write in place of a value that does not fit."""
+    close = difflib.get_close_matches(str(value), get_args(kind), n=1) if get_origin(kind) is Literal else []
+    return f"did you mean {close[0]!r}?" if close else f"give {in_words(kind)}"
+
+
+def nearest(word: object, words: Iterable[str]) -> str:
+    """The right word for a wrong one, or all there are, as the end of a message."""
+    words = sorted(words)
+    close = difflib.get_close_matches(str(word), words, n=1, cutoff=0.4)
+    return f"did you mean {close[0]!r}?" if close else f"there is {', '.join(words) or 'none'}"
+
+
+def shown(value: object) -> str:
+    """A value as a message quotes it, cut where it is too long for that."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
