@@ -80,7 +80,7 @@ def hints(kind: Any) -> Mapping[str, Any]:
 
 
 def fits(value: Any, kind: Any) -> bool:
-    """Whether a value is what an annotation says. No truth value is a number, and no list a tuple."""
+    """Whether a value is what an annotation says. Lists are tuples; no truth value is a number."""
     origin, inner = get_origin(kind), get_args(kind)
     if origin is Annotated:
         return fits(value, inner[0]) and all(rule.holds(value) for rule in inner[1:])
@@ -89,7 +89,7 @@ def fits(value: Any, kind: Any) -> bool:
     if origin is Literal:
         return isinstance(value, str) and value in inner
     if origin is tuple:
-        if not isinstance(value, tuple):
+        if not isinstance(value, (tuple, list)):
             return False
         kinds = inner[:1] * len(value) if inner[-1] is ... else inner
         return len(value) == len(kinds) and all(map(fits, value, kinds))

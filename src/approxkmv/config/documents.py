@@ -37,15 +37,22 @@ editor can complete and check the file as you type.
 """
 
 
-class _WithoutTitles(GenerateJsonSchema):
+class _Schema(GenerateJsonSchema):
     def field_title_should_be_set(self, schema: Any) -> bool:
         return False
+
+    def dict_schema(self, schema: Any) -> Any:
+        # pydantic writes patternProperties, which let every other name pass.
+        found = super().dict_schema(schema)
+        for pattern, item in found.pop("patternProperties", {}).items():
+            found |= {"propertyNames": {"pattern": pattern}, "additionalProperties": item}
+        return found
 
 
 def json_schema() -> dict[str, Any]:
     """The JSON Schema of a configuration."""
-    schema = Configuration.model_json_schema(schema_generator=_WithoutTitles)
-    return {"$schema": _WithoutTitles.schema_dialect, **schema}
+    schema = Configuration.model_json_schema(schema_generator=_Schema)
+    return {"$schema": _Schema.schema_dialect, **schema}
 
 
 def schema_text() -> str:

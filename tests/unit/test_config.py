@@ -1,0 +1,132 @@
+"""The keys of the configuration are told once: what is made of them is up to date, agrees, and is in a wheel."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from bad_inputs import configuration
+
+from approxkmv.config import checked, load_config, settings_file, study_of
+from approxkmv.config.documents import document, json_schema, schema_text, sections
+from approxkmv.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_schema_and_the_document_are_made_of_the_keys_as_they_are():
+    assert (ROOT / "workflow/schemas/config.schema.yaml").read_text() == schema_text(), "approxkmv config schema"
+    assert (ROOT / "docs/configuration.md").read_text() == document(), "approxkmv config document"
+
+
+def test_every_key_is_explained():
+    schema = json_schema()
+    described = [schema, *schema["$defs"].values()]
+    assert len(described) == len(list(sections()))
+    for part in described:
+        assert part["description"]
+        for name, key in part["properties"].items():
+            assert key.get("description"), f"{part['title']}.{name} has no text below it"
+
+
+def is_taken(config: object) -> bool:
+    try:
+        checked(config)
+    except ConfigError:
+        return False
+    return True
+
+
+def test_the_schema_refuses_nothing_that_is_taken_and_knows_the_bounds():
+    validator = pytest.importorskip("jsonschema").Draft202012Validator(json_schema())
+    validator.validate(yaml.safe_load((ROOT / "config.yaml").read_text()))
+    validator.validate(configuration.good())
+    refused = set()
+    for name, place, value in configuration.CHANGES:
+        config = part = configuration.good()
+        *above, last = place.split(".")
+        for key in above:
+            part = part[int(key)] if isinstance(part, list) else part[key]
+        part[int(last) if isinstance(part, list) else last] = copy.deepcopy(value)
+        if not validator.is_valid(config):
+            assert not is_taken(config), name
+            refused.add(name)
+    assert refused >= {
+        *("an unknown key of a study", "an unknown key of a workload", "an unknown unit", "a seed of -1", "no seeds"),
+        *("a thousand million threads", "a target that is 20", "a size twice", "two sizes", "a hash in capitals"),
+        *("a name with an underscore", "a name of 300 letters", "a factor of 1", "a head with one number", "no cache"),
+        *("perplexity without a method", "a method without parameter sets", "an empty source"),
+    }
+
+
+def test_a_wrong_key_in_a_study_that_is_called_as_a_key_is_named():
+    config = configuration.good()
+    config["studies"]["complexity"] = {"complexity": {"size": [1, 2, 3]}}
+    with pytest.raises(ConfigError, match=r"studies.complexity.complexity has the unknown key 'size'; .* 'sizes'"):
+        checked(config)
+
+
+def test_whole_numbers_may_be_written_with_a_point():
+    config = configuration.good()
+    config["studies"]["tiny"]["seed"] = 3.0
+    config["sweeps"]["s"]["workloads"][0]["lengths"] = [64.0]
+    assert study_of(checked(config)).seed == 3
+    assert study_of(checked(config)).sweep.workloads[0].lengths == (64,)
+
+
+def test_what_the_workflow_writes_of_a_configuration_is_the_same_configuration(tmp_path):
+    config = load_config(ROOT / "config.yaml")
+    assert load_config(settings_file(config, tmp_path / "config.yaml")) == config
+
+
+def test_the_heads_of_a_capture_are_those_that_a_workload_names_or_all():
+    config = configuration.good()
+    config["sweeps"]["s"]["capture"]["heads"] = [[0, 1], [1, 0], [1, 1]]
+    config["sweeps"]["s"]["workloads"][1:] = [
+        {"name": "model-qk", "lengths": [64]},
+        {"name": "model-qk", "lengths": [32], "heads": [2]},
+        {"name": "model-qk", "lengths": [16], "path": "own.safetensors"},
+    ]
+    words, every, one, own = study_of(checked(config)).sweep.with_capture("a.safetensors", "b.safetensors").workloads
+    assert words.path is None
+    assert (every.heads, every.path, every.tuning_path) == ((0, 1, 2), "a.safetensors", "b.safetensors")
+    assert (one.heads, one.path) == ((2,), "a.safetensors")
+    assert (own.path, own.tuning_path) == ("own.safetensors", None)
+
+
+def test_an_installed_wheel_reads_its_configuration(tmp_path):
+    for name in ("src", "pyproject.toml", "README.md", "LICENSE"):
+        copied = tmp_path / "project" / name
+        copied.parent.mkdir(exist_ok=True)
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, copied, ignore=shutil.ignore_patterns("*.egg-info", "__pycache__"))
+        else:
+            shutil.copy(ROOT / name, copied)
+    build = "wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir"
+    subprocess.run([sys.executable, "-m", "pip", *build.split(), tmp_path, tmp_path / "project"], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    shutil.unpack_archive(wheel, tmp_path / "installed", "zip")
+    configuration.prepare(tmp_path)
+    config = configuration.good()
+    # The word vectors of its sweep are in a checkout alone.
+    config["studies"]["tiny"]["sweep"] = None
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+
+    def check(*words):
+        code = "import approxkmv.cli as cli; print(cli.__file__); cli.main()"
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}
+        command = [sys.executable, "-c", code, "config", "check", *words]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    done = check()
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(str(tmp_path / "installed"))
+    done = check("--study", "tinny")
+    assert done.returncode == 2
+    assert "did you mean 'tiny'?" in done.stderr
