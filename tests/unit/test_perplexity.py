@@ -182,7 +182,7 @@ def test_the_table_has_a_row_for_each_setting_and_names_what_cannot_run(model, t
     measure_perplexity(
         model,
         "llama",
-        CorpusEntry("words", f"path:{text}", None, "words"),
+        CorpusEntry(name="words", source=f"path:{text}", label="words"),
         tokens=[300, 30],
         methods=chosen_methods({"approxkmv": [{}, {"near": 16}], "knn": [{}]}),
         layers="0,2",
@@ -223,7 +223,7 @@ def say(line):
 CausalModel.tokens = lambda self, documents, count: json.loads(sys.argv[3])[:count]
 given = json.loads(sys.argv[4])
 given["methods"] = chosen_methods(given["methods"])
-model, corpus = CausalModel.load(ModelLocation(Path(sys.argv[1]))), CorpusEntry(*given.pop("corpus"))
+model, corpus = CausalModel.load(ModelLocation(Path(sys.argv[1]))), CorpusEntry(**given.pop("corpus"))
 measure_perplexity(model, "llama", corpus, out=Path(sys.argv[2]), record={}, say=say, **given)
 """
 
@@ -233,13 +233,14 @@ def asked(tmp_path):
     """What measure_perplexity is asked, but for the model, its name and the method objects."""
     text = tmp_path / "text.txt"
     text.write_text("some words")
-    given = {"corpus": ["words", f"path:{text}", None, "words"], "tokens": [30, 200], "methods": {"approxkmv": [{}]}}
+    corpus = {"name": "words", "source": f"path:{text}", "label": "words"}
+    given = {"corpus": corpus, "tokens": [30, 200], "methods": {"approxkmv": [{}]}}
     return given | {"layers": "0,2", "seed": 0, "require_all": False}
 
 
 def measure(model, asked, out, **more):
     given = {**asked, "record": {}, "say": lambda line: None, **more}
-    corpus = CorpusEntry(*given.pop("corpus"))
+    corpus = CorpusEntry(**given.pop("corpus"))
     methods = chosen_methods(given.pop("methods"))
     measure_perplexity(model, "llama", corpus, out=out, methods=methods, **given)
     return pd.read_csv(out)
