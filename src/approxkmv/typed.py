@@ -5,12 +5,13 @@ pydantic reads the same annotations where a configuration is checked and where i
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from approxkmv.errors import did_you_mean
 
 _ONE_AND_MANY: dict[Any, tuple[str, str]] = {
     int: ("a whole number", "whole numbers"),
@@ -120,15 +121,9 @@ def in_words(kind: Any, many: bool = False) -> str:
 
 def advice(value: Any, kind: Any) -> str:
     """What to write in place of a value that does not fit."""
-    close = difflib.get_close_matches(str(value), get_args(kind), n=1) if get_origin(kind) is Literal else []
-    return f"did you mean {close[0]!r}?" if close else f"give {in_words(kind)}"
-
-
-def nearest(word: object, words: Iterable[str]) -> str:
-    """The right word for a wrong one, or all there are, as the end of a message."""
-    words = sorted(words)
-    close = difflib.get_close_matches(str(word), words, n=1, cutoff=0.4)
-    return f"did you mean {close[0]!r}?" if close else f"there is {', '.join(words) or 'none'}"
+    if get_origin(kind) is Literal:
+        return did_you_mean(value, get_args(kind), "there are", 0.4)
+    return f"give {in_words(kind)}"
 
 
 def shown(value: object) -> str:

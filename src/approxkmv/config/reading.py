@@ -13,9 +13,9 @@ from pydantic import ValidationError
 from approxkmv.attention import check_name
 from approxkmv.config.documents import keys_at
 from approxkmv.config.keys import Configuration, Section
-from approxkmv.errors import ApproxKMVError, ConfigError
+from approxkmv.errors import ApproxKMVError, ConfigError, did_you_mean
 from approxkmv.files import write_text
-from approxkmv.typed import nearest, shown
+from approxkmv.typed import shown
 from approxkmv.yaml_text import read_yaml, refuse_what_is_not_plain
 
 S = TypeVar("S", bound=Section)
@@ -88,7 +88,7 @@ def naming(place: str) -> Iterator[None]:
 def known(name: str, names: Mapping[str, Any], what: str) -> None:
     """Raise ConfigError, with the nearest right name, unless there is one of that name."""
     if name not in names:
-        raise ConfigError(f"{what} {name!r}, which is not there; {nearest(name, names)}")
+        raise ConfigError(f"{what} {name!r}, which is not there; {did_you_mean(name, names, 'there is', 0.5)}")
 
 
 def _check_part(place: str, part: Any, config: Configuration) -> None:
@@ -101,7 +101,9 @@ def _one_line(error: Any) -> tuple[int, str]:
     place: tuple[Any, ...] = error["loc"]
     kind, value, above, last = error["type"], error["input"], place[:-1], place[-1] if place else None
     if kind == "extra_forbidden":
-        return len(above), f"{_dotted(above)} has the unknown key {last!r}; {nearest(last, keys_at(above))}"
+        return len(
+            above
+        ), f"{_dotted(above)} has the unknown key {last!r}; {did_you_mean(last, keys_at(above), 'there are', 0.4)}"
     if kind == "missing":
         return len(above), f"{_dotted(above)} lacks the key {last!r}"
     message = str(error["ctx"]["error"]) if kind == "value_error" else error["msg"].replace("Input should", "it must")

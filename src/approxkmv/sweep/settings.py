@@ -10,7 +10,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from itertools import product
 from typing import Annotated, Any, Literal, TypeVar
 
-from approxkmv.errors import ConfigError
+from approxkmv.errors import ConfigError, did_you_mean
 from approxkmv.typed import (
     Rule,
     above,
@@ -23,7 +23,6 @@ from approxkmv.typed import (
     hints,
     in_words,
     like,
-    nearest,
     shown,
 )
 
@@ -200,7 +199,7 @@ def _built(kind: type[T], given: Mapping[str, Any], where: str) -> T:
     known = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
     for key in given:
         if key not in known:
-            raise ConfigError(f"{where} has no key {key!r}; {nearest(key, known)}")
+            raise ConfigError(f"{where} has no key {key!r}; {did_you_mean(key, known, 'it has', 0.5)}")
     for name, one in known.items():
         if name not in given and one.default is MISSING and one.default_factory is MISSING:
             raise ConfigError(f"{where} lacks the key {name!r}: give {in_words(hints(kind)[name])}")
