@@ -143,10 +143,12 @@ def test_the_identity_of_one_file_is_that_of_the_file_and_what_is_absent_is_one_
 
 
 def test_a_source_without_a_revision_stops_only_the_studies_that_use_it():
-    from approxkmv.config import load_config, study_of
+    from approxkmv.config import checked, study_of
+    from approxkmv.yaml_text import read_yaml
 
-    config = load_config(Path(__file__).parents[2] / "config.yaml")
-    config["models"]["bert-base-uncased"]["source"] = "hub:google-bert/bert-base-uncased"
+    given = read_yaml(Path(__file__).parents[2] / "config.yaml")
+    given["models"]["bert-base-uncased"]["source"] = "hub:google-bert/bert-base-uncased"
+    config = checked(given)
     assert study_of(config, "embedded").models
     with pytest.raises(ConfigError, match=r"models.bert-base-uncased.source: .*pin one"):
         study_of(config, "paper")
