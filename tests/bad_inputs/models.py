@@ -138,6 +138,22 @@ def lora(folder: Path) -> None:
     save(folder, {"base_model.model.layers.0.q_proj.lora_A.weight": torch.ones(2, 4)}, "adapter_model.safetensors")
 
 
+def in_whole_numbers(folder: Path) -> None:
+    tensors = weights(folder)
+    tensors[f"{LAYER}.query.weight"] = (100 * tensors[f"{LAYER}.query.weight"]).char()
+    save(folder, tensors)
+
+
+def own_rotary(folder: Path) -> None:
+    """Frequencies of a context that was made four times as long, of which the configuration says nothing."""
+    import torch
+    from models_support import save_small
+
+    save_small(folder, "llama")
+    frequencies = 10000.0 ** -(torch.arange(4) / 4) / 4
+    save(folder, weights(folder) | {"layers.0.self_attn.rotary_emb.inv_freq": frequencies})
+
+
 def larger_vocabulary(folder: Path) -> None:
     with (folder / "vocab.txt").open("a") as file:
         file.write("more\nwords\n")
@@ -167,6 +183,9 @@ FOLDERS: list[tuple[str, Callable[[Path], None], str]] = [
     ("FP8 scale", extra_weight(f"{LAYER}.query.weight_scale_inv", 1, 1), "weight_scale_inv"),
     ("more layers than its configuration", change(CONFIG, num_hidden_layers=2), "encoder.layer.2"),
     ("extra norm of the embeddings", extra_weight("embed_norm.weight", 32), "embed_norm"),
+    ("bias of each head", extra_weight(f"{LAYER}.bias", 1, 4, 40, 40), f"{LAYER}.bias"),
+    ("weights in whole numbers", in_whole_numbers, f"{LAYER}.query.weight"),
+    ("rotary embedding of its own", replaced(own_rotary), "rotary_emb.inv_freq"),
     ("mask buffer that is a bias", extra_weight(f"{LAYER}.bias", 32), f"{LAYER}.bias"),
     ("fewer layers than its configuration", change(CONFIG, num_hidden_layers=4), "would be random"),
     ("no query in a layer", without("layer.1.attention.self.query"), "would be random"),

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 import transformers
-from bad_inputs.models import FOLDERS, bad_folder, change, extra_weight, pieces_alone, small_bert, use
+from bad_inputs.models import FOLDERS, bad_folder, change, extra_weight, pieces_alone, save, small_bert, use, weights
 from models_support import TEXTS, VOCABULARY, save_small
 
 from approxkmv.models import CapturableModel, ModelLocation
@@ -86,6 +86,16 @@ def test_the_sinusoids_of_marian_are_not_random(tmp_path):
     table = model.model.encoder.embed_positions.weight
     assert capturing._backbone.embed_positions.weight.equal(table)
     assert float(table.abs().max()) > 0.9
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_saved_frequencies_of_a_rotary_embedding_are_those_that_are_computed(tmp_path, dtype):
+    save_small(tmp_path, "llama")
+    frequencies = (10000.0 ** -(torch.arange(4) / 4)).to(dtype)
+    save(tmp_path, weights(tmp_path) | {"layers.1.self_attn.rotary_emb.inv_freq": frequencies})
+    CapturableModel.load(ModelLocation(tmp_path))
+    scaling = {"method": "linear", "factor": 4.0}
+    assert CapturableModel.load(ModelLocation(tmp_path), rotary_scaling=scaling).max_positions == 160
 
 
 def test_an_empty_auto_map_names_no_code(tmp_path):

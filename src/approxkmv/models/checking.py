@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,18 +74,33 @@ def weight_shapes(folder: Path, name: str) -> dict[str, list[int]]:
 
     Raises SourceError for a file that is absent, cut short or damaged, or named by an index outside the folder.
     """
+    return {key: weight.get_shape() for key, weight in _weights(folder, name)}
+
+
+def whole_numbers(folder: Path, name: str) -> set[str]:
+    """The weights there that are saved as whole numbers or truth values; raises as weight_shapes."""
+    return {
+        key for key, weight in _weights(folder, name) if weight.get_dtype()[0] in "IU" or weight.get_dtype() == "BOOL"
+    }
+
+
+def rotary_frequencies(folder: Path, name: str) -> dict[str, Any]:
+    """The frequencies of rotary embeddings there, as tensors, which few models save; raises as weight_shapes."""
+    return {key: weight[:] for key, weight in _weights(folder, name) if key.endswith("rotary_emb.inv_freq")}
+
+
+def _weights(folder: Path, name: str) -> Iterator[tuple[str, Any]]:
     from safetensors import SafetensorError, safe_open
 
-    shapes: dict[str, list[int]] = {}
     for path in _weight_files(folder, name):
         try:
-            with safe_open(path, framework="np") as weights:
-                shapes |= {key: weights.get_slice(key).get_shape() for key in weights.keys()}  # noqa: SIM118
+            with safe_open(path, framework="pt") as weights:
+                for key in weights.keys():  # noqa: SIM118
+                    yield key, weights.get_slice(key)
         except (SafetensorError, OSError, ValueError) as error:
             raise SourceError(
                 f"{name}: {path.name} is no whole safetensors file ({error}): fetch or copy it again"
             ) from error
-    return shapes
 
 
 def _weight_files(folder: Path, name: str) -> list[Path]:

@@ -27,7 +27,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import logging
 
 from approxkmv.errors import CaptureError, SourceError, one_line
-from approxkmv.models.checking import check_folder, weight_shapes
+from approxkmv.models.checking import check_folder, rotary_frequencies, weight_shapes, whole_numbers
 from approxkmv.models.sources import ModelLocation
 from approxkmv.progress import on_terminal
 
@@ -190,7 +190,34 @@ def _load(kind: Any, location: ModelLocation, dtype: torch.dtype, attention: str
             f"{_name(location)}: {len(unknown)} weights in the file are none of {type(model).__name__}, first "
             f"{unknown[0]}: without them it would be another model, so it is not used"
         )
+    if location.gguf_file is None:
+        _refuse_what_is_read_otherwise(location, model, scaled=config is not None)
     return model.eval()
+
+
+def _refuse_what_is_read_otherwise(location: ModelLocation, model: Any, scaled: bool) -> None:
+    """Raise SourceError, by name, for weights that transformers takes for something else than they are.
+
+    Frequencies of rotary embeddings it computes anew, and leaves out those of the file; codes of weights without their
+    quantisation it takes for the weights. `scaled` says that the frequencies are meant to be others.
+    """
+    computed = [buffer for key, buffer in model.named_buffers() if key.endswith("inv_freq")]
+    for key, saved in rotary_frequencies(location.folder, _name(location)).items():
+        # Of half precision, where they were saved so.
+        near = (x.shape == saved.shape and torch.allclose(x, saved.to(x), rtol=1e-2, atol=1e-6) for x in computed)
+        if not scaled and not any(near):
+            raise SourceError(
+                f"{_name(location)}: {key} in the file is not what the configuration says of the rotary embedding, "
+                "and would be left out: write its scaling into config.json, as rope_parameters"
+            )
+    numbers = {key for key, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    prefix = f"{model.base_model_prefix}."
+    for key in sorted(whole_numbers(location.folder, _name(location))):
+        if key in numbers or key.removeprefix(prefix) in numbers or f"{prefix}{key}" in numbers:
+            raise SourceError(
+                f"{_name(location)}: {key} is saved in whole numbers, which are codes of the weights and not the "
+                "weights: save the model without quantisation"
+            )
 
 
 def _random(model: Any, key: str) -> bool:
@@ -205,7 +232,8 @@ def _matters(model: Any, key: str, shapes: dict[str, list[int]]) -> bool:
     model.), or, where these have none, under a name that a class of the same architecture gives its head.
     """
     shape = shapes.get(key, [])
-    causal_mask = key.endswith(".bias") and len(shape) == 4 and shape[-1] == shape[-2]
+    # One for all heads; a bias that is learned has one for each.
+    causal_mask = key.endswith(".bias") and shape[:-2] == [1, 1] and shape[-1] == shape[-2]
     if AFTER_ATTENTION.search(key) or COMPUTED.search(key) or causal_mask:
         return False
     prefix = f"{model.base_model_prefix}."
