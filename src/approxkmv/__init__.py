@@ -1,4 +1,4 @@
-"""Sparsity of attention kernels, measured, and ApproxKMV with its rivals. The public interface."""
+"""Measure the sparsity of attention kernels, and race ApproxKMV against other methods. The public interface."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Loaded on first use, so that a machine with torch alone can import the parts that need nothing else.
+# Imported on first use, so that a machine with only torch can import the parts that need nothing else.
 _HOME = {
     "ApproxKMVError": "approxkmv.errors",
     "AttentionReduction": "approxkmv.kernels",

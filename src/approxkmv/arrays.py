@@ -1,4 +1,4 @@
-"""Queries and keys as they come (torch or NumPy, any floating type) and as the mathematics wants them."""
+"""Convert queries and keys (torch or NumPy, any floating dtype) to float64 tensors, and check arguments."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from approxkmv.errors import InputError
 
-# Far above any activation, and far below where float64 overflows. A scale may be as large.
+# Far above any activation and far below float64's overflow; the scale may be as large.
 LARGEST_PRODUCT = 1e100
 
 Array: TypeAlias = torch.Tensor | np.ndarray
@@ -20,7 +20,7 @@ Array: TypeAlias = torch.Tensor | np.ndarray
 def as_float64(array: Array, name: str) -> torch.Tensor:
     """The same numbers as a float64 tensor on the same device.
 
-    Raises InputError, naming the argument, when it is not a tensor or array of real numbers or is not finite.
+    Raises InputError, naming the argument, unless it is a tensor or array of finite real numbers.
     """
     if isinstance(array, np.ndarray):
         if array.dtype.kind not in "fiu":
@@ -38,7 +38,7 @@ def as_float64(array: Array, name: str) -> torch.Tensor:
 
 
 def _largest(tensor: torch.Tensor) -> float:
-    """The largest absolute value, 0 for no numbers; a NaN or an infinity survives it. No copy is made."""
+    """The largest absolute value, 0 if there are no entries; NaN and infinity propagate. Makes no copy."""
     if tensor.numel() == 0:
         return 0.0
     low, high = torch.aminmax(tensor)
@@ -46,12 +46,12 @@ def _largest(tensor: torch.Tensor) -> float:
 
 
 def queries_and_keys(q: Array, k: Array) -> tuple[torch.Tensor, torch.Tensor, Callable[[torch.Tensor], Array]]:
-    """q (..., n_q, d) and k (..., n_k, d) as float64 tensors, and the way back to the caller's kind of array.
+    """q (..., n_q, d) and k (..., n_k, d) as float64 tensors, and a function back to the caller's kind of array.
 
-    Raises InputError when the two do not fit together: different kinds, batch shapes or widths, or no rows.
+    Raises InputError if the two do not match: different kinds, batch shapes or widths, or no rows.
     """
     if isinstance(q, np.ndarray) != isinstance(k, np.ndarray):
-        raise InputError("q and k are of different kinds: give two torch tensors or two NumPy arrays")
+        raise InputError("q and k differ in kind: give two torch tensors or two NumPy arrays")
     queries, keys = as_float64(q, "q"), as_float64(k, "k")
     if queries.ndim < 2 or keys.ndim < 2:
         raise InputError(f"q {tuple(queries.shape)} and k {tuple(keys.shape)} must be (..., n_q, d) and (..., n_k, d)")
@@ -61,7 +61,7 @@ def queries_and_keys(q: Array, k: Array) -> tuple[torch.Tensor, torch.Tensor, Ca
         )
     if 0 in queries.shape[-2:] or 0 in keys.shape[-2:]:
         raise InputError(f"q {tuple(queries.shape)} or k {tuple(keys.shape)} has no rows or no columns")
-    # Logits and the lemma's row terms are bounded by these; beyond, float64 cannot hold their logarithms.
+    # These bound the logits and the lemma's row terms; beyond them float64 cannot hold the logarithms.
     if max(_largest(queries), _largest(keys)) > math.sqrt(LARGEST_PRODUCT / queries.shape[-1]):
         raise InputError(f"q or k is so large that products of entries exceed {LARGEST_PRODUCT:g}: scale them down")
     back: Callable[[torch.Tensor], Array] = (lambda t: t.numpy()) if isinstance(q, np.ndarray) else (lambda t: t)
@@ -69,7 +69,7 @@ def queries_and_keys(q: Array, k: Array) -> tuple[torch.Tensor, torch.Tensor, Ca
 
 
 def resolve_scale(scale: float | None, d: int) -> float:
-    """The factor of the logits: 1/sqrt(d) when none is given. Raises InputError unless positive and at most 1e100."""
+    """The factor of the logits; None means 1/sqrt(d). Raises InputError unless positive and at most 1e100."""
     if scale is None:
         return 1.0 / math.sqrt(d)
     is_number = isinstance(scale, (int, float, np.floating, np.integer)) and not isinstance(scale, bool)
@@ -79,7 +79,7 @@ def resolve_scale(scale: float | None, d: int) -> float:
 
 
 def resolve_seed(seed: int) -> int:
-    """The seed of a method's random numbers. Raises InputError unless a whole number from 0 that torch takes."""
+    """The seed of a method's random numbers. Raises InputError unless an integer in 0 ... 2^63 - 1."""
     if not isinstance(seed, (int, np.integer)) or isinstance(seed, bool) or not 0 <= seed < 2**63:
         raise InputError(f"seed is {seed!r}: it must be a whole number, at least 0 and below 2^63")
     return int(seed)

@@ -1,4 +1,4 @@
-"""The exceptions that a user can meet: each carries one line that says what, where and what to do."""
+"""The exceptions that users see: each carries a one-line message that says what is wrong, where, and what to do."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ class ApproxKMVError(Exception):
     """Base of every error that the command line prints as one line, with exit code 2."""
 
     def __init__(self, message: object) -> None:
-        # What another library says, and is quoted, may have several.
+        # A message quoted from another library may have several lines.
         super().__init__(" ".join(str(message).split("\n")).strip())
 
 
@@ -23,7 +23,7 @@ class ConfigError(ApproxKMVError):
 
 
 class SourceError(ApproxKMVError):
-    """A model or a text could not be fetched, or what came is not what its hash says."""
+    """A model or a text could not be fetched, or does not match its hash."""
 
 
 class CaptureError(ApproxKMVError):
@@ -35,11 +35,11 @@ class NonFiniteError(ApproxKMVError):
 
 
 class TableError(ApproxKMVError):
-    """A file that an earlier step wrote is missing, cut short or not what this step reads."""
+    """A file that an earlier step wrote is missing, truncated or not what this step expects."""
 
 
 class BusyError(ApproxKMVError):
-    """Another run works in the same folder."""
+    """Another run is using the same folder."""
 
 
 class UnavailableError(ApproxKMVError):
@@ -47,14 +47,14 @@ class UnavailableError(ApproxKMVError):
 
 
 def did_you_mean(word: object, words: Iterable[str], there: str, cutoff: float) -> str:
-    """The nearest of the right words, as the end of a message about a wrong one; without a near one, all of them."""
+    """The end of a message about an unknown word: the closest known word or, if none is close, all of them."""
     words = list(words)
     near = difflib.get_close_matches(str(word), words, n=1, cutoff=cutoff)
     return f"did you mean {near[0]!r}?" if near else f"{there}: {', '.join(words)}"
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of an error's text that says something, and what a colon at its end leads to; or its name."""
+    """The first non-blank line of an error's text, with the next one if it ends in a colon; or the error's type."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if len(lines) > 1 and lines[0].endswith(":"):
         return f"{lines[0]} {lines[1]}"

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written under a temporary name, renamed when complete, checked by hash."""
+"""Files that are complete or absent: written under a temporary name, renamed when complete, checked by hash."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ if TYPE_CHECKING:
     import pandas as pd
 
 MAX_UNPACKED = 64 << 30
-"""Bytes that an archive may unpack to; and no more than UNPACKED_TO_START and 20 times its own size."""
+"""The most bytes that an archive may unpack to; also no more than UNPACKED_TO_START plus 20 times its own size."""
 UNPACKED_TO_START = 1 << 30
 
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`; renamed to it when the block ends well, removed when it does not.
+    """A temporary path beside `path`, renamed to it if the block succeeds and removed if it fails.
 
-    The name keeps the suffix, from which matplotlib and pandas tell the format. Raises TableError, in one line, when
-    the disk is full or the folder cannot be written.
+    It keeps the suffix, which tells matplotlib and pandas the format. Raises TableError, in one line, when the disk
+    is full or the folder cannot be written.
     """
     path = Path(path)
     temporary = _temporary(path)
@@ -43,12 +43,12 @@ def written_whole(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise TableError(f"cannot write {path}: {error.strerror or error}") from error
     except Exception as error:
-        # safetensors says so in an exception of its own, which is no OSError.
+        # safetensors raises an exception of its own here, which is not an OSError.
         if type(error).__name__ != "SafetensorError":
             raise
         raise TableError(f"cannot write {path}: {error}") from error
     finally:
-        # Where the folder is no folder this fails too, and must not hide why.
+        # If the parent is not a folder this fails too, and must not hide the reason.
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
 
@@ -58,13 +58,13 @@ def _temporary(path: Path) -> Path:
 
 
 def check_writable(*paths: Path) -> None:
-    """Raise TableError unless each path can be written as a file of its own: to be known before hours of work."""
+    """Raise TableError unless each path can be written and is distinct: better known before hours of work."""
     for i, path in enumerate(map(Path, paths)):
         temporary = _temporary(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.exists() and not path.is_file():
-                raise TableError(f"cannot write {path}: it is a folder, or no file")
+                raise TableError(f"cannot write {path}: it exists and is not a regular file")
             temporary.touch()
             temporary.unlink()
         except OSError as error:
@@ -85,37 +85,37 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_csv(path: Path, table: pd.DataFrame) -> None:
-    """Write a CSV without an index, whole or not at all, and its hash beside it (see read_table).
+    """Write a CSV without an index, complete or not at all, with its hash beside it (see read_table).
 
-    Floats have the digits that bring the same number back.
+    Floats round-trip exactly.
     """
     with written_with_hash(path) as temporary:
         table.to_csv(temporary, index=False, lineterminator="\n")
 
 
 def write_parquet(path: Path, table: pd.DataFrame) -> None:
-    """Write a Parquet file without an index, whole or not at all, and its hash beside it (see read_table)."""
+    """Write a Parquet file without an index, complete or not at all, with its hash beside it (see read_table)."""
     with written_with_hash(path) as temporary:
         table.to_parquet(temporary, index=False, compression="zstd")
 
 
 @contextmanager
 def written_with_hash(path: Path) -> Iterator[Path]:
-    """As written_whole, of a table; its hash is written beside it (see read_table)."""
+    """Like written_whole, for a table; writes its hash beside it (see read_table)."""
     with written_whole(path) as temporary:
         yield temporary
-        # The old hash goes first: a kill in between leaves a table without one, not a table with another's.
+        # Remove the old hash first: a kill in between leaves a table without a hash, not one with a wrong hash.
         hash_file(path).unlink(missing_ok=True)
     write_text(hash_file(path), f"{sha256(path)}  {path.name}\n")
 
 
 def hash_file(path: Path) -> Path:
-    """Where the hash of a table stands."""
+    """The path of a table's hash."""
     return path.with_name(f"{path.name}.sha256")
 
 
 def is_damaged(path: Path) -> bool:
-    """Whether there is a hash and the file does not have it; a file without a hash is taken as it is."""
+    """Whether the file does not match the hash beside it; a file without a hash is accepted."""
     try:
         expected = hash_file(path).read_text(encoding="utf-8", errors="replace").split()
     except OSError:
@@ -124,21 +124,21 @@ def is_damaged(path: Path) -> bool:
 
 
 Columns: TypeAlias = Mapping[str, str]
-"""Names of columns, and what is in each: whole (numbers of at least 0), number, yes or no, text, or anything."""
+"""Column names and what each holds: "whole" (integers of at least 0), "number", "yes or no", "text" or "anything"."""
 
 
 def read_table(path: Path, columns: Columns | None = None, empty: bool = False) -> pd.DataFrame:
-    """Read a CSV or Parquet file that an earlier step wrote, with the columns that it must have.
+    """Read a CSV or Parquet file that an earlier step wrote, and check that it has the given columns.
 
-    Beside it, as FILE.sha256, may stand its hash; a table without one is taken as it is when no row is cut. Raises
-    TableError when the table is missing, cut short, of other columns or contents, or without rows unless `empty`.
+    If its hash lies beside it, as FILE.sha256, it must match; a table without one is accepted. Raises TableError when
+    the table is missing, truncated, of other columns or contents, or without rows unless `empty`.
     """
     import pandas as pd
 
     path = Path(path)
     try:
         if is_damaged(path):
-            raise TableError(f"{path} is not what its checksum says: delete it and run again")
+            raise TableError(f"{path} does not match its checksum: delete it and run again")
         table = pd.read_parquet(path) if path.suffix == ".parquet" else _read_csv(path)
     except FileNotFoundError as error:
         raise TableError(f"{path} is missing: run the step that writes it first") from error
@@ -157,20 +157,20 @@ def _read_csv(path: Path) -> pd.DataFrame:
 
     text = path.read_bytes().decode("utf-8")
     if not text.endswith("\n"):
-        raise ValueError("its last line is cut")
-    # pandas fills up rows that are too short.
+        raise ValueError("its last line is truncated")
+    # pandas would silently pad rows that are too short.
     rows = csv.reader(io.StringIO(text, newline=""), strict=True)
     names = next(rows)
     if len(set(names)) < len(names):
-        raise ValueError("a column stands twice")
+        raise ValueError("a column occurs twice")
     for row in rows:
         if len(row) != len(names):
-            raise ValueError(f"line {rows.line_num} has {len(row)} fields, and the first line {len(names)}")
+            raise ValueError(f"line {rows.line_num} has {len(row)} fieldsbut the first line {len(names)}")
     return pd.read_csv(io.StringIO(text))
 
 
 def check_columns(path: Path, table: pd.DataFrame, columns: Columns) -> None:
-    """Raise TableError unless the table has these columns, with what each says of its contents."""
+    """Raise TableError unless the table has these columns with the contents that each name stands for."""
     from pandas.api import types
 
     missing = [name for name in columns if name not in table]
@@ -185,20 +185,20 @@ def check_columns(path: Path, table: pd.DataFrame, columns: Columns) -> None:
             "yes or no": types.is_bool_dtype(values),
             "text": all(isinstance(value, str) for value in values),
         }
-        # A table without rows has no types.
+        # The columns of a table without rows have no meaningful types.
         if len(values) and not good.get(what, True):
             wanted = {"whole": "whole numbers of at least 0", "number": "numbers", "text": "text"}.get(what, what)
             raise TableError(f"{path}: column {name} must hold {wanted}: delete the file and run again")
 
 
 def read_json(path: Path, keys: Mapping[str, type] | None = None) -> dict[str, Any]:
-    """Read a JSON object that an earlier step wrote, with the keys that it must have and the type of each.
+    """Read a JSON object that an earlier step wrote, and check that it has the given keys, each of its type.
 
-    float is any number but NaN and infinity. Raises TableError when it is missing, cut short or of another shape.
+    float means any finite number. Raises TableError when the file is missing, truncated or of another shape.
     """
 
     def refuse(word: str) -> float:
-        raise ValueError(f"{word} is no number")
+        raise ValueError(f"{word} is not a finite number")
 
     try:
         value = json.loads(Path(path).read_bytes().decode("utf-8"), parse_constant=refuse)
@@ -207,25 +207,25 @@ def read_json(path: Path, keys: Mapping[str, type] | None = None) -> dict[str, A
     except (OSError, ValueError, RecursionError) as error:
         raise TableError(f"{path} cannot be read ({error}): delete it and run again") from error
     if not isinstance(value, dict):
-        raise TableError(f"{path} is no JSON object: delete it and run again")
+        raise TableError(f"{path} is not a JSON object: delete it and run again")
     check_keys(path, value, keys or {})
     return value
 
 
 def check_keys(path: Path, value: Mapping[str, Any], keys: Mapping[str, type]) -> None:
-    """Raise TableError unless the object that was read from `path` has these keys, each of its type."""
+    """Raise TableError unless the object read from `path` has these keys, each of its type."""
     for key, kind in keys.items():
         if key not in value:
             raise TableError(f"{path} lacks {key}: delete it and run again")
         found = value[key]
         good = type(found) in ((int, float) if kind is float else (kind,))
-        # JSON's 1e999 is read as infinity.
+        # JSON's 1e999 parses as infinity.
         if not good or found in (math.inf, -math.inf):
-            raise TableError(f"{path}: {key} is {reprlib.repr(found)}, where a {kind.__name__} must be: run again")
+            raise TableError(f"{path}: {key} is {reprlib.repr(found)}, not a {kind.__name__}: delete it and run again")
 
 
 def unpacked_limit(archive: Path) -> int:
-    """How many bytes an archive may unpack to: weights hardly compress, and a small file must not fill the disk."""
+    """The most bytes an archive may unpack to: weights hardly compress, and a small file must not fill the disk."""
     return min(MAX_UNPACKED, UNPACKED_TO_START + 20 * archive.stat().st_size)
 
 
@@ -236,7 +236,7 @@ def sha256(path: Path) -> str:
 
 
 def check_sha256(path: Path, expected: str | None) -> None:
-    """Raise SourceError unless the file has the expected hash; None expects nothing."""
+    """Raise SourceError unless the file has the expected hash; None skips the check."""
     if expected is None:
         return
     found = sha256(path)

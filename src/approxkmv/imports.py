@@ -1,4 +1,4 @@
-"""Which files of this package a command runs, from their imports: what a rule of the workflow depends on."""
+"""Which files of this package a command uses, found from its imports: the dependencies of a workflow rule."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 PACKAGE = ROOT.name
-# What the configuration says to a command is in the params of its rule, which run it again when they change; an edit
-# of how the configuration is read must not cost every result.
+# What a command needs from the configuration is in the params of its rule, which rerun it when they change; editing
+# the code that reads the configuration must not invalidate every result.
 APART = ROOT / "config"
 
 
 def command_files(command: str, *more: str) -> list[Path]:
-    """The files that a command of the command line imports, directly or not, in the order of their names.
+    """The files that a command imports, directly or indirectly, sorted by name.
 
     Args:
-        command: a name of a function of cli/, as `summary`.
-        more: what is imported by a name that is known at run time alone: files of the package, or folders of such.
+        command: the name of a function in cli/, such as `summary`.
+        more: files or folders of the package that are imported by a name known only at run time.
     """
     waiting = [*_of_command(command)]
     for name in more:
@@ -35,7 +35,7 @@ def command_files(command: str, *more: str) -> list[Path]:
 
 
 def _of_command(command: str) -> Iterator[Path]:
-    """What the function of a command imports, and the functions of cli/ that it calls."""
+    """The files that the function of a command imports, including those of the functions of cli/ that it calls."""
     files = sorted((ROOT / "cli").glob("*.py"))
     functions = {node.name: node for file in files for node in _tree(file).body if isinstance(node, ast.FunctionDef)}
     yield from _imported(functions[command])
@@ -55,7 +55,7 @@ def _tree(path: Path) -> ast.Module:
 
 
 def _imported(node: ast.AST) -> Iterator[Path]:
-    """The package's files that the code in a node imports, at once or when a function is called."""
+    """The package's files that the code in a node imports, either immediately or when a function is called."""
     if isinstance(node, ast.Import):
         for alias in node.names:
             yield from _module(alias.name)
@@ -65,9 +65,9 @@ def _imported(node: ast.AST) -> Iterator[Path]:
     elif isinstance(node, ast.If) and _is_type_checking(node):
         for part in node.orelse:
             yield from _imported(part)
-    # A package's __getattr__ imports what is asked of it by name: _named follows the names that are.
+    # A package's __getattr__ imports names on demand; _named follows the ones that are used.
     elif not (isinstance(node, ast.FunctionDef) and node.name == "__getattr__"):
-        # Imports are statements, and statements stand in these fields alone.
+        # Imports are statements, and statements occur only in these fields.
         for field in ("body", "orelse", "handlers", "finalbody", "cases"):
             for part in getattr(node, field, []):
                 yield from _imported(part)
@@ -75,7 +75,7 @@ def _imported(node: ast.AST) -> Iterator[Path]:
 
 @cache
 def _module(name: str) -> list[Path]:
-    """The file of a module and of the packages that it is in; none when it is not of this package."""
+    """The file of a module and of its parent packages; empty when it is not part of this package."""
     words = name.split(".")
     if words[0] != PACKAGE:
         return []
@@ -86,7 +86,7 @@ def _module(name: str) -> list[Path]:
 
 @cache
 def _named(module: str, name: str) -> list[Path]:
-    """The files of `from module import name`: also where the name comes from when the package gets it on demand."""
+    """The files of `from module import name`, also when the package imports the name on demand."""
     files = _module(module)
     submodule = _module(f"{module}.{name}")
     if len(submodule) > len(files):

@@ -25,7 +25,7 @@ class AttentionReduction:
     log_row_scale: Array
     """(..., n_q): scale (|q_i|^2 + max_j |k_j|^2) / 2, the logarithm of the row's factor."""
     sigma: float
-    """The bandwidth, 1/sqrt(scale)."""
+    """The bandwidth 1/sqrt(scale)."""
 
 
 @plain_torch()
@@ -37,8 +37,8 @@ def reduce_attention(q: Array, k: Array, scale: float | None = None) -> Attentio
     >>> tuple(r.queries.shape), tuple(r.keys.shape), tuple(r.log_row_scale.shape), round(r.sigma, 3)
     ((12, 7, 65), (12, 9, 65), (12, 7), 2.828)
 
-    The printed lemma lacks the factor 1/(2 sqrt(d)) in the two exponents in front of the sum; its proof has it,
-    and so has this code.
+    The printed lemma lacks the factor 1/(2 sqrt(d)) in the two exponents in front of the sum; its proof and this
+    code have it.
 
     Args:
         q: (..., n_q, d) queries. k: (..., n_k, d) keys. Torch tensors or NumPy arrays, any floating type.
@@ -81,5 +81,5 @@ def log_kernel(q: Array, k: Array, scale: float | None = None) -> Array:
     queries, keys, back = queries_and_keys(q, k)
     s = resolve_scale(scale, queries.shape[-1])
     row = 0.5 * s * (queries.square().sum(-1, keepdim=True) + keys.square().sum(-1).amax(-1)[..., None, None])
-    # Rounding can lift the entry of a query that equals the longest key a hair above 0.
+    # Rounding can lift the entry of a query that equals the longest key slightly above 0.
     return back((s * (queries @ keys.mT) - row).clamp_max(0.0))

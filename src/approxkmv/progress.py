@@ -1,4 +1,4 @@
-"""What a person at the terminal sees: bars with the time left, and one line per finished step."""
+"""What is shown on the terminal: progress bars with the time left, and one line per finished step."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ LOG = logging.getLogger("approxkmv")
 
 
 def on_terminal() -> bool:
-    """Whether somebody sees stderr, and so the bars of pip and of the hub's library."""
+    """Whether stderr is a terminal, so that progress bars of pip and of the hub's library are visible."""
     return sys.stderr.isatty()
 
 
 def progress(total: int, unit: str, title: str) -> Any:
-    """A tqdm bar on stderr, gone when done; silent where stderr is not a terminal."""
+    """A tqdm bar on stderr that disappears when done; silent if stderr is not a terminal."""
     from tqdm import tqdm
 
     return tqdm(
@@ -31,8 +31,8 @@ def progress(total: int, unit: str, title: str) -> Any:
 
 
 def log_to(path: Path | None) -> None:
-    """Send the lines of finished steps to stderr and, when given, to a log file as well."""
-    # On a full disk the log cannot be written either: its lines are lost, without a traceback for each.
+    """Send the lines of finished steps to stderr and, if given, also to a log file."""
+    # If the disk is full the log cannot be written either: drop its lines instead of printing a traceback for each.
     logging.raiseExceptions = False
     LOG.setLevel(logging.INFO)
     LOG.handlers.clear()
@@ -47,15 +47,15 @@ def log_to(path: Path | None) -> None:
 
 
 def reason_of(error: BaseException) -> str | None:
-    """What to tell the user of a mistake, a full disk or too little memory; None of an error that is none of these."""
+    """What to tell the user about a user error, a full disk or too little memory; None for any other error."""
     cause: BaseException | None = error
     while cause is not None:
-        # Also of an error that was raised in place of it, as that of a file which cannot be read.
+        # Also when it is the cause of another error, such as that of a file that cannot be read.
         if is_of_memory(cause):
             said = " ".join(str(cause).split())
             return (
                 f"out of memory{f' ({said[:160]})' if said else ''}: lower batch_tokens or shard_contexts of the study "
-                "(lengths, of a sweep or a perplexity), or take a machine with more"
+                "(for a sweep or perplexity: lengths), or use a machine with more memory"
             )
         cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
     if isinstance(error, ApproxKMVError):
@@ -66,10 +66,10 @@ def reason_of(error: BaseException) -> str | None:
 
 
 def is_of_memory(error: BaseException) -> bool:
-    """Python's and NumPy's MemoryError, the system's, and torch's: a class of its own on CUDA, sentences on a CPU.
+    """Whether this is Python's, NumPy's, the system's or torch's out-of-memory error.
 
-    With far too little its libraries cannot be mapped, nor files of weights, or oneDNN has no room for the code that
-    it makes.
+    torch has a class for it on CUDA, only messages on a CPU. When very little memory is left, libraries and files of
+    weights cannot be mapped, and oneDNN has no room for the code that it generates.
     """
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
@@ -84,7 +84,7 @@ def is_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """For the workflow's own code: what reason_of knows is one line on stderr and exit code 2."""
+    """For the workflow's own code: errors that reason_of knows become one line on stderr and exit code 2."""
     try:
         yield
     except Exception as error:
@@ -99,7 +99,7 @@ def one_line_errors() -> Iterator[None]:
 
 @contextmanager
 def step(title: str) -> Iterator[list[str]]:
-    """Time a step and say in one line that it is done; what the block appends to the list is added to the line."""
+    """Time a step and log one line when it is done; what the block appends to the list is added to that line."""
     start = time.perf_counter()
     notes: list[str] = []
     yield notes
@@ -108,7 +108,7 @@ def step(title: str) -> Iterator[list[str]]:
 
 
 class Times:
-    """Where a step spends its time: the seconds of each part, for the line that says it is done.
+    """Where a step spends its time: the seconds of each part, for the line logged at its end.
 
     >>> times = Times()
     >>> with times.of("model"): pass

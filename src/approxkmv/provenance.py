@@ -1,4 +1,4 @@
-"""Who made a result: command, machine, versions, commit. Written as JSON beside each table."""
+"""How a result was made: command, machine, versions, commit. Written as JSON beside each table."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def processor() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide results, those that are installed."""
+    """Versions of Python and of those installed packages that affect results."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -47,7 +47,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The commit of the checkout that this package runs from, with "+" when files differ from it; None outside one."""
+    """The commit of the checkout this package runs from, with "+" if files differ from it; None outside a checkout."""
 
     def git(*words: str) -> str:
         folder = Path(__file__).resolve().parent
@@ -62,7 +62,7 @@ def commit() -> str | None:
 
 
 def command() -> str:
-    """The command line of this process, as it is typed in the checkout."""
+    """The command line of this process, as one would type it in the checkout."""
     started = Path(sys.argv[0])
     module = getattr(sys.modules["__main__"], "__spec__", None)
     if module is not None:
@@ -77,7 +77,7 @@ def command() -> str:
 
 
 def describe(settings: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The record that stands beside a table: no times, so that a second run writes the same bytes."""
+    """The record written beside a table; it holds no times, so that a second run writes the same bytes."""
     import torch
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"

@@ -97,7 +97,7 @@ def test_shards_of_two_origins_are_refused_in_one_table(tmp_path: Path, monkeypa
         write_shard(folder / f"{shard:04d}.contexts.csv", table, origin)
         write_shard(folder / f"{shard:04d}.heads.parquet", table, "weights a, texts t")
     assert len(read_shards(folder, 1, "contexts.csv", "heads.parquet")) == 2
-    with pytest.raises(TableError, match=r"0000.contexts.csv.*0001.contexts.csv are of different weights or texts"):
+    with pytest.raises(TableError, match=r"0000.contexts.csv.*0001.contexts.csv come from different weights or texts"):
         read_shards(folder, 2, "contexts.csv")
     # Queries and keys were captured anew and their statistics not yet.
     write_shard(folder / "0000.contexts.csv", table, "weights b, texts t")

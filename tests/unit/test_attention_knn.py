@@ -188,7 +188,7 @@ def test_a_graph_search_that_looks_everywhere_is_as_good_as_the_exact_index():
 
 def test_bad_parameters_are_named():
     q, k, v = (t[None] for t in heads(30, 40, 4, 1))
-    with pytest.raises(InputError, match="no index is called 'tree'; there are: flat, hnsw"):
+    with pytest.raises(InputError, match="unknown index 'tree': use flat or hnsw"):
         get("knn")(q, k, v, index="tree")
     with pytest.raises(InputError, match="give a whole number of at least 1"):
         get("knn")(q, k, v, samples=0)

@@ -122,7 +122,7 @@ def test_products_beyond_float64_are_refused():
     from approxkmv import approx_kmv
 
     q, k, _ = (t[0].double() for t in inputs())
-    with pytest.raises(InputError, match="leaves float64"):
+    with pytest.raises(InputError, match="overflows float64"):
         approx_kmv(q, k, torch.full((96,), 1e308, dtype=torch.float64), sigma=100.0, epsilon=0.5, seed=1)
 
 

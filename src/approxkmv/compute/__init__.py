@@ -1,1 +1,1 @@
-"""Threads, scratch memory and counting: what statistics and attention share."""
+"""Threads, scratch memory and counting, shared by statistics and attention."""

@@ -1,7 +1,7 @@
-"""numba's compiler with a cache that knows all sources: import this only where numba is installed.
+"""numba's compiler with a cache that tracks all sources: import this only where numba is installed.
 
-numba's own cache asks whether the file of a function has changed, and not the files whose functions and constants are
-compiled into it; and two processes that write its index at once may leave code under the wrong signature.
+numba's own cache checks whether the file of a function has changed, but not the files whose functions and constants are
+compiled into it; and two processes that write its index at once may store code under the wrong signature.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from approxkmv.errors import TableError
 from approxkmv.files import written_whole
 
 _PACKAGES = Path(__file__).parents[2]
-_UNUSED = 30 * 86400  # seconds after which code that nobody loaded goes
+_UNUSED = 30 * 86400  # seconds after which code that nobody loaded is deleted
 
 
 def cached_njit(**options: Any) -> Callable[[Callable], Callable]:
-    """numba.njit with machine code kept from process to process until a source that it was made of changes.
+    """numba.njit whose machine code is cached between processes until one of its sources changes.
 
-    The code lies in `approxkmv/compiled` below NUMBA_CACHE_DIR, XDG_CACHE_HOME or ~/.cache, whichever is set first;
-    where nothing can be written it is compiled in each process. Under NUMBA_DISABLE_JIT=1 functions stay Python.
+    The cache is `approxkmv/compiled` below NUMBA_CACHE_DIR, XDG_CACHE_HOME or ~/.cache, whichever is set first; if
+    nothing can be written there, each process compiles for itself. Under NUMBA_DISABLE_JIT=1 functions stay Python.
     """
 
     def decorate(function: Callable) -> Callable:
@@ -54,7 +54,7 @@ def _file(module: str) -> Path | None:
 
 @cache
 def sources(module: str) -> list[Path]:
-    """The file of a module of this package and those of all modules of the package that it imports, however far."""
+    """The file of a module of this package and those of all modules of the package that it imports, recursively."""
     package = __name__.split(".")[0]
     found: dict[Path, None] = {}
     waiting = [module]
@@ -76,7 +76,7 @@ def sources(module: str) -> list[Path]:
 
 @cache
 def _origin(module: str) -> bytes:
-    """A hash of what the code of a module is made of and by: sources, Python, numba and its settings."""
+    """A hash of everything that determines a module's code: sources, Python, numba and its settings."""
     settings = sorted(item for item in os.environ.items() if item[0].startswith("NUMBA_"))
     origin = hashlib.sha256(repr((platform.python_version(), numba.__version__, settings)).encode())
     for file in sources(module):
@@ -93,14 +93,14 @@ def _folder() -> Path | None:
 
 
 class _Cache(NullCache):
-    """What a dispatcher asks for code before it compiles, and gives it to afterwards: one file for each signature.
+    """Where a dispatcher looks for code before it compiles, and stores it afterwards: one file per signature.
 
-    A file begins with the hash of the rest, since damaged machine code would end the process.
+    A file starts with the hash of the rest, since damaged machine code would crash the process.
     """
 
     def __init__(self, function: Callable, folder: Path) -> None:
         self._start = folder / f"{function.__module__}.{function.__qualname__}"
-        # Now, while the module is imported: its file may be edited before its first call.
+        # Hash now, at import: the file may be edited before the first call.
         self._origin = _origin(function.__module__)
 
     def _path(self, signature: Any, codegen: Any) -> Path:

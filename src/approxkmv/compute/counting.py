@@ -1,4 +1,4 @@
-"""How many kernel evaluations and inner products a method takes, counted where they are made."""
+"""How many kernel evaluations and inner products a method takes, counted where they happen."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from dataclasses import dataclass
 
 @dataclass
 class Counts:
-    """What a method evaluated while it was watched.
+    """What a method evaluated while being counted.
 
     A kernel evaluation is one exponential of an inner product of a query, or of the centre of a block of queries, with
-    a key, or with a point that stands for many keys (a centroid). The other inner products only choose or place
-    points: distances of k-means and of searches, projections of a hash. Padding that is computed counts. Sums over
-    evaluations (products with values, moments of far keys) do not.
+    a key, or with a point that represents many keys (a centroid). Other inner products only choose or place points:
+    distances in k-means and searches, projections of a hash. Padding counts if it is computed. Sums over evaluations
+    (products with values, moments of far keys) do not count.
 
     A recomputed row is a query whose approximate answer was lost (beyond the method's reach, or beyond float32) and was
-    replaced by the exact one. A method that is exact in any case recomputes none.
+    replaced by the exact one. An exact method recomputes none.
     """
 
     kernel_evaluations: int = 0
@@ -26,7 +26,7 @@ class Counts:
 
     @property
     def inner_products(self) -> int:
-        """All inner products, those in a kernel evaluation and the others."""
+        """All inner products, those of kernel evaluations and the others."""
         return self.kernel_evaluations + self.other_products
 
 
@@ -35,7 +35,7 @@ _watching: list[Counts] = []
 
 @contextmanager
 def counting() -> Iterator[Counts]:
-    """Collect what methods count inside the block, in every thread.
+    """Count the work of methods inside the block, in every thread.
 
     >>> import torch
     >>> from approxkmv.attention import get
@@ -49,12 +49,12 @@ def counting() -> Iterator[Counts]:
     try:
         yield counts
     finally:
-        # By identity: two dataclasses that counted the same are equal.
+        # By identity: two dataclasses with the same counts are equal.
         _watching[:] = [other for other in _watching if other is not counts]
 
 
 def count(kernel_evaluations: int = 0, other_products: int = 0, recomputed_rows: int = 0) -> None:
-    """Report evaluations to whoever is counting; next to nothing when nobody is."""
+    """Report evaluations to whoever is counting; costs next to nothing otherwise."""
     for counts in _watching:
         counts.kernel_evaluations += kernel_evaluations
         counts.other_products += other_products

@@ -1,4 +1,4 @@
-"""exp in float32 for compiled loops: a polynomial that the compiler turns into vector instructions."""
+"""exp in float32 for compiled loops: a polynomial that the compiler can vectorise."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import numpy as np
 from numba import njit
 
 f32 = np.float32
-# Sums may be reordered, or nothing is vectorised; NaN and infinity keep their meaning.
+# Allow reordering of sums, without which nothing is vectorised; NaN and infinity keep their meaning.
 FLAGS = {"reassoc", "contract", "nsz", "arcp"}
 
 
 @njit(inline="always")
 def exp(x):
-    """exp(x) in float32 to about 2e-7, clamped to where it is a normal number: 2^i times a polynomial."""
+    """exp(x) in float32 to about 2e-7, clamped to the range of normal numbers: 2^i times a polynomial."""
     x = min(max(x, f32(-87.0)), f32(88.0))
     i = np.floor(x * f32(1.4426950408889634) + f32(0.5))
     # log 2 in two parts, so that the remainder is exact

@@ -1,4 +1,4 @@
-"""Whether loops compiled by numba can be used here."""
+"""Whether loops compiled by numba can be used."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 @cache
 def numba_works() -> bool:
-    """Whether numba is installed and compiles: as Python some of the loops do not run and the others take minutes."""
+    """Whether numba is installed and compiles: in plain Python some loops do not run and others take minutes."""
     try:
         import numba
     except ImportError:
@@ -20,7 +20,7 @@ def numba_works() -> bool:
 
 
 def compiled_loops(module: str) -> ModuleType | None:
-    """A module of compiled loops, `attention.searched.loops` for instance, or None where numba does not work."""
+    """A module of compiled loops, such as `attention.searched.loops`, or None where numba does not work."""
     return import_module(f"approxkmv.{module}") if numba_works() else None
 
 

@@ -1,4 +1,4 @@
-"""Memory that is used again from call to call."""
+"""Memory that is reused from call to call."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import threading
 import torch
 
 _buffers = threading.local()
-# Set by tests: what is read before it is written shows as NaN.
+# Set by tests: fills scratch with NaN, so that reading before writing shows.
 _POISONED = False
 
 
 def scratch(name: str, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Uninitialised memory on the CPU, the same for each call with the same name in this thread.
+    """Uninitialised CPU memory, the same for every call with the same name in this thread.
 
-    Memory fresh from the system costs a page fault for every 4 KiB, which is more than these loops take to fill it.
-    What is written there holds until the next call of the method; an answer must not be scratch.
+    Memory fresh from the system costs a page fault every 4 KiB, more than these loops take to fill it. The contents
+    last until the next call of the method; never return scratch as an answer.
     """
-    # A tensor made in inference mode may not be written outside of it.
+    # A tensor made in inference mode cannot be written outside it.
     key = name, dtype, torch.is_inference_mode_enabled()
     held: dict[object, torch.Tensor] = _buffers.__dict__.setdefault("held", {})
     size = math.prod(shape)

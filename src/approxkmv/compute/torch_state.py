@@ -1,4 +1,4 @@
-"""Torch's global state, which a caller may have changed and on which no answer may depend."""
+"""torch's global state, which a caller may have changed and on which no answer may depend."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @contextmanager
 def plain_torch() -> Iterator[None]:
-    """Torch as it starts, inside the block: float32 and the CPU by default, no autocast, no inference mode, no graph.
+    """torch in its default state inside the block: float32, CPU, no autocast, no inference mode, no gradients.
 
     >>> @plain_torch()
     ... def ones() -> torch.Tensor:
@@ -20,12 +20,12 @@ def plain_torch() -> Iterator[None]:
     (torch.float32, torch.float64)
     >>> torch.set_default_dtype(torch.float32)
 
-    What is made inside are ordinary tensors without gradients, also in a caller's inference mode: memory that is kept
-    from call to call can be written in either. The default type is that of the whole process: it is set, for the time
-    of the block, only where it is another one.
+    Tensors made inside are ordinary tensors without gradients, even in a caller's inference mode: memory kept from call
+    to call can then be written in either mode. The default dtype is global to the process, so it is changed, for the
+    duration of the block, only if it differs.
     """
     with ExitStack() as stack:
-        # What a call finds as it should be, as nearly all do, costs it nothing.
+        # Skip what is already in the default state: nearly every call then costs nothing.
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())

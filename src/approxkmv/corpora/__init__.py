@@ -1,4 +1,4 @@
-"""Texts: where they come from, into which passages they are cut, and which passages a study takes."""
+"""Texts: their sources, the passages they are cut into, and the passages that a study uses."""
 
 from approxkmv.corpora.passages import Passage, choose_passages
 from approxkmv.corpora.sources import read_corpus

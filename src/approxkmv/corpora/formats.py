@@ -1,4 +1,4 @@
-"""The kinds of files that texts come in: each a function from the file's bytes to its documents."""
+"""File formats of texts: a function for each, from the bytes of a file to its documents."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from typing import Any
 from approxkmv.corpora.passages import Document
 from approxkmv.errors import SourceError
 
-# More than any text that a study could take; a compressed file may hide far more than a machine has.
+# More than any study needs; a compressed file may expand to far more than a machine can hold.
 LARGEST = 2**31
 OPENERS: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open}
 
 
 def read_file(path: Path) -> list[Document]:
-    """The documents of a file, by its suffix; rows that repeat a context are one document with all their questions.
+    """The documents of a file, by its suffix; rows that repeat a context are merged, with all their questions.
 
-    Raises SourceError, in one line that names the file and, where there are such, the line.
+    Raises SourceError with one line that names the file and, if there is one, the line.
     """
     name = path.name
     packed = path.suffix.lower() if path.suffix.lower() in OPENERS else ""
     kind = Path(name[: len(name) - len(packed)]).suffix.lower()
     if kind not in READERS:
         raise SourceError(
-            f"{path} is no kind of file that texts come in: its name must end in {', '.join(READERS)}, "
-            "or in one of these and .xz or .gz"
+            f"{path} is not a supported text file: its name must end in {', '.join(READERS)}, "
+            "optionally followed by .xz or .gz"
         )
     try:
         data = _unpacked(path, packed)
@@ -44,11 +44,11 @@ def read_file(path: Path) -> list[Document]:
     try:
         return list(READERS[kind](data, name))
     except RecursionError as error:
-        raise SourceError(f"{path} is nested too deeply to be texts") from error
+        raise SourceError(f"{path} is nested too deeply for a file of texts") from error
 
 
 def merged(documents: Iterable[Document]) -> list[Document]:
-    """Documents of one context as one, in the place of the first and with its title, with the questions of all."""
+    """Merge documents with the same context: the place and title of the first, the questions of all."""
     found: dict[str, Document] = {}
     for document in documents:
         first = found.get(document.context)
@@ -58,28 +58,28 @@ def merged(documents: Iterable[Document]) -> list[Document]:
 
 
 def document_of(row: Any, where: str) -> Document:
-    """A document from a row: a text, or an object with `context` and, if wanted, `title`, `question`, `questions`.
+    """A document from a row: a text, or an object with `context` and optionally `title`, `question`, `questions`.
 
-    Raises SourceError, beginning with `where`, for a row of another shape.
+    Raises SourceError, prefixed with `where`, for any other row.
     """
     row = {"context": row} if isinstance(row, str) else row
     if not isinstance(row, dict):
         raise SourceError(f"{where} is neither a text nor an object with a string `context`")
     context, title, questions = row.get("context"), row.get("title", ""), row.get("questions", [])
     if not isinstance(context, str):
-        raise SourceError(f"{where} has a `context` that is no text: {reprlib.repr(context)}")
+        raise SourceError(f"{where} has a `context` that is not text: {reprlib.repr(context)}")
     if not isinstance(questions, list):
         raise SourceError(f"{where}: questions must be a list of strings")
     questions = [*questions, *([row["question"]] if "question" in row else [])]
     texts = (context, title, *questions)
     if any(type(text) is not str for text in texts):
-        raise SourceError(f"{where}: title must be a string, question too, and questions a list of strings")
+        raise SourceError(f"{where}: title and question must be strings, and questions a list of strings")
     for text in texts:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise SourceError(f"{where} has half of a character, {text[error.start]!a}: write UTF-8") from error
-    # A title is the name of a row in tables, whose lines a carriage return would break.
+            raise SourceError(f"{where} has half a surrogate pair, {text[error.start]!a}: write UTF-8") from error
+    # The title becomes the name of a row in tables, whose lines a carriage return would break.
     return Document(" ".join(title.split()), context, tuple(question for question in questions if question.strip()))
 
 
@@ -87,7 +87,7 @@ def _unpacked(path: Path, packed: str) -> bytes:
     parts: list[bytes] = []
     with open(path, "rb") as stream:
         if stream.read(30).startswith(b"version https://git-lfs"):
-            raise SourceError(f"{path} is a Git LFS pointer and not the file: run git lfs pull")
+            raise SourceError(f"{path} is a Git LFS pointer, not the file: run git lfs pull")
     with OPENERS.get(packed, open)(path, "rb") as stream:
         while part := stream.read(2**20):
             parts.append(part)
@@ -115,20 +115,20 @@ def _json(text: str, where: str) -> Any:
         place = f", line {error.lineno}" if "\n" in text else ""
         raise SourceError(f"{where}{place}, is not JSON: {error.msg}") from error
     except ValueError as error:
-        # Python reads no number of more than 4,300 digits.
+        # Python refuses to parse numbers of more than 4,300 digits.
         long = re.search(r"\d{4301}", text)
         place = f", line {text.count(chr(10), 0, long.start()) + 1}" if long and "\n" in text else ""
         reason = "a number has more than 4,300 digits" if long else error
         raise SourceError(f"{where}{place}, cannot be read: {reason}") from error
     except RecursionError as error:
-        raise SourceError(f"{where}, is nested too deeply to be texts") from error
+        raise SourceError(f"{where}, is nested too deeply for a file of texts") from error
 
 
 def _each_key_once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
-        raise ValueError(f"the key {twice!a} stands twice")
+        raise ValueError(f"the key {twice!a} occurs twice")
     return found
 
 
@@ -144,15 +144,15 @@ def _lines(text: str) -> str:
 
 
 def _json_lines(data: bytes, name: str) -> list[Document]:
-    """A row per line."""
-    # Not splitlines: JSON allows other line separators inside a string.
+    """One row per line."""
+    # Not splitlines: JSON allows other line separators inside strings.
     lines = enumerate(_lines(_text(data, name)).split("\n"), 1)
     rows = ((f"{name}, line {number}", line) for number, line in lines if line.strip())
     return merged(document_of(_json(line, where), where) for where, line in rows)
 
 
 def _json_file(data: bytes, name: str) -> list[Document]:
-    """SQuAD's own files, `data` of articles of `paragraphs` with `context` and `qas`; or an array of rows."""
+    """SQuAD's own format (`data`, articles, `paragraphs` with `context` and `qas`) or an array of rows."""
     value = _json(_text(data, name), name)
     if isinstance(value, list):
         return merged(document_of(row, f"{name}, entry {number} of the array") for number, row in enumerate(value, 1))
@@ -174,14 +174,14 @@ def _of_squad(articles: list[Any], name: str) -> Iterator[Document]:
                 for paragraph in article["paragraphs"]
             ]
         except (AttributeError, KeyError, TypeError) as error:
-            raise SourceError(f"{where}, is not as in SQuAD's own files: paragraphs of context and qas") from error
+            raise SourceError(f"{where}, is not in SQuAD's format: paragraphs with context and qas") from error
         for row in rows:
             yield document_of(row, where)
 
 
 def _csv(data: bytes, name: str) -> list[Document]:
-    """A row per line, under a line with the names of the columns."""
-    # The module's own limit is 131,072 characters a field, for the whole process.
+    """One row per line, below a header with the column names."""
+    # The csv module's own limit is 131,072 characters per field; this setting is global to the process.
     csv.field_size_limit(sys.maxsize)
     reader = csv.reader(io.StringIO(_text(data, name), newline=""), strict=True)
     documents = []
@@ -191,7 +191,7 @@ def _csv(data: bytes, name: str) -> list[Document]:
         for row in filter(None, reader):
             where = f"{name}, line {reader.line_num}"
             if len(row) != len(header):
-                raise SourceError(f"{where}, has {len(row)} fields, and the first line {len(header)}")
+                raise SourceError(f"{where}, has {len(row)} fieldsbut the first line has {len(header)}")
             documents.append(document_of({key: row[header.index(key)] for key in used}, where))
     except csv.Error as error:
         raise SourceError(f"{name}, line {reader.line_num}, is not CSV: {error}") from error
@@ -199,7 +199,7 @@ def _csv(data: bytes, name: str) -> list[Document]:
 
 
 def _parquet(data: bytes, name: str) -> list[Document]:
-    """A row per row."""
+    """One document per row."""
     import pyarrow
     import pyarrow.parquet
 
@@ -207,15 +207,15 @@ def _parquet(data: bytes, name: str) -> list[Document]:
         file = pyarrow.parquet.ParquetFile(io.BytesIO(data))
         rows = file.read(columns=columns_of(file.schema_arrow.names, name)).to_pylist()
     except (OSError, ValueError, pyarrow.ArrowException) as error:
-        raise SourceError(f"{name} is no Parquet file that can be read: {error}") from error
+        raise SourceError(f"{name} cannot be read as Parquet: {error}") from error
     return merged(row_of_table(row, f"{name}, row {number}") for number, row in enumerate(rows, 1))
 
 
 def columns_of(names: Sequence[str], where: str) -> list[str]:
-    """Which of a table's columns a document is made of. Raises SourceError without `context`, and for one twice."""
+    """The columns of a table that make up a document. Raises SourceError without `context`, or for a duplicate."""
     if "context" not in names:
         found = ", ".join(f"{name:.40}" for name in names) or "none"
-        raise SourceError(f"{where} has no column `context`, of which texts are made: its columns are {found}")
+        raise SourceError(f"{where} has no column `context`: its columns are {found}")
     used = [name for name in names if name in ("context", "title", "question", "questions")]
     if len(set(used)) < len(used):
         raise SourceError(f"{where} has one of the columns {', '.join(sorted(set(used)))} twice")
@@ -223,7 +223,7 @@ def columns_of(names: Sequence[str], where: str) -> list[str]:
 
 
 def row_of_table(row: dict[str, Any], where: str) -> Document:
-    """A document from a row in which what is missing, but for the context, is None."""
+    """A document from a row in which missing values (except the context) are None."""
     return document_of({key: value for key, value in row.items() if value is not None or key == "context"}, where)
 
 

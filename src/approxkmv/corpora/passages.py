@@ -1,4 +1,4 @@
-"""Cut documents into the unit of text that a study asks for, and choose its passages."""
+"""Cut documents into passages of the unit that a study asks for, and choose among them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Passage:
-    """One text that goes through the model: a number that stays the same for a corpus and unit, and the text."""
+    """One text to run through the model, with an index that is fixed for a corpus and unit."""
 
     index: int
     name: str
@@ -32,9 +32,9 @@ class Passage:
 
 
 def sentences(text: str) -> list[str]:
-    """The sentences of a text by a simple rule, each with the quotes and brackets that close it.
+    """The sentences of a text by a simple rule, each with its closing quotes and brackets.
 
-    An abbreviation before a capital (U.S. Army) ends a sentence by this rule.
+    The rule also splits after an abbreviation before a capital (U.S. Army).
     """
     found, start = [], 0
     for end in SENTENCE_END.finditer(text):
@@ -59,7 +59,7 @@ def cut_into_passages(documents: Iterable[Document], unit: str) -> list[Passage]
                 raise ConfigError(f"unit is question_context, but {document.name!r} has no questions: use context")
             texts = [f"{question.strip()} {document.context}" for question in document.questions]
         else:
-            raise ConfigError(f"unit {unit!r} is not known: use context, sentence or question_context")
+            raise ConfigError(f"unit {unit!r} is unknown: use context, sentence or question_context")
         passages += [Passage(len(passages) + i, document.name, text) for i, text in enumerate(texts)]
     return passages
 

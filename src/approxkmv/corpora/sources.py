@@ -1,4 +1,4 @@
-"""Read documents from a file, or from a data set on the hub."""
+"""Read documents from a file or from a data set on the hub."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from approxkmv.progress import on_terminal
 
 
 def parse_corpus(source: str) -> Path | HubSource:
-    """The file or the data set that a corpus' source names. Raises SourceError for one of another form."""
+    """The file or data set that a corpus source names. Raises SourceError if it names neither."""
     kind, _, rest = source.partition(":")
     if kind == "path" and rest:
         try:
@@ -22,25 +22,25 @@ def parse_corpus(source: str) -> Path | HubSource:
             raise SourceError(f"the corpus {source}: {error}") from error
     if kind == "hub" and rest:
         return parse_hub(source, rest)
-    raise SourceError(f"the corpus source {source!r} is not known: use path:FILE or hub:NAME@REVISION")
+    raise SourceError(f"the corpus source {source!r} is unknown: use path:FILE or hub:NAME@REVISION")
 
 
 def read_corpus(source: str, sha256: str | None = None) -> list[Document]:
     """The documents of a corpus.
 
-    `path:FILE` is a file whose suffix says its kind, each also with .xz or .gz after it:
+    `path:FILE` is a file in the format given by its suffix, optionally followed by .xz or .gz:
     .txt, one document per block of lines between blank lines;
-    .jsonl, an object per line with `context` and, if wanted, `title`, `questions` (a list) or `question`;
+    .jsonl, an object per line with `context` and optionally `title`, `questions` (a list) or `question`;
     .json, an array of such objects or of texts, or SQuAD's own file; .csv and .parquet, with such columns.
-    `hub:NAME@REVISION` is a data set with the columns of SQuAD (`context`; if wanted, `title` and `question`), all
-    splits. Rows that repeat a context are one document. A hash is of a file, so of path: alone.
+    `hub:NAME@REVISION` is a data set with the columns of SQuAD (`context`, optionally `title` and `question`), all
+    splits. Rows that repeat a context are merged into one document. `sha256` applies to files only.
 
     Raises SourceError, in one line, when the source cannot be read or its hash differs.
     """
     where = parse_corpus(source)
     if isinstance(where, HubSource):
         if sha256 is not None:
-            raise SourceError(f"the corpus {source}: sha256 is of a file: a data set is pinned by its revision")
+            raise SourceError(f"the corpus {source}: sha256 is for files; a data set is pinned by its revision")
         documents = _from_hub(where)
     else:
         if not where.is_file():
@@ -58,15 +58,15 @@ def _from_hub(source: HubSource) -> list[Document]:
 
     name, revision = source.repository, source.revision
     if Path(name).exists():
-        # The library would read it, whatever the revision.
-        raise SourceError(f"{source} is a data set of the hub, but here is a {name} too: rename it, or say path:FILE")
+        # The library would read that folder, whatever the revision.
+        raise SourceError(f"{source} is on the hub, but {name} also exists here: rename it, or use path:FILE")
     try:
         if not on_terminal():
             datasets.utils.logging.disable_progress_bar()
         splits = datasets.load_dataset(name, revision=revision)
     except Exception as error:
         raise SourceError(
-            f"the data set {name} at revision {revision} cannot be had: {one_line(error)}. Check the network and "
+            f"the data set {name} at revision {revision} cannot be loaded: {one_line(error)}. Check the network and "
             "the name, or fill the cache first"
         ) from error
     where = f"the data set {name}"

@@ -1,4 +1,4 @@
-"""ApproxKMV: a product of a Gaussian kernel matrix and a vector, to within epsilon |x|_2. Algorithm 3."""
+"""ApproxKMV (Algorithm 3): the product of a Gaussian kernel matrix and a vector, to within epsilon |x|_2."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from approxkmv.kmv.preprocess import Split, split
 
 @dataclass(frozen=True)
 class KMVResult:
-    """The approximate product and what it took."""
+    """The approximate product and its cost."""
 
     y: Array
     """(n_q,): |Kx - y|_2 <= epsilon |x|_2 with probability 0.99. Float64, of the caller's kind of array."""
     heavy: HeavyKeys
     """The sets S_i: heavy[i] holds the keys j with K_ij >= n^-alpha."""
     kernel_evaluations: int
-    """What Algorithms 1 to 3 ask for, every repetition counted."""
+    """The evaluations that Algorithms 1 to 3 ask for, counting every repetition."""
     distinct_evaluations: int
-    """What was computed: a row whose budget exceeds its keys is evaluated once."""
+    """The evaluations actually computed: a row whose budget exceeds its keys is evaluated once."""
     hash_evaluations: int
     """Functions h_t evaluated, one per table and point."""
     phases: dict[str, Tally]
-    """The same by part: "large" (H_1), "heavy" (Algorithm 1), "density" and "light" (Algorithm 2)."""
+    """The cost of each part: "large" (H_1), "heavy" (Algorithm 1), "density" and "light" (Algorithm 2)."""
     n_large: int
     """|H_1|."""
     n_small: int
@@ -41,9 +41,9 @@ class KMVResult:
     repetitions: np.ndarray
     """(n_q,): repetitions in one average, 10 n s_i / epsilon^2."""
     averages: int
-    """Averages of which each row takes the median."""
+    """The number of averages whose median each row takes."""
     row_error: float
-    """Additive error that every row keeps (with probability 0.99), in the unit of y."""
+    """Additive error of every row (with probability 0.99), in the unit of y."""
 
 
 def approx_kmv(
@@ -70,29 +70,28 @@ def approx_kmv(
     >>> tuple(result.y.shape), len(result.heavy)
     ((40,), 40)
 
-    |Kx - y|_2 <= epsilon |x|_2 with probability 0.99, whatever K and x; that K satisfies assumption (A) only
-    makes it cheap. The paper has one n. Here n is the number of keys n_k wherever it counts or scales keys (the
-    rescaling |x|_2^2 = n, n^-alpha, n^gamma, the sampling rate 1/n), the larger side in the logarithms of union
-    bounds, and each row is given the error epsilon |x|_2 / sqrt(n_q), so that n_q rows together keep epsilon |x|_2.
+    |Kx - y|_2 <= epsilon |x|_2 with probability 0.99, for any K and x; assumption (A) on K only makes it cheap. The
+    paper has one n. Here n is the number of keys n_k wherever it counts or scales keys (the rescaling |x|_2^2 = n,
+    n^-alpha, n^gamma, the sampling rate 1/n), and the larger side in the logarithms of union bounds; each row is
+    allowed the error epsilon |x|_2 / sqrt(n_q), so that n_q rows together stay within epsilon |x|_2.
 
-    At the sizes that fit a computer the printed budgets exceed the number of pairs: `kernel_evaluations` is far above
-    n_q n_k, and each row is evaluated once and its samples' counts drawn. See `PaperConstants`.
+    At sizes that fit on a computer the printed budgets exceed the number of pairs: `kernel_evaluations` is far above
+    n_q n_k, each row is evaluated once, and the counts of its samples are drawn. See `PaperConstants`.
 
     Args:
         queries: (n_q, d). keys: (n_k, d). x: (n_k,), any signs. Torch tensors or NumPy arrays, of one kind.
         sigma: the bandwidth. epsilon: the error.
         alpha: heavy means K_ij >= n^-alpha. gamma: large means x_j^2 >= n^gamma.
-        seed: None, or a whole number for the same answer each time. family: "p-stable" or "ball-carving" hashing.
-        density: "exact", "levels" (Theorem 2.2), or "auto", which takes levels where they could cost less.
-        constants: the printed constants. memory: bound in bytes on temporary storage beside the inputs and the S_i.
+        seed: None, or an integer for a reproducible answer. family: "p-stable" or "ball-carving" hashing.
+        density: "exact", "levels" (Theorem 2.2), or "auto", which uses levels where they could cost less.
+        constants: the printed constants. memory: bound in bytes on temporary storage beyond the inputs and the S_i.
         heavy: the sets S_i from an earlier call with the same queries, keys, sigma and alpha; their cost is then
             counted with that call.
     Returns:
         A KMVResult.
     Raises:
-        InputError: shapes that do not fit, a value or a product that is not finite, sigma or epsilon not positive,
-        alpha or gamma outside [0, 1], an empty set, an unknown word, too little memory (it says the least that would
-        do).
+        InputError: mismatched shapes, a value or a product that is not finite, sigma or epsilon not positive, alpha
+        or gamma outside [0, 1], an empty set, an unknown option, too little memory (the message gives the minimum).
     Source: Algorithm 3 and Theorem 1.1 of Indyk, Kapralov, Sheth & Wagner (ICLR 2025); docs/algorithm.md lists every
     departure.
     """
@@ -127,11 +126,11 @@ def approx_kmv(
         memory=bound,
     )
     y_large, large_tally = exact_columns(kernel, parts.scaled, parts.large, bound)
-    # What overflows is refused by name, not by numpy's warning.
+    # Report an overflow by name, not by NumPy's warning.
     with np.errstate(over="ignore"):
         y = (light.z + y_large + heavy_sum(found, parts.scaled, parts.large)) * parts.norm_factor
     if not np.isfinite(y).all():
-        raise InputError(f"the product with x, of norm {parts.norm_factor:.3g} sqrt(n), leaves float64: scale x down")
+        raise InputError(f"the product with x of norm {parts.norm_factor:.3g} sqrt(n) overflows float64: scale x down")
     phases = {
         "large": large_tally,
         "heavy": found.tally if heavy is None else Tally(),
@@ -168,14 +167,14 @@ def run_parts(
     counts_only: bool = False,
     all_rows: int | None = None,
 ) -> tuple[Split, LightSum]:
-    """Lines 3 and 5 of Algorithm 3: x cut up, and the light keys' sum, with epsilon shared out between the errors.
+    """Lines 3 and 5 of Algorithm 3: split x and sum the light keys, dividing epsilon among the errors.
 
-    "Scale down epsilon by 2": half of it goes to the samples. The other half, which the proof leaves to y_H, covers
-    what the proof calls negligible or absorbs: a quarter for H_2, a quarter for the buckets below the density floor.
-    `all_rows` is the number of rows that share the error, where the kernel has a sample of them only.
+    "Scale down epsilon by 2": half of it goes to the samples. The other half, which the proof reserves for y_H, covers
+    what the proof neglects or absorbs: a quarter for H_2, a quarter for the buckets below the density floor.
+    `all_rows` is the number of rows that share the error, if the kernel holds only a sample of them.
     """
     rest = (1.0 - 1.0 / constants.epsilon_divisor) / 2.0
-    # |x|_2^2 = n_k here, so n_q rows of this error each make epsilon |x|_2.
+    # |x|_2^2 = n_k here, so n_q rows with this error add up to epsilon |x|_2.
     row = epsilon * math.sqrt(kernel.n_keys / (all_rows or kernel.n_queries))
     parts = split(x, gamma=gamma, epsilon=4.0 * rest * row, constants=constants)
     light = approx_light(
@@ -213,9 +212,9 @@ def exact_columns(
 
 
 def heavy_sum(heavy: HeavyKeys, scaled: np.ndarray, large: np.ndarray) -> np.ndarray:
-    """Sum over j in S_i of K_ij x_j, the keys of H_1 left out.
+    """Sum over j in S_i of K_ij x_j, without the keys of H_1.
 
-    Line 6 of Algorithm 3 prints the sum over all of S_i; a key of H_1 that is heavy is in y_H already and would be
+    Line 6 of Algorithm 3 prints the sum over all of S_i, but heavy keys of H_1 are already in y_H and would be
     counted twice.
     """
     weights = scaled.copy()

@@ -1,4 +1,4 @@
-"""Attention D^-1 A V by products with a Gaussian kernel (Lemma 4.1), in log scale."""
+"""Attention D^-1 A V from products with a Gaussian kernel (Lemma 4.1), in log scale."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from approxkmv.kmv.heavy import DEFAULT_MEMORY, HeavyKeys
 
 @dataclass(frozen=True)
 class AttentionResult:
-    """Approximate attention and what it took."""
+    """Approximate attention and its cost."""
 
     output: Array
     """(..., n_q, d_v)."""
     exact_rows: int
-    """Rows whose kernel sum was too small for an additive error, and which were evaluated exactly."""
+    """Rows that were evaluated exactly, because their kernel sum was too small for an additive error."""
     rows: int
-    """All rows, over all batch entries."""
+    """The number of rows, over all batch entries."""
     kernel_evaluations: int
     distinct_evaluations: int
     hash_evaluations: int
@@ -52,7 +52,7 @@ def approx_attention(
     >>> tuple(out.shape)
     (20, 4)
 
-    See `attention_product`, which returns the same output with its costs.
+    See `attention_product`, which also returns the costs.
     """
     return attention_product(
         q, k, v, epsilon, scale=scale, seed=seed, row_floor=row_floor, memory=memory, **options
@@ -72,33 +72,33 @@ def attention_product(
     memory: int = DEFAULT_MEMORY,
     **options: object,
 ) -> AttentionResult:
-    """Approximate D^-1 A v, A = exp(scale q k^T), D its row sums, by Lemma 4.1, and say what it cost.
+    """Approximate D^-1 A v, where A = exp(scale q k^T) and D holds its row sums, by Lemma 4.1, and count its cost.
 
     >>> import torch
     >>> r = attention_product(torch.randn(2, 20, 8), torch.randn(2, 30, 8), torch.randn(2, 30, 4), 0.25, seed=0)
     >>> tuple(r.output.shape), r.rows
     ((2, 20, 4), 40)
 
-    A = diag(e^r) K, and the factor e^r, which overflows at logits above 709, cancels in D^-1 A v = (K v) / (K 1): it
-    is never formed. Each column c of the output has |output_c - exact_c|_2 <= epsilon max(|v_c|_2, |exact_c|_2) with
+    A = diag(e^r) K. The factor e^r overflows at logits above 709, but cancels in D^-1 A v = (K v) / (K 1) and is never
+    formed. Each column c of the output has |output_c - exact_c|_2 <= epsilon max(|v_c|_2, |exact_c|_2) with
     probability 0.98 (a union bound over one column and the row sums).
 
-    The products have an additive error, which says nothing about a row whose kernel sum is tiny, and on real heads
-    most are, because queries lie far from all keys. A row is divided only if its estimated sum is at least
-    `row_floor`; the others are evaluated exactly, in log scale, and counted. To make sums large, the keys are centred
-    where that helps (this multiplies each row of A by a factor, which cancels) and q and k balanced as q a and k / a,
-    which changes no logit and brings |q_i a|^2 + max_j |k_j / a|^2, the exponent that Lemma 4.1 loses, to its least
-    mean over rows.
+    The products have an additive error, which is useless for a row whose kernel sum is tiny; on real heads most are,
+    because queries lie far from all keys. A row is divided only if its estimated sum is at least `row_floor`; the
+    others are evaluated exactly, in log scale, and counted. To make the sums large, the keys are centred where that
+    helps (which multiplies each row of A by a factor that cancels), and q and k are balanced as q a and k / a, which
+    changes no logit and minimises the mean over rows of |q_i a|^2 + max_j |k_j / a|^2, the exponent that Lemma 4.1
+    loses.
 
     Args:
         q: (..., n_q, d). k: (..., n_k, d). v: (..., n_k, d_v). Torch tensors or NumPy arrays.
-        epsilon: the error. scale: of the logits; None means 1/sqrt(d). seed: for a fixed answer.
-        row_floor: kernel sums below it are evaluated exactly. A small one is met by larger budgets.
-        memory: bytes of temporary storage. options: handed to approx_kmv (alpha, gamma, family, density, constants).
+        epsilon: the error. scale: of the logits; None means 1/sqrt(d). seed: for a reproducible answer.
+        row_floor: rows with a smaller kernel sum are evaluated exactly. A small floor requires larger budgets.
+        memory: bytes of temporary storage. options: passed to approx_kmv (alpha, gamma, family, density, constants).
     Returns:
         An AttentionResult; output in float64, of the same kind of array as q.
     Raises:
-        InputError: shapes that do not fit, a non-finite value, epsilon, scale or row_floor not positive.
+        InputError: mismatched shapes, a non-finite value, epsilon, scale or row_floor not positive.
     Source: Lemma 4.1 and section 4; the printed lemma lacks 1/(2 sqrt(d)) in two exponents, which its proof has.
     """
     queries, keys, back = queries_and_keys(q, k)
@@ -146,9 +146,9 @@ def _one(
     centred = k - centre
     reduction = reduce_attention(q * balance, centred / balance, scale)
     n_q, n_k = len(q), len(k)
-    # A row divides by at least floor: products to within epsilon floor / 2 leave numerator and sum epsilon / 2 each.
+    # Rows are divided by at least floor: errors of epsilon floor / 2 in numerator and sum become epsilon / 2 each.
     fine = 0.5 * epsilon * floor
-    # A row sum's error is |1|_2 / sqrt(n_q) per row; sqrt(n_q / n_k) brings it to `fine` itself.
+    # The error of a row sum is |1|_2 / sqrt(n_q) per row; the factor sqrt(n_q / n_k) turns it into `fine`.
     sum_error = fine * math.sqrt(n_q / n_k)
     heavy: HeavyKeys | None = None
     total = Tally()
@@ -186,13 +186,13 @@ def _one(
 
 
 def best_origin(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """The origin of the keys (0 or their mean) and the balance a with the larger kernel, by the mean of log K."""
+    """The origin of the keys (0 or their mean) and the balance a that give the larger mean of log K."""
     query_norm = float(q.square().sum(-1).mean().sqrt())
     best: tuple[float, torch.Tensor, float] | None = None
     for centre in (k.mean(0), torch.zeros_like(k[0])):
         key_norm = float((k - centre).square().sum(-1).max().sqrt())
         balance = math.sqrt(key_norm / query_norm) if key_norm > 0 and query_norm > 0 else 1.0
-        # a^2 |q|^2 / 2 + M / (2 a^2) is |q| sqrt(M) at its least; the centre's own logits come off as well.
+        # The minimum of a^2 |q|^2 / 2 + M / (2 a^2) is |q| sqrt(M); the centre's own logits are subtracted too.
         loss = query_norm * key_norm + float(q.mean(0) @ centre)
         if best is None or loss < best[0]:
             best = (loss, centre, balance)

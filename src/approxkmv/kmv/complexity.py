@@ -1,4 +1,4 @@
-"""What the printed constants cost: evaluations against n, fitted exponents, and where n^2 would be beaten."""
+"""What the printed constants cost: evaluations against n, fitted exponents, and the n from which they beat n^2."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ COLUMNS = {
     "kernel": "which point set of `sparse_kernels`",
     "n": "queries and keys",
     "seed": "of points, x and algorithm",
-    "rows": "rows that were run; row costs are scaled to n",
-    "tail_to_head": "c of assumption (A), from the rows that were run",
+    "rows": "rows evaluated; row costs are scaled to n",
+    "tail_to_head": "c of assumption (A), from the rows evaluated",
     "tables": "T of Algorithm 1",
     "hash": "hash functions evaluated, T times 2n",
     "large": "kernel evaluations for H_1",
@@ -37,7 +37,7 @@ COLUMNS = {
     "light_printed": "the same with line 7 as printed (`PaperConstants.subtract_rounded` False)",
     "total": "large + heavy + light + the cheaper of density and density_printed",
     "total_printed": "the same with light_printed",
-    "distinct": "kernel evaluations that were computed",
+    "distinct": "kernel evaluations actually computed",
     "n_squared": "kernel evaluations of the exact product",
 }
 
@@ -50,12 +50,12 @@ def bound_exponents(growth: np.ndarray, *, rebalanced: bool) -> np.ndarray:
 
     The proofs use the assumption only as |K|_1 <= (1 + c) n. With c = n^g their terms have the exponents 2 - gamma
     (heavy coordinates), 1 + 2 alpha + g (heavy keys), 2 + gamma - alpha + g and 2 + gamma - beta + g (samples for light
-    keys) and 1.346 + 2 beta (density estimation). The least of their maximum over alpha and gamma, with beta = 0.218 as
-    printed, is max(1.891 + g/2, 1.8 + 0.6 g); over beta too, where `rebalanced`, max(1.8692 + 0.4 g, 1.8 + 0.6 g).
-    Where that is above 2 the exact product takes less, and 2 is returned.
+    keys) and 1.346 + 2 beta (density estimation). Minimising the largest of these over alpha and gamma, with beta =
+    0.218 as printed, gives max(1.891 + g/2, 1.8 + 0.6 g); minimising over beta too (`rebalanced`) gives
+    max(1.8692 + 0.4 g, 1.8 + 0.6 g). Above 2 the exact product is cheaper, and 2 is returned.
 
     Args:
-        growth: g of each head; below 0 it counts as 0, since c is bounded then.
+        growth: g of each head; negative values count as 0, since c is then bounded.
     Source: proofs of Lemmas 3.2, 3.4 and 3.5 (appendix A.2) and of Theorem 1.1, for c that is not constant.
     """
     g = np.maximum(np.asarray(growth, np.float64), 0.0)
@@ -76,19 +76,19 @@ def measure_costs(
     constants: PaperConstants = PRINTED,
     memory: int = DEFAULT_MEMORY,
 ) -> pd.DataFrame:
-    """Count what Algorithms 1 to 3 ask for, at growing n, on kernels that satisfy assumption (A), for Gaussian x.
+    """Count the evaluations of Algorithms 1 to 3 at growing n, on kernels that satisfy assumption (A), for Gaussian x.
 
     >>> measure_costs([64, 128], kernels=["clusters"], seeds=1)[["n", "tables", "hash"]].to_numpy().tolist()
     [[64, 167, 21376], [128, 245, 62720]]
 
-    A row's cost does not depend on the other rows, so a random sample of rows meets all n keys and is scaled up; the
-    error that a row may have stays that of n rows. Samples are counted and not drawn (`counts_only`).
+    The cost of a row does not depend on the other rows, so a random sample of rows is run against all n keys and
+    scaled up; each row is allowed the error it has among n rows. Samples are counted, not drawn (`counts_only`).
 
     Args:
-        sizes: of n. kernels: names in `SPARSE_KERNELS`. seeds: repetitions per size. epsilon, alpha, gamma, family,
-        constants, memory: as in approx_kmv. rows: at most so many rows are run.
+        sizes: the values of n. kernels: names in `SPARSE_KERNELS`. seeds: repetitions per size. epsilon, alpha, gamma,
+        family, constants, memory: as in approx_kmv. rows: the most rows to run.
     Returns:
-        One line per kernel, size and seed, with the columns of `COLUMNS`.
+        One row per kernel, size and seed, with the columns of `COLUMNS`.
     Raises:
         InputError: an unknown kernel, no sizes, or a number out of range.
     Source: Theorem 1.1 and Lemmas 3.2, 3.4 and 3.5, whose sums are counted here instead of bounded.
@@ -177,7 +177,7 @@ def _measure(
 
 
 def _printed_density(scaled: np.ndarray, kept: np.ndarray, n: int, epsilon: float, constants: PaperConstants) -> float:
-    """Evaluations per query that Theorem 2.2 names for all buckets of Algorithm 2, line 5."""
+    """Evaluations per query by the bound of Theorem 2.2, over all buckets of Algorithm 2, line 5."""
     if not len(kept):
         return 0.0
     b = bucket(scaled, kept, epsilon / constants.epsilon_divisor)
@@ -187,7 +187,7 @@ def _printed_density(scaled: np.ndarray, kept: np.ndarray, n: int, epsilon: floa
 
 
 def _tail_to_head(kernel: GaussianKernel, n: int) -> float:
-    """c of assumption (A) on the sampled rows: as many largest entries as rows, which is n of n rows."""
+    """c of assumption (A) on the sampled rows, with as many largest entries as rows: n if there are n rows."""
     entries = np.exp(kernel.log_rows(slice(0, kernel.n_queries))).ravel()
     head = np.partition(entries, len(entries) - kernel.n_queries)[len(entries) - kernel.n_queries :].sum()
     return float((entries.sum() - head) / head)
@@ -202,16 +202,17 @@ def fit_exponents(table: pd.DataFrame, *, draws: int = 2000, seed: int = 0) -> p
     >>> fits.loc[0, ["exponent", "log10_crossing"]].astype(float).round(1).tolist()
     [1.5, 5.6]
 
-    Two models: cost = C n^a, whose exponent is `plain_exponent`, and cost = C n^a ln n, whose a is `exponent` and by
-    which is extrapolated, since the printed T and number of averages each hold one logarithm. `log10_crossing` is
-    log10 of the n beyond which the second model stays below n^2; infinite if a >= 2. The intervals are percentiles
-    over bootstrap samples of (size, seed) pairs: they say how well the line is known, not whether the law stays a
-    line that far out. `log10_crossing_paper` takes the paper's exponent for granted and C from the largest n.
+    Two models are fitted: cost = C n^a, whose exponent is `plain_exponent`, and cost = C n^a ln n, whose a is
+    `exponent`. The second is used to extrapolate, since the printed T and number of averages each contain one
+    logarithm. `log10_crossing` is log10 of the n beyond which the second model stays below n^2, infinite if a >= 2.
+    Intervals are percentiles over bootstrap samples of (size, seed) pairs: they say how well the line is known, not
+    whether the law stays a line that far out. `log10_crossing_paper` assumes the paper's exponent and takes C from
+    the largest n.
 
     Args:
-        table: of `measure_costs`. draws: bootstrap samples. seed: of the bootstrap.
+        table: from `measure_costs`. draws: bootstrap samples. seed: of the bootstrap.
     Returns:
-        One line per kernel and quantity of `FITTED`.
+        One row per kernel and quantity of `FITTED`.
     Raises:
         InputError: fewer than three sizes of one kernel.
     """
@@ -222,7 +223,7 @@ def fit_exponents(table: pd.DataFrame, *, draws: int = 2000, seed: int = 0) -> p
         if len(np.unique(n)) < 3:
             raise InputError(f"kernel {name!r} was measured at fewer than three sizes: an exponent needs three")
         samples = rng.integers(0, len(n), (draws, len(n)))
-        # A sample that holds one or two sizes only has no slope worth the name.
+        # A bootstrap sample of only one or two sizes has no meaningful slope.
         samples = samples[np.array([len(np.unique(n[s])) > 2 for s in samples])]
         log_n, log_log = np.log(n), np.log(np.log(n))
         for quantity in FITTED:
@@ -278,5 +279,5 @@ def log10_crossing(exponent: float, log_factor: float) -> float:
 
 
 def _quantile(values: np.ndarray, at: float) -> float:
-    """A quantile that may be infinite, without interpolation between finite and infinite."""
+    """A quantile of values that may be infinite, without interpolating between finite and infinite ones."""
     return float(np.quantile(values, at, method="nearest"))

@@ -1,4 +1,4 @@
-"""The constants that the paper prints, by name, so that a run can say which of them it changed."""
+"""The constants printed in the paper, by name, so that a run can record which of them it changed."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from approxkmv.errors import InputError
 
 @dataclass(frozen=True)
 class PaperConstants:
-    """Every number printed in Algorithms 1 to 3, with the printed value as its default, and one mended line.
+    """Every number printed in Algorithms 1 to 3, with the printed value as its default, and one corrected line.
 
     >>> PaperConstants(table_factor=20).tables(4096, alpha=1 / 3)
     2662
 
     They are chosen for a proof about large n. With the printed values 10 n^(1/3) ln n tables exceed n below about
-    n = 500, the budget of a row exceeds n at every n that fits a computer, and a relative error of n^-0.218 asks a
-    density structure for more samples than a bucket has points. The answer stays right in all those cases; it is
-    only dear. So they can be set, and the defaults stay what was printed.
+    n = 500, the budget of a row exceeds n at every n that fits on a computer, and a relative error of n^-0.218 asks a
+    density structure for more samples than a bucket has points. The answer is still right in all those cases, only
+    expensive. So the constants can be changed, and the defaults are the printed ones.
 
     Raises:
         InputError: a constant that is not positive and finite, or a density error outside (0, 1].
@@ -43,9 +43,9 @@ class PaperConstants:
     """Theorem 2.2: a density above mu costs mu^-density_exponent. Used in the cost study only."""
 
     subtract_rounded: bool = True
-    """Algorithm 2, line 7: the heavy keys are subtracted from t_i with their squares rounded as t_i has them. False
-    subtracts x_j^2 as printed. Then a heavy key leaves up to epsilon x_j^2 K_ij^2 in s_i, which its rows, each with a
-    key of its own, turn into of the order of n^2 samples: the printed line is right, but not subquadratic."""
+    """Algorithm 2, line 7: heavy keys are subtracted from t_i with their squares rounded as in t_i. False subtracts
+    x_j^2 as printed; then a heavy key leaves up to epsilon x_j^2 K_ij^2 in s_i, and rows that each have such a key add
+    up to about n^2 samples: the printed line is correct, but not subquadratic."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -58,19 +58,19 @@ class PaperConstants:
             raise InputError(f"constants.epsilon_divisor is {self.epsilon_divisor!r}: it must exceed 1")
 
     def tables(self, n: int, alpha: float, n_failures: int | None = None) -> int:
-        """T of Algorithm 1, line 3; the logarithm is of `n_failures` (the larger side), n when not given."""
+        """T of Algorithm 1, line 3. Its logarithm is of `n_failures` (the larger side), by default of n."""
         return max(1, math.ceil(self.table_factor * n**alpha * math.log(n_failures or n)))
 
     def averages(self, n: int) -> int:
-        """Number of averages of which Algorithm 2, line 9 takes the median."""
+        """The number of averages whose median Algorithm 2, line 9 takes."""
         return max(1, math.ceil(self.median_factor * math.log(n)))
 
     def density_error(self, n: int) -> float:
-        """Relative error n^-0.218 of the densities; 1/2 at most, since at n = 1 the printed value would be 1."""
+        """Relative error n^-0.218 of the densities, capped at 1/2, since the printed value is 1 at n = 1."""
         return min(0.5, float(n) ** -self.density_error_exponent)
 
     def density_failure(self, n: int) -> float:
-        """Failure probability n^-2 of one density; 1/4 at most, since at n = 1 the printed value would be 1."""
+        """Failure probability n^-2 of one density, capped at 1/4, since the printed value is 1 at n = 1."""
         return min(0.25, float(n) ** -self.density_failure_exponent)
 
 

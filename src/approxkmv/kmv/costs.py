@@ -1,4 +1,4 @@
-"""What a run costs, counted where the work is done."""
+"""What a run costs, counted where the work happens."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ class Tally:
     >>> Tally(3, 2) + Tally(hash_evaluations=5)
     Tally(kernel_evaluations=3, distinct_evaluations=2, hash_evaluations=5)
 
-    `kernel_evaluations` is what the algorithm asks for, repetitions included; `distinct_evaluations` is what was
-    computed; a hash evaluation is one function h_t, with all that it concatenates, on one point.
+    `kernel_evaluations` counts what the algorithm asks for, including repetitions; `distinct_evaluations` counts what
+    was computed; a hash evaluation is one function h_t, with all the functions it concatenates, on one point.
     """
 
     kernel_evaluations: int = 0

@@ -1,4 +1,4 @@
-"""The noisy power method: the top eigenvalue of a Gaussian kernel matrix, by products with it."""
+"""The noisy power method: the top eigenvalue of a Gaussian kernel matrix from matrix-vector products."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from approxkmv.kmv.heavy import HeavyKeys
 
 @dataclass(frozen=True)
 class EigenvalueResult:
-    """An approximate top eigenvalue and its vector."""
+    """An approximate top eigenvalue and its eigenvector."""
 
     value: float
-    """Within epsilon of the top eigenvalue, relatively."""
+    """Within a relative error of epsilon of the top eigenvalue."""
     vector: Array
-    """(n,): a unit vector whose Rayleigh quotient is near `value`."""
+    """(n,): a unit vector whose Rayleigh quotient is close to `value`."""
     iterations: int
     kernel_evaluations: int
-    """Asked for by all products together."""
+    """The cost of all products together."""
     distinct_evaluations: int
     hash_evaluations: int
 
@@ -45,21 +45,21 @@ def top_eigenvalue(
     >>> abs(result.value - 20) <= 0.25 * 20
     True
 
-    Power steps with `approx_kmv` as the product. K has ones on its diagonal, so its top eigenvalue is at least 1, and
-    an error of epsilon' |x|_2 in a product is at most epsilon' times it: the noise is small against the signal
-    whatever the spectrum. K is non-negative, so its top eigenvector is (Perron) and the start, ones, overlaps it by
-    1/sqrt(n) at least. The sets S_i are found once and used in every step. Half of epsilon goes to the number of
-    steps, a quarter to the noise.
+    Runs power steps with `approx_kmv` as the product. K has ones on its diagonal, so its top eigenvalue is at least 1,
+    and an error of epsilon' |x|_2 in a product is at most epsilon' times it: the noise is small relative to the signal
+    for any spectrum. K is non-negative, so its top eigenvector is too (Perron), and the starting vector of ones
+    overlaps it by at least 1/sqrt(n). The sets S_i are found once and reused in every step. Half of epsilon goes to
+    the number of steps, a quarter to the noise.
 
     Args:
-        points: (n, d). sigma: the bandwidth. epsilon: relative error, below 1. seed: for a fixed answer.
+        points: (n, d). sigma: the bandwidth. epsilon: relative error, below 1. seed: for a reproducible answer.
         iterations: power steps; None means ceil(ln(n / epsilon) / epsilon) + 1.
-        options: handed to approx_kmv (alpha, gamma, family, density, constants, memory).
+        options: passed to approx_kmv (alpha, gamma, family, density, constants, memory).
     Returns:
         An EigenvalueResult.
     Raises:
         InputError: points that are not a finite non-empty matrix, sigma or epsilon out of range.
-    Source: the kernel noisy power method of Backurs, Indyk, Musco & Wagner (2021), which section 1 names as a use.
+    Source: the kernel noisy power method of Backurs, Indyk, Musco & Wagner (2021), an application in section 1.
     """
     matrix = inputs.matrix(points, "points")
     error = inputs.error(epsilon)
@@ -92,7 +92,7 @@ def top_eigenvalue(
         quotient = float(x @ y)
         if quotient > best:
             best, vector = quotient, x
-        # Entries below zero can only be noise: K and x are non-negative.
+        # Negative entries can only be noise: K and x are non-negative.
         y = np.maximum(y, 0.0)
         norm = float(np.linalg.norm(y))
         if norm == 0.0:

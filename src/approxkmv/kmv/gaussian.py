@@ -1,4 +1,4 @@
-"""The Gaussian kernel between queries and keys, by rows or by pairs, with every evaluation counted."""
+"""The Gaussian kernel between queries and keys, by rows or by pairs, counting every evaluation."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 
 from approxkmv.errors import InputError
 
-# Above this squared norm the expansion |q|^2 + |k|^2 - 2<q,k> loses digits that matter to nearby pairs.
+# Above this squared norm the expansion |q|^2 + |k|^2 - 2<q,k> loses too many digits for nearby pairs.
 _CANCELLATION = 1e7
 
 
@@ -20,12 +20,12 @@ class GaussianKernel:
     Args:
         queries: (n_q, d). keys: (n_k, d). Float64. sigma: the bandwidth.
     Raises:
-        InputError: coordinates so many bandwidths apart that their squares overflow.
-    Source: section 1; the exponent is over 2 sigma^2 everywhere (section 1 prints 2 sigma once).
+        InputError: the points are so many bandwidths apart that their squares overflow.
+    Source: section 1, with 2 sigma^2 in the exponent everywhere (section 1 prints 2 sigma once).
     """
 
     def __init__(self, queries: np.ndarray, keys: np.ndarray, sigma: float) -> None:
-        # The kernel depends on differences only; centred points have the smallest norms, so the least cancellation.
+        # The kernel depends on differences only; centring minimises the norms, and so the cancellation.
         centre = keys.mean(0)
         with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
             unit = 1.0 / (sigma * np.sqrt(2.0))
@@ -51,7 +51,7 @@ class GaussianKernel:
         np.minimum(values, 0.0, out=values)
         self.computed += values.size
         if self._cancels:
-            # Entries that could be visible after exp are taken again from the differences themselves.
+            # Recompute the entries that may be visible after exp from the differences themselves.
             i, j = np.nonzero(values > -800.0 - self._slack)
             for part in range(0, len(i), 65536):
                 s = slice(part, part + 65536)

@@ -14,20 +14,20 @@ from approxkmv.kmv import inputs
 
 FAMILIES = ("p-stable", "ball-carving")
 
-# A point that no ball has covered after this many grids would be a fault of the code, not of chance.
+# A point not covered after this many grids would be a bug, not bad luck.
 _GRID_LIMIT = 10_000_000
 
 
 class HashFamily(ABC):
     """A distribution over functions h: R^d -> integers whose collision probability falls with distance.
 
-    `collision_probability(distance)` is the family's own curve, over the choice of h; `draw(d, tables, rng)` draws
-    independent functions and returns an object whose `codes(points)` is (tables, n) in uint64. Points collide where
-    their codes are equal.
+    `collision_probability(distance)` is the family's collision curve over the choice of h; `draw(d, tables, rng)` draws
+    independent functions and returns an object whose `codes(points)` is (tables, n) in uint64. Points collide if their
+    codes are equal.
     """
 
     concatenation: int
-    """How many elementary functions one h joins."""
+    """The number of elementary functions concatenated in one h."""
 
     @abstractmethod
     def collision_probability(self, distance: np.ndarray | float) -> np.ndarray:
@@ -35,7 +35,7 @@ class HashFamily(ABC):
 
     @abstractmethod
     def draw(self, d: int, tables: int, rng: np.random.Generator) -> HashTables:
-        """Independent functions for points of d coordinates."""
+        """Independent functions for points in d dimensions."""
 
 
 class HashTables(ABC):
@@ -47,11 +47,11 @@ class HashTables(ABC):
 
     @abstractmethod
     def bytes_per_point(self) -> int:
-        """Temporary storage that hashing one point takes."""
+        """Temporary bytes needed to hash one point."""
 
 
 def _mix(parts: np.ndarray, multipliers: np.ndarray) -> np.ndarray:
-    """One 64-bit code from integers (..., k): a random linear form, which joins unequal tuples once in 2^60."""
+    """One 64-bit code from integers (..., k): a random linear form, which merges unequal tuples once in 2^60."""
     return (parts.astype(np.int64).view(np.uint64) * multipliers).sum(-1, dtype=np.uint64)
 
 
@@ -60,7 +60,7 @@ def _odd(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
 
 
 class PStableHash(HashFamily):
-    """floor((<a, p> + b) / width) with Gaussian a, `concatenation` of them joined.
+    """floor((<a, p> + b) / width) with Gaussian a; `concatenation` such functions form one hash.
 
     >>> family = PStableHash(width=4.0, concatenation=2)
     >>> family.draw(3, 5, np.random.default_rng(0)).codes(np.zeros((7, 3))).shape
@@ -69,7 +69,7 @@ class PStableHash(HashFamily):
     1.0
 
     Args:
-        width: of the cells, in the unit of the points. concatenation: functions joined into one.
+        width: of the cells, in the unit of the points. concatenation: functions concatenated into one.
     Raises:
         InputError: a width or concatenation that is not positive.
     Source: Datar, Immorlica, Indyk & Mirrokni (2004), 2-stable case.
@@ -89,7 +89,7 @@ class PStableHash(HashFamily):
         ratio = np.where(near, 1.0, r)
         inside = torch.erf(torch.from_numpy(np.atleast_1d(ratio) / math.sqrt(2))).numpy().reshape(ratio.shape)
         edge = -np.expm1(-0.5 * ratio**2) * math.sqrt(2 / math.pi) / ratio
-        # Wide apart both terms agree to their leading digits: r / sqrt(2 pi) is their difference's first order.
+        # At large distances both terms share their leading digits: use r / sqrt(2 pi), their difference to first order.
         single = np.where(near, 1.0, np.where(ratio < 1e-4, ratio / math.sqrt(2 * math.pi), inside - edge))
         return np.clip(single, 0.0, 1.0) ** self.concatenation
 
@@ -108,7 +108,7 @@ class _PStableTables(HashTables):
         cells = points @ self._directions
         cells += self._offsets
         np.floor(cells, out=cells)
-        # Cells past 2^62 would not fit the integer; such points are alone in theirs anyway.
+        # Cells beyond 2^62 would not fit the integer; such points are alone in their cells anyway.
         np.clip(cells, -(2.0**62), 2.0**62, out=cells)
         return np.ascontiguousarray(_mix(cells.reshape(len(points), *self._shape), self._multipliers).T)
 
@@ -117,34 +117,35 @@ class _PStableTables(HashTables):
 
 
 class BallCarvingHash(HashFamily):
-    """The family of Lemma 2.1: project, carve the space into balls, name the first ball that covers.
+    """The family of Lemma 2.1: project, carve space into balls, and name the first ball that covers the point.
 
     >>> family = BallCarvingHash(radius=2.0, dimension=3)
     >>> family.draw(8, 5, np.random.default_rng(0)).codes(np.zeros((7, 8))).shape
     (5, 7)
 
-    Grids of balls of this radius, cells of 4 radii, are shifted at random one after the other; a point's code is the
-    first grid that covers it and the ball there. Two points part at the first ball that covers one of them only, so
-    given their projected distance the probability is |intersection| / |union| of two balls. A grid covers the share
-    V_t / 4^t of space: 20 % at t = 2, 6.5 % at 3, 1.9 % at 4, 0.03 % at 7, so t has a price (printed: ln^(2/3) n).
+    Grids of balls of this radius, with cells of 4 radii, are shifted at random one after the other; a point's code is
+    the first grid that covers it and the ball there. Two points are separated at the first ball that covers only one of
+    them, so at a given projected distance they collide with probability |intersection| / |union| of two balls. A grid
+    covers a fraction V_t / 4^t of space: 20 % at t = 2, 6.5 % at 3, 1.9 % at 4, 0.03 % at 7, so a large t (the paper
+    has ln^(2/3) n) is expensive.
 
     Args:
         radius: of the balls, in the unit of the points. dimension: t, of the projection. concatenation: functions
-        joined into one.
+        concatenated into one.
     Raises:
         InputError: an argument that is not positive, or a dimension above 8, where a grid covers 1 point in 16,000.
-    Source: Andoni & Indyk (2006, 2008), as Claim 19 of Charikar, Kapralov, Nouri & Siminelakis (2020) states it.
+    Source: Andoni & Indyk (2006, 2008), as stated in Claim 19 of Charikar, Kapralov, Nouri & Siminelakis (2020).
     """
 
     def __init__(self, radius: float, dimension: int, concatenation: int = 1) -> None:
         self.radius = inputs.positive(radius, "radius")
         self.dimension = inputs.count(dimension, "dimension")
         if self.dimension > 8:
-            raise InputError(f"dimension is {dimension}: above 8 a grid of balls covers too little space to end")
+            raise InputError(f"dimension is {dimension}: above 8 a grid of balls covers too little space")
         self.concatenation = inputs.count(concatenation, "concatenation")
 
     def collision_probability(self, distance: np.ndarray | float) -> np.ndarray:
-        """E[I / (2 - I)]^concatenation, I the shared part of two balls at a chi-distributed projected distance."""
+        """E[I / (2 - I)]^concatenation, I the overlap of two balls at a chi-distributed projected distance."""
         distances = np.asarray(distance, dtype=np.float64)
         lengths, weights = _chi_quadrature(self.dimension)
         half = distances[..., None] * lengths / (2.0 * self.radius)
@@ -159,7 +160,7 @@ class _BallTables(HashTables):
     def __init__(self, family: BallCarvingHash, d: int, tables: int, rng: np.random.Generator) -> None:
         self._tables, self._joined, self._t = tables, family.concatenation, family.dimension
         functions = tables * family.concatenation
-        # Length in units of the grid's cell, 4 radii; the projection keeps squared lengths in expectation.
+        # Lengths are in units of the grid's cell, 4 radii; the projection preserves squared lengths in expectation.
         unit = 1.0 / (4.0 * family.radius * math.sqrt(family.dimension))
         self._directions = rng.standard_normal((d, functions * family.dimension)) * unit
         self._multipliers = _odd(rng, (functions, family.dimension + 1))
@@ -168,7 +169,7 @@ class _BallTables(HashTables):
         self._shifts = np.empty((0, functions, family.dimension))
 
     def _shift(self, grid: int) -> np.ndarray:
-        # Drawn as they are needed and kept, so that every point meets the same grids in the same order.
+        # Drawn on demand and kept, so that every point meets the same grids in the same order.
         while grid >= len(self._shifts):
             more = self._rng.random((64, *self._shifts.shape[1:]))
             self._shifts = np.concatenate([self._shifts, more])
@@ -212,7 +213,7 @@ def _chi_quadrature(t: int) -> tuple[np.ndarray, np.ndarray]:
 
 @cache
 def _shared_ball_table(t: int) -> tuple[np.ndarray, np.ndarray]:
-    """The shared part of two unit balls in R^t whose centres are 2a apart, for angles a = sin(angle)."""
+    """The overlap of two unit balls in R^t whose centres are 2a apart, for angles a = sin(angle)."""
     angle = np.linspace(0.0, math.pi / 2, 20001)
     height = np.cos(angle) ** t
     area = np.concatenate([[0.0], np.cumsum(0.5 * (height[1:] + height[:-1]))])
@@ -228,7 +229,7 @@ def _shared_ball(half_distance: np.ndarray, t: int) -> np.ndarray:
 def _unit_scale(name: str, t: int, probability: float) -> float:
     """The smallest width (or radius) at which points at distance 1 collide with at least this probability.
 
-    Curves depend on width / distance alone, so this serves every distance.
+    The curves depend only on width / distance, so this works for every distance.
     """
 
     def collide(scale: float) -> float:
@@ -241,7 +242,7 @@ def _unit_scale(name: str, t: int, probability: float) -> float:
     while high / low > 1 + 1e-9:
         middle = math.sqrt(low * high)
         low, high = (middle, high) if collide(middle) < probability else (low, middle)
-    # The hair keeps "at least" true after rounding.
+    # The small slack keeps "at least" true after rounding.
     return high * (1 + 1e-6)
 
 
@@ -255,20 +256,21 @@ def near_family(
     dimension: int | None = None,
     concatenation: int | None = None,
 ) -> HashFamily:
-    """The family in which points at distance `near` collide with at least this probability, and farther ones seldom.
+    """The family in which points at distance `near` collide with at least this probability, and distant ones rarely.
 
     >>> near_family("p-stable", near=2.0, probability=0.1, n=1000).collision_probability(2.0).item() >= 0.1
     True
 
-    For each number of joined functions the width is the one that meets the probability; the least number whose
-    collisions at 2 near are within 10 % of the best is taken, because each further function costs and gains little.
+    For each number of concatenated functions the width is set to meet the probability. Of these the smallest number is
+    chosen whose collisions at 2 near are within 10 % of the best, because each further function costs time and gains
+    little.
 
     Args:
         name: "p-stable" or "ball-carving". near: r_near of Lemma 2.1. probability: n^-alpha there.
-        n: number of keys, which sets t = ln^(2/3) n of ball carving, 2 at least and 4 at most (above 4 a grid covers
-            0.5 % of space, and hashing costs more than all pairs).
-        fallback_scale: the width where near = 0, when equal points alone must collide.
-        dimension, concatenation: set them instead.
+        n: number of keys, which sets t = ln^(2/3) n of ball carving, clamped to [2, 4] (above 4 a grid covers 0.5 % of
+            space, and hashing costs more than all pairs).
+        fallback_scale: the width if near = 0, when only equal points must collide.
+        dimension, concatenation: override the choices above.
     Returns:
         A HashFamily with concatenation, and width or radius, set.
     Raises:
@@ -293,7 +295,7 @@ def near_family(
 
 
 def collisions(codes_q: np.ndarray, codes_k: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For one table: keys in the order of their codes, and the range of that order that each query's bucket is.
+    """For one table: the keys sorted by code, and the range of them that is each query's bucket.
 
     >>> order, low, high = collisions(np.array([5, 7], np.uint64), np.array([7, 5, 7], np.uint64))
     >>> (high - low).tolist()
@@ -307,10 +309,10 @@ def collisions(codes_q: np.ndarray, codes_k: np.ndarray) -> tuple[np.ndarray, np
 def mark_collisions(
     seen: np.ndarray, codes_q: np.ndarray, codes_k: np.ndarray, chunk: int = 1 << 20
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Set seen[i, j] where query i and key j share their bucket of one table; return (order, bucket sizes).
+    """Set seen[i, j] where query i and key j share a bucket of one table; return (order, bucket sizes).
 
-    Rows that are full already are passed over. Where the buckets hold a good part of all pairs the codes are compared
-    as a whole, which is cheaper than listing the pairs.
+    Rows that are already full are skipped. If the buckets hold a large part of all pairs, all codes are compared, which
+    is cheaper than listing the pairs.
     """
     order, low, high = collisions(codes_q, codes_k)
     sizes = high - low

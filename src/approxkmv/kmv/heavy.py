@@ -1,4 +1,4 @@
-"""FindHeavy: every pair of a query and a key whose kernel value is at least n^-alpha. Algorithm 1."""
+"""FindHeavy (Algorithm 1): every pair of a query and a key whose kernel value is at least n^-alpha."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from approxkmv.kmv.constants import PRINTED, PaperConstants
 from approxkmv.kmv.costs import Tally
 from approxkmv.kmv.gaussian import GaussianKernel
 
-# Tables are drawn and hashed in groups of this size, whatever the memory, so that the answer does not depend on it.
+# Tables are drawn and hashed in groups of this size for any memory bound, so that the answer does not depend on it.
 _GROUP = 8
 DEFAULT_MEMORY = 1 << 30
 
@@ -27,13 +27,13 @@ class HeavyKeys(Sequence[np.ndarray]):
     starts: np.ndarray
     """(n_q + 1,): S_i is indices[starts[i]:starts[i+1]]."""
     indices: np.ndarray
-    """Keys, row after row, ascending inside a row."""
+    """Keys, row after row, ascending within a row."""
     log_values: np.ndarray
     """log K of each pair; at least -alpha ln n."""
     tables: int
-    """T, the hash tables that were used; 0 where none were needed."""
+    """T, the number of hash tables used; 0 if none were needed."""
     tally: Tally
-    """Collisions scanned (with repetition), pairs evaluated, and functions hashed."""
+    """Collisions scanned (with repetition), pairs evaluated, and hash functions evaluated."""
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -57,12 +57,12 @@ class HeavyKeys(Sequence[np.ndarray]):
 
 
 def heavy_threshold(n: int, alpha: float) -> float:
-    """log of n^-alpha, with a hair of slack so that rounding does not lose a pair that meets it exactly."""
+    """log of n^-alpha, minus a small slack so that rounding does not lose a pair that meets it exactly."""
     return -alpha * math.log(n) - 1e-12
 
 
 def least_heavy_memory(n_q: int, n_k: int, d: int) -> int:
-    """Bytes below which FindHeavy refuses to start."""
+    """The least memory, in bytes, that FindHeavy accepts."""
     return 8 * _GROUP * (n_q + n_k) + 256 * n_k + (1 << 14) * d + (1 << 20)
 
 
@@ -83,20 +83,20 @@ def find_heavy(
     >>> find_heavy(points, points, sigma=0.5, seed=0)[2]
     array([2])
 
-    The pairs that collide in one of T = 10 n^alpha ln n hash tables are evaluated, and the heavy ones kept: no light
-    pair is returned, and a heavy one is missed with probability n^-10. n is the number of keys, except in the
-    logarithm of T, a union bound over all pairs, where it is the larger side. At small n the printed T
-    exceeds n, so that scanning all pairs would be cheaper; `constants` sets it.
+    Evaluates the pairs that collide in one of T = 10 n^alpha ln n hash tables and keeps the heavy ones: no light pair
+    is returned, and a heavy one is missed with probability n^-10. n is the number of keys, except in the logarithm
+    of T, a union bound over all pairs, where it is the larger side. At small n the printed T exceeds n, and scanning
+    all pairs would be cheaper; `constants` changes it.
 
     Args:
         queries: (n_q, d). keys: (n_k, d). Torch tensors or NumPy arrays.
-        sigma: the bandwidth. alpha: of the threshold, in [0, 1]. seed: None, or a whole number for a fixed answer.
-        family: "p-stable" (fast) or "ball-carving" (the one that Lemma 2.1 quotes); both have its near property.
+        sigma: the bandwidth. alpha: of the threshold, in [0, 1]. seed: None, or an integer for a reproducible answer.
+        family: "p-stable" (fast) or "ball-carving" (the one quoted by Lemma 2.1); both have its near property.
         constants: the printed constants. memory: bound on temporary storage, in bytes.
     Returns:
         HeavyKeys: result[i] is S_i.
     Raises:
-        InputError: shapes that do not fit, a non-finite value, sigma not positive, alpha outside [0, 1], an unknown
+        InputError: mismatched shapes, a non-finite value, sigma not positive, alpha outside [0, 1], an unknown
         family, too little memory.
     Source: Definition 3.3, Algorithm 1 and Lemma 3.4.
     """
@@ -118,11 +118,11 @@ def scan_buckets(
     constants: PaperConstants,
     memory: int,
 ) -> HeavyKeys:
-    """Algorithm 1 on arguments that have been checked."""
+    """Algorithm 1 for arguments that are already checked."""
     n_q, n_k, d = kernel.n_queries, kernel.n_keys, kernel.keys.shape[1]
     threshold = heavy_threshold(n_k, alpha)
     tables = constants.tables(n_k, alpha, max(n_q, n_k))
-    # The kernel's coordinates are in units of sigma sqrt(2): K = n^-alpha at distance sqrt(alpha ln n) there.
+    # The kernel's coordinates are in units of sigma sqrt(2), where K = n^-alpha at distance sqrt(alpha ln n).
     near = math.sqrt(alpha * math.log(n_k))
     hash_family = hashing.near_family(family, near, math.exp(-alpha * math.log(n_k)), n=n_k, fallback_scale=1.0)
     groups = math.ceil(tables / _GROUP)
@@ -134,8 +134,8 @@ def scan_buckets(
     for start in range(0, n_q, block):
         rows = slice(start, min(start + block, n_q))
         seen = np.zeros((rows.stop - rows.start, n_k), dtype=bool)
-        # Functions are drawn again for each block of rows from the same seeds: the same tables, not kept in memory.
-        # A table counts once in `hash_evaluations`, as the algorithm keeps it.
+        # Each block of rows redraws the functions from the same seeds: the same tables, without storing them.
+        # A table counts once in `hash_evaluations`, since the algorithm stores it.
         for group in range(groups):
             rng = np.random.default_rng([*_entropy(source), group])
             drawn = hash_family.draw(d, min(_GROUP, tables - group * _GROUP), rng)

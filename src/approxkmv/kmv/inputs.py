@@ -1,4 +1,4 @@
-"""Arguments of this package, checked in full before any work, each refusal in one line."""
+"""Checks of this package's arguments, all made before any work; each refusal is one line."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def matrix(array: Array, name: str) -> np.ndarray:
 
 
 def bounded(array: np.ndarray, name: str, most: float) -> np.ndarray:
-    """The array itself, refused where an entry is so large that sums of products would leave float64."""
+    """The array itself. Raises InputError if an entry is so large that sums of products would overflow float64."""
     largest = float(np.abs(array).max())
     if not largest <= most:
         raise InputError(f"{name} has an entry of size {largest:.3g}, more than {most:g}: scale it down")
@@ -50,7 +50,7 @@ def vector(x: Array, name: str, n: int) -> np.ndarray:
 def same_kind(a: Array, name_a: str, b: Array, name_b: str) -> None:
     """Refuse a mixture of torch tensors and NumPy arrays."""
     if isinstance(a, np.ndarray) != isinstance(b, np.ndarray):
-        raise InputError(f"{name_a} and {name_b} are of different kinds: give two torch tensors or two NumPy arrays")
+        raise InputError(f"{name_a} and {name_b} differ in kind: give two torch tensors or two NumPy arrays")
 
 
 def positive(value: float, name: str) -> float:
@@ -61,7 +61,7 @@ def positive(value: float, name: str) -> float:
 
 
 def error(value: float) -> float:
-    """epsilon: a positive number whose square, and whose budgets, float64 can hold."""
+    """epsilon: a positive number for which float64 can hold its square and the budgets."""
     if positive(value, "epsilon") < 1e-30 or value > 1e30:
         raise InputError(f"epsilon is {value!r}: it must lie between 1e-30 and 1e30")
     return float(value)
@@ -75,7 +75,7 @@ def fraction(value: float, name: str) -> float:
 
 
 def count(value: int, name: str) -> int:
-    """A positive whole number."""
+    """A positive integer."""
     if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
         raise InputError(f"{name} is {value!r}: it must be a positive whole number")
     return int(value)
@@ -89,14 +89,14 @@ def seed_sequence(seed: int | None) -> np.random.SeedSequence:
 
 
 def choice(value: str, name: str, allowed: tuple[str, ...]) -> str:
-    """One of the allowed words."""
+    """One of the allowed options."""
     if value not in allowed:
         raise InputError(f"{name} is {value!r}: choose one of {', '.join(allowed)}")
     return value
 
 
 def enough_memory(memory: int, least: int, what: str) -> int:
-    """The bound on temporary storage, refused with the least that would do."""
+    """The bound on temporary storage. Raises InputError, giving the least that would do, if it is too small."""
     given = count(memory, "memory")
     if given < least:
         raise InputError(f"memory is {given} bytes: {what} needs at least {least}")
@@ -104,7 +104,7 @@ def enough_memory(memory: int, least: int, what: str) -> int:
 
 
 def back_to_kind(like: Array) -> Callable[[np.ndarray], Array]:
-    """The way back to the caller's kind of array, float64, on the caller's device."""
+    """A function that converts back to the caller's kind of array: float64, on the caller's device."""
     if isinstance(like, torch.Tensor):
         device = like.device
         return lambda values: torch.from_numpy(np.ascontiguousarray(values)).to(device)

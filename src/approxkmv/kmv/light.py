@@ -1,4 +1,4 @@
-"""ApproxLight: what the keys that are neither heavy nor taken out contribute, by sampling. Algorithm 2."""
+"""ApproxLight (Algorithm 2): the contribution of the light keys of T, estimated by sampling."""
 
 from __future__ import annotations
 
@@ -16,35 +16,35 @@ from approxkmv.kmv.heavy import HeavyKeys
 
 DENSITIES = ("auto", "exact", "levels")
 
-# Beyond this epsilon is no smaller a bucket than this one, and (1 + epsilon)^m stays in range.
+# Largest epsilon of a bucket, so that (1 + epsilon)^m stays in range.
 _WIDEST_BUCKET = 1.0
 
 
 @dataclass(frozen=True)
 class Buckets:
-    """The keys of T by size of their entry of x: B_m of Algorithm 2, line 3, the empty ones left out."""
+    """The keys of T by size of their entry of x: the non-empty B_m of Algorithm 2, line 3."""
 
     order: np.ndarray
-    """Keys of T, bucket after bucket."""
+    """Keys of T, bucket by bucket."""
     starts: np.ndarray
     """Position in `order` at which each bucket starts."""
     sizes: np.ndarray
     """|B_m|."""
     rounded: np.ndarray
-    """(1 + epsilon)^m: the squares of the bucket's entries, rounded up."""
+    """(1 + epsilon)^m: the rounded-up squares of the bucket's entries."""
 
     def __len__(self) -> int:
         return len(self.sizes)
 
 
 def bucket(scaled: np.ndarray, kept: np.ndarray, epsilon: float) -> Buckets:
-    """Cut T into B_m = {j : x_j^2 in ((1+epsilon)^(m-1), (1+epsilon)^m]}.
+    """Partition T into B_m = {j : x_j^2 in ((1+epsilon)^(m-1), (1+epsilon)^m]}.
 
     >>> b = bucket(np.array([1.0, 2.0, 1.1, 2.0]), np.arange(4), epsilon=0.5)
     >>> b.order, b.sizes
     (array([0, 2, 1, 3]), array([1, 1, 2]))
 
-    Half open, where the paper closes both ends: a key belongs to one bucket.
+    The intervals are half open, so each key is in one bucket; the paper closes both ends.
 
     Source: Algorithm 2, lines 3 and 4.
     """
@@ -58,7 +58,7 @@ def bucket(scaled: np.ndarray, kept: np.ndarray, epsilon: float) -> Buckets:
 
 @dataclass(frozen=True)
 class LightSum:
-    """What Algorithm 2 returns, with the budgets that it chose."""
+    """What Algorithm 2 returns, with the budgets it chose."""
 
     z: np.ndarray
     """(n_q,): the estimated contribution of the light keys, for x rescaled to |x|_2^2 = n."""
@@ -67,19 +67,19 @@ class LightSum:
     repetitions: np.ndarray
     """(n_q,) float64: ceil(10 n s_i / epsilon^2), the repetitions in one average."""
     averages: int
-    """How many averages the median is of."""
+    """The number of averages whose median is taken."""
     density_tally: Tally
     sampling_tally: Tally
     level_buckets: int
-    """Buckets whose density came from `DensityLevels`; the others' were exact."""
+    """The number of buckets whose density came from `DensityLevels`; the other densities are exact."""
 
 
-# Bytes per key: of one row (kernel values, their squares, at most one bucket per key), and of one average's counts.
+# Bytes per key: for one row (kernel values, their squares, at most one bucket per key), and for one average's counts.
 _ROW_BYTES, _COUNT_BYTES = 64, 24
 
 
 def least_light_memory(n_q: int, n_k: int, averages: int) -> int:
-    """Bytes below which ApproxLight refuses to start: one row and its samples, and vectors."""
+    """The least memory, in bytes, that ApproxLight accepts: one row with its samples, and vectors."""
     return 2 * n_k * (_ROW_BYTES + averages * _COUNT_BYTES) + 64 * (n_q + n_k) + (1 << 18)
 
 
@@ -98,22 +98,21 @@ def approx_light(
     memory: int,
     counts_only: bool = False,
 ) -> LightSum:
-    """Estimate sum over j in T without S_i of K_ij x_j, each row to within `row_error` (Algorithm 2, ApproxLight).
+    """Estimate the sum over j in T \\ S_i of K_ij x_j, each row to within `row_error` (Algorithm 2, ApproxLight).
 
-    Rows whose budget exceeds the number of keys are evaluated once and the counts of their samples drawn, which is
-    the same distribution; at sizes that fit a computer that is every row with a light key of any weight.
-
-    How the estimate of a density below its floor is used: it is 0, and, as in the proof, the bucket is left out of
-    that row, from s_i and from the samples alike. Kept in the samples its keys would add a variance that the budget
-    knows nothing of. Leaving out all hidden buckets costs `hidden_error` per row at most.
+    A row whose budget exceeds the number of keys is evaluated once, and the counts of its samples are drawn, which has
+    the same distribution; at sizes that fit on a computer this happens in every row with a light key of any weight.
+    A density estimated below its floor is 0 and, as in the proof, the bucket is left out of that row, both of s_i and
+    of the samples: in the samples its keys would add a variance that the budget does not account for. Leaving out all
+    hidden buckets costs at most `hidden_error` per row.
 
     Args:
         kernel: of the queries and keys. scaled: (n_k,) x with |x|_2^2 = n_k. kept: the set T. heavy: the sets S_i.
-        row_error: the error that one row may have. bucket_epsilon: the buckets' ratio is 1 + this.
-        hidden_error: what all buckets below the density floor may add up to, per row.
-        density: "exact", "levels", or "auto": levels in the buckets where they could cost less than exact.
+        row_error: the error allowed in one row. bucket_epsilon: the ratio of the buckets is 1 + this.
+        hidden_error: the most that all buckets below the density floor may add up to, per row.
+        density: "exact", "levels", or "auto": levels for buckets where they could cost less than exact.
         constants: the printed constants. source: of the random numbers. memory: bytes of temporary storage.
-        counts_only: draw how many samples are asked for, and not the samples; z stays 0. For cost studies.
+        counts_only: count the samples without drawing them; z stays 0. For cost studies.
     Returns:
         A LightSum.
     Source: Algorithm 2, Lemma 3.5 and its proof.
@@ -129,7 +128,7 @@ def approx_light(
         return LightSum(z, squared_sum, repetitions, averages, Tally(), Tally(), 0)
 
     buckets = bucket(scaled, kept, bucket_epsilon)
-    # The proof counts O(log n) buckets as log n; at constant epsilon there are 4 log n / log(1 + epsilon).
+    # The proof bounds the O(log n) buckets by log n; at constant epsilon there are 4 log n / log(1 + epsilon).
     count = max(math.log(n), len(buckets))
     weight = buckets.rounded * buckets.sizes
     floors = hidden_error**2 / (n * count**2 * weight)
@@ -174,13 +173,13 @@ def approx_light(
         place = position[heavy.indices[s:e]]
         row, place, log_value = row[place >= 0], place[place >= 0], heavy.log_values[s:e][place >= 0]
         shown = visible[row, bucket_of[place]]
-        # S_i holds keys outside T as well: only those inside are in the total.
+        # S_i also holds keys outside T; only those inside are in the total.
         squares = buckets.rounded[bucket_of[place]] if constants.subtract_rounded else x_t[place] ** 2
         known = np.bincount(row[shown], (squares * np.exp(2 * log_value))[shown], stop - start)
         light = visible[:, bucket_of]
         light[row, place] = False
         lights = light.sum(1)
-        # Line 7 prints t + n^-0.218 t, which is above the sum only if t is: but t may lie below by the same factor.
+        # Line 7 prints t + n^-0.218 t, which exceeds the sum only if t does, but t may be too small by the same factor.
         over = total / (1.0 - beta)
         s_i = np.where(lights > 0, np.maximum(over - known, 0.0), 0.0)
         rounds = np.where(lights > 0, np.maximum(1.0, np.ceil(constants.repetition_factor * n * s_i / row_error**2)), 0)
@@ -228,13 +227,13 @@ def _by_levels(
     seeds: list[np.random.SeedSequence],
     memory: int,
 ) -> dict[int, DensityLevels]:
-    """The buckets whose density of k^2 comes from the structure of Theorem 2.2, fitted."""
+    """Fitted structures of Theorem 2.2 for the buckets whose density of k^2 they estimate."""
     chosen: dict[int, DensityLevels] = {}
     if density == "exact":
         return chosen
     for b in range(len(buckets)):
         if floors[b] >= 1.0:
-            # Even a bucket of keys that all equal the query would be hidden; exact says so at no greater cost.
+            # Even a bucket of keys that all equal the query would be below the floor; exact is no more expensive.
             continue
         # k^2 is a Gaussian kernel of bandwidth sigma / sqrt(2); the kernel's points are in units of sigma sqrt(2).
         levels = DensityLevels(

@@ -1,4 +1,4 @@
-"""Large and small entries of x taken out first: Definition 3.1 and Lemma 3.2."""
+"""Split off the large and small entries of x: Definition 3.1 and Lemma 3.2."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from approxkmv.kmv.constants import PRINTED, PaperConstants
 
 @dataclass(frozen=True)
 class Split:
-    """x rescaled to |x|_2^2 = n and cut by size. All three index sets are sorted and partition the keys."""
+    """x rescaled to |x|_2^2 = n and split by size. The three sorted index sets partition the keys."""
 
     scaled: np.ndarray
     """(n,): x * sqrt(n) / |x|_2, or zeros where x = 0."""
@@ -26,28 +26,28 @@ class Split:
 
 
 def split(x: np.ndarray, *, gamma: float, epsilon: float, constants: PaperConstants = PRINTED) -> Split:
-    """Rescale x to |x|_2^2 = n and take out its large and its small entries.
+    """Rescale x to |x|_2^2 = n and split off its large and small entries.
 
     >>> parts = split(np.array([0.0, 1.0, 1.0, 1.0, 10.0]), gamma=0.109, epsilon=0.5)
     >>> parts.large, parts.small, parts.kept
     (array([4]), array([0]), array([1, 2, 3]))
 
-    Dropping H_2 costs n * n^-2 = 1/n per row at most, and |x|_2 / n in all (the printed proof says n^-3: it forgets
-    the square root). To stay below epsilon / 4 for every epsilon the bound n^-4 is lowered to n^-2 (epsilon / 4)^2
-    when n < 4 / epsilon, and is the printed one otherwise.
+    Dropping H_2 costs at most n * n^-2 = 1/n per row, and |x|_2 / n in total (the printed proof says n^-3: it forgets
+    the square root). To stay below epsilon / 4 for every epsilon, the bound n^-4 is lowered to n^-2 (epsilon / 4)^2
+    when n < 4 / epsilon.
 
     Args:
         x: (n,) float64. gamma: entries with x_j^2 >= n^gamma are large. epsilon: of the guarantee.
     Returns:
         A Split.
-    Source: Definition 3.1, Lemma 3.2 and its proof in A.2; |x|_2^2 = n is assumed there and done here.
+    Source: Definition 3.1, Lemma 3.2 and its proof in A.2, which assume |x|_2^2 = n; here x is rescaled.
     """
     n = len(x)
     largest = float(np.abs(x).max())
     if largest == 0.0:
         nothing = np.empty(0, dtype=np.intp)
         return Split(np.zeros(n), 0.0, nothing, np.arange(n), nothing)
-    # By the largest entry first, so that squares neither overflow nor vanish.
+    # Divide by the largest entry first, so that squares neither overflow nor underflow.
     unit = x / largest
     norm = float(np.linalg.norm(unit))
     scaled = unit * (np.sqrt(n) / norm)
@@ -55,6 +55,6 @@ def split(x: np.ndarray, *, gamma: float, epsilon: float, constants: PaperConsta
     bound = float(n) ** -constants.small_exponent * min(1.0, epsilon * n / 4.0) ** 2
     large = square >= float(n) ** gamma
     small = (square <= bound) & ~large
-    # |x| / sqrt(n) in this order: |x| alone may overflow where the factor does not.
+    # |x| / sqrt(n) in this order: |x| alone may overflow when the factor does not.
     factor = largest * (norm / np.sqrt(n))
     return Split(scaled, factor, np.flatnonzero(large), np.flatnonzero(small), np.flatnonzero(~large & ~small))

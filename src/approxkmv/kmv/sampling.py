@@ -1,4 +1,4 @@
-"""The repeated sub-sampling of Algorithm 2, lines 8 and 9, drawn as counts or as single samples."""
+"""The repeated subsampling of Algorithm 2, lines 8 and 9, drawn as counts or as single samples."""
 
 from __future__ import annotations
 
@@ -6,21 +6,20 @@ import math
 
 import numpy as np
 
-# Above this many repetitions (2^62) counts no longer fit an integer. The average is then its expectation to within
-# epsilon / sqrt(10) by the budget's own choice, and is replaced by it.
+# Above this many repetitions (2^62) counts no longer fit an integer. The budget then makes the average equal its
+# expectation to within epsilon / sqrt(10), and the expectation is used instead.
 REPETITION_LIMIT = 1 << 62
 _TABLE_BITS = 12
 
 
 class BinomialTable:
-    """Draws from Binomial(repetitions, probability), many and fast: how often each key survives.
+    """Fast draws from Binomial(repetitions, probability): how often each key survives.
 
     >>> BinomialTable(1000, 0.002).draw((2, 3), np.random.default_rng(0)).shape
     (2, 3)
 
-    The inverse distribution function, tabulated over 4,096 equal steps of the uniform; a step that a jump of the
-    distribution crosses is settled by the function itself. So the distribution is the binomial one to float64, at a
-    few nanoseconds a draw.
+    Tabulates the inverse distribution function over 4,096 equal steps of the uniform; in a step where it jumps, the
+    function itself decides. So the distribution is binomial to float64, at a few nanoseconds per draw.
 
     Args:
         repetitions: at least 1. probability: in (0, 1].
@@ -36,7 +35,7 @@ class BinomialTable:
         self._low = max(0, math.floor(mean - 10 * spread - 10))
         high = min(repetitions, math.ceil(mean + 12 * spread + 40))
         k = np.arange(self._low, high, dtype=np.float64)
-        # Ratios of neighbouring probabilities: no gamma functions of large arguments, hence no cancellation.
+        # Ratios of neighbouring probabilities avoid gamma functions of large arguments and their cancellation.
         odds = math.log(probability) - math.log1p(-probability)
         steps = np.log((repetitions - k) / (k + 1.0)) + odds
         log_mass = np.concatenate([[0.0], np.cumsum(steps)])
@@ -66,17 +65,17 @@ class BinomialTable:
 def averages_of_counts(
     values: np.ndarray, repetitions: int, averages: int, n: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, int]:
-    """Averages of n * (sum of the surviving values), from the number of times that each key survives.
+    """Averages of n * (sum of the surviving values), computed from how many times each key survives.
 
     >>> averages_of_counts(np.ones(50), 10**6, 3, 50, np.random.default_rng(0))[0].round()
     array([50., 50., 50.])
 
     The average of R repetitions of "each key survives with probability 1/n" is n / R * sum_j values_j C_j with
-    independent C_j from Binomial(R, 1/n): the same distribution, one evaluation per key. Keys of value 0 change no
-    average, so only their total is drawn.
+    independent C_j from Binomial(R, 1/n): the same distribution, with one evaluation per key. Keys of value 0 do not
+    affect the average, so only their total count is drawn.
 
     Args:
-        values: (L,) contributions x_j K_ij of the light keys. repetitions: R. averages: how many of them.
+        values: (L,) contributions x_j K_ij of the light keys. repetitions: R. averages: their number.
         n: of the survival probability 1/n and of the factor n. rng: the random numbers.
     Returns:
         (averages,), and the number of survivors: the kernel evaluations that the algorithm asks for.
@@ -94,7 +93,7 @@ def averages_of_counts(
 
 
 def survivors(trials: int, n: int, rng: np.random.Generator) -> int:
-    """How many of so many trials at probability 1/n succeed; their expectation where the number fits no integer."""
+    """How many of the trials succeed at probability 1/n; the expectation if the number does not fit an integer."""
     return int(rng.binomial(trials, 1.0 / n)) if trials < REPETITION_LIMIT else trials // n
 
 
@@ -107,8 +106,8 @@ def draw_survivors(
     >>> bool((average < 3).all() and (key < 40).all())
     True
 
-    Each of keys * repetitions * averages trials succeeds with probability 1/n: a binomial number of them, which are
-    then a uniform subset of that size.
+    Each of keys * repetitions * averages trials succeeds with probability 1/n: a binomial number of them succeed, and
+    they form a uniform subset of that size.
     """
     trials = keys * repetitions * averages
     wanted = survivors(trials, n, rng)
@@ -117,7 +116,7 @@ def draw_survivors(
     else:
         cells = np.unique(rng.integers(0, trials, wanted))
         while len(cells) < wanted:
-            # Fresh draws until the set is full: every subset of this size stays equally likely.
+            # Draw more until the set is full: every subset of this size stays equally likely.
             fresh = np.setdiff1d(rng.integers(0, trials, wanted - len(cells)), cells)
             cells = np.concatenate([cells, fresh])
     return cells // (keys * repetitions), cells % keys

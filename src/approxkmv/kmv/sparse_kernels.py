@@ -1,4 +1,4 @@
-"""Point sets whose kernel satisfies assumption (A) at every n: for tests and for the cost study."""
+"""Point sets whose kernel satisfies assumption (A) at every n, for tests and for the cost study."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ def background(n: int, seed: int = 0, d: int = 32) -> Points:
     >>> background(64).keys.shape
     (64, 32)
 
-    For independent standard Gaussians E exp(-|p - q|^2 / 2 sigma^2) = (1 + 2 / sigma^2)^(-d/2), which is 1/n at the
-    sigma taken here: c of assumption (A) is about 1 at every n, and nearly all of the tail is light.
+    For independent standard Gaussians E exp(-|p - q|^2 / 2 sigma^2) = (1 + 2 / sigma^2)^(-d/2); sigma is chosen to make
+    this 1/n, so c of assumption (A) is about 1 at every n, and nearly all of the tail is light.
     """
     points = np.random.default_rng([seed, 1]).standard_normal((n, d))
     return Points(points, points, math.sqrt(2.0 / (n ** (2.0 / d) - 1.0)))
 
 
 def clusters(n: int, seed: int = 0, d: int = 6) -> Points:
-    """Clusters of 8 keys with queries near them: heavy keys and hardly a tail.
+    """Clusters of 8 keys with queries near them: heavy keys and almost no tail.
 
     >>> clusters(64).queries.shape
     (64, 6)
 
-    The centres spread as n^(1/d), so that the number of clusters near one another does not grow.
+    The centres spread as n^(1/d), so the number of nearby clusters does not grow.
     """
     rng = np.random.default_rng([seed, 2])
     count = -(-n // 8)
@@ -47,7 +47,7 @@ def clusters(n: int, seed: int = 0, d: int = 6) -> Points:
 
 
 def even_spread(n: int, seed: int = 0, d: int = 3) -> Points:
-    """Points of one density in a box that grows with n: entries of every size, row sums that do not grow.
+    """Points of constant density in a box that grows with n: entries of every size, row sums that do not grow.
 
     >>> even_spread(64).keys.shape
     (64, 3)

@@ -1,17 +1,17 @@
-"""KDEformer as a theorem: row sums and column norms from kernel densities, and a product by sampled columns.
+"""KDEformer as a theorem: row sums and column norms from kernel densities, and a product with sampled columns.
 
-P = D^-1 exp(scale q k^T), D its row sums. Three steps, of which none forms P:
+P = D^-1 exp(scale q k^T), where D holds the row sums. None of the three steps forms P:
 1. row sums by a weighted exponential kernel density, sum_j exp(scale <q_i, k_j>);
 2. squared column norms by another, |P_j|^2 = sum_i exp(2 scale <q_i, k_j>) / D_i^2;
-3. m columns of P drawn with probability p_j >= |P_j| |v_j| / (|P|_F |V|_F), each counted 1 / (m p_j).
+3. draw m columns of P with probability p_j >= |P_j| |v_j| / (|P|_F |V|_F), each weighted by 1 / (m p_j).
 
 With exact densities the product is unbiased with E|out - P V|_F^2 <= |P|_F^2 |V|_F^2 / m, since the variance of one
 term is at most sum_j |P_j|^2 |v_j|^2 / p_j. So the spectral error is at most epsilon |P|_op |V|_op, in expectation,
 with m = srank(P) srank(V) / epsilon^2 columns, srank(X) = |X|_F^2 / |X|_op^2.
 
 Source: Zandieh, Han, Daliri & Karbasi (2023), Definition 3.1, Lemma 3.1, Theorems 3.2 to 3.4. Departures: the bound
-above is the elementary one, by the Frobenius norm; weights of points ride in one more coordinate, as the norms of keys
-do in Lemma 4.1 of Indyk, Kapralov, Sheth & Wagner, so that any density estimator of this package serves unchanged.
+above is the elementary one, by the Frobenius norm; weights of points become one more coordinate, as the norms of keys
+do in Lemma 4.1 of Indyk, Kapralov, Sheth & Wagner, so that any density estimator of this package can be used.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ from approxkmv.kmv.density import DensityLevels, KernelDensity
 from approxkmv.kmv.density.base import row_blocks
 
 MakeDensity: TypeAlias = Callable[[int], KernelDensity]
-"""From a seed to an estimator of bandwidth 1."""
+"""Makes an estimator of bandwidth 1 from a seed."""
 
 
 def density_levels(seed: int) -> KernelDensity:
-    """The estimator of Theorem 2.1 there, to within a half: constants that run at a few thousand points."""
+    """The estimator of their Theorem 2.1, to within a factor of a half: constants that run at a few thousand points."""
     return DensityLevels(1.0, relative_error=0.5, floor=1e-3, failure=0.1, seed=seed, median_factor=1.0)
 
 
 @dataclass(frozen=True)
 class ExponentialDensity:
-    """Weighted sums of exponentials, and what they took."""
+    """Weighted sums of exponentials and their cost."""
 
     log_sums: np.ndarray
     """(n_q,) log sum_j w_j exp(<q_i, p_j>)."""
     exact_rows: int
-    """Queries whose density was below what the estimator reports, and which were summed exactly."""
+    """Queries that were summed exactly, because their density was below the estimator's floor."""
     tally: Tally
 
 
@@ -63,8 +63,8 @@ def weighted_exponential_density(
     [8.0, 8.0]
 
     exp(<q, p>) = exp(|q|^2 / 2) exp(|p|^2 / 2) exp(-|q - p|^2 / 2), and w exp(|p|^2 / 2) becomes a coordinate h of p
-    with exp(-h^2 / 2) in proportion to it. So each sum is a constant of its query times the density, and is unbiased,
-    or within a relative error, as the density is.
+    with exp(-h^2 / 2) proportional to it. So each sum is a constant of its query times the density: it is unbiased, or
+    has a small relative error, if the density does.
 
     Args:
         queries: (n_q, d). points: (n_p, d). log_weights: (n_p,), natural logarithms. density: of bandwidth 1, not
@@ -72,13 +72,13 @@ def weighted_exponential_density(
     Returns:
         An ExponentialDensity.
     Raises:
-        InputError: shapes that do not fit, a non-finite value, a density whose bandwidth is not 1.
+        InputError: mismatched shapes, a non-finite value, a density whose bandwidth is not 1.
     """
     q, p = (inputs.bounded(part, "queries or points", 1e150) for part in inputs.points(queries, points))
     log_w = inputs.vector(log_weights, "log_weights", len(p))
     if density.sigma != 1.0:
         raise InputError(f"the density has bandwidth {density.sigma!r}: give one of bandwidth 1")
-    # Moving the points together and trading length between the two sides changes no product, and makes sums large.
+    # Centring the points and rescaling the two sides against each other changes no product and makes the sums large.
     centre, balance = (np.asarray(part) for part in best_origin(torch.from_numpy(q), torch.from_numpy(p)))
     moved_q, moved_p = q * balance, (p - centre) / balance
     logs = log_w + 0.5 * (moved_p**2).sum(1)
@@ -105,16 +105,16 @@ def weighted_exponential_density(
 
 @dataclass(frozen=True)
 class SampledAttention:
-    """A product with few columns of the attention matrix."""
+    """The product with a few columns of the attention matrix."""
 
     output: Array
     """(n_q, d_v)."""
     log_row_sums: np.ndarray
     """(n_q,) estimated log D_i."""
     probabilities: np.ndarray
-    """(n_k,) with which columns were drawn."""
+    """(n_k,) the probabilities with which columns were drawn."""
     exact_rows: int
-    """Row sums and column norms whose density was below what the estimator reports, and which were summed exactly."""
+    """Row sums and column norms that were summed exactly, because their density was below the estimator's floor."""
     kernel_evaluations: int
 
 
@@ -128,23 +128,23 @@ def spectral_attention(
     seed: int | None = None,
     density: MakeDensity = density_levels,
 ) -> SampledAttention:
-    """Approximate P v, P = softmax(scale q k^T), with a small error in the spectral norm.
+    """Approximate P v, P = softmax(scale q k^T), with a small error in spectral norm.
 
     >>> r = spectral_attention(np.zeros((5, 4)), np.zeros((6, 4)), np.ones((6, 2)), 3, seed=0)
     >>> r.output.shape, r.probabilities.sum().round(6).item()
     ((5, 2), 1.0)
 
-    Row sums that are off by a relative error of delta scale the rows of the output by as much. Column norms that are
-    off by it cost a factor of at most 1 / (1 - delta)^2 in the number of samples, and no bias.
+    A relative error of delta in the row sums scales the rows of the output by as much. In the column norms it costs a
+    factor of at most 1 / (1 - delta)^2 in the number of samples, and no bias.
 
     Args:
         q: (n_q, d). k: (n_k, d). v: (n_k, d_v). Torch tensors or NumPy arrays. samples: m, columns drawn.
-        scale: of the logits; None means 1/sqrt(d). seed: for a fixed answer. density: from a seed to an estimator of
-        bandwidth 1; by default `DensityLevels`.
+        scale: of the logits; None means 1/sqrt(d). seed: for a reproducible answer. density: makes an estimator of
+        bandwidth 1 from a seed; by default `DensityLevels`.
     Returns:
         A SampledAttention; output in float64, of the same kind of array as q.
     Raises:
-        InputError: shapes that do not fit, a non-finite value, samples or scale not positive.
+        InputError: mismatched shapes, a non-finite value, samples or scale not positive.
     """
     queries, keys = (inputs.bounded(part, "q or k", 1e50) for part in inputs.points(q, k))
     inputs.same_kind(q, "q", v, "v")
@@ -159,7 +159,7 @@ def spectral_attention(
     columns = weighted_exponential_density(2 * s * keys, queries, -2 * rows.log_sums, density(seeds[1]))
     norms = np.exp(columns.log_sums - columns.log_sums.max())
     of_values = (values**2).sum(1)
-    # The mean of two shares is at least their geometric mean, |P_j| |v_j| / (|P|_F |V|_F).
+    # The mean of the two shares is at least their geometric mean, |P_j| |v_j| / (|P|_F |V|_F).
     shares = [norms / norms.sum(), of_values / of_values.sum()] if of_values.any() else [norms / norms.sum()]
     p = np.mean(shares, axis=0)
     p /= p.sum()

@@ -1,1 +1,1 @@
-"""The files between the steps: tables, shards, activations."""
+"""The files passed between steps: tables, shards, activations."""

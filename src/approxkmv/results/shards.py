@@ -1,4 +1,4 @@
-"""Shards that stay whole and of one kind: beside each finished file its hash, and of which weights and texts it is."""
+"""Shards, each stored with its hash and its origin: the weights and texts it was computed from."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from approxkmv.results.tables import read_shard_table
 
 
 def shard_count(texts: Path, shard_contexts: int) -> int:
-    """How many shards the texts make. Raises TableError when the table of texts cannot be read."""
+    """The number of shards of the texts. Raises TableError when the table of texts cannot be read."""
     import pyarrow.parquet
 
     try:
@@ -23,16 +23,16 @@ def shard_count(texts: Path, shard_contexts: int) -> int:
 
 
 def write_shard(path: Path, table: pd.DataFrame, origin: str) -> None:
-    """Write a shard's CSV or Parquet file and, beside it as FILE.sha256, its hash and its origin (see fetch.origin)."""
+    """Write a shard's CSV or Parquet file and, beside it as FILE.sha256, its hash and origin (see fetch.origin)."""
     (write_parquet if path.suffix == ".parquet" else write_csv)(path, table)
     write_text(hash_file(path), f"{sha256(path)}  {path.name}\n# {origin}\n")
 
 
 def read_shards(folder: Path, count: int, *kinds: str) -> list[pd.DataFrame]:
-    """For each kind, as contexts.csv, the tables of a model's shards, one below the other.
+    """For each kind, such as contexts.csv, the concatenated tables of a model's shards.
 
-    Raises TableError for a shard that is missing or damaged, and when they are not all of the same weights and texts.
-    Others that an earlier study left in the folder are not read.
+    Raises TableError for a shard that is missing or damaged, and when shards differ in their weights or texts.
+    Shards that an earlier study left in the folder are ignored.
     """
     tables = []
     origins: dict[str, Path] = {}
@@ -41,18 +41,18 @@ def read_shards(folder: Path, count: int, *kinds: str) -> list[pd.DataFrame]:
         for shard in range(count):
             path = folder / f"{shard:04d}.{kind}"
             if path.is_file() and is_damaged(path):
-                raise TableError(f"{path} is not what its checksum says: run the study again, and it is made again")
+                raise TableError(f"{path} does not match its checksum: run the study again to regenerate it")
             parts.append(read_shard_table(path, kind))
             origins.setdefault(origin_of(path), path)
         tables.append(pd.concat(parts, ignore_index=True))
     if len(origins) > 1:
         one, other, *_ = origins.values()
-        raise TableError(f"{one} and {other} are of different weights or texts: run the study again to make both anew")
+        raise TableError(f"{one} and {other} come from different weights or texts: run the study again")
     return tables
 
 
 def origin_of(path: Path) -> str:
-    """Of which weights and texts a shard is; nothing when nobody wrote it down."""
+    """The origin of a shard: its weights and texts; empty if not recorded."""
     try:
         lines = hash_file(path).read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -16,24 +16,24 @@ _QUANTILES = (0.01, 0.03, 0.1, 0.3, 0.6, 1.0)
 
 @dataclass(frozen=True)
 class DoublingDimension:
-    """Bounds from the balls that were looked at."""
+    """Bounds from the balls that were examined."""
 
     lower: float
-    """log2 of the most points of a ball that lie further than its radius from each other.
+    """log2 of the most points of a ball that are pairwise further apart than its radius.
 
-    No ball of half the radius holds two of them, so that the doubling dimension is at least this.
+    No ball of half the radius holds two of them, so the doubling dimension is at least this.
     """
     upper: float
-    """log2 of the most balls of half the radius that a greedy cover needed; no ball looked at needs more."""
+    """log2 of the most balls of half the radius that a greedy cover used; no examined ball needs more."""
     aspect_ratio: float
-    """Largest distance over the smallest that is not zero."""
+    """The largest distance divided by the smallest non-zero one."""
 
 
 @plain_torch()
 def doubling_dimension(
     points: torch.Tensor, *, centres: int | None = 64, generator: torch.Generator | None = None
 ) -> DoublingDimension:
-    """Doubling dimension of points (n, d) in Euclidean distance (Definition 5 of the lecture), from below and above.
+    """Lower and upper bounds on the doubling dimension of points (n, d), Euclidean (Definition 5 of the lecture).
 
     >>> import torch
     >>> line = torch.arange(64.0).unsqueeze(1)
@@ -42,8 +42,8 @@ def doubling_dimension(
     True
 
     Args:
-        points: at least two, not all equal; their n^2 distances are kept.
-        centres: balls around so many points, drawn at random, at six radii each; None takes every point.
+        points: at least two, not all equal; needs memory for n^2 distances.
+        centres: examine balls around this many random points, at six radii each; None takes every point.
         generator: draws them.
     Raises:
         InputError: fewer than two different points, a coordinate that is not finite.
@@ -51,7 +51,7 @@ def doubling_dimension(
     x = as_float64(points, "points")
     if len(x) < 2 or bool((x == x[0]).all()):
         raise InputError("a doubling dimension needs at least two different points")
-    # In a unit in which no square leaves float64
+    # Choose a unit in which no square overflows float64
     x = x / x.abs().max()
     x = x - x[0]
     distances = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
@@ -75,7 +75,7 @@ def _separated(distances: torch.Tensor, gap: float) -> int:
     is_left = torch.ones(len(distances), dtype=torch.bool)
     count = 0
     while bool(is_left.any()):
-        # Any order makes a maximal set.
+        # Any order yields a maximal set.
         is_left &= distances[int(is_left.int().argmax())] > gap
         count += 1
     return count

@@ -1,4 +1,4 @@
-"""Keys of largest inner product, exactly or through a hierarchical small-world graph, with keys added as they come."""
+"""Keys of largest inner product, exactly or by a hierarchical small-world graph, with keys added incrementally."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from approxkmv.kernels import reduce_attention
 
 
 class Index(Protocol):
-    """Keys that can be searched while more are added; they are numbered in the order in which they came."""
+    """A searchable set of keys to which more can be added; keys are numbered in the order of insertion."""
 
     def add(self, first: int, last: int) -> None:
-        """Make keys first to last - 1 findable, those before `first` being so already."""
+        """Make keys first to last - 1 searchable; those before `first` already are."""
 
     def search(self, q: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Numbers (n_q, count) int64 of the best keys of each query and their inner products (n_q, count).
+        """Indices (n_q, count) int64 of the best keys of each query, and their inner products (n_q, count).
 
-        -1 and -inf where fewer were found.
+        -1 and -inf if fewer were found.
         """
 
 
 def load_faiss(what: str) -> ModuleType:
-    """The module faiss, on as many threads as torch has. Raises UnavailableError where it is not installed."""
+    """The module faiss, using as many threads as torch. Raises UnavailableError if it is not installed."""
     try:
         import faiss
     except ImportError as error:
@@ -43,23 +43,23 @@ def _found(index: Any, q: torch.Tensor, count: int) -> tuple[torch.Tensor, torch
 
 
 class FlatIndex:
-    """The exact answer: faiss' IndexFlatIP on a CPU, products and torch.topk elsewhere."""
+    """Exact search: faiss' IndexFlatIP on a CPU, matrix products and torch.topk elsewhere."""
 
     def __init__(self, k: torch.Tensor) -> None:
-        """k (n_k, d) float32: the keys to come."""
+        """k (n_k, d) float32: the keys that will be added."""
         self._k = k
         self._count = 0
         self._index = load_faiss("an exact index of keys").IndexFlatIP(k.shape[1]) if k.device.type == "cpu" else None
 
     def add(self, first: int, last: int) -> None:
-        """Make keys first to last - 1 findable."""
+        """Make keys first to last - 1 searchable."""
         self._count = last
         if self._index is not None:
             self._index.add(np.ascontiguousarray(self._k[first:last].numpy()))
 
     def search(self, q: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """See Index."""
-        # Those that are found are counted by whoever weighs them.
+        # The products of found keys are counted by the code that weighs them.
         report(other_products=len(q) * (self._count - count))
         if self._index is not None:
             return _found(self._index, q, count)
@@ -70,16 +70,16 @@ class FlatIndex:
 class HNSWIndex:
     """A hierarchical navigable small-world graph (Malkov & Yashunin 2018) in faiss, of the keys of Lemma 4.1.
 
-    The lemma's keys have one norm, so that inner products order them as Euclidean distances do, for which the graph is
-    made; the queries' new coordinate is zero, so that the products are those of the original keys.
+    The lemma's keys all have the same norm, so inner products rank them as Euclidean distances do, for which the graph
+    is built; the queries' extra coordinate is zero, so the products are those of the original keys.
     """
 
     def __init__(self, k: torch.Tensor, links: int, construction: int, breadth: int) -> None:
-        """k (n_k, d) float32: the keys to come.
+        """k (n_k, d) float32: the keys that will be added.
 
         Args:
             links: neighbours of a key on each level above the lowest, which has twice as many.
-            construction, breadth: candidates that are kept while the graph is made and searched.
+            construction, breadth: candidates kept while the graph is built and while it is searched.
         """
         if k.device.type != "cpu":
             raise UnavailableError(f"graph search runs on a CPU only, not on {k.device.type}")
@@ -90,8 +90,8 @@ class HNSWIndex:
         self._breadth = breadth
 
     def add(self, first: int, last: int) -> None:
-        """Make keys first to last - 1 findable: on one thread, since the order of the links would vary with several."""
-        # Where faiss finds torch's OpenMP in the process it shares it: the number must be kept before it is changed.
+        """Make keys first to last - 1 searchable, on one thread: with several the order of the links would vary."""
+        # If torch's OpenMP is in the process faiss shares it, so save the number of threads before changing it.
         threads = torch.get_num_threads()
         faiss = load_faiss("a graph index of keys")
         try:
@@ -106,7 +106,7 @@ class HNSWIndex:
         statistics = load_faiss("a graph index of keys").cvar.hnsw_stats
         before = statistics.ndis
         found = _found(self._index, torch.nn.functional.pad(q, (0, 1)), count)
-        # faiss counts the distances of a search, but not those by which it makes the graph.
+        # faiss counts the distances of a search, but not those of building the graph.
         report(other_products=statistics.ndis - before)
         return found
 
@@ -117,4 +117,4 @@ def make_index(name: str, k: torch.Tensor, *, links: int = 16, construction: int
         return FlatIndex(k)
     if name == "hnsw":
         return HNSWIndex(k, links, construction, breadth)
-    raise InputError(f"no index is called {name!r}; there are: flat, hnsw")
+    raise InputError(f"unknown index {name!r}: use flat or hnsw")

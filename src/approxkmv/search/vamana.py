@@ -1,9 +1,9 @@
-"""The graph of DiskANN (Subramanya et al. 2019), its robust prune and greedy search, in Euclidean space.
+"""The graph of DiskANN (Subramanya et al. 2019) with its robust prune and greedy search, in Euclidean space.
 
-An edge p-v makes p's edge to w needless where alpha |v - w| <= |p - w|. With the prune run over all other points the
-graph is alpha-shortcut reachable, and greedy search from any start ends within (alpha + 1) / (alpha - 1) of the
-nearest distance (Indyk & Xu 2023; Theorem 7 of the lecture). `build` is the practical one: candidates from a search,
-a bound on the degree, and no guarantee.
+An edge p-v makes an edge p-w redundant if alpha |v - w| <= |p - w|. If the prune runs over all other points, the graph
+is alpha-shortcut reachable, and greedy search from any start ends within a factor (alpha + 1) / (alpha - 1) of the
+nearest distance (Indyk & Xu 2023; Theorem 7 of the lecture). `build` is the practical version: candidates from a
+search, a bound on the degree, and no guarantee.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from approxkmv.compute.torch_state import plain_torch
 from approxkmv.errors import InputError, UnavailableError
 
 _LARGEST = 1e17
-_WIDTH = 16  # coordinates are padded to whole vectors of the processor
+_WIDTH = 16  # coordinates are padded to whole vector registers
 
 
 @dataclass(frozen=True)
@@ -30,29 +30,29 @@ class Found:
     keys: torch.Tensor
     """(n_q, count) int64, -1 where fewer were found."""
     distances: torch.Tensor
-    """(n_q, count), inf where there is none."""
+    """(n_q, count), inf if there is none."""
     steps: torch.Tensor
-    """(n_q,) points whose neighbours were looked at."""
+    """(n_q,) the number of points whose neighbours were examined."""
     evaluations: torch.Tensor
-    """(n_q,) distances that were computed."""
+    """(n_q,) the number of distances computed."""
 
 
 @dataclass(frozen=True)
 class VamanaGraph:
-    """Points (n, d), and for each the points that it links to."""
+    """Points (n, d) and the neighbours of each."""
 
     points: np.ndarray
     neighbours: np.ndarray
-    """(n, largest degree); those beyond `degrees` mean nothing."""
+    """(n, largest degree); entries beyond `degrees` are undefined."""
     degrees: np.ndarray
     start: int
 
     @plain_torch()
     def search(self, queries: torch.Tensor, count: int, beam: int) -> Found:
-        """The `count` best candidates of each of queries (n_q, d); with a beam of 1 this is greedy search.
+        """The `count` best candidates for each of queries (n_q, d); with a beam of 1 this is greedy search.
 
         Args:
-            beam: candidates that are kept on the way, at least `count`.
+            beam: candidates kept during the search, at least `count`.
         """
         n_q = len(queries)
         padded = _padded(queries)
@@ -80,28 +80,28 @@ def _loops() -> ModuleType:
 def _padded(points: torch.Tensor) -> np.ndarray:
     points = points.detach()
     if not float(points.abs().max()) <= _LARGEST:
-        raise InputError(f"points hold a NaN or a number beyond {_LARGEST:g}: squares of distances are float32")
+        raise InputError(f"points hold a NaN or a number beyond {_LARGEST:g}: squared distances are float32")
     wide = torch.nn.functional.pad(points.float(), (0, -points.shape[1] % _WIDTH))
     return wide.contiguous().numpy()
 
 
 def _start(points: np.ndarray) -> int:
-    """The point nearest to the mean of all."""
+    """The point nearest to the mean of all points."""
     return int(np.square(points - points.mean(0)).sum(1).argmin())
 
 
 def _check(alpha: float) -> None:
     if not alpha >= 1:
-        raise InputError(f"alpha is {alpha}: the prune needs at least 1, and a guarantee more")
+        raise InputError(f"alpha is {alpha}: it must be at least 1")
 
 
 @plain_torch()
 def build(points: torch.Tensor, *, alpha: float, degree: int, beam: int, generator: torch.Generator) -> VamanaGraph:
-    """The practical graph of points (n, d): each in turn searched for, pruned and linked both ways.
+    """The practical graph of points (n, d): each point in turn is searched for, pruned and linked both ways.
 
     Args:
-        alpha: how much nearer a shortcut must be, at least 1. degree: at most so many links of a point.
-        beam: candidates kept while a point is searched for. generator: the order of the points.
+        alpha: how much nearer a shortcut must be, at least 1. degree: the most neighbours of a point.
+        beam: candidates kept while searching for a point. generator: shuffles the points.
     Raises:
         InputError: alpha below 1, points beyond float32. UnavailableError: numba is missing.
     """
@@ -119,9 +119,9 @@ def build(points: torch.Tensor, *, alpha: float, degree: int, beam: int, generat
 
 @plain_torch()
 def build_exhaustively(points: torch.Tensor, *, alpha: float) -> VamanaGraph:
-    """The graph of points (n, d) with the guarantee: every point pruned over all others, in time n^2 times degree.
+    """The graph of points (n, d) with the guarantee: every point is pruned over all others, in time n^2 times degree.
 
-    Raises InputError for alpha below 1 or points beyond float32, and UnavailableError where numba is missing.
+    Raises InputError for alpha below 1 or points beyond float32, and UnavailableError if numba is missing.
     """
     _check(alpha)
     loops = _loops()
@@ -133,7 +133,7 @@ def build_exhaustively(points: torch.Tensor, *, alpha: float) -> VamanaGraph:
         order = np.argsort(gaps, kind="stable")
         order = order[order != i]
         kept = np.empty(max(1, n - 1), np.int64)
-        # Points in the same place link to each other first.
+        # Points at the same place link to each other first.
         size, made = loops.prune(padded, order, gaps[order], len(order), np.float32(alpha * alpha), kept)
         lists.append(kept[:size])
         report(other_products=n - 1 + int(made))

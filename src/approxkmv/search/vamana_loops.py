@@ -1,4 +1,4 @@
-"""Loops of the Vamana graph, compiled by numba, one core each: import this only where numba is installed."""
+"""Loops of the Vamana graph, compiled by numba, single-threaded: import this only where numba is installed."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def _squared(a, i, b, j):
 
 @cached_njit(fastmath=_FLAGS, nogil=True)
 def prune(points, candidates, distances, count, bar, out):
-    """Robust prune: out receives neighbours from candidates (count,), sorted by their squared distances to a point.
+    """Robust prune: writes neighbours to `out` from candidates (count,) sorted by squared distance to a point.
 
-    The nearest candidate v stays and removes every w with alpha |v - w| <= |p - w|, and so on with those that are
-    left; `bar` is alpha squared. Returns how many stay, at most len(out), and the distances that were computed.
+    The nearest candidate v stays and removes every w with alpha |v - w| <= |p - w|; this repeats with the remaining
+    ones. `bar` is alpha squared. Returns how many stay, at most len(out), and the number of distances computed.
     """
     kept = 0
     evaluations = 0
@@ -45,11 +45,11 @@ def prune(points, candidates, distances, count, bar, out):
 
 @cached_njit(fastmath=_FLAGS, nogil=True)
 def beam_search(points, neighbours, degrees, start, queries, query, stamps, stamp, keys, distances, expanded, trail):
-    """Search from `start` for row `query`, with as many candidates as there are places in keys.
+    """Search from `start` for row `query`, with as many candidates as `keys` has room for.
 
-    keys, distances and expanded hold the candidates, nearest first; stamps (n,) marks points that were looked at by
-    `stamp`; trail receives the expanded points in turn, as many as it has places for. Returns the number of
-    candidates, of expanded points and of distances that were computed.
+    keys, distances and expanded hold the candidates, nearest first; stamps (n,) marks visited points with `stamp`;
+    trail receives the expanded points in order, as many as fit. Returns the number of candidates, of expanded points
+    and of distances computed.
     """
     beam = len(keys)
     keys[0] = start
@@ -97,9 +97,9 @@ def beam_search(points, neighbours, degrees, start, queries, query, stamps, stam
 
 @cached_njit(fastmath=_FLAGS, nogil=True)
 def insert_all(points, order, neighbours, degrees, beam, bar):
-    """Build the graph point by point in `order`: search, robust prune, and links back, pruned where they are many.
+    """Build the graph point by point in `order`: search, robust prune, and back links, pruned if there are too many.
 
-    Returns the number of distances that were computed.
+    Returns the number of distances computed.
     """
     n = len(points)
     degree = neighbours.shape[1]
@@ -118,7 +118,7 @@ def insert_all(points, order, neighbours, degrees, beam, bar):
         _, steps, evaluations = beam_search(
             points, neighbours, degrees, order[0], points, point, stamps, turn, keys, distances, expanded, trail
         )
-        # The whole way is a candidate: what lies near its beginning makes the long links.
+        # The whole path is a candidate: the points near its start become the long links.
         count = min(steps, len(trail))
         for i in range(count):
             gap[i] = _squared(points, point, points, trail[i])
@@ -152,7 +152,7 @@ def insert_all(points, order, neighbours, degrees, beam, bar):
 
 @cached_njit(fastmath=_FLAGS, nogil=True)
 def search_all(low, high, points, neighbours, degrees, start, queries, beam, found, distances, steps, evaluations):
-    """Rows low to high - 1 of found (n_q, count), -1 where fewer were found, with distances, steps and evaluations."""
+    """Fill rows low to high - 1 of found (n_q, count), -1 if fewer were found, and distances, steps and evaluations."""
     stamps = np.full(len(points), -1, np.int64)
     keys = np.empty(beam, np.int64)
     held = np.empty(beam, np.float32)

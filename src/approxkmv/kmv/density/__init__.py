@@ -1,4 +1,4 @@
-"""Kernel density estimators behind one interface, `fit` and `query`."""
+"""Kernel density estimators with a common interface, `fit` and `query`."""
 
 from approxkmv.kmv.density.base import KernelDensity
 from approxkmv.kmv.density.exact import ExactDensity

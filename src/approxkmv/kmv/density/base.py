@@ -1,4 +1,4 @@
-"""The interface of kernel density estimators, and the medians of averages that they share."""
+"""The interface of kernel density estimators, and the median of averages that they share."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from approxkmv.kmv.costs import Tally
 class KernelDensity(ABC):
     """Estimates mu(q), the mean over points p of exp(-|q - p|^2 / (2 sigma^2)).
 
-    `fit(points)` takes the data set and returns the estimator; `query(queries)` gives one estimate per query;
-    `tally` counts what both have cost so far.
+    `fit(points)` takes the data set and returns the estimator; `query(queries)` returns one estimate per query;
+    `tally` counts the cost of both so far.
     """
 
     block_entries = 1 << 22
-    """Kernel values held at once; several arrays of this many float64 are in use."""
+    """Kernel values held at once; several float64 arrays of this size are in use."""
 
     def __init__(self, sigma: float, seed: int | None = None) -> None:
         self.sigma = inputs.positive(sigma, "sigma")
@@ -29,8 +29,8 @@ class KernelDensity(ABC):
         self.tally = Tally()
 
     def fit(self, points: np.ndarray) -> KernelDensity:
-        """Take the points (n, d), and build what does not depend on the queries."""
-        # One unit for all estimators: coordinates in sigma sqrt(2), where log k = -|q - p|^2.
+        """Store the points (n, d) and build what does not depend on the queries."""
+        # All estimators use coordinates in units of sigma sqrt(2), where log k = -|q - p|^2.
         self._points = self._in_bandwidths(points, "points")
         self._build()
         return self
@@ -42,7 +42,7 @@ class KernelDensity(ABC):
     def _placed(self, queries: np.ndarray) -> np.ndarray:
         placed = self._in_bandwidths(queries, "queries")
         if placed.shape[1] != self.points.shape[1]:
-            raise InputError(f"queries have width {placed.shape[1]}, the fitted points {self.points.shape[1]}")
+            raise InputError(f"queries have width {placed.shape[1]}, but the fitted points {self.points.shape[1]}")
         return placed
 
     def _in_bandwidths(self, points: np.ndarray, name: str) -> np.ndarray:
@@ -58,23 +58,23 @@ class KernelDensity(ABC):
         return self._points
 
     def _build(self) -> None:  # noqa: B027
-        """Build what does not depend on the queries. Nothing, unless overridden."""
+        """Build what does not depend on the queries. Does nothing unless overridden."""
 
     @abstractmethod
     def _estimate(self, queries: np.ndarray) -> np.ndarray:
-        """Estimates for queries in the unit of the points."""
+        """Estimates for queries in the units of the points."""
 
     def _rng(self, *purpose: int) -> np.random.Generator:
         return np.random.default_rng([*(int(w) for w in self._source.generate_state(4)), *purpose])
 
 
 def squared_distances(queries: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """(n_q, n_p) squared distances, not below 0."""
+    """(n_q, n_p) squared distances, at least 0."""
     values = (queries**2).sum(1)[:, None] + (points**2).sum(1)[None, :] - 2.0 * queries @ points.T
     return np.maximum(values, 0.0, out=values)
 
 
 def row_blocks(rows: int, columns: int, entries: int) -> list[slice]:
-    """Slices of rows such that a block has about so many entries."""
+    """Slices of rows such that a block has about this many entries."""
     step = max(1, entries // max(columns, 1))
     return [slice(s, min(s + step, rows)) for s in range(0, rows, step)]

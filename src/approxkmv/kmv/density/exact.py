@@ -1,4 +1,4 @@
-"""The exact density: the yardstick, and the cheapest choice for few points."""
+"""The exact density: the reference, and the cheapest choice for few points."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class ExactDensity(KernelDensity):
     array([1., 1., 1.])
 
     Args:
-        sigma: the bandwidth. seed: ignored; there is no chance in it.
+        sigma: the bandwidth. seed: ignored; the result is deterministic.
     Raises:
-        InputError: sigma not positive, a width that does not fit, query before fit.
+        InputError: sigma not positive, a mismatched width, query before fit.
     """
 
     def _estimate(self, queries: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The hashing-based estimator: one random point of the query's bucket, weighted by its chance to be there."""
+"""The hashing-based estimator: one random point of the query's bucket, weighted by its probability to be there."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class HashingBasedDensity(KernelDensity):
     1 / (samples * sqrt(mu)), against 1 / (samples * mu) for a uniform sample.
 
     Args:
-        sigma: the bandwidth. samples: tables in one average, one kernel evaluation each. averages: of which the
-        median is taken. scale: kernel value at which the default family collides with probability sqrt(k); the
-        density that is expected. family: another HashFamily, in units of sigma sqrt(2). seed: for a fixed answer.
+        sigma: the bandwidth. samples: tables in one average, one kernel evaluation each. averages: their number, of
+        which the median is taken. scale: the expected density: the kernel value at which the default family collides
+        with probability sqrt(k). family: another HashFamily, in units of sigma sqrt(2). seed: makes it reproducible.
     Raises:
-        InputError: an argument out of range, a width that does not fit, query before fit.
-    Source: Charikar & Siminelakis (2017); the same estimator as in Backurs, Indyk & Wagner (2019), other hashing.
+        InputError: an argument out of range, a mismatched width, query before fit.
+    Source: Charikar & Siminelakis (2017); the same estimator as in Backurs, Indyk & Wagner (2019) with other hashing.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class HashingBasedDensity(KernelDensity):
             difference = queries[met] - self.points[point]
             square = np.einsum("pd,pd->p", difference, difference)
             chance = self.family.collision_probability(np.sqrt(square))
-            # Points that share a bucket against a chance of 0 are so far apart that their kernel is 0 too.
+            # Points that share a bucket at collision probability 0 are so far apart that their kernel is 0 too.
             weighed = np.divide(np.exp(-square), chance, out=np.zeros_like(square), where=chance > 0)
             out[table // self.samples, met] += weighed * size / n
             evaluated += len(met)
@@ -69,7 +69,7 @@ class HashingBasedDensity(KernelDensity):
 
 
 def _square_root_family(scale: float) -> PStableHash:
-    """Joined p-stable functions with p = sqrt(k) where k = scale, as near to exp(-distance^2 / 2) as they get."""
+    """Concatenated p-stable functions with p = sqrt(k) where k = scale, as close to exp(-distance^2 / 2) as can be."""
     distance = math.sqrt(max(-math.log(scale), 1e-6))
     joined = max(1, math.ceil(distance**2))
     single = math.exp(-0.5 * distance**2 / joined)

@@ -1,4 +1,4 @@
-"""Density-constrained levels: points sampled by how much they matter, found again by hashing. Theorem 2.2."""
+"""Density-constrained levels (Theorem 2.2): points sampled by their importance and found again by hashing."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Level:
 
     index: int
     rate: float
-    """Chance of each point to be in the level's sample, for one repetition."""
+    """Probability of each point to be in the level's sample, for one repetition."""
     tables: int
-    """Hash tables in which the sample is searched; 0: the sample is scanned."""
+    """Hash tables in which the sample is searched; 0 means that the sample is scanned."""
     family: HashFamily | None
 
 
@@ -33,26 +33,26 @@ class DensityLevels(KernelDensity):
     >>> bool(abs(levels.query(np.zeros((3, 2))) - 1.0).max() <= 0.5)
     True
 
-    For a guess m of the density, the points with k near 2^-j are sampled at rate min(1, 2^-j / (n m)), and the
-    samples near the query are found by hashing; a found sample counts k / rate. That has relative variance m / mu
-    at most, so 8 / beta^2 repetitions and a median do. The guess is halved from 1 until the estimate reaches it. If
-    the density is 2^-j-ish at least, at most 2^j n m points have k above 2^-j: this bound on the shells is what makes
-    their buckets small, and what chooses the hash functions here.
+    For a guess m of the density, the points with k near 2^-j are sampled at rate min(1, 2^-j / (n m)), and the samples
+    near the query are found by hashing; each found sample counts k / rate. The relative variance is at most m / mu, so
+    8 / beta^2 repetitions and a median suffice. The guess is halved from 1 until the estimate reaches it. While the
+    density is below about m, at most 2^j n m points have k above 2^-j: this bound on the shells keeps their buckets
+    small, and determines the hash functions here.
 
-    Where scanning a level's sample costs less than hashing for it (always, at the sizes that fit a computer) the
-    sample is scanned: `recover` forces either.
+    If scanning a level's sample costs less than hashing for it (always, at sizes that fit on a computer) the sample is
+    scanned; `recover` forces either.
 
     Args:
         sigma: the bandwidth. relative_error: beta. floor: mu; below it the answer is 0. failure: delta, of one query.
-        recover: "auto", "scan" or "hash". family: "p-stable" or "ball-carving". seed: for a fixed answer.
-        repetition_factor: repetitions of an average are this over beta^2. median_factor: averages are this times
-        ln(guesses / delta).
+        recover: "auto", "scan" or "hash". family: "p-stable" or "ball-carving". seed: for a reproducible answer.
+        repetition_factor: an average has this / beta^2 repetitions. median_factor: there are this * ln(guesses / delta)
+        averages.
     Raises:
-        InputError: an argument out of range, a width that does not fit, query before fit.
+        InputError: an argument out of range, a mismatched width, query before fit.
     Source: Theorem 2.2; Charikar, Kapralov, Nouri & Siminelakis (2020). Departures: the repetitions of a level share
     their hash tables (each finds a sample with probability 1 - beta / 100 or more), and they are drawn as counts per
-    point, which is the same distribution; points beyond the last shell stay in as a scanned uniform sample, so that
-    the estimate has no truncation bias.
+    point, which has the same distribution; points beyond the last shell are kept as a scanned uniform sample, so the
+    estimate has no truncation bias.
     """
 
     def __init__(
@@ -83,11 +83,11 @@ class DensityLevels(KernelDensity):
         self._plans: dict[tuple[float, int], list[Level]] = {}
 
     def least_evaluations(self) -> int:
-        """Evaluations per query that no plan goes below: a repetition samples about one point of the first level."""
+        """A lower bound on evaluations per query: a repetition samples about one point of the first level."""
         return self.averages * self.repetitions
 
     def plan(self, guess: float) -> list[Level]:
-        """The levels for one guess of the density, with the cheaper way to search each."""
+        """The levels for one guess of the density, each with the cheaper way to search it."""
         n = len(self.points)
         if (guess, n) not in self._plans:
             shells = max(1, math.ceil(math.log2(4.0 / (self.relative_error * guess))))
@@ -108,7 +108,7 @@ class DensityLevels(KernelDensity):
         distance = np.sqrt(shell * math.log(2))
         best: tuple[float, int, HashFamily | None] = (math.inf, 0, None)
         for joined in range(1, 7):
-            # A probability of 1/2 per function keeps the curve steep; joining makes it steeper.
+            # A probability of 1/2 per function keeps the curve steep; concatenation makes it steeper.
             family = near_family(self.family, near, 0.5**joined, n=n, concatenation=joined)
             tables = max(1, math.ceil(math.log(1 / miss) / float(family.collision_probability(near))))
             cost = tables * (1.0 + float(family.collision_probability(distance) @ crowd))
@@ -119,7 +119,7 @@ class DensityLevels(KernelDensity):
         return Level(j, rate, best[1], best[2])
 
     def query_at(self, queries: np.ndarray, guess: float) -> np.ndarray:
-        """Estimates at one fixed guess of the density: unbiased for one average, whatever the guess."""
+        """Estimates at one fixed guess of the density: unbiased for one average, for any guess."""
         return self._at_guess(self._placed(queries), inputs.positive(guess, "guess"), 0)
 
     def _estimate(self, queries: np.ndarray) -> np.ndarray:
@@ -129,7 +129,7 @@ class DensityLevels(KernelDensity):
             guess = 2.0**-step
             values = self._at_guess(queries[waiting], guess, step)
             last = step == self.guesses - 1
-            # A density at the floor may be estimated at (1 - beta) times it, and must be reported.
+            # A density at the floor may be estimated as (1 - beta) times the floor, and must be reported.
             enough = values >= ((1 - self.relative_error) * self.floor if last else guess)
             out[waiting[enough]] = values[enough]
             waiting = waiting[~enough]
@@ -153,7 +153,7 @@ class DensityLevels(KernelDensity):
                 bottom = -math.inf
             for rows in row_blocks(len(queries), len(sampled), self.block_entries):
                 logs, asked, distinct = self._find(queries[rows], sampled, times, level)
-                # The first shell holds k = 1 too: its upper end is closed.
+                # The first shell includes k = 1: its upper end is closed.
                 shell = (logs <= top) & (logs > bottom)
                 sums[rows] += np.where(shell, np.exp(logs), 0.0) @ counts.T / level.rate
                 hashed = level.tables * (logs.shape[0] + (len(sampled) if rows.start == 0 else 0))
@@ -163,11 +163,11 @@ class DensityLevels(KernelDensity):
     def _find(
         self, queries: np.ndarray, sampled: np.ndarray, times: np.ndarray, level: Level
     ) -> tuple[np.ndarray, int, int]:
-        """log k of the samples that the level's search finds, +inf elsewhere, with asked and distinct evaluations."""
+        """log k of the samples that the level's search finds, +inf elsewhere; and asked and distinct evaluations."""
         if level.family is None:
             logs = -squared_distances(queries, self.points[sampled])
             return logs, int(times.sum()) * len(queries), logs.size
-        # The same tables for every block of queries: the generator is made anew from the level's seed.
+        # The same tables for every block of queries: the generator is recreated from the level's seed.
         seed = self._rng(level.index, 1, 1)
         seen = np.zeros((len(queries), len(sampled)), dtype=bool)
         asked = 0.0

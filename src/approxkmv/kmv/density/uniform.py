@@ -10,18 +10,18 @@ from approxkmv.kmv.density.base import KernelDensity, row_blocks, squared_distan
 
 
 class UniformDensity(KernelDensity):
-    """The mean over points drawn uniformly with replacement, median of several such means.
+    """The mean over points drawn uniformly with replacement; the median of several such means.
 
     >>> UniformDensity(1.0, samples=10, seed=0).fit(np.zeros((4, 2))).query(np.zeros((3, 2)))
     array([1., 1., 1.])
 
-    Unbiased for one average; relative variance 1 / (samples * mu) at most, hence the cost 1 / (beta^2 mu).
+    Unbiased for one average; the relative variance is at most 1 / (samples * mu), hence the cost 1 / (beta^2 mu).
 
     Args:
-        sigma: the bandwidth. samples: in one average. averages: of which the median is taken.
-        seed: for a fixed answer.
+        sigma: the bandwidth. samples: in one average. averages: their number, of which the median is taken.
+        seed: for a reproducible answer.
     Raises:
-        InputError: an argument that is not positive, a width that does not fit, query before fit.
+        InputError: an argument that is not positive, a mismatched width, query before fit.
     Source: the baseline of section 1.2.
     """
 
