@@ -146,7 +146,7 @@ def test_a_data_set_is_never_read_from_a_folder_of_its_name(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     (tmp_path / "somebody" / "squad").mkdir(parents=True)
     (tmp_path / "somebody" / "squad" / "train.jsonl").write_bytes(jsonl(ROWS))
-    with pytest.raises(SourceError, match="here is a somebody/squad too"):
+    with pytest.raises(SourceError, match="but somebody/squad also exists here"):
         read_corpus("hub:somebody/squad@abc")
 
 
@@ -180,8 +180,8 @@ def test_a_data_set_becomes_documents_with_their_questions(monkeypatch):
     ("columns", "words"),
     [
         ({"text": ["One."], "label": [1]}, ["somebody/squad", "`context`", "text, label"]),
-        ({"context": ["One.", None]}, ["somebody/squad", "no text", "None"]),
-        ({"context": [1]}, ["somebody/squad", "no text", "1"]),
+        ({"context": ["One.", None]}, ["somebody/squad", "not text", "None"]),
+        ({"context": [1]}, ["somebody/squad", "not text", "1"]),
     ],
 )
 def test_a_data_set_of_another_shape_is_one_line_that_names_its_columns(monkeypatch, columns, words):
@@ -195,7 +195,7 @@ def test_a_data_set_of_another_shape_is_one_line_that_names_its_columns(monkeypa
 
 def test_a_hash_of_a_data_set_is_refused_and_not_ignored(monkeypatch):
     data_set(monkeypatch, context=["One."])
-    with pytest.raises(SourceError, match="sha256 is of a file"):
+    with pytest.raises(SourceError, match="sha256 is for files"):
         read_corpus("hub:somebody/squad@abc", "0" * 64)
 
 
@@ -204,7 +204,7 @@ def test_bad_sources_are_one_line(tmp_path):
     empty.write_text("\n")
     for source, word in [
         (f"path:{tmp_path}/none.txt", "does not exist"),
-        ("ftp:x", "not known"),
+        ("ftp:x", "is unknown"),
         (f"path:{empty}", "no text"),
     ]:
         with pytest.raises(SourceError, match=word) as caught:
