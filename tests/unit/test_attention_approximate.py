@@ -7,7 +7,7 @@ import torch
 from approxkmv.attention import get
 from approxkmv.attention.blocks import approxkmv as ours
 from approxkmv.attention.blocks import expansion, light_keys
-from approxkmv.attention.blocks.expansion import expand, make_blocks, stand_apart, sums_of_keys
+from approxkmv.attention.blocks.expansion import Clustering, expand, make_blocks, stand_apart, sums_of_keys
 from approxkmv.attention.blocks.k_means import k_means
 from approxkmv.compute import loops as compute_loops
 
@@ -98,8 +98,8 @@ def test_sums_of_keys_against_float64(d, d_v, low):
     q, k, v = clustered(300, d + d % 2 if low == torch.bfloat16 else d, d_v)
     q = 0.3 * q
     e = expand(
-        q, k, v, torch.Generator().manual_seed(0), stand_apart(q, k, 1.0), scale=1.0, block=32, near=40, directions=8,
-        iterations=2, sampled=8, low=low,
+        q, k, v, torch.Generator().manual_seed(0), stand_apart(q, k, 1.0),
+        Clustering(block=32, near=40, directions=8, iterations=2, sampled=8), scale=1.0, low=low,
     )  # fmt: skip
     extra = torch.randn(len(e.chosen), generator=torch.Generator().manual_seed(1))
     sums, scales = sums_of_keys(e.blocks, k, e.mean, v, e.chosen, e.ends, extra, low, e.rounded)
@@ -138,11 +138,13 @@ def estimates(q, k, v, samples, seeds):
     found = []
     for seed in range(seeds):
         generator = torch.Generator().manual_seed(seed)
-        given = {"scale": 1.0, "samples": samples, "with_own_keys": len(q) == len(k), **CLUSTERING}
+        parameters = ours.Parameters(samples=samples, **CLUSTERING)
         with pytest.MonkeyPatch.context() as patch:
             # Rows whose estimate deviates too far to be used are estimates all the same.
             patch.setattr(expansion, "_OFF", 1e9)
-            numerators, row_sums, logs = ours.sums(q, k, v, generator, **given)
+            numerators, row_sums, logs = ours.sums(
+                q, k, v, generator, parameters, scale=1.0, with_own_keys=len(q) == len(k)
+            )
         both = torch.cat([row_sums.unsqueeze(1), numerators[:, :-1]], 1).double()
         found.append(both * (logs.double() - log_sum).exp().unsqueeze(1))
     weights = logits.softmax(1)
@@ -191,7 +193,14 @@ def test_error_falls_as_one_over_the_root_of_the_budget():
 def test_budgets_go_where_the_deviation_is():
     q, k, v = clustered(400, 8, 1)
     e = expand(
-        q, k, v, torch.Generator().manual_seed(0), stand_apart(q, k, 1.0), scale=1.0, low=torch.float32, **CLUSTERING
+        q,
+        k,
+        v,
+        torch.Generator().manual_seed(0),
+        stand_apart(q, k, 1.0),
+        Clustering(**CLUSTERING),
+        scale=1.0,
+        low=torch.float32,
     )
     heavy, log_weight = torch.ones(len(e.blocks.deltas), 2), torch.full((len(e.blocks.deltas),), -60.0)
     start, size = int(e.blocks.starts[0]), int(e.blocks.sizes[0])
@@ -215,9 +224,9 @@ def test_row_variances_are_those_of_the_logits():
         v,
         torch.Generator().manual_seed(0),
         stand_apart(q, k, 0.7),
+        Clustering(**CLUSTERING),
         scale=0.7,
         low=torch.float32,
-        **{**CLUSTERING, "directions": 8},
     )
     variance = (e.blocks.deltas.double() @ (k - k.mean(0)).double().mT).square().mean(1)
     assert torch.allclose(e.blocks.row_variances.double(), variance, rtol=1e-3, atol=1e-6)
@@ -236,9 +245,9 @@ def test_draws_have_the_probability_that_they_say():
         v,
         torch.Generator().manual_seed(0),
         stand_apart(q, k, 0.5),
+        Clustering(**{**CLUSTERING, "block": 212}),
         scale=0.5,
         low=torch.float32,
-        **{**CLUSTERING, "block": 212},
     )
     number = 400_000
     sample = light_keys.draw(e, np.array([number]), torch.Generator().manual_seed(1))
@@ -316,8 +325,9 @@ def test_blocks_hold_every_query_once(multiple):
 def test_without_axes_every_block_has_its_samples():
     """There is one block, of whose deviation nothing is known: it takes the samples that were asked for."""
     q, k, v = clustered(240, 8, 1)
-    without = {**CLUSTERING, "directions": 0, "scale": 1.0, "low": torch.float32}
-    e = expand(q, k, v, torch.Generator().manual_seed(0), stand_apart(q, k, 1.0), **without)
+    without = Clustering(**{**CLUSTERING, "directions": 0})
+    apart = stand_apart(q, k, 1.0)
+    e = expand(q, k, v, torch.Generator().manual_seed(0), apart, without, scale=1.0, low=torch.float32)
     assert light_keys.budgets(e, torch.zeros(1, dtype=torch.float64), 33).tolist() == [33]
 
 

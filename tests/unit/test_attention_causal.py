@@ -159,12 +159,10 @@ def test_causal_sums_of_approxkmv_are_unbiased():
     logits = (q.double() @ k.double().mT).masked_fill(torch.ones(256, 256, dtype=torch.bool).triu(1), -torch.inf)
     log_sum = logits.logsumexp(1)
     right = torch.cat([torch.ones(256, 1).double(), logits.softmax(1) @ v.double()], 1)
-    clustering = {"block": 16, "near": 12, "directions": 8, "iterations": 2, "sampled": 16}
+    parameters = ours.Parameters(block=16, near=12, directions=8, iterations=2, sampled=16, samples=8)
 
     def square(q, k, v, generator):
-        numerators, row_sums, logs = ours.sums(
-            q, k, v, generator, scale=1.0, samples=8, with_own_keys=False, **clustering
-        )
+        numerators, row_sums, logs = ours.sums(q, k, v, generator, parameters, scale=1.0, with_own_keys=False)
         return numerators[:, :-1], row_sums, logs + q @ k.mean(0)
 
     found = []

@@ -12,12 +12,14 @@ deviation of their rows, which depends on no sample, so that it leaves the estim
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 from approxkmv.attention.blocks.expansion import (
+    Clustering,
     expand,
     in_one_block,
     of_one_block,
@@ -36,15 +38,19 @@ from approxkmv.attention.blocks.light_keys import (
     trusted,
 )
 from approxkmv.attention.blocks.local_expansion import exactly_where_lost
-from approxkmv.attention.causal import Sums, causal_answers, causal_sums, exact_sums
+from approxkmv.attention.causal import EXACT_BELOW, Sums, causal_answers, causal_sums, exact_sums
 from approxkmv.attention.contract import Method, UnavailableError, per_batch
 from approxkmv.attention.exact import fused as exact_fused
 from approxkmv.compute.counting import count
 from approxkmv.compute.loops import compiled_loops
 from approxkmv.compute.threads import over_threads
 
-# In the causal form, triangles of at most so many queries are exact.
-_EXACT_BELOW = 256
+
+@dataclass(frozen=True)
+class Parameters(Clustering):
+    """Those of the clustering, and the light keys that a block samples on average."""
+
+    samples: int = 32
 
 
 def sums(
@@ -52,33 +58,33 @@ def sums(
     k: torch.Tensor,
     v: torch.Tensor,
     generator: torch.Generator,
+    parameters: Parameters,
     *,
-    samples: int,
+    scale: float,
     with_own_keys: bool,
-    **clustering: Any,
 ) -> Sums:
     """Numerators (n_q, d_v + 1), row sums (n_q,) and the logs (n_q,) that both are divided by; out of reach is NaN.
 
     The last column is what the parts of the row sum add up to without their signs: `trusted` compares the two.
     with_own_keys: key i is the query's own, of as many keys as queries, and is summed exactly.
     """
-    loops, d_v, scale = compiled_loops("attention.blocks.loops"), v.shape[1], clustering["scale"]
+    loops, d_v, samples = compiled_loops("attention.blocks.loops"), v.shape[1], parameters.samples
     apart = stand_apart(q, k, scale)
     if (
         loops is not None
-        and clustering["directions"] == 0
+        and parameters.directions == 0
         and not len(apart)
-        and in_one_block(q, k, scale, clustering["near"])
+        and in_one_block(q, k, scale, parameters.near)
     ):
         out = torch.empty(len(q), d_v + 3)
-        inputs, room = of_one_block(q, k, v, generator.initial_seed(), scale, clustering["near"])
+        inputs, room = of_one_block(q, k, v, generator.initial_seed(), scale, parameters.near)
         points = torch.rand(samples, generator=generator, dtype=torch.float64).numpy()
         given = [*inputs, np.float32(CONTROLLED), points, *room, out.numpy()]
         number = loops.controlled_sums_of_one_block(with_own_keys, *given)
         count(kernel_evaluations=len(k) + (len(q) + 1) * (number + samples) + len(q) * (1 + with_own_keys))
         return out[:, : d_v + 1], out[:, d_v + 1], out[:, d_v + 2]
     # Bfloat16 sums of the control variate would be a bias.
-    e = expand(q, k, v, generator, apart, low=torch.float32, **clustering)
+    e = expand(q, k, v, generator, apart, parameters, scale=scale, low=torch.float32)
     blocks = e.blocks
     heavy, scales = sums_of_keys(blocks, k, e.mean, v, e.chosen, e.ends, None, torch.float32)
     seen = e.seen(k if with_own_keys else None)
@@ -146,21 +152,20 @@ def with_ones(v: torch.Tensor) -> torch.Tensor:
 
 
 def _approxkmv(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, seed: int, near: int, **parameters: Any
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, seed: int, **given: Any
 ) -> torch.Tensor:
     if q.device.type == "cuda":
         from approxkmv.attention.blocks.cuda import approxkmv as approxkmv_cuda
 
-        return approxkmv_cuda.attend(q, k, v, scale=scale, seed=seed, near=near, **parameters)
+        return approxkmv_cuda.attend(q, k, v, scale=scale, seed=seed, **given)
     if q.device.type != "cpu":
         raise UnavailableError(f"approxkmv has no kernel for the device {q.device}")
+    parameters = Parameters(**given)
 
     def single(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        if near >= len(k):
-            return exact_fused.attend(q, k, v, scale, 512)
-        numerators, row_sums, _ = sums(
-            q, k, v, generator, scale=scale, near=near, with_own_keys=len(q) == len(k), **parameters
-        )
+        if parameters.near >= len(k):
+            return exact_fused.attend(q, k, v, scale)
+        numerators, row_sums, _ = sums(q, k, v, generator, parameters, scale=scale, with_own_keys=len(q) == len(k))
         numerators, row_sums = trusted(numerators, row_sums)
         return exactly_where_lost(numerators / row_sums.unsqueeze(1), row_sums.isnan(), q, k, v, scale)
 
@@ -168,22 +173,25 @@ def _approxkmv(
 
 
 def _causal(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, seed: int, near: int, **parameters: Any
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, seed: int, **given: Any
 ) -> torch.Tensor:
     if q.device.type != "cpu":
         raise UnavailableError(f"the causal form of approxkmv runs on a CPU only, not on {q.device.type}")
+    parameters = Parameters(**given)
 
     def square(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator) -> Sums:
-        if near >= len(k):
+        if parameters.near >= len(k):
             return exact_sums(q, k, v)
         v = v[:, :-1]
         # Query i and key i of a square belong to different tokens.
-        numerators, row_sums, logs = sums(q, k, v, generator, scale=1.0, near=near, with_own_keys=False, **parameters)
+        numerators, row_sums, logs = sums(q, k, v, generator, parameters, scale=1.0, with_own_keys=False)
         # The sums are those of centred keys, which are the same for one set of keys but not for two.
         return numerators, row_sums, logs + q @ k.mean(0)
 
     def single(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        numerators, row_sums, _ = causal_sums(q * scale, k, with_ones(v), generator, square, max(_EXACT_BELOW, near))
+        numerators, row_sums, _ = causal_sums(
+            q * scale, k, with_ones(v), generator, square, max(EXACT_BELOW, parameters.near)
+        )
         return causal_answers(*trusted(numerators, row_sums), q * scale, k, v)
 
     return per_batch(single, q, k, v, seed)
@@ -194,7 +202,7 @@ method = Method(
     compute=_approxkmv,
     causal=_causal,
     summary="heavy keys exactly, light keys by unbiased sampling with a control variate and budgets by variance",
-    defaults={"block": 128, "near": 256, "samples": 32, "directions": 48, "iterations": 3, "sampled": 16},
+    defaults=asdict(Parameters()),
     may_be_zero=frozenset({"directions"}),
     grid=[
         # One block, first order: for attention that is nearly uniform, and for few keys.

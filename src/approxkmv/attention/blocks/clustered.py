@@ -8,6 +8,8 @@ With clusters in proportion to sqrt(n) the cost is n^1.5 d, up to constants.
 from __future__ import annotations
 
 import math
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,21 +50,28 @@ def members(labels: torch.Tensor, clusters: torch.Tensor, counts: torch.Tensor) 
     return keys.numpy(), ends.view(clusters.shape)[:, -1].numpy()
 
 
+@dataclass(frozen=True)
+class Parameters:
+    """Queries of a block on average; clusters for each sqrt(n_k); clusters that a block meets exactly."""
+
+    block: int = 64
+    clusters: float = 1.0
+    near: int = 4
+
+
 def attend(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     generator: torch.Generator,
+    parameters: Parameters,
     *,
     scale: float,
-    block: int,
-    clusters: float,
-    near: int,
 ) -> torch.Tensor:
     """The method for one batch entry: float32 q (n_q, d), k (n_k, d), v (n_k, d_v) to (n_q, d_v)."""
-    number = min(len(k), math.ceil(clusters * math.sqrt(len(k))))
-    if near >= number:
-        return exact_fused.attend(q, k, v, scale, 512)
+    number = min(len(k), math.ceil(parameters.clusters * math.sqrt(len(k))))
+    if parameters.near >= number:
+        return exact_fused.attend(q, k, v, scale)
     whole = q, k, v
     apart = stand_apart(q, k, scale)
     k, v = without(k, apart), without(v, apart)
@@ -76,11 +85,11 @@ def attend(
     sums = torch.zeros(len(counts), keys.shape[1] + v.shape[1]).index_add_(0, labels, torch.cat([keys, v], 1))
     centroids, values = (sums / counts.unsqueeze(1)).split([keys.shape[1], v.shape[1]], 1)
 
-    of_queries = k_means(queries, -(-len(q) // block), _ITERATIONS, _SAMPLED, generator)
+    of_queries = k_means(queries, -(-len(q) // parameters.block), _ITERATIONS, _SAMPLED, generator)
     blocks = make_blocks(queries, 1.0, queries, torch.ones(queries.shape[1]), of_queries, 1)
     log_counts = counts.float().log()
     ranks = torch.addmm(log_counts, blocks.centres, centroids.mT)
-    nearest = ranks.topk(min(near, len(counts)), 1, sorted=False).indices
+    nearest = ranks.topk(min(parameters.near, len(counts)), 1, sorted=False).indices
     chosen, ends = members(labels, nearest, counts)
     exact, scales = sums_of_keys(blocks, k, mean, v, chosen, ends, None, torch.float32)
 
@@ -106,21 +115,13 @@ def attend(
 
 
 def _clustered(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    scale: float,
-    seed: int,
-    block: int,
-    clusters: float,
-    near: int,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, seed: int, **given: Any
 ) -> torch.Tensor:
     if q.device.type != "cpu":
         raise UnavailableError(f"clustered runs on a CPU only, not on {q.device.type}: its blocks are of unequal sizes")
 
     def single(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        return attend(q, k, v, generator, scale=scale, block=block, clusters=clusters, near=near)
+        return attend(q, k, v, generator, Parameters(**given), scale=scale)
 
     return per_batch(single, q, k, v, seed)
 
@@ -129,8 +130,7 @@ method = Method(
     name="clustered",
     compute=_clustered,
     summary="k-means clusters of keys: near ones exactly, far ones as their centroids",
-    # clusters: for each sqrt(n_k). near: clusters that a block of queries meets exactly.
-    defaults={"block": 64, "clusters": 1.0, "near": 4},
+    defaults=asdict(Parameters()),
     grid=[
         {"block": 128, "clusters": 0.5, "near": 1},
         {"block": 64, "clusters": 1.0, "near": 2},

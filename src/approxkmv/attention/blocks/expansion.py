@@ -351,33 +351,44 @@ def project(blocks: Blocks, axes: torch.Tensor) -> torch.Tensor:
     return out
 
 
+@dataclass(frozen=True)
+class Clustering:
+    """How queries are put into blocks, and which keys are near."""
+
+    block: int = 128
+    """Queries of a block, about."""
+    near: int = 256
+    """Near keys of a block, about."""
+    directions: int = 48
+    """Leading axes of the keys along which queries are clustered, and a block's second moment is taken; without any
+    there is one block, and the expansion is of first order."""
+    iterations: int = 3
+    sampled: int = 16
+    """See `k_means`."""
+
+
 def expand(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     generator: torch.Generator,
     apart: np.ndarray,
+    clustering: Clustering,
     *,
     scale: float,
-    block: int,
-    near: int,
-    directions: int,
-    iterations: int,
-    sampled: int,
     low: torch.dtype,
 ) -> Expansion:
     """Cluster the queries q (n_q, d), choose each block's near keys and sum the others at its centre.
 
-    Queries are clustered, and a block's second moment is taken, along the keys' leading `directions`; without any
-    there is one block, and the expansion is of first order. Products of bfloat16 (low) take numbers by twos: d is then
-    even. Much of what is returned is scratch: it holds until the next call in this thread.
+    Products of bfloat16 (low) take numbers by twos: d is then even. Much of what is returned is scratch: it holds
+    until the next call in this thread.
     """
     n_k, d_v = v.shape
     d = q.shape[1]
     loops = compiled_loops("attention.blocks.loops")
     multiple = _ROWS_OF_BFLOAT16 if low == torch.bfloat16 and loops is None else 1
     mean = k.mean(0)
-    axes, spread = principal_axes(without(k, apart), min(directions, d))
+    axes, spread = principal_axes(without(k, apart), min(clustering.directions, d))
     r = len(spread)
     metric = spread.pow(_METRIC_POWER).clamp_min(1e-15)
     # Clustering and curvature are estimates: half the digits do for their coordinates.
@@ -385,10 +396,10 @@ def expand(
     points = torch.mm(some, (scale * axes * metric).to(low), out=scratch("points", len(q), r, dtype=low))
     if low != torch.float32:
         points = scratch("points", len(q), r).copy_(points)
-    clusters = -(-len(q) // block)
+    clusters = -(-len(q) // clustering.block)
     labels = torch.zeros(len(q), dtype=torch.int64)
     if clusters > 1 and r > 0:
-        labels = k_means(points, clusters, iterations, sampled, generator)
+        labels = k_means(points, clusters, clustering.iterations, clustering.sampled, generator)
     importance = spread / metric.square()
     blocks = make_blocks(q, scale, points, importance, labels, multiple)
     logit_variances = blocks.logit_variances(k, apart)
@@ -413,7 +424,9 @@ def expand(
     tilts = d_v if d_v <= _TILTED_COLUMNS else 0
     weights = scratch("weights", len(blocks), 1 + tilts, n_k, dtype=low)
     first = generator.initial_seed() % _SAMPLED_KEYS
-    highest, thresholds, chosen, ends, total, far_value = choose_keys(logs, near, first, v[:, :tilts], weights)
+    highest, thresholds, chosen, ends, total, far_value = choose_keys(
+        logs, clustering.near, first, v[:, :tilts], weights
+    )
     far_axes = torch.mm(weights.view(-1, n_k), keys).float().view(len(blocks), 1 + tilts, d)
     if tilts == 0:
         far_value = torch.mm(weights[:, 0], v.to(low)).float()
@@ -432,7 +445,19 @@ def expand(
         torch.sub(total.log() + highest, second, out=far_log)
     rounded = keys if low == torch.bfloat16 else None
     return Expansion(
-        *(blocks, logit_variances, max(1, n_k - near), mean, rounded, logs, weights, apart, thresholds, chosen, ends),
+        *(
+            blocks,
+            logit_variances,
+            max(1, n_k - clustering.near),
+            mean,
+            rounded,
+            logs,
+            weights,
+            apart,
+            thresholds,
+            chosen,
+            ends,
+        ),
         *(total, far_log, far_value, far_axes),
     )
 

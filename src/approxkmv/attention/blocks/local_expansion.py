@@ -6,11 +6,13 @@ Cost: n d (near + n / block), up to constants. The expansion itself is in `expan
 from __future__ import annotations
 
 import math
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
 from approxkmv.attention.blocks.expansion import (
+    Clustering,
     expand,
     in_one_block,
     of_one_block,
@@ -25,33 +27,40 @@ from approxkmv.compute.loops import compiled_loops, native_bfloat16
 from approxkmv.compute.threads import over_threads
 
 
+@dataclass(frozen=True)
+class Parameters(Clustering):
+    """Those of the clustering, and the type in which products are made: fastest, bfloat16 or float32."""
+
+    near: int = 512
+    products: str = "fastest"
+
+
 def attend(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     generator: torch.Generator,
+    parameters: Parameters,
     *,
     scale: float,
-    near: int,
-    products: str,
-    **clustering: Any,
 ) -> torch.Tensor:
     """The method for one batch entry on a CPU: float32 q (n_q, d), k (n_k, d), v (n_k, d_v) to (n_q, d_v)."""
+    near = parameters.near
     if near >= len(k):
-        return exact_fused.attend(q, k, v, scale, 512)
+        return exact_fused.attend(q, k, v, scale)
     loops = compiled_loops("attention.blocks.loops")
     apart = stand_apart(q, k, scale)
-    if loops is not None and clustering["directions"] == 0 and not len(apart) and in_one_block(q, k, scale, near):
+    if loops is not None and parameters.directions == 0 and not len(apart) and in_one_block(q, k, scale, near):
         out = torch.empty(len(q), v.shape[1])
         inputs, room = of_one_block(q, k, v, generator.initial_seed(), scale, near)
         own = len(q) == len(k)
         number = loops.answers_of_one_block(own, *inputs, *room, out.numpy())
         count(kernel_evaluations=len(k) + (len(q) + 1) * number + len(q) * (1 + own))
         return exactly_where_lost(out, None, q, k, v, scale)
-    low = torch.bfloat16 if products == "bfloat16" else torch.float32
+    low = torch.bfloat16 if parameters.products == "bfloat16" else torch.float32
     if low == torch.bfloat16 and q.shape[1] % 2:
         q, k = (torch.nn.functional.pad(t, (0, 1)) for t in (q, k))
-    e = expand(q, k, v, generator, apart, scale=scale, near=near, low=low, **clustering)
+    e = expand(q, k, v, generator, apart, parameters, scale=scale, low=low)
     sums, scales = sums_of_keys(e.blocks, k, e.mean, v, e.chosen, e.ends, None, low, e.rounded)
     with_own_keys = len(q) == len(k)
     seen = e.seen(k if with_own_keys else None)
@@ -88,7 +97,7 @@ def exactly_where_lost(
         broken = ~out.isfinite().all(1)
         lost = (broken if lost is None else lost | broken).nonzero().squeeze(1)
         count(recomputed_rows=len(lost))
-        out[lost] = exact_fused.attend(q[lost], k, v, scale, 512)
+        out[lost] = exact_fused.attend(q[lost], k, v, scale)
     return out
 
 
@@ -99,20 +108,20 @@ def _local_expansion(
     *,
     scale: float,
     seed: int,
-    products: str,
-    **parameters: Any,
+    **given: Any,
 ) -> torch.Tensor:
     if q.device.type == "cuda":
         from approxkmv.attention.blocks.cuda import local_expansion as local_expansion_cuda
 
-        return local_expansion_cuda.attend(q, k, v, scale=scale, seed=seed, products=products, **parameters)
+        return local_expansion_cuda.attend(q, k, v, scale=scale, seed=seed, **given)
     if q.device.type != "cpu":
         raise UnavailableError(f"local-expansion has no kernel for the device {q.device}")
-    if products == "fastest":
-        products = "bfloat16" if native_bfloat16() else "float32"
+    parameters = Parameters(**given)
+    if parameters.products == "fastest":
+        parameters = replace(parameters, products="bfloat16" if native_bfloat16() else "float32")
 
     def single(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        return attend(q, k, v, generator, scale=scale, products=products, **parameters)
+        return attend(q, k, v, generator, parameters, scale=scale)
 
     return per_batch(single, q, k, v, seed, around_mean=True)
 
@@ -121,14 +130,7 @@ method = Method(
     name="local-expansion",
     compute=_local_expansion,
     summary="near keys exactly, far keys expanded around the centre of a block of queries",
-    defaults={
-        "block": 128,
-        "near": 512,
-        "directions": 48,
-        "iterations": 3,
-        "sampled": 16,
-        "products": "fastest",
-    },
+    defaults=asdict(Parameters()),
     may_be_zero=frozenset({"directions"}),
     choices={"products": ("fastest", "bfloat16", "float32")},
     grid=[
