@@ -6,9 +6,12 @@ import torch
 
 from approxkmv.attention import get
 from approxkmv.attention.blocks import approxkmv as ours
-from approxkmv.attention.blocks import expansion, light_keys
-from approxkmv.attention.blocks.expansion import Clustering, expand, make_blocks, stand_apart, sums_of_keys
+from approxkmv.attention.blocks import light_keys, reach
+from approxkmv.attention.blocks.expansion import Clustering, expand
+from approxkmv.attention.blocks.grouping import make_blocks
 from approxkmv.attention.blocks.k_means import k_means
+from approxkmv.attention.blocks.near_keys import sums_of_keys
+from approxkmv.attention.blocks.reach import stand_apart
 from approxkmv.compute import loops as compute_loops
 
 
@@ -141,7 +144,7 @@ def estimates(q, k, v, samples, seeds):
         parameters = ours.Parameters(samples=samples, **CLUSTERING)
         with pytest.MonkeyPatch.context() as patch:
             # Rows whose estimate deviates too far to be used are estimates all the same.
-            patch.setattr(expansion, "_OFF", 1e9)
+            patch.setattr(reach, "_OFF", 1e9)
             numerators, row_sums, logs = ours.sums(
                 q, k, v, generator, parameters, scale=1.0, with_own_keys=len(q) == len(k)
             )

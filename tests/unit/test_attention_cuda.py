@@ -163,7 +163,7 @@ def self_attention(n=160, d=8, d_v=2):
 @pytest.fixture
 def all_estimates(monkeypatch):
     """Those too that are expected to be so far off that their rows are made again."""
-    monkeypatch.setattr("approxkmv.attention.blocks.expansion._OFF", 1e9)
+    monkeypatch.setattr("approxkmv.attention.blocks.reach._OFF", 1e9)
 
 
 @pytest.mark.usefixtures("all_estimates")

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from approxkmv.attention import get
-from approxkmv.attention.blocks.expansion import stand_apart
 from approxkmv.attention.blocks.light_keys import MOST_PARTS
+from approxkmv.attention.blocks.reach import stand_apart
 from approxkmv.compute import loops as compute_loops
 from approxkmv.compute.counting import counting
 

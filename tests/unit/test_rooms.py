@@ -83,3 +83,8 @@ def test_no_room_imports_from_a_room_beside_or_above_it():
 def test_the_room_of_methods_shows_ten_entries_at_most():
     entries = [path.name for path in (PACKAGE / "attention").iterdir() if not path.name.startswith("__pycache__")]
     assert len(entries) <= 10, entries
+
+
+def test_no_file_has_more_than_four_hundred_lines():
+    counts = {module: len(path.read_text(encoding="utf-8").splitlines()) for module, path in MODULES.items()}
+    assert {module: count for module, count in counts.items() if count > 400} == {}

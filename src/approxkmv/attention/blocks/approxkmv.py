@@ -18,16 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from approxkmv.attention.blocks.expansion import (
-    Clustering,
-    expand,
-    in_one_block,
-    of_one_block,
-    project,
-    stand_apart,
-    sums_of_keys,
-    with_keys_apart,
-)
+from approxkmv.attention.blocks.expansion import Clustering, expand, in_one_block, of_one_block
+from approxkmv.attention.blocks.grouping import project
 from approxkmv.attention.blocks.light_keys import (
     CONTROLLED,
     budgets,
@@ -38,6 +30,8 @@ from approxkmv.attention.blocks.light_keys import (
     trusted,
 )
 from approxkmv.attention.blocks.local_expansion import exactly_where_lost
+from approxkmv.attention.blocks.near_keys import sums_of_keys
+from approxkmv.attention.blocks.reach import stand_apart, with_keys_apart
 from approxkmv.attention.causal import EXACT_BELOW, Sums, causal_answers, causal_sums, exact_sums
 from approxkmv.attention.contract import Method, UnavailableError, per_batch
 from approxkmv.attention.exact import fused as exact_fused

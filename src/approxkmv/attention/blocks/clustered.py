@@ -14,18 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from approxkmv.attention.blocks.expansion import (
-    REACH,
-    beyond_reach,
-    make_blocks,
-    stand_apart,
-    sums_of_keys,
-    variances_of,
-    with_keys_apart,
-    without,
-)
+from approxkmv.attention.blocks.grouping import make_blocks
 from approxkmv.attention.blocks.k_means import k_means
 from approxkmv.attention.blocks.local_expansion import exactly_where_lost
+from approxkmv.attention.blocks.near_keys import sums_of_keys
+from approxkmv.attention.blocks.reach import REACH, beyond_reach, stand_apart, variances_of, with_keys_apart, without
 from approxkmv.attention.contract import Method, UnavailableError, per_batch
 from approxkmv.attention.exact import fused as exact_fused
 from approxkmv.compute.counting import count

@@ -8,143 +8,30 @@ weight into one far key per block, to first order in delta in the weights and, f
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from approxkmv.attention.blocks.grouping import Blocks, make_blocks, project
 from approxkmv.attention.blocks.k_means import k_means
-from approxkmv.attention.causal import Sums, exact_sums, merged
+from approxkmv.attention.blocks.near_keys import SAMPLED_KEYS, as_numbers, choose_keys, rank_of_bar
+from approxkmv.attention.blocks.reach import REACH, beyond_reach, most_variance, spreads, without
 from approxkmv.compute.counting import count
-from approxkmv.compute.loops import compiled_loops, native_bfloat16
+from approxkmv.compute.loops import compiled_loops
 from approxkmv.compute.scratch import scratch
 from approxkmv.compute.threads import over_threads
 
 # Each tilted column of v costs d more columns in the far sums; beyond these the far value is the block's mean.
-_TILTED_COLUMNS = 2
-# For more columns than these a product of matrices is faster than a product with each.
-_FEW_COLUMNS = 8
+TILTED_COLUMNS = 2
 # oneDNN compiles a kernel for each new shape of a bfloat16 product, so that shapes should repeat.
 _ROWS_OF_BFLOAT16 = 16
-_KEYS_OF_BFLOAT16 = 64
-# One key in so many decides the threshold above which a block's keys are near.
-_SAMPLED_KEYS = 8
 # Eigenvalues to this power weigh the axes in the distance of queries. One half would be the standard deviation of the
 # change of the logits; a little less keeps weight on axes along which only the keys near the top differ.
-_METRIC_POWER = 0.4
+METRIC_POWER = 0.4
 # So many keys decide the axes: the errors are the same with all of 4,096 (GloVe and heads of a model), the time is not.
 _KEYS_FOR_AXES = 512
-
-# Keys whose logits vary this much more over the queries than other keys' do, and by more than so many nats, stand
-# apart: of some heads and of GloVe none has over twice the spread of the others.
-_APART, _APART_NATS = 4.0, 4.0
-# So many rows decide how far the others reach.
-_SAMPLED_FOR_VARIANCES = 256
-# A query whose logits have more than this variance around those of its block's centre is out of reach however little
-# the far keys weigh: 0.1 to 60 on heads of models and GloVe at blocks of 512 or fewer. Below it, one whose sum is
-# expected to be off by more than so many times itself.
-REACH = 64.0
-_OFF = 3.0
-
-# queries, rows, labels, starts and sizes of Blocks
-Grouped = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """Queries in blocks of near neighbours, each block's rows contiguous and padded to a multiple of some rows."""
-
-    queries: np.ndarray
-    """(padded n,) the query in each row, -1 where padded."""
-    rows: np.ndarray
-    labels: np.ndarray
-    """(n,) row and block of each query."""
-    starts: np.ndarray
-    sizes: np.ndarray
-    """First row and padded number of rows of each block."""
-    centres: torch.Tensor
-    """(blocks, d)"""
-    deltas: torch.Tensor
-    """(padded n, d) query minus its block's centre, zero where padded."""
-    variances: torch.Tensor
-    """(blocks, r) mean square of the points' distances from their block's, along each of their axes."""
-    row_variances: torch.Tensor
-    """(padded n,) each point's squares of these distances, times the axes' importance, in all; zero where padded."""
-
-    def __len__(self) -> int:
-        return len(self.sizes)
-
-    def of_rows(self, per_block: torch.Tensor) -> torch.Tensor:
-        """Repeat (blocks, ...) for each row of each block."""
-        return per_block.repeat_interleave(torch.from_numpy(self.sizes), 0)
-
-    def of_queries(self, per_row: torch.Tensor) -> torch.Tensor:
-        """Rows of the blocks (padded n, ...) in the order of the queries (n, ...)."""
-        return per_row[torch.from_numpy(self.rows)]
-
-    def logit_variances(self, k: torch.Tensor, apart: np.ndarray) -> torch.Tensor:
-        """(padded n,) of each row's logits around its block's, over keys k (n_k, d) but those that stand apart."""
-        if self.variances.shape[1] > 0:
-            return self.row_variances
-        # Without axes the variances are those of the columns.
-        return self.deltas.square() @ variances_of(without(k, apart))
-
-    def in_rows(self, per_query: torch.Tensor) -> torch.Tensor:
-        """Something of the queries (n, ...) in the order of the blocks' rows (padded n, ...), zero where padded."""
-        out = per_query.new_zeros(len(self.deltas), *per_query.shape[1:])
-        out[torch.from_numpy(self.rows)] = per_query
-        return out
-
-
-def make_blocks(
-    q: torch.Tensor, scale: float, points: torch.Tensor, importance: torch.Tensor, labels: torch.Tensor, multiple: int
-) -> Blocks:
-    """Blocks of the queries, scale times q (n, d), and of their points (n, r), that share a label.
-
-    importance (r,): what a square along each of the points' axes counts in `row_variances`.
-    """
-    loops = compiled_loops("attention.blocks.loops")
-    grouped: Grouped = (loops.group if loops is not None else _group)(labels.numpy(), multiple)
-    queries, rows, block_of, starts, sizes = grouped
-    number = len(starts)
-    deltas = scratch("deltas", len(queries), q.shape[1])
-    if loops is not None:
-        centres, variances = q.new_empty(number, q.shape[1]), q.new_empty(number, points.shape[1])
-        row_variances = q.new_empty(len(queries))
-        given = q.contiguous().numpy(), np.float32(scale), points.numpy(), importance.numpy()
-        written = (t.numpy() for t in (deltas, centres, variances, row_variances))
-        loops.centre_blocks(*given, queries, starts, sizes, *written)
-        return Blocks(*grouped, centres, deltas, variances, row_variances)
-    of_query = torch.from_numpy(block_of)
-    counts = torch.bincount(of_query).unsqueeze(1)
-
-    def means(of_queries: torch.Tensor) -> torch.Tensor:
-        return q.new_zeros(number, of_queries.shape[1]).index_add_(0, of_query, of_queries) / counts
-
-    centres = scale * means(q)
-    squares = (points - means(points)[of_query]).square()
-    deltas.zero_()[torch.from_numpy(rows)] = scale * q - centres[of_query]
-    row_variances = q.new_zeros(len(queries))
-    row_variances[torch.from_numpy(rows)] = squares @ importance
-    return Blocks(*grouped, centres, deltas, means(squares), row_variances)
-
-
-def _group(labels: np.ndarray, multiple: int) -> Grouped:
-    """queries, rows, labels, starts and sizes of `Blocks`: points (n,) with a label in blocks, a block for each used.
-
-    A block's rows are padded to a multiple of some.
-    """
-    _, block_of, counts = np.unique(labels, return_inverse=True, return_counts=True)
-    sizes = -(-counts // multiple) * multiple
-    starts = sizes.cumsum() - sizes
-    order = np.argsort(block_of, kind="stable")
-    rows = np.empty_like(block_of)
-    rows[order] = np.arange(len(labels)) + np.repeat(starts - (counts.cumsum() - counts), counts)
-    queries = np.full(int(sizes.sum()), -1)
-    queries[rows] = np.arange(len(labels))
-    return queries, rows, block_of, starts, sizes
 
 
 def principal_axes(k: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -155,79 +42,6 @@ def principal_axes(k: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Ten
     some = some - some.mean(0)
     values, vectors = torch.linalg.eigh(some.mT @ some / len(some))
     return vectors.flip(1)[:, :count], values.flip(0)[:count].clamp_min(0)
-
-
-def spreads(points: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """(n,) variance of the products of each of points (n, d), less their mean, with others (m, d), by column.
-
-    Samples of the rows decide the mean and the variances of the columns.
-    """
-    loops = compiled_loops("attention.blocks.loops")
-    if loops is not None:
-        out = np.empty(len(points), np.float32)
-        loops.spreads(points.contiguous().numpy(), others.contiguous().numpy(), _SAMPLED_FOR_VARIANCES, out)
-        return torch.from_numpy(out)
-    return (points - _sample(points).mean(0)).square() @ variances_of(others)
-
-
-def most_variance(far_keys: int) -> float:
-    """Up to this variance of its logits around its block's no row of so many far keys is lost."""
-    return min(REACH, math.log(_OFF**2 * far_keys))
-
-
-def beyond_reach(variances: torch.Tensor, known: torch.Tensor, far_log: torch.Tensor, far_keys: int) -> torch.Tensor:
-    """(rows,) whether a row is out of reach of its block: its sum is expected to be off by more than _OFF times itself.
-
-    The exponentials of n far keys, of logits with a variance s around the block's, are about lognormal: their sum is
-    off by sqrt(exp(s) / n) of itself, since a few of them make it up and no centre knows which.
-
-    Args:
-        variances: (rows,) s. far_keys: n.
-        known, far_log: (rows,) logs of the sums over the keys that the row meets itself, and over the far ones.
-    """
-    share = torch.nn.functional.logsigmoid(far_log - known)
-    # A NaN is lost too.
-    return ~(share + 0.5 * variances <= math.log(_OFF * far_keys**0.5)) | (variances > REACH)
-
-
-def _sample(points: torch.Tensor) -> torch.Tensor:
-    return points[:: max(1, len(points) // _SAMPLED_FOR_VARIANCES)]
-
-
-def variances_of(points: torch.Tensor) -> torch.Tensor:
-    """(d,) of the columns of points (n, d), from a sample of the rows."""
-    some = _sample(points)
-    return (some - some.mean(0)).square_().mean(0)
-
-
-def stand_apart(q: torch.Tensor, k: torch.Tensor, scale: float) -> np.ndarray:
-    """The keys of k (n_k, d) so much larger than the others that no centre of a block may speak for its queries.
-
-    Of queries q (n_q, d) some have a logit of a hundred, some of minus a hundred with a key a hundred times as long.
-    Such a key is summed exactly for every query.
-    """
-    found = spreads(k, q).numpy()
-    some = found[:: max(1, len(found) // _SAMPLED_FOR_VARIANCES)]
-    usual = np.partition(some, len(some) // 2)[len(some) // 2]
-    bar = max(_APART**2 * float(usual), (_APART_NATS / scale) ** 2)
-    if not float(found.max()) > bar:
-        return np.empty(0, np.int64)
-    apart = np.flatnonzero(found > bar)
-    # So many are no exceptions.
-    return apart if len(apart) <= len(k) / 16 else apart[:0]
-
-
-def without(points: torch.Tensor, rows: np.ndarray) -> torch.Tensor:
-    """points (n, d) but those rows."""
-    return torch.from_numpy(np.delete(points.numpy(), rows, axis=0)) if len(rows) else points
-
-
-def with_keys_apart(
-    rest: Sums, apart: np.ndarray, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mean: torch.Tensor, scale: float
-) -> Sums:
-    """The sums over the other keys less `mean`, and with them those over the keys that stand apart."""
-    keys = torch.from_numpy(apart)
-    return merged(rest, exact_sums(q * scale, k[keys] - mean, v[keys])) if len(keys) else rest
 
 
 @dataclass(frozen=True)
@@ -338,19 +152,6 @@ class Expansion:
         return Seen(log_weight, value, log, share, share * (1 + lean))
 
 
-def as_numbers(stored: torch.Tensor) -> np.ndarray:
-    """float32 numbers, or the bits of bfloat16 ones, which NumPy does not have: what the compiled loops take."""
-    return (stored.view(torch.uint16) if stored.dtype == torch.bfloat16 else stored).numpy()
-
-
-def project(blocks: Blocks, axes: torch.Tensor) -> torch.Tensor:
-    """deltas (rows, d) of each block times its own axes (blocks, r, d): (rows, r)."""
-    out = torch.empty(len(blocks.deltas), axes.shape[1])
-    for b, (start, rows) in enumerate(zip(blocks.starts.tolist(), blocks.sizes.tolist(), strict=True)):
-        torch.mm(blocks.deltas[start : start + rows], axes[b].mT, out=out[start : start + rows])
-    return out
-
-
 @dataclass(frozen=True)
 class Clustering:
     """How queries are put into blocks, and which keys are near."""
@@ -390,7 +191,7 @@ def expand(
     mean = k.mean(0)
     axes, spread = principal_axes(without(k, apart), min(clustering.directions, d))
     r = len(spread)
-    metric = spread.pow(_METRIC_POWER).clamp_min(1e-15)
+    metric = spread.pow(METRIC_POWER).clamp_min(1e-15)
     # Clustering and curvature are estimates: half the digits do for their coordinates.
     some = q if low == q.dtype else scratch("low queries", len(q), d, dtype=low).copy_(q)
     points = torch.mm(some, (scale * axes * metric).to(low), out=scratch("points", len(q), r, dtype=low))
@@ -421,9 +222,9 @@ def expand(
     logs = torch.mm(ranks, features.mT, out=scratch("logs", len(blocks), n_k, dtype=low))
     logs[:, torch.from_numpy(apart)] = -torch.inf
     count(kernel_evaluations=logs.numel())
-    tilts = d_v if d_v <= _TILTED_COLUMNS else 0
+    tilts = d_v if d_v <= TILTED_COLUMNS else 0
     weights = scratch("weights", len(blocks), 1 + tilts, n_k, dtype=low)
-    first = generator.initial_seed() % _SAMPLED_KEYS
+    first = generator.initial_seed() % SAMPLED_KEYS
     highest, thresholds, chosen, ends, total, far_value = choose_keys(
         logs, clustering.near, first, v[:, :tilts], weights
     )
@@ -467,10 +268,10 @@ def of_one_block(
 ) -> tuple[list[Any], list[np.ndarray]]:
     """What the compiled loops for one block of all queries and no axes take: their inputs, and room to work in."""
     n_k, d_v = v.shape
-    tilts = d_v if d_v <= _TILTED_COLUMNS else 0
-    first = seed % _SAMPLED_KEYS
+    tilts = d_v if d_v <= TILTED_COLUMNS else 0
+    first = seed % SAMPLED_KEYS
     arrays = [t.contiguous().numpy() for t in (q, k, v)]
-    inputs = [arrays[0], np.float32(scale), arrays[1], arrays[2], _rank_of_bar(n_k, near, first), first, _SAMPLED_KEYS]
+    inputs = [arrays[0], np.float32(scale), arrays[1], arrays[2], rank_of_bar(n_k, near, first), first, SAMPLED_KEYS]
     room = scratch("deltas", *q.shape), scratch("logs", 1, n_k), scratch("weights", 1, 1 + tilts, n_k)
     return [*inputs, tilts], [t.numpy() for t in room]
 
@@ -478,116 +279,3 @@ def of_one_block(
 def in_one_block(q: torch.Tensor, k: torch.Tensor, scale: float, near: int) -> bool:
     """Whether no query can be lost in one block of all of them."""
     return scale**2 * spreads(q, k).numpy().max() <= most_variance(len(k) - near)
-
-
-def _rank_of_bar(n_k: int, near: int, first: int) -> int:
-    """The rank, from below, of the threshold among the sampled keys."""
-    in_sample = len(range(first, n_k, _SAMPLED_KEYS))
-    return in_sample - min(max(1, near // _SAMPLED_KEYS), in_sample)
-
-
-def choose_keys(
-    logs: torch.Tensor, near: int, first: int, v: torch.Tensor, weights: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, np.ndarray, np.ndarray, torch.Tensor, torch.Tensor]:
-    """The highest log of a far key and the threshold (blocks,), chosen and ends of an expansion, sums of its weights.
-
-    About `near` keys of each block have a log (blocks, n_k) of at least its threshold, as a sample of the keys from
-    the one at `first` on finds it. weights (blocks, 1 + tilts, n_k) are written: exp(logs - highest) of the others,
-    times 1 and the columns of v (n_k, tilts); their sums are (blocks,) and (blocks, tilts). The highest is that of the
-    far keys, since beside a near key of a much higher log all of their weights may vanish.
-    """
-    blocks, n_k = logs.shape
-    tilts = v.shape[1]
-    kept = _rank_of_bar(n_k, near, first)
-    loops = compiled_loops("attention.blocks.loops")
-    if loops is not None:
-        highest, thresholds = torch.empty(blocks), torch.empty(blocks)
-        totals, values = torch.empty(blocks), torch.empty(blocks, tilts)
-        counts, columns = np.empty(blocks, np.int64), v.mT.contiguous().numpy()
-        bits = as_numbers(logs)
-        given = bits, kept, first, _SAMPLED_KEYS, columns, as_numbers(weights), counts
-        written = highest.numpy(), thresholds.numpy(), totals.numpy(), values.numpy()
-        over_threads(lambda low, high: loops.fill_weights(low, high, *given, *written), blocks)
-        ends = counts.cumsum()
-        chosen = np.empty(ends[-1], np.int64)
-        over_threads(lambda low, high: loops.list_near(low, high, bits, written[1], ends, chosen), blocks)
-        return highest, thresholds, chosen, ends, totals, values
-    sample = logs[:, first::_SAMPLED_KEYS].float()
-    thresholds = torch.from_numpy(np.partition(sample.numpy(), kept, axis=1)[:, kept].copy())
-    is_near = logs >= thresholds.to(logs.dtype).unsqueeze(1)
-    top = logs.masked_fill(is_near, -torch.inf).amax(1).float()
-    highest = torch.where(top.isfinite(), top, thresholds)
-    torch.sub(logs, highest.to(logs.dtype).unsqueeze(1), out=weights[:, 0]).masked_fill_(is_near, -torch.inf).exp_()
-    torch.mul(weights[:, :1], v.mT.to(logs.dtype), out=weights[:, 1:])
-    chosen = np.flatnonzero(is_near.numpy())
-    ends = np.searchsorted(chosen, np.arange(1, blocks + 1) * n_k)
-    return highest, thresholds, chosen % n_k, ends, weights[:, 0].float().sum(1), weights[:, 1:].float().sum(2)
-
-
-def sums_of_keys(
-    blocks: Blocks,
-    k: torch.Tensor,
-    mean: torch.Tensor,
-    v: torch.Tensor,
-    chosen: np.ndarray,
-    ends: np.ndarray,
-    extra: torch.Tensor | None,
-    low: torch.dtype,
-    rounded: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sums (rows, 1 + d_v) of exp(q.(k - mean) + extra) [1, v] over each block's chosen keys, and their log scales.
-
-    Block b's keys are chosen[ends[b-1]:ends[b]], its sums are divided by exp(scale_b); extra (len(chosen),) or 0.
-    rounded is that of the expansion: with it products of bfloat16 numbers do, where the CPU has them.
-    """
-    number, d_v = len(blocks), v.shape[1]
-    sums, scales = torch.empty(len(blocks.deltas), 1 + d_v), torch.empty(number)
-    lengths = ends.copy()
-    lengths[1:] -= ends[:-1]
-    # Each key with each query, padded rows too, and with the block's centre
-    count(kernel_evaluations=int((blocks.sizes + 1) @ lengths))
-    loops = compiled_loops("attention.blocks.loops")
-    if extra is None:
-        extra = torch.zeros(len(chosen))
-    if loops is not None:
-        given = [t.contiguous().numpy() for t in (k, mean, v, extra, blocks.centres, scales, sums)]
-        fixed = blocks.deltas.numpy(), blocks.starts, blocks.sizes, chosen, ends
-        bits = as_numbers(rounded) if rounded is not None and native_bfloat16() else None
-        loop = loops.sums_of_keys if d_v <= loops.FEW_COLUMNS else loops.wide_sums_of_keys
-        over_threads(lambda first, last: loop(first, last, *fixed, *given, bits), number)
-        return sums, scales
-    step = _KEYS_OF_BFLOAT16 if low == torch.bfloat16 else 1
-    indices = torch.from_numpy(chosen)
-    most = -(-int(lengths.max()) // step) * step
-    keys = torch.zeros(most, k.shape[1])
-    low_keys = keys if low == torch.float32 else torch.zeros(most, k.shape[1], dtype=low)
-    pairs = torch.zeros(most, 1 + d_v)
-    space = torch.empty(int(blocks.sizes.max()) * most, dtype=low)
-    low_deltas = blocks.deltas.to(low)
-    begin = 0
-    each = zip(blocks.starts.tolist(), blocks.sizes.tolist(), ends.tolist(), strict=True)
-    for b, (start, rows, end) in enumerate(each):
-        here, m = indices[begin:end], end - begin
-        wide = -(-m // step) * step
-        torch.sub(k[here], mean, out=keys[:m])
-        base = keys[:m] @ blocks.centres[b] + extra[begin:end]
-        begin = end
-        # Of keys of weight 0 alone it would be -inf.
-        scales[b] = base.max().clamp_min(-1e30)
-        part = pairs[:wide]
-        part[m:] = 0
-        torch.exp(base - scales[b], out=part[:m, 0])
-        torch.mul(v[here], part[:m, :1], out=part[:m, 1:])
-        if low == torch.bfloat16:
-            low_keys[:m] = keys[:m]
-        logits = space[: rows * wide].view(rows, wide)
-        torch.mm(low_deltas[start : start + rows], low_keys[:wide].mT, out=logits)
-        logits.exp_()
-        if low == torch.bfloat16:
-            sums[start : start + rows] = torch.mm(logits, part.to(low)).float()
-        elif d_v < _FEW_COLUMNS:
-            for c in range(1 + d_v):
-                sums[start : start + rows, c] = torch.mv(logits, part[:, c])
-        else:
-            torch.mm(logits, part, out=sums[start : start + rows])
-    return sums, scales

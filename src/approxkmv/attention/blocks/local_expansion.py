@@ -11,15 +11,9 @@ from typing import Any
 
 import torch
 
-from approxkmv.attention.blocks.expansion import (
-    Clustering,
-    expand,
-    in_one_block,
-    of_one_block,
-    stand_apart,
-    sums_of_keys,
-    with_keys_apart,
-)
+from approxkmv.attention.blocks.expansion import Clustering, expand, in_one_block, of_one_block
+from approxkmv.attention.blocks.near_keys import sums_of_keys
+from approxkmv.attention.blocks.reach import stand_apart, with_keys_apart
 from approxkmv.attention.contract import Method, UnavailableError, per_batch
 from approxkmv.attention.exact import fused as exact_fused
 from approxkmv.compute.counting import count

@@ -17,8 +17,8 @@ from approxkmv.attention.blocks.cuda.expansion import (
     expand,
     sums_of_keys,
 )
-from approxkmv.attention.blocks.expansion import beyond_reach
 from approxkmv.attention.blocks.light_keys import CONTROLLED, LEAST_SAMPLES, trusted
+from approxkmv.attention.blocks.reach import beyond_reach
 from approxkmv.attention.kernels import cuda_graphs
 from approxkmv.attention.kernels import triton as triton_kernels
 from approxkmv.compute.counting import count

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from approxkmv.attention.blocks.expansion import _APART, _APART_NATS, _METRIC_POWER, _TILTED_COLUMNS
+from approxkmv.attention.blocks.expansion import METRIC_POWER, TILTED_COLUMNS
+from approxkmv.attention.blocks.reach import APART, APART_NATS
 from approxkmv.attention.kernels import triton as triton_kernels
 from approxkmv.compute.counting import count
 
@@ -23,7 +24,7 @@ def order_of_queries(
     """
     batch, n, d = q.shape
     clusters = min(clusters, n)
-    points = q * spread.pow(_METRIC_POWER)
+    points = q * spread.pow(METRIC_POWER)
     step = n // clusters
     # From a tensor, so that a graph need not be recorded for each seed.
     centres = points.index_select(1, torch.arange(clusters, device=q.device) * step + first % step)
@@ -45,7 +46,7 @@ def stand_apart(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """(batch, n_k) whether a key stands apart from the others, as `expansion.stand_apart` has it."""
     spreads = (keys.square() * queries.var(1, correction=0, keepdim=True)).sum(2)
     usual = spreads.median(1, keepdim=True).values
-    apart = spreads > (_APART**2 * usual).clamp_min(_APART_NATS**2)
+    apart = spreads > (APART**2 * usual).clamp_min(APART_NATS**2)
     return apart & (apart.sum(1, keepdim=True) <= keys.shape[1] / 16)
 
 
@@ -160,7 +161,7 @@ def expand(
     # The highest of the far keys, so that their weights do not all vanish beside a near one's.
     chosen, highest = best.indices[..., :near], best.values[..., near:]
     weights = (logs - highest).clamp_max_(0.0).exp_().scatter_(2, chosen, 0.0)
-    tilted = d_v <= _TILTED_COLUMNS
+    tilted = d_v <= TILTED_COLUMNS
     features = [torch.ones_like(values[..., :1]), values, keys]
     features += [values[..., c : c + 1] * keys for c in range(d_v)] if tilted else []
     sums = torch.bmm(weights.to(products), torch.cat(features, 2).to(products)).float()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from approxkmv.attention.blocks.cuda.expansion import count_clustering, exactly_where_lost, expand, sums_of_keys
-from approxkmv.attention.blocks.expansion import beyond_reach
+from approxkmv.attention.blocks.reach import beyond_reach
 from approxkmv.attention.kernels import cuda_graphs
 from approxkmv.attention.kernels import triton as triton_kernels
 from approxkmv.compute.counting import count

@@ -35,7 +35,7 @@ def nearest(distances, points, labels):
 
 @cached_njit(fastmath=FLAGS, nogil=True)
 def spreads(points, others, sampled, out):
-    """out (n,) = `spreads` of expansion.py of points (n, d) and others (m, d), of which `sampled` rows decide."""
+    """out (n,) = `spreads` of reach.py of points (n, d) and others (m, d), of which `sampled` rows decide."""
     d = points.shape[1]
     middle, mean, variances = np.zeros(d, np.float32), np.zeros(d, np.float32), np.zeros(d, np.float32)
     step = max(1, len(points) // sampled)
