@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from approxkmv.lazy import attributes
 
 if TYPE_CHECKING:
     from approxkmv.errors import ApproxKMVError as ApproxKMVError
@@ -40,12 +41,7 @@ _HOME = {
 }
 
 __all__ = sorted(_HOME)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'approxkmv' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOME[name]), name)
+__getattr__ = attributes(__name__, _HOME)
 
 
 def __dir__() -> list[str]:

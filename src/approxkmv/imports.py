@@ -65,8 +65,7 @@ def _imported(node: ast.AST) -> Iterator[Path]:
     elif isinstance(node, ast.If) and _is_type_checking(node):
         for part in node.orelse:
             yield from _imported(part)
-    # A package's __getattr__ imports names on demand; _named follows the ones that are used.
-    elif not (isinstance(node, ast.FunctionDef) and node.name == "__getattr__"):
+    else:
         # Imports are statements, and statements occur only in these fields.
         for field in ("body", "orelse", "handlers", "finalbody", "cases"):
             for part in getattr(node, field, []):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from approxkmv.errors import InputError, did_you_mean
+from approxkmv.lazy import attributes
 
 if TYPE_CHECKING:
     from approxkmv.attention.contract import Method as Method
@@ -52,8 +53,5 @@ def get(name: str) -> Method:
     return method
 
 
-def __getattr__(name: str) -> Any:
-    # A configuration is checked for the names of methods, without torch.
-    if name not in ("Method", "UnavailableError"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.contract"), name)
+# On demand: a configuration is checked for the names of methods, without torch.
+__getattr__ = attributes(__name__, dict.fromkeys(("Method", "UnavailableError"), f"{__name__}.contract"))

@@ -7,9 +7,9 @@ captured = model.capture([model.tokenize(text, 512) for text in texts])
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from approxkmv.lazy import attributes
 from approxkmv.models.sources import ModelLocation, ModelSource, parse_source
 
 if TYPE_CHECKING:
@@ -21,26 +21,11 @@ if TYPE_CHECKING:
 
 # Loaded on first use: a configuration is checked for the sources of models without torch.
 _HOME = {
-    "CapturableModel": "capture",
-    "Captured": "recording",
-    "NonFiniteActivation": "recording",
-    "convert_gguf": "gguf_weights",
-    "fetch": "fetching",
+    "CapturableModel": f"{__name__}.capture",
+    "Captured": f"{__name__}.recording",
+    "NonFiniteActivation": f"{__name__}.recording",
+    "convert_gguf": f"{__name__}.gguf_weights",
+    "fetch": f"{__name__}.fetching",
 }
-
-__all__ = [
-    "CapturableModel",
-    "Captured",
-    "ModelLocation",
-    "ModelSource",
-    "NonFiniteActivation",
-    "convert_gguf",
-    "fetch",
-    "parse_source",
-]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+__all__ = [*_HOME, "ModelLocation", "ModelSource", "parse_source"]
+__getattr__ = attributes(__name__, _HOME)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from approxkmv.lazy import attributes
 
 if TYPE_CHECKING:
     from approxkmv.statistics.attention import AttentionStatistics as AttentionStatistics
@@ -15,21 +16,11 @@ if TYPE_CHECKING:
     from approxkmv.statistics.heads import order_ratios as order_ratios
     from approxkmv.statistics.heads import unmasked_and_masked_statistics as unmasked_and_masked_statistics
 
-__all__ = [
-    "AttentionStatistics",
-    "HeadStatistics",
-    "OrderRatios",
-    "attention_statistics",
-    "head_statistics",
-    "head_to_tail_ratios",
-    "order_ratios",
-    "unmasked_and_masked_statistics",
-]
-
-
-def __getattr__(name: str) -> Any:
-    # Figures and tables need this package's words, not numba and torch.
-    if name not in __all__:
-        raise AttributeError(f"module 'approxkmv.statistics' has no attribute {name!r}")
-    module = "attention" if name in ("AttentionStatistics", "attention_statistics") else "heads"
-    return getattr(importlib.import_module(f"approxkmv.statistics.{module}"), name)
+# On demand: figures and tables need this package's words, not numba and torch.
+_HOME = {
+    **dict.fromkeys(("AttentionStatistics", "attention_statistics"), f"{__name__}.attention"),
+    **dict.fromkeys(("HeadStatistics", "OrderRatios", "head_statistics", "head_to_tail_ratios"), f"{__name__}.heads"),
+    **dict.fromkeys(("order_ratios", "unmasked_and_masked_statistics"), f"{__name__}.heads"),
+}
+__all__ = sorted(_HOME)
+__getattr__ = attributes(__name__, _HOME)

@@ -7,20 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from approxkmv.slopes import log_log_line
-from approxkmv.sweep.table import Row
+from approxkmv.sweep.table import COLUMNS, Row
 
 # What makes one profile: everything of a row but its n and what was measured there.
 PROFILE = ("workload", "batch", "columns", "d", "d_v", "device", "dtype", "method", "kind", "target")
 EXPONENT_COLUMNS = {
-    "workload": "name of the workload, with the head for a model",
-    "batch": "attentions computed in one call",
-    "columns": "one value column, or all of them",
-    "d": "width of queries and keys",
-    "d_v": "width of the values",
-    "device": "cpu or cuda",
-    "dtype": "type of the inputs",
-    "method": "name of the method",
-    "kind": "exact, trivial or approximate",
+    **{name: COLUMNS[name] for name in PROFILE},
     "target": "the error that the method was tuned to at each n; empty for exact rows",
     "lengths": "the n at which the target was reached, JSON",
     "kernel_evaluations": "kernel evaluations at these n, JSON",
