@@ -71,7 +71,7 @@ def test_a_killed_run_goes_on_after_its_last_whole_length(speaker: Project):
         (["--method", "approxkmv", "--model", "bert"], "BertConfig is not that of a causal language model"),
         (["--method", "approxkmv", "--tokens", "1000"], "the text has"),
         (["--method", "approxkmv", "--tokens", "40", "--layers", "2"], "the model has layers 0 to 1"),
-        (["--method", "approxkmv", "--parameters", "{near: 3}"], "parameters is '{near: 3}', which is no JSON"),
+        (["--method", "approxkmv", "--parameters", "{near: 3}"], "parameters is '{near: 3}', which is not JSON"),
         (["--method", "approxkmv", "--model", "speeker"], "did you mean 'speaker'"),
     ],
 )

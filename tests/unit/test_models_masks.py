@@ -191,7 +191,7 @@ def test_spans_of_any_form_of_mask():
 @pytest.mark.parametrize(
     ("mask", "says"),
     [
-        (torch.tensor([[1, 0, 1]] * 3).bool().expand(1, 1, 3, 3), "no run of neighbours"),
+        (torch.tensor([[1, 0, 1]] * 3).bool().expand(1, 1, 3, 3), "not contiguous"),
         (torch.zeros(1, 1, 3, 3, dtype=torch.bool), "sees no key"),
         (torch.stack([torch.eye(3), torch.ones(3, 3)]).bool()[None], "heads of a layer see different keys"),
         (torch.ones(3, 3), "only one of"),

@@ -381,9 +381,7 @@ def test_a_branch_of_a_hub_is_no_pin(tmp_path, pinned):
     )
     environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    said = (
-        f"  hub:somebody/tiny@main is no pin, since a branch moves on and a tag can: write hub:somebody/tiny@{commit}"
-    )
+    said = f"  hub:somebody/tiny@main is not pinned, since branches and tags move: write hub:somebody/tiny@{commit}"
     assert run.stderr.startswith("" if pinned else said)
     assert run.stderr.count("\n") == (not pinned)
 

@@ -155,7 +155,7 @@ def test_other_models_are_refused_with_the_reason(class_name, more, message, tmp
 def test_a_sliding_window_is_refused_where_it_cuts(tmp_path):
     found = CausalModel.load(save(tmp_path, "MistralConfig", sliding_window=64))
     assert found.perplexity(IDS[:60], replacement("exact-sdpa")).perplexity > 1
-    with pytest.raises(CaptureError, match=r"layer 0 \(MistralAttention\) has a mask of its own"):
+    with pytest.raises(CaptureError, match=r"layer 0 \(MistralAttention\) has its own mask"):
         found.perplexity(IDS[:200], replacement("exact-sdpa"))
 
 

@@ -1,4 +1,4 @@
-"""Cost of ApproxKMV with the printed constants against n, with fitted exponents and the n that would beat n^2."""
+"""Cost of ApproxKMV with the printed constants against n, with fitted exponents and the n at which it beats n^2."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def draw(table_path: str | Path, output_stem: str | Path) -> list[Path]:
     [PosixPath('complexity.pdf'), PosixPath('complexity.png')]
 
     Args:
-        table_path: CSV of `kmv.complexity.measure_costs`. output_stem: path without suffix.
+        table_path: CSV from `kmv.complexity.measure_costs`. output_stem: path without suffix.
     Returns:
         The PDF and the PNG that were written.
     Raises:

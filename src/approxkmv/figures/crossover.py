@@ -24,8 +24,8 @@ _FARTHEST = 2.0**24
 def crossover(n: np.ndarray, ratio: np.ndarray) -> tuple[float, str]:
     """The n from which ratio (exact over method) stays above one, and 'measured', 'below', 'extrapolated' or 'never'.
 
-    Between two lengths log ratio is taken as linear in log n; beyond the last, along the line through the last three
-    lengths, if it rises. 'below': already faster at the first length, so that its n is an upper bound.
+    Between two lengths log ratio is interpolated linearly in log n; beyond the last it follows the line through the
+    last three lengths, if that rises. 'below': already faster at the first length, so its n is an upper bound.
     """
     if len(n) == 0:
         return float("nan"), "never"
@@ -40,16 +40,16 @@ def crossover(n: np.ndarray, ratio: np.ndarray) -> tuple[float, str]:
     if len(n) < 2:
         return float("nan"), "never"
     slope, intercept, _ = log_log_line(n[-3:], ratio[-3:])
-    # With almost no slope the length is beyond anything that can be said.
+    # With almost no slope the crossing is too far out to be meaningful.
     if slope <= 1e-6 or -intercept / slope > np.log(_FARTHEST):
         return float("nan"), "never"
     return float(np.exp(max(-intercept / slope, x[-1]))), "extrapolated"
 
 
 def draw(table: Path, output_stem: Path, target: float = 0.10) -> list[Path]:
-    """Draw for each workload and exact baseline the n at which each method passes it, as PDF and PNG.
+    """Draw for each workload and exact baseline the n at which each method overtakes it, as PDF and PNG.
 
-    Only rows that reach the target count. Raises TableError when the table is missing or is not a sweep's.
+    Only rows that reach the target count. Raises TableError when the table is missing or not from a sweep.
     """
     from matplotlib.ticker import LogLocator, NullLocator
 

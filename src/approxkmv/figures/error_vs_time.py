@@ -1,4 +1,4 @@
-"""Error against time of every method at one length."""
+"""Error against time for every method at one length."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from approxkmv.figures.sweep_table import colours, conditions, new_panels, read_
 
 
 def draw(table: Path, output_stem: Path, n: int | None = None) -> list[Path]:
-    """Draw every row of a sweep's table at length n (the longest by default), one panel a workload, as PDF and PNG.
+    """Draw every row of a sweep's table at length n (by default the longest), one panel per workload, as PDF and PNG.
 
-    Bars are quartiles of the time, and of the error the median to the 95th percentile. Raises TableError when the
-    table is missing or is not a sweep's.
+    Bars are the quartiles of the time and, for the error, the median to the 95th percentile. Raises TableError when the
+    table is missing or not from a sweep.
     """
     from matplotlib.ticker import LogLocator, NullFormatter
 
@@ -27,7 +27,7 @@ def draw(table: Path, output_stem: Path, n: int | None = None) -> list[Path]:
             points = some[some["method"] == method].drop_duplicates("parameters").sort_values("seconds")
             if points.empty:
                 continue
-            # Rounding errors of exact rows would stretch the axis over six decades.
+            # The rounding errors of exact rows would stretch the axis over six decades.
             error = points["error_v_median"].clip(lower=1e-3)
             axis.errorbar(
                 points["seconds"],
@@ -48,7 +48,7 @@ def draw(table: Path, output_stem: Path, n: int | None = None) -> list[Path]:
         for ticks in (axis.xaxis, axis.yaxis):
             low, high = ticks.get_view_interval()
             if high < 15 * low:
-                # Within about one decade the labels of all minor ticks would run into each other.
+                # Within about one decade the labels of all minor ticks would overlap.
                 ticks.set_major_locator(LogLocator(subs=(1.0, 3.0)))
                 ticks.set_major_formatter("{x:g}")
             ticks.set_minor_formatter(NullFormatter())

@@ -1,4 +1,4 @@
-"""A grid of layers by heads with the value in each cell: the form of Figures 1 to 3."""
+"""A grid of layers by heads with the value in each cell, as in Figures 1 to 3."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CELL_HEIGHT = 0.27
 
 
 def grid(table: pd.DataFrame, column: str) -> np.ndarray:
-    """(layers, heads), nan where a model has no such head."""
+    """(layers, heads), NaN if a model has no such head."""
     values = np.full((table["layer"].max() + 1, table["head"].max() + 1), np.nan)
     values[table["layer"], table["head"]] = table[column]
     return values
@@ -31,21 +31,21 @@ def size_of(values: np.ndarray) -> tuple[float, float]:
 
 
 def new_panels(values: np.ndarray, rows: int, columns: int, title_lines: int = 2) -> tuple[Figure, list[Axes]]:
-    """A figure of rows x columns heat maps of the shape of `values`, and its axes row by row.
+    """A figure of rows x columns heat maps of the shape of `values`, and its axes, row by row.
 
-    `title_lines`: of the figure's own title. Narrow grids get the width that a panel's title needs.
+    `title_lines`: of the figure's own title. Narrow grids are widened to fit a panel's title.
     """
     width, height = size_of(values)
     figure = new_figure(columns * (max(width, 3.4) + 1.5), rows * (height + 0.9) + 0.2 + 0.16 * title_lines)
     engine = figure.get_layout_engine()
     assert engine is not None
-    # Between the colour bar of a panel and the next panel.
+    # Space between the colour bar of a panel and the next panel.
     engine.set(w_pad=0.12)  # type: ignore[call-arg]
     return figure, list(figure.subplots(rows, columns, squeeze=False).ravel())
 
 
 def is_wide(values: np.ndarray) -> bool:
-    """Whether two such grids stand better one above the other than side by side."""
+    """Whether two such grids fit better one above the other than side by side."""
     return values.shape[1] >= values.shape[0]
 
 
@@ -63,9 +63,9 @@ def draw_heatmap(
     linear: bool = False,
     outlined: np.ndarray | None = None,
 ) -> None:
-    """Colour by the logarithm (or linearly) between low and high, write each value, outline the cells above `bound`.
+    """Colour by logarithm (or linearly) between low and high, write each value, and outline the cells above `bound`.
 
-    `outlined` (layers, heads) says instead which cells to outline.
+    `outlined` (layers, heads) selects the cells to outline instead.
     """
     from matplotlib.colors import LogNorm, Normalize
     from matplotlib.patches import Rectangle

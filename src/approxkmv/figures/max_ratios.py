@@ -10,7 +10,7 @@ from approxkmv.results.tables import masks_of, model_tables, read_heads, read_ov
 
 
 def draw(tables: Path, model: str, stem: Path) -> list[Path]:
-    """From the per-head table and the overview of one model, write STEM.pdf and STEM.png; masked too if it is there."""
+    """From the per-head table and the overview of one model, write STEM.pdf and STEM.png; masked too if available."""
     names = model_tables(tables, model)
     facts = as_written(read_overview(names.overview, "label", "layers", "heads", "texts_used", "corpus", "paper_bound"))
     table = read_heads(names.heads, facts, {"max_ratio": "number"})

@@ -11,7 +11,7 @@ from approxkmv.figures.heatmap import draw_heatmap, grid, is_wide, new_panels
 from approxkmv.figures.style import as_written, entries, footnote, not_in_kernel, save, short
 from approxkmv.results.tables import masks_of, model_tables, read_heads, read_overview
 
-# 1 is the least that a ratio can be. The paper says "about 1" of K_(n)/K_(n+1): a narrow scale where that holds.
+# A ratio is at least 1. The paper says "about 1" for K_(n)/K_(n+1): a narrow scale resolves that.
 WIDE: dict[str, Any] = {"low": 1.0, "high": 1000.0, "ticks": (1, 3, 10, 30, 100, 300, 1000)}
 NARROW: dict[str, Any] = {"low": 1.0, "high": 1.1, "ticks": (1.0, 1.02, 1.04, 1.06, 1.08, 1.1)}
 
@@ -19,9 +19,10 @@ TITLE: dict[str, Any] = {"fontsize": 8, "loc": "left"}
 
 
 def draw(tables: Path, model: str, stem: Path) -> list[Path]:
-    """From the per-head table and the overview of one model, write STEM.pdf and STEM.png; masked too if it is there.
+    """From the per-head table and the overview of one model, write STEM.pdf and STEM.png; masked too if available.
 
-    Of a causal model a row of panels is over all entries and a row is masked; else the two stand as they fit best.
+    For a causal model one row of panels is over all entries and one is masked; otherwise the two panels are arranged
+    as they fit best.
     """
     names = model_tables(tables, model)
     facts = as_written(read_overview(names.overview, "label", "layers", "heads", "texts_used", "corpus"))
@@ -31,7 +32,7 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
     rows, columns = (len(masks), 2) if len(masks) > 1 or not is_wide(values) else (2, 1)
     figure, panels = new_panels(values, rows, columns)
     following = {before: grid(table, f"{before}median_next_ratio") for before in masks}
-    # One scale for both masks, so that a colour means the same in both.
+    # One scale for both masks, so that a colour means the same in each.
     scale = NARROW if max(map(np.nanmax, following.values())) <= NARROW["high"] else WIDE
     for i, before in enumerate(masks):
         first, second = panels[2 * i : 2 * i + 2]
@@ -63,5 +64,5 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
 
 
 def near_one(value: float) -> str:
-    """A ratio that is mostly a little above 1: three decimals while they fit."""
+    """A ratio that is mostly slightly above 1: three decimals if they fit."""
     return f"{value:.3f}" if value < 9.9995 else short(value)

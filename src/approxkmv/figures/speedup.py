@@ -1,4 +1,4 @@
-"""Figure 5 made honest: time of each exact baseline over the time of each method, against n, at equal error."""
+"""Figure 5 at equal error: time of each exact baseline over the time of each method, against n."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from approxkmv.figures.sweep_table import (
 
 
 def draw(table: Path, output_stem: Path, target: float = 0.10) -> list[Path]:
-    """Draw the ratios of a sweep's table, one panel for each exact baseline and workload, as PDF and PNG.
+    """Draw the ratios of a sweep's table, one panel per exact baseline and workload, as PDF and PNG.
 
-    A band is the ratio at the first and third quartiles of both times. Where a method misses the target its best
-    setting is drawn hollow. Raises TableError when the table is missing or is not a sweep's.
+    A band is the ratio at the first and third quartiles of both times. If a method misses the target, its best setting
+    is drawn hollow. Raises TableError when the table is missing or not from a sweep.
     """
     frame = read_sweep(table)
     workloads = conditions(frame)

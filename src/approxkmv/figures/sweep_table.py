@@ -1,4 +1,4 @@
-"""What the figures of a sweep share: its table, its workloads, one colour for each method, one way to save."""
+"""Shared by the figures of a sweep: its table, its workloads, a colour per method, and how figures are saved."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NAMES_OF_BASELINES = {
     "exact-sdpa": "exact, torch",
     "exact-naive": "exact, matrix stored",
 }
-# No figure needs these, and tables from before they were counted can still be drawn.
+# No figure needs these, so tables from before they were recorded can still be drawn.
 NOT_DRAWN = (
     "kernel_evaluations",
     "inner_products",
@@ -28,14 +28,14 @@ NOT_DRAWN = (
     "evaluation_exponent_error",
     "recomputed_share",
 )
-# What is in the columns that are drawn, in every row: one that could not run has no parameters.
+# Contents of the columns that are drawn, in every row: a row that could not run has no parameters.
 DRAWN = {
     **dict.fromkeys(("workload", "columns", "method", "kind", "status"), "text"),
     **dict.fromkeys(("n", "batch"), "whole"),
     **dict.fromkeys(("target", "seconds_q1", "seconds", "seconds_q3", "error_v_median", "error_v_p95"), "number"),
 }
-# Okabe and Ito's colours, which the colour-blind can tell apart, and darker ones between them. A method that has none
-# here gets one in `colours`.
+# Okabe and Ito's colours, which colour-blind readers can tell apart, and darker ones between them. A method not listed
+# here gets a colour in `colours`.
 COLOURS = {
     "local-expansion": "#D55E00",
     "approxkmv": "#0072B2",
@@ -58,7 +58,7 @@ COLOURS = {
 
 @dataclass(frozen=True)
 class Conditions:
-    """A workload with its batch and columns: one panel."""
+    """A workload with its batch and columns, drawn as one panel."""
 
     workload: str
     batch: int
@@ -66,7 +66,7 @@ class Conditions:
 
     @property
     def title(self) -> str:
-        """One line for the head of a panel."""
+        """The title of a panel, in one line."""
         columns = "one column" if self.columns == "one" else "all columns"
         return f"{self.workload}, batch {self.batch}, {columns}"
 
@@ -81,7 +81,7 @@ _PANELS_IN_A_ROW = 4
 
 
 def read_sweep(table: Path) -> pd.DataFrame:
-    """The table of a sweep. Raises TableError when it is missing, cut short or not a sweep's."""
+    """The table of a sweep. Raises TableError when it is missing, truncated or not from a sweep."""
     frame = read_table(table, {name: DRAWN.get(name, "anything") for name in COLUMNS if name not in NOT_DRAWN})
     timed = frame["seconds"].notna()
     if not timed.any() or not (frame.loc[timed, "seconds"] > 0).all() or not (frame["n"] > 0).all():
@@ -90,13 +90,13 @@ def read_sweep(table: Path) -> pd.DataFrame:
 
 
 def conditions(frame: pd.DataFrame) -> list[Conditions]:
-    """The panels of a table, in its order."""
+    """The panels of a table, in table order."""
     kept = frame[["workload", "batch", "columns"]].drop_duplicates()
     return [Conditions(str(w), int(b), str(c)) for w, b, c in kept.itertuples(index=False)]
 
 
 def select(frame: pd.DataFrame, method: str, target: float) -> pd.DataFrame:
-    """The timed rows of a method, by n: those tuned to the target, or all of an exact method's."""
+    """The timed rows of a method, by n: those tuned to the target, or all rows of an exact method."""
     some = frame[(frame["method"] == method) & frame["seconds"].notna()]
     if not some.empty and some["kind"].iloc[0] != "exact":
         some = some[(some["target"] - target).abs() < 1e-9]
@@ -104,7 +104,7 @@ def select(frame: pd.DataFrame, method: str, target: float) -> pd.DataFrame:
 
 
 def colours(frame: pd.DataFrame) -> dict[str, str]:
-    """The methods of a table and their colours: those of COLOURS in its order, then all others in the table's."""
+    """The methods of a table and their colours: those in COLOURS in its order, then the others in table order."""
     from matplotlib.colors import TABLEAU_COLORS, to_hex, to_rgb
 
     def distance(one: str, other: str) -> float:
@@ -116,13 +116,13 @@ def colours(frame: pd.DataFrame) -> dict[str, str]:
     for name in names:
         if name not in found:
             taken = {*COLOURS.values(), *found.values()}
-            # Matplotlib's own ten, of which this looks least like any that is taken
+            # Of matplotlib's ten colours, the one least like any that is taken
             found[name] = max(others, key=lambda new: min(distance(new, old) for old in taken))
     return found
 
 
 def new_figure(rows: int, columns: int, sharey: Any) -> tuple[Any, Any]:
-    """A figure of so many panels; axes[row][column]."""
+    """A figure of rows x columns panels; use axes[row][column]."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(max(4.5, 2.9 * columns), 0.9 + 2.5 * rows), layout="constrained")
@@ -130,7 +130,7 @@ def new_figure(rows: int, columns: int, sharey: Any) -> tuple[Any, Any]:
 
 
 def new_panels(count: int, sharey: Any, height: float = 2.5) -> tuple[Any, Any]:
-    """A figure of so many panels, at most four in a row; the places of the last row that are left over are empty."""
+    """A figure of `count` panels, at most four in a row; unused places of the last row stay empty."""
     from matplotlib.figure import Figure
 
     columns = min(count, _PANELS_IN_A_ROW)
@@ -143,7 +143,7 @@ def new_panels(count: int, sharey: Any, height: float = 2.5) -> tuple[Any, Any]:
 
 
 def save(figure: Any, axes: Any, output_stem: Path, note: str) -> list[Path]:
-    """One legend and one line of explanation below the panels; then PDF and PNG."""
+    """Add one legend and one line of explanation below the panels, then write PDF and PNG."""
     handles: dict[str, Any] = {}
     for axis in getattr(axes, "flat", axes):
         axis.grid(True, which="major", color="0.92", linewidth=0.6)

@@ -1,4 +1,4 @@
-"""From the string that names a model to the queries and keys that its attention multiplies.
+"""From the string that names a model to the queries and keys of its attention.
 
 location = fetch(parse_source("hub:google-bert/bert-base-uncased@REVISION"), Path("models/bert"))
 model = CapturableModel.load(location)
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from approxkmv.models.recording import Captured as Captured
     from approxkmv.models.recording import NonFiniteActivation as NonFiniteActivation
 
-# Loaded on first use: a configuration is checked for the sources of models without torch.
+# Imported on first use, so that model sources in a configuration can be checked without torch.
 _HOME = {
     "CapturableModel": f"{__name__}.capture",
     "Captured": f"{__name__}.recording",

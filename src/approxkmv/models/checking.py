@@ -1,4 +1,4 @@
-"""Whether the files of a model's folder are what their names say, told before transformers reads them."""
+"""Check that the files in a model's folder are what they claim to be, before transformers reads them."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def check_folder(folder: Path, name: str) -> None:
-    """Refuse a folder that is no whole model, or one that is read wrongly without code or an adapter of its own.
+    """Refuse a folder that is not a complete model, or that would be misread without an adapter or custom code.
 
     Args:
-        folder: of config.json and safetensors. name: what messages call it.
+        folder: with config.json and safetensors. name: the model's name in messages.
     Raises:
-        SourceError: pointers in place of files, an adapter, code of its own, or files cut short, damaged or absent.
+        SourceError: Git LFS pointers, an adapter, custom code, or files that are truncated, damaged or missing.
     """
     refuse_pointers(folder, name)
     refuse_adapter(folder, name)
     for file in ("config.json", "tokenizer_config.json"):
         if (folder / file).is_file() and read_object(folder / file, name).get("auto_map"):
             raise SourceError(
-                f"{name}: {file} has auto_map, which names code of the model's own, and no such code is run: where "
+                f"{name}: {file} has auto_map, which names custom code, which is never run: if "
                 "transformers' class computes the same, delete the entry in a copy of the folder and use path:COPY"
             )
     weight_shapes(folder, name)
 
 
 def refuse_adapter(folder: Path, name: str) -> None:
-    """Raise SourceError for a folder with an adapter (LoRA), whose weights transformers leaves out or adds itself."""
+    """Raise SourceError for a folder with an adapter (LoRA), whose weights transformers ignores or adds by itself."""
     if (folder / "adapter_config.json").is_file():
         raise SourceError(
             f"{name}: adapter_config.json says that this is an adapter (LoRA) to another model: merge the two "
@@ -44,11 +44,11 @@ def refuse_adapter(folder: Path, name: str) -> None:
 
 
 def refuse_pointers(folder: Path, name: str) -> None:
-    """Raise SourceError where Git left its pointers in place of large files."""
+    """Raise SourceError if large files are still Git LFS pointers."""
     for path in sorted(folder.iterdir()):
         if path.suffix in WANTED_SUFFIXES and path.is_file() and starts_with(path, LFS_POINTER):
             raise SourceError(
-                f"{name}: {path.name} is a Git LFS pointer in place of the file: run `git lfs pull` in its folder"
+                f"{name}: {path.name} is a Git LFS pointer instead of the file: run `git lfs pull` in its folder"
             )
 
 
@@ -59,33 +59,33 @@ def starts_with(path: Path, magic: bytes) -> bool:
 
 
 def read_object(path: Path, name: str) -> dict[str, Any]:
-    """The JSON object in a file. Raises SourceError where it holds anything else."""
+    """The JSON object in a file. Raises SourceError if the file holds anything else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise SourceError(f"{name}: {path.name} is no JSON in UTF-8 ({error}): fetch or copy it again") from error
+        raise SourceError(f"{name}: {path.name} is not UTF-8 JSON ({error}): fetch or copy it again") from error
     if not isinstance(value, dict):
-        raise SourceError(f"{name}: {path.name} holds no JSON object: fetch or copy it again")
+        raise SourceError(f"{name}: {path.name} does not hold a JSON object: fetch or copy it again")
     return value
 
 
 def weight_shapes(folder: Path, name: str) -> dict[str, list[int]]:
-    """The shape of every weight in the safetensors that transformers would load, from their headers.
+    """The shape of every weight in the safetensors files that transformers would load, from their headers.
 
-    Raises SourceError for a file that is absent, cut short or damaged, or named by an index outside the folder.
+    Raises SourceError for a file that is missing, truncated or damaged, or that an index places outside the folder.
     """
     return {key: weight.get_shape() for key, weight in _weights(folder, name)}
 
 
 def whole_numbers(folder: Path, name: str) -> set[str]:
-    """The weights there that are saved as whole numbers or truth values; raises as weight_shapes."""
+    """The names of weights saved as integers or booleans; raises as weight_shapes."""
     return {
         key for key, weight in _weights(folder, name) if weight.get_dtype()[0] in "IU" or weight.get_dtype() == "BOOL"
     }
 
 
 def rotary_frequencies(folder: Path, name: str) -> dict[str, Any]:
-    """The frequencies of rotary embeddings there, as tensors, which few models save; raises as weight_shapes."""
+    """The saved frequencies of rotary embeddings, as tensors (few models save them); raises as weight_shapes."""
     return {key: weight[:] for key, weight in _weights(folder, name) if key.endswith("rotary_emb.inv_freq")}
 
 
@@ -99,7 +99,7 @@ def _weights(folder: Path, name: str) -> Iterator[tuple[str, Any]]:
                     yield key, weights.get_slice(key)
         except (SafetensorError, OSError, ValueError) as error:
             raise SourceError(
-                f"{name}: {path.name} is no whole safetensors file ({error}): fetch or copy it again"
+                f"{name}: {path.name} is not a complete safetensors file ({error}): fetch or copy it again"
             ) from error
 
 
@@ -109,7 +109,7 @@ def _weight_files(folder: Path, name: str) -> list[Path]:
     if not (folder / INDEX).is_file():
         there = sorted(path.name for path in folder.glob("*.safetensors"))
         raise SourceError(
-            f"{name}: has {', '.join(there) or 'no weights'}, and transformers reads {WEIGHTS} or {INDEX}"
+            f"{name}: has {', '.join(there) or 'no weights'}, but transformers reads {WEIGHTS} or {INDEX}"
         )
     named = read_object(folder / INDEX, name).get("weight_map")
     if not isinstance(named, dict) or not named or not all(isinstance(file, str) for file in named.values()):
@@ -117,7 +117,7 @@ def _weight_files(folder: Path, name: str) -> list[Path]:
     files = sorted(set(named.values()))
     for file in files:
         if Path(file).name != file or not file.endswith(".safetensors"):
-            raise SourceError(f"{name}: {INDEX} names {file!r}, which is no safetensors file of the folder")
+            raise SourceError(f"{name}: {INDEX} names {file!r}, which is not a safetensors file in the folder")
         if not (folder / file).is_file():
-            raise SourceError(f"{name}: {INDEX} names {file}, which is not there: fetch or copy it again")
+            raise SourceError(f"{name}: {INDEX} names {file}, which is missing: fetch or copy it again")
     return [folder / file for file in files]

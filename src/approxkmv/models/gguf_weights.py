@@ -1,4 +1,4 @@
-"""GGUF files, dequantised once so that every later load reads plain safetensors."""
+"""GGUF files, dequantised once so that later loads read plain safetensors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from approxkmv.files import sha256
 from approxkmv.models.folders import complete
 from approxkmv.models.sources import ModelLocation
 
-# Metadata that transformers does not read and need not: weights of another shape or number would not load.
+# Metadata that transformers need not read: weights of another shape or number would not load.
 SEEN_IN_WEIGHTS = frozenset(
     {
         "attention.key_length",
@@ -30,16 +30,16 @@ SEEN_IN_WEIGHTS = frozenset(
 
 
 def convert_gguf(location: ModelLocation, destination: Path) -> ModelLocation:
-    """Write a GGUF model as config, tokenizer and float32 safetensors, whole or not at all.
+    """Write a GGUF model as config, tokenizer and float32 safetensors, completely or not at all.
 
-    Quantised weights stay what they are: each is written as the number that its block's scale and code stand for, so
-    the folder and the file compute the same. A causal model keeps its head over the vocabulary.
+    Quantised weights keep their values: each is written as the number that its block's scale and its code represent,
+    so the folder computes the same as the file. A causal model keeps its language-model head.
 
     Args:
-        location: a location with a gguf_file.
-        destination: the folder to make; it takes 4 bytes per weight.
+        location: with a gguf_file.
+        destination: the folder to create; it takes 4 bytes per weight.
     Raises:
-        SourceError: not a GGUF location, a file that transformers cannot read or of which it leaves something out, or a
+        SourceError: not a GGUF location, a file that transformers cannot read or of which it ignores something, or a
             destination with other content.
     """
     if location.gguf_file is None:
@@ -69,9 +69,9 @@ def write_dequantised(location: ModelLocation, folder: Path) -> None:
     model = load(location, dtype=torch.float32, attention="eager")
     refuse_dropped(location, model)
     load_tokenizer(location).save_pretrained(folder)
-    # Not model.save_pretrained: it refuses whatever was read from a GGUF, although the weights are plain by now.
+    # Not model.save_pretrained: it refuses models read from a GGUF file, although their weights are plain by now.
     weights = folder / "model.safetensors"
-    # Of names that share a tensor, such as the embeddings and a tied head, the first, from which the others are tied.
+    # Of names that share a tensor, such as the embeddings and a tied head, keep the first; the others are tied to it.
     names = {tensor.data_ptr(): name for name, tensor in reversed(model.state_dict().items())}
     tensors = {name: model.state_dict()[name].contiguous() for name in names.values()}
     save_file(tensors, weights, metadata={"format": "pt"})
@@ -80,11 +80,11 @@ def write_dequantised(location: ModelLocation, folder: Path) -> None:
         del config.quantization_config
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
-    shutil.copymode(folder / "config.json", weights)  # safetensors writes for the owner only
+    shutil.copymode(folder / "config.json", weights)  # safetensors files are readable by the owner only
 
 
 def refuse_dropped(location: ModelLocation, model: Any) -> None:
-    """Raise SourceError, by name, for what of a GGUF file the reader of transformers leaves out in silence.
+    """Raise SourceError, by name, for anything in a GGUF file that transformers silently ignores.
 
     Args:
         location: with a gguf_file. model: what was read from it.
@@ -118,7 +118,7 @@ def refuse_dropped(location: ModelLocation, model: Any) -> None:
         for tensor in reader.tensors
         if tensor.name not in known
         and tensor.name.removesuffix(".weight") not in known
-        # Of a model that is not causal the head is not wanted.
+        # The head of a model that is not causal is not needed.
         and (tensor.name != "output.weight" or model.get_output_embeddings() is not None)
     ]
     if dropped:
@@ -129,9 +129,9 @@ def refuse_dropped(location: ModelLocation, model: Any) -> None:
 
 
 def _kept(key: str, value: Any, metadata: dict[str, Any], taken: Any, config: Any) -> bool:
-    """Whether the model computes with a value of the metadata, named without its architecture."""
+    """Whether the model uses a metadata value, named without its architecture."""
     rotary = getattr(config, "rope_parameters", None) or {}
-    rotary = [part for part in [rotary, *rotary.values()] if isinstance(part, dict)]  # Gemma 3 has one a kind of layer
+    rotary = [part for part in [rotary, *rotary.values()] if isinstance(part, dict)]  # Gemma 3 has one per layer kind
     if key.startswith("rope.scaling."):
         return metadata.get(f"{metadata['general.architecture']}.rope.scaling.type") == "none"
     if key.startswith("rope.freq_base"):
@@ -145,7 +145,7 @@ def _kept(key: str, value: Any, metadata: dict[str, Any], taken: Any, config: An
 
 
 def require_gguf_packages() -> None:
-    """Raise SourceError unless the packages with which transformers reads GGUF are installed."""
+    """Raise SourceError unless the packages that transformers needs to read GGUF are installed."""
     absent = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
     if absent:
         raise SourceError(f"reading GGUF needs the package {' and '.join(absent)}: pip install {' '.join(absent)}")

@@ -1,8 +1,8 @@
-"""Capture through the attention interface of transformers: the way of most architectures.
+"""Capture through the attention interface of transformers, which most architectures use.
 
-A layer that uses the interface calls the registered function with its queries, keys and values, in the form in which
-it would multiply them, and the factor of the logits. The function here records them and then computes what the model
-would have computed without it, with the same code of transformers, so that the deeper layers are right.
+A layer that uses the interface calls the registered function with its queries, keys and values as it would multiply
+them, and with the factor of the logits. The function here records them and then computes what the model would have
+computed without it, with the same code of transformers, so that the deeper layers are right.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from approxkmv.errors import CaptureError
 from approxkmv.models.families import SCALED_QUERIES, UNSCALED
 from approxkmv.models.recording import ADVICE, Layer, Recording
 
-# Names without "sdpa", "flash" or "flex" in them: transformers treats names with these words specially.
+# Names without "sdpa", "flash" or "flex", which transformers treats specially.
 FUSED = "approxkmv_fused"
 PLAIN = "approxkmv_plain"
 
@@ -40,9 +40,9 @@ def recording_calls(recording: Recording) -> Iterator[None]:
 
 
 def implementation_for(model_class: Any) -> str:
-    """The name to load a class of models with: FUSED where transformers allows torch's fused attention, else PLAIN.
+    """The attention implementation for a class of models: FUSED if transformers allows it for the class, else PLAIN.
 
-    A class without it (Gemma2 caps its logits, GPT-OSS has sinks) is computed by the function of its own module.
+    Without it (Gemma2 caps its logits, GPT-OSS has sinks) the function in the class's own module is used.
 
     Raises:
         CaptureError: the class does not call the attention interface.
@@ -60,7 +60,7 @@ def _fused(
     attention_mask: torch.Tensor | None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    # Without a mask, by the rule of sdpa_attention_forward.
+    # Without a mask, follow the rule of sdpa_attention_forward.
     flag = options.get("is_causal")
     causal = bool(getattr(module, "is_causal", True) if flag is None else flag)
     _record(module, query, key, value, attention_mask, options, causal)
@@ -75,7 +75,7 @@ def _plain(
     attention_mask: torch.Tensor | None,
     **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    # Functions of this kind know no other mask than the one they are handed.
+    # Functions of this kind use only the mask that they are given.
     _record(module, query, key, value, attention_mask, options, causal=False)
     own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     if own is None:
@@ -95,9 +95,9 @@ def _require_known(
     options: dict[str, Any],
     weights: torch.Tensor,
 ) -> None:
-    """Raise CaptureError where weights (batch, heads, n, n) are not those of what _record knows of a layer.
+    """Raise CaptureError if weights (batch, heads, n, n) do not follow from what _record knows of a layer.
 
-    A sink takes a share of a row, which some functions hand out and others do not: rows are compared as if without it.
+    A sink takes a share of each row, which only some functions return: rows are compared without it.
     """
     scaling, softcap, bias = (options.get(word) for word in ("scaling", "softcap", "position_bias"))
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
@@ -110,7 +110,7 @@ def _require_known(
     if mask is not None:
         logits = logits + mask
     differences = (logits.softmax(-1) - weights / weights.sum(-1, keepdim=True)).abs()
-    # Weights that are broken are reported with the text that meets them.
+    # Broken weights are reported later, with the text that they affect.
     if float(differences.max()) > (1e-3 if query.dtype == torch.float32 else 5e-2):
         raise CaptureError(f"{name} does more to its logits than a scale, a mask, a cap, a bias or a sink: {ADVICE}")
 
@@ -147,7 +147,7 @@ def _record(
 
 
 def _window(module: torch.nn.Module, options: dict[str, Any]) -> int | None:
-    """The window that a layer names to the interface, or the chunk that its configuration gives it."""
+    """The window that a layer passes to the interface, or the chunk in its configuration."""
     config, place = getattr(module, "config", None), getattr(module, "layer_idx", None)
     kinds = getattr(config, "layer_types", None) or ()
     if isinstance(place, int) and place < len(kinds) and kinds[place] == "chunked_attention":
@@ -158,6 +158,6 @@ def _window(module: torch.nn.Module, options: dict[str, Any]) -> int | None:
 
 AttentionInterface.register(FUSED, _fused)
 AttentionInterface.register(PLAIN, _plain)
-# Without a mask function of its own, an implementation is handed no mask at all and would attend to padding.
+# Without a mask function an implementation receives no mask at all and would attend to padding.
 AttentionMaskInterface.register(FUSED, sdpa_mask)
 AttentionMaskInterface.register(PLAIN, eager_mask)

@@ -1,4 +1,4 @@
-"""Reading a model's configuration, weights and tokenizer with transformers: quietly, and never half of them."""
+"""Read a model's configuration, weights and tokenizer with transformers, quietly and completely."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from approxkmv.progress import on_terminal
 
 # A backbone's pooler comes after the last attention layer: nothing captured passes through it.
 AFTER_ATTENTION = re.compile(r"(^|\.)pooler\.")
-# What older releases of transformers saved and the classes now compute: no weights.
+# Saved by older releases of transformers but now computed by the classes: not weights.
 COMPUTED = re.compile(r"(^|\.)(position_ids|token_type_ids|inv_freq|masked_bias)$")
 HEADS = (
     MODEL_FOR_PRETRAINING_MAPPING,
@@ -46,12 +46,12 @@ HEADS = (
     MODEL_FOR_MULTIPLE_CHOICE_MAPPING,
 )
 SIZES = ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size")
-MAX_LAYERS = 1_000  # several times the deepest there is; to build many more for nothing takes minutes
+MAX_LAYERS = 1_000  # several times the deepest model; building many more in vain takes minutes
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars, load reports and warnings from transformers; errors pass."""
+    """No progress bars, load reports or warnings from transformers; errors still raise."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -71,7 +71,7 @@ def _name(location: ModelLocation) -> str:
 
 @contextlib.contextmanager
 def reading(location: ModelLocation, what: str) -> Iterator[None]:
-    """Within the block, whatever is raised over a bad file becomes one line that names the location and `what`."""
+    """Within the block, any exception over a bad file becomes one line that names the location and `what`."""
     try:
         yield
     except (SourceError, CaptureError, torch.OutOfMemoryError, MemoryError):
@@ -91,13 +91,13 @@ def _options(location: ModelLocation) -> dict[str, Any]:
 def _weight_options(location: ModelLocation) -> dict[str, Any]:
     if location.gguf_file is None:
         return {"use_safetensors": True}
-    # Later releases can also multiply with packed weights, in kernels of their own; here every weight is a number.
+    # Later releases can also multiply with packed weights in special kernels; here every weight is dequantised.
     config = getattr(transformers, "GgufConfig", None)
     return {} if config is None else {"quantization_config": config(dequantize=True)}
 
 
 def load_config(location: ModelLocation) -> Any:
-    """The model's configuration. Raises SourceError when the folder holds none that transformers knows."""
+    """The model's configuration. Raises SourceError if the folder has none that transformers knows."""
     if location.gguf_file is None:
         check_folder(location.folder, _name(location))
     with quiet(), reading(location, "configuration"):
@@ -112,7 +112,7 @@ def load_config(location: ModelLocation) -> Any:
 
 
 def backbone_class(config: Any) -> Any:
-    """The class that AutoModel would build for a configuration. Raises CaptureError without one that reads text."""
+    """The class that AutoModel would build for a configuration. Raises CaptureError unless it reads text."""
     try:
         found = MODEL_MAPPING[type(config)]
     except KeyError as error:
@@ -129,9 +129,9 @@ def backbone_class(config: Any) -> Any:
 
 
 def causal_class(config: Any) -> Any:
-    """The causal language model's class for a configuration. Raises CaptureError where the model is none."""
+    """The causal language model's class for a configuration. Raises CaptureError if the model is not one."""
     name = type(config).__name__
-    # Encoders have a class of this kind too, for use as decoders, and say so in their configuration.
+    # Encoders have such a class too, for use as decoders, and say so in their configuration.
     is_encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or is_encoder or config.is_encoder_decoder:
         raise CaptureError(f"{name} is not that of a causal language model: its tokens are not predicted one by one")
@@ -140,7 +140,7 @@ def causal_class(config: Any) -> Any:
 
 
 def load_causal_model(location: ModelLocation, *, dtype: torch.dtype, attention: str, config: Any = None) -> Any:
-    """The model with its head over the vocabulary, else as load_backbone."""
+    """The model with its language-model head; otherwise like load_backbone."""
     return _load(AutoModelForCausalLM, location, dtype, attention, config)
 
 
@@ -149,15 +149,15 @@ def load_backbone(location: ModelLocation, *, dtype: torch.dtype, attention: str
 
     Args:
         dtype: of the weights. attention: the name of a registered attention implementation.
-        config: one of load_config's that was changed since; None takes what the files say.
+        config: a modified result of load_config; None uses the one in the files.
     Raises:
-        SourceError: files that cannot be read, or weights that are missing, which transformers would fill at random.
+        SourceError: files that cannot be read, or missing weights, which transformers would fill with random numbers.
     """
     return _load(AutoModel, location, dtype, attention, config)
 
 
 def _load(kind: Any, location: ModelLocation, dtype: torch.dtype, attention: str, config: Any) -> Any:
-    # The reader of GGUF draws a progress bar of its own that no setting turns off: for a terminal only.
+    # The GGUF reader shows a progress bar that no setting turns off: allow it on a terminal only.
     silent = location.gguf_file is not None and not on_terminal()
     no_bar = contextlib.redirect_stderr(io.StringIO()) if silent else contextlib.nullcontext()
     with quiet(), no_bar, reading(location, "model"):
@@ -166,7 +166,7 @@ def _load(kind: Any, location: ModelLocation, dtype: torch.dtype, attention: str
             dtype=dtype,
             attn_implementation=attention,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are refused below, by name
+            ignore_mismatched_sizes=True,  # refused below, by name
             **({} if config is None else {"config": config}),
             **_options(location),
             **_weight_options(location),
@@ -187,7 +187,7 @@ def _load(kind: Any, location: ModelLocation, dtype: torch.dtype, attention: str
     unknown = sorted(key for key in info["unexpected_keys"] if _matters(model, key, shapes))
     if unknown:
         raise SourceError(
-            f"{_name(location)}: {len(unknown)} weights in the file are none of {type(model).__name__}, first "
+            f"{_name(location)}: {len(unknown)} weights in the file do not belong to {type(model).__name__}, first "
             f"{unknown[0]}: without them it would be another model, so it is not used"
         )
     if location.gguf_file is None:
@@ -196,14 +196,14 @@ def _load(kind: Any, location: ModelLocation, dtype: torch.dtype, attention: str
 
 
 def _refuse_what_is_read_otherwise(location: ModelLocation, model: Any, scaled: bool) -> None:
-    """Raise SourceError, by name, for weights that transformers takes for something else than they are.
+    """Raise SourceError, by name, for weights that transformers would misinterpret.
 
-    Frequencies of rotary embeddings it computes anew, and leaves out those of the file; codes of weights without their
-    quantisation it takes for the weights. `scaled` says that the frequencies are meant to be others.
+    It recomputes the frequencies of rotary embeddings and ignores those in the file, and it reads codes of weights
+    without their quantisation as weights. `scaled` says that the frequencies are changed on purpose.
     """
     computed = [buffer for key, buffer in model.named_buffers() if key.endswith("inv_freq")]
     for key, saved in rotary_frequencies(location.folder, _name(location)).items():
-        # Of half precision, where they were saved so.
+        # The saved frequencies may be in half precision.
         near = (x.shape == saved.shape and torch.allclose(x, saved.to(x), rtol=1e-2, atol=1e-6) for x in computed)
         if not scaled and not any(near):
             raise SourceError(
@@ -215,24 +215,24 @@ def _refuse_what_is_read_otherwise(location: ModelLocation, model: Any, scaled: 
     for key in sorted(whole_numbers(location.folder, _name(location))):
         if key in numbers or key.removeprefix(prefix) in numbers or f"{prefix}{key}" in numbers:
             raise SourceError(
-                f"{_name(location)}: {key} is saved in whole numbers, which are codes of the weights and not the "
+                f"{_name(location)}: {key} is saved as integers, which are codes of the weights, not the "
                 "weights: save the model without quantisation"
             )
 
 
 def _random(model: Any, key: str) -> bool:
-    """Whether a weight that is not in the file is random: sinusoids of positions are computed."""
+    """Whether a weight missing from the file would be random; positional sinusoids, for instance, are computed."""
     return "Sinusoidal" not in type(model.get_submodule(key.rpartition(".")[0])).__name__
 
 
 def _matters(model: Any, key: str, shapes: dict[str, list[int]]) -> bool:
-    """Whether a weight of the file that the model's class does not know changes what the model computes.
+    """Whether a weight in the file that the model's class does not know affects what the model computes.
 
-    Those of a head on top do not: they lie beside the model, outside the prefix that its own weights have (bert. or
-    model.), or, where these have none, under a name that a class of the same architecture gives its head.
+    Those of a head do not: they lie outside the prefix of the model's own weights (bert. or model.) or, if there is
+    none, under a name that a class of the same architecture uses for its head.
     """
     shape = shapes.get(key, [])
-    # One for all heads; a bias that is learned has one for each.
+    # One number for all heads; a learned bias has one per head.
     causal_mask = key.endswith(".bias") and shape[:-2] == [1, 1] and shape[-1] == shape[-2]
     if AFTER_ATTENTION.search(key) or COMPUTED.search(key) or causal_mask:
         return False
@@ -251,7 +251,7 @@ def _parts(model: Any) -> set[str]:
 
 
 def _with_heads(config: Any) -> Iterator[Any]:
-    """The models with heads that transformers has for a configuration, without memory for their weights."""
+    """The models with heads that transformers has for a configuration, without allocating their weights."""
     for mapping in HEADS:
         found: Any = mapping.get(type(config), ())
         for kind in found if isinstance(found, tuple) else (found,):
@@ -260,13 +260,13 @@ def _with_heads(config: Any) -> Iterator[Any]:
 
 
 def load_tokenizer(location: ModelLocation) -> Any:
-    """The model's tokenizer. Raises SourceError when the folder has none that can be read, or another model's."""
+    """The model's tokenizer. Raises SourceError if the folder has none that can be read, or that of another model."""
     try:
         with quiet(), reading(location, "tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(location.folder, **_options(location))
             tokenizer("A word, and \u2202\u6587.")  # a vocabulary without its unknown token fails where one is met
     except SourceError as error:
-        # transformers then asks for whichever package it tried last.
+        # transformers' message names whichever package it tried last.
         pieces = sorted(path.name for path in location.folder.iterdir() if path.suffix in (".model", ".spm"))
         if not pieces or location.gguf_file or importlib.util.find_spec("sentencepiece"):
             raise
@@ -274,15 +274,15 @@ def load_tokenizer(location: ModelLocation) -> Any:
             f"{_name(location)}: its tokenizer is for the package SentencePiece ({pieces[0]}): "
             "pip install sentencepiece protobuf, or save a tokenizer.json there"
         ) from error
-    # Without its files transformers builds one with an empty vocabulary, to which every text is unknown.
+    # Without these files transformers builds a tokenizer with an empty vocabulary, to which every text is unknown.
     files = list(tokenizer.vocab_files_names.values())
     if location.gguf_file is None and files and not any((location.folder / file).is_file() for file in files):
         raise SourceError(f"{_name(location)}: the folder has no tokenizer ({' or '.join(files)}): save it there too")
     rows = getattr(load_config(location).get_text_config(), "vocab_size", None)
-    # Without tokens that were added later: some models' were never embedded, and no text has them.
+    # Excludes tokens added later: some models never embed them, and no text contains them.
     if isinstance(rows, int) and tokenizer.vocab_size > rows:
         raise SourceError(
-            f"{_name(location)}: its tokenizer has {tokenizer.vocab_size} tokens and the model embeds {rows}: "
-            "it belongs to another model, save the model's own there"
+            f"{_name(location)}: its tokenizer has {tokenizer.vocab_size} tokens but the model embeds {rows}: "
+            "it belongs to another model: save the right one there"
         )
     return tokenizer

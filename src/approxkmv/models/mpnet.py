@@ -1,4 +1,4 @@
-"""MPNet, whose attention multiplies the outputs of its layers q and k itself, and adds a bias of positions."""
+"""MPNet, whose attention multiplies the outputs of its layers q and k itself and adds a positional bias."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from approxkmv.models.recording import Layer, Recording
 
 @contextlib.contextmanager
 def recording_calls(backbone: torch.nn.Module, recording: Recording) -> Iterator[None]:
-    """Within the block, every layer records what its attention multiplies; afterwards the modules are as before.
+    """Within the block, every layer records what its attention multiplies; afterwards the modules are restored.
 
-    The bias that the model adds to the logits by relative position is no part of them, and recorded beside them.
+    The relative-position bias that the model adds to the logits is recorded separately.
 
     Args:
         backbone: an MPNetModel.

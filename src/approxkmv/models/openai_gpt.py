@@ -1,4 +1,4 @@
-"""GPT-1, whose attention is a method of its own: `Attention._attn(q, k, v)`, with k already transposed."""
+"""GPT-1, whose attention is a separate method `Attention._attn(q, k, v)`, with k already transposed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from approxkmv.models.recording import Recording
 
 @contextlib.contextmanager
 def recording_calls(backbone: torch.nn.Module, recording: Recording) -> Iterator[None]:
-    """Within the block, every layer records what its attention multiplies; afterwards the modules are as before.
+    """Within the block, every layer records what its attention multiplies; afterwards the modules are restored.
 
     Args:
         backbone: an OpenAIGPTModel.
@@ -25,7 +25,7 @@ def recording_calls(backbone: torch.nn.Module, recording: Recording) -> Iterator
         original = module._attn
 
         def recorded(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any, **named: Any) -> Any:
-            # The division is by the width of the values, as in the model's code, and only if the block was built so.
+            # The model's code divides by the width of the values, and only if the block was built to.
             scale = v.shape[-1] ** -0.5 if module.scale else 1.0
             recording.record(q, k.mT, v, scale, causal=True)
             return original(q, k, v, *rest, **named)
@@ -38,4 +38,4 @@ def recording_calls(backbone: torch.nn.Module, recording: Recording) -> Iterator
         yield
     finally:
         for module in attentions:
-            del module._attn  # the instance's attribute; the class's method shows again
+            del module._attn  # deletes the instance's attribute, which uncovers the class's method

@@ -1,4 +1,4 @@
-"""The queries and keys of one forward pass, sorted by text and layer, without the padding."""
+"""The queries and keys of one forward pass, sorted by text and layer, without padding."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from approxkmv.models.masks import HIDDEN, plain_spans, spans_of
 
 @dataclass(frozen=True)
 class Layer:
-    """What the softmax of a layer has beside scale * q k^T."""
+    """What the softmax of a layer contains besides scale * q k^T."""
 
     window: int | None = None
-    """How far its window (or chunk) reaches in keys, the query's own included; None without one."""
+    """The reach of its window (or chunk) in keys, including the query's own; None without one."""
     softcap: float | None = None
     """Logits x become softcap * tanh(x / softcap)."""
     sinks: torch.Tensor | None = None
-    """One more logit of each row, of no key: (heads,), or as the model has it per query."""
+    """One more logit per row, belonging to no key: (heads,), or per query as in the model."""
     bias: torch.Tensor | None = None
-    """What is added to the logits, by relative position for example: (heads or 1, n, n)."""
+    """Added to the logits, for example by relative position: (heads or 1, n, n)."""
 
 
 NOTHING_ELSE = Layer()
@@ -31,23 +31,23 @@ NOTHING_ELSE = Layer()
 
 @dataclass(frozen=True)
 class Captured:
-    """What one text's attention multiplies: softmax(scale * queries keys^T) over the keys seen, and see `layers`."""
+    """What one text's attention multiplies: softmax(scale * queries keys^T) over visible keys; see also `layers`."""
 
     queries: torch.Tensor
     """(layers, heads, n, d), after rotary embedding and any normalisation of queries."""
     keys: torch.Tensor
-    """(layers, heads, n, d), likewise; a key head that several query heads share is repeated for each."""
+    """(layers, heads, n, d), likewise; a key head shared by several query heads is repeated for each."""
     scales: torch.Tensor
-    """(layers,) float64 on the CPU: the model's own factor of the logits."""
+    """(layers,) float64 on the CPU: the model's factor of the logits."""
     values: torch.Tensor | None
-    """(layers, heads, n, d_v), or None when they were not asked for."""
+    """(layers, heads, n, d_v), or None if not requested."""
     spans: torch.Tensor
-    """(layers, n, 2) int32 on the CPU: query i sees the keys from the first number to before the second."""
+    """(layers, n, 2) int32 on the CPU: query i sees the keys in [first number, second number)."""
     layers: tuple[Layer, ...]
-    """What else each layer's softmax has."""
+    """What else each layer's softmax contains."""
 
     def softmax_of(self, layer: int) -> dict[str, Any]:
-        """What attention_statistics takes beside queries and keys to describe the softmax that a layer computes.
+        """Arguments of attention_statistics, besides queries and keys, that describe a layer's softmax.
 
         >>> attention_statistics(one.queries[3], one.keys[3], **one.softmax_of(3)).entropy       # doctest: +SKIP
         """
@@ -62,7 +62,7 @@ class Captured:
 
 
 class NonFiniteActivation(NonFiniteError):
-    """A query, key or value that is NaN or infinite, with the place where it was first met, counted from 0."""
+    """A query, key or value that is NaN or infinite, with the place where it first occurs, counted from 0."""
 
     def __init__(self, layer: int, head: int, index: int, what: str, dtype: torch.dtype) -> None:
         advice = "try dtype float32" if dtype != torch.float32 else "the weights or the text may be damaged"
@@ -75,15 +75,15 @@ class NonFiniteActivation(NonFiniteError):
 
 
 class Recording:
-    """Takes the layers of one forward pass as they are computed, and hands them over text by text.
+    """Collects the layers of one forward pass as they are computed, and returns them text by text.
 
     Args:
-        architecture: named in errors.
-        n_layers: how many attention layers the backbone has.
-        lengths: tokens of each text; rows after them are padding.
+        architecture: its name in error messages.
+        n_layers: the number of attention layers of the backbone.
+        lengths: tokens of each text; rows beyond them are padding.
         values: whether to keep the values too.
-        probing: whether each layer's own weights of attention are to be compared with those that follow from what is
-            recorded, where the layer hands its weights out.
+        probing: whether to compare each layer's own attention weights, if it returns them, with those that follow from
+            what is recorded.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class Recording:
         self._keys: list[torch.Tensor] = []
         self._values: list[torch.Tensor] = []
         self._spans: list[list[torch.Tensor]] = []
-        # Layers share their masks; those of the last two are kept, since windows often alternate with none.
+        # Layers share masks; the last two are kept, since windows often alternate with none.
         self._masks: list[tuple[torch.Tensor, tuple[list[torch.Tensor], bool]]] = []
 
     def record(
@@ -122,16 +122,16 @@ class Recording:
         mask: torch.Tensor | None = None,
         layer: Layer = NOTHING_ELSE,
     ) -> None:
-        """Take the next layer.
+        """Record the next layer.
 
         Args:
             queries: (batch, heads, n, d). keys: (batch, key heads, n, d). values: (batch, key heads, n, d_v).
             scale: the factor of the logits in this layer.
-            causal: whether, without a mask, position i sees no position after i in this layer.
-            mask: as models/masks.py takes it, or None.
-            layer: what else its softmax has; its bias of the whole batch, (batch or 1, heads or 1, n, n).
+            causal: whether, without a mask, position i sees only positions up to i in this layer.
+            mask: as in models/masks.py, or None.
+            layer: what else its softmax contains; a bias covers the whole batch, (batch or 1, heads or 1, n, n).
         Raises:
-            CaptureError: this is no self-attention of the shape that the layers before had, or a mask that cannot be
+            CaptureError: this is not self-attention of the same shape as in earlier layers, or its mask cannot be
                 described.
         """
         batch, heads, n, d = queries.shape
@@ -191,10 +191,10 @@ class Recording:
         """One Captured per text, in order.
 
         Args:
-            indices: what to call each text in an error; None means its place among the lengths.
-            require_finite: whether a NaN or an infinity is an error.
+            indices: the number of each text in errors; None means its place in the batch.
+            require_finite: whether NaN or infinity is an error.
         Raises:
-            CaptureError: fewer layers came than the model has. NonFiniteActivation: a NaN or an infinity.
+            CaptureError: fewer layers were recorded than the model has. NonFiniteActivation: NaN or infinity.
         """
         if len(self._scales) != self.n_layers:
             raise CaptureError(
@@ -216,17 +216,17 @@ class Recording:
 
 
 def _of_text(layer: Layer, index: int, n: int) -> Layer:
-    """A layer of a batch as one of its texts, of n tokens, has it."""
+    """A layer of a batch, reduced to one of its texts, of n tokens."""
     bias, sinks = layer.bias, layer.sinks
     if bias is not None:
         bias = bias[index if len(bias) > 1 else 0, :, :n, :n]
     if sinks is not None and sinks.ndim > 2:
-        # (batch, heads, n), with whatever dimensions of one.
+        # (batch, heads, n), up to dimensions of size one.
         sinks = sinks[index if len(sinks) > 1 else 0].flatten(1)[:, :n]
     return replace(layer, bias=bias, sinks=sinks)
 
 
-ADVICE = "write an adapter as models/openai_gpt.py does, see docs/add-a-model.md"
+ADVICE = "write an adapter like models/openai_gpt.py, see docs/add-a-model.md"
 
 
 def _repeat_into(target: torch.Tensor, grouped: torch.Tensor, repeats: int) -> None:
@@ -237,8 +237,8 @@ def _repeat_into(target: torch.Tensor, grouped: torch.Tensor, repeats: int) -> N
 def _require_finite(index: int, named: dict[str, torch.Tensor]) -> None:
     found: list[tuple[int, int, str]] = []
     for what, tensor in named.items():
-        # A sum is finite only if every term is; it reads the tensor once and needs no mask. An overflow of the sum
-        # itself is told apart by the second look.
+        # A sum is finite only if every term is; it reads the tensor once and needs no mask. The second check tells an
+        # overflow of the sum itself apart.
         if bool(torch.isfinite(tensor.sum(dtype=torch.float64))):
             continue
         broken = (~torch.isfinite(tensor)).flatten(2).any(-1).nonzero()

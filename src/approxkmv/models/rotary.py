@@ -1,4 +1,4 @@
-"""Rotary embeddings beyond the positions that a model was trained on."""
+"""Rotary embeddings for more positions than a model was trained on."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from approxkmv.errors import CaptureError
 
 
 def scale_rotary(config: Any, method: str, factor: float) -> None:
-    """Change a configuration so that its model takes factor times as many positions.
+    """Change a configuration so that its model accepts `factor` times as many positions.
 
-    linear divides positions by the factor (Chen et al., 2023), yarn does so for low frequencies and sharpens the
-    softmax a little (Peng et al., 2024), both as transformers has them. Methods that depend on the length of the text
-    are left out: the first n tokens of a long text would not be those of a text of n tokens.
+    linear divides positions by the factor (Chen et al., 2023); yarn does so for low frequencies and sharpens the
+    softmax slightly (Peng et al., 2024), both as implemented in transformers. Methods that depend on the length of the
+    text are not offered: the first n tokens of a long text would differ from a text of n tokens.
 
-    Raises CaptureError for a model without rotary embeddings, or whose own are scaled already.
+    Raises CaptureError for a model without rotary embeddings, or with already scaled ones.
     """
     text = config.get_text_config()
     rotary = getattr(text, "rope_parameters", None)
@@ -33,7 +33,7 @@ def scale_rotary(config: Any, method: str, factor: float) -> None:
 
 
 def scaled_positions(config: Any) -> int | None:
-    """How many positions a configuration changed by scale_rotary has; None for any other."""
+    """The number of positions of a configuration changed by scale_rotary; None for any other."""
     text = config.get_text_config()
     rotary = getattr(text, "rope_parameters", None)
     if not isinstance(rotary, dict) or rotary.get("rope_type") not in ("linear", "yarn"):
@@ -43,16 +43,17 @@ def scaled_positions(config: Any) -> int | None:
 
 
 def length_that_changes(config: Any) -> int | None:
-    """Beyond how many tokens the rotary embedding depends on the text's length; None where it never does.
+    """The number of tokens beyond which the rotary embedding depends on the text's length; None if it never does.
 
-    longrope (Phi-3's 128K type) has a second set of factors for texts beyond the original length, and transformers
-    chooses by the longest text of a batch; dynamic scaling changes with every length beyond the model's positions.
+    longrope (the 128K variants of Phi-3) has a second set of factors for texts beyond the original length, and
+    transformers chooses by the longest text of a batch; dynamic scaling changes with every length beyond the model's
+    positions.
     """
     text = config.get_text_config()
     rotary = getattr(text, "rope_parameters", None)
     if not isinstance(rotary, dict):
         return None
-    # Of models whose kinds of layers differ, one set of parameters by the name of each kind.
+    # If layers are of several kinds, the parameters are keyed by kind.
     parts = [rotary] if "rope_type" in rotary else [part for part in rotary.values() if isinstance(part, dict)]
     kinds = {str(part.get("rope_type")): part for part in parts}
     lengths = [kinds["longrope"]["original_max_position_embeddings"]] if "longrope" in kinds else []

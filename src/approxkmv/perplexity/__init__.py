@@ -1,1 +1,1 @@
-"""Perplexity of a causal language model with an attention method in place of its own attention."""
+"""Perplexity of a causal language model whose attention is replaced by a method."""

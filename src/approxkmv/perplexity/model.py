@@ -17,7 +17,7 @@ from approxkmv.models.sources import ModelLocation, identity
 from approxkmv.perplexity.replacement import REPLACED, Replacement, replaced
 from approxkmv.sweep.measure import running_out_of_memory
 
-_ROWS = 512  # of the logits, as wide as the vocabulary, that are widened to float32 at a time
+_ROWS = 512  # of the logits, which have one column per token of the vocabulary, widened to float32 at a time
 
 
 @dataclass(frozen=True)
@@ -25,20 +25,20 @@ class Perplexity:
     """One run of a text through the model."""
 
     perplexity: float
-    """exp of the mean negative log probability (natural) of each token but the first, given those before it."""
+    """exp of the mean negative log probability (natural) of every token but the first, given those before it."""
     seconds: float
     """Of the forward pass."""
     attention_seconds: float
     """Of the attention in the chosen layers."""
     recomputed_share: float
-    """Of the queries in these layers: whose approximate answer was lost and made again exactly."""
+    """Share of the queries in these layers whose approximate answer was lost and recomputed exactly."""
 
 
 class CausalModel:
     """Use CausalModel.load."""
 
     def __init__(self, model: Any, location: ModelLocation, device: torch.device) -> None:
-        """Refuses a model whose predictions depend on later tokens. Raises CaptureError."""
+        """Raises CaptureError for a model whose predictions depend on later tokens."""
         self._model = model
         self._location = location
         self.device = device
@@ -56,8 +56,8 @@ class CausalModel:
             location: what fetch returned. dtype: float32, bfloat16 or float16. device: cpu, cuda or cuda:N.
         Raises:
             SourceError: files that cannot be read, or missing weights.
-            CaptureError: the model is not causal, or does not compute its attention through transformers' interface.
-            InputError: an unknown dtype, or a device that is not there. UnavailableError: too little memory.
+            CaptureError: the model is not causal, or does not use transformers' attention interface.
+            InputError: an unknown dtype, or a device that does not exist. UnavailableError: too little memory.
         """
         if dtype not in DTYPES:
             raise InputError(f"dtype is {dtype!r}: use one of {', '.join(DTYPES)}")
@@ -69,12 +69,12 @@ class CausalModel:
             return cls(load_causal_model(location, dtype=DTYPES[dtype], attention=REPLACED).to(place), location, place)
 
     def tokens(self, documents: Sequence[str], count: int) -> list[int]:
-        """The first `count` tokens of the documents, joined by blank lines. Raises InputError when they have fewer."""
+        """The first `count` tokens of the documents, joined by blank lines. Raises InputError if there are fewer."""
         tokenizer = load_tokenizer(self._location)
         text, ids = "", []
         for document in documents:
             text += ("\n\n" if text else "") + document
-            # Hardly a text has fewer tokens than words: this saves reading the same text again and again.
+            # Almost every text has at least as many tokens as words: this avoids tokenizing it again and again.
             if len(text.split()) >= count:
                 ids = tokenizer(text, verbose=False)["input_ids"]
                 if len(ids) >= count:
@@ -82,24 +82,24 @@ class CausalModel:
         else:
             ids = tokenizer(text, verbose=False)["input_ids"]
         if len(ids) < count:
-            raise InputError(f"the text has {len(ids)} tokens, {count} are asked for")
+            raise InputError(f"the text has {len(ids)} tokens, but {count} were requested")
         return list(ids[:count])
 
     def check_length(self, count: int) -> None:
-        """Raise InputError for fewer than two tokens, or more than the model has positions."""
+        """Raise InputError for fewer than two tokens, or for more than the model has positions."""
         if count < 2 or (self.max_positions is not None and count > self.max_positions):
             raise InputError(f"the text has {count} tokens: give 2 to {self.max_positions or 'any number'}")
 
     def identity(self) -> str:
-        """What tells the model's files from others under the same path, and its type from another."""
+        """Identifies the model's files and dtype, even among files under the same path."""
         of_files = identity(self._location.folder / (self._location.gguf_file or ""))
         return f"{of_files} {self._model.dtype}"
 
     def perplexity(self, ids: Sequence[int], replacement: Replacement) -> Perplexity:
-        """Perplexity of the text `ids` with the replacement's method in its layers, and the time of it.
+        """Perplexity of the text `ids` with the replacement's method in its layers, and the time taken.
 
-        Raises InputError for fewer than two tokens or more than the model has positions, CaptureError where a layer
-        cannot be replaced, UnavailableError where the method cannot run, NonFiniteError where the logits hold a NaN.
+        Raises InputError for fewer than two tokens or more than the model has positions, CaptureError if a layer
+        cannot be replaced, UnavailableError if the method cannot run, NonFiniteError if the logits hold a NaN.
         """
         self.check_length(len(ids))
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""A method in place of a model's attention, through the attention interface of transformers."""
+"""Replace a model's attention by a method, through the attention interface of transformers."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from approxkmv.attention import Method
 from approxkmv.compute.counting import counting
 from approxkmv.errors import CaptureError
 
-# A name without "sdpa", "flash" or "flex" in it: transformers treats names with these words specially.
+# A name without "sdpa", "flash" or "flex", which transformers treats specially.
 REPLACED = "approxkmv_replaced"
 
-# The seed of layer l is that of the run times this, plus l.
+# The seed of layer l is the run's seed times this, plus l.
 _SEEDS = 1009
 
 
 @dataclass
 class Replacement:
-    """What computes the attention of some layers, and how long it took."""
+    """Computes the attention of some layers and times it."""
 
     method: Method | None
     """None: the model's own attention, which is only timed."""
@@ -36,12 +36,12 @@ class Replacement:
     seed: int
     seconds: float = field(default=0.0, init=False)
     warm_up_seconds: float = field(default=0.0, init=False)
-    """Of the first call, which is made twice: what a method loads or compiles once is not its time."""
+    """Time of the first call, which is repeated so that one-time loading and compilation do not count."""
     calls: int = field(default=0, init=False)
     rows: int = field(default=0, init=False)
     """Queries of all calls and heads."""
     recomputed_rows: int = field(default=0, init=False)
-    """Those whose approximate answer was lost and made again exactly."""
+    """Queries whose approximate answer was lost and recomputed exactly."""
 
 
 _current: ContextVar[Replacement | None] = ContextVar("replacement", default=None)
@@ -95,7 +95,7 @@ def _attend(
 
 
 def _heads(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> list[torch.Tensor]:
-    """(heads, n, width) of each, a key head that several query heads share repeated for each."""
+    """(heads, n, width) of each; a key head shared by several query heads is repeated for each."""
     repeats = query.shape[1] // key.shape[1]
     return [query[0], key[0].repeat_interleave(repeats, 0), value[0].repeat_interleave(repeats, 0)]
 
@@ -107,14 +107,16 @@ def _refuse_what_no_method_does(
     mask: torch.Tensor | None,
     options: dict[str, Any],
 ) -> None:
-    """Raise CaptureError unless the layer is softmax attention of each token to all before it, of one text."""
+    """Raise CaptureError unless the layer is softmax attention of each token to all before it, in a single text."""
     name = f"layer {getattr(module, 'layer_idx', '?')} ({type(module).__name__})"
     if query.shape[0] != 1 or query.shape[2] != key.shape[2]:
-        raise CaptureError(f"{name} attends from {tuple(query.shape)} to {tuple(key.shape)}: one whole text is wanted")
+        raise CaptureError(
+            f"{name} attends from {tuple(query.shape)} to {tuple(key.shape)}: a single whole text is needed"
+        )
     window = options.get("sliding_window")
-    # Without padding a mask is made only for what is not plainly causal.
+    # Without padding, a mask exists only if attention is not plainly causal.
     if mask is not None or (window is not None and window < key.shape[2]):
-        raise CaptureError(f"{name} has a mask of its own, as a sliding window: the methods compute full attention")
+        raise CaptureError(f"{name} has its own mask, such as a sliding window, but the methods compute full attention")
     if any(options.get(word) is not None for word in ("softcap", "s_aux")) or not getattr(module, "is_causal", True):
         raise CaptureError(
             f"{name} is not plain causal softmax attention: it caps its logits, has sinks or looks ahead"

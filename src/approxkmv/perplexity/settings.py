@@ -1,4 +1,4 @@
-"""The options of one run of perplexity, as a study would give them."""
+"""The options of one perplexity run, in the form of a study's configuration."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ if TYPE_CHECKING:
 
 
 def from_options(*, tokens: str, method: str, parameters: str, seed: int) -> dict[str, Any]:
-    """Keys of a study's perplexity from the words of a command line. Raises InputError."""
+    """The keys of a study's perplexity, from command-line options. Raises InputError."""
     try:
         lengths = [int(word) for word in tokens.split(",")]
     except ValueError:
         lengths = []
     if not lengths or min(lengths) < 2:
-        raise InputError(f"tokens is {shown(tokens)}: write lengths of 2 or more, separated by commas, as 1024,2048")
+        raise InputError(f"tokens is {shown(tokens)}: write lengths of 2 or more, separated by commas, like 1024,2048")
     try:
         given = json.loads(parameters)
     except (ValueError, RecursionError) as error:
         reason = getattr(error, "msg", error)
-        raise InputError(f"parameters is {shown(parameters)}, which is no JSON: {reason}") from error
+        raise InputError(f"parameters is {shown(parameters)}, which is not JSON: {reason}") from error
     if not isinstance(given, dict):
-        raise InputError(f"parameters is {shown(parameters)}: write a JSON object, as '{{\"samples\": 32}}'")
+        raise InputError(f"parameters is {shown(parameters)}: write a JSON object, such as '{{\"samples\": 32}}'")
     if not 0 <= seed <= LARGEST_SEED:
         raise InputError(f"seed is {shown(seed)}: give a whole number from 0 to {LARGEST_SEED}")
     return {"tokens": lengths, "methods": {method: [given]}, "seed": seed}
 
 
 def chosen_methods(methods: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[tuple[Method, dict[str, Any]]]:
-    """Each method with each of its settings, completed by its defaults.
+    """Each method with each of its settings, completed with defaults.
 
     Raises InputError for an unknown method or parameter, UnavailableError for a method without a causal form.
     """

@@ -1,1 +1,1 @@
-"""Exact attention: what every approximation is compared with."""
+"""Exact attention: the reference for every approximation."""

@@ -1,4 +1,4 @@
-"""exp(scale q k^T) [v, 1] without storing the matrix: the exact product that every speed-up is quoted against."""
+"""exp(scale q k^T) [v, 1] without storing the matrix: the exact baseline of every quoted speed-up."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from approxkmv.attention.kernels.exponentials import LOWEST, exp_
 from approxkmv.compute.counting import count
 
 # Below this row sum the shift was so far above the row's maximum that terms were lost: exponentials are at least
-# exp(LOWEST), so that what n of them add to a larger sum is under n 2e-13 of it.
+# exp(LOWEST), so n of them change a larger sum by a factor of less than n 2e-13.
 _UNDERFLOW = 1e-22
-# A matrix product with few columns costs as much as one with sixteen; a product with a vector, a tenth of it.
+# A matrix product with a few columns costs as much as one with sixteen; a product with a vector costs a tenth.
 _FEW_COLUMNS = 8
-# 512 x 512 logits are 1 MiB: measured fastest of 128 to 2,048 a side on a core with 1 MiB of second-level cache.
+# 512 x 512 logits are 1 MiB: the fastest of 128 to 2,048 a side on a core with 1 MiB of L2 cache.
 TILE = 512
 
 
 def _add_products(weights: torch.Tensor, v: torch.Tensor, numerators: torch.Tensor, row_sums: torch.Tensor) -> None:
-    """numerators (d_v, rows) += (weights v)^T for few columns; row_sums (rows,) += weights 1."""
+    """numerators (d_v, rows) += (weights v)^T, for few columns; row_sums (rows,) += weights 1."""
     row_sums += weights.sum(1)
     if v.shape[1] <= _FEW_COLUMNS:
         for column in range(v.shape[1]):
@@ -29,10 +29,10 @@ def _add_products(weights: torch.Tensor, v: torch.Tensor, numerators: torch.Tens
 
 
 def _by_bound(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tile: int) -> Sums:
-    """The sums, the log of row i |q_i| max_j |k_j|, so that no term is above 1."""
+    """The sums, with |q_i| max_j |k_j| as the log of row i, so that no term is above 1."""
     n_q = len(q)
     shift = q.square().sum(1).sqrt() * k.square().sum(1).max().sqrt()
-    # The shift rides in the product as one more column, which saves a pass over every tile.
+    # The shift is one more column of the product, which saves a pass over every tile.
     shifted_q = torch.cat([q, -shift.unsqueeze(1)], 1)
     keys_and_one = torch.cat([k, k.new_ones(len(k), 1)], 1)
     columns = v.mT.contiguous().mT  # each column contiguous
@@ -50,7 +50,7 @@ def _by_bound(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tile: int) -> S
 
 
 def _by_running_maximum(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tile: int) -> Sums:
-    """The same sums shifted by each row's own maximum so far: slower, and sound for any logits."""
+    """The same sums shifted by each row's running maximum: slower, and safe for any logits."""
     n_q = len(q)
     numerators, row_sums, logs = q.new_zeros(v.shape[1], n_q), q.new_zeros(n_q), q.new_empty(n_q)
     for i in range(0, n_q, tile):
@@ -74,7 +74,7 @@ def sums(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tile: int = TILE) ->
 
     In O((n_q + n_k)(d + d_v)) memory.
     """
-    # Attention does not change when all keys move together, and the bound is tighter around their mean.
+    # Attention is invariant to a common shift of the keys, and the bound is tighter around their mean.
     mean = k.mean(0)
     k = k - mean
     numerators, row_sums, logs = _by_bound(q, k, v, tile)
@@ -89,7 +89,7 @@ def sums(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tile: int = TILE) ->
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, tile: int = TILE) -> torch.Tensor:
-    """softmax(scale q k^T) v of the same."""
+    """softmax(scale q k^T) v for the same inputs."""
     numerators, row_sums, _ = sums(q * scale, k, v, tile)
     return numerators / row_sums.unsqueeze(1)
 

@@ -14,10 +14,10 @@ from approxkmv.compute.counting import count
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes of memory that can be had on a device; on the CPU no more than this process's control group allows."""
+    """Free memory of a device in bytes; on the CPU no more than the limit of this process's control group."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        # What the caching allocator holds and does not use can be had too.
+        # Memory that the caching allocator holds but does not use is free too.
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
@@ -30,7 +30,7 @@ def free_bytes(device: torch.device) -> int:
     return min(free, *(limit - used for limit, used in _limits()))
 
 
-# Limit and use of a control group, version 2 and 1: a container or a batch job may have less than the machine.
+# Limit and usage of a control group, versions 2 and 1: a container or batch job may have less than the machine.
 _GROUPS = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
@@ -41,24 +41,24 @@ def _limits() -> Iterator[tuple[int, int]]:
     yield 2**62, 0
     for limit, used in _GROUPS:
         try:
-            # "max" is no number: no limit.
+            # "max" is not a number: no limit.
             yield int(Path(limit).read_text()), int(Path(used).read_text())
         except (OSError, ValueError):
             continue
 
 
 def _exact_naive(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, seed: int) -> torch.Tensor:
-    # The logits and their softmax, float32 both, live at the same time.
+    # The logits and their softmax, both float32, are alive at the same time.
     needed = 8 * q.shape[0] * q.shape[1] * k.shape[1]
     free = free_bytes(q.device)
     if needed > free:
         raise UnavailableError(
-            f"exact-naive stores the {q.shape[1]} x {k.shape[1]} matrix {q.shape[0]} times over: "
+            f"exact-naive stores the {q.shape[1]} x {k.shape[1]} matrix {q.shape[0]} times: "
             f"{needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free"
         )
     count(kernel_evaluations=q.shape[0] * q.shape[1] * k.shape[1])
     weights = (scale * q.float() @ k.float().mT).softmax(-1)
-    # One more pass over the matrix, where its rows may reach so far that the product needs it
+    # One more pass over the matrix, only if its rows may have subnormal entries
     if 2 * scale * float(q.norm(dim=2).max()) * float(k.norm(dim=2).max()) > -LOWEST:
         flushed_(weights)
     return weights.to(v.dtype) @ v

@@ -1,4 +1,4 @@
-"""torch's scaled_dot_product_attention with its backend chosen by trial, never left to the dispatcher."""
+"""torch's scaled_dot_product_attention, with the backend chosen by timing rather than by the dispatcher."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ _fastest: dict[tuple[object, ...], str] = {}
 def _run(
     backend: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, is_causal: bool = False
 ) -> torch.Tensor:
-    # The fused backends want one width for q, k and v, a multiple of 8; zero columns change no product.
+    # The fused backends need one width for q, k and v, a multiple of 8; zero columns change no product.
     width = 8 * -(-max(q.shape[-1], min(v.shape[-1], 256)) // 8)
     q, k = (pad(t, (0, width - t.shape[-1])).unsqueeze(1) for t in (q, k))
     answers = []
     with sdpa_kernel(_BACKENDS[backend]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch warns about each reason for which a backend refuses, then raises
+        warnings.simplefilter("ignore")  # torch warns why each backend refuses, then raises
         for columns in v.split(width, -1):
             padded = pad(columns, (0, width - columns.shape[-1])).unsqueeze(1)
             answer = scaled_dot_product_attention(q, k, padded, scale=scale, is_causal=is_causal)
@@ -55,7 +55,7 @@ def _seconds(run: Callable[[], object], device: torch.device) -> float:
 
 
 def choose_backend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> str:
-    """The fastest backend that accepts these inputs, tried once for each shape, type and device."""
+    """The fastest backend that accepts these inputs, timed once per shape, dtype and device."""
     key = (q.shape, k.shape, v.shape, q.dtype, q.device)
     if key not in _fastest:
         candidates = ("cudnn", "flash", "efficient") if q.device.type == "cuda" else ("flash",)

@@ -1,1 +1,1 @@
-"""Tiles of products, Triton kernels and CUDA graphs that several methods share."""
+"""Tiles of products, Triton kernels and CUDA graphs shared by several methods."""

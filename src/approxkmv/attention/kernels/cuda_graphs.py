@@ -1,4 +1,4 @@
-"""Work on CUDA that is recorded once and replayed, so that a GPU does not wait for Python."""
+"""CUDA work that is recorded once and replayed, so that the GPU does not wait for Python."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-# More than all grids together have settings, whose runs alternate: with fewer, each would find its graph gone. Beside
-# its copy of the inputs a graph is small, since all share their memory.
+# More than all grids have settings, whose runs alternate: with fewer, each would find its graph evicted. Apart from its
+# copy of the inputs a graph is small, since all graphs share their memory.
 _GRAPHS = 64
 
 
@@ -20,9 +20,9 @@ class _Graph:
     """A recorded run."""
 
     inputs: list[torch.Tensor]
-    """Where a replay reads its inputs."""
+    """The tensors from which a replay reads its inputs."""
     replay: Callable[[], torch.Tensor]
-    """Its answer lies in memory that the next replay of any graph writes to."""
+    """The answer, in memory that the next replay of any graph overwrites."""
     pool: Any
 
 
@@ -31,24 +31,24 @@ _recordings = 0
 
 
 def recordings() -> int:
-    """How many graphs have been recorded so far: a run during which this rises must not be timed."""
+    """The number of graphs recorded so far: do not time a run during which it rises."""
     return _recordings
 
 
 @cache
 def _recording_stream(device: torch.device) -> torch.cuda.Stream:
-    # Graphs share memory only where they are recorded on one stream; torch's own would be of the first device used.
+    # Graphs share memory only if recorded on one stream; torch's own belongs to the first device used.
     return torch.cuda.Stream(device)
 
 
 def _record(
     work: Callable[[], torch.Tensor], device: torch.device, pool: Any
 ) -> tuple[Callable[[], torch.Tensor], Any]:
-    """Record `work` as a graph whose memory comes from `pool` (None: a pool of its own): its replay, and its pool."""
+    """Record `work` as a graph with memory from `pool` (None: its own pool); returns its replay and its pool."""
     stream = _recording_stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
-        # Kernels are compiled and libraries loaded before, since a graph cannot record that.
+        # Run once before: a graph cannot record the compilation of kernels and the loading of libraries.
         for _ in range(2):
             work()
     torch.cuda.current_stream(device).wait_stream(stream)
@@ -64,7 +64,7 @@ def _record(
 
 
 def _graph_of(steps: Callable[..., torch.Tensor], inputs: Sequence[torch.Tensor], given: Mapping[str, Any]) -> _Graph:
-    """The graph for inputs of these shapes and this type, recorded unless it is one of the last that were used."""
+    """The graph for inputs of these shapes and dtype, recorded unless it is among the most recently used."""
     global _recordings
     device = inputs[0].device
     key = (steps, device, *((t.shape, t.dtype) for t in inputs), *given.values())
@@ -73,9 +73,9 @@ def _graph_of(steps: Callable[..., torch.Tensor], inputs: Sequence[torch.Tensor]
         return _graphs[key]
     while len(_graphs) >= _GRAPHS:
         _graphs.popitem(last=False)
-    # That of a living graph: torch gives up a pool with the last graph that uses it.
+    # The pool of a living graph: torch frees a pool with the last graph that uses it.
     pool = next((graph.pool for graph in _graphs.values() if graph.inputs[0].device == device), None)
-    # A tensor made in inference mode could not be written outside of it.
+    # A tensor made in inference mode cannot be written outside it.
     with torch.inference_mode(False), torch.no_grad():
         mine = [t.clone(memory_format=torch.contiguous_format) for t in inputs]
         replay, pool = _record(lambda: steps(*mine, **given), device, pool)
@@ -91,10 +91,10 @@ def _has_graphs(device: torch.device) -> bool:
 def replayed(
     steps: Callable[..., torch.Tensor], inputs: Sequence[torch.Tensor], given: Mapping[str, Any]
 ) -> torch.Tensor:
-    """steps(*inputs, **given), by a graph where the inputs are on CUDA.
+    """steps(*inputs, **given), through a graph if the inputs are on CUDA.
 
-    steps must not have a size or a branch that depends on what the inputs hold, and must make no random numbers.
-    Replays are for one stream at a time, since graphs share their memory.
+    steps must have no size or branch that depends on the contents of the inputs, and must not draw random numbers.
+    Replay on one stream at a time, since graphs share their memory.
     """
     if not _has_graphs(inputs[0].device):
         return steps(*inputs, **given)

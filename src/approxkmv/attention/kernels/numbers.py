@@ -1,4 +1,4 @@
-"""Numbers of the compiled loops: float32, and bfloat16 as bits, which NumPy does not have."""
+"""Number formats of the compiled loops: float32, and bfloat16 stored as bits, since NumPy lacks it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from approxkmv.compute.exponentials import f32 as f32
 
 @njit(inline="always")
 def fading(x):
-    """exp(x), and 0 where that is below the normal numbers: what it is multiplied by may be as large as they get."""
+    """exp(x), but 0 below the normal numbers: it may be multiplied by numbers as large as float32 holds."""
     return exp(x) if x > f32(-87.0) else f32(0.0)
 
 
@@ -30,7 +30,7 @@ def widened(bits):
 
 
 def number(stored):
-    """The float32 that an array holds, as it is or as the bits of a bfloat16: one loop serves both."""
+    """The float32 in an array that stores float32 or the bits of bfloat16: one loop serves both."""
     raise NotImplementedError
 
 
@@ -42,7 +42,7 @@ def _number_by_type(stored):
 
 
 def stored(number, like):
-    """A float32 as an array of the type of `like` holds it."""
+    """A float32 in the storage format of the array `like`."""
     raise NotImplementedError
 
 

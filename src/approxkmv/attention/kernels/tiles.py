@@ -1,4 +1,4 @@
-"""A tile of a product of gathered keys with queries, held in vector registers: what LLVM does not find by itself."""
+"""A tile of a product of gathered keys with queries, held in vector registers, which LLVM does not do by itself."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-# For multiply_tile_of_pairs
+# For multiply_tile_of_pairs.
 binding.initialize_native_asmparser()
-# KEYS accumulators of LANES float32 each. Where registers are narrower the compiler splits them.
+# KEYS accumulators of LANES float32 each. The compiler splits them if registers are narrower.
 KEYS = 8
 LANES = 16
-# Lanes of the products of pairs: two registers for each key, since a load costs as much as a product there.
+# Lanes of the products of pairs: two registers per key, since a load costs as much as a product there.
 WIDE = 32
 
 
@@ -22,10 +22,10 @@ WIDE = 32
 def multiply_tile(typingctx, k, places, j, panel, t, start, out):
     """out[:KEYS, t:t + LANES] = start[t:t + LANES] + k[places[j:j + KEYS]] @ panel[:, t:t + LANES], all float32.
 
-    Keys (n, d) stay where they are: one number of each is spread over a register and meets LANES queries of the panel
-    (d, queries). So the keys, which differ from block to block, need no copy, and only the block's queries are
-    transposed. Measured against the same sums written as loops over a transposed copy of the keys: 1.2 to 1.6 times
-    faster at 64 to 256 queries a block.
+    Keys (n, d) stay in place: one number of each is broadcast to a register and multiplied with LANES queries of the
+    panel (d, queries). So the keys, which differ from block to block, need no copy, and only the block's queries are
+    transposed. 1.2 to 1.6 times faster than the same sums written as loops over a transposed copy of the keys, at 64
+    to 256 queries a block.
     """
     signature = types.void(k, places, types.intp, panel, types.intp, start, out)
 
@@ -64,7 +64,7 @@ def multiply_tile(typingctx, k, places, j, panel, t, start, out):
             one = builder.load(builder.gep(rows[r], [p]))
             spread = builder.insert_element(undefined, one, ir.Constant(ir.IntType(32), 0))
             spread = builder.shuffle_vector(spread, undefined, everywhere)
-            # contract: a multiplication and an addition may become one instruction
+            # contract: a multiplication and an addition may become a single instruction
             product = builder.fmul(spread, x, flags=("contract",))
             longer.append(builder.fadd(sums[r], product, flags=("contract",)))
         following = builder.add(p, ir.Constant(whole, 1))
@@ -86,9 +86,9 @@ def multiply_tile(typingctx, k, places, j, panel, t, start, out):
 def multiply_tile_of_pairs(typingctx, keys, places, j, panel, t, out):
     """out[:KEYS, t:t + WIDE] = keys[places[j:j + KEYS]] @ panel[:, t:t + WIDE], bfloat16 products summed in float32.
 
-    keys (n, 2 pairs) bfloat16 as bits, rows contiguous; panel (pairs, queries) uint32, two numbers of a query in each.
-    For a CPU with the instruction vdpbf16ps, which multiplies and adds two numbers in each lane: measured 1.9 times
-    faster than multiply_tile at d = 64. Assembly, since the compiler's name for it changes with its version.
+    keys (n, 2 pairs) bfloat16 as bits, rows contiguous; panel (pairs, queries) uint32, each holding two numbers of a
+    query. For a CPU with the instruction vdpbf16ps, which multiplies and adds two numbers in each lane: 1.9 times
+    faster than multiply_tile at d = 64. In assembly, since the compiler's name for it changes between versions.
     """
     signature = types.void(keys, places, types.intp, panel, types.intp, out)
 

@@ -1,4 +1,4 @@
-"""CUDA kernels in Triton: exact attention, and a block of queries on its own list of keys. O(n d) memory."""
+"""Triton kernels for CUDA: exact attention, and a block of queries against its own list of keys. O(n d) memory."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ try:
 except ImportError as error:
     raise UnavailableError("Triton is not installed: CUDA kernels need it") from error
 
-# Triton 3.6's interpreter multiplies the bits of bfloat16 as whole numbers; there, and only there, they are widened.
+# Triton 3.6's interpreter multiplies the bits of bfloat16 as integers, so there, and only there, they are widened.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# Lengths of loops are constants of a kernel, at the cost of a compilation for each: the interpreter cannot turn a
-# runtime length into a range under NumPy 2.4.
+# Loop lengths are constants of a kernel, which costs a compilation for each: under NumPy 2.4 the interpreter cannot
+# turn a runtime length into a range.
 _LOG2_E = 1.4426950408889634
 
 
@@ -33,13 +33,13 @@ def _dot(a, b, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
 
 @triton.jit
 def _absorb(highest, total, acc, logits, v, ONE_COLUMN: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
-    """One step of the running softmax, in powers of two: logits (BM, BN), v (BN, BV)."""
+    """One step of the online softmax, in powers of two: logits (BM, BN), v (BN, BV)."""
     higher = tl.maximum(highest, tl.max(logits, 1))
     fade = tl.exp2(highest - higher)
     weights = tl.exp2(logits - higher[:, None])
     total = total * fade + tl.sum(weights, 1)
     if ONE_COLUMN:
-        # A matrix product would need sixteen columns.
+        # A matrix product would need at least sixteen columns.
         acc = acc * fade[:, None] + tl.sum(weights * tl.trans(v.to(tl.float32)), 1)[:, None]
     else:
         acc = acc * fade[:, None] + _dot(weights.to(v.dtype), v, PRECISION, WIDEN)
@@ -137,42 +137,42 @@ def _listed_kernel(
 
 
 def _options(d: int, d_v: int, dtype: torch.dtype) -> dict[str, Any]:
-    """What a launch depends on beside its tiles: padded widths, precision, stages of the pipeline."""
+    """Launch options other than tiles: padded widths, precision, pipeline stages."""
     if d > 256 or d_v > 256:
-        raise UnavailableError(f"the CUDA kernels hold up to 256 columns on chip, these inputs have {max(d, d_v)}")
+        raise UnavailableError(f"the CUDA kernels hold up to 256 columns on chip, but these inputs have {max(d, d_v)}")
     width, value_width = max(16, triton.next_power_of_2(d)), 1 if d_v == 1 else max(16, triton.next_power_of_2(d_v))
     full = dtype == torch.float32
     options: dict[str, Any] = {
         "BD": width,
         "BV": value_width,
-        # Three tensor-core products make one of float32's precision; plain tf32 would not be exact.
+        # Three tensor-core products give float32 precision; plain tf32 would not be exact.
         "PRECISION": "tf32x3" if full else "ieee",
         "WIDEN": _INTERPRETED and dtype == torch.bfloat16,
     }
     if full and max(width, value_width) > 128:
-        # With tiles loaded ahead it would be up to 320 KiB of shared memory, of the 227 that a block may have on an
-        # H100; without them it is 192.
+        # With pipelined loads it would take up to 320 KiB of shared memory, of the 227 that a block may use on an
+        # H100; without them 192.
         options["num_stages"] = 1
     return options
 
 
 @contextmanager
 def on_device(device: torch.device) -> Iterator[None]:
-    """Make a CUDA device the current one, where Triton launches. A kernel too large for it raises UnavailableError."""
+    """Make a CUDA device current, since Triton launches there. Raises UnavailableError for too large a kernel."""
     try:
-        # A negative index changes nothing.
+        # A negative index has no effect.
         with torch.cuda.device(device if device.type == "cuda" else -1):
             yield
     except triton.OutOfResources as error:
         raise UnavailableError(
-            f"the CUDA kernels need more {error.name} than {device} has: {error.required}, there are {error.limit}"
+            f"the CUDA kernels need more {error.name} than {device} has: {error.required}, but there are {error.limit}"
         ) from error
 
 
 def exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-    """softmax(scale q k^T) v for q (batch, n_q, d), k (batch, n_k, d), v (batch, n_k, d_v), the matrix never stored.
+    """softmax(scale q k^T) v for q (batch, n_q, d), k (batch, n_k, d), v (batch, n_k, d_v), without storing the matrix.
 
-    Raises UnavailableError where the columns do not fit on the chip. The answer carries no gradient.
+    Raises UnavailableError if the columns do not fit on the chip. The answer carries no gradient.
     """
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     batch, n_q, d = q.shape
@@ -198,9 +198,9 @@ def listed(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Sums of exp(scale q.k + extra) times v and 1 over the keys of each block of queries, and their log scales.
 
-    q (batch, rows, d), block i its rows i block to (i+1) block; near (batch, blocks, m) the keys of each block, extra
-    of the same shape or 0. Returns (batch, rows, d_v), (batch, rows) and (batch, rows) in float32: both sums are
-    divided by exp of the last, a row's largest exponent. Where every extra is under -1e30 it is about -1e30.
+    q (batch, rows, d): rows i block to (i+1) block are block i; near (batch, blocks, m): the keys of each block;
+    extra has the same shape or is 0. Returns (batch, rows, d_v), (batch, rows) and (batch, rows) in float32: both sums
+    are divided by exp of the last, a row's largest exponent. If every extra is below -1e30 it is about -1e30.
     """
     batch, rows, d = q.shape
     n_k, d_v = v.shape[1:]

@@ -1,1 +1,1 @@
-"""Answers that any method has to beat: the mean of the values, uniform samples, the query's own key."""
+"""Baselines that any method should beat: the mean of the values, uniform samples, the query's own key."""

@@ -1,4 +1,4 @@
-"""The constant answer mean(v): what an approximation must beat before its speed means anything."""
+"""The constant answer mean(v), which an approximation must beat before its speed means anything."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from approxkmv.attention.contract import Method
 
 
 def _mean(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, seed: int, **_: Any) -> torch.Tensor:
-    # Not a view: a row of the sweep has to write its answer, as the others do.
+    # Not a view: the sweep should time writing the answer, as for the other methods.
     return v.mean(1, keepdim=True).expand(-1, q.shape[1], -1).contiguous()
 
 

@@ -1,4 +1,4 @@
-"""The query's own key exactly, the rest of the row as mean(v): the row that unmasks a test with K = Q."""
+"""The query's own key exactly, the rest of the row as mean(v): shows when a test with K = Q is too easy."""
 
 from __future__ import annotations
 
