@@ -51,7 +51,7 @@ def queries_and_keys(q: Array, k: Array) -> tuple[torch.Tensor, torch.Tensor, Ca
     Raises InputError if the two do not match: different kinds, batch shapes or widths, or no rows.
     """
     if isinstance(q, np.ndarray) != isinstance(k, np.ndarray):
-        raise InputError("q and k differ in kind: give two torch tensors or two NumPy arrays")
+        raise InputError("q and k are of different kinds: give two torch tensors or two NumPy arrays")
     queries, keys = as_float64(q, "q"), as_float64(k, "k")
     if queries.ndim < 2 or keys.ndim < 2:
         raise InputError(f"q {tuple(queries.shape)} and k {tuple(keys.shape)} must be (..., n_q, d) and (..., n_k, d)")

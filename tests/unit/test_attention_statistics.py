@@ -182,7 +182,7 @@ def test_one_query_and_one_key():
     assert found.keys_per_share.tolist() == [[1, 1]]
     assert float(found.ratio) == float(found.softmax_ratio) == 0.0
     assert float(found.stable_rank) == pytest.approx(1.0)
-    with pytest.raises(InputError, match="there are not 2n = 2 entries"):
+    with pytest.raises(InputError, match="there are fewer than 2n = 2 entries"):
         _ = found.log_next
 
 
@@ -348,7 +348,7 @@ def test_memory_grows_with_n_and_not_its_square():
         ({"mask": torch.full((6, 2), 7)}, "mask of whole numbers"),
         ({"bias": torch.ones(6)[:5]}, "bias has shape"),
         ({"bias": torch.full((6, 6), torch.nan)}, "bias holds a NaN"),
-        ({"bias": torch.full((6, 6), -torch.inf)}, "give what hides keys as mask"),
+        ({"bias": torch.full((6, 6), -torch.inf)}, "hide keys with mask"),
         ({"bias": "alibi"}, "bias must be"),
         ({"bias": torch.full((6, 6), -3.4e38)}, "logits may be"),
         ({"sinks": torch.ones(3)}, "sinks has shape"),

@@ -1,4 +1,4 @@
-"""The attention methods of the sweep: exact, trivial and approximate, one file each, one contract."""
+"""The attention methods of the sweep: exact, trivial and approximate, one file each, with one interface."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Method", "UnavailableError", "get", "methods"]
 
-# One line per method: its name and the module of this package that defines it as `method`.
+# One line per method: its name, and the module of this package that defines it as `method`.
 _MODULES = {
     "exact-naive": "exact.naive",
     "exact-sdpa": "exact.sdpa",
@@ -41,17 +41,17 @@ def methods() -> list[str]:
 
 
 def check_name(name: str) -> None:
-    """Raise InputError, with the nearest right name, unless a method is called that. Needs no torch."""
+    """Raise InputError, suggesting the closest name, unless a method has this name. Needs no torch."""
     if name not in methods():
         raise InputError(f"no method is called {name!r}; {did_you_mean(name, _MODULES, 'there are', cutoff=0.4)}")
 
 
 def get(name: str) -> Method:
-    """The method of that name. Raises InputError, with the nearest right name, when there is none."""
+    """The method with this name. Raises InputError, suggesting the closest name, if there is none."""
     check_name(name)
     method: Method = import_module(f"{__name__}.{_MODULES[name]}").method
     return method
 
 
-# On demand: a configuration is checked for the names of methods, without torch.
+# On demand: method names in a configuration are checked without importing torch.
 __getattr__ = attributes(__name__, dict.fromkeys(("Method", "UnavailableError"), f"{__name__}.contract"))

@@ -1,8 +1,8 @@
-"""Causal attention by recursion, for any method that can hand out its sums before they are divided.
+"""Causal attention by recursion, for any method that can return its sums before they are divided.
 
-The lower triangle of n queries and keys is two triangles of half the size and one full square below the diagonal. The
-triangles are cut again until they are small enough to be exact; the squares are what a method approximates. (Zandieh
-et al. 2023 and Han et al. 2024 cut the mask in the same way.)
+The lower triangle of n queries and keys consists of two triangles of half the size and one full square below the
+diagonal. Triangles are split until they are small enough to be exact; the squares are what a method approximates.
+(Zandieh et al. 2023 and Han et al. 2024 split the mask in the same way.)
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from approxkmv.attention.kernels.exponentials import exp_
 from approxkmv.compute.counting import count
 
 Sums = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""Numerators (n_q, d_v), row sums (n_q,) and the logs (n_q,) that both are divided by."""
+"""Numerators (n_q, d_v), row sums (n_q,) and logs (n_q,): both sums are divided by exp(log)."""
 
 EXACT_BELOW = 256
-"""Triangles of at most so many queries are exact."""
+"""Triangles of at most this many queries are exact."""
 
 SumsOfKeys = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Generator], Sums]
-"""f(q, k, v, generator) for scaled float32 q (n_q, d), k (n_k, d), v (n_k, d_v), every query meeting every key."""
+"""f(q, k, v, generator) for scaled float32 q (n_q, d), k (n_k, d), v (n_k, d_v), every query attending to every key."""
 
 
 def exact_sums(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, is_causal: bool = False) -> Sums:
-    """The sums of exp(q k^T), of key j <= query i only where is_causal, for scaled queries."""
+    """The sums of exp(q k^T) for scaled queries; if is_causal, over keys j <= i only for query i."""
     logits = q @ k.mT
     count(kernel_evaluations=logits.numel())
     if is_causal:
@@ -37,7 +37,7 @@ def exact_sums(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, is_causal: 
 
 
 def merged(one: Sums, other: Sums) -> Sums:
-    """The sums over the keys of both, for the same queries, under the larger of their logs."""
+    """The sums over the keys of both, for the same queries, relative to the larger of their logs."""
     logs = torch.maximum(one[2], other[2])
     fades = [exp_(part[2] - logs) for part in (one, other)]
     numerators = sum(part[0] * fade.unsqueeze(1) for part, fade in zip((one, other), fades, strict=True))
@@ -48,12 +48,12 @@ def merged(one: Sums, other: Sums) -> Sums:
 def causal_sums(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator, sums: SumsOfKeys, exact_below: int
 ) -> Sums:
-    """Sums over the keys up to each query's own, the squares below the diagonal by `sums`.
+    """Sums over the keys up to each query's own, with the squares below the diagonal computed by `sums`.
 
     Args:
         q, k, v: (n, d), (n, d), (n, d_v) float32, the queries scaled.
-        sums: unbiased, it makes these sums unbiased; its logs must be those of the given keys, not of moved ones.
-        exact_below: triangles of at most so many queries are exact.
+        sums: if it is unbiased, so are these sums; its logs must refer to the given keys, not to shifted ones.
+        exact_below: triangles of at most this many queries are exact.
     """
     n = len(q)
     if n <= max(1, exact_below):
@@ -73,7 +73,7 @@ def causal_attention(
     sums: SumsOfKeys,
     exact_below: int = EXACT_BELOW,
 ) -> torch.Tensor:
-    """Causal attention (n, d_v) from `causal_sums`, as `causal_answers` divides them."""
+    """Causal attention (n, d_v): `causal_sums`, divided by `causal_answers`."""
     numerators, row_sums, _ = causal_sums(q, k, v, generator, sums, exact_below)
     return causal_answers(numerators, row_sums, q, k, v)
 

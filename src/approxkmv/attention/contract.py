@@ -1,4 +1,4 @@
-"""What every attention method of the sweep promises: one signature, its parameters and the grid that tuning walks."""
+"""The interface of every attention method of the sweep: its signature, its parameters and the grid for tuning."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ Parameters = Mapping[str, Any]
 P = TypeVar("P")
 """A frozen dataclass with a method's parameters and their defaults."""
 
-# What norms of rows, and products of them, may be: their squares, times any number of rows, stay within float32.
+# Limit on norms of rows and their products, so that squares summed over any number of rows stay within float32.
 LARGEST = 1e12
 
 
 @dataclass(frozen=True)
 class Method:
-    """One way to compute or to approximate softmax(scale q k^T) v.
+    """One way to compute or approximate softmax(scale q k^T) v.
 
     >>> import torch
     >>> from approxkmv.attention import get
@@ -32,35 +32,35 @@ class Method:
     >>> tuple(get("exact-fused")(q, k, v, scale=0.25, seed=0).shape)
     (2, 50, 3)
 
-    `compute` is the same without the checks of its input, which is what a sweep times.
+    `compute` is the same without checks of its input; this is what a sweep times.
 
-    Whatever torch's default type and device, its grad and inference mode or autocast, the answer is the same, an
-    ordinary tensor. No method gives gradients: inputs may require them, and the answer does not. (`knn_attention` of
-    `knn_gradients.py` is the function that does.) Finite inputs give finite answers or an InputError.
+    The answer is an ordinary tensor and does not depend on torch's default dtype and device, its grad and inference
+    modes, or autocast. No method gives gradients: inputs may require them, but the answer does not. (The function
+    `knn_attention` of `knn_gradients.py` does.) Finite inputs give finite answers or an InputError.
     """
 
     name: str
     compute: Callable[..., torch.Tensor]
-    """f(q, k, v, *, scale, seed, **parameters): every parameter given, the inputs known to be sound."""
+    """f(q, k, v, *, scale, seed, **parameters), with every parameter given and checked inputs."""
     summary: str
     defaults: dict[str, Any] = field(default_factory=dict)
     grid: Sequence[dict[str, Any]] = field(default_factory=lambda: ({},))
-    """Settings to try, cheapest first; each is completed by the defaults."""
+    """Settings to try, cheapest first; each is completed with the defaults."""
     exact: bool = False
-    """Whether its error is rounding alone."""
+    """Whether its only error is rounding."""
     trivial: bool = False
-    """Whether it is a row that any method should beat, such as the mean of the values."""
+    """Whether it is a baseline that any method should beat, such as the mean of the values."""
     seeded: bool = True
     """Whether the answer depends on the seed."""
     may_be_zero: frozenset[str] = frozenset()
-    """Whole-number parameters for which 0 has a meaning; the others start at 1."""
+    """Integer parameters that may be 0; the others start at 1."""
     choices: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    """What a parameter of words may be, where the method does not say so itself."""
+    """The values that a string parameter may take, unless the method checks that itself."""
     causal: Callable[..., torch.Tensor] | None = None
-    """The same as `compute` with query i attending to keys 0 to i only, as many queries as keys; None: not offered."""
+    """Like `compute`, but query i attends to keys 0 to i only, with as many queries as keys; None if not offered."""
 
     def __post_init__(self) -> None:
-        # Here, so that those who call `compute` or `causal` themselves, to time them, have the same promise.
+        # Wrapped here, so that code which calls `compute` or `causal` directly, to time them, is covered too.
         for name in ("compute", "causal"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, plain_torch()(getattr(self, name)))
@@ -77,13 +77,13 @@ class Method:
         around_mean: bool = False,
         cpu_only: bool = False,
     ) -> Method:
-        """A method from its sums before they are divided, with the causal form that follows from them.
+        """A method defined by its sums before division, from which its causal form follows.
 
         Args:
             sums: f(q, k, v, generator, parameters) for the float32 matrices of one batch entry, q scaled: numerators
-                (n_q, d_v), row sums (n_q,) above 0 and the logs (n_q,) that both are divided by.
+                (n_q, d_v), row sums (n_q,) above 0 and logs (n_q,): both sums are divided by exp(log).
             parameters: the dataclass of that last argument.
-            around_mean: `sums` gets values less their mean; see `per_batch`.
+            around_mean: `sums` receives values less their mean; see `per_batch`.
             cpu_only: whether other devices are refused.
         """
 
@@ -110,7 +110,7 @@ class Method:
             chosen = parameters(**given)
 
             def square(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator) -> Sums:
-                # The mean of this square's values alone: that of all of them holds later ones.
+                # The mean of this square's values only: the mean of all values would include later ones.
                 mean = v.mean(0) if around_mean else v.new_zeros(v.shape[1])
                 numerators, row_sums, logs = sums(q, k, v - mean, generator, chosen)
                 return numerators + row_sums.unsqueeze(1) * mean, row_sums, logs
@@ -124,9 +124,9 @@ class Method:
         return cls(name, compute, summary, defaults, grid, causal=causal)
 
     def parameters(self, given: Parameters | None = None) -> dict[str, Any]:
-        """The defaults with `given` put over them.
+        """The defaults, overridden by `given`.
 
-        Raises InputError at a parameter that the method has not, or at a value that it cannot be.
+        Raises InputError for a parameter the method does not have, or for an invalid value.
         """
         for name, value in (given or {}).items():
             if name not in self.defaults:
@@ -138,7 +138,7 @@ class Method:
         return {**self.defaults, **(given or {})}
 
     def _unlike(self, name: str, value: Any) -> str | None:
-        """What a parameter has to be, in words, where the value is not that."""
+        """What a parameter has to be, as text, if the value is not that."""
         default = self.defaults[name]
         if isinstance(default, bool):
             return None if isinstance(value, bool) else "true or false"
@@ -164,8 +164,7 @@ class Method:
     ) -> torch.Tensor:
         """Attention of q (batch, n_q, d) on k (batch, n_k, d) with values v (batch, n_k, d_v): (batch, n_q, d_v).
 
-        Raises InputError for shapes, types or numbers that are not sound, and UnavailableError where the method
-        cannot run.
+        Raises InputError for invalid shapes, types or numbers, and UnavailableError if the method cannot run.
         """
         scale = check_inputs(q, k, v, scale)
         return self.compute(q, k, v, scale=scale, seed=resolve_seed(seed), **self.parameters(parameters))
@@ -182,12 +181,12 @@ class Method:
     ) -> torch.Tensor:
         """Attention of each query of q (batch, n, d) on the keys up to its own, with values v: (batch, n, d_v).
 
-        Raises InputError as a call does, and for unequal numbers of queries and keys; UnavailableError where the
+        Raises InputError as a call does, and for different numbers of queries and keys; UnavailableError if the
         method has no causal form or cannot run.
         """
         scale = check_inputs(q, k, v, scale)
         if q.shape[1] != k.shape[1]:
-            raise InputError(f"causal attention has a key for each query: q has {q.shape[1]} rows, k {k.shape[1]}")
+            raise InputError(f"causal attention has a key for each query: q has {q.shape[1]} rows, but k {k.shape[1]}")
         return self.causal_form()(q, k, v, scale=scale, seed=resolve_seed(seed), **self.parameters(parameters))
 
     def causal_form(self) -> Callable[..., torch.Tensor]:
@@ -199,10 +198,10 @@ class Method:
 
 @plain_torch()
 def check_inputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None = None) -> float:
-    """The factor of the logits, for (batch, n, d) tensors q, k, v that are sound.
+    """The factor of the logits, for valid (batch, n, d) tensors q, k, v.
 
-    Raises InputError unless they are finite, of one kind, fit together and are so small that no method's sums leave
-    float32.
+    Raises InputError unless they are finite, of one dtype and device, match in shape and are small enough for the sums
+    of every method to stay within float32.
     """
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if not isinstance(tensor, torch.Tensor):
@@ -212,7 +211,7 @@ def check_inputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
         if tensor.dtype not in (torch.float32, torch.bfloat16):
             raise InputError(f"{name} has dtype {tensor.dtype}: give float32 or bfloat16")
         if tensor.dtype != q.dtype or tensor.device != q.device:
-            raise InputError(f"{name} is {tensor.dtype} on {tensor.device}, q is {q.dtype} on {q.device}")
+            raise InputError(f"{name} is {tensor.dtype} on {tensor.device}, but q is {q.dtype} on {q.device}")
     if q.shape[0] != k.shape[0] or q.shape[2] != k.shape[2] or k.shape[:2] != v.shape[:2]:
         raise InputError(
             f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} must be (batch, n_q, d), (batch, n_k, d) "
@@ -222,18 +221,18 @@ def check_inputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
     norms = {}
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         norms[name] = float(torch.linalg.vector_norm(tensor, dim=-1, dtype=torch.float32).amax())
-        # The norm of finite numbers is finite unless it overflows, and one pass over the rows is all it costs.
+        # The norm of finite numbers is finite unless it overflows, and costs only one pass over the rows.
         if not math.isfinite(norms[name]) and not bool(tensor.isfinite().all()):
             raise InputError(f"{name} holds a NaN or an infinity: remove it before asking for attention")
     if not norms["v"] <= LARGEST:
         raise InputError(f"a row of v has norm {norms['v']:.3g}, more than {LARGEST:g}: scale v down")
-    # A short vector makes a long one no safer: methods look at each by itself too.
+    # A short vector does not compensate for a long one: methods look at each separately too.
     if not max(norms["q"], 1.0) * max(norms["k"], 1.0) * max(factor, 1.0) <= LARGEST:
         raise InputError(
             f"logits may leave float32: rows of q and k have norms up to {norms['q']:.3g} and {norms['k']:.3g}, scale "
             f"is {factor:.3g}, and their product, each at least 1, may be {LARGEST:g}: scale them down"
         )
-    # Less would be 0 in float32, and makes no logit that is seen.
+    # A smaller scale would be 0 in float32, and its logits are negligible anyway.
     return max(factor, 1e-30)
 
 
@@ -246,10 +245,10 @@ def per_batch(
     *,
     around_mean: bool = False,
 ) -> torch.Tensor:
-    """Apply single(q, k, v, generator) to the float32 matrices of each batch entry in turn, and stack the answers.
+    """Apply single(q, k, v, generator) to the float32 matrices of each batch entry in turn and stack the answers.
 
-    around_mean: single meets the values less their mean, which is added to its answer. Exact attention is the same; an
-    estimate whose weights do not add up to one, or that looks at the size of values, is spared their common offset.
+    around_mean: single receives the values less their mean, which is added back to its answer. Exact attention does not
+    change; an estimate whose weights do not sum to one, or that uses the size of values, loses their common offset.
     """
     generator = torch.Generator(device=q.device).manual_seed(seed)
 

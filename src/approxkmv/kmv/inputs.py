@@ -50,7 +50,7 @@ def vector(x: Array, name: str, n: int) -> np.ndarray:
 def same_kind(a: Array, name_a: str, b: Array, name_b: str) -> None:
     """Refuse a mixture of torch tensors and NumPy arrays."""
     if isinstance(a, np.ndarray) != isinstance(b, np.ndarray):
-        raise InputError(f"{name_a} and {name_b} differ in kind: give two torch tensors or two NumPy arrays")
+        raise InputError(f"{name_a} and {name_b} are of different kinds: give two torch tensors or two NumPy arrays")
 
 
 def positive(value: float, name: str) -> float:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from approxkmv.statistics.heads import order_ratios as order_ratios
     from approxkmv.statistics.heads import unmasked_and_masked_statistics as unmasked_and_masked_statistics
 
-# On demand: figures and tables need this package's words, not numba and torch.
+# On demand: figures and tables import names from here, but do not need numba and torch.
 _HOME = {
     **dict.fromkeys(("AttentionStatistics", "attention_statistics"), f"{__name__}.attention"),
     **dict.fromkeys(("HeadStatistics", "OrderRatios", "head_statistics", "head_to_tail_ratios"), f"{__name__}.heads"),

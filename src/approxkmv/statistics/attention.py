@@ -1,4 +1,4 @@
-"""What each row of softmax attention looks like, and its matrix as a whole, without any n x n array."""
+"""Statistics of the rows of softmax attention and of its matrix as a whole, without any n x n array."""
 
 from __future__ import annotations
 
@@ -21,26 +21,25 @@ from approxkmv.statistics.largest import Largest
 from approxkmv.statistics.logits import Logits, checked_logits, checked_sinks
 from approxkmv.statistics.spectrum import column_norm_and_stable_rank
 
-# Logits of one tile, for each thread, and its keys: a tile stays in the second-level cache.
+# Logits of one tile per thread, and its keys: a tile then stays in the L2 cache.
 TILE = 2**18
 KEYS = 512
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 
 class AttentionStatistics:
-    """Statistics of P = D^-1 A, the softmax of attention, and of the kernel K; the same kind of array as q, float64.
+    """Statistics of P = D^-1 A, the softmax of attention, and of the kernel K; float64, of the same kind of array as q.
 
-    The first pass over the logits gives all down to `sink_mass`. What stands below takes further passes, each when it
-    is first asked for: `keys_per_share` one; c and the order ratios together one; `column_norm` and `stable_rank`
-    together as many as the iteration needs, 8 to some tens. For these a copy of q and k is kept, and bias and mask as
-    they were given.
+    The first pass over the logits gives everything down to `sink_mass`. The others take further passes when first
+    accessed: `keys_per_share` one; c and the order ratios together one; `column_norm` and `stable_rank` together as
+    many as the iteration needs, from 8 to a few dozen. For these a copy of q and k is kept, and bias and mask as given.
     """
 
     def __init__(self, logits: Logits, sinks: torch.Tensor | None, shares: tuple[float, ...], as_numpy: bool) -> None:
         """Use attention_statistics."""
         self._logits, self._shares, self._as_numpy = logits, shares, as_numpy
         heads, n_q = logits.q.shape[:2]
-        # Less than any logit, and more than what is hidden.
+        # Below any logit, and above hidden ones.
         largest = logits.row_terms.new_full((heads * n_q,), logits.hidden / 2)
         sums = plain_rows.RowSums(largest, torch.zeros_like(largest), torch.zeros_like(largest))
         form = self._form()
@@ -56,7 +55,7 @@ class AttentionStatistics:
             fade, own = torch.exp(sums.largest - top), torch.exp(sink - top)
             moment = fade * (moment + (top - sums.largest).where(seen, 0.0) * total) + own * (top - sink)
             total = fade * total + own
-        # Rows of nothing have an infinite sum, so that each of their weights is 0.
+        # Empty rows get an infinite sum, so that each of their weights is 0.
         self._exists = (total > 0).view(heads, n_q)
         log_sums = torch.where(total > 0, top + total.log(), math.inf)
         self._log_sums = log_sums.view(heads, n_q)
@@ -65,7 +64,7 @@ class AttentionStatistics:
         self._sink = torch.zeros_like(self._largest) if sinks is None else torch.exp(sinks - self._log_sums)
 
     def _form(self) -> ModuleType:
-        """Compiled loops for float32 on a CPU; plain torch for all else."""
+        """Compiled loops for float32 on a CPU; plain torch otherwise."""
         q = self._logits.q
         loops = compiled_loops("statistics.row_loops") if q.dtype == torch.float32 and q.device.type == "cpu" else None
         return plain_rows if loops is None else loops
@@ -76,12 +75,12 @@ class AttentionStatistics:
 
     @property
     def entropy(self) -> Array:
-        """(..., n_q): - sum p log p of each row, in nats. A sink is one more outcome, as it is in the softmax."""
+        """(..., n_q): - sum p log p of each row, in nats. A sink counts as one more outcome, as in the softmax."""
         return self._back(self._entropy)
 
     @property
     def mean_entropy(self) -> Array:
-        """(...): mean over the rows that have keys or a sink; 0 where none has."""
+        """(...): mean over the rows that have keys or a sink; 0 if none has."""
         return self._back((self._entropy * self._exists).sum(1) / self._exists.sum(1).clamp_min(1))
 
     @property
@@ -96,7 +95,7 @@ class AttentionStatistics:
 
     @property
     def support(self) -> Array:
-        """(..., n_q): exp(entropy), the number of equal weights of this entropy; 0 for a row of nothing."""
+        """(..., n_q): exp(entropy), the number of equal weights with this entropy; 0 for an empty row."""
         return self._back(self._entropy.exp() * self._exists)
 
     @property
@@ -123,10 +122,10 @@ class AttentionStatistics:
     @cached_property
     @plain_torch()
     def keys_per_share(self) -> Array:
-        """(..., n_q, shares) int64: the fewest keys that hold each share of what a row's keys (without its sink) weigh.
+        """(..., n_q, shares) int64: the fewest keys that hold each share of a row's weight (excluding its sink).
 
-        Keys are taken from the largest weight down, among equal weights in any order, until their sum in float64 is
-        at least the share times the sum of all. 0 for a row without keys.
+        Keys are taken from the largest weight down, in any order among equal weights, until their sum in float64 is at
+        least the share times the sum over all keys. 0 for a row without keys.
         """
         logits, form = self._logits, self._form()
         n_q, n_k = logits.q.shape[1], logits.k.shape[1]
@@ -158,32 +157,32 @@ class AttentionStatistics:
 
     @property
     def ratio(self) -> Array:
-        """(...): c of K, the sum of all but its n_k largest entries over the sum of those; 0 where it has no others.
+        """(...): c of K: the sum of all but its n_k largest entries over the sum of those; 0 if there are no others.
 
-        log K is the logits (with cap, bias and mask) less scale |q_i|^2 / 2, Lemma 4.1's factor of each row.
+        log K is the logits (with cap, bias and mask) less scale |q_i|^2 / 2, the row factor of Lemma 4.1.
         """
         return self._back(self._ratios[:, 0])
 
     @property
     def softmax_ratio(self) -> Array:
-        """(...): c of D^-1 A, in which the factor of each row cancels."""
+        """(...): c of D^-1 A, in which the row factors cancel."""
         return self._back(self._ratios[:, 1])
 
     @property
     def log_next(self) -> Array:
-        """(...): log of K_(n) / K_(n+1), n = n_k. Raises InputError where the mask leaves fewer than 2n entries."""
+        """(...): log of K_(n) / K_(n+1), n = n_k. Raises InputError if the mask leaves fewer than 2n entries."""
         return self._order(2)
 
     @property
     def log_double(self) -> Array:
-        """(...): log of K_(n) / K_(2n), n = n_k. Raises InputError where the mask leaves fewer than 2n entries."""
+        """(...): log of K_(n) / K_(2n), n = n_k. Raises InputError if the mask leaves fewer than 2n entries."""
         return self._order(3)
 
     def _order(self, column: int) -> Array:
         found = self._ratios[:, column]
         if not bool(torch.isfinite(self._ratios).all()):
             n = self._logits.k.shape[1]
-            raise InputError(f"there are not 2n = {2 * n} entries for n = {n} keys: K_(2n) does not exist")
+            raise InputError(f"there are fewer than 2n = {2 * n} entries for n = {n} keys: K_(2n) does not exist")
         return self._back(found)
 
     @cached_property
@@ -195,7 +194,7 @@ class AttentionStatistics:
     def column_norm(self) -> Array:
         """(...): n_q times the largest squared norm of a column of D^-1 A, alpha of Han et al. (2024), Algorithm 1.
 
-        1 for uniform attention over as many keys as queries, n_q^2 for one key that every query attends to alone.
+        1 for uniform attention over as many keys as queries, n_q^2 if every query attends to the same key alone.
         """
         return self._back(self._norms[0])
 
@@ -225,28 +224,28 @@ def attention_statistics(
     >>> tuple(found.entropy.shape), tuple(found.stable_rank.shape), tuple(found.keys_per_share.shape)
     ((2, 8, 300), (2, 8), (2, 8, 300, 2))
 
-    The logits of a row are x_j = scale <q_i, k_j>, with a cap softcap tanh(x_j / softcap), with a bias more; the
-    weights are their softmax over the keys that the mask leaves and, if there is one, the sink, which takes its share
-    and adds no value. A row that sees no key and has no sink has the entropy, support, weights and counts 0, and no
-    part in means and quantiles.
+    The logits of a row are x_j = scale <q_i, k_j>; a cap makes them softcap tanh(x_j / softcap); then a bias is added.
+    The weights are their softmax over the keys that the mask leaves and, if there is one, the sink, which takes its
+    share and adds no value. A row that sees no key and has no sink has entropy, support, weights and counts of 0, and
+    is left out of means and quantiles.
 
     Args:
-        q, k: (..., heads, n_q, d) and (..., key heads, n_k, d), torch (on any device) or NumPy, any floating type and
-            any leading dimensions. Of fewer key heads each serves as many consecutive query heads.
+        q, k: (..., heads, n_q, d) and (..., key heads, n_k, d), torch (on any device) or NumPy, any floating dtype and
+            any leading dimensions. With fewer key heads, each serves that many consecutive query heads.
         scale: the factor of the logits; None means 1/sqrt(d).
-        mask: "none"; "causal"; a whole number w, the window of the last w keys, the query's own included; a boolean
-            array that broadcasts to (..., n_q, n_k), True for keys that are seen; or whole numbers (n_q, 2), the first
-            key that each query sees and the end of them, as in `Captured.spans`.
+        mask: "none"; "causal"; an integer w, the window of the last w keys including the query's own; a boolean array
+            that broadcasts to (..., n_q, n_k), True for visible keys; or integers (n_q, 2), the first visible key of
+            each query and the end of the visible ones, as in `Captured.spans`.
         bias: added to the logits, broadcasts to (..., n_q, n_k).
         softcap: the cap of the logits, applied before the bias.
-        sinks: one more logit of each row, of no key: broadcasts to (...), one for each head, or is (..., n_q).
+        sinks: one more logit per row, belonging to no key: broadcasts to (...), one per head, or is (..., n_q).
         shares: between 0 and 1, of `keys_per_share`.
-        dtype: of the products, float32 or float64. Relative to float64 statistics are within 1e-5 in float32 for
-            logits up to 30 (further logits are rounded in proportion), and within 1e-6 in float64 up to 10^4.
+        dtype: of the products, float32 or float64. In float32 statistics are within a relative 1e-5 of float64 for
+            logits up to 30 (larger logits are rounded in proportion); in float64 within 1e-6 up to logits of 10^4.
     Returns:
         AttentionStatistics.
     Raises:
-        InputError: shapes that do not fit, non-finite values, logits that may be beyond the type of the products.
+        InputError: mismatched shapes, non-finite values, logits that may exceed the range of the products' dtype.
     """
     logits = checked_logits(q, k, scale, mask, bias, softcap, dtype)
     if not isinstance(shares, Sequence) or not all(_is_share(share) for share in shares):

@@ -1,4 +1,4 @@
-"""Which entries of K a statistic is over, in the words of tables and figures."""
+"""Names, in tables and figures, for the entries of K that a statistic is over."""
 
 EVERY_KEY = "every query with every key"
 CAUSAL = "no key after its query"

@@ -1,4 +1,4 @@
-"""exp over a run of float64 numbers, in a form that the compiler turns into vector instructions."""
+"""exp over a run of float64 numbers, in a form that the compiler can vectorise."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import numpy as np
 from approxkmv.compute.compiling import cached_njit
 
 LOG2_E = 1.4426950408889634
-# ln 2 in two parts: the first has trailing zero bits, so that its product with an integer is exact.
+# ln 2 in two parts: the first has trailing zero bits, so its product with an integer is exact.
 LN2_HIGH = 6.93147180369123816490e-01
 LN2_LOW = 1.90821492927058770002e-10
-# exp of less is under 1e-307 and is taken to be 0, which keeps the exponent's bits out of the denormals.
+# exp of less is below 1e-307 and is taken as 0, which avoids denormal exponents.
 SMALLEST = -707.0
-# Arguments are cut here, so that a million of them add up to a finite number.
+# Arguments are capped here, so that the sum of a million of them is finite.
 LARGEST = 690.0
 
 
-# forceinline, here and wherever sums may be reordered: as a symbol of its own the function would be compiled
-# differently alone and inside its callers, and which copy a process links depends on what it found in the cache.
+# forceinline, here and wherever sums may be reordered: compiled as a separate symbol, the function would differ from
+# its inlined copies, and which copy a process links would depend on what it found in the cache.
 @cached_njit(
     nogil=True,
     fastmath={"reassoc", "contract", "nsz", "nnan", "ninf"},
@@ -27,10 +27,10 @@ LARGEST = 690.0
 def exp_and_sum(values: np.ndarray, size: int, shift: float, out: np.ndarray) -> float:
     """out[:size] = exp(values[:size] - shift); returns their sum.
 
-    numba calls the C library once per number in a loop like this; written out, it has no call and no branch. The
-    argument is reduced to |r| <= ln(2)/2, where the Taylor series to degree 9 leaves 1e-11 relative. Arguments above
-    LARGEST are cut there: the caller sees it in the sum and chooses another shift. (A maximum would say the
-    same, but the compiler does not vectorise one.)
+    In a loop like this numba calls the C library once per number; written out, it has no call and no branch. The
+    argument is reduced to |r| <= ln(2)/2, where the Taylor series to degree 9 has a relative error of 1e-11. Arguments
+    above LARGEST are capped: the caller sees it in the sum and chooses another shift. (A maximum would show the same,
+    but the compiler does not vectorise one.)
     """
     total = 0.0
     for j in range(size):

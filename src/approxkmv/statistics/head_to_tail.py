@@ -10,9 +10,9 @@ from approxkmv.statistics.selection import heapify, select_largest, sift_down, s
 
 # Columns that are read together: two cache lines of a row.
 STRIP = 16
-# The candidates are cut back to the n largest when there are SLACK times n.
+# Candidates are cut back to the n largest when there are SLACK * n of them.
 SLACK = 3
-# A sum of exponentials above this asks for another shift before anything can overflow.
+# A sum of exponentials above this triggers a new shift, before anything can overflow.
 TOO_LARGE = 1e250
 
 
@@ -43,7 +43,7 @@ def _largest(log_values: np.ndarray, stop: int, causal: bool) -> float:
 
 @cached_njit(nogil=True)
 def _append_above(values: np.ndarray, size: int, bound: float, out: np.ndarray, count: int) -> int:
-    """Append the values above `bound` to out[count:]; returns the new count. Few are, so 32 are tested at once."""
+    """Append the values above `bound` to out[count:]; returns the new count. They are rare: 32 are tested at once."""
     whole = size - size % 32
     for start in range(0, whole, 32):
         hits = 0
@@ -87,21 +87,21 @@ def ratios_of_prefixes(log_values: np.ndarray, first: int, causal: bool, out: np
     c_i = (sum of all entries of K[:i, :i] - sum of its i largest) / (sum of its i largest), K = exp(log_values) up to
     any constant factor; with `causal` only the entries on and below the diagonal exist.
 
-    A prefix grows by one row and one column. No sum of i <= n largest entries can need an entry that is not among the
-    n largest seen so far, so those n (up to SLACK n between two cuts) are kept as candidates and every other entry
-    goes at once into a running sum of the far tail, which only ever grows: nothing is subtracted, so a small tail
-    keeps its digits. Among the candidates one heap holds the i largest (the head), a second one the rest. About
-    n ln n entries become candidates; each other one costs an exp, a comparison and an addition. Entries equal to the
-    cut are interchangeable with candidates, so ties need no special care.
+    A prefix grows by one row and one column. A sum of the i <= n largest entries never needs an entry that is not among
+    the n largest seen so far, so those n (up to SLACK n between cuts) are kept as candidates, and every other entry
+    goes at once into a running sum of the far tail, which only grows: nothing is subtracted, so a small tail keeps its
+    digits. Among the candidates one heap holds the i largest (the head), a second one the rest. About n ln n entries
+    become candidates; each of the others costs an exp, a comparison and an addition. Entries equal to the bound are
+    interchangeable with candidates, so ties need no special care.
 
-    Columns are read in strips of STRIP, a part of a row at a time, so that the matrix passes through the cache once.
-    Exponentials are relative to a reference that follows the largest entry seen, loosely: it moves only when a sum
-    would pass TOO_LARGE. A strip in which that happens is done again, one column at a time.
+    Columns are read in strips of STRIP, part of a row at a time, so that the matrix passes through the cache once.
+    Exponentials are relative to a reference that loosely follows the largest entry seen: it moves only when a sum would
+    exceed TOO_LARGE. A strip in which that happens is redone one column at a time.
 
     Args:
         log_values: (n, n) float64, finite. first: the first prefix, at least 1. causal: only entries j <= i.
         out: (n - first + 1,) float64.
-    Cost: O(n^2), and O(log n) per candidate; when more than n/8 arrive at once, the heaps are rebuilt in O(n).
+    Cost: O(n^2), and O(log n) per candidate; if more than n/8 arrive at once, the heaps are rebuilt in O(n).
     """
     n = log_values.shape[0]
     tile = np.empty(STRIP * n)
@@ -110,14 +110,14 @@ def ratios_of_prefixes(log_values: np.ndarray, first: int, causal: bool, out: np
     found = np.empty((STRIP, n))
     counts = np.empty(STRIP, np.int64)
     rows_exp = np.empty((STRIP, n))
-    # Until the first prefix is reached everything above the bound is gathered: up to first^2 entries.
+    # Until the first prefix is reached everything above the bound is collected: up to first^2 entries.
     capacity = (SLACK + 3) * n + first * first
     head = np.empty(capacity)  # heap, smallest on top
     rest = np.empty(capacity)  # heap, largest on top
     head_size = 0
     rest_size = 0
     far = 0.0
-    # Entries at or below the bound are not among the n largest. Nothing is bounded before n entries are there.
+    # Entries at or below the bound are not among the n largest. There is no bound before n entries are there.
     bound = -1.0
     reference = log_values[0, 0]
     start = 0
@@ -177,7 +177,7 @@ def ratios_of_prefixes(log_values: np.ndarray, first: int, causal: bool, out: np
                 rest_size = new_size
                 continue
             if i + 1 == first or added > n // 8:
-                # Many at once: put all together, select, and build both heaps anew.
+                # Many at once: put all together, select, and rebuild both heaps.
                 rest_size = new_size
                 for j in range(head_size):
                     rest[rest_size + j] = head[j]
@@ -202,7 +202,7 @@ def ratios_of_prefixes(log_values: np.ndarray, first: int, causal: bool, out: np
                 for j in range(old_size, new_size):
                     value = rest[j]
                     if value > head[0]:
-                        # It takes the place of the smallest of the head, which goes to the rest.
+                        # It replaces the smallest of the head, which moves to the rest.
                         smallest = head[0]
                         head[0] = value
                         sift_down(head, head_size, 0, 1.0)
@@ -210,7 +210,7 @@ def ratios_of_prefixes(log_values: np.ndarray, first: int, causal: bool, out: np
                     rest[rest_size] = value
                     sift_up(rest, rest_size, -1.0)
                     rest_size += 1
-                # The head of this prefix has one place more.
+                # The head of this prefix has one more place.
                 head[head_size] = rest[0]
                 sift_up(head, head_size, 1.0)
                 head_size += 1

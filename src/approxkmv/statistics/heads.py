@@ -17,9 +17,9 @@ from approxkmv.statistics.head_to_tail import ratios_of_prefixes
 from approxkmv.statistics.order import order_logarithms
 from approxkmv.statistics.softmax import softmax_statistics
 
-# In place of the logarithm of an entry that a mask hides: its exponential is 0 whatever it is relative to.
+# Replaces the logarithm of an entry that a mask hides: its exponential is 0 relative to anything.
 HIDDEN = -1e300
-# Logits of as many heads at a time as fit here, in bytes.
+# Logits of as many heads as fit into this many bytes are computed at a time.
 DEFAULT_MEMORY = 32 * 2**20
 
 
@@ -46,16 +46,16 @@ class HeadStatistics:
     softmax_ratio: np.ndarray
     """(...): c at full length of the softmax matrix D^-1 A, in which the row factor exp(-s |q_i|^2 / 2) cancels."""
     tail_exponent: np.ndarray
-    """(...): the stronger assumption: the largest entry of D^-1 A outside its n largest is n^-alpha; this is alpha.
+    """(...): the stronger assumption: alpha, where the largest entry of D^-1 A outside its n largest is n^-alpha.
 
     Every entry outside the head is then at most n^-alpha, and the whole tail at most n^(2 - alpha) out of n. Uniform
-    attention has alpha = 1; an alpha above 1 by a constant would bound the tail entry by entry, which is what the
-    paper's section 4 calls a small uniform bound on the tail.
+    attention has alpha = 1; an alpha above 1 by a constant would bound the tail entry by entry, which section 4 of the
+    paper calls a small uniform bound on the tail.
     """
     column_exponent: np.ndarray
     """(...): the beta for which n max_j |column j of D^-1 A|^2 is n^beta.
 
-    Han et al. (2024) postulate n^o(1), beta near 0, as for uniform attention; a key that every query attends to
+    Han et al. (2024) assume n^o(1), that is, beta near 0, as for uniform attention; a key that every query attends to
     alone has beta = 2.
     """
 
@@ -70,16 +70,16 @@ def head_statistics(
     mask: Array | None = None,
     memory: int = DEFAULT_MEMORY,
 ) -> HeadStatistics:
-    """Both experiments from one computation of the logits.
+    """Both experiments, with the logits computed once.
 
     >>> import torch
     >>> s = head_statistics(torch.randn(12, 80, 64), torch.randn(12, 80, 64))
     >>> s.ratios.shape, s.log_double.shape
     ((12, 31), (12,))
 
-    Args and raises: as head_to_tail_ratios. At least 2 tokens (3 with causal), so that a 2n-th entry exists.
-        mask: (n, n) bool of all heads, True for the entries that exist: a window, for example. Every query has its own
-            key, and there are 2n entries or more.
+    Args and raises: as head_to_tail_ratios. Needs at least 2 tokens (3 if causal), so that a 2n-th entry exists.
+        mask: (n, n) bool for all heads, True for the entries that exist: a window, for example. Every query must see
+            its own key, and there must be at least 2n entries.
     """
     return _statistics(_run(q, k, min_prefix, scale, (_mask(causal, mask),), memory), q.shape[-2])[0]
 
@@ -93,7 +93,7 @@ def unmasked_and_masked_statistics(
     mask: Array | None = None,
     memory: int = DEFAULT_MEMORY,
 ) -> tuple[HeadStatistics, HeadStatistics]:
-    """head_statistics of all entries and of those of a mask (None: causal), from one computation of the logits.
+    """head_statistics of all entries and of those of a mask (None: causal), with the logits computed once.
 
     >>> import torch
     >>> every, backwards = unmasked_and_masked_statistics(torch.randn(12, 80, 64), torch.randn(12, 80, 64))
@@ -137,20 +137,20 @@ def head_to_tail_ratios(
     >>> tuple(head_to_tail_ratios(torch.randn(12, 80, 64), torch.randn(12, 80, 64)).shape)
     (12, 31)
 
-    c_i is the sum of all but the i largest entries of K[:i, :i], divided by the sum of those i, K being the Gaussian
-    kernel of Lemma 4.1. Computed in float64 and relative to the largest entries, so that logits of 10^4 are no
-    obstacle; the lemma's factor max_j |k_j|^2 is the same for all entries and cancels.
+    c_i is the sum of all but the i largest entries of K[:i, :i], divided by the sum of those i, where K is the Gaussian
+    kernel of Lemma 4.1. Computed in float64 and relative to the largest entries, so that logits of 10^4 are no problem;
+    the lemma's factor max_j |k_j|^2 is the same for all entries and cancels.
 
     Args:
         q, k: (..., n, d) queries and keys of the same n tokens, torch or NumPy, any floating type.
-        min_prefix: the first i; the paper takes 50.
+        min_prefix: the first i; 50 in the paper.
         scale: the factor of the logits; None means 1/sqrt(d).
-        causal: only the entries j <= i of the kernel, as a causal model sees them. The paper takes all.
-        memory: bytes of logits held at a time; one head is the least.
+        causal: use only the entries j <= i of the kernel, as a causal model does. The paper uses all.
+        memory: bytes of logits held at a time; at least one head is.
     Returns:
         float64 (..., n - min_prefix + 1), c_i for i = min_prefix..n, of the same kind of array as q.
     Raises:
-        InputError: shapes that do not fit, fewer than min_prefix tokens, non-finite values, a bad scale.
+        InputError: mismatched shapes, fewer than min_prefix tokens, non-finite values, an invalid scale.
     """
     ratios = _run(q, k, min_prefix, scale, (causal,), memory, order=False, softmax=False)[0].ratios
     return ratios if isinstance(q, np.ndarray) else torch.from_numpy(ratios).to(q.device)
@@ -169,10 +169,10 @@ def order_ratios(
         q, k: (..., n, d) queries and keys of the same n >= 2 tokens (3 with causal), torch or NumPy.
         scale, causal, memory: as in head_to_tail_ratios.
     Returns:
-        OrderRatios in natural logarithms, float64, of the same kind of array as q. As ratios the paper's Figure 2
-        has cells that divide by an underflow; as logarithms they are finite.
+        OrderRatios in natural logarithms, float64, of the same kind of array as q. The paper's Figure 2 has cells that
+        divide by an underflow; as logarithms they are finite.
     Raises:
-        InputError: shapes that do not fit, too few tokens, non-finite values, a bad scale.
+        InputError: mismatched shapes, too few tokens, non-finite values, an invalid scale.
     """
     logs = _run(q, k, 1, scale, (causal,), memory, ratios=False, softmax=False)[0].logs
     following, double = np.asarray(logs[..., 0] - logs[..., 1]), np.asarray(logs[..., 0] - logs[..., 2])
@@ -183,7 +183,7 @@ def order_ratios(
 
 @dataclass(frozen=True)
 class _Found:
-    """What the compiled passes write for one mask."""
+    """The output of the compiled passes for one mask."""
 
     ratios: np.ndarray
     logs: np.ndarray
@@ -203,9 +203,9 @@ def _run(
     order: bool = True,
     softmax: bool = True,
 ) -> list[_Found]:
-    """For each mask what was asked for; the logits are computed once.
+    """What was requested, for each mask; the logits are computed once.
 
-    False: all entries, True: causal, an array: those where it is True. An array comes last, as it is applied in place.
+    False means all entries, True causal, an array its True entries. An array must be last: it is applied in place.
     """
     queries, keys, _ = queries_and_keys(q, k)
     n, d = queries.shape[-2:]
@@ -222,7 +222,7 @@ def _run(
     if (order or softmax) and n < least:
         raise InputError(f"there are {n} tokens: K_(2n) needs at least {least}")
     hidden = _hidden(masks[-1], n, order or softmax)
-    # Nothing above the diagonal need be read where nothing of it is seen.
+    # If every mask hides all entries above the diagonal, they need not be read.
     causal_like = hidden is not None and bool(hidden[np.triu_indices(n, 1)].all())
     batch = queries.shape[:-2]
     count = int(np.prod(batch))
@@ -248,7 +248,7 @@ def _run(
                 softmax_statistics(log_values, causal, part.softmax[index])
 
     for start, chunk in _logits(queries.reshape(-1, n, d), keys.reshape(-1, n, d), s, memory):
-        # The compiled functions release the interpreter's lock.
+        # The compiled functions release the GIL.
         over_items(one_head, range(start, start + len(chunk)), chunk)
     return [
         _Found(*(table.reshape(*batch, table.shape[1]) for table in (part.ratios, part.logs, part.softmax)))
@@ -257,7 +257,7 @@ def _run(
 
 
 def _hidden(mask: bool | np.ndarray, n: int, whole: bool) -> np.ndarray | None:
-    """Where a mask of its own hides an entry; `whole`: whether K_(2n) must exist."""
+    """Where a mask given as an array hides entries; `whole`: whether K_(2n) must exist."""
     if isinstance(mask, bool):
         return None
     if mask.shape != (n, n) or mask.dtype != np.bool_:
@@ -270,9 +270,9 @@ def _hidden(mask: bool | np.ndarray, n: int, whole: bool) -> np.ndarray | None:
 
 
 def _logits(q: torch.Tensor, k: torch.Tensor, s: float, memory: int) -> Iterator[tuple[int, np.ndarray]]:
-    """s <q_i, k_j> - s |q_i|^2 / 2 of a few heads at a time: log K up to a constant. Each lasts until the next.
+    """s <q_i, k_j> - s |q_i|^2 / 2 for a few heads at a time: log K up to a constant. Each is valid until the next.
 
-    The row's term is one more column of q against ones, which costs less than a pass over the product.
+    The row's term is one more column of q, multiplied with ones, which is cheaper than a pass over the product.
     """
     queries = torch.empty(*q.shape[:-1], q.shape[-1] + 1, dtype=q.dtype, device=q.device)
     torch.mul(q, s, out=queries[..., :-1])
@@ -291,7 +291,7 @@ _KEPT = threading.local()
 
 
 def _scratch(size: int) -> torch.Tensor:
-    """float64 memory that this thread uses again: fresh pages cost as much as a third of the product."""
+    """float64 memory that this thread reuses: fresh pages cost up to a third of the product."""
     kept = getattr(_KEPT, "memory", None)
     if kept is None or len(kept) < size:
         kept = _KEPT.memory = torch.empty(size, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""The largest of a stream of numbers, in memory that does not grow with it."""
+"""The largest numbers of a stream, in constant memory."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import math
 
 import torch
 
-# The candidates are cut back to the 2n largest when there are SLACK n of them.
+# The candidates are cut back to the 2n largest when there are SLACK * n of them.
 SLACK = 8
 
 
 class Largest:
-    """The 2n largest of a stream of logarithms, and the sum of all others; on one device, in O(n) memory."""
+    """The 2n largest of a stream of logarithms and the sum of all others; on one device, in O(n) memory."""
 
     def __init__(self, n: int, device: torch.device) -> None:
         self.n = n
@@ -21,7 +21,7 @@ class Largest:
         self._far = torch.tensor(-math.inf, dtype=torch.float64, device=device)
 
     def add(self, values: torch.Tensor, log_far: torch.Tensor) -> None:
-        """Take a strip's values above the bound, and the log of the sum of its others."""
+        """Add the values of a strip that are above the bound, and the log of the sum of the others."""
         self._parts.append(values)
         self._count += values.numel()
         self._far = torch.logaddexp(self._far, log_far)
@@ -29,7 +29,7 @@ class Largest:
             self._cut(2 * self.n)
 
     def add_strip(self, values: torch.Tensor) -> None:
-        """Take a strip's values, of which -inf are none."""
+        """Add the values of a strip; -inf marks entries that do not exist."""
         above = values > self.bound
         self.add(values[above], values.masked_fill(above, -math.inf).flatten().logsumexp(0))
 
@@ -46,7 +46,7 @@ class Largest:
         return values
 
     def finish(self) -> tuple[float, float, float, float]:
-        """c, log K_(n), log K_(n+1) and log K_(2n); of fewer entries c is 0, and what is not there -inf."""
+        """c, log K_(n), log K_(n+1) and log K_(2n); with fewer entries c is 0, and missing ones are -inf."""
         n = self.n
         ordered = self._cut(2 * n).sort(descending=True).values
         head = ordered[:n].logsumexp(0)

@@ -1,4 +1,4 @@
-"""The logits of attention a tile at a time: scale, cap, bias and mask, from inputs that are checked once."""
+"""The logits of attention, tile by tile, with scale, cap, bias and mask; inputs are checked once."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from approxkmv.arrays import Array, as_float64, queries_and_keys, resolve_scale
 from approxkmv.compute.scratch import scratch
 from approxkmv.errors import InputError
 
-# Columns of float32 products that are summed together: the fewer, the smaller the sums on the way to a logit, whose
-# rounding is what a float32 logit is off by. Two sums of 32 halve the error of one of 64, at a sixth of its time more.
+# Columns of float32 products that are summed together: fewer mean smaller partial sums of a logit, whose rounding is
+# the error of a float32 logit. Two sums of 32 have half the error of one of 64, and take a sixth longer.
 COLUMNS = 32
-# In place of a logit that a mask hides, by type; and what logits may be, far enough from it.
+# Replaces a logit that a mask hides, by dtype; and the limit on logits, far enough from it.
 HIDDEN = {torch.float32: -1e30, torch.float64: -1e300}
 LARGEST = {torch.float32: 1e28, torch.float64: 1e290}
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -25,33 +25,33 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 @dataclass(frozen=True)
 class Logits:
-    """scale <q_i, k_j>, capped, with a bias, some of them hidden; heads are all leading dimensions in one."""
+    """scale <q_i, k_j>, capped, plus a bias, some of them hidden; all leading dimensions are merged into heads."""
 
     q: torch.Tensor
-    """(heads, n_q, d) in the type of the products, scaled."""
+    """(heads, n_q, d) in the dtype of the products, scaled."""
     k: torch.Tensor
     """(heads, n_k, d) likewise."""
     row_terms: torch.Tensor
-    """(heads, n_q) float64: scale |q_i|^2 / 2, by which the Gaussian kernel of Lemma 4.1 differs in its logarithm."""
+    """(heads, n_q) float64: scale |q_i|^2 / 2, which is subtracted in the logarithm of Lemma 4.1's Gaussian kernel."""
     softcap: float | None
     bias: torch.Tensor | None
     """(..., n_q, n_k), expanded to all leading dimensions, or (n_q, n_k)."""
     seen: torch.Tensor | None
-    """bool, as bias."""
+    """bool, shaped as bias."""
     spans: np.ndarray | None
-    """(n_q, 2) int64: query i sees the keys from the first number to before the second."""
+    """(n_q, 2) int64: query i sees the keys in [first number, second number)."""
     batch: tuple[int, ...]
     """The leading dimensions."""
 
     @property
     def hidden(self) -> float:
-        """What stands in a tile for a hidden logit."""
+        """What replaces a hidden logit in a tile."""
         return HIDDEN[self.q.dtype]
 
     def pieces(self, keys: int, area: int) -> Iterator[tuple[slice, slice]]:
-        """Heads and rows that are computed together, some `area` logits for each thread, of `keys` keys each row.
+        """Heads and rows to compute together: about `area` logits per thread, with `keys` keys per row.
 
-        Several heads come with all their rows, so that they are neighbours among all rows of all heads.
+        Several heads always come with all their rows, so that the rows are contiguous over all heads.
         """
         heads, n_q = self.q.shape[:2]
         area *= torch.get_num_threads() if self.q.device.type == "cpu" else 16
@@ -62,7 +62,7 @@ class Logits:
                 yield slice(head, min(head + together, heads)), slice(row, min(row + rows, n_q))
 
     def tiles(self, heads: slice, rows: slice, keys: int) -> Iterator[torch.Tensor]:
-        """All tiles of these rows, `keys` keys wide; each lasts until the next."""
+        """All tiles of these rows, `keys` keys wide; each is valid until the next."""
         n_k = self.k.shape[1]
         for start in range(0, n_k, keys):
             tile = self.tile(heads, rows, slice(start, min(start + keys, n_k)))
@@ -70,7 +70,7 @@ class Logits:
                 yield tile
 
     def tile(self, heads: slice, rows: slice, keys: slice) -> torch.Tensor | None:
-        """(heads, rows, keys): a tile, valid until the next; None where a mask by spans hides all of it."""
+        """(heads, rows, keys): a tile, valid until the next; None if spans hide all of it."""
         place = _place(self.spans, rows, keys)
         if place is None:
             return None
@@ -102,7 +102,7 @@ class Logits:
 
 
 def _place(spans: np.ndarray | None, rows: slice, keys: slice) -> np.ndarray | None:
-    """The rows' spans where they cut through these keys, none of them where they see all, None where they see none."""
+    """The rows' spans if they cut through these keys, no spans if they see all of them, None if they see none."""
     if spans is None:
         return np.empty((0, 2), np.int64)
     own = spans[rows]
@@ -129,9 +129,9 @@ def checked_logits(
     if added is not None and added.numel():
         most += float(added.abs().amax())
     if most > LARGEST[kind]:
-        raise InputError(f"logits may be {most:.0e}, and {dtype} takes {LARGEST[kind]:.0e}: scale q or k or bias down")
+        raise InputError(f"logits may be {most:.0e}, but {dtype} allows {LARGEST[kind]:.0e}: scale q or k or bias down")
     scaled = queries * s
-    # A power of 2 from one to the other changes no product and keeps both within float32.
+    # Moving a power of 2 from one to the other changes no product and keeps both within float32.
     one, other = (float(x.abs().max()) if x.numel() else 0.0 for x in (scaled, keys))
     shift = 2.0 ** round(0.5 * (math.log2(other) - math.log2(one))) if one > 0 and other > 0 else 1.0
     return Logits(
@@ -147,7 +147,7 @@ def checked_logits(
 
 
 def _repeated(q: Array, k: Array) -> Array:
-    """k with each head as often as q has heads for it."""
+    """k with each head repeated for the query heads that share it."""
     if not all(isinstance(x, (np.ndarray, torch.Tensor)) and x.ndim > 2 for x in (q, k)):
         return k
     times, rest = divmod(q.shape[-3], max(1, k.shape[-3]))
@@ -173,12 +173,12 @@ def _as_bias(bias: Array, shape: tuple[int, ...], device: torch.device) -> torch
     if not isinstance(bias, torch.Tensor) or bias.is_complex() or bias.dtype == torch.bool:
         raise InputError("bias must be a torch tensor or a NumPy array of real numbers")
     if bias.numel() and not bool(torch.isfinite(bias).all()):
-        raise InputError("bias holds a NaN or an infinity: give what hides keys as mask")
+        raise InputError("bias holds a NaN or an infinity: hide keys with mask instead")
     return _expanded(bias.detach().to(device), "bias", shape)
 
 
 def _expanded(array: torch.Tensor, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """The array as (n_q, n_k) where that is all there is of it, else expanded to all leading dimensions."""
+    """The array as (n_q, n_k) if it has only these dimensions, else expanded to all leading dimensions."""
     try:
         whole = array.expand(shape)
     except RuntimeError:
@@ -187,7 +187,7 @@ def _expanded(array: torch.Tensor, name: str, shape: tuple[int, ...]) -> torch.T
 
 
 def _masks(mask: Any, shape: tuple[int, ...], device: torch.device) -> tuple[np.ndarray | None, torch.Tensor | None]:
-    """A mask as spans or as a bool tensor; both None where every query sees every key."""
+    """A mask as spans or as a bool tensor; both None if every query sees every key."""
     n_q, n_k = shape[-2:]
     if isinstance(mask, str) and mask == "none":
         return None, None
@@ -213,7 +213,7 @@ def _masks(mask: Any, shape: tuple[int, ...], device: torch.device) -> tuple[np.
 
 
 def checked_sinks(sinks: Array | None, logits: Logits) -> torch.Tensor | None:
-    """(heads, n_q) float64: one more logit of each row. Raises InputError."""
+    """(heads, n_q) float64: one more logit per row. Raises InputError."""
     if sinks is None:
         return None
     given = as_float64(sinks, "sinks").to(logits.q.device)

@@ -14,19 +14,19 @@ SAMPLE = 2048
 def order_logarithms(log_values: np.ndarray, causal: bool, out: np.ndarray) -> None:
     """Log K_(n), log K_(n+1) and log K_(2n) of an (n, n) matrix of logarithms, written to out[:3].
 
-    A sample guesses a bound that about 4n entries exceed, so that the selection runs over those and not over n^2.
-    When the guess lets through too few or far too many, it runs over all. The result is exact either way.
+    A sample suggests a bound that about 4n entries exceed, so that the selection runs over those instead of n^2. If the
+    bound admits too few or far too many, it runs over all. The result is exact either way.
 
     Args:
         log_values: (n, n) float64, finite. causal: only the entries on and below the diagonal exist.
-        out: (3,) float64. There must be 2n entries: n >= 2, with causal n >= 3.
+        out: (3,) float64. There must be 2n entries: n >= 2, or n >= 3 if causal.
     """
     n = log_values.shape[0]
     entries = n * (n + 1) // 2 if causal else n * n
     room = min(entries, 12 * n)
     kept = np.empty(room)
     count = 0
-    # With twice as many wanted as there is room, everything is selected from at once.
+    # If there is room for only half of what is wanted, select from all entries at once.
     if entries > 2 * room:
         sample = np.empty(SAMPLE)
         state = np.uint64(88172645463325252)
@@ -39,7 +39,7 @@ def order_logarithms(log_values: np.ndarray, causal: bool, out: np.ndarray) -> N
             if causal and j > i:
                 i, j = j, i
             sample[t] = log_values[i, j]
-        # n^2 / 4n: each sampled entry stands for entries / SAMPLE of them (nearly so for the triangle).
+        # n^2 / 4n: each sampled entry represents entries / SAMPLE entries (approximately, for the triangle).
         wanted = max(4, (4 * n * SAMPLE) // entries)
         sample.sort()
         bound = sample[SAMPLE - wanted]

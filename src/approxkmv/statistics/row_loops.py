@@ -1,4 +1,4 @@
-"""The functions of `rows` for float32 on a CPU, in compiled loops on as many threads as torch has."""
+"""The functions of `rows` for float32 on a CPU, as compiled loops on as many threads as torch uses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from approxkmv.statistics.exponential import exp_and_sum
 from approxkmv.statistics.rows import RowSums
 from approxkmv.statistics.streaming_cpu import count_keys as count_keys_of_row
 
-# Weights below its exponential are dropped: what n of them add to a row's largest, 1, is under n 2e-38.
+# Weights below its exponential are dropped: n of them add less than n 2e-38 to a row's largest weight, 1.
 LOWEST = f32(-87.0)
 
 
@@ -42,7 +42,7 @@ def _add_rows(low, high, tile, tops, largest, total, moment):
             fade = np.exp(-rise)
             moment[i] = fade * (moment[i] + rise * total[i])
             largest[i] = tops[i]
-            # The largest are counted apart: beside their 1 a float32 sum would lose the digits of small weights.
+            # The largest are counted separately: beside them a float32 sum would lose the digits of small weights.
             ties = 0
             for j in range(width):
                 ties += line[j] == tops[i]

@@ -1,6 +1,6 @@
-"""What is summed over each row of logits, tile by tile: in plain torch, on any device and in any type.
+"""Sums over each row of logits, tile by tile, in plain torch, on any device and in any dtype.
 
-`row_loops` has the same two functions for float32 on a CPU, in compiled loops; tests hold the two against each other.
+`row_loops` has the same two functions as compiled loops for float32 on a CPU; tests compare the two.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 
 @dataclass(frozen=True)
 class RowSums:
-    """Of each row the largest logit so far, and sums relative to it; float64."""
+    """The largest logit of each row so far, and sums relative to it; float64."""
 
     largest: torch.Tensor
     total: torch.Tensor
@@ -25,11 +25,11 @@ class RowSums:
 
 
 def add_tile(tile: torch.Tensor, sums: RowSums) -> None:
-    """Add a tile (rows, keys), which may be written to; hidden logits are far below `largest` from the start."""
+    """Add a tile (rows, keys), which may be overwritten; hidden logits are far below `largest` from the start."""
     largest = torch.maximum(sums.largest, tile.amax(1).double())
     rise = largest - sums.largest
     fade = torch.exp(-rise)
-    # With the sums before, as all logits below the largest have moved away by `rise`.
+    # Rescale the earlier sums, since the largest logit has risen by `rise`.
     sums.moment.add_(sums.total * rise).mul_(fade)
     sums.total.mul_(fade)
     sums.largest.copy_(largest)
@@ -40,7 +40,7 @@ def add_tile(tile: torch.Tensor, sums: RowSums) -> None:
 
 
 def count_keys(tile: torch.Tensor, hidden: float, shares: tuple[float, ...]) -> torch.Tensor:
-    """(rows, shares) int64: the least number of keys, largest first, whose weights make up each share of the row's.
+    """(rows, shares) int64: the fewest keys, largest first, whose weights make up each share of the row's total.
 
     tile: (rows, n_k), whole rows.
     """

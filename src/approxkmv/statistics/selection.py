@@ -1,4 +1,4 @@
-"""Order statistics by partition and by heap, compiled: what the two experiments stand on."""
+"""Order statistics by partition and by heap, compiled: the basis of both experiments."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def select_largest(values: np.ndarray, size: int, count: int) -> None:
     low, high, target = 0, size - 1, count - 1
     state = np.uint64(88172645463325252)
     while low < high:
-        # A pseudo-random pivot: no order of real data is its worst case; the constant start keeps runs equal.
+        # A pseudo-random pivot: no order of real data is its worst case; the fixed seed keeps runs equal.
         state ^= state << np.uint64(13)
         state ^= state >> np.uint64(7)
         state ^= state << np.uint64(17)

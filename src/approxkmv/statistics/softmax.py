@@ -1,4 +1,4 @@
-"""The softmax matrix D^-1 A of one head: the same ratio c without the row factor, and the stronger assumption."""
+"""The softmax matrix D^-1 A of one head: its c, without the row factor, and the stronger assumption."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from approxkmv.compute.compiling import cached_njit
 from approxkmv.statistics.exponential import exp_and_sum
 from approxkmv.statistics.selection import select_largest
 
-# Stands for 0 where a logarithm is taken: exp_and_sum has nothing smaller.
+# Replaces 0 where a logarithm is taken: exp_and_sum returns nothing smaller.
 SMALLEST = 1e-307
 
 
 @cached_njit(nogil=True)
 def softmax_statistics(log_values: np.ndarray, causal: bool, out: np.ndarray) -> None:
-    """Four numbers of P = D^-1 A, A = exp(log_values) with its rows divided by their sums, written to out[:4].
+    """Four statistics of P = D^-1 A, A = exp(log_values) with its rows divided by their sums, written to out[:4].
 
-    out[0]: (sum of all entries - sum of the n largest) / (sum of the n largest), as c of the kernel.
+    out[0]: (sum of all entries - sum of the n largest) / (sum of the n largest), like c of the kernel.
     out[1], out[2]: log P_(n) and log P_(n+1), the smallest entry of the head and the largest outside it.
     out[3]: n max_j sum_i P_ij^2, the largest squared norm of a column, times n.
 
     A factor per row of log_values cancels in D^-1 A. Every row has an entry of at least 1/n, so the n largest are all
-    at least that: only those are gathered and selected from, and P itself, not its logarithm, loses nothing.
+    at least that: only those are gathered and selected from, and working with P instead of its logarithm loses nothing.
 
     Args:
         log_values: (n, n) float64, finite. causal: only the entries on and below the diagonal exist.
         out: (4,) float64. There must be more than n entries: n >= 2.
     """
     n = log_values.shape[0]
-    # A hair below 1/n, for the rounding of a uniform row.
+    # Slightly below 1/n, for the rounding of a uniform row.
     bound = (1.0 - 1e-9) / n
     gathered = np.empty(8 * n)
     count = 0

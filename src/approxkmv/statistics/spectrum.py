@@ -1,4 +1,4 @@
-"""Norms of D^-1 A in passes over strips of rows: its columns, and its largest singular value."""
+"""Norms of D^-1 A in passes over strips of rows: of its columns, and its largest singular value."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import torch
 
 from approxkmv.statistics.logits import Logits
 
-# Logits of one strip of whole rows, for each thread; a matrix that fits is computed once and not in each pass.
+# Logits of one strip of whole rows per thread; a matrix that fits is computed once instead of in each pass.
 STRIP = 2**21
-# Passes between two looks at the singular value, how little it may have changed between them, and most passes.
+# Passes between two checks of the singular value, the change at which it has converged, and the most passes.
 EVERY = 4
 UNCHANGED = 1e-3
 PASSES = 96
 
 
 class _Strips:
-    """D^-1 A of some heads, strip by strip; kept where it is one strip."""
+    """D^-1 A of some heads, strip by strip; kept in memory if it is one strip."""
 
     def __init__(self, logits: Logits, log_sums: torch.Tensor, heads: slice) -> None:
         self._logits, self._log_sums, self._heads = logits, log_sums, heads
@@ -30,7 +30,7 @@ class _Strips:
             tile = self._logits.tile(self._heads, rows, slice(0, self._logits.k.shape[1]))
             if tile is None:
                 continue
-            # Rows without a key have an infinite sum here. What is clamped is 0 in float32, and slow to compute with.
+            # Rows without a key have an infinite sum here. Clamped values are 0 in float32, and slow to compute with.
             tile -= self._log_sums[self._heads, rows].to(tile.dtype).unsqueeze(2)
             weights = tile.clamp_min_(-80.0 if tile.dtype == torch.float32 else -700.0).exp_()
             if len(self._rows) == 1:
@@ -49,7 +49,7 @@ class _Strips:
 
 
 def column_norm_and_stable_rank(logits: Logits, log_sums: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Per head n_q max_j |P e_j|^2 and |P|_F^2 / |P|_2^2 of P = D^-1 A, float64; 0 for a P without entries.
+    """Per head n_q max_j |P e_j|^2 and |P|_F^2 / |P|_2^2 of P = D^-1 A, float64; 0 if P has no entries.
 
     log_sums: (heads, n_q) float64, the logarithms of D; infinite for a row without keys.
     """
@@ -67,10 +67,10 @@ def column_norm_and_stable_rank(logits: Logits, log_sums: torch.Tensor) -> tuple
 
 
 def _largest_eigenvalue(strips: _Strips, squares: torch.Tensor) -> torch.Tensor:
-    """|P|_2^2 of each head by Lanczos' method on P^T P, from below; `squares` gets the columns' sums of squares.
+    """|P|_2^2 of each head by Lanczos' method on P^T P, from below; fills `squares` with the columns' sums of squares.
 
-    P has no negative entry, so P^T P has a leading eigenvector without one (Perron and Frobenius), and the vector of
-    ones, with which the iteration begins, is never nearly orthogonal to it: their cosine is at least 1/sqrt(n).
+    P is non-negative, so P^T P has a non-negative leading eigenvector (Perron and Frobenius), and the vector of ones,
+    with which the iteration starts, is never nearly orthogonal to it: their cosine is at least 1/sqrt(n).
     """
     heads, n = squares.shape
     kind = strips._logits.q.dtype
@@ -82,12 +82,12 @@ def _largest_eigenvalue(strips: _Strips, squares: torch.Tensor) -> torch.Tensor:
         image = strips.gram(basis[-1], None if step else squares).double()
         matrix[:, step, step] = torch.linalg.vecdot(image, basis[-1].double())
         whole = torch.stack(basis, 1).double()
-        # Twice, or what rounding leaves of the earlier directions grows from pass to pass.
+        # Twice, since otherwise the remains of earlier directions would grow from pass to pass.
         for _ in range(2):
             image -= torch.einsum("hsn,hs->hn", whole, torch.einsum("hsn,hn->hs", whole, image))
         length = torch.linalg.vector_norm(image, dim=1)
         found = torch.linalg.eigvalsh(matrix[:, : step + 1, : step + 1])[:, -1] if step % EVERY == EVERY - 1 else None
-        # What is left is rounding: the space that the iteration can reach is exhausted.
+        # Only rounding is left: the space that the iteration can reach is exhausted.
         length = torch.where(length > 1e-6 * matrix[:, 0, 0], length, 0.0)
         exhausted = not bool(length.any())
         if found is not None:

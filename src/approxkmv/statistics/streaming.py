@@ -1,13 +1,13 @@
-"""Statistics of one long text without any n x n array: strips of rows, one pass, candidates and a running far tail.
+"""Statistics of one long text without any n x n array: strips of rows in one pass, candidates and a running far tail.
 
-Torch makes the logits of a strip on the device of its input. What is done with them is a compiled loop on the CPU
-(streaming_cpu.py) and plain torch on any other device (add_strip_by_torch); tests hold the two against each other.
+torch computes the logits of a strip on the device of its input. They are processed by a compiled loop on the CPU
+(streaming_cpu.py) or by plain torch on other devices (add_strip_by_torch); tests compare the two.
 
-No sum over the n or 2n largest entries needs an entry that is not among the 2n largest seen so far. So a pass over the
-strips keeps as candidates the entries above a bound, cut back to the 2n largest whenever there are too many, which
-raises the bound; every other entry goes at once into a sum of the far tail that only ever grows. The result is exact
-for any order of entries and any ties; a histogram of the values, and a second pass for the bin that the cut falls into,
-would cost the matrix product twice.
+A sum over the n or 2n largest entries never needs an entry that is not among the 2n largest seen so far. So a pass over
+the strips keeps the entries above a bound as candidates, cut back to the 2n largest whenever there are too many, which
+raises the bound; every other entry goes at once into a sum of the far tail that only grows. The result is exact for any
+order of entries and any ties; a histogram of the values, with a second pass for the bin that contains the cut, would
+compute the matrix product twice.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from approxkmv.errors import InputError, NonFiniteError
 from approxkmv.statistics.entries import SHARES
 from approxkmv.statistics.largest import Largest
 
-# A strip holds at most BLOCK^2 logits, of all heads that are computed together.
+# A strip holds at most BLOCK^2 logits, over all heads that are computed together.
 BLOCK = 2048
 
 
 @dataclass(frozen=True)
 class LengthStatistics:
-    """One head at one length, over every query with every key, or (masked) over the entries that a mask leaves."""
+    """One head at one length, over all pairs of a query and a key or (masked) over the entries that a mask leaves."""
 
     ratio: float
     """c: the sum of all but the n largest entries of K, over the sum of those n."""
@@ -46,11 +46,11 @@ class LengthStatistics:
     tail_exponent: float
     """alpha with P_(n+1) = n^-alpha, P = D^-1 A."""
     mean_keys: tuple[float, ...]
-    """For each of SHARES: how many keys hold that share of a row's softmax mass, mean over rows."""
+    """For each of SHARES: the number of keys that hold that share of a row's softmax mass, mean over rows."""
     median_keys: tuple[float, ...]
-    """The same, the median row; of an even number of rows the mean of the middle two."""
+    """The same for the median row; for an even number of rows, the mean of the middle two."""
     largest_keys: tuple[int, ...]
-    """The same, the row that needs most."""
+    """The same for the row that needs the most keys."""
 
 
 @plain_torch()
@@ -73,14 +73,14 @@ def length_statistics(
     Args:
         q, k: (heads, n, d) or (n, d), torch (on any device) or NumPy; n >= 3.
         scale: the factor of the logits; None means 1/sqrt(d).
-        causal: give the masked statistics too, over the entries of no key after its query.
-        spans: (n, 2) integers: give the masked statistics too, over the entries of the keys from the first number of
-            each query to before the second, which are windows, chunks, or causal ones.
-        block: logits are in memory block^2 at a time.
+        causal: also return the masked statistics, over entries with no key after its query.
+        spans: (n, 2) integers: also return the masked statistics, over the keys in [first number, second number) of
+            each query: windows, chunks, or causal spans.
+        block: block^2 logits are held in memory at a time.
     Returns:
         Per head a list: unmasked and, with causal or spans, masked.
     Raises:
-        InputError: shapes that do not fit, non-finite values, spans without a key or with fewer than 2n entries.
+        InputError: mismatched shapes, non-finite values, spans without a key or with fewer than 2n entries.
         NonFiniteError: logits beyond float64.
     """
     queries, keys, _ = queries_and_keys(q, k)
@@ -117,12 +117,12 @@ def _strips(q: torch.Tensor, k: torch.Tensor, s: float, block: int) -> Iterator[
 
 
 def every_key(n: int) -> torch.Tensor:
-    """Spans of a kernel without a mask: (n, 2) int64, every query with the keys from 0 to before n."""
+    """Spans of a kernel without a mask: (n, 2) int64, keys 0 to n for every query."""
     return torch.tensor([[0, n]]).repeat(n, 1)
 
 
 def _own_spans(n: int, causal: bool, spans: Array | None) -> list[torch.Tensor]:
-    """The spans of the masked statistics, if there are to be such."""
+    """The spans of the masked statistics, if requested."""
     if spans is None:
         return [torch.stack([torch.zeros(n, dtype=torch.long), torch.arange(1, n + 1)], 1)] if causal else []
     own = torch.as_tensor(spans).cpu().long().contiguous()
@@ -134,7 +134,7 @@ def _own_spans(n: int, causal: bool, spans: Array | None) -> list[torch.Tensor]:
 
 
 class _Head:
-    """What one head and mask gathers over the strips."""
+    """What is collected over the strips for one head and mask."""
 
     def __init__(self, n: int, device: torch.device) -> None:
         self.kernel = Largest(n, device)
@@ -173,12 +173,12 @@ def _strip(head: Sequence[_Head], logits: torch.Tensor, first: int, masks: Seque
 def add_strip_by_torch(
     kernel: Largest, softmax: Largest, keys: list[torch.Tensor], logits: torch.Tensor, first: int, spans: torch.Tensor
 ) -> None:
-    """A strip in plain torch, on any device.
+    """Process a strip in plain torch, on any device.
 
     Args:
-        kernel, softmax: take the entries of K and of D^-1 A. keys: gets (rows, shares), the keys that hold each share.
-        logits: (rows, n), row i of them the row first + i of the kernel.
-        spans: (n, 2) int64 on the CPU: of each row of the kernel, the first entry that exists and the end of them.
+        kernel, softmax: collect the entries of K and of D^-1 A. keys: gets (rows, shares), the keys of each share.
+        logits: (rows, n), whose row i is row first + i of the kernel.
+        spans: (n, 2) int64 on the CPU: the first existing entry of each row of the kernel, and their end.
     """
     own = spans[first : first + len(logits)]
     start, stop = int(own[:, 0].min()), int(own[:, 1].max())

@@ -1,4 +1,4 @@
-"""A strip of rows on the CPU: the arithmetic of streaming.add_strip_by_torch in one compiled loop per row."""
+"""A strip of rows on the CPU: the same as streaming.add_strip_by_torch, in one compiled loop per row."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _SHARES = np.array(SHARES)
 def add_strip(
     kernel: Largest, softmax: Largest, keys: list[torch.Tensor], logits: torch.Tensor, first: int, spans: torch.Tensor
 ) -> None:
-    """As streaming.add_strip_by_torch, for float64 on the CPU; releases the interpreter's lock while it works."""
+    """Like streaming.add_strip_by_torch, for float64 on the CPU; releases the GIL while it works."""
     values = logits.numpy()
     own = spans[first : first + len(values)].numpy()
     counts = np.empty((len(values), len(SHARES)), np.int64)
     row = 0
     room = np.empty(0)
     while row < len(values):
-        # So many candidates at a time that the lists are cut back, and the bounds raised, within a strip too.
+        # Few enough candidates at a time that the lists are cut back, and the bounds raised, within a strip too.
         size = max(4 * kernel.n, values.shape[1])
         if room.size < 2 * size:
             room = np.empty(2 * size)
@@ -77,7 +77,7 @@ def _sum_where_at_most(weights: np.ndarray, values: np.ndarray, size: int, limit
 
 @cached_njit(nogil=True)
 def _append_above(values: np.ndarray, size: int, limit: float, shift: float, out: np.ndarray, count: int) -> int:
-    """Append values - shift where values > limit to out; returns their new count. Few are, so 32 are tested at once."""
+    """Append values - shift where values > limit to out; returns their count. They are rare: 32 are tested at once."""
     whole = size - size % 32
     for start in range(0, whole, 32):
         hits = 0
@@ -99,7 +99,7 @@ def _append_above(values: np.ndarray, size: int, limit: float, shift: float, out
 def keys_holding(weights: np.ndarray, size: int, goal: float) -> int:
     """How many of the largest weights[:size] are needed for a sum of `goal`; those come first afterwards.
 
-    A quickselect by mass: of the two sides of a pivot the one in which the goal is reached is looked at further.
+    A quickselect by mass: continues on the side of the pivot in which the goal is reached.
     """
     low, high = 0, size
     before = 0.0
@@ -127,7 +127,7 @@ def keys_holding(weights: np.ndarray, size: int, goal: float) -> int:
         if upper >= goal:
             high = right + 1
         elif middle >= goal:
-            # At most one entry stands between the sides.
+            # At most one entry is left between the sides.
             return left
         elif left >= high:
             return high
@@ -137,7 +137,7 @@ def keys_holding(weights: np.ndarray, size: int, goal: float) -> int:
     return low + 1
 
 
-# Bins per factor of 2, as a power of 2, and how many bins there are: 16 times 24 octaves below the largest weight, 1.
+# Bins per factor of 2, as a power of 2, and the number of bins: 16 times 24 octaves below the largest weight, 1.
 _FINE = 4
 _BINS = 16 * 24
 _TOP_BIN = (1023 << _FINE) + 1
@@ -166,10 +166,10 @@ def _append_between(values: np.ndarray, size: int, low: float, high: float, out:
 
 @cached_njit(nogil=True)
 def count_keys(weights: np.ndarray, size: int, total: float, shares: np.ndarray, out: np.ndarray) -> None:
-    """How many of the largest weights[:size] <= 1 make up each share of their total, written to out.
+    """The number of largest weights[:size] <= 1 that make up each share of their total, written to out.
 
-    Weights are counted and added up in bins (the first bits of a float64 are its logarithm); only the bin in which a
-    share is reached is looked at closely. Whatever is smaller than the bins reach stands in bin 0.
+    Weights are counted and summed in bins (the first bits of a float64 approximate its logarithm); only the bin in
+    which a share is reached is searched exactly. Weights below the range of the bins go into bin 0.
     """
     counts = np.zeros(_BINS, np.int64)
     masses = np.zeros(_BINS)
@@ -188,7 +188,7 @@ def count_keys(weights: np.ndarray, size: int, total: float, shares: np.ndarray,
             mass += masses[place]
             above += counts[place]
             place -= 1
-        # The bin's edges as weights, the upper one excluded.
+        # The bin's edges as weights, excluding the upper one.
         low = np.int64((place + lowest) << shift).view(np.float64) if place > 0 else -1.0
         high = np.int64((place + 1 + lowest) << shift).view(np.float64)
         many = _append_between(weights, size, low, high, members)
@@ -207,10 +207,10 @@ def _rows(
     counts: np.ndarray,
     shares: np.ndarray,
 ):
-    """Rows from `row` on, each from its span's start to its end, while both lists have room for one more.
+    """Rows from `row` on, each from the start to the end of its span, while both lists have room for one more.
 
-    Returns the next row (or -1 - row where a logit is not finite), the sizes of the two lists, and the logarithms of
-    the sums of the entries that are not in them.
+    Returns the next row (or -1 - row if a logit is not finite), the sizes of the two lists, and the logarithms of the
+    sums of the entries that are not in them.
     """
     n = values.shape[1]
     weights = np.empty(n)

@@ -1,4 +1,4 @@
-"""Sorted angular hashing: queries and keys in blocks of like codes, and the block-diagonal part of attention.
+"""Sorted angular hashing: queries and keys in blocks of similar codes, and the block-diagonal part of attention.
 
 Source: KDEformer (Zandieh, Han, Daliri & Karbasi 2023), angular hashing with codes in Gray order and equal blocks.
 """
@@ -13,7 +13,7 @@ import torch
 from approxkmv.attention.kernels.exponentials import exp_
 from approxkmv.compute.counting import count
 
-# So many queries at a time: their logits with the sample stay near the cache.
+# Queries per step: their logits with the sample then stay in the cache.
 _ROWS = 1024
 
 
@@ -29,7 +29,7 @@ def gray_rank(bits: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class SortedBlocks:
-    """Queries and keys cut into as many blocks each, all of one kind equally large but for one."""
+    """Queries and keys cut into the same number of blocks, whose sizes differ by at most one."""
 
     queries: torch.Tensor
     """(blocks, rows) the queries of each block; short blocks repeat a query."""
@@ -41,19 +41,19 @@ class SortedBlocks:
     """(n_k,)"""
 
     def keys_in_block(self) -> torch.Tensor:
-        """(blocks,) how many keys each block has."""
+        """(blocks,) the number of keys in each block."""
         return (~self.padded).sum(1)
 
     def unsorted(self, answers: torch.Tensor, n_q: int) -> torch.Tensor:
         """Answers (blocks, rows, ...) in the order of the queries, (n_q, ...)."""
         out = answers.new_empty(n_q, *answers.shape[2:])
-        # A repeated query has the same answer twice.
+        # A repeated query has the same answer each time.
         out[self.queries.flatten()] = answers.flatten(0, 1)
         return out
 
 
 def _cut(order: torch.Tensor, blocks: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The order (n,) in blocks that differ by one at most, (blocks, width), and where the last entry repeats."""
+    """The order (n,) cut into blocks that differ by at most one, (blocks, width), and where the last entry repeats."""
     n = len(order)
     starts = torch.arange(blocks + 1, device=order.device) * n // blocks
     sizes = starts.diff()
@@ -65,15 +65,15 @@ def _cut(order: torch.Tensor, blocks: int) -> tuple[torch.Tensor, torch.Tensor]:
 def sort_into_blocks(
     q: torch.Tensor, k: torch.Tensor, generator: torch.Generator, *, block: int, projections: int
 ) -> SortedBlocks:
-    """Blocks of at most `block` queries q (n_q, d), and as many of keys k (n_k, d), by the order of their codes.
+    """Blocks of at most `block` queries q (n_q, d), and as many blocks of keys k (n_k, d), in the order of their codes.
 
-    A code is the signs of `projections` Gaussian projections.
+    A code consists of the signs of `projections` Gaussian projections.
     """
     directions = torch.randn(q.shape[1], projections, generator=generator, device=q.device)
     count(other_products=(len(q) + len(k)) * projections)
     order_q = gray_rank(q @ directions > 0).argsort(stable=True)
     order_k = gray_rank(k @ directions > 0).argsort(stable=True)
-    # No block without a key
+    # Leave no block without a key
     blocks = min(-(-len(q) // block), len(k), len(q))
     queries, _ = _cut(order_q, blocks)
     keys, padded = _cut(order_k, blocks)
@@ -84,16 +84,16 @@ def sort_into_blocks(
 
 @dataclass(frozen=True)
 class Sample:
-    """Keys drawn for all queries alike, in the order of their blocks."""
+    """Keys drawn for all queries, sorted by block."""
 
     keys: torch.Tensor
     """(m,)"""
     starts: torch.Tensor
-    """(blocks + 1,) the keys of block b are starts[b] to starts[b + 1] - 1 of the sample."""
+    """(blocks + 1,) the keys of block b are entries starts[b] to starts[b + 1] - 1 of the sample."""
 
 
 def sorted_sample(drawn: torch.Tensor, blocks: SortedBlocks) -> tuple[Sample, torch.Tensor]:
-    """The drawn keys (m,) in the order of their blocks, and that order (m,)."""
+    """The drawn keys (m,) sorted by block, and that order (m,)."""
     of_drawn, order = blocks.block_of_key[drawn].sort(stable=True)
     edges = torch.arange(len(blocks.queries) + 1, device=drawn.device)
     return Sample(drawn[order], torch.searchsorted(of_drawn, edges)), order
@@ -107,13 +107,13 @@ def block_sums(
     sample: Sample,
     columns: torch.Tensor,
 ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """For some blocks at a time: which, their exact sums, and sums over the sampled keys outside of each block.
+    """A few blocks at a time: which ones, their exact sums, and sums over the sampled keys outside each block.
 
     For scaled queries q (n_q, d), keys k (n_k, d), [v, 1] (n_k, w) and columns (m, c), weighted values of the sampled
     keys, yields (slice of blocks, sums over the own block (b, rows, w), exponentials with the sampled keys
-    (b, rows, m), which are 0 for those of the own block, their products with the columns (b, rows, c), logs (b, rows)
-    that all are divided by). The shift is the largest logit that takes part, so that nothing overflows and one term
-    at least is 1.
+    (b, rows, m), which are 0 for keys of the own block, their products with the columns (b, rows, c), logs (b, rows):
+    all sums are divided by exp(log)). The shift is the largest participating logit, so that nothing overflows and at
+    least one term is 1.
     """
     number, rows = blocks.queries.shape
     sampled_k = k[sample.keys].mT

@@ -1,10 +1,10 @@
 """Appendix A.1.4 of Indyk, Kapralov, Sheth & Wagner (ICLR 2025), on values less their mean.
 
-Sorted angular hashing (KDEformer, Zandieh et al. 2023): signs of Gaussian projections give queries and keys a code,
-the codes are put in Gray order, queries and keys sorted by it are cut into blocks, and a block of queries meets its
+Sorted angular hashing (KDEformer, Zandieh et al. 2023): the signs of Gaussian projections give queries and keys a code,
+queries and keys are sorted by the Gray order of their codes and cut into blocks, and a block of queries attends to its
 block of keys exactly. The residual is estimated from columns sampled by norm. Rows whose empirical variance is above
-the average take 1.5 times the samples. One thing is ours: values are taken relative to their mean, without which
-sampling by norm sees little but a common offset of the values.
+average take 1.5 times the samples. One change is ours: values are taken relative to their mean, without which sampling
+by norm sees little but their common offset.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _MORE = 1.5
 
 @dataclass(frozen=True)
 class Parameters:
-    """Queries of a block at most, sampled columns, bits of a code; whether variances are relative to the row sums."""
+    """Most queries per block, sampled columns, bits of a code; whether variances are relative to the row sums."""
 
     block: int = 128
     samples: int = 128
@@ -34,7 +34,7 @@ class Parameters:
 
 
 def sums(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator, parameters: Parameters) -> Sums:
-    """Numerators (n_q, d_v), row sums (n_q,) and the logs (n_q,) that both are divided by, for scaled queries."""
+    """Numerators (n_q, d_v), row sums (n_q,) and logs (n_q,), for scaled queries; sums are divided by exp(log)."""
     blocks = sort_into_blocks(q, k, generator, block=parameters.block, projections=parameters.projections)
     samples = parameters.samples
     probabilities = column_probabilities(v)
@@ -43,7 +43,7 @@ def sums(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Gen
     extended = with_ones(v)
     sample, order = sorted_sample(drawn, blocks)
     drawn_v = extended[sample.keys] / probabilities[sample.keys].unsqueeze(1)
-    # Every row takes the first of the draws; all of them serve where the variance is high.
+    # Every row uses the first draws; rows of high variance use all of them.
     is_first = (order < samples).unsqueeze(1)
     first_v = drawn_v * is_first
     first_size = first_v.square().sum(1)
@@ -58,7 +58,7 @@ def sums(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Gen
         first[here], all_of_them[here] = far[..., :width], far[..., width:]
         variance[here] = flushed_(light.square_()) @ first_size / samples
         variance[here] -= (first[here] / samples).square().sum(-1)
-    # The average is over the variances of the estimates, each with its row's own factor exp(shift) back in place.
+    # The average is over the variances of the estimates, with each row's factor exp(shift) restored.
     if parameters.normalised:
         size = (heavy + first / samples)[..., -1]
         log_variance = variance.clamp_min(1e-37).log() - 2 * size.clamp_min(1e-37).log()
@@ -68,7 +68,7 @@ def sums(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Gen
     average = torch.logsumexp(logs, 0) - math.log(len(q))
     above = (log_variance.double() > average).unsqueeze(-1)
     answers = blocks.unsorted(heavy + torch.where(above, all_of_them / more, first / samples), len(q))
-    # A row may vanish beside its largest logit, if that is of a sample that it does not use.
+    # A row may underflow relative to its largest logit, if that belongs to a sample that the row does not use.
     row_sums = answers[:, -1].clamp_min(torch.finfo(q.dtype).tiny)
     return answers[:, :-1], row_sums, blocks.unsorted(shifts, len(q))
 

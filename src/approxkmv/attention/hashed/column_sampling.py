@@ -1,4 +1,4 @@
-"""Which columns of the attention matrix to sample, by the norms of their values."""
+"""The probabilities with which columns of the attention matrix are sampled, by the norms of their values."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import torch
 
 
 def with_ones(v: torch.Tensor) -> torch.Tensor:
-    """[v, 1] (n_k, d_v + 1): its product with a row of exponentials is the numerators and the row sum."""
+    """[v, 1] (n_k, d_v + 1): its product with a row of exponentials is the row's numerators and row sum."""
     return torch.cat([v, v.new_ones(len(v), 1)], 1)
 
 
 def column_probabilities(v: torch.Tensor) -> torch.Tensor:
     """Sampling probabilities (n_k,), proportional to |[v, 1]_j| / |[v, 1]|_op + 1/n_k."""
     extended = with_ones(v)
-    # In float64: in float32 LAPACK gives up on some matrices whose columns are far from equally long.
+    # In float64: in float32 LAPACK fails on some matrices whose columns differ greatly in length.
     largest = torch.linalg.eigvalsh((extended.mT @ extended).double())[-1].float().clamp_min(1e-30).sqrt()
     share = extended.square().sum(1).sqrt() / largest + 1.0 / len(v)
     return share / share.sum()

@@ -1,8 +1,8 @@
 """HyperAttention: sorted angular hashing, and the rest of each row from one uniform sample shared by all.
 
-Keys of the sample that lie in a query's block are summed exactly there and are left out of the estimate, so that
-nothing is counted twice. m of the sampled keys lying outside of a block that n keys lie outside of, each counts n / m:
-given that m > 0, which a sample larger than a block is sure of, numerators and row sums are unbiased.
+Sampled keys that lie in a query's block are summed exactly there and left out of the estimate, so that nothing is
+counted twice. If n keys and m sampled keys lie outside a block, each sampled one counts n / m: given m > 0, which a
+sample larger than a block guarantees, numerators and row sums are unbiased.
 
 Source: Han, Jayaram, Karbasi, Mirrokni, Woodruff & Zandieh (2024); the causal form is their recursion.
 """
@@ -21,7 +21,7 @@ from approxkmv.attention.hashed.column_sampling import with_ones
 
 @dataclass(frozen=True)
 class Parameters:
-    """Queries of a block at most, keys in the shared sample, and bits of a code."""
+    """Most queries per block, keys in the shared sample, and bits of a code."""
 
     block: int = 128
     samples: int = 256
@@ -29,16 +29,16 @@ class Parameters:
 
 
 def sums(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator, parameters: Parameters) -> Sums:
-    """Numerators (n_q, d_v), row sums (n_q,) and the logs (n_q,) that both are divided by, for scaled queries."""
+    """Numerators (n_q, d_v), row sums (n_q,) and logs (n_q,), for scaled queries; sums are divided by exp(log)."""
     n_q, n_k = len(q), len(k)
     blocks = sort_into_blocks(q, k, generator, block=parameters.block, projections=parameters.projections)
     drawn = torch.randperm(n_k, generator=generator, device=k.device)[: parameters.samples]
     if len(blocks.queries) == 1:
-        # In a single block nothing is left to estimate.
+        # With a single block nothing is left to estimate.
         drawn = drawn[:0]
     extended = with_ones(v)
     sample, _ = sorted_sample(drawn, blocks)
-    # Keys outside of each block for each of the sample that is outside
+    # The number of keys outside each block per sampled key outside it
     weights = (n_k - blocks.keys_in_block()) / (len(drawn) - sample.starts.diff()).clamp_min(1)
     out, logs = q.new_empty(*blocks.queries.shape, extended.shape[1]), q.new_empty(blocks.queries.shape)
     for here, heavy, _, light, shift in block_sums(q, k, extended, blocks, sample, extended[sample.keys]):

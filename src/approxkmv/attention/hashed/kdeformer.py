@@ -1,8 +1,8 @@
-"""KDEformer in practice: sorted angular hashing, and the residual from columns sampled by the norms of their values.
+"""KDEformer in practice: sorted angular hashing, and a residual from columns sampled by the norms of their values.
 
-The estimate of everything outside a query's block is unbiased, numerators and row sums both: a column drawn with
-probability P counts 1 / (m P), and not at all where its pair is in the block, which is summed exactly. Values are
-taken relative to their mean, without which their norms would show little but a common offset.
+Numerators and row sums of the estimate outside a query's block are both unbiased: a column drawn with probability P
+counts 1 / (m P), or 0 if its key is in the block, which is summed exactly. Values are taken relative to their mean,
+without which their norms would show little but their common offset.
 
 Source: Zandieh, Han, Daliri & Karbasi (2023). The form with spectral guarantees is `approxkmv.kmv.spectral_attention`.
 """
@@ -21,7 +21,7 @@ from approxkmv.attention.hashed.column_sampling import column_probabilities, wit
 
 @dataclass(frozen=True)
 class Parameters:
-    """Queries of a block at most, sampled columns, and bits of a code."""
+    """Most queries per block, sampled columns, and bits of a code."""
 
     block: int = 128
     samples: int = 128
@@ -29,13 +29,13 @@ class Parameters:
 
 
 def sums(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator, parameters: Parameters) -> Sums:
-    """Numerators (n_q, d_v), row sums (n_q,) and the logs (n_q,) that both are divided by, for scaled queries."""
+    """Numerators (n_q, d_v), row sums (n_q,) and logs (n_q,), for scaled queries; sums are divided by exp(log)."""
     blocks = sort_into_blocks(q, k, generator, block=parameters.block, projections=parameters.projections)
     samples = parameters.samples
     probabilities = column_probabilities(v)
     drawn = torch.multinomial(probabilities, samples, replacement=True, generator=generator)
     if len(blocks.queries) == 1:
-        # In a single block nothing is left to estimate.
+        # With a single block nothing is left to estimate.
         drawn = drawn[:0]
     extended = with_ones(v)
     sample, _ = sorted_sample(drawn, blocks)

@@ -1,19 +1,19 @@
-"""Attention as a kernel density with values, by hash tables: the keys of a query's bucket stand for all.
+"""Attention as a kernel density with values, by hash tables: the keys of a query's bucket represent all keys.
 
 With p_ij = Pr[h(q_i) = h(k_j)] the sum over the keys of q_i's bucket of exp(scale q_i.k_j) [v_j, 1] / p_ij is an
-unbiased estimate of numerator and row sum, for each table and so for their mean. With groups of tables the median of
-the groups' means takes its place, which is what bounds with high probability are proved for. It is not unbiased; it
-misses by less than one group's mean does, but on clustered keys the mean of all the tables still missed by less,
-large errors included, so that groups are a choice and not the default.
+unbiased estimate of numerator and row sum, for each table and so for the mean over tables. With groups of tables, the
+median of the groups' means is used instead, for which bounds with high probability are proved. It is not unbiased. Its
+error is smaller than that of one group's mean, but on clustered keys the mean of all tables was still better, large
+errors included, so groups are an option and not the default.
 
-Were p_ij the kernel exp(-scale |q_i - k_j|^2 / 2) itself, the weights would be the same for all keys of a row and
+If p_ij were the kernel exp(-scale |q_i - k_j|^2 / 2) itself, the weights would be the same for all keys of a row and
 the sums of the buckets alone would do. No hash function has that collision probability: 1 - p obeys the triangle
-inequality, since h(x) != h(z) needs h(x) != h(y) or h(y) != h(z), and 1 - exp(-r^2/2) does not, at three points on a
-short line. So the probability only resembles the kernel, and the weights mend the rest. The family is the signs of m
-projections of the vectors of Lemma 4.1, all keys of which have one norm R: p = (1 - angle / pi)^m, exactly, with
+inequality, since h(x) != h(z) needs h(x) != h(y) or h(y) != h(z), but 1 - exp(-r^2/2) does not, at three points on a
+short line. So the probability only resembles the kernel, and the weights correct for the rest. The family is the signs
+of m projections of the vectors of Lemma 4.1, whose keys all have the same norm R: p = (1 - angle / pi)^m, exactly, with
 log p = -m log 2 + (2 m / pi) cos(angle) + O(m cos^2), while log of the kernel is linear in cos(angle) with slope
-scale |q| R. Signs waste less than shifted grids do: per unit of -log p at a right angle, which is what collisions cost,
-their slope is 2 / (pi log 2), and that of p-stable grids 0.6 at most.
+scale |q| R. Signs are more efficient than shifted grids: per unit of -log p at a right angle, the cost in collisions,
+their slope is 2 / (pi log 2), and that of p-stable grids at most 0.6.
 
 Source: section 2.3 of A. Andoni's lecture on kernel density and attention (2025); importance weights as in
 Charikar & Siminelakis (2017); angular hashing, Charikar (2002).
@@ -35,19 +35,19 @@ from approxkmv.compute.counting import count
 
 def log_collision_probability(cosine: torch.Tensor, bits: int) -> torch.Tensor:
     """log Pr[all of `bits` signs agree] at this cosine of the angle."""
-    # Opposite vectors never meet; only rounding asks.
+    # Opposite vectors never collide; only rounding gets here.
     angle = cosine.clamp(-1 + 1e-6, 1).acos_()
     return angle.mul_(-1 / math.pi).log1p_().mul_(bits)
 
 
 def bits_for(bucket: int, n_k: int) -> int:
-    """Signs with which keys at a right angle to a query share its bucket about `bucket` at a time."""
+    """The number of signs for which about `bucket` keys at a right angle to a query share its bucket."""
     return max(0, math.ceil(math.log2(n_k / bucket)))
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """tables; bucket: keys at a right angle that a query meets in one; groups: 1 for the mean, more for the median."""
+    """tables; bucket: keys at a right angle in a query's bucket; groups: 1 for the mean, more for the median."""
 
     tables: int = 16
     bucket: int = 32
@@ -59,10 +59,10 @@ def table_sums(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """[Numerators, row sums] (groups, n_q, d_v + 1), each the mean over a group of tables, and their logs (n_q,).
 
-    For scaled queries q (n_q, d). Zero and -inf for a query that met no key.
+    For scaled queries q (n_q, d). Zero and -inf for a query that collided with no key.
     """
     bits = bits_for(parameters.bucket, len(k))
-    # With no bits everything shares one bucket in each table.
+    # With no bits, each table has one bucket.
     tables = parameters.tables if bits else 1
     groups = min(parameters.groups, tables)
     extended = with_ones(v)
@@ -79,10 +79,10 @@ def table_sums(
         code_q = ((q @ directions[:-1] > 0) * powers).sum(1)
         code_k = ((lifted @ directions > 0) * powers).sum(1)
         order_q, order_k = code_q.argsort(stable=True), code_k.argsort(stable=True)
-        # Gathered once, so that every bucket is a slice
+        # Gathered once, so that every bucket is a slice.
         sorted_q, sorted_k, sorted_e = q[order_q], k[order_k], extended[order_k]
         inverse, held, shift = inverse_norms[order_q], out[:, order_q], shifts[order_q]
-        # Sizes and ends of the buckets of queries and of keys, as lists
+        # Sizes and ends of the buckets of queries and of keys, as lists.
         sizes = [c.bincount(minlength=1 << bits) for c in (code_q, code_k)]
         buckets = [(c.tolist(), c.cumsum(0).tolist()) for c in sizes]
         for size_q, end_q, size_k, end_k in zip(*buckets[0], *buckets[1], strict=True):
@@ -104,15 +104,15 @@ def table_sums(
 
 
 def sums(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator, parameters: Parameters) -> Sums:
-    """Numerators (n_q, d_v), row sums (n_q,) and the logs (n_q,) that both are divided by, for scaled queries."""
-    # Attention does not change when all keys move together, and angles tell more around their mean.
+    """Numerators (n_q, d_v), row sums (n_q,) and logs (n_q,), for scaled queries; sums are divided by exp(log)."""
+    # Attention is invariant to a common shift of the keys, and angles are more informative around their mean.
     centre = k.mean(0)
     both, logs = table_sums(q, k - centre, v, generator, parameters)
     ordered = both.sort(0).values
     mean, median = both.mean(0), 0.5 * (ordered[(len(both) - 1) // 2] + ordered[len(both) // 2])
-    # Half of the groups may have met nothing.
+    # Half of the groups may have found nothing.
     both = torch.where(median[:, -1:] > 0, median, mean)
-    # Of a query that met no key nothing is known: the mean value, with a log that makes it nothing beside other sums.
+    # A query that collided with no key gets the mean value, with a log that makes it negligible beside other sums.
     both = torch.where(both[:, -1:] > 0, both, with_ones(v.mean(0, keepdim=True)))
     return both[:, :-1], both[:, -1], logs + q @ centre
 

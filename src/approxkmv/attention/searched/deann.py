@@ -1,7 +1,7 @@
-"""DEANN's estimator (Karppa, Aumüller & Pagh 2022): exact over the neighbours found, a uniform sample of the rest.
+"""DEANN's estimator (Karppa, Aumüller & Pagh 2022): exact over the found neighbours, a uniform sample of the rest.
 
-Whatever found the neighbours, numerators and row sums are unbiased given what it found: a key counts either as a
-neighbour or through the sample, never both, and the sample is uniform over the rest.
+However the neighbours were found, numerators and row sums are unbiased given them: a key counts either as a neighbour
+or through the sample, never both, and the sample is uniform over the rest.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from approxkmv.attention.kernels.exponentials import exp_
 from approxkmv.compute.counting import count
 
-_ROWS = 512  # queries at a time: products with the sample stay in the cache
+_ROWS = 512  # queries per step: products with the sample then stay in the cache
 
 
 def estimate(
@@ -23,13 +23,13 @@ def estimate(
     samples: int,
     generator: torch.Generator,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Numerators (n_q, d_v), row sums (n_q,) and the logs (n_q,) that both are divided by.
+    """Numerators (n_q, d_v), row sums (n_q,) and logs (n_q,): both sums are divided by exp(log).
 
     Args:
         q, k, v: (n_q, d), (n_k, d), (n_k, d_v) float32, the queries scaled.
-        found: (n_q, h) different keys for each query, -1 where fewer were found.
-        logits: (n_q, h) their products with the query, -inf where there is none.
-        samples: keys in the sample, which all queries share; as many as there are keys makes the sums exact.
+        found: (n_q, h) distinct keys for each query, -1 if fewer were found.
+        logits: (n_q, h) their products with the query, -inf if there is no key.
+        samples: keys in the sample, which all queries share; with all keys the sums are exact.
         generator: draws the sample.
     """
     n_k = len(k)
@@ -43,13 +43,13 @@ def estimate(
         here, heavy, some = found[i : i + _ROWS], logits[i : i + _ROWS], q[i : i + _ROWS]
         light = some @ drawn_k.mT
         count(kernel_evaluations=heavy.numel() + light.numel())
-        # -1 is the last of `place`, which is no key's; the column beyond the sample takes what is not in it.
+        # -1 is the last entry of `place`, which no key has; the column beyond the sample takes keys outside it.
         both = torch.zeros(len(some), m + 1, dtype=torch.bool, device=k.device).scatter_(1, place[here], True)[:, :m]
         light.masked_fill_(both, -torch.inf)
         rest = n_k - (here >= 0).sum(1)
         left = m - both.sum(1)
         shift = torch.maximum(heavy.amax(1), light.amax(1)) if m else heavy.amax(1)
-        # Samples that were no neighbours are a uniform sample of the rest, however many they are.
+        # However many they are, samples that are not neighbours are a uniform sample of the rest.
         weight = rest / left.clamp_min(1)
         light = exp_(light.sub_(shift.unsqueeze(1))).mul_(weight.unsqueeze(1))
         heavy = exp_(heavy - shift.unsqueeze(1))
@@ -80,7 +80,7 @@ def _add_own_samples(
     row_sums: torch.Tensor,
     generator: torch.Generator,
 ) -> None:
-    """For queries whose neighbours took the whole sample, a sample of their own from the rest, with replacement."""
+    """Draw a separate sample from the rest, with replacement, for queries whose neighbours include the whole sample."""
     free = torch.ones(len(lost), len(k) + 1, device=k.device)
     free.scatter_(1, found[lost].where(found[lost] >= 0, len(k)), 0.0)
     free = free[:, :-1]

@@ -1,6 +1,6 @@
-"""Heavy keys by search in a hierarchical navigable small-world graph, light keys by uniform sampling.
+"""Heavy keys from a hierarchical navigable small-world graph, light keys by uniform sampling.
 
-The index is that of Malkov & Yashunin (2018), the estimator DEANN's.
+The index is that of Malkov & Yashunin (2018), the estimator is DEANN's.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from approxkmv.attention.searched.deann import estimate
 
 @dataclass(frozen=True)
 class Parameters:
-    """Keys found for each query, keys of the shared sample, and the graph: as those of `search.indexes.HNSWIndex`."""
+    """Keys found per query, keys of the shared sample, and the graph's parameters: see `search.indexes.HNSWIndex`."""
 
     near: int = 64
     samples: int = 128
@@ -27,12 +27,12 @@ class Parameters:
 
 
 def sums(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator, parameters: Parameters) -> Sums:
-    """Numerators (n_q, d_v), row sums (n_q,) and the logs (n_q,) that both are divided by, for scaled queries."""
+    """Numerators (n_q, d_v), row sums (n_q,) and logs (n_q,), for scaled queries; sums are divided by exp(log)."""
     from approxkmv.search.indexes import HNSWIndex
 
     if parameters.near >= len(k):
         return exact_fused.sums(q, k, v)
-    # Attention does not change when all keys move together, and the graph is of their distances.
+    # Attention is invariant to a common shift of the keys, and the graph uses their distances.
     mean = k.mean(0)
     keys = k - mean
     index = HNSWIndex(keys, parameters.links, parameters.construction, parameters.breadth)

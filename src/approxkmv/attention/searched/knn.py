@@ -1,9 +1,9 @@
 """kNN attention (Haris, arXiv 2411.04013): a head of nearest keys, a tail by lazy Gumbel sampling.
 
-A row of attention is the expectation of a value under the row's softmax. The samples are those of `lazy_gumbel`;
-with an exact index they are exact, so that the expectation of the answer is attention itself. Its error is at most
-|V| sqrt(2 log(2 n d_v / delta) / samples) in every entry with probability 1 - delta (Hoeffding), and relative to a
-non-negative entry O_ij at most sqrt(3 |V| log(2 n d_v / delta) / (samples O_ij)) (Chernoff), for any head.
+A row of attention is the expectation of a value under the row's softmax. The samples come from `lazy_gumbel`; with an
+exact index they are exact, so the expectation of the answer is attention itself. With probability 1 - delta its error
+is at most |V| sqrt(2 log(2 n d_v / delta) / samples) in every entry (Hoeffding), and relative to a non-negative entry
+O_ij at most sqrt(3 |V| log(2 n d_v / delta) / (samples O_ij)) (Chernoff), for any head.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from approxkmv.attention.searched.lazy_gumbel import SampledRows, sample_rows
 from approxkmv.compute.counting import count
 from approxkmv.search.indexes import Index, make_index
 
-_CAUSAL_ROWS = 256  # queries of the causal form that share their own keys exactly and one search of the earlier ones
+_CAUSAL_ROWS = 256  # causal queries that share exact sums over their own keys and one search of earlier ones
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """What a row's head and samples are, and how the head is searched."""
+    """A row's head and samples, and how the head is searched."""
 
     top: int = 0
-    """Keys of the head; 0 for the root of their number."""
+    """Keys of the head; 0 means the square root of the number of keys."""
     samples: int = 16
     index: str = "flat"
-    """flat or hnsw; the last three are the latter's."""
+    """flat or hnsw; the last three parameters are for hnsw."""
     head: str = "exact"
     """exact or sampled, see `sample_rows`."""
     links: int = 12
@@ -40,17 +40,17 @@ class Parameters:
     breadth: int = 64
 
     def index_of(self, k: torch.Tensor) -> Index:
-        """The index, empty, for keys k (n_k, d)."""
+        """An empty index for keys k (n_k, d)."""
         return make_index(self.index, k, links=self.links, construction=self.construction, breadth=self.breadth)
 
 
 def head_size(top: int, n_k: int) -> int:
-    """`top`, or the root of the number of keys, the paper's choice, where it is 0."""
+    """`top` or, if it is 0, the paper's choice: the square root of the number of keys."""
     return min(n_k, top or math.ceil(math.sqrt(n_k)))
 
 
 def _floor(found: torch.Tensor) -> torch.Tensor:
-    """(n,) the least of the logits (n, h) that were found."""
+    """(n,) the smallest of the logits (n, h) that were found."""
     return found.masked_fill(found == -torch.inf, torch.inf).amin(1)
 
 
@@ -75,7 +75,7 @@ def _knn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, see
                 return exact_fused.attend(q, k, v, scale)
             count(kernel_evaluations=len(q) * len(k))
             return softmax((q * scale) @ k.mT) @ v
-        # Attention does not change when all keys move together; around their mean a graph has shorter distances.
+        # Attention is invariant to a common shift of the keys; around their mean a graph has shorter distances.
         return sampled_attention(q * scale, k - k.mean(0), generator, parameters).product(v)
 
     return per_batch(single, q, k, v, seed)

@@ -1,16 +1,16 @@
 """Gradients of attention from sampled softmax rows: the Markov chain of Haris (arXiv 2411.04013), section 4.
 
 The softmax matrix P is the transition matrix of a chain from queries to keys, sampled by `lazy_gumbel`. With D the
-gradient at the output and dP = D V^T, the gradients are P^T D with respect to V, and with dS_ij = P_ij (dP_ij -
-sum_l P_il dP_il) they are scale dS K with respect to Q and scale dS^T Q with respect to K.
+gradient of the output and dP = D V^T, the gradients are P^T D with respect to V and, with dS_ij = P_ij (dP_ij -
+sum_l P_il dP_il), scale dS K with respect to Q and scale dS^T Q with respect to K.
 
-Two estimates are here, both unbiased and tested to be:
+There are two estimates, both unbiased (tested):
 
-- `estimated_gradients` is what `knn_attention` trains with, for either head. Every row takes all of its steps: the
-  sampled matrix stands for P, and a second, independent one for the inner sum, so that products of the two are
+- `estimated_gradients` is used to train through `knn_attention`, for either head. Every row takes all of its steps: the
+  sampled matrix replaces P, and a second, independent one is used for the inner sum, so that products of the two are
   unbiased. The same steps serve all columns and all three gradients.
-- `random_walks` is the paper's own estimate of a product P^T x, such as P^T D, with its bound. Nothing here trains with
-  it: its walks start anew for each column, and x may not depend on the key as dS does.
+- `random_walks` is the paper's own estimate of a product P^T x, such as P^T D, with its bound. It is not used for
+  training here: its walks restart for each column, and x may not depend on the key as dS does.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from approxkmv.attention.searched.lazy_gumbel import SampledRows, products_of_pa
 from approxkmv.compute.torch_state import plain_torch
 from approxkmv.errors import InputError
 
-_ENTRIES = 1 << 18  # gathered at a time
+_ENTRIES = 1 << 18  # entries gathered at a time
 
 
 def random_walks(
@@ -34,20 +34,20 @@ def random_walks(
 ) -> torch.Tensor:
     """Estimate P^T x by walks of one step, as the paper does: (n_k, w) from x (n_q, w).
 
-    For each column, walks start at row i with probability |x_ij| / |x_j|_1 and carry the sign of x_ij; the key where
-    they arrive counts. Unbiased; every entry is within |x_j|_1 sqrt(2 log(2 n_k w / delta) / walks) with probability
-    1 - delta over independent steps (Hoeffding). |x_j|_1 is at most <x_j, 1> + 2 n M_j for M_j = -min(x_j, 0), the
-    paper's bound by a shift.
+    For each column, walks start at row i with probability |x_ij| / |x_j|_1 and carry the sign of x_ij; they count at
+    the key where they arrive. Unbiased; with probability 1 - delta over independent steps every entry is within
+    |x_j|_1 sqrt(2 log(2 n_k w / delta) / walks) (Hoeffding). |x_j|_1 is at most <x_j, 1> + 2 n M_j for
+    M_j = -min(x_j, 0), which is the paper's bound by a shift.
 
     Args:
-        sampled: rows of P with sampled heads, at least as many samples of each row as there are walks from it; a walk
-            that finds no fresh sample of its row uses one again, which leaves it unbiased.
+        sampled: rows of P with sampled heads, with at least as many samples per row as there are walks from it; a walk
+            that finds no fresh sample of its row reuses one, which leaves it unbiased.
         x: (n_q, w). n_k: number of keys. walks: per column. generator: draws the starts.
     """
     if sampled.head_weights is not None:
-        raise InputError("a walk arrives at one key: sample the rows with head='sampled'")
+        raise InputError("a walk arrives at one key: use rows sampled with head='sampled'")
     n, width = x.shape
-    # Of a row's samples those that left its head come first: in random order any few of them are independent steps.
+    # The samples of a row that left its head come first: in random order any few of them are independent steps.
     shuffled = torch.randperm(len(sampled.rows), generator=generator, device=x.device)
     order = shuffled[sampled.rows[shuffled].argsort(stable=True)]
     arrivals = sampled.keys[order]
@@ -59,7 +59,7 @@ def random_walks(
         if total == 0:
             continue
         starts = torch.multinomial(x[:, j].abs(), walks, replacement=True, generator=generator).sort().values
-        # The first walk from a row takes its first sample, the next one its second.
+        # The first walk from a row takes its first sample, the next one its second, and so on.
         turn = torch.arange(walks, device=x.device) - torch.searchsorted(starts, starts)
         at = arrivals[firsts[starts] + turn % counts[starts]]
         out[:, j].index_add_(0, at, x[starts, j].sign() * (total / walks))
@@ -75,10 +75,10 @@ def estimated_gradients(
     first: SampledRows,
     second: SampledRows,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients with respect to q (n_q, d), k (n_k, d), v (n_k, d_v), given that at the output, (n_q, d_v).
+    """Gradients with respect to q (n_q, d), k (n_k, d), v (n_k, d_v), given the gradient of the output, (n_q, d_v).
 
-    Each entry (row, key) of `first` carries its share of all three, whether it is a key of an exact head or one that
-    was sampled. Unbiased when the expectation of both independent samples is the softmax of scale q k^T.
+    Each entry (row, key) of `first` contributes to all three, whether it is a key of an exact head or a sampled one.
+    Unbiased if the expectation of both independent samples is the softmax of scale q k^T.
     """
     d_q, d_k, d_v = (torch.zeros_like(t) for t in (q, k, v))
     rows, keys, weights = second.entries()
@@ -117,7 +117,7 @@ class _KNNAttention(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         q, k, v = ctx.saved_tensors
         scale, seed, parameters = ctx.settings
-        # Three streams of random numbers: samples that the answer was made of would tie the loss to its gradient.
+        # Independent random streams: reusing the samples of the answer would correlate the loss with its gradient.
         streams = [torch.Generator(device=q.device).manual_seed(3 * seed + i) for i in (1, 2)]
         each = []
         for b in range(len(q)):
@@ -153,12 +153,12 @@ def knn_attention(
     >>> knn_attention(q, k, v, seed=1).sum().backward()                              # doctest: +SKIP
 
     Args:
-        scale: of the logits; None means 1/sqrt(d). seed: another one for each step of training.
-        top, samples, index, head: as those of the method `knn`. with head="sampled" each row steps to single keys
-            of the paper's chain; "exact" lets the head's keys carry their weights, which is unbiased too and less
-            noisy. Backwards both go through `estimated_gradients`.
+        scale: of the logits; None means 1/sqrt(d). seed: use a new one for each training step.
+        top, samples, index, head: as for the method `knn`. With head="sampled" each row steps to single keys of the
+            paper's chain; with "exact" the head's keys carry their weights, which is also unbiased and less noisy. The
+            backward pass of both is `estimated_gradients`.
     Raises:
-        InputError: inputs that do not fit. UnavailableError: faiss is missing.
+        InputError: inputs that do not match. UnavailableError: faiss is missing.
     """
     scale = check_inputs(q, k, v, scale)
     parameters = Parameters(**method.parameters({"top": top, "samples": samples, "index": index, "head": head}))

@@ -1,12 +1,12 @@
 """Samples of softmax rows in sublinear time: lazy Gumbel sampling (Mussmann, Levy & Ermon 2017).
 
-It is the sampler of kNN attention (Haris, arXiv 2411.04013). Logit plus independent Gumbel noise is largest at key j
-with the softmax probability of j. Given a row's head, which holds its largest logits, the noisy maximum M over the
-head is known at once; a tail key, whose logit is at most the head's smallest S_min, can only beat it with noise above
-B = M - S_min. So only these rare noises are drawn. The noise above a level is here the highest point of a Poisson
-process of intensity exp(-g), which has the Gumbel distribution: the points of all tail keys together are a Poisson
-number with mean n exp(-B), each at a uniform key and of height B plus an exponential variable. They are at most n / k
-per sample in expectation for a head of k keys.
+This is the sampler of kNN attention (Haris, arXiv 2411.04013). A logit plus independent Gumbel noise is largest at key
+j with the softmax probability of j. Given a row's head, which holds its largest logits, the noisy maximum M over the
+head is known at once; a tail key, whose logit is at most the head's smallest S_min, can beat it only with noise above
+B = M - S_min. So only these rare noises are drawn. The noise above a level is represented by the highest point of a
+Poisson process of intensity exp(-g), which has the Gumbel distribution: all tail keys together have a Poisson number
+of points with mean n exp(-B), each at a uniform key and at height B plus an exponential variable. In expectation there
+are at most n / k per sample for a head of k keys.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from approxkmv.compute.counting import count
 from approxkmv.compute.loops import compiled_loops
 from approxkmv.compute.threads import over_threads
 
-_GAMES = 1 << 15  # samples of all rows at a time, each of which may meet as many tail keys as the root of n
+_GAMES = 1 << 15  # samples over all rows at a time, each of which may draw as many tail keys as the root of n
 _PAIRS = 1 << 20  # rows gathered at a time
-_MARKS = 1 << 22  # bytes that mark the heads of some rows, few enough to stay in a cache
+_MARKS = 1 << 22  # bytes that mark the heads of some rows, few enough to stay in the cache
 
 
 @dataclass(frozen=True)
 class SampledRows:
-    """A sparse random matrix whose expectation is the matrix of softmax rows; each of its rows sums to one."""
+    """A sparse random matrix whose expectation is the matrix of softmax rows; each row sums to one."""
 
     head_keys: torch.Tensor
     """(n_q, h)"""
     head_weights: torch.Tensor | None
-    """(n_q, h), or None where the head is sampled like the tail."""
+    """(n_q, h), or None if the head is sampled like the tail."""
     rows: torch.Tensor
     keys: torch.Tensor
-    """(t,) each: the rows and keys that were sampled, in no random order."""
+    """(t,) each: the sampled rows and keys, not shuffled: shuffle before taking a subset."""
     weight: float
-    """Of each sampled pair: one over the samples of a row."""
+    """The weight of each sampled pair: one over the number of samples of a row."""
 
     def product(self, v: torch.Tensor) -> torch.Tensor:
         """The matrix times v (n_k, d_v): (n_q, d_v)."""
@@ -89,19 +89,19 @@ def sample_rows(
     *,
     head: str = "exact",
 ) -> SampledRows:
-    """Sample each row's softmax, over its head and its tail, `samples` times.
+    """Sample each row's softmax, over its head and tail, `samples` times.
 
-    The tail of a row is those of the keys 0 to population - 1 that are not in its head. Unbiased if no tail key has a
-    logit above the floor, which an exact search of the head promises.
+    The tail of a row consists of the keys 0 to population - 1 that are not in its head. Unbiased if no tail key has a
+    logit above the floor, which an exact search of the head guarantees.
 
     Args:
         q, k: (n_q, d) scaled, (n_k, d), float32.
-        head_keys: (n_q, h) different keys for each row. head_logits: (n_q, h), -inf for places that hold no key.
-        floor: (n_q,) the least logit that the search of the head let in.
+        head_keys: (n_q, h) distinct keys for each row. head_logits: (n_q, h), -inf if there is no key.
+        floor: (n_q,) the smallest logit that the search of the head admitted.
         population: as above. samples: per row.
         generator: on the device of q.
-        head: "exact": the head's keys carry their own shares of the times that the head won, and only the tail is
-            sampled, which leaves the expectation and lowers the variance; "sampled": every sample is a single key.
+        head: "exact": the head's keys share the wins of the head in proportion to their softmax, and only the tail is
+            sampled, which keeps the expectation and lowers the variance; "sampled": every sample is a single key.
     """
     n = len(q)
     heads, rows, keys = [], [], []
@@ -126,7 +126,7 @@ def sample_rows(
         marks[: len(logits)].scatter_(1, column, False)
         game, drawn = game[is_tail], drawn[is_tail]
         row = game // samples
-        # Height of a point above the head's winner, when both are measured from S_min: an exponential variable.
+        # The height of a point above the head's winner, both measured from S_min: an exponential variable.
         height = torch.empty(len(game), device=q.device).exponential_(generator=generator)
         lead = products_of_pairs(q, k, row + i, drawn) - floor[here][row] + height
         count(kernel_evaluations=logits.numel(), other_products=len(game))

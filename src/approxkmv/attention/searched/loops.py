@@ -1,4 +1,4 @@
-"""Products of single pairs of rows, compiled by numba, one core: import this only where numba is installed."""
+"""Products of single pairs of rows, compiled by numba, single-threaded: import this only where numba is installed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Heavy keys by search in DiskANN's Vamana graph, light keys by uniform sampling (DEANN's estimator).
+"""Heavy keys from DiskANN's Vamana graph, light keys by uniform sampling (DEANN's estimator).
 
 Inner products are searched as distances between the points of Lemma 4.1.
 """
@@ -19,7 +19,7 @@ from approxkmv.kernels import reduce_attention
 
 @dataclass(frozen=True)
 class Parameters:
-    """Keys found for each query, keys of the shared sample, and the graph: as those of `search.vamana.build`."""
+    """Keys found per query, keys of the shared sample, and the graph's parameters: see `search.vamana.build`."""
 
     near: int = 64
     samples: int = 128
@@ -30,13 +30,13 @@ class Parameters:
 
 
 def sums(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator, parameters: Parameters) -> Sums:
-    """Numerators (n_q, d_v), row sums (n_q,) and the logs (n_q,) that both are divided by, for scaled queries."""
+    """Numerators (n_q, d_v), row sums (n_q,) and logs (n_q,), for scaled queries; sums are divided by exp(log)."""
     from approxkmv.search.vamana import build
 
     near = parameters.near
     if near >= len(k):
         return exact_fused.sums(q, k, v)
-    # Attention does not change when all keys move together, and the graph is of their distances.
+    # Attention is invariant to a common shift of the keys, and the graph uses their distances.
     mean = k.mean(0)
     k = k - mean
     reduced = reduce_attention(q, k, 1.0)
