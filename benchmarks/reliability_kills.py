@@ -201,7 +201,7 @@ def kills_of_sweeps(room: Path, count: int) -> list[dict]:
             raise SystemExit("the sweep ended before it could be killed")
         process = start(out)
         output, _ = process.communicate()
-        goes_on = f"goes on after the {chain[-1]['cases']} that" in output
+        goes_on = f"resumes after the {chain[-1]['cases']} finished by" in output
         same = process.returncode == 0 and pd.read_csv(folder / out)[names].equals(expected[names])
         grew = [row["cases"] for row in chain]
         survived = same and goes_on and grew == sorted(grew) and not (folder / f"{out}.part").exists()

@@ -1,4 +1,4 @@
-"""One run at a time: a lock that the system takes away when its holder ends, however that ends."""
+"""One run at a time: a lock that the system releases when its holder ends, however it ends."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _held: dict[Path, IO[str]] = {}
 
 
 def try_lock(path: Path) -> IO[str] | None:
-    """The locked file, which stays locked until it is closed or the process ends; None while another process has it.
+    """The locked file, which stays locked until it is closed or the process ends; None if another process holds it.
 
-    A file system without locks has nothing to say: then the file is as good as locked.
+    On a file system without locks the file counts as locked.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
@@ -28,7 +28,7 @@ def try_lock(path: Path) -> IO[str] | None:
             return None
         except OSError:
             pass
-        # Its last holder may have removed it between the two: then it keeps nobody out.
+        # Its last holder may have removed the file in between: then the lock keeps nobody out.
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
             break
         file.close()
@@ -41,7 +41,7 @@ def try_lock(path: Path) -> IO[str] | None:
 def hold(path: Path, what: str) -> None:
     """Keep the lock until release, or until this process ends.
 
-    Raises BusyError, which says who has it, when another process does.
+    Raises BusyError, which says who holds it, when another process does.
     """
     path = path.resolve()
     if path in _held:
@@ -54,7 +54,7 @@ def hold(path: Path, what: str) -> None:
 
 
 def release(path: Path) -> None:
-    """Give a held lock back, and remove its file."""
+    """Release a held lock, and remove its file."""
     path.unlink(missing_ok=True)
     if file := _held.pop(path.resolve(), None):
         file.close()

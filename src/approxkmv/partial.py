@@ -1,4 +1,4 @@
-"""The finished cases of a long run, kept in a file beside its output until that is whole."""
+"""The finished cases of a long run, kept in a file beside its output until the output is complete."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from approxkmv.lock import hold, release
 
 
 class PartialTable:
-    """What a run has finished, in OUTPUT.part as JSON lines: what it depends on, then one case a line.
+    """What a run has finished, as JSON lines in OUTPUT.part: what it depends on, then one case per line.
 
-    A killed run leaves the file behind; the next one that depends on the same goes on after its last case.
+    A killed run leaves the file behind; the next run with the same dependencies resumes after its last case.
     """
 
     def __init__(self, output: Path, identity: Mapping[str, Any], say: Callable[[str], None]) -> None:
-        """Take over the cases that an earlier run left, or tell `say` why not.
+        """Take over the cases of an earlier run, or tell `say` why that is not possible.
 
         Args:
             output: the table that the cases will make.
-            identity: what they depend on beside this package's code, by the word that a person has for it, as
-                "settings"; whatever JSON can hold.
+            identity: what they depend on besides this package's code, keyed by a word to show to users, such as
+                "settings"; any JSON values.
         Raises:
-            TableError: the file cannot be written. BusyError: another process is making the same output.
+            TableError: the file cannot be written. BusyError: another process is writing the same output.
         """
         self.path = Path(output).with_name(f"{Path(output).name}.part")
         check_writable(self.path)
@@ -46,21 +46,21 @@ class PartialTable:
         except (OSError, ValueError, TypeError, KeyError):
             whole = False
         if not whole:
-            say(f"{self.path} is damaged: the run starts anew")
+            say(f"{self.path} is damaged: the run starts over")
         elif other := [name for name, value in self._identity.items() if earlier.get(name) != value]:
-            say(f"{self.path} is of a run with other {' and '.join(other)}: the run starts anew")
+            say(f"{self.path} is from a run with other {' and '.join(other)}: the run starts over")
         else:
             self.cases = [json.loads(line) for line in lines]
-            say(f"the run goes on after the {len(lines)} that an earlier one finished, kept in {self.path}")
+            say(f"the run resumes after the {len(lines)} finished by an earlier one, kept in {self.path}")
 
     def add(self, case: dict[str, Any]) -> None:
-        """Keep one more case, on disk when this returns. Raises TableError when the disk is full."""
+        """Save one more case, on disk when this returns. Raises TableError when the disk is full."""
         self.cases.append(case)
         lines = "".join(f"{_text(one)}\n" for one in self.cases)
         write_text(self.path, f"{_text({**self._identity, 'cases': _hash(lines)})}\n{lines}")
 
     def remove(self) -> None:
-        """Remove the file: what it holds stands in the output."""
+        """Remove the file, whose content is now in the output."""
         self.path.unlink(missing_ok=True)
         release(self._lock)
 
@@ -74,6 +74,6 @@ def _hash(text: str) -> str:
 
 
 def _code() -> dict[str, str]:
-    """A hash of each source file of this package, which tells versions apart where there is no checkout."""
+    """A hash of each source file of this package, which distinguishes versions outside a checkout."""
     root = Path(__file__).parent
     return {str(file.relative_to(root)): hashlib.sha256(file.read_bytes()).hexdigest() for file in root.rglob("*.py")}

@@ -1,4 +1,4 @@
-"""What values an annotation admits: checked and put into words with Python's own library, for a machine without others.
+"""What values an annotation admits: checked and described with the standard library alone.
 
 pydantic reads the same annotations where a configuration is checked and where its schema is written.
 """
@@ -23,7 +23,7 @@ _ONE_AND_MANY: dict[Any, tuple[str, str]] = {
 
 @dataclass(frozen=True, eq=False)
 class Rule:
-    """What a value must be beside its type, as a part of an Annotated: in words, as a check and as JSON Schema."""
+    """A restriction on a value besides its type, as part of an Annotated: as words, as a check and as JSON Schema."""
 
     words: str
     holds: Callable[[Any], bool]
@@ -59,29 +59,29 @@ def above(bound: float, below: float = float("inf")) -> Rule:
 
 
 def each_once(least: int = 0) -> Rule:
-    """Of a list: at least so many values, and none of them twice, which would count what was done once."""
+    """For a list: at least this many values, without duplicates, which would count the same work twice."""
     words = ", each once" + f", at least {least} of them" * (least > 1)
     schema = {"uniqueItems": True} | ({"minItems": least} if least else {})
     return Rule(words, lambda values: least <= len(values) == len(set(values)), schema)
 
 
 def at_least_one() -> Rule:
-    """Of a list or a mapping."""
+    """For a list or a mapping."""
     return Rule(", at least one", lambda values: len(values) > 0, {"minItems": 1, "minProperties": 1})
 
 
 def like(pattern: str, words: str) -> Rule:
-    """Of a text: all of it matches a regular expression."""
+    """For a string: all of it matches a regular expression."""
     return Rule(f" {words}", lambda text: re.fullmatch(pattern, text) is not None, {"pattern": f"^{pattern}$"})
 
 
 def hints(kind: Any) -> Mapping[str, Any]:
-    """The fields of a class with all that their annotations say."""
+    """The fields of a class with their complete annotations."""
     return get_type_hints(kind, include_extras=True)
 
 
 def fits(value: Any, kind: Any) -> bool:
-    """Whether a value is what an annotation says. Lists are tuples; no truth value is a number."""
+    """Whether a value satisfies an annotation. Lists count as tuples; booleans are not numbers."""
     origin, inner = get_origin(kind), get_args(kind)
     if origin is Annotated:
         return fits(value, inner[0]) and all(rule.holds(value) for rule in inner[1:])
@@ -102,7 +102,7 @@ def fits(value: Any, kind: Any) -> bool:
 
 
 def in_words(kind: Any, many: bool = False) -> str:
-    """What an annotation says, as a message or a document tells it."""
+    """An annotation in words, for a message or a document."""
     origin, inner = get_origin(kind), get_args(kind)
     if origin is Annotated:
         return in_words(inner[0], many) + "".join(rule.words for rule in inner[1:] if isinstance(rule, Rule))
@@ -120,13 +120,13 @@ def in_words(kind: Any, many: bool = False) -> str:
 
 
 def advice(value: Any, kind: Any) -> str:
-    """What to write in place of a value that does not fit."""
+    """What to write instead of a value that does not fit."""
     if get_origin(kind) is Literal:
         return did_you_mean(value, get_args(kind), "there are", 0.4)
     return f"give {in_words(kind)}"
 
 
 def shown(value: object) -> str:
-    """A value as a message quotes it, cut where it is too long for that."""
+    """A value as quoted in a message, cut if it is too long."""
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:97]}..."

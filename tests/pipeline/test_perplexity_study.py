@@ -56,7 +56,7 @@ def test_a_killed_run_goes_on_after_its_last_whole_length(speaker: Project):
     kept = json.loads(part.read_text().splitlines()[1])["rows"]
     code, output = speaker.snakemake()
     assert code == 0, output
-    assert "goes on after the" in output
+    assert "resumes after the" in output
     assert not part.exists()
     found = pd.read_csv(table)
     assert len(found) == 2 * 28

@@ -194,7 +194,7 @@ def test_damaged_shards_are_found_by_their_checksums_and_made_again(finished, pr
     code, output = project.snakemake()
     assert code == 0, output
     for path in [*halved, left]:
-        assert f"{path.relative_to(project.folder)} is not what its checksum says" in output
+        assert f"{path.relative_to(project.folder)} does not match its checksum" in output
     assert fingerprints(project.results) == before
     assert kept.stat().st_mtime_ns == written, "a whole shard was made again"
 

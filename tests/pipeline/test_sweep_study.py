@@ -66,7 +66,7 @@ def test_a_killed_sweep_goes_on_after_its_last_whole_case(sweeper: Project):
     kept = json.loads(part.read_text().splitlines()[1])["rows"]
     code, output = sweeper.snakemake()
     assert code == 0, output
-    assert "goes on after the" in output
+    assert "resumes after the" in output
     assert not part.exists()
     found = pd.read_csv(table)
     assert len(found) == 3 * 12
@@ -79,7 +79,7 @@ def test_a_killed_sweep_goes_on_after_its_last_whole_case(sweeper: Project):
     [
         ({"methods": ["exact-fussed"]}, "did you mean 'exact-fused'"),
         ({"workloads": [{"name": "glove-spilt", "lengths": [8]}]}, "did you mean 'glove-split'"),
-        ({"workloads": [{"name": "glove-split", "lengths": [64, 300]}]}, "needs 600 word vectors, there are 400"),
+        ({"workloads": [{"name": "glove-split", "lengths": [64, 300]}]}, "needs 600 word vectors, but there are 400"),
         ({"workloads": [{"name": "model-qk", "lengths": [8], "path": "nan.safetensors"}]}, "holds a NaN"),
         ({"workloads": [{"name": "model-qk", "lengths": [8], "path": "none.safetensors"}]}, "no capture"),
         ({"device": "cuda"}, "finds no CUDA device"),

@@ -256,7 +256,7 @@ def test_a_killed_run_goes_on_after_its_last_whole_length(location, model, asked
     (first,) = json.loads(part.read_text().splitlines()[1])["rows"]
     said = []
     table = measure(model, asked, out, say=said.append)
-    assert said[0] == f"the run goes on after the 1 that an earlier one finished, kept in {part}"
+    assert said[0] == f"the run resumes after the 1 finished by an earlier one, kept in {part}"
     assert not any(line.startswith("n = 30") for line in said)
     assert table["tokens"].tolist() == [30, 200]
     assert table["seconds"][0] == first["seconds"]

@@ -223,10 +223,10 @@ def test_a_killed_sweep_goes_on_after_its_last_whole_case(vectors, tmp_path):
     assert len(part.read_text().splitlines()) == 3
     # Other settings, of which nothing is kept.
     code, other = run({**given, "repeats": 3}, "n=100")
-    assert other[0] == f"{part} is of a run with other settings: the run starts anew"
+    assert other[0] == f"{part} is from a run with other settings: the run starts over"
     code, said = run(given)
     assert code == 0
-    assert said[0] == f"the run goes on after the 2 that an earlier one finished, kept in {part}"
+    assert said[0] == f"the run resumes after the 2 finished by an earlier one, kept in {part}"
     assert not any("n=100" in line or "n=150" in line for line in said)
     rows = read(table)
     assert [(row["n"], row["method"]) for row in rows] == [
@@ -292,7 +292,7 @@ def test_what_a_sweep_depends_on_makes_it_start_anew(vectors, tmp_path, monkeypa
         monkeypatch.setattr(partial, "_code", lambda: {"sweep/run.py": "edited"})
     said = []
     run_sweep(asked, tmp_path / "sweep.csv", {}, say=said.append)
-    assert said[0].endswith(f"is of a run with other {changed}: the run starts anew")
+    assert said[0].endswith(f"is from a run with other {changed}: the run starts over")
     assert json.loads((tmp_path / "sweep.json").read_text())["cases_of_earlier_runs"] == []
 
 
@@ -303,7 +303,7 @@ def test_a_damaged_file_of_cases_is_not_believed(vectors, tmp_path):
         part.write_text(content)
         said = []
         run_sweep(asked, tmp_path / "sweep.csv", {}, say=said.append)
-        assert said[0] == f"{part} is damaged: the run starts anew"
+        assert said[0] == f"{part} is damaged: the run starts over"
         assert len(read(tmp_path / "sweep.csv")) == 1
 
 
@@ -495,7 +495,7 @@ def test_parts_and_inputs_differ(vectors):
 
 def test_more_rows_than_there_are(vectors):
     case = Case(settings(vectors).workloads[0], 800, 1, "one")
-    with pytest.raises(InputError, match="needs 1600 word vectors, there are 1500"):
+    with pytest.raises(InputError, match="needs 1600 word vectors, but there are 1500"):
         load(case, "evaluation", 0)
 
 

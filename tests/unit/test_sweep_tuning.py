@@ -126,7 +126,7 @@ def test_a_run_that_loses_its_memory_while_timed_leaves_the_others(monkeypatch):
     assert len(seconds["stays"]) == 3
     assert len(calls) == 3
     assert "loses runs out of memory" in failures["loses"]
-    assert "graph while it was timed" in failures["records"]
+    assert "graph while being timed" in failures["records"]
 
 
 @pytest.mark.parametrize(

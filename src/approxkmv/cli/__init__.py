@@ -1,4 +1,4 @@
-"""The command line: every step of the pipeline as a command, without Snakemake."""
+"""The command line: every step of the pipeline as a separate command, without Snakemake."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from approxkmv.cli import pipeline, race, upkeep  # noqa: F401
 from approxkmv.cli.app import app, config_app
 from approxkmv.progress import LOG, reason_of
 
-# The list of commands shows first lines whole; left alone it cuts them after 45 characters.
+# Show whole first lines in the list of commands; by default they are cut after 45 characters.
 for _command in (*app.registered_commands, *config_app.registered_commands):
     _command.short_help = (getattr(_command.callback, "__doc__", None) or "").strip().split("\n")[0]
 
 
 def main() -> None:
-    """Run the command line; a user's mistake is one line on stderr (and in the log) and exit code 2."""
+    """Run the command line; a user error is one line on stderr (and in the log) and exit code 2."""
     try:
         app()
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""The configuration: its keys, how config.yaml is read and checked, and what a step needs of it."""
+"""The configuration: its keys, how config.yaml is read and checked, and what a step needs from it."""
 
 from approxkmv.config.keys import Configuration, Perplexity
 from approxkmv.config.reading import checked, load_config, read_as, settings_file

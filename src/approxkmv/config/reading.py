@@ -1,4 +1,4 @@
-"""Read config.yaml and check it: a mistake is one line that names its place and the nearest right key."""
+"""Read config.yaml and check it: an error is one line that names its place and the closest valid key."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def load_config(path: Path) -> Configuration:
 
 
 def checked(value: Any) -> Configuration:
-    """A configuration with its defaults. Raises ConfigError, which names the wrong key and the nearest right one."""
+    """A configuration with its defaults. Raises ConfigError, which names the wrong key and the closest valid one."""
     config = read_as(Configuration, value)
     known(config.study, config.studies, "study is")
     for name, study in config.studies.items():
@@ -59,14 +59,14 @@ def read_as(kind: type[S], value: Any) -> S:
     """A part of a configuration alone, with its defaults. Raises ConfigError."""
     refuse_what_is_not_plain(value)
     try:
-        # By the rules of JSON neither a text nor a truth value is a number.
+        # By the rules of JSON neither a string nor a boolean is a number.
         return kind.model_validate_json(json.dumps(_whole_numbers(value)), strict=True)
     except ValidationError as error:
         raise ConfigError(min(map(_one_line, error.errors()))[1]) from error
 
 
 def settings_file(config: Configuration, path: Path) -> Path:
-    """Write a checked configuration to `path` unless it is there already with the same content; returns the path."""
+    """Write a checked configuration to `path` unless it is already there with the same content; returns the path."""
     import yaml
 
     text = "# Written by the workflow: the configuration of this run, with defaults filled in.\n"
@@ -86,9 +86,9 @@ def naming(place: str) -> Iterator[None]:
 
 
 def known(name: str, names: Mapping[str, Any], what: str) -> None:
-    """Raise ConfigError, with the nearest right name, unless there is one of that name."""
+    """Raise ConfigError, with the closest name, unless the name exists."""
     if name not in names:
-        raise ConfigError(f"{what} {name!r}, which is not there; {did_you_mean(name, names, 'there is', 0.5)}")
+        raise ConfigError(f"{what} {name!r}, which does not exist; {did_you_mean(name, names, 'there is', 0.5)}")
 
 
 def _check_part(place: str, part: Any, config: Configuration) -> None:
@@ -97,7 +97,7 @@ def _check_part(place: str, part: Any, config: Configuration) -> None:
 
 
 def _one_line(error: Any) -> tuple[int, str]:
-    """How deep in the configuration an error is, and the line that says it."""
+    """How deep in the configuration an error is, and the line that reports it."""
     place: tuple[Any, ...] = error["loc"]
     kind, value, above, last = error["type"], error["input"], place[:-1], place[-1] if place else None
     if kind == "extra_forbidden":
@@ -117,7 +117,7 @@ def _dotted(place: Sequence[Any]) -> str:
 
 
 def _whole_numbers(value: Any) -> Any:
-    """The same with 3.0, which JSON Schema takes for a whole number, as 3."""
+    """The value with 3.0, which JSON Schema accepts as an integer, replaced by 3."""
     if isinstance(value, dict):
         return {key: _whole_numbers(item) for key, item in value.items()}
     if isinstance(value, list):

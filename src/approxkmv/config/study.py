@@ -1,4 +1,4 @@
-"""What a step needs of a configuration: a study with its models, its corpus and its sweep."""
+"""What a step needs from a configuration: a study with its models, its corpus and its sweep."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Study(StudySettings):
 
     @property
     def capture(self) -> CaptureSettings | None:
-        """The heads of a model that its sweep takes."""
+        """The heads of a model that its sweep uses."""
         return self.sweep.capture if self.sweep else None
 
 
@@ -45,7 +45,7 @@ def study_of(config: Configuration, name: str | None = None) -> Study:
     known(name, config.studies, "study is")
     keys = config.studies[name]
     if keys.perplexity is not None:
-        # Only of the study that runs: it takes torch.
+        # Only for the study that runs: this imports torch.
         from approxkmv.perplexity.settings import chosen_methods
 
         with naming(f"studies.{name}.perplexity.methods"):
@@ -67,7 +67,7 @@ def study_of(config: Configuration, name: str | None = None) -> Study:
 def model_of(config: Configuration, name: str) -> ModelEntry:
     """A model of the catalogue. Raises ConfigError for an unknown name or a bad source.
 
-    Here and not where the configuration is checked: a source that is not pinned stops those studies alone that use it.
+    Checked here and not with the configuration: a source that is not pinned stops only the studies that use it.
     """
     from approxkmv.models.sources import parse_source
 

@@ -1,1 +1,1 @@
-"""The steps of the pipeline, one file each: a step reads files that the step before wrote, and writes files."""
+"""The steps of the pipeline, one file each: a step reads files that earlier steps wrote, and writes files."""

@@ -1,4 +1,4 @@
-"""What can be known of a study before its first job: its files are there, its texts open, its outputs writable."""
+"""Checks of a study before its first job: files exist, texts can be read, outputs can be written."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from approxkmv.sweep.workloads import cases, check_case
 
 
 def check_study(config: Configuration, study: Study) -> list[str]:
-    """What the study would do, in lines. Raises ConfigError, SourceError or TableError for what would stop it later.
+    """What the study would do, as lines. Raises ConfigError, SourceError or TableError for what would stop it later.
 
-    Nothing is fetched: of a model or a data set that is not on this machine only the source's form is known.
+    Nothing is fetched: for a model or data set that is not on this machine only the form of its source is checked.
     """
     lines = [f"study {study.name}"]
     parts = [part for part in (study.perplexity, study.capture) if part is not None]
@@ -73,10 +73,10 @@ def _check_model(entry: ModelEntry) -> None:
 
 
 def _check_writable(folder: Path) -> None:
-    # Without making the folder: nothing that is only checked leaves a trace.
+    # Without creating the folder: a check must leave no trace.
     there = next(path for path in (folder, *folder.parents) if path.exists() or path.is_symlink())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        what = "may not be written to" if there.is_dir() else "is no folder"
+        what = "may not be written to" if there.is_dir() else "is not a folder"
         raise TableError(f"cannot write {folder}: {there} {what}")
 
 

@@ -1,4 +1,4 @@
-"""Files that are half-written, damaged, of other weights or of an earlier study: found and removed around a run."""
+"""Find and remove half-written, damaged or outdated files, and those of an earlier study, around a run."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ SHARDS = ["statistics/{}/*", "activations/{}/*"]
 
 
 def remove_half_written(results: Path) -> None:
-    """Remove half-written files that killed runs left, and locations of models that are gone or have changed.
+    """Remove half-written files of killed runs, and locations of models that are gone or have changed.
 
-    A half-written file has the number of the process that wrote it in its name; those of living processes stay.
+    The name of a half-written file contains the number of the process that wrote it; those of living processes stay.
     """
     for path in results.rglob(".*"):
         number = path.name.split(".")[-2] if path.name.count(".") >= 3 else ""
@@ -51,31 +51,31 @@ def remove_half_written(results: Path) -> None:
 
 
 def remove_damaged(results: Path) -> list[str]:
-    """Remove a study's shards that are not what their hash says, or of other weights or texts than are here now.
+    """Remove shards of a study that do not match their hash, or were made from other weights or texts than the present.
 
-    One without a hash goes too, since a kill between the two leaves it so, and activations cut short. Returns a line
-    for each. Call it when nothing is being written, before a run: the workflow then makes the files again. What was
-    made of them goes as well, since a workflow whose last files are all there does not look for the ones between.
+    Shards without a hash are removed too, since a kill can leave them so, and truncated activations. Returns a line for
+    each. Call it before a run, when nothing is being written: the workflow then regenerates the files. Everything made
+    from them is removed as well, since a workflow whose last files exist does not check the intermediate ones.
     """
     lines = []
-    # Not what starts with a dot: that is half-written, by a living process or as remove_half_written finds it.
+    # Skip names that start with a dot: half-written, by a living process or left to remove_half_written.
     for path in sorted((results / "statistics").glob("*/[!.]*")):
         if path.suffix == ".sha256" or not path.is_file():
             continue
         if not hash_file(path).is_file():
             lines.append(_remove(path, "has no checksum"))
         elif is_damaged(path):
-            lines.append(_remove(path, "is not what its checksum says"))
+            lines.append(_remove(path, "does not match its checksum"))
         elif origin_of(path) != (_origin_now(results, path.parent.name) or origin_of(path)):
-            lines.append(_remove(path, "is of other weights or texts than are here now"))
+            lines.append(_remove(path, "was made from other weights or texts"))
     for path in sorted((results / "activations").glob("*/[!.]*.safetensors")):
         if not is_complete(path):
-            lines.append(_remove(path, "is not what its checksum says"))
+            lines.append(_remove(path, "is truncated"))
     return lines
 
 
 def _origin_now(results: Path, model: str) -> str | None:
-    """What a model's shards must be of; None while its location or the texts are still to be made."""
+    """The origin that a model's shards must have; None while its location or the texts do not exist yet."""
     location, texts = results / "models" / f"{model}.json", results / "texts.parquet"
     return origin(location, texts) if location.is_file() and texts.is_file() else None
 
@@ -88,11 +88,11 @@ def _remove(path: Path, why: str) -> str:
         for pattern in (f"tables/*_{model}.*", f"figures/*_{model}.*", "tables/paper_*", "figures/context_*"):
             for made in results.glob(pattern):
                 made.unlink()
-    return f"{path} {why}: it is made again"
+    return f"{path} {why}: it will be regenerated"
 
 
 def is_complete(path: Path) -> bool:
-    """Whether a safetensors file is as long as its header says; reads the header alone."""
+    """Whether a safetensors file is as long as its header says; reads only the header."""
     try:
         size = path.stat().st_size
         with open(path, "rb") as handle:
@@ -105,9 +105,9 @@ def is_complete(path: Path) -> bool:
 
 
 def remove_activations(results: Path, but: Collection[str] = ()) -> None:
-    """Remove the queries and keys of every shard, once no statistics are to be made of them, but those named.
+    """Remove the queries and keys of every shard from which no more statistics are to be computed, except those named.
 
-    A run that was killed after the statistics and before its own cleaning leaves them.
+    They are left behind by a run that was killed after the statistics and before its own cleanup.
     """
     for path in (results / "activations").glob("*/[!.]*.safetensors"):
         if str(path) not in but:
@@ -115,13 +115,13 @@ def remove_activations(results: Path, but: Collection[str] = ()) -> None:
 
 
 def study_in(results: Path) -> Study | None:
-    """The study that the workflow last ran in a folder, of the configuration that it put there; None without one."""
+    """The study that the workflow last ran in a folder, from the configuration it left there; None if there is none."""
     path = results / "config.yaml"
     return study_of(load_config(path)) if path.is_file() else None
 
 
 def leftovers(results: Path) -> list[Path]:
-    """What the workflow wrote into a study's folder for models, shards and parts that the study no longer has."""
+    """What the workflow wrote into a study's folder for models, shards and parts that are no longer in the study."""
     study = study_in(results)
     if study is None:
         return []
@@ -141,7 +141,7 @@ def leftovers(results: Path) -> list[Path]:
 
 
 def remove_leftovers(results: Path) -> list[Path]:
-    """Remove what leftovers finds, and folders that are empty then; returns what was removed."""
+    """Remove what `leftovers` finds, and folders that are then empty; returns what was removed."""
     found = leftovers(results)
     for path in found:
         path.unlink() if path.is_file() else shutil.rmtree(path)

@@ -12,7 +12,7 @@ from approxkmv.kmv.complexity import fit_exponents, measure_costs
 
 
 def count(study: Study, counts_out: Path, fits_out: Path, provenance: dict[str, Any]) -> None:
-    """Write the counts, the fits, and beside them who made them. Raises ConfigError for a study without this part."""
+    """Write the counts, the fits, and the record of how they were made. Raises ConfigError if the study has none."""
     if study.complexity is None:
         raise ConfigError(f"study {study.name} has no complexity part: add `complexity: {{}}` to it")
     settings = study.complexity

@@ -1,4 +1,4 @@
-"""A model of the catalogue to a folder on disk, and the JSON file that says where it lies and what it is."""
+"""From a model of the catalogue to a folder on disk, and the JSON file that says where and what it is."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ def fetch_model(entry: ModelEntry, cache: Path, out: Path) -> ModelLocation:
 
 
 def _identity(source: str, folder: Path) -> str:
-    """What tells the weights from others of the same source: of a path its files, else the hashes of what was fetched.
+    """Identifies the weights of a source: for a path by its files, otherwise by the hashes of what was fetched.
 
-    Raises SourceError when files are gone.
+    Raises SourceError when files are missing.
     """
     parsed = parse_source(source)
     if isinstance(parsed, PathSource):
         return identity(parsed.path)
-    # The hub's cache names a folder by its commit, and what was unpacked has a record of its hashes.
+    # The hub's cache names folders by commit, and unpacked models have a record of their hashes.
     return sha256(folder / RECORD) if (folder / RECORD).is_file() else folder.name
 
 
 def read_location(path: Path) -> ModelLocation:
-    """The location that fetch_model wrote. Raises TableError when it is missing, or the model gone or another one."""
+    """The location that fetch_model wrote. Raises TableError if it is missing, or the model is gone or has changed."""
     value = _read(path)
     folder = Path(value["folder"])
     if not folder.is_dir():
@@ -62,7 +62,7 @@ def read_location(path: Path) -> ModelLocation:
 
 
 def origin(location: Path, texts: Path) -> str:
-    """Of which weights and texts a shard is, as its files say it. Raises TableError when either cannot be read."""
+    """The weights and texts that a shard is made from, as a string. Raises TableError when either cannot be read."""
     try:
         return f"weights {_read(location)['identity']}, texts {sha256(texts)}"
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Long texts: queries and keys to c, order ratios and keys per row at every length, without n x n arrays."""
+"""From the queries and keys of long texts to c, order ratios and keys per row at every length, without n x n arrays."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def measure_lengths(
 ) -> list[str]:
     """Write a Parquet table with a row per text, layer, head and length; returns a line per text that is too short.
 
-    The statistics are computed on the study's device; `times` gets the seconds of each length, over all texts. They are
-    for the log and stand in no table, since a second run would write other bytes.
+    The statistics are computed on the study's device; `times` receives the seconds of each length, over all texts. They
+    are for the log only: in a table they would make every run write other bytes.
 
-    The queries and keys of the first n tokens are those of a causal model on a text of n tokens; of another model they
-    are those of the whole text, as in the paper's prefixes. Columns: see length_scaling; of a model whose layers hide
-    keys each value again as masked_... Raises ConfigError for a device that is not there.
+    In a causal model the queries and keys of the first n tokens are those of a text of n tokens; in other models they
+    come from the whole text, as in the paper's prefixes. Columns: see length_scaling; if the model's layers hide keys,
+    each value is repeated with the prefix masked_. Raises ConfigError for a device that does not exist.
     """
     if study.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"study {study.name} asks for device cuda, but there is none here: set device to cpu")
@@ -65,7 +65,7 @@ def measure_lengths(
 
 
 def too_short(context: int, n: int, cut: bool, lengths: tuple[int, ...]) -> str:
-    """A line that says which lengths a text of n tokens does not reach, and why."""
+    """A line that says which lengths are beyond a text of n tokens, and why."""
     left_out = ", ".join(f"{length:,}" for length in lengths if length > n)
     why = f"the model's positions or max_tokens end at {n:,}" if cut else f"it has {n:,} tokens"
     return f"text {context}: no {left_out}, {why}"
@@ -75,7 +75,7 @@ def _one_length(model: str, item: Activations, shard: Shard, length: int, device
     rows: list[dict[str, Any]] = []
     for layer, (q, k, scale) in enumerate(zip(item.queries, item.keys, shard.scales.tolist(), strict=True)):
         try:
-            # A layer at a time: all layers of a long text might not fit on the device.
+            # One layer at a time: all layers of a long text might not fit on the device.
             q_here, k_here = (x[:, :length].to(device) for x in (q, k))
             spans = None if item.spans is None else item.spans[layer, :length].clamp(max=length)
             heads = length_statistics(q_here, k_here, scale, causal=shard.causal, spans=spans)

@@ -23,12 +23,12 @@ def capture_heads(
     out: Path,
     tuning_out: Path,
 ) -> None:
-    """Write q, k, v (heads, tokens, d) of the corpus' first document to `out`, of its second to `tuning_out`.
+    """Write q, k, v (heads, tokens, d) of the corpus's first document to `out`, and of its second to `tuning_out`.
 
     Args:
         location: of the model. tokens: the length of each text. heads: (layer, head) pairs, counted from 0.
     Raises:
-        ConfigError: a document that is too short, a head that the model has not. InputError: more tokens than the
+        ConfigError: a document that is too short, a head that the model does not have. InputError: more tokens than the
         model has positions, or heads of layers with different scales.
     """
     from safetensors.torch import save_file
@@ -42,14 +42,14 @@ def capture_heads(
     for layer, head in heads:
         if layer >= model.n_layers or head >= model.n_heads:
             raise ConfigError(
-                f"capture.heads asks for layer {layer}, head {head}; the model has {model.n_layers} layers of "
+                f"capture.heads asks for layer {layer}, head {head}, but the model has {model.n_layers} layers of "
                 f"{model.n_heads} heads, counted from 0"
             )
     for document, path in zip(documents, (out, tuning_out), strict=False):
         ids = model.tokenizer(document.context, verbose=False)["input_ids"][:tokens]
         if len(ids) < tokens:
             raise ConfigError(
-                f"{document.name!r} of corpus {corpus.name} has {len(ids)} tokens, {tokens} are asked for"
+                f"{document.name!r} of corpus {corpus.name} has {len(ids)} tokens, but {tokens} are needed"
             )
         captured = model.capture([ids], values=True)[0]
         scales = {float(captured.scales[layer]) for layer, _ in heads}

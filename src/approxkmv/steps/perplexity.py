@@ -1,4 +1,4 @@
-"""Perplexity with each method and setting beside the exact one: the table and its record."""
+"""Perplexity with each method and setting, beside the exact one: the table and its record."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ def measure_perplexity(
     say: Callable[[str], None],
     require_all: bool,
 ) -> None:
-    """Write one row per length, method and setting to `out`, and beside it the record as JSON.
+    """Write one row per length, method and setting to `out`, with the record beside it as JSON.
 
-    Each finished length is kept in OUT.part until all are; a run of the same settings, model and text with the same
-    code on a machine of the same kind goes on after them, and the record names them.
+    Finished lengths are kept in OUT.part until all are done; a run with the same settings, model, text and code on the
+    same kind of machine resumes after them, and the record lists them.
 
     Args:
-        name: of the model, for the table. corpus: its documents are joined; the text begins with its first.
-        tokens: lengths; each text is the beginning of the longest. methods: those of chosen_methods.
-        layers: "all", or as 0,5-9. seed: of the methods.
-        record: who made it, of provenance.describe. say: told of each row.
-        require_all: a method that cannot run is an error; else its reason stands in its row.
+        name: of the model, for the table. corpus: its documents are joined, starting with the first.
+        tokens: lengths; each text is the beginning of the longest. methods: as returned by chosen_methods.
+        layers: "all", or such as 0,5-9. seed: of the methods.
+        record: how it was made, from provenance.describe. say: receives a line for each row.
+        require_all: whether a method that cannot run is an error; if not, its row gives the reason.
     Raises:
-        TableError: a file cannot be written. InputError: layers or lengths that the model has not. NonFiniteError: the
-        model's own logits are not finite. UnavailableError, CaptureError: as said above.
+        TableError: a file cannot be written. InputError: layers or lengths that the model does not have.
+        NonFiniteError: the model's own logits are not finite. UnavailableError, CaptureError: as above.
     """
     import pandas as pd
 
@@ -84,7 +84,7 @@ def _rows_of_length(
     say: Callable[[str], None],
     require_all: bool,
 ) -> list[dict[str, Any]]:
-    """What is measured of one text, a row for each method and setting."""
+    """The measurements on one text, a row for each method and setting."""
 
     def run(method: Method | None, parameters: dict[str, Any]) -> Perplexity:
         what = method.name if method else "the model itself"
@@ -95,7 +95,7 @@ def _rows_of_length(
         {"method": method.name, "parameters": json.dumps(parameters)} for method, parameters in methods
     ]
     try:
-        # The first run of a length also pays for its memory, and does not count.
+        # The first run of a length also allocates its memory, and does not count.
         for _ in range(2):
             exact = run(None, {})
     except UnavailableError as error:

@@ -1,4 +1,4 @@
-"""Shards of statistics to the tables of one model."""
+"""From shards of statistics to the tables of one model."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from approxkmv.files import write_csv, write_json
 from approxkmv.results.shards import read_shards, shard_count
 from approxkmv.results.tables import facts_of_attention, masks_of, model_tables
 
-# exp of it is half of the largest float64, so that two of them still have a mean.
+# Its exponential is half of the largest float64, so that two of them still have a mean.
 LARGEST_LOG = 709.0
 
 
 def summarise(
     study: Study, model: ModelEntry, texts: Path, statistics: Path, out: Path, provenance: dict[str, Any]
 ) -> dict[str, Any]:
-    """Write the per-head summary, the scaling with length (A.1.3) and the overview of one model; returns the last.
+    """Write the per-head summary, the scaling with length (A.1.3) and the overview of one model; returns the overview.
 
-    `statistics` is the folder with the shards' files: heads.parquet, prefixes.parquet and contexts.csv of each.
+    `statistics` is the folder with the files of the shards: heads.parquet, prefixes.parquet and contexts.csv of each.
     """
     tables = model_tables(out, model.name)
     shards = shard_count(texts, study.shard_contexts)
@@ -63,7 +63,7 @@ def summarise(
 
 
 def _largest_and_median(heads: pd.DataFrame, before: str, bound: float) -> dict[str, Any]:
-    """What the overview says about c over heads; the keys begin with `before`."""
+    """What the overview says about c over heads; its keys are prefixed with `before`."""
     ratios = heads[f"{before}max_ratio"]
     worst = heads.iloc[int(ratios.to_numpy().argmax())]
     return {
@@ -76,12 +76,12 @@ def _largest_and_median(heads: pd.DataFrame, before: str, bound: float) -> dict[
 
 
 def read_prefixes(study: Study, model: str, texts: Path, statistics: Path) -> pd.DataFrame:
-    """c at the prefixes of every text: context, layer, head, prefix, ratio and, of a causal model, masked_ratio.
+    """c at the prefixes of every text: context, layer, head, prefix, ratio and, for a causal model, masked_ratio.
 
-    Raises TableError when no text reaches any prefix: neither the scaling with length nor the growth has a value then.
+    Raises TableError when no text reaches any prefix: then neither scaling with length nor growth has a value.
     """
     shards = shard_count(texts, study.shard_contexts)
-    # The contexts stand here to be compared: that both are of the same weights and texts.
+    # The contexts are read to check that all come from the same weights and texts.
     values, _ = read_shards(statistics, shards, "prefixes.parquet", "contexts.csv")
     if values.empty:
         shortest = min(prefix for prefix in study.prefixes if prefix >= study.min_prefix)
@@ -99,8 +99,8 @@ def per_head(values: pd.DataFrame) -> pd.DataFrame:
     reached; median_ratio and p95_ratio: of the contexts' maxima; next_ratio and double_ratio: medians over contexts
     of K_(n)/K_(n+1) and K_(n)/K_(2n) (Experiment (ii)), beside their natural logarithms, which never overflow.
     At full length, medians over contexts: last_ratio is c, softmax_ratio is c of D^-1 A, without the row factor, and
-    the two exponents are those of the stronger assumption (see HeadStatistics). Of a model whose layers hide
-    keys each column is there again with masked_ in front, over the entries that each layer's mask leaves.
+    the two exponents are those of the stronger assumption (see HeadStatistics). If the model's layers hide keys, each
+    column is repeated with the prefix masked_, over the entries that each layer's mask leaves.
     """
     groups = values.groupby(["layer", "head"], sort=True)
     table = pd.DataFrame({"contexts": groups.size()})
@@ -110,7 +110,7 @@ def per_head(values: pd.DataFrame) -> pd.DataFrame:
 
 
 def _over_contexts(values: pd.DataFrame, before: str) -> pd.DataFrame:
-    """The columns of per_head that begin with `before`, indexed by (layer, head)."""
+    """The columns of per_head with the prefix `before`, indexed by (layer, head)."""
     groups = values.groupby(["layer", "head"], sort=True)
     worst = values.loc[groups[f"{before}max_ratio"].idxmax()].set_index(["layer", "head"])
     table = pd.DataFrame(
@@ -125,8 +125,8 @@ def _over_contexts(values: pd.DataFrame, before: str) -> pd.DataFrame:
         }
     )
     for name in ("next", "double"):
-        # Medians of the ratios as the paper takes them, each capped so that none is infinite; the median of logarithms
-        # above has no cap, and differs where the median is the mean of two middle values.
+        # Medians of the ratios as in the paper, each capped so that none is infinite; the median of the logarithms
+        # above has no cap, and differs if the median is the mean of two middle values.
         ratios = values[f"{before}log_{name}"].clip(upper=LARGEST_LOG).map(math.exp)
         table[f"median_{name}_ratio"] = ratios.groupby([values["layer"], values["head"]], sort=True).median()
     for name in ("last_ratio", "softmax_ratio", "tail_exponent", "column_exponent"):
@@ -140,8 +140,8 @@ def _over_contexts(values: pd.DataFrame, before: str) -> pd.DataFrame:
 def scaling_with_length(values: pd.DataFrame) -> pd.DataFrame:
     """A.1.3: per prefix length, the mean and standard deviation over contexts of the maximum of c over all heads.
 
-    median_of_heads is the mean over contexts of the median head, which the paper does not give. Of a causal model each
-    column but contexts is there again with masked_ in front.
+    median_of_heads is the mean over contexts of the median head, which the paper does not report. For a causal model
+    each column except contexts is repeated with the prefix masked_.
     """
     table = pd.DataFrame({"contexts": values.groupby("prefix", sort=True)["context"].nunique()})
     for before in masks_of(values, "ratio"):
@@ -149,7 +149,7 @@ def scaling_with_length(values: pd.DataFrame) -> pd.DataFrame:
         groups = per_context.groupby("prefix", sort=True)
         columns = {
             "mean": groups["max"].mean(),
-            # Over the texts at hand, not an estimate for others: one text has deviation 0, not nan.
+            # Of the texts at hand, not an estimate for others: a single text has deviation 0, not NaN.
             "std": groups["max"].std(ddof=0),
             "min": groups["max"].min(),
             "max": groups["max"].max(),

@@ -1,4 +1,4 @@
-"""The corpus to the texts of a study, numbered; shards are slices of this table."""
+"""From the corpus to the numbered texts of a study; shards are slices of this table."""
 
 from __future__ import annotations
 

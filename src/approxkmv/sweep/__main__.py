@@ -1,6 +1,6 @@
-"""A sweep on a machine that has torch and little else: python -m approxkmv.sweep --settings FILE.json --out TABLE.csv
+"""Run a sweep on a machine with little but torch: python -m approxkmv.sweep --settings FILE.json --out TABLE.csv
 
-The same as `approxkmv sweep --settings`, whose other options need the packages of the pipeline.
+Equivalent to `approxkmv sweep --settings`, whose other options need the pipeline's packages.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from approxkmv.sweep.settings_file import read_settings
 
 
 def main() -> int:
-    """Run the sweep of the command line; a mistake of the user is one line and exit code 2."""
+    """Run the sweep given on the command line; a user error is one line and exit code 2."""
     parser = argparse.ArgumentParser(prog="python -m approxkmv.sweep", description=(__doc__ or "").split(":", 1)[0])
     parser.add_argument("--settings", type=Path, required=True, help="JSON file with the keys of one entry of `sweeps`")
     parser.add_argument("--out", type=Path, required=True, help="CSV file to write; its record goes beside it as JSON")

@@ -1,4 +1,4 @@
-"""How evaluations grow with n at equal error: one fitted exponent per workload, method and target."""
+"""Growth of evaluations with n at equal error: one fitted exponent per workload, method and target."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from approxkmv.slopes import log_log_line
 from approxkmv.sweep.table import COLUMNS, Row
 
-# What makes one profile: everything of a row but its n and what was measured there.
+# What identifies a profile: everything in a row but n and what was measured there.
 PROFILE = ("workload", "batch", "columns", "d", "d_v", "device", "dtype", "method", "kind", "target")
 EXPONENT_COLUMNS = {
     **{name: COLUMNS[name] for name in PROFILE},
@@ -30,18 +30,18 @@ def fit_exponent(lengths: Sequence[float], evaluations: Sequence[float]) -> tupl
     >>> fit_exponent([1000, 2000, 4000], [3e6, 12e6, 48e6])
     (2.0, 0.0)
 
-    None for a slope without two different n or with nothing evaluated, and for an error without a third n: two points
-    say nothing about how far from a line they are.
+    The slope is None if there are not two different n or nothing was evaluated; the error is None without a third n,
+    since two points say nothing about their distance from a line.
     """
     if len(set(lengths)) < 2 or not min(evaluations) > 0:
         return None, None
     slope, _, error = log_log_line(lengths, evaluations)
-    # Twelve digits are more than counts have.
+    # Twelve digits are more than the counts have.
     return round(slope, 12), None if error is None else round(error, 12)
 
 
 def evaluation_exponents(rows: Sequence[Row]) -> list[Row]:
-    """One row per workload, method and target of a sweep's rows, over the n at which the target was reached."""
+    """One row per workload, method and target of a sweep, over the n at which the target was reached."""
     profiles: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         if row["status"] == "ok":
@@ -69,7 +69,7 @@ def evaluation_exponents(rows: Sequence[Row]) -> list[Row]:
 
 
 def add_exponents(rows: Sequence[Row], exponents: Sequence[Row]) -> None:
-    """Write each profile's evaluation exponent and its error into the sweep's rows that it was fitted to."""
+    """Write each profile's evaluation exponent and its error into the rows of the sweep that it was fitted to."""
     by_profile = {tuple(row[name] for name in PROFILE): row for row in exponents}
     for row in rows:
         fitted = by_profile.get(tuple(row[name] for name in PROFILE)) if row["status"] == "ok" else None

@@ -14,14 +14,14 @@ from approxkmv.sweep.settings import SweepSettings
 from approxkmv.sweep.workloads import Case, Problem, load
 
 REFERENCE = "exact-fused"
-# The error of the reference itself is against this many rows of the answer in float64.
+# The error of the reference answer is measured on this many rows, against float64.
 _CHECKED_ROWS = 256
-# Seconds at this length, four times as many at twice as much.
+# Seconds at this length; four times as many at twice the length.
 _LONGEST_KERNEL = 32768
 
 
 class Inputs:
-    """The inputs of one case and their exact answers, each made once."""
+    """The inputs of one case and their exact answers, each computed once."""
 
     def __init__(self, case: Case, settings: SweepSettings) -> None:
         self.case, self.settings = case, settings
@@ -37,7 +37,7 @@ class Inputs:
         return self._problems[key]
 
     def exact(self, part: str, index: int) -> torch.Tensor:
-        """The answer in float32, whatever the type of the inputs."""
+        """The answer in float32, for any dtype of the inputs."""
         key = (part, index % self.settings.inputs)
         if key not in self._exact:
             p = self.problem(*key)
@@ -48,14 +48,14 @@ class Inputs:
         return self._exact[key]
 
     def prepare(self) -> None:
-        """Make every input and its exact answer, before anything is measured."""
+        """Compute every input and its exact answer, before anything is measured."""
         turns = max(len(self.settings.seeds), self.settings.warmups + self.settings.repeats)
         for part, count in (("tuning", len(self.settings.tuning_seeds)), ("evaluation", turns)):
             for index in range(min(count, self.settings.inputs)):
                 self.exact(part, index)
 
     def head_to_tail(self, say: Callable[[str], None]) -> float | None:
-        """c of the first input's kernel; None where that takes too long or numba, which it needs, does not work."""
+        """c of the first input's kernel; None if that takes too long, or if numba, which it needs, does not work."""
         if self.case.n > _LONGEST_KERNEL or not numba_works():
             return None
         p = self.problem("evaluation", 0)
@@ -63,12 +63,12 @@ class Inputs:
             from approxkmv.statistics.streaming import length_statistics
 
             return length_statistics(p.q[0].float().cpu(), p.k[0].float().cpu(), p.scale)[0][0].ratio
-        except Exception as error:  # beside a NumPy that is too new numba fails in many ways; nothing else here needs c
+        except Exception as error:  # with too new a NumPy numba fails in many ways, and nothing else here needs c
             say(f"{self.case.name} n={self.case.n}: c is left out: {one_line(error)}")
             return None
 
     def reference_error(self) -> float:
-        """Error of the exact answer itself, against float64 on some rows."""
+        """Error of the exact answer itself, against float64 on some of its rows."""
         p, exact = self.problem("evaluation", 0), self.exact("evaluation", 0)
         rows = torch.linspace(0, p.q.shape[1] - 1, min(_CHECKED_ROWS, p.q.shape[1])).long().to(p.q.device)
         q, k, v = p.q[:, rows].double(), p.k.double(), p.v.double()

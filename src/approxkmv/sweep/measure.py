@@ -1,4 +1,4 @@
-"""Errors against the exact answer, and times that can be compared."""
+"""Errors against the exact answer, and comparable times."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Run = Callable[[int], object]
 
 
 def machine(device: str) -> dict[str, Any]:
-    """What a reader of a timing has to know about the machine and its software."""
+    """What a reader of timings has to know about the machine and its software."""
     found: dict[str, Any] = {
         "machine": platform.machine(),
         "system": platform.platform(),
@@ -46,11 +46,11 @@ def machine(device: str) -> dict[str, Any]:
 
 @contextmanager
 def running_out_of_memory(what: str) -> Iterator[None]:
-    """Turn memory that is not there, on any device, into an UnavailableError of one line about `what`."""
+    """Turn an out-of-memory error on any device into an UnavailableError with one line about `what`."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        # What torch raises on a CPU, and what CUDA's libraries raise, has no type of its own.
+        # torch raises a plain RuntimeError on a CPU, as do CUDA's libraries.
         if not is_of_memory(error):
             raise
         raise UnavailableError(f"{what} runs out of memory: {one_line(error)}") from error
@@ -74,7 +74,7 @@ def summary(values: Sequence[float]) -> dict[str, float]:
 
 
 def timer(device: torch.device, clock: str) -> Callable[[Callable[[], object]], float]:
-    """A function that runs another one and gives its seconds: of events on CUDA, of `clock` (wall or cpu) elsewhere."""
+    """A function that runs another and returns its seconds: by events on CUDA, otherwise by `clock` (wall or cpu)."""
     if device.type == "cuda":
 
         def events(run: Callable[[], object]) -> float:
@@ -100,10 +100,10 @@ def timer(device: torch.device, clock: str) -> Callable[[Callable[[], object]], 
 def interleaved_seconds(
     runs: dict[str, Run], device: torch.device, clock: str, warmups: int, repeats: int, inputs: int
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Seconds of each run, `repeats` of them: one of each in turn, so that a slow spell of the machine hits all.
+    """Seconds of each run, `repeats` times, taking turns, so that a slow spell of the machine affects all runs.
 
-    runs[name](i) works on input i. Round after round, the input and the order of the runs move on by one. A run that
-    becomes unavailable, as beside the others in memory, has no seconds: the second dictionary says why.
+    runs[name](i) works on input i. From round to round, the input and the order of the runs rotate. A run that becomes
+    unavailable, for instance for lack of memory beside the others, has no seconds: the second dictionary says why.
     """
     seconds_of = timer(device, clock)
     names = list(runs)
@@ -121,7 +121,7 @@ def interleaved_seconds(
                 if turn < warmups:
                     continue
                 if recordings() > recorded:
-                    raise UnavailableError(f"{name} recorded its CUDA graph while it was timed")
+                    raise UnavailableError(f"{name} recorded its CUDA graph while being timed")
                 seconds[name].append(taken)
             except UnavailableError as error:
                 failures[name] = str(error)

