@@ -147,6 +147,10 @@ LENGTH_DEPENDENT: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Rotary embeddings that depend on the length of the text beyond 16 tokens, or beyond the model's positions, 40."""
 
+_IMAGES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+_IMAGES |= {"image_size": 16, "patch_size": 8}
+OF_NO_TEXT = {"ViT", "CLIP (vision)", "DINOv2", "Wav2Vec2", "Whisper"}
+"""Those of the refused that take images or sound."""
 
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "GPT-J": ("GPTJConfig", {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4}),
@@ -174,10 +178,18 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
         | {"shared_expert_intermediate_size": 16, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
         | {"linear_num_key_heads": 2, "linear_num_value_heads": 4},
     ),
-    "ViT": (
-        "ViTConfig",
-        {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
-        | {"image_size": 16, "patch_size": 8},
+    "ViT": ("ViTConfig", _IMAGES),
+    "CLIP (vision)": ("CLIPVisionConfig", _IMAGES),
+    "DINOv2": ("Dinov2Config", _IMAGES),
+    "Wav2Vec2": (
+        "Wav2Vec2Config",
+        {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48},
+    ),
+    "Whisper": (
+        "WhisperConfig",
+        {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2}
+        | {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+        | {"num_mel_bins": 8, "max_source_positions": 20, "max_target_positions": 40, "decoder_start_token_id": 3},
     ),
 }
 """By the names of docs/add-a-model.md: those whose queries and keys cannot be had."""

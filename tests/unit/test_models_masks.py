@@ -123,7 +123,7 @@ def test_what_is_beside_the_kernel_is_known_by_layer(tmp_path):
     t5 = model_of("t5", *_T5)
     assert t5.left_out == (
         "the bias added to the logits in 3 of 3 layers",
-        "the decoder (this is the encoder's self-attention)",
+        "the decoder and its cross-attention (this is the encoder's self-attention)",
     )
     for name, words in (("bert", "every query with every key"), ("llama", "no key after its query")):
         plain = model_of(name, *SMALL[name])

@@ -277,7 +277,7 @@ def left_out_in_words(layers: Sequence[Layer], encoder_only: bool) -> tuple[str,
         *([f"the logits' cap of {caps} {where(capped)}"] if any(capped) else []),
         *([f"the learned sink {where(sinks)}"] if any(sinks) else []),
         *([f"the bias added to the logits {where(biased)}"] if any(biased) else []),
-        *(["the decoder (this is the encoder's self-attention)"] if encoder_only else []),
+        *(["the decoder and its cross-attention (this is the encoder's self-attention)"] if encoder_only else []),
     )
 
 
