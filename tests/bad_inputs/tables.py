@@ -26,6 +26,7 @@ READERS: dict[str, tuple[tuple[str, ...], str]] = {
     **dict.fromkeys(("max_ratios", "order_ratios"), (OF_MODEL, "heads_m.csv")),
     "growth": (OF_MODEL, "growth_m.csv"),
     "growth_curves": (OF_MODEL, "growth_curves_m.csv"),
+    "attention_support": (OF_MODEL, "attention_m.csv"),
     "context_scaling": (OF_MODEL, "context_scaling_m.csv"),
     "length_scaling": (OF_MODEL, "length_scaling_m.csv"),
     "complexity": (FIGURE, "complexity.csv"),
@@ -45,6 +46,7 @@ SHARDS: dict[str, tuple[tuple[str, ...], str]] = {
     "summary's prefixes": (("summary", *STUDY, "--out", "tables"), "0000.prefixes.parquet"),
     "summary's texts": (("summary", *STUDY, "--out", "tables"), "texts.parquet"),
     "growth": (("growth", *STUDY, "--tables", "."), "0000.prefixes.parquet"),
+    "attention-table": (("attention-table", *STUDY, "--out", "tables"), "0000.attention.parquet"),
     "length-scaling": (("length-scaling", *STUDY, "--study", "long", "--out", "tables"), "0000.lengths.parquet"),
 }
 
@@ -77,6 +79,7 @@ def _make(folder: Path) -> None:
     heads = grid[grid["prefix"] == 10].drop(columns="prefix")
     ratios = ("max_ratio", "median_next_ratio", "median_double_ratio")
     write_csv(folder / "heads_m.csv", heads.assign(**dict.fromkeys(ratios, 1.5)))
+    write_csv(folder / "attention_m.csv", heads.assign(support=1.5, first_mass=0.5))
     write_csv(folder / "growth_m.csv", heads.assign(exponent=0.25, coefficient=0.5, verdict="holds"))
     write_csv(folder / "growth_curves_m.csv", grid.assign(adjusted_ratio=1.5))
     prefix = pd.DataFrame({"prefix": [10, 20, 40, 80], "contexts": 9})
@@ -267,7 +270,7 @@ CASES = [
     *(case(f"{r}: {d}", run, r, READERS[r], WITH_HASH[d], True) for r in READERS for d in WITH_HASH),
     *(
         case(f"{r}: {d}", run, r, READERS[r], OF_HEADS[d], False)
-        for r in ("max_ratios", "growth", "growth_curves", "length_scaling", "compare")
+        for r in ("max_ratios", "growth", "growth_curves", "attention_support", "length_scaling", "compare")
         for d in OF_HEADS
     ),
     *(case(f"{r}'s record: {d}", run, r, RECORDS[r], OF_RECORDS[d], False) for r in RECORDS for d in OF_RECORDS),

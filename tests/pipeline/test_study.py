@@ -20,8 +20,9 @@ from approxkmv import log_kernel
 from approxkmv.models import CapturableModel, ModelLocation
 from approxkmv.steps.cleaning import remove_damaged, remove_half_written
 
-TABLES = ["heads_{m}.csv", "context_scaling_{m}.csv"]
+TABLES = ["heads_{m}.csv", "context_scaling_{m}.csv", "attention_{m}.csv"]
 FIGURES = ["max_ratios_bert", "max_ratios_llama", "order_ratios_bert", "order_ratios_llama", "context_scaling"]
+FIGURES += ["attention_support_bert", "attention_support_llama"]
 
 
 def fingerprints(results: Path) -> dict[str, str]:

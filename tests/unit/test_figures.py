@@ -267,6 +267,31 @@ def test_growth_is_drawn_with_failing_heads_outlined_and_nothing_overlapping(tmp
         assert misplaced_texts(figure) == []
 
 
+def attention_tables(folder: Path, layers: int, heads: int, masked: bool) -> None:
+    generator = np.random.default_rng(3)
+    layer, head = (index.ravel() for index in np.indices((layers, heads)))
+    table = {"layer": layer, "head": head}
+    for before in ("", "masked_") if masked else ("",):
+        table |= {f"{before}support": 10 ** generator.uniform(0, 2.7, len(layer))}
+        table |= {f"{before}first_mass": generator.uniform(0, 1, len(layer))}
+    pd.DataFrame(table).to_csv(folder / "attention_m.csv", index=False)
+
+
+@pytest.mark.parametrize("left_out", [[], ["the logits' cap of 50 in 30 of 30 layers"]])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("layers", "heads"), [(1, 1), (6, 12), (30, 9)])
+def test_rows_of_the_softmax_are_drawn_with_nothing_overlapping(tmp_path, figures, layers, heads, masked, left_out):
+    tables(tmp_path, "m", layers, heads)
+    facts = json.loads((tmp_path / "overview_m.json").read_text()) | {"label": "all-MiniLM-L6-v2 (BERT, 6 × 12 heads)"}
+    (tmp_path / "overview_m.json").write_text(json.dumps(facts | {"mask": CAUSAL, "left_out": left_out}))
+    attention_tables(tmp_path, layers, heads, masked)
+    catalogue.draw("attention_support", tmp_path, ["m"], tmp_path / "x")
+    assert len([axes for axes in figures[0].axes if axes.texts]) == (4 if masked else 2)
+    assert misplaced_texts(figures[0]) == []
+    shown = " ".join(word for word, _ in drawn_texts(figures[0]))
+    assert ("the logits' cap of 50" in shown) == bool(left_out)
+
+
 def long_tables(folder: Path, masked: bool) -> None:
     generator = np.random.default_rng(2)
     index = pd.MultiIndex.from_product([[0, 1], [0, 1, 2], [64, 128, 256]], names=["layer", "head", "length"])
@@ -306,7 +331,9 @@ def draw_all(folder: Path, label: str) -> None:
     (folder / "overview_m.json").write_text(json.dumps(facts))
     long_tables(folder, masked=False)
     (folder / "lengths_m.json").write_text(json.dumps(facts | {"texts_used": 1}))
-    for name in ("max_ratios", "order_ratios", "growth", "growth_curves", "context_scaling", "length_scaling"):
+    attention_tables(folder, 2, 3, masked=False)
+    every = ("max_ratios", "order_ratios", "growth", "growth_curves", "attention_support", "context_scaling")
+    for name in (*every, "length_scaling"):
         catalogue.draw(name, folder, ["m"], folder / name)
 
 
@@ -316,7 +343,7 @@ def test_a_label_is_drawn_as_it_is_written_and_is_no_mathematics(tmp_path, figur
 
     with caplog.at_level("INFO", logger="approxkmv"):
         draw_all(tmp_path, label)
-    assert len(figures) == 6
+    assert len(figures) == 7
     for figure in figures:
         shown = [text._preprocess_math(text.get_text()) for text in figure.findobj(Text)]
         # Beside mathematics of the figure's own the dollars of a label are escaped until they are drawn.

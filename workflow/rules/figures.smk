@@ -117,6 +117,28 @@ rule growth_curves:
         "approxkmv figure growth_curves --model {wildcards.model} --tables {params.tables} --out {params.stem} --log {log}"
 
 
+rule attention_support:
+    input:
+        f"{TABLES}/attention_{{model}}.csv",
+        f"{TABLES}/overview_{{model}}.json",
+        source=package("figure", "figures/attention_support.py"),
+    output:
+        f"{RESULTS}/figures/attention_support_{{model}}.pdf",
+        png=report(
+            f"{RESULTS}/figures/attention_support_{{model}}.png",
+            caption="../report/attention.rst",
+            category="Figures",
+            labels={"figure": "Rows of the softmax per head", "model": "{model}"},
+        ),
+    log:
+        f"{RESULTS}/logs/attention_support_{{model}}.log",
+    params:
+        tables=lambda wildcards: TABLES,
+        stem=lambda wildcards, output: output.png.removesuffix(".png"),
+    shell:
+        "approxkmv figure attention_support --model {wildcards.model} --tables {params.tables} --out {params.stem} --log {log}"
+
+
 rule length_scaling_figure:
     input:
         f"{TABLES}/length_scaling_{{model}}.csv",

@@ -18,6 +18,47 @@ rule statistics:
         "--heads-out {output.heads} --prefixes-out {output.prefixes} --log {log}"
 
 
+rule attention:
+    input:
+        tensors=rules.extract.output.tensors,
+        source=package("attention"),
+    output:
+        f"{RESULTS}/statistics/{{model}}/{{shard}}.attention.parquet",
+    log:
+        f"{RESULTS}/logs/attention_{{model}}_{{shard}}.log",
+    # As for statistics: one shard's activations on the disk at a time.
+    priority: 1
+    threads: workflow.cores
+    params:
+        config=lambda wildcards: SETTINGS,
+    shell:
+        "approxkmv attention --model {wildcards.model} --activations {input.tensors} --config {params.config} "
+        "--out {output} --log {log}"
+
+
+rule attention_table:
+    input:
+        rows=shard_files("attention.parquet"),
+        contexts=shard_files("contexts.csv"),
+        texts=f"{RESULTS}/texts.parquet",
+        source=package("attention_table"),
+    output:
+        report(
+            f"{RESULTS}/tables/attention_{{model}}.csv",
+            caption="../report/attention.rst",
+            category="Tables",
+            labels={"table": "rows of the softmax per head: {model}"},
+        ),
+    log:
+        f"{RESULTS}/logs/attention_table_{{model}}.log",
+    params:
+        config=lambda wildcards: SETTINGS,
+        results=lambda wildcards: RESULTS,
+    shell:
+        "approxkmv attention-table --model {wildcards.model} --statistics {params.results}/statistics/{wildcards.model} "
+        "--texts {input.texts} --config {params.config} --out {params.results}/tables --log {log}"
+
+
 rule summary:
     input:
         heads=shard_files("heads.parquet"),

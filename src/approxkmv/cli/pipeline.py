@@ -92,6 +92,45 @@ def statistics(
 
 
 @app.command()
+def attention(
+    model: Model,
+    activations: Annotated[Path, typer.Option("--activations", help="safetensors file of `approxkmv extract`.")],
+    out: Annotated[Path, typer.Option("--out", help="Parquet file to write: per text, layer and head.")],
+    config: Config = CONFIG,
+    study: StudyName = None,
+    log: Log = None,
+) -> None:
+    """Rows of the softmax on the queries and keys of a shard: entropy, support, masses, stable rank."""
+    asked(config, study, log)
+    with step(f"attention  {model}, {activations.stem}") as notes:
+        from approxkmv.steps.attention import measure_attention
+
+        times = Times()
+        notes.append(f"{measure_attention(model, activations, out, times)} heads")
+        notes.append(f"({times})")
+
+
+@app.command("attention-table")
+def attention_table(
+    model: Model,
+    statistics: Annotated[Path, typer.Option("--statistics", help="Folder of the shards' Parquet and CSV files.")],
+    texts: Annotated[Path, typer.Option("--texts", help="Parquet file of `approxkmv texts`; says how many shards.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the model's tables.")],
+    config: Config = CONFIG,
+    study: StudyName = None,
+    log: Log = None,
+) -> None:
+    """Bring a model's rows of the softmax together: per layer and head, over texts."""
+    chosen = asked(config, study, log)
+    entry_of(chosen, model)
+    with step(f"attention  {model}, table") as notes:
+        from approxkmv.steps.attention_table import write_attention_table
+
+        table = write_attention_table(chosen, model, texts, statistics, out)
+        notes.append(f"median support {table['support'].median():.1f} keys")
+
+
+@app.command()
 def summary(
     model: Model,
     statistics: Annotated[Path, typer.Option("--statistics", help="Folder of the shards' Parquet and CSV files.")],

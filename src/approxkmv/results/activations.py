@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from approxkmv.errors import TableError
 from approxkmv.files import written_whole
+
+if TYPE_CHECKING:
+    from approxkmv.models.recording import Layer
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,8 @@ class Activations:
     """(layers, heads, n, d)"""
     spans: torch.Tensor | None
     """(layers, n, 2) of a model with masks of its own (see Captured); None where every layer is causal, or none is."""
+    beside: tuple[dict[str, Any], ...]
+    """What the softmax of each layer has beside, as attention_statistics takes it: softcap, sinks and bias, or None."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +58,12 @@ def write_activations(
     contexts: Mapping[int, tuple[torch.Tensor, torch.Tensor]],
     origin: str,
     spans: Mapping[int, torch.Tensor] | None = None,
+    layers: Mapping[int, tuple[Layer, ...]] | None = None,
 ) -> None:
     """Write a safetensors file: `scales` (layers,), `causal`, `masked`, and queries and keys of each text.
 
-    Of a model with masks of its own also the spans of each text (layers, n, 2), see Captured.
+    Of a model with masks of its own also the spans of each text (layers, n, 2), see Captured; and what else each layer
+    has, `layers`.
     """
     from safetensors.torch import save_file
 
@@ -65,8 +74,28 @@ def write_activations(
         tensors[f"{context:07d}.keys"] = keys.contiguous()
         if spans is not None:
             tensors[f"{context:07d}.spans"] = spans[context].contiguous()
+        own = () if layers is None else layers[context]
+        for place in range(len(own)):
+            tensors |= {f"{context:07d}.{place}.{name}": value for name, value in _beside(own, place)}
     with written_whole(path) as temporary:
         save_file(tensors, temporary, metadata={"origin": origin})
+
+
+def _beside(layers: Sequence[Layer], place: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """What a layer has beside the scale, as tensors by name; of a bias that is an earlier layer's, that one's place."""
+    layer = layers[place]
+    if layer.softcap is not None:
+        yield "softcap", torch.tensor(layer.softcap, dtype=torch.float64)
+    if layer.sinks is not None:
+        yield "sinks", layer.sinks.detach().cpu().clone()
+    if layer.bias is not None:
+        earlier = [i for i in range(place) if _same(layers[i].bias, layer.bias)]
+        yield "bias", torch.tensor(earlier[0]) if earlier else layer.bias.detach().cpu().clone().contiguous()
+
+
+def _same(one: torch.Tensor | None, other: torch.Tensor) -> bool:
+    """Whether two biases are the same memory, which layers share that add the same one."""
+    return one is not None and one.data_ptr() == other.data_ptr() and one.shape == other.shape
 
 
 def read_activations(path: Path) -> Shard:
@@ -84,12 +113,22 @@ def read_activations(path: Path) -> Shard:
     except (SafetensorError, OSError, KeyError, TypeError) as error:
         raise TableError(f"{path} cannot be read ({error}): delete it and run extract again") from error
     contexts = [int(name.partition(".")[0]) for name in names if name.endswith(".queries")]
+    names_of: dict[int, list[str]] = defaultdict(list)
+    for name in names:
+        if name[0].isdigit():
+            names_of[int(name[:7])].append(name)
 
     def each() -> Iterator[Activations]:
         with safe_open(path, framework="pt") as handle:
             for context in contexts:
-                queries, keys = (handle.get_tensor(f"{context:07d}.{kind}") for kind in ("queries", "keys"))
-                spans = f"{context:07d}.spans"
-                yield Activations(context, queries, keys, handle.get_tensor(spans) if spans in names else None)
+                found = {name[8:]: handle.get_tensor(name) for name in names_of[context]}
+                beside: list[dict[str, Any]] = []
+                for place in range(len(scales)):
+                    softcap, sinks, bias = (found.get(f"{place}.{what}") for what in ("softcap", "sinks", "bias"))
+                    if bias is not None and bias.ndim == 0:
+                        bias = beside[int(bias)]["bias"]
+                    cap = None if softcap is None else float(softcap)
+                    beside.append({"softcap": cap, "sinks": sinks, "bias": bias})
+                yield Activations(context, found["queries"], found["keys"], found.get("spans"), tuple(beside))
 
     return Shard(scales, causal, masked, origin, len(contexts), each())

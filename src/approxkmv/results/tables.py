@@ -25,6 +25,9 @@ def masks_of(table: Container[str], column: str) -> list[str]:
 
 
 KEYS = [f"keys_{share}_{what}" for share in (90, 99) for what in ("mean", "median", "largest")]
+# Of each row of the softmax, and of its matrix: see AttentionStatistics.
+ATTENTION = ["entropy", "support", "keys_90", "keys_99", "first_mass", "sink_mass", "largest_weight"]
+ATTENTION += ["column_norm", "stable_rank"]
 # The tables of a shard by the end of their name: where a row is, and the values that a summary is made of.
 SHARDS: dict[str, tuple[list[str], Columns]] = {
     "contexts.csv": (
@@ -36,6 +39,7 @@ SHARDS: dict[str, tuple[list[str], Columns]] = {
         dict.fromkeys(("max_ratio", "log_next", "log_double"), "number"),
     ),
     "prefixes.parquet": (["context", "layer", "head", "prefix"], {"ratio": "number"}),
+    "attention.parquet": (["context", "layer", "head", "tokens"], dict.fromkeys(ATTENTION, "number")),
     "lengths.parquet": (
         ["context", "layer", "head", "length"],
         dict.fromkeys(("ratio", "log_next", "log_double", "softmax_ratio", "tail_exponent", *KEYS), "number"),
@@ -64,6 +68,8 @@ class ModelTables:
     """CSV, one row per layer and head."""
     curves: Path
     """CSV, one row per layer, head and prefix length."""
+    attention: Path
+    """CSV, one row per layer and head."""
 
 
 def model_tables(folder: Path, model: str) -> ModelTables:
@@ -74,6 +80,7 @@ def model_tables(folder: Path, model: str) -> ModelTables:
         folder / f"overview_{model}.json",
         folder / f"growth_{model}.csv",
         folder / f"growth_curves_{model}.csv",
+        folder / f"attention_{model}.csv",
     )
 
 

@@ -19,7 +19,7 @@ from approxkmv.steps.fetch import origin, read_location
 OF_MODEL = [
     *("tables/heads_{}.csv*", "tables/context_scaling_{}.csv*", "tables/overview_{}.json*", "tables/growth_{}.csv*"),
     *("tables/growth_curves_{}.csv*", "figures/max_ratios_{}.p*", "figures/order_ratios_{}.p*", "figures/growth_{}.p*"),
-    "figures/growth_curves_{}.p*",
+    *("figures/growth_curves_{}.p*", "tables/attention_{}.csv*", "figures/attention_support_{}.p*"),
 ]
 OF_LONG_TEXTS = ["tables/length_scaling_{}.csv*", "tables/lengths_{}.json*", "figures/length_scaling_{}.p*"]
 OF_MODELS = ["tables/paper_comparison.csv*", "figures/context_scaling.p*"]

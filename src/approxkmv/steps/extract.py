@@ -20,6 +20,7 @@ from approxkmv.steps.texts import read_shard
 
 if TYPE_CHECKING:
     from approxkmv.models import CapturableModel
+    from approxkmv.models.recording import Layer
 
 
 def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
@@ -96,6 +97,7 @@ def extract(
     taken = [i for i, use in enumerate(used) if use]
     captured: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     spans: dict[int, torch.Tensor] = {}
+    layers: dict[int, tuple[Layer, ...]] = {}
     scales = torch.zeros(0, dtype=torch.float64)
     title = f"extract    {model_name}, shard {shard}"
     with progress(total=sum(len(cut[i]) for i in taken), unit="token", title=title) as bar:
@@ -106,10 +108,12 @@ def extract(
             for i, result in zip(members, results, strict=True):
                 captured[passages[i].index] = (result.queries.cpu(), result.keys.cpu())
                 spans[passages[i].index] = result.spans
+                layers[passages[i].index] = result.layers
                 scales = result.scales
                 bar.update(len(cut[i]))
     with times.of("writing"):
-        write_activations(out, scales, model.is_causal, captured, made_of, spans if model.has_own_masks else None)
+        own_spans = spans if model.has_own_masks else None
+        write_activations(out, scales, model.is_causal, captured, made_of, own_spans, layers)
     write_shard(
         contexts_out,
         pd.DataFrame(

@@ -1,0 +1,54 @@
+"""How many keys the rows of each head attend to, and what the first token takes, by layer and head."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from approxkmv.figures.heatmap import draw_heatmap, grid, is_wide, new_panels
+from approxkmv.figures.style import as_written, entries, footnote, save
+from approxkmv.results.tables import masks_of, model_tables, read_heads, read_overview
+
+TICKS = (1, 3, 10, 30, 100, 300)
+
+
+def draw(tables: Path, model: str, stem: Path) -> list[Path]:
+    """From attention_MODEL.csv and the overview of one model, write STEM.pdf and STEM.png.
+
+    A row of panels is over every key, and where layers have masks or more a row is of the softmax as the model has it.
+    """
+    names = model_tables(tables, model)
+    facts = as_written(read_overview(names.overview, "label", "layers", "heads", "texts_used", "corpus"))
+    table = read_heads(names.attention, facts, {"support": "number", "first_mass": "number"})
+    masks = masks_of(table, "support")
+    values = grid(table, "support")
+    rows, columns = (len(masks), 2) if len(masks) > 1 or not is_wide(values) else (2, 1)
+    figure, panels = new_panels(values, rows, columns)
+    beside = bool(facts["left_out"])
+    for i, before in enumerate(masks):
+        first, second = panels[2 * i : 2 * i + 2]
+        over = f"{entries(before, facts)}{', and what is named below' if before and beside else ''}"
+        support, mass = grid(table, f"{before}support"), grid(table, f"{before}first_mass")
+        draw_heatmap(
+            figure, first, support, low=1.0, high=512.0, ticks=TICKS, bound=None, label="keys, mean over rows and texts"
+        )
+        draw_heatmap(
+            figure,
+            second,
+            mass,
+            low=0.0,
+            high=1.0,
+            ticks=(0, 0.25, 0.5, 0.75, 1),
+            bound=None,
+            label="share, mean over rows and texts",
+            linear=True,
+        )
+        first.set_title(f"effective support, exp of a row's entropy\n{over}", fontsize=8, loc="left")
+        second.set_title(f"weight on the first token\n{over}", fontsize=8, loc="left")
+    figure.suptitle(
+        f"{facts['label']}\nrows of the softmax on {facts['texts_used']} texts of {facts['corpus']}",
+        fontsize=9,
+        x=0.02,
+        ha="left",
+    )
+    footnote(figure, f"the model has {', '.join(facts['left_out'])}" if beside else "")
+    return save(figure, stem)
