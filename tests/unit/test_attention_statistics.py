@@ -264,6 +264,11 @@ def test_loops_and_plain_torch_agree(name):
         torch.testing.assert_close(fast, plain, rtol=2e-6, atol=1e-12)
     counts = [form.count_keys(tile, -1e30, (0.5, 0.9)) for form in (rows, row_loops)]
     assert float((counts[0] != counts[1]).double().mean()) < 0.01
+    weights, x = tile.exp().clamp_max(1.0).view(2, 350, 700), torch.rand(2, 700)
+    images = [torch.ones(2, 700), torch.ones(2, 700)]
+    for form, image in zip((rows, row_loops), images, strict=True):
+        form.add_gram(weights, x, image)
+    torch.testing.assert_close(*images, rtol=1e-4, atol=1e-4)
 
 
 def test_as_the_statistics_of_heads_and_of_lengths_have_it():

@@ -188,7 +188,7 @@ class AttentionStatistics:
     @cached_property
     @plain_torch()
     def _norms(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return column_norm_and_stable_rank(self._logits, self._log_sums)
+        return column_norm_and_stable_rank(self._form(), self._logits, self._log_sums)
 
     @property
     def column_norm(self) -> Array:

@@ -125,19 +125,18 @@ def checked_logits(
     added = None if bias is None else _as_bias(bias, (*batch, n_q, n_k), queries.device)
     spans, seen = _masks(mask, (*batch, n_q, n_k), queries.device)
     queries, keys = queries.reshape(-1, n_q, d), keys.reshape(-1, n_k, d)
-    most = s * _longest(queries) * _longest(keys)
-    if added is not None and added.numel():
-        most += float(added.abs().amax())
+    lengths = [torch.linalg.vector_norm(x, dim=-1) for x in (queries, keys)]
+    one, other = (float(x.max()) if x.numel() else 0.0 for x in lengths)
+    most = s * one * other + (float(added.abs().amax()) if added is not None and added.numel() else 0.0)
     if most > LARGEST[kind]:
         raise InputError(f"logits may be {most:.0e}, but {dtype} allows {LARGEST[kind]:.0e}: scale q or k or bias down")
-    scaled = queries * s
     # Moving a power of 2 from one to the other changes no product and keeps both within float32.
-    one, other = (float(x.abs().max()) if x.numel() else 0.0 for x in (scaled, keys))
-    shift = 2.0 ** round(0.5 * (math.log2(other) - math.log2(one))) if one > 0 and other > 0 else 1.0
+    shift = 0.5 * (math.log2(other / s) - math.log2(one)) if one > 0 and 0 < other / s < math.inf else 0.0
+    power = 2.0 ** round(max(-900.0, min(shift, 600.0)))
     return Logits(
-        (scaled * shift).to(kind),
-        (keys / shift).to(kind),
-        torch.linalg.vecdot(queries, queries) * (0.5 * s),
+        torch.mul(queries, s * power, out=torch.empty_like(queries, dtype=kind)),
+        torch.mul(keys, 1.0 / power, out=torch.empty_like(keys, dtype=kind)),
+        lengths[0].square() * (0.5 * s),
         cap,
         added,
         seen,
@@ -154,10 +153,6 @@ def _repeated(q: Array, k: Array) -> Array:
     if rest or times < 2:
         return k
     return np.repeat(k, times, axis=-3) if isinstance(k, np.ndarray) else k.detach().repeat_interleave(times, -3)
-
-
-def _longest(rows: torch.Tensor) -> float:
-    return float(torch.linalg.vector_norm(rows, dim=-1).max()) if rows.numel() else 0.0
 
 
 def _positive(softcap: float) -> float:

@@ -32,6 +32,26 @@ def count_keys(tile: torch.Tensor, hidden: float, shares: tuple[float, ...]) -> 
     return out
 
 
+def add_gram(weights: torch.Tensor, x: torch.Tensor, out: torch.Tensor) -> None:
+    """As rows.add_gram; each row is read once for both products."""
+    given = weights.numpy(), x.numpy(), out.numpy()
+    over_threads(lambda low, high: _add_gram(low, high, *given), len(weights))
+
+
+@cached_njit(nogil=True, fastmath=FLAGS)
+def _add_gram(low, high, weights, x, out):
+    for head in range(low, high):
+        here = x[head]
+        image = out[head]
+        for i in range(weights.shape[1]):
+            line = weights[head, i]
+            y = f32(0.0)
+            for j in range(line.size):
+                y += line[j] * here[j]
+            for j in range(line.size):
+                image[j] += y * line[j]
+
+
 @cached_njit(nogil=True, fastmath=FLAGS)
 def _add_rows(low, high, tile, tops, largest, total, moment):
     width = tile.shape[1]

@@ -1,6 +1,6 @@
 """Sums over each row of logits, tile by tile, in plain torch, on any device and in any dtype.
 
-`row_loops` has the same two functions as compiled loops for float32 on a CPU; tests compare the two.
+`row_loops` has the same functions as compiled loops for float32 on a CPU; tests compare the two.
 """
 
 from __future__ import annotations
@@ -50,3 +50,8 @@ def count_keys(tile: torch.Tensor, hidden: float, shares: tuple[float, ...]) -> 
     total = mass[:, -1:]
     needed = torch.cat([(mass < share * total).sum(1, keepdim=True) + 1 for share in shares], 1)
     return torch.minimum(needed, seen)
+
+
+def add_gram(weights: torch.Tensor, x: torch.Tensor, out: torch.Tensor) -> None:
+    """out (heads, n_k) += P^T P x for weights P (heads, rows, n_k) and x (heads, n_k)."""
+    out += torch.bmm(weights.mT, torch.bmm(weights, x.unsqueeze(2)))[..., 0]

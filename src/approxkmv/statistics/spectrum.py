@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 
 from approxkmv.statistics.logits import Logits
@@ -17,8 +19,8 @@ PASSES = 96
 class _Strips:
     """D^-1 A of some heads, strip by strip; kept in memory if it is one strip."""
 
-    def __init__(self, logits: Logits, log_sums: torch.Tensor, heads: slice) -> None:
-        self._logits, self._log_sums, self._heads = logits, log_sums, heads
+    def __init__(self, form: ModuleType, logits: Logits, log_sums: torch.Tensor, heads: slice) -> None:
+        self._form, self._logits, self._log_sums, self._heads = form, logits, log_sums, heads
         self._rows = [rows for group, rows in logits.pieces(logits.k.shape[1], STRIP) if group == heads]
         self._kept: torch.Tensor | None = None
 
@@ -41,22 +43,23 @@ class _Strips:
         """P^T P x for x (heads, n_k); adds the columns' sums of squares to `squares`, float64."""
         out = torch.zeros_like(x)
         for weights in self:
-            y = torch.bmm(weights, x.unsqueeze(2))
-            out += torch.bmm(weights.mT, y)[..., 0]
+            self._form.add_gram(weights, x, out)
             if squares is not None:
                 squares += weights.square().sum(1)
         return out
 
 
-def column_norm_and_stable_rank(logits: Logits, log_sums: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def column_norm_and_stable_rank(
+    form: ModuleType, logits: Logits, log_sums: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Per head n_q max_j |P e_j|^2 and |P|_F^2 / |P|_2^2 of P = D^-1 A, float64; 0 if P has no entries.
 
-    log_sums: (heads, n_q) float64, the logarithms of D; infinite for a row without keys.
+    form: `rows` or `row_loops`. log_sums: (heads, n_q) float64, the logarithms of D; infinite for a row without keys.
     """
     n_q, n_k = logits.q.shape[1], logits.k.shape[1]
     norms, ranks = [], []
     for heads in dict.fromkeys((group.start, group.stop) for group, _ in logits.pieces(n_k, STRIP)):
-        strips = _Strips(logits, log_sums, slice(*heads))
+        strips = _Strips(form, logits, log_sums, slice(*heads))
         squares = log_sums.new_zeros(heads[1] - heads[0], n_k)
         largest = _largest_eigenvalue(strips, squares)
         norms.append(n_q * squares.amax(1))
