@@ -10,7 +10,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from approxkmv import approx_attention, approx_kmv, head_to_tail_ratios, log_kernel, order_ratios, reduce_attention
+from approxkmv import (
+    approx_attention,
+    approx_kmv,
+    attention_statistics,
+    head_to_tail_ratios,
+    log_kernel,
+    order_ratios,
+    reduce_attention,
+)
 from approxkmv import top_eigenvalue as eigenvalue
 from approxkmv.attention import get, methods
 from approxkmv.attention.searched.knn_gradients import knn_attention
@@ -299,6 +307,20 @@ CONSTANTS: dict[str, dict[str, Any]] = {
 }
 
 
+SOFTMAX: dict[str, dict[str, Any]] = {
+    "an unknown mask": {"mask": "backwards"},
+    "a window of no key": {"mask": 0},
+    "a mask of another shape": {"mask": torch.ones(3, 4, dtype=torch.bool)},
+    "spans beyond the keys": {"mask": torch.full((1000, 2), 10**6)},
+    "a bias that is NaN": {"bias": torch.tensor([[NAN]])},
+    "a bias that hides": {"bias": torch.tensor([[-INFINITY]])},
+    "a cap of 0": {"softcap": 0.0},
+    "sinks of many heads": {"sinks": torch.ones(5)},
+    "a share of all": {"shares": (1.0,)},
+    "half products": {"dtype": "float16"},
+}
+
+
 def graph() -> dict[str, Any]:
     return {"points": points(30, 4), "alpha": 1.2, "degree": 4, "beam": 8, "generator": torch.Generator()}
 
@@ -316,6 +338,7 @@ CASES = [
     *cases("reduce_attention", reduce_attention, a_head, HEADS),
     *cases("head_to_tail_ratios", head_to_tail_ratios, a_head, HEADS | SEQUENCES | PREFIXES),
     *cases("order_ratios", order_ratios, a_head, HEADS | SEQUENCES),
+    *cases("attention_statistics", attention_statistics, a_head, HEADS | SOFTMAX),
     *cases("head_statistics", head_statistics, a_head, SEQUENCES | PREFIXES),
     *cases("unmasked_and_masked_statistics", unmasked_and_masked_statistics, a_head, SEQUENCES | PREFIXES),
     *cases("length_statistics", length_statistics, a_head, HEADS | SEQUENCES | BLOCKS),
