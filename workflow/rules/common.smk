@@ -116,7 +116,13 @@ def study_figures(kind):
     if STUDY.lengths:
         names = [f"length_scaling_{model}" for model in MODELS]
     else:
-        per_model = ["max_ratios", "order_ratios", "growth", "growth_curves", "attention_support"]
+        per_model = [
+            "max_ratios",
+            "order_ratios",
+            "growth",
+            "growth_curves",
+            "attention_support",
+        ]
         names = [f"{figure}_{model}" for figure in per_model for model in MODELS]
         names += ["context_scaling"] if MODELS else []
     names += ["complexity"] if STUDY.complexity else []
