@@ -1,1 +1,1 @@
-"""Queries in blocks of near neighbours: ApproxKMV's idea, local expansion, clustered attention."""
+"""Methods that group queries into blocks of near neighbours: ApproxKMV, local expansion, clustered attention."""

@@ -1,13 +1,13 @@
-"""The algorithm's idea in practice: heavy keys exactly, unbiased estimates of the light keys' sums.
+"""The idea of ApproxKMV in practice: heavy keys exactly, unbiased estimates of the light keys' sums.
 
 The heavy keys are the near keys of a block of queries (`expansion`); the light keys are sampled with probability
-proportional to their expected weight in the block. The far key of the expansion, whose sums over all light keys are
-known, is the control variate: what is sampled is the difference. Numerators and row sums are unbiased for every query,
-given the clustering; their quotient, the answer, is not. Where values are all the same, both are one estimate times
-that value, so that the answer is that value, and moves with a common offset of the values. Rows whose estimate is
-mostly noise (`MOST_PARTS`) are made again exactly; what the others answer stays, but for the tilt of a far key, within
-so many times the range of the values. The budget of samples is spread over the blocks in proportion to the predicted
-deviation of their rows, which depends on no sample, so that it leaves the estimates unbiased.
+proportional to their expected weight in the block. The expansion's far key, whose sums over all light keys are known,
+is the control variate: the difference from it is what is sampled. Given the clustering, numerators and row sums are
+unbiased for every query; their quotient, the answer, is not. If all values are equal, the numerator is the row sum
+times that value, so the answer is that value, and it shifts with a common offset of the values. Rows whose estimate is
+mostly noise (`MOST_PARTS`) are recomputed exactly; the other answers stay, up to the tilt of a far key, within that
+many times the range of the values. The sample budget is divided among the blocks in proportion to the predicted
+deviation of their rows, which does not depend on the samples, so the estimates stay unbiased.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from approxkmv.compute.threads import over_threads
 
 @dataclass(frozen=True)
 class Parameters(Clustering):
-    """Those of the clustering, and the light keys that a block samples on average."""
+    """The parameters of the clustering, and the average number of light keys sampled per block."""
 
     samples: int = 32
 
@@ -57,10 +57,10 @@ def sums(
     scale: float,
     with_own_keys: bool,
 ) -> Sums:
-    """Numerators (n_q, d_v + 1), row sums (n_q,) and the logs (n_q,) that both are divided by; out of reach is NaN.
+    """Numerators (n_q, d_v + 1), row sums (n_q,) and logs (n_q,); sums are divided by exp(log); NaN if out of reach.
 
-    The last column is what the parts of the row sum add up to without their signs: `trusted` compares the two.
-    with_own_keys: key i is the query's own, of as many keys as queries, and is summed exactly.
+    The last column is the sum of the absolute values of the parts of the row sum: `trusted` compares the two.
+    with_own_keys: key i is query i's own (as many keys as queries), and is summed exactly.
     """
     loops, d_v, samples = compiled_loops("attention.blocks.loops"), v.shape[1], parameters.samples
     apart = stand_apart(q, k, scale)
@@ -77,7 +77,7 @@ def sums(
         number = loops.controlled_sums_of_one_block(with_own_keys, *given)
         count(kernel_evaluations=len(k) + (len(q) + 1) * (number + samples) + len(q) * (1 + with_own_keys))
         return out[:, : d_v + 1], out[:, d_v + 1], out[:, d_v + 2]
-    # Bfloat16 sums of the control variate would be a bias.
+    # bfloat16 sums of the control variate would introduce a bias.
     e = expand(q, k, v, generator, apart, parameters, scale=scale, low=torch.float32)
     blocks = e.blocks
     heavy, scales = sums_of_keys(blocks, k, e.mean, v, e.chosen, e.ends, None, torch.float32)
@@ -86,7 +86,7 @@ def sums(
     counts = budgets(e, predicted_deviation(e, heavy, scales, seen.log_weight), samples)
     sample = draw(e, counts, generator)
     if len(apart):
-        # In their place one whose exponentials are finite, at weight 0
+        # Replaced by a key whose exponentials are finite, with weight 0
         drawn = np.isin(sample.keys, apart)
         sample.logs[drawn], sample.keys[drawn] = -np.inf, e.chosen[0]
     estimate, estimate_scales = sums_of_keys(
@@ -98,7 +98,7 @@ def sums(
         found = rest[:, : d_v + 1], rest[:, d_v + 1], rest[:, d_v + 2]
         return with_keys_apart(found, apart, q, k, with_ones(v), e.mean, scale) if len(apart) else found
 
-    # The control variate: the far key's sums, less the same sums over the sample, where it is worth its own noise.
+    # The control variate: the far key's sums, less the same sums over the sample, where this reduces the noise.
     if loops is not None:
         out = torch.empty(len(q), d_v + 3)
         given = [blocks.starts, blocks.sizes, blocks.queries, blocks.rows, blocks.labels]
@@ -114,7 +114,7 @@ def sums(
     means, tilts = sampled_moments(e, sample, k, v)
     leaning = project(blocks, tilts)
 
-    # One scale for all parts, so that none overflows
+    # One scale for all parts, so that none overflows.
     row_scale = blocks.of_rows(scales)
     shift = torch.maximum(torch.maximum(row_scale, seen.log_weight), seen.own_log)
     heavy *= (row_scale - shift).exp_().unsqueeze(1)
@@ -127,7 +127,7 @@ def sums(
     far_value = seen.value - leaning[:, 1:] if e.tilted else blocks.of_rows(seen.value) * (1 - leaning[:, :1])
     numerators = heavy[:, 1:] + estimate[:, 1:] + weight.unsqueeze(1) * (far_value - sampled[:, 1:])
     if with_own_keys:
-        # A light key like the others, but its term is known: of the difference from its control nothing is estimated.
+        # A light key like the others, but its term is known, so its difference from the control is not estimated.
         left = torch.where(torch.isfinite(seen.own_log), 1 - sampled_own(e, sample), 0.0)
         exact = torch.exp(seen.own_log - shift)
         row_sums = row_sums + left * (exact - weight * seen.own_share_seen)
@@ -141,7 +141,7 @@ def sums(
 
 
 def with_ones(v: torch.Tensor) -> torch.Tensor:
-    """v (n, d_v) and a column whose sums are those of the weights."""
+    """v (n, d_v) with a column of ones, whose sums are those of the weights."""
     return torch.cat([v, torch.ones(len(v), 1)], 1)
 
 
@@ -179,7 +179,7 @@ def _causal(
         v = v[:, :-1]
         # Query i and key i of a square belong to different tokens.
         numerators, row_sums, logs = sums(q, k, v, generator, parameters, scale=1.0, with_own_keys=False)
-        # The sums are those of centred keys, which are the same for one set of keys but not for two.
+        # The sums refer to centred keys, whose mean is the same within one set of keys but not across two.
         return numerators, row_sums, logs + q @ k.mean(0)
 
     def single(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

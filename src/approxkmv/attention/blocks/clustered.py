@@ -1,8 +1,8 @@
-"""Keys in k-means clusters: those near a block of queries exactly, each of the others as its centroid.
+"""Keys in k-means clusters: those near a block of queries exactly, each far cluster as its centroid.
 
-A far cluster of m keys with mean c and mean value u counts as m keys at c with the value u. By Jensen's inequality
-that is less than its keys' sum, so the estimate is biased; it is exact where clusters are single points.
-With clusters in proportion to sqrt(n) the cost is n^1.5 d, up to constants.
+A far cluster of m keys with mean c and mean value u counts as m keys at c with value u. By Jensen's inequality that is
+less than the sum over its keys, so the estimate is biased; it is exact if clusters are single points.
+With a number of clusters proportional to sqrt(n) the cost is n^1.5 d, up to constants.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from approxkmv.attention.exact import fused as exact_fused
 from approxkmv.compute.counting import count
 
 _ITERATIONS = 3
-# Points per cluster that Lloyd's iterations look at; the last assignment looks at all.
+# Points per cluster used in Lloyd's iterations; the last assignment uses all points.
 _SAMPLED = 16
 
 
 def members(labels: torch.Tensor, clusters: torch.Tensor, counts: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Keys of each row's clusters, one row after the other, and where each row ends.
+    """The keys of each row's clusters, row by row, and where each row ends.
 
-    labels (n_k,) the cluster of each key, counts (C,) the keys of each, clusters (rows, p).
+    labels (n_k,) is the cluster of each key, counts (C,) the number of keys of each, clusters (rows, p).
     """
     order = labels.argsort(stable=True)
     starts = counts.cumsum(0) - counts
@@ -45,7 +45,7 @@ def members(labels: torch.Tensor, clusters: torch.Tensor, counts: torch.Tensor) 
 
 @dataclass(frozen=True)
 class Parameters:
-    """Queries of a block on average; clusters for each sqrt(n_k); clusters that a block meets exactly."""
+    """Average queries per block; clusters per sqrt(n_k); clusters that a block meets exactly."""
 
     block: int = 64
     clusters: float = 1.0
@@ -69,11 +69,11 @@ def attend(
     apart = stand_apart(q, k, scale)
     k, v = without(k, apart), without(v, apart)
     number = min(number, len(k))
-    # Attention does not change when all keys move together, and products lose fewer digits around their mean.
+    # Attention is invariant to a common shift of the keys, and products lose fewer digits around their mean.
     mean = k.mean(0)
     queries, keys = q * scale, k - mean
     labels = k_means(keys, number, _ITERATIONS, _SAMPLED, generator)
-    # Clusters that lost all their keys go.
+    # Drop clusters that lost all their keys.
     _, labels, counts = labels.unique(return_inverse=True, return_counts=True)
     sums = torch.zeros(len(counts), keys.shape[1] + v.shape[1]).index_add_(0, labels, torch.cat([keys, v], 1))
     centroids, values = (sums / counts.unsqueeze(1)).split([keys.shape[1], v.shape[1]], 1)
@@ -91,14 +91,14 @@ def attend(
     count(kernel_evaluations=far.numel(), other_products=ranks.numel())
     far.masked_fill_(blocks.of_rows(torch.zeros_like(ranks, dtype=torch.bool).scatter_(1, nearest, True)), -torch.inf)
     row_scale = blocks.of_rows(scales)
-    # One shift for both parts, so that neither overflows
+    # One shift for both parts, so that neither overflows.
     shift = torch.maximum(row_scale, far.amax(1))
     far.sub_(shift.unsqueeze(1)).exp_()
     exact *= (row_scale - shift).exp_().unsqueeze(1)
     far_sums = far.sum(1)
     rest = (blocks.of_queries(t) for t in (exact[:, 1:] + far @ values, exact[:, 0] + far_sums, shift))
     numerators, row_sums, _ = with_keys_apart(tuple(rest), apart, *whole, mean, scale)  # type: ignore[arg-type]
-    # Out of reach: too far from the block's centre for its exponentials, or of logits too far apart in a cluster
+    # Out of reach: too far from the block's centre for its exponentials, or logits too spread out within a cluster
     some = slice(None, None, max(1, len(keys) // 512))
     within = (keys[some] - centroids[labels[some]]).square().mean(0)
     out_of_block = blocks.deltas.square() @ variances_of(keys) > REACH

@@ -1,9 +1,9 @@
-"""The expansion of attention around the centres of blocks of queries, which two methods share.
+"""The expansion of attention around the centres of blocks of queries, used by two methods.
 
-With q = c + delta in a block with centre c and (diagonal) covariance V, exp(q.k) = exp(c.k + k'Vk/2)
+For q = c + delta in a block with centre c and (diagonal) covariance V, exp(q.k) = exp(c.k + k'Vk/2)
 exp(delta.k - k'Vk/2), where the second factor has mean one over the block if its queries are Gaussian. The first
-factor ranks the keys: a block's `near` highest are summed exactly for each of its queries, the others with that
-weight into one far key per block, to first order in delta in the weights and, for few value columns, in the values.
+factor ranks the keys: the `near` highest of a block are summed exactly for each of its queries; the others, with that
+weight, form one far key per block, to first order in delta in the weights and, with few value columns, in the values.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from approxkmv.compute.loops import compiled_loops
 from approxkmv.compute.scratch import scratch
 from approxkmv.compute.threads import over_threads
 
-# Each tilted column of v costs d more columns in the far sums; beyond these the far value is the block's mean.
+# Each tilted column of v adds d columns to the far sums; with more columns than this the far value is the block's mean.
 TILTED_COLUMNS = 2
-# oneDNN compiles a kernel for each new shape of a bfloat16 product, so that shapes should repeat.
+# oneDNN compiles a kernel for each new shape of a bfloat16 product, so shapes should repeat.
 _ROWS_OF_BFLOAT16 = 16
-# Eigenvalues to this power weigh the axes in the distance of queries. One half would be the standard deviation of the
-# change of the logits; a little less keeps weight on axes along which only the keys near the top differ.
+# Power of the eigenvalues by which axes are weighted in distances of queries. One half would be the standard deviation
+# of the change of the logits; slightly less keeps weight on axes along which only the keys near the top differ.
 METRIC_POWER = 0.4
-# So many keys decide the axes: the errors are the same with all of 4,096 (GloVe and heads of a model), the time is not.
+# Keys that determine the axes: 4,096 give the same errors (GloVe and heads of a model), but take longer.
 _KEYS_FOR_AXES = 512
 
 
@@ -46,9 +46,9 @@ def principal_axes(k: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Ten
 
 @dataclass(frozen=True)
 class Seen:
-    """What each row of the blocks sees of its block's far key, and of the key of the same index as its query.
+    """What each row of the blocks sees of its block's far key, and of the key with the same index as its query.
 
-    In self-attention that key is often the query's nearest; seen from the block's centre it is one of many, and its
+    In self-attention that key is often the query's nearest, but from the block's centre it is one of many, and the
     block does not list it as near.
     """
 
@@ -57,26 +57,26 @@ class Seen:
     value: torch.Tensor
     """Of the far key: (rows, d_v) where it is tilted, or (blocks, d_v)."""
     own_log: torch.Tensor
-    """(rows,) q_i.(k_i - mean), -inf where the key is near or there is none."""
+    """(rows,) q_i.(k_i - mean), -inf if the key is near or does not exist."""
     own_share: torch.Tensor
-    """(rows,) the key's part of the far key's weight, as the block's centre sees it, and"""
+    """(rows,) the key's part of the far key's weight, as seen from the block's centre, and"""
     own_share_seen: torch.Tensor
-    """(rows,) to first order in the row's distance from the centre; both 0 where the key is near or there is none."""
+    """(rows,) to first order in the row's distance from the centre; both 0 if the key is near or does not exist."""
 
 
 @dataclass(frozen=True)
 class Expansion:
-    """Everything that is known about the blocks before a single query is looked at again."""
+    """Everything known about the blocks before individual queries are processed."""
 
     blocks: Blocks
     logit_variances: torch.Tensor
-    """(rows,) as Blocks has them."""
+    """(rows,) as in Blocks."""
     far_keys: int
-    """About so many keys of each block are far."""
+    """The approximate number of far keys per block."""
     mean: torch.Tensor
-    """(d,) of the keys, which are taken relative to it: attention does not see a common shift."""
+    """(d,) mean of the keys, which are taken relative to it: attention is invariant to a common shift."""
     rounded: torch.Tensor | None
-    """(n_k, d) the keys less their mean in bfloat16, if those were asked for."""
+    """(n_k, d) the keys less their mean in bfloat16, if requested."""
     logs: torch.Tensor
     """(blocks, n_k) c.k + k'Vk/2."""
     weights: torch.Tensor
@@ -84,7 +84,7 @@ class Expansion:
     apart: np.ndarray
     """Keys that are neither near nor far: their logs are -inf, their weights 0."""
     thresholds: torch.Tensor
-    """(blocks,) the least of logs at which a key is near."""
+    """(blocks,) the threshold of `logs` above which a key is near."""
     chosen: np.ndarray
     ends: np.ndarray
     """The near keys of block b are chosen[ends[b-1]:ends[b]]."""
@@ -95,12 +95,12 @@ class Expansion:
     far_value: torch.Tensor
     """(blocks, d_v) weighted mean of the far values."""
     far_axes: torch.Tensor
-    """(blocks, 1 + tilts, d) the weighted mean of the far keys, relative to `mean`; then, where there are few columns,
-    the weighted covariance of each column of the far values with the far keys."""
+    """(blocks, 1 + tilts, d) the weighted mean of the far keys, relative to `mean`; then, with few columns, the
+    weighted covariance of each column of the far values with the far keys."""
 
     @property
     def tilted(self) -> bool:
-        """Whether the far value is of first order in the row's distance from the centre, and not the block's mean."""
+        """Whether the far value is of first order in the row's distance from the centre, not the block's mean."""
         return self.far_axes.shape[1] > 1
 
     def _own_apart(self, k: torch.Tensor | None) -> np.ndarray:
@@ -115,7 +115,7 @@ class Expansion:
         return self.blocks.of_queries(beyond_reach(variances, known, seen.log_weight, self.far_keys))
 
     def seen(self, k: torch.Tensor | None) -> Seen:
-        """What the rows see of the far keys and, if the keys k (n, d) are given, of their own."""
+        """What the rows see of the far keys and, if the keys k (n, d) are given, of their own keys."""
         blocks = self.blocks
         rows, d_v = len(blocks.deltas), self.far_value.shape[1]
         count(kernel_evaluations=rows + (0 if k is None else len(blocks.rows)))
@@ -154,15 +154,15 @@ class Expansion:
 
 @dataclass(frozen=True)
 class Clustering:
-    """How queries are put into blocks, and which keys are near."""
+    """How queries are grouped into blocks, and how many keys are near."""
 
     block: int = 128
-    """Queries of a block, about."""
+    """Approximate number of queries per block."""
     near: int = 256
-    """Near keys of a block, about."""
+    """Approximate number of near keys per block."""
     directions: int = 48
-    """Leading axes of the keys along which queries are clustered, and a block's second moment is taken; without any
-    there is one block, and the expansion is of first order."""
+    """Leading axes of the keys along which queries are clustered and second moments of blocks are taken; with 0 there
+    is one block, and the expansion is of first order."""
     iterations: int = 3
     sampled: int = 16
     """See `k_means`."""
@@ -179,9 +179,9 @@ def expand(
     scale: float,
     low: torch.dtype,
 ) -> Expansion:
-    """Cluster the queries q (n_q, d), choose each block's near keys and sum the others at its centre.
+    """Cluster the queries q (n_q, d), choose the near keys of each block and sum the others at its centre.
 
-    Products of bfloat16 (low) take numbers by twos: d is then even. Much of what is returned is scratch: it holds
+    bfloat16 products (low) process numbers in pairs, so d must then be even. Much of the result is scratch: it is valid
     until the next call in this thread.
     """
     n_k, d_v = v.shape
@@ -192,7 +192,7 @@ def expand(
     axes, spread = principal_axes(without(k, apart), min(clustering.directions, d))
     r = len(spread)
     metric = spread.pow(METRIC_POWER).clamp_min(1e-15)
-    # Clustering and curvature are estimates: half the digits do for their coordinates.
+    # Clustering and curvature are estimates: half the digits suffice for their coordinates.
     some = q if low == q.dtype else scratch("low queries", len(q), d, dtype=low).copy_(q)
     points = torch.mm(some, (scale * axes * metric).to(low), out=scratch("points", len(q), r, dtype=low))
     if low != torch.float32:
@@ -205,12 +205,12 @@ def expand(
     blocks = make_blocks(q, scale, points, importance, labels, multiple)
     logit_variances = blocks.logit_variances(k, apart)
     if float(logit_variances.max()) > REACH:
-        # In a block of their own they do not move the centre of others.
+        # In a block of their own they do not shift the centres of others.
         labels[blocks.of_queries(logit_variances) > REACH] = clusters
         blocks = make_blocks(q, scale, points, importance, labels, multiple)
         logit_variances = blocks.logit_variances(k, apart)
 
-    # An array of its own, since oneDNN's products of bfloat16 read past the rows of a view, and NaN there makes NaN.
+    # A separate array, since oneDNN's bfloat16 products read past the rows of a view, where NaN would spread.
     keys = torch.sub(k, mean, out=scratch("keys", n_k, d, dtype=low))
     # Columns: the squares along the leading axes, then the keys.
     features = scratch("features", n_k, r + d, dtype=low)
@@ -241,7 +241,7 @@ def expand(
         far_value /= total.unsqueeze(1)
         if tilts:
             far_axes[:, 1:] -= far_value.unsqueeze(2) * far_axes[:, :1]
-        # The far key's own second-order term is in its weight already.
+        # The far key's own second-order term is already in its weight.
         second = 0.5 * (variances * (far_axes[:, 0] @ axes).square()).sum(1)
         torch.sub(total.log() + highest, second, out=far_log)
     rounded = keys if low == torch.bfloat16 else None
@@ -266,7 +266,7 @@ def expand(
 def of_one_block(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seed: int, scale: float, near: int
 ) -> tuple[list[Any], list[np.ndarray]]:
-    """What the compiled loops for one block of all queries and no axes take: their inputs, and room to work in."""
+    """Inputs and scratch of the compiled loops for one block of all queries without axes."""
     n_k, d_v = v.shape
     tilts = d_v if d_v <= TILTED_COLUMNS else 0
     first = seed % SAMPLED_KEYS
@@ -277,5 +277,5 @@ def of_one_block(
 
 
 def in_one_block(q: torch.Tensor, k: torch.Tensor, scale: float, near: int) -> bool:
-    """Whether no query can be lost in one block of all of them."""
+    """Whether no query can be lost in a single block of all queries."""
     return scale**2 * spreads(q, k).numpy().max() <= most_variance(len(k) - near)

@@ -17,10 +17,10 @@ Grouped = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 @dataclass(frozen=True)
 class Blocks:
-    """Queries in blocks of near neighbours, each block's rows contiguous and padded to a multiple of some rows."""
+    """Queries in blocks of near neighbours; each block's rows are contiguous, padded to a multiple."""
 
     queries: np.ndarray
-    """(padded n,) the query in each row, -1 where padded."""
+    """(padded n,) the query in each row, -1 for padding."""
     rows: np.ndarray
     labels: np.ndarray
     """(n,) row and block of each query."""
@@ -30,11 +30,11 @@ class Blocks:
     centres: torch.Tensor
     """(blocks, d)"""
     deltas: torch.Tensor
-    """(padded n, d) query minus its block's centre, zero where padded."""
+    """(padded n, d) query minus its block's centre, zero for padding."""
     variances: torch.Tensor
-    """(blocks, r) mean square of the points' distances from their block's, along each of their axes."""
+    """(blocks, r) mean squared deviation of the points from their block's mean, along each axis."""
     row_variances: torch.Tensor
-    """(padded n,) each point's squares of these distances, times the axes' importance, in all; zero where padded."""
+    """(padded n,) sum over axes of each point's squared deviation times the axis's importance; zero for padding."""
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -48,14 +48,14 @@ class Blocks:
         return per_row[torch.from_numpy(self.rows)]
 
     def logit_variances(self, k: torch.Tensor, apart: np.ndarray) -> torch.Tensor:
-        """(padded n,) of each row's logits around its block's, over keys k (n_k, d) but those that stand apart."""
+        """(padded n,) variance of each row's logits around its block's, over the keys k (n_k, d) that are not apart."""
         if self.variances.shape[1] > 0:
             return self.row_variances
         # Without axes the variances are those of the columns.
         return self.deltas.square() @ variances_of(without(k, apart))
 
     def in_rows(self, per_query: torch.Tensor) -> torch.Tensor:
-        """Something of the queries (n, ...) in the order of the blocks' rows (padded n, ...), zero where padded."""
+        """Per-query data (n, ...) in the order of the blocks' rows (padded n, ...), zero for padding."""
         out = per_query.new_zeros(len(self.deltas), *per_query.shape[1:])
         out[torch.from_numpy(self.rows)] = per_query
         return out
@@ -64,9 +64,9 @@ class Blocks:
 def make_blocks(
     q: torch.Tensor, scale: float, points: torch.Tensor, importance: torch.Tensor, labels: torch.Tensor, multiple: int
 ) -> Blocks:
-    """Blocks of the queries, scale times q (n, d), and of their points (n, r), that share a label.
+    """Blocks of queries, which are scale times q (n, d), and of their points (n, r), by label.
 
-    importance (r,): what a square along each of the points' axes counts in `row_variances`.
+    importance (r,): the weight of a squared deviation along each axis in `row_variances`.
     """
     loops = compiled_loops("attention.blocks.loops")
     grouped: Grouped = (loops.group if loops is not None else _group)(labels.numpy(), multiple)
@@ -95,9 +95,9 @@ def make_blocks(
 
 
 def _group(labels: np.ndarray, multiple: int) -> Grouped:
-    """queries, rows, labels, starts and sizes of `Blocks`: points (n,) with a label in blocks, a block for each used.
+    """queries, rows, labels, starts and sizes of `Blocks`, for points (n,) with a label; unused labels get no block.
 
-    A block's rows are padded to a multiple of some.
+    Each block's rows are padded to the given multiple.
     """
     _, block_of, counts = np.unique(labels, return_inverse=True, return_counts=True)
     sizes = -(-counts // multiple) * multiple

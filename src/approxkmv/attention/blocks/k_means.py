@@ -1,4 +1,4 @@
-"""k-means on a sample of the points, with the distances in pieces that stay in the cache."""
+"""k-means on a sample of the points, with distances computed in pieces that fit the cache."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from approxkmv.compute.scratch import scratch
 def k_means(
     points: torch.Tensor, clusters: int, iterations: int, sampled: int, generator: torch.Generator
 ) -> torch.Tensor:
-    """Label (n,) of each of points (n, r): Lloyd's iterations on `sampled` points a cluster, then one on all."""
+    """Label (n,) of each of points (n, r): Lloyd's iterations on `sampled` points per cluster, then one on all."""
     loops = compiled_loops("attention.blocks.loops")
 
     def nearest(some: torch.Tensor) -> torch.Tensor:
@@ -20,7 +20,7 @@ def k_means(
         count(other_products=len(some) * len(centres))
         labels = torch.empty(len(some), dtype=torch.int64)
         distances = scratch("distances", 512, len(centres))
-        # In pieces, so that the distances stay in the cache
+        # In pieces, so that the distances stay in the cache.
         for i in range(0, len(some), 512):
             part = some[i : i + 512]
             here = torch.addmm(norms, part, centres.mT, alpha=-2, out=distances[: len(part)])

@@ -1,4 +1,4 @@
-"""Light keys of a block: how many to draw, the drawing, and what a sample says of the far key's sums."""
+"""Light keys of a block: how many to draw, drawing them, and the sample's sums around the far key."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from approxkmv.compute.loops import compiled_loops
 from approxkmv.compute.threads import over_threads
 
 LEAST_SAMPLES = 4
-# Beyond this variance of a query's logits around its block's, the far key says too little to be a control variate.
+# Above this variance of a query's logits around its block's, the far key is too inaccurate for a control variate.
 CONTROLLED = 2.0
-# A row's estimate is a difference: what is drawn, less what the far key says of it. Where its parts are more than so
-# many times what is left, that is noise, and a quotient may lie far outside the values. At 8 these are 0.1 % of the
-# rows of most heads of SmolLM2 at 2,048 keys, and 2 % of one whose far keys outweigh its near ones.
+# A row's estimate is the difference of a sampled sum and the far key's share of it. If its parts exceed the result by
+# more than this factor it is noise, and a quotient may lie far outside the values. At 8 these are 0.1 % of the rows of
+# most heads of SmolLM2 at 2,048 keys, and 2 % of one whose far keys outweigh its near ones.
 MOST_PARTS = 8.0
 
 
 def budgets(e: Expansion, deviation: torch.Tensor, samples: int) -> np.ndarray:
-    """Samples (blocks,) for each block, `samples` on average over the queries, from its predicted deviation."""
+    """Samples (blocks,) per block from its predicted deviation, `samples` on average over the queries."""
     sizes = e.blocks.sizes
     average = float(deviation.numpy() @ sizes) / float(sizes.sum())
-    # Without axes nothing is known of the deviation: the same for all.
+    # Without axes nothing is known about the deviation: use the same for all.
     counts = samples * (deviation.numpy() / average if average > 1e-30 else np.ones(len(sizes)))
     return counts.clip(min(LEAST_SAMPLES, samples), 4 * samples).round().astype(np.int64)
 
@@ -32,11 +32,11 @@ def budgets(e: Expansion, deviation: torch.Tensor, samples: int) -> np.ndarray:
 def predicted_deviation(
     e: Expansion, heavy: torch.Tensor, scales: torch.Tensor, log_weight: torch.Tensor
 ) -> torch.Tensor:
-    """Root mean square (blocks,), float64, over a block's rows, of what one sample would leave uncertain.
+    """Root mean square (blocks,), float64, over a block's rows, of the uncertainty left by one sample.
 
-    Relative to the row's sum: the far part of it, times the deviation of one sample of the difference from the
-    control variate, which is about that of a lognormal beyond its first order, exp(s) - 1 - s, s being the variance
-    of the query's logits around its block's.
+    Relative to the row's sum, this is its far part times the deviation of one sample of the difference from the control
+    variate, which is about that of a lognormal beyond first order, exp(s) - 1 - s, where s is the variance of the
+    query's logits around its block's.
     """
     loops = compiled_loops("attention.blocks.loops")
     if loops is not None:
@@ -45,7 +45,7 @@ def predicted_deviation(
         given = e.blocks.starts, e.blocks.sizes, *(t.numpy() for t in tensors)
         over_threads(lambda first, last: loops.far_deviations(first, last, *given), len(e.blocks))
         return out
-    # A row whose sums left float32 is made again in the end; until then its light keys count as all there is.
+    # A row whose sums overflowed float32 is recomputed exactly at the end; until then it counts as all light keys.
     share = torch.sigmoid(log_weight - e.blocks.of_rows(scales) - heavy[:, 0].log()).nan_to_num(1.0)
     s = e.blocks.row_variances.clamp_max(10.0)
     # Padded rows have no variance.
@@ -55,15 +55,15 @@ def predicted_deviation(
 
 @dataclass(frozen=True)
 class Sample:
-    """Light keys (m,), independent, so many of them for each block, block after block."""
+    """Independent light keys (m,), block by block."""
 
     keys: np.ndarray
     ends: np.ndarray
     """Those of block b are keys[ends[b-1]:ends[b]]."""
     logs: np.ndarray
-    """(m,) logarithm of 1 / (counts p), p being the probability of the key: with it exp(q.k) counts."""
+    """(m,) logarithm of 1 / (counts p), where p is the key's probability: the weight of exp(q.k)."""
     control: np.ndarray
-    """(m,) w / (sum(w) counts p), with which the key counts in the sums of the control variate."""
+    """(m,) w / (sum(w) counts p), the weight of the key in the sums of the control variate."""
 
     def blocks(self) -> torch.Tensor:
         """(m,) the block of each."""
@@ -71,10 +71,10 @@ class Sample:
 
 
 def draw(e: Expansion, counts: np.ndarray, generator: torch.Generator) -> Sample:
-    """counts[b] light keys for block b.
+    """Draw counts[b] light keys for block b.
 
-    Half of the probability of a key is in proportion to its expected weight w, half is the same for all: no term can
-    then be more than twice as large as under uniform sampling, however far a query lies from its block.
+    Half of a key's probability is proportional to its expected weight w, the other half uniform: so no term can be more
+    than twice as large as under uniform sampling, however far a query is from its block.
     """
     blocks, n_k = len(counts), e.weights.shape[2]
     ends = counts.cumsum()
@@ -86,7 +86,7 @@ def draw(e: Expansion, counts: np.ndarray, generator: torch.Generator) -> Sample
         given = ends, e.ends, e.chosen, e.weights.numpy(), e.total.numpy(), points, keys, logs, control
         over_threads(lambda first, last: loops.draw_light(first, last, *given), blocks)
         return Sample(keys, ends, logs, control)
-    # Without a light key there is nothing to draw: any key, of weight 0.
+    # Without light keys there is nothing to draw: take any key, with weight 0.
     with np.errstate(divide="ignore"):
         even = 1.0 / (n_k - np.diff(e.ends, prepend=0)).astype(np.float64)
     heights = e.weights[:, 0].double().cumsum(1).numpy()
@@ -95,11 +95,11 @@ def draw(e: Expansion, counts: np.ndarray, generator: torch.Generator) -> Sample
     for b, end in enumerate(ends):
         u = points[begin:end] * (2 if by_weight[b] else 1)
         near = e.chosen[first : e.ends[b]]
-        # A point below one half is a place among the light keys, one above it a place in the running sum.
+        # A number below one half is a position among the light keys, one above it a position in the running sum.
         place = (u * (n_k - len(near))).astype(np.int64).clip(max=max(n_k - len(near) - 1, 0))
         # As many near keys come before the light key at a place as lie less than that many places behind it.
         evenly = place + np.searchsorted(near - np.arange(len(near)), place, side="right")
-        # right: a near key, whose interval is empty, is never drawn
+        # right: a near key, whose interval is empty, is never drawn.
         weighed = np.searchsorted(heights[b], (u - 1) * heights[b, -1], side="right")
         keys[begin:end] = np.where(u < 1, evenly, weighed).clip(max=n_k - 1)
         begin, first = end, int(e.ends[b])
@@ -112,10 +112,10 @@ def draw(e: Expansion, counts: np.ndarray, generator: torch.Generator) -> Sample
 def sampled_moments(
     e: Expansion, sample: Sample, k: torch.Tensor, v: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sums over each block's sample with the weights of the control variate, to first order around its far key.
+    """Sums over each block's sample with the control variate's weights, to first order around its far key.
 
-    Of one and the values, (blocks, 1 + d_v); of the distances from the far key and, where the far values are tilted,
-    of these times each value, (blocks, 1 or 1 + d_v, d).
+    For one and the values, (blocks, 1 + d_v); for the distances from the far key and, if the far values are tilted, for
+    these times each value, (blocks, 1 or 1 + d_v, d).
     """
     number, keys, of_draw = len(e.blocks), torch.from_numpy(sample.keys), sample.blocks()
     control, values = torch.from_numpy(sample.control).unsqueeze(1), v[keys]
@@ -129,7 +129,7 @@ def sampled_moments(
 
 
 def sampled_own(e: Expansion, sample: Sample) -> torch.Tensor:
-    """Per row, the sum of 1 / (counts p) over the draws of its block that drew its own key; its mean is one."""
+    """Per row, the sum of 1 / (counts p) over its block's draws of the row's own key; its mean is one."""
     blocks, keys = e.blocks, torch.from_numpy(sample.keys)
     met = torch.from_numpy(blocks.labels)[keys] == sample.blocks()
     rows = torch.from_numpy(blocks.rows)[keys[met]]
@@ -137,5 +137,5 @@ def sampled_own(e: Expansion, sample: Sample) -> torch.Tensor:
 
 
 def trusted(numerators: torch.Tensor, row_sums: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Numerators (..., d_v) and row sums out of those of `approxkmv.sums`; row sums that are mostly noise are NaN."""
+    """Numerators (..., d_v) and row sums from those of `approxkmv.sums`; row sums that are mostly noise become NaN."""
     return numerators[..., :-1], torch.where(numerators[..., -1] < MOST_PARTS * row_sums, row_sums, torch.nan)

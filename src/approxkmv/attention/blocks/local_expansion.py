@@ -1,4 +1,4 @@
-"""Near keys exactly, far keys expanded around the centre of a block of queries; biased, and cheap for its error.
+"""Near keys exactly, far keys expanded around the centre of a block of queries; biased, but cheap for its error.
 
 Cost: n d (near + n / block), up to constants. The expansion itself is in `expansion`.
 """
@@ -23,7 +23,7 @@ from approxkmv.compute.threads import over_threads
 
 @dataclass(frozen=True)
 class Parameters(Clustering):
-    """Those of the clustering, and the type in which products are made: fastest, bfloat16 or float32."""
+    """The parameters of the clustering, and the dtype of products: fastest, bfloat16 or float32."""
 
     near: int = 512
     products: str = "fastest"
@@ -68,10 +68,10 @@ def attend(
         return exactly_where_lost(out, lost, q, k, v, scale)
     scale_of_row = e.blocks.of_rows(scales)
     weight = (seen.log_weight - scale_of_row).exp_()
-    # Exactly in place of its share of the far key.
+    # Exactly, instead of its share of the far key.
     added = (seen.own_log - scale_of_row).exp_()
     counted = added - weight * (seen.own_share_seen if e.tilted else seen.own_share)
-    # In the far value's place, what the own key's share leaves of it: the weights of a row add up to one.
+    # What the own key's share leaves of the far value: the weights of a row sum to one.
     left = weight if e.tilted else weight * (1 - seen.own_share_seen + seen.own_share)
     value = seen.value if e.tilted else e.blocks.of_rows(seen.value)
     numerators = sums[:, 1:] + left.unsqueeze(1) * value
@@ -86,7 +86,7 @@ def attend(
 def exactly_where_lost(
     out: torch.Tensor, lost: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """Recompute exactly the rows of out (n_q, d_v) that are lost (n_q,), or not finite: an exponential left float32."""
+    """Recompute exactly the rows of out (n_q, d_v) that are lost (n_q,) or not finite: an exponential overflowed."""
     if (lost is not None and bool(lost.any())) or not math.isfinite(float(out.sum())):
         broken = ~out.isfinite().all(1)
         lost = (broken if lost is None else lost | broken).nonzero().squeeze(1)
@@ -128,7 +128,7 @@ method = Method(
     may_be_zero=frozenset({"directions"}),
     choices={"products": ("fastest", "bfloat16", "float32")},
     grid=[
-        # One block, first order: for attention that is nearly uniform.
+        # One block, first order: for nearly uniform attention.
         {"block": 2**24, "near": 16, "directions": 0},
         {"block": 512, "near": 64},
         {"block": 256, "near": 64},

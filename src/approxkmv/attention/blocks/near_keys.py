@@ -1,4 +1,4 @@
-"""The near keys of each block of queries: which they are, and exact sums over them."""
+"""The near keys of each block of queries: choosing them, and exact sums over them."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from approxkmv.compute.counting import count
 from approxkmv.compute.loops import compiled_loops, native_bfloat16
 from approxkmv.compute.threads import over_threads
 
-# For more columns than these a product of matrices is faster than a product with each.
+# With more columns than this a matrix product is faster than a product with each column.
 _FEW_COLUMNS = 8
-# oneDNN compiles a kernel for each new shape of a bfloat16 product, so that shapes should repeat.
+# oneDNN compiles a kernel for each new shape of a bfloat16 product, so shapes should repeat.
 _KEYS_OF_BFLOAT16 = 64
-# One key in so many decides the threshold above which a block's keys are near.
+# The threshold above which a block's keys are near is estimated from every so-many-th key.
 SAMPLED_KEYS = 8
 
 
 def as_numbers(stored: torch.Tensor) -> np.ndarray:
-    """float32 numbers, or the bits of bfloat16 ones, which NumPy does not have: what the compiled loops take."""
+    """float32 numbers, or the bits of bfloat16 ones, which NumPy lacks, for the compiled loops."""
     return (stored.view(torch.uint16) if stored.dtype == torch.bfloat16 else stored).numpy()
 
 
@@ -34,10 +34,10 @@ def choose_keys(
 ) -> tuple[torch.Tensor, torch.Tensor, np.ndarray, np.ndarray, torch.Tensor, torch.Tensor]:
     """The highest log of a far key and the threshold (blocks,), chosen and ends of an expansion, sums of its weights.
 
-    About `near` keys of each block have a log (blocks, n_k) of at least its threshold, as a sample of the keys from
-    the one at `first` on finds it. weights (blocks, 1 + tilts, n_k) are written: exp(logs - highest) of the others,
-    times 1 and the columns of v (n_k, tilts); their sums are (blocks,) and (blocks, tilts). The highest is that of the
-    far keys, since beside a near key of a much higher log all of their weights may vanish.
+    About `near` keys of each block have a log (blocks, n_k) of at least its threshold, which is estimated from a sample
+    of the keys starting at `first`. Writes weights (blocks, 1 + tilts, n_k): exp(logs - highest) of the other keys,
+    times 1 and the columns of v (n_k, tilts); their sums are (blocks,) and (blocks, tilts). `highest` is over the far
+    keys, since relative to a near key with a much higher log all of their weights might vanish.
     """
     blocks, n_k = logs.shape
     tilts = v.shape[1]
@@ -80,14 +80,14 @@ def sums_of_keys(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sums (rows, 1 + d_v) of exp(q.(k - mean) + extra) [1, v] over each block's chosen keys, and their log scales.
 
-    Block b's keys are chosen[ends[b-1]:ends[b]], its sums are divided by exp(scale_b); extra (len(chosen),) or 0.
-    rounded is that of the expansion: with it products of bfloat16 numbers do, where the CPU has them.
+    Block b's keys are chosen[ends[b-1]:ends[b]], its sums are divided by exp(scale_b); extra is (len(chosen),) or 0.
+    rounded: from the expansion; if given, products are of bfloat16 numbers on CPUs that support them.
     """
     number, d_v = len(blocks), v.shape[1]
     sums, scales = torch.empty(len(blocks.deltas), 1 + d_v), torch.empty(number)
     lengths = ends.copy()
     lengths[1:] -= ends[:-1]
-    # Each key with each query, padded rows too, and with the block's centre
+    # Each key with each query, including padded rows, and with the block's centre
     count(kernel_evaluations=int((blocks.sizes + 1) @ lengths))
     loops = compiled_loops("attention.blocks.loops")
     if extra is None:
@@ -115,7 +115,7 @@ def sums_of_keys(
         torch.sub(k[here], mean, out=keys[:m])
         base = keys[:m] @ blocks.centres[b] + extra[begin:end]
         begin = end
-        # Of keys of weight 0 alone it would be -inf.
+        # With only keys of weight 0 it would be -inf.
         scales[b] = base.max().clamp_min(-1e30)
         part = pairs[:wide]
         part[m:] = 0

@@ -1,4 +1,4 @@
-"""Which queries are out of reach of their block, and which keys stand apart, by the variances of their logits."""
+"""Which queries are out of reach of their block, and which keys stand apart, from the variances of their logits."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 from approxkmv.attention.causal import Sums, exact_sums, merged
 from approxkmv.compute.loops import compiled_loops
 
-# Keys whose logits vary this much more over the queries than other keys' do, and by more than so many nats, stand
-# apart: of some heads and of GloVe none has over twice the spread of the others.
+# Keys whose logits vary more over the queries than those of other keys by this factor, and by this many nats, stand
+# apart; on some heads and on GloVe no key varies over twice as much as the others.
 APART, APART_NATS = 4.0, 4.0
-# So many rows decide how far the others reach.
+# Rows from which the spread of the others is estimated.
 _SAMPLED_FOR_VARIANCES = 256
-# A query whose logits have more than this variance around those of its block's centre is out of reach however little
-# the far keys weigh: 0.1 to 60 on heads of models and GloVe at blocks of 512 or fewer. Below it, one whose sum is
-# expected to be off by more than so many times itself.
+# A query whose logits vary more than this around those of its block's centre is out of reach however little the far
+# keys weigh; on heads of models and GloVe the variance is 0.1 to 60 at blocks of 512 or fewer. Below it, a query is out
+# of reach if its sum is expected to be off by more than this many times itself.
 REACH = 64.0
 _OFF = 3.0
 
@@ -25,7 +25,7 @@ _OFF = 3.0
 def spreads(points: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     """(n,) variance of the products of each of points (n, d), less their mean, with others (m, d), by column.
 
-    Samples of the rows decide the mean and the variances of the columns.
+    The mean and the variances of the columns are estimated from samples of the rows.
     """
     loops = compiled_loops("attention.blocks.loops")
     if loops is not None:
@@ -36,22 +36,22 @@ def spreads(points: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
 
 
 def most_variance(far_keys: int) -> float:
-    """Up to this variance of its logits around its block's no row of so many far keys is lost."""
+    """The variance of its logits around its block's up to which no row with this many far keys is lost."""
     return min(REACH, math.log(_OFF**2 * far_keys))
 
 
 def beyond_reach(variances: torch.Tensor, known: torch.Tensor, far_log: torch.Tensor, far_keys: int) -> torch.Tensor:
     """(rows,) whether a row is out of reach of its block: its sum is expected to be off by more than _OFF times itself.
 
-    The exponentials of n far keys, of logits with a variance s around the block's, are about lognormal: their sum is
-    off by sqrt(exp(s) / n) of itself, since a few of them make it up and no centre knows which.
+    The exponentials of n far keys whose logits have a variance s around the block's are approximately lognormal: the
+    relative error of their sum is sqrt(exp(s) / n), since a few of them dominate it and the centre cannot tell which.
 
     Args:
         variances: (rows,) s. far_keys: n.
-        known, far_log: (rows,) logs of the sums over the keys that the row meets itself, and over the far ones.
+        known, far_log: (rows,) logs of the sums over the keys that the row sees individually, and over the far ones.
     """
     share = torch.nn.functional.logsigmoid(far_log - known)
-    # A NaN is lost too.
+    # NaN counts as lost.
     return ~(share + 0.5 * variances <= math.log(_OFF * far_keys**0.5)) | (variances > REACH)
 
 
@@ -66,10 +66,10 @@ def variances_of(points: torch.Tensor) -> torch.Tensor:
 
 
 def stand_apart(q: torch.Tensor, k: torch.Tensor, scale: float) -> np.ndarray:
-    """The keys of k (n_k, d) so much larger than the others that no centre of a block may speak for its queries.
+    """The keys of k (n_k, d) that are so much larger than the others that no block's centre can represent its queries.
 
-    Of queries q (n_q, d) some have a logit of a hundred, some of minus a hundred with a key a hundred times as long.
-    Such a key is summed exactly for every query.
+    With a key a hundred times as long as the others some queries q (n_q, d) have a logit of a hundred and some of minus
+    a hundred. Such a key is summed exactly for every query.
     """
     found = spreads(k, q).numpy()
     some = found[:: max(1, len(found) // _SAMPLED_FOR_VARIANCES)]
@@ -78,18 +78,18 @@ def stand_apart(q: torch.Tensor, k: torch.Tensor, scale: float) -> np.ndarray:
     if not float(found.max()) > bar:
         return np.empty(0, np.int64)
     apart = np.flatnonzero(found > bar)
-    # So many are no exceptions.
+    # This many are not exceptions.
     return apart if len(apart) <= len(k) / 16 else apart[:0]
 
 
 def without(points: torch.Tensor, rows: np.ndarray) -> torch.Tensor:
-    """points (n, d) but those rows."""
+    """points (n, d) without those rows."""
     return torch.from_numpy(np.delete(points.numpy(), rows, axis=0)) if len(rows) else points
 
 
 def with_keys_apart(
     rest: Sums, apart: np.ndarray, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mean: torch.Tensor, scale: float
 ) -> Sums:
-    """The sums over the other keys less `mean`, and with them those over the keys that stand apart."""
+    """Add the sums over the keys that stand apart to those over the other keys, taken less `mean`."""
     keys = torch.from_numpy(apart)
     return merged(rest, exact_sums(q * scale, k[keys] - mean, v[keys])) if len(keys) else rest

@@ -1,7 +1,7 @@
 """ApproxKMV on CUDA: the estimator of `approxkmv` on blocks of equal size, all of it in a graph.
 
-A block takes at most twice the samples of the average, for which there is room; products are of float32 numbers, since
-rounded ones would be a bias.
+A block takes at most twice the average number of samples, for which there is room; products are in float32, since
+rounded ones would introduce a bias.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def random_inputs(
 def budgets(
     e: Expansion, row_sums: torch.Tensor, scales: torch.Tensor, variances: torch.Tensor, samples: int
 ) -> torch.Tensor:
-    """Samples (batch, blocks, 1) for each block, about `samples` on average: as `approxkmv.budgets` has it."""
+    """Samples (batch, blocks, 1) per block, about `samples` on average, as in `approxkmv.budgets`."""
     share = torch.sigmoid(e.log_weight - scales - row_sums.log()).view(variances.shape)
     s = variances.clamp_max(10.0)
     deviation = (share.square() * (s.exp() - 1 - s)).mean(2, keepdim=True).sqrt()
@@ -58,7 +58,7 @@ def sums(
     with_own_keys: bool,
     **parameters: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Numerators (batch, n_q, d_v + 1), row sums and the logs (batch, n_q) that both are divided by, as on a CPU.
+    """Numerators (batch, n_q, d_v + 1), row sums and logs (batch, n_q) by whose exp both are divided, as on a CPU.
 
     first and points: see `random_inputs`. with_own_keys: key i is query i's own and is summed exactly.
     """
@@ -70,12 +70,12 @@ def sums(
     variances = e.row_variances.view(batch, blocks, block)
     counts = budgets(e, heavy_sums, scales, variances, samples)
 
-    # Half of a light key's probability is in proportion to its weight, half is the same for all.
+    # Half of a light key's probability is proportional to its weight, the other half uniform.
     even = 0.5 / (n_k - e.chosen.shape[2])
     probability = (0.5 * e.weights / e.total + even).scatter_(2, e.chosen, 0.0)
     heights = probability.double().cumsum(2)
     whole = heights[..., -1:]
-    # right: a near key, whose interval is empty, is never drawn
+    # right: a near key, whose interval is empty, is never drawn.
     drawn = torch.searchsorted(heights, points * whole, right=True).clamp_max(n_k - 1)
     taken = torch.arange(room, device=q.device) < counts
     rate = counts * (probability.gather(2, drawn) / whole.float())
@@ -87,7 +87,7 @@ def sums(
         at = drawn.view(batch, -1, 1).expand(-1, -1, per_key.shape[2])
         return per_key.gather(1, at).view(batch, blocks, room, -1)
 
-    # The control variate: the far key's sums, less the same sums over the sample, where it is worth its own noise.
+    # The control variate: the far key's sums, less the same sums over the sample, where this reduces the noise.
     weighed = control.unsqueeze(3) * of_drawn(torch.cat([torch.ones_like(e.values[..., :1]), e.values], 2))
     means = weighed.sum(2, keepdim=True).expand(-1, -1, block, -1).flatten(1, 2)
     tilts = 1 + d_v if e.tilted else 1
@@ -126,7 +126,7 @@ def sums(
 
 
 def steps(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *random: torch.Tensor, **parameters: Any) -> torch.Tensor:
-    """The method without a single size or branch that depends on the data; NaN where a row is made again."""
+    """The method without sizes or branches that depend on the data; NaN in rows to be recomputed exactly."""
     mean = v.float().mean(1, keepdim=True)
     numerators, row_sums, _ = sums(q, k, v - mean, *random, **parameters)
     numerators, row_sums = trusted(numerators, row_sums)
@@ -150,7 +150,7 @@ def attend(
 ) -> torch.Tensor:
     """ApproxKMV of q (batch, n_q, d), k (batch, n_k, d), v (batch, n_k, d_v) on their device, without gradients.
 
-    `directions` has no use here, since all axes fit.
+    `directions` is ignored, since all axes fit.
     """
     batch, n_q, _ = q.shape
     n_k = k.shape[1]
