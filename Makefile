@@ -1,8 +1,8 @@
-# Two commands on a machine with Python 3.11 and pip: `make figures` and `make test`.
+# Two commands on a machine with Python 3.11 and pip: `make figures` and `make test`; `make quick` while you work.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: figures report test benchmarks clean
+.PHONY: figures report test quick benchmarks clean
 
 figures: .venv/ready
 	@PATH="$(CURDIR)/$(BIN):$$PATH" snakemake --cores all
@@ -12,7 +12,10 @@ report: .venv/ready
 	PATH="$(CURDIR)/$(BIN):$$PATH" snakemake --cores all --report results/report.html
 
 test: .venv/ready-for-tests
-	PATH="$(CURDIR)/$(BIN):$$PATH" pytest -n 2 --dist loadfile --no-loadscope-reorder
+	PATH="$(CURDIR)/$(BIN):$$PATH" pytest -n 2 --dist worksteal
+
+quick: .venv/ready-for-tests
+	PATH="$(CURDIR)/$(BIN):$$PATH" pytest -m quick -n 2 --dist worksteal
 
 benchmarks: .venv/ready
 	$(BIN)/python benchmarks/statistics_speed.py

@@ -68,9 +68,10 @@ def save_texts(path: Path) -> None:
 
 @dataclass(frozen=True)
 class Project:
-    """A folder to run in, with a configuration."""
+    """A folder to run in, with a configuration, and where to find the commands if not beside this Python."""
 
     folder: Path
+    commands: Path | None = None
 
     @property
     def results(self) -> Path:
@@ -83,10 +84,10 @@ class Project:
         config = {
             "study": "tiny",
             "models": {
-                "bert": {"source": f"path:{self.folder / 'bert'}"},
-                "llama": {"source": f"path:{self.folder / 'llama'}", "label": "a Llama"},
+                "bert": {"source": "path:bert"},
+                "llama": {"source": "path:llama", "label": "a Llama"},
             },
-            "corpora": {"words": {"source": f"path:{self.folder / 'words.jsonl'}"}},
+            "corpora": {"words": {"source": "path:words.jsonl"}},
             "studies": {"tiny": study | changes},
         }
         self.write(config)
@@ -98,11 +99,14 @@ class Project:
         (self.folder / "config.yaml").write_text(yaml.safe_dump(dict(config)))
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
-        """Start Snakemake on this project, in a process group of its own."""
+        """Start Snakemake on this project in a process group of its own, with the commands as installed."""
+        return self._started(sys.executable, "-m", "snakemake", *arguments)
+
+    def _started(self, *command: str, **changes: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), *arguments],
+            [*command, "--snakefile", str(ROOT / "Snakefile")],
             cwd=self.folder,
-            env=environment(),
+            env=environment() | changes,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -111,7 +115,12 @@ class Project:
 
     def snakemake(self, *arguments: str) -> tuple[int, str]:
         """Run Snakemake on this project; its exit code and what it printed."""
-        process = self.start("--cores", "2", *arguments)
+        arguments = ("--cores", "2", *arguments)
+        if self.commands:
+            path = f"{self.commands}{os.pathsep}{environment()['PATH']}"
+            process = self._started(str(self.commands / "snakemake"), *arguments, PATH=path)
+        else:
+            process = self.start(*arguments)
         output, _ = process.communicate(timeout=600)
         return process.returncode, output
 

@@ -9,7 +9,7 @@ import zipfile
 import pandas as pd
 import pytest
 import torch
-from conftest import Project, environment, save_model, save_tokenizer
+from small_project import Project, environment, save_model, save_tokenizer
 
 from approxkmv.errors import TableError
 from approxkmv.files import sha256, write_json, written_whole
@@ -195,6 +195,7 @@ def test_fewer_texts_than_were_asked_for_are_said_and_none_are_refused(project: 
     assert "holds no text" in only_line(output)
 
 
+@pytest.mark.slow
 def test_texts_that_are_all_too_short_end_with_one_line(project: Project):
     project.configure(models=["bert"], min_tokens=60, max_tokens=60, contexts=1)
     code, output = project.snakemake()
@@ -315,6 +316,7 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_half_written(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["table.json"]
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_while_activations_are_written_is_one_line_and_the_next_run_is_whole(project: Project):
     """A limit on the size of files stops the writing in the middle, as a full disk does; the log is on a full one."""
     assert fetch(project, "bert")[0] == 0

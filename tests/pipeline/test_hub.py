@@ -14,19 +14,19 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
-from conftest import ROOT, environment
+from forking import LIBRARIES, forking_commands
 from hub_support import SmallHub, model_repository, served, squad_repository
+from small_project import ROOT, environment
 
 CONTEXTS = 7
-# As a person runs it, but for the hub's client, which waits 24 s between its attempts.
-COMMAND = "import time; time.sleep = lambda seconds: None\nfrom approxkmv.cli import main\nmain()\n"
 
 
 class Machine:
     """A folder with the project's own configuration, a cache of its own, and a hub."""
 
-    def __init__(self, folder: Path, hub: SmallHub, address: str) -> None:
+    def __init__(self, folder: Path, commands: Path, hub: SmallHub, address: str) -> None:
         self.folder = folder
+        self.commands = commands
         self.hub = hub
         self.environment = {n: v for n, v in environment().items() if not n.lower().endswith("_proxy")}
         self.environment |= {"HF_HOME": str(folder / "home"), "HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0"}
@@ -34,14 +34,10 @@ class Machine:
         self.environment |= {"HF_DATASETS_CACHE": str(folder / "home" / "datasets"), "HF_HUB_DOWNLOAD_TIMEOUT": "5"}
         shutil.copy(ROOT / "config.yaml", folder / "config.yaml")
         # Snakemake's jobs call the command by its name.
-        command = folder / "bin" / "approxkmv"
-        command.parent.mkdir()
-        command.write_text(f"#!{sys.executable}\n{COMMAND}")
-        command.chmod(0o755)
-        self.environment["PATH"] = f"{command.parent}{os.pathsep}{self.environment['PATH']}"
+        self.environment["PATH"] = f"{commands}{os.pathsep}{self.environment['PATH']}"
 
     def approxkmv(self, *arguments: str, **changes: str) -> tuple[int, str]:
-        command = [sys.executable, "-c", COMMAND, *arguments]
+        command = [self.commands / "approxkmv", *arguments]
         run = subprocess.run(
             command, cwd=self.folder, env=self.environment | changes, capture_output=True, text=True, timeout=200
         )
@@ -70,11 +66,18 @@ def repositories() -> dict[str, dict[str, bytes]]:
     }
 
 
+@pytest.fixture(scope="module")
+def commands() -> Iterator[Path]:
+    """approxkmv as a person runs it, but for its waiting; where the hub is it reads in each process anew."""
+    with forking_commands(*LIBRARIES, "impatient") as folder:
+        yield folder
+
+
 @pytest.fixture
-def machine(tmp_path: Path, repositories: dict[str, dict[str, bytes]]) -> Iterator[Machine]:
+def machine(tmp_path: Path, commands: Path, repositories: dict[str, dict[str, bytes]]) -> Iterator[Machine]:
     hub = SmallHub(repositories)
     with served(hub) as address:
-        yield Machine(tmp_path, hub, address)
+        yield Machine(tmp_path, commands, hub, address)
 
 
 def only_line(output: str) -> str:
@@ -84,6 +87,7 @@ def only_line(output: str) -> str:
     return lines[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", SmallHub.FAULTS)
 def test_a_fault_of_the_hub_is_one_line_and_the_next_run_is_whole(machine: Machine, fault: str):
     fetch = ("fetch", "--model", "bert-base-uncased", "--out", "bert.json")
@@ -138,6 +142,7 @@ def test_the_papers_study_with_a_fault_then_whole_then_offline(machine: Machine)
     assert again == first
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("offline", ["0", "1"])
 def test_an_empty_cache_without_a_network_is_one_line(machine: Machine, offline: str):
     nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": offline}

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import Project
+from small_project import Project
 
 VALUES = ["ratio", "log_double", "softmax_ratio", "tail_exponent"]
 
@@ -37,6 +37,7 @@ def lengths(project: Project, model: str = "llama") -> tuple[int, str]:
     )
 
 
+@pytest.mark.slow
 def test_the_study_through_snakemake_writes_its_table_and_figure(project: Project):
     long_study(project, contexts=3, shard_contexts=2)
     code, output = project.snakemake()
@@ -93,7 +94,7 @@ def test_lengths_that_a_text_does_not_reach_are_named_and_the_others_run(project
 
 
 def test_a_model_whose_positions_end_earlier_is_named(project: Project, tmp_path):
-    from conftest import save_tokenizer
+    from small_project import save_tokenizer
     from transformers import LlamaConfig, LlamaModel
 
     shared = {"vocab_size": 62, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}

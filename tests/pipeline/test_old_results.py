@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
-from conftest import ROOT, Project, environment, kill_when, save_model
+from small_project import ROOT, Project, environment, kill_when, save_model
 
 from approxkmv.errors import BusyError, TableError
 from approxkmv.files import hash_file, read_table
@@ -46,6 +46,7 @@ def replace_weights(project: Project, seed: int) -> None:
         os.utime(path, (1e9, 1e9))
 
 
+@pytest.mark.slow
 def test_weights_that_are_replaced_around_a_stopped_run_leave_no_shard_of_the_old_ones(project: Project):
     project.configure(models=["bert"], contexts=6)
     code, output = project.snakemake(HEADS)
@@ -108,7 +109,10 @@ def test_shards_of_two_origins_are_refused_in_one_table(tmp_path: Path, monkeypa
     assert len(remove_damaged(tmp_path)) == 1
 
 
-def test_a_location_of_changed_weights_goes_before_a_run_and_old_shards_once_there_is_a_new_one(project: Project):
+def test_a_location_of_changed_weights_goes_before_a_run_and_old_shards_once_there_is_a_new_one(
+    project: Project, monkeypatch
+):
+    monkeypatch.chdir(project.folder)
     assert project.approxkmv("fetch", "--model", "bert", "--out", "results/tiny/models/bert.json")[0] == 0
     assert project.approxkmv("texts", "--out", "results/tiny/texts.parquet")[0] == 0
     shard = project.results / "statistics" / "bert" / "0000.contexts.csv"
@@ -138,6 +142,7 @@ def test_a_shard_whose_checksum_a_kill_has_prevented_is_made_again(tmp_path: Pat
     assert [path.exists() for path in (*shards, made_of_them)] == [True, False, False]
 
 
+@pytest.mark.slow
 def test_an_older_corpus_under_the_same_name_is_read_again(project: Project):
     texts = "results/tiny/texts.parquet"
     assert project.snakemake(texts)[0] == 0
@@ -163,6 +168,7 @@ def write_settings(results: Path, **changes: object) -> None:
     (results / "config.yaml").write_text(yaml.safe_dump(config))
 
 
+@pytest.mark.slow
 def test_what_an_earlier_study_left_is_named_shown_no_more_and_removed_when_asked(finished, project: Project):
     shutil.copytree(finished[0].results, project.results)
     everything = results_of(project.results)
@@ -208,6 +214,7 @@ main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_a_kill_between_the_statistics_and_their_cleaning_leaves_no_activations_after_the_next_run(project: Project):
     project.configure(models=["bert"], contexts=3)
     done = subprocess.run(
@@ -229,6 +236,7 @@ def test_a_kill_between_the_statistics_and_their_cleaning_leaves_no_activations_
     assert (project.results / "statistics" / "bert" / "0000.heads.parquet").stat().st_mtime_ns == written
 
 
+@pytest.mark.slow
 def test_a_second_run_in_the_same_folder_is_refused_and_the_lock_dies_with_its_holder(project: Project):
     second: list[tuple[int, str]] = []
 
@@ -246,6 +254,7 @@ def test_a_second_run_in_the_same_folder_is_refused_and_the_lock_dies_with_its_h
     assert code == 0, output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["--dry-run"], ["--report", "report.html"], ["--summary"], ["--list-rules"]])
 def test_what_runs_nothing_is_not_held_up_by_a_run_and_changes_nothing(finished, arguments):
     project, _ = finished

@@ -7,7 +7,7 @@ import json
 import pandas as pd
 import pytest
 import torch
-from conftest import WORDS, Project, kill_when, save_tokenizer
+from small_project import WORDS, Project, kill_when, save_tokenizer
 
 
 @pytest.fixture
@@ -30,6 +30,7 @@ def speaker(project: Project) -> Project:
     return project
 
 
+@pytest.mark.slow
 def test_the_study_through_snakemake_writes_its_table(speaker: Project):
     code, output = speaker.snakemake()
     assert code == 0, output
@@ -46,6 +47,7 @@ def test_the_study_through_snakemake_writes_its_table(speaker: Project):
     assert record["versions"]["torch"]
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_after_its_last_whole_length(speaker: Project):
     table, part = (speaker.results / "tables" / f"perplexity.csv{end}" for end in ("", ".part"))
     config = speaker.read()

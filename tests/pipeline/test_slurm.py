@@ -9,8 +9,8 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from conftest import ROOT, Project
 from slurm_support import NoSlurm, small_slurm
+from small_project import ROOT, Project
 from test_study import fingerprints
 
 

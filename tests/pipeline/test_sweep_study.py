@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import Project, kill_when
 from safetensors.torch import load_file, save_file
+from small_project import Project, kill_when
 
 SWEEP = {"methods": ["exact-fused", "mean", "local-expansion"], "targets": [0.2], "repeats": 2, "warmups": 0}
 FIGURES = ["speedup", "error_vs_time", "crossover"]
@@ -35,6 +35,7 @@ def sweeper(project: Project) -> Project:
     return project
 
 
+@pytest.mark.slow
 def test_the_study_through_snakemake_writes_table_and_figures(sweeper: Project):
     code, output = sweeper.snakemake()
     assert code == 0, output
@@ -56,6 +57,7 @@ def test_the_study_through_snakemake_writes_table_and_figures(sweeper: Project):
     assert "Nothing to be done" in output
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on_after_its_last_whole_case(sweeper: Project):
     table, part = (sweeper.results / "tables" / f"sweep.csv{end}" for end in ("", ".part"))
     config = sweeper.read()

@@ -42,25 +42,26 @@ def package(tmp_path: Path) -> Path:
     return copy
 
 
-def ask(package: Path, program: str = _ASK, **environment: str) -> list[str]:
-    """What a program prints, run with the copy in a process of its own; it must end well and say nothing else."""
+def said(program: str, **environment: str) -> list[str]:
+    """What a program prints, run in a process of its own; it must end well and say nothing else."""
     # Python's own bytecode is trusted by its file's time in seconds and size, which an edit in a test may keep.
-    given = {"NUMBA_CACHE_DIR": str(package.parent / "cache"), "PYTHONDONTWRITEBYTECODE": "1"} | environment
-    ran = subprocess.run(
-        [sys.executable, "-c", program],
-        env=os.environ | {"PYTHONPATH": str(package.parent)} | given,
-        capture_output=True,
-        text=True,
-    )
+    given = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"} | environment
+    ran = subprocess.run([sys.executable, "-c", program], env=given, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     assert not ran.stderr
     return ran.stdout.split()
+
+
+def ask(package: Path, program: str = _ASK) -> list[str]:
+    """What a program says of the copy."""
+    return said(program, PYTHONPATH=str(package.parent), NUMBA_CACHE_DIR=str(package.parent / "cache"))
 
 
 def kept(package: Path) -> list[Path]:
     return sorted((package.parent / "cache").rglob("*answer*"))
 
 
+@pytest.mark.slow
 def test_code_is_kept_and_an_edit_of_what_it_was_made_of_runs(package: Path):
     assert ask(package) == ["4.0", "4.0", "0"]
     assert ask(package) == ["4.0", "4.0", "2"]
@@ -73,6 +74,7 @@ def test_code_is_kept_and_an_edit_of_what_it_was_made_of_runs(package: Path):
     assert ask(package) == ["4.0", "4.0", "2"]
 
 
+@pytest.mark.slow
 def test_an_edit_of_exponential_changes_the_statistics_that_use_it(package: Path):
     program = """
 import numpy as np
@@ -89,6 +91,7 @@ print(out)
     assert ask(package, program) != before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["cut", "changed", "empty", "a folder"])
 def test_damaged_code_is_made_again(package: Path, damage: str):
     ask(package)
@@ -123,6 +126,7 @@ def test_code_that_nobody_loaded_for_long_goes(package: Path):
     assert len({old, loaded} & set(kept(package))) == 1
 
 
+@pytest.mark.slow
 def test_processes_at_once_keep_whole_code(package: Path):
     command = [sys.executable, "-c", _ASK]
     environment = os.environ | {"PYTHONPATH": str(package.parent), "NUMBA_CACHE_DIR": str(package.parent / "cache")}
@@ -133,7 +137,8 @@ def test_processes_at_once_keep_whole_code(package: Path):
     assert ask(package) == ["4.0", "4.0", "2"]
 
 
-def test_numba_without_its_compiler_gives_the_same_answers(package: Path):
+@pytest.mark.slow
+def test_numba_without_its_compiler_gives_the_same_answers():
     program = """
 import torch
 from approxkmv import head_to_tail_ratios, order_ratios
@@ -145,7 +150,9 @@ exact = get("exact-naive")(q, k, v, scale=0.3, seed=0)
 for name in ("exact-fused", "clustered", "local-expansion", "approxkmv", "knn"):
     print(float((get(name)(q, k, v, scale=0.3, seed=0) - exact).norm() < exact.norm()))
 """
-    compiled, python = ask(package, program), ask(package, program, NUMBA_DISABLE_JIT="1")
+    # The package itself, whose code the other tests keep.
+    path = str(PACKAGE.parent)
+    compiled, python = said(program, PYTHONPATH=path), said(program, PYTHONPATH=path, NUMBA_DISABLE_JIT="1")
     assert [float(value) for value in python] == pytest.approx([float(value) for value in compiled], rel=1e-9)
     assert "0.0" not in python[2:]
 

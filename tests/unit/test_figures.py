@@ -57,9 +57,12 @@ def drawn_texts(figure: Any) -> list[tuple[str, np.ndarray]]:
     return found
 
 
-def misplaced_texts(figure: Any) -> list[str]:
-    """What a reader could not read: two texts of which one lies on the other, and texts cut by the figure's edge."""
-    found = drawn_texts(figure)
+def misplaced_texts(figure: Any, found: list[tuple[str, np.ndarray]] | None = None) -> list[str]:
+    """What a reader could not read: two texts of which one lies on the other, and texts cut by the figure's edge.
+
+    `found` are the figure's drawn_texts, if they are known.
+    """
+    found = drawn_texts(figure) if found is None else found
     words, boxes = [word for word, _ in found], np.array([box for _, box in found])
     # Boxes include a little air: a pixel is no overlap.
     low, high = boxes[:, :2] + 1, boxes[:, 2:] - 1
@@ -109,6 +112,7 @@ OF_THE_REFERENCE = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("study", "name", "models"), OF_THE_REFERENCE)
 def test_no_text_of_the_reference_figures_lies_on_another(tmp_path, figures, study, name, models):
     catalogue.draw(name, REFERENCE / study / "tables", models, tmp_path / name)
@@ -116,6 +120,7 @@ def test_no_text_of_the_reference_figures_lies_on_another(tmp_path, figures, stu
     assert misplaced_texts(figures[0]) == []
 
 
+@pytest.mark.slow
 def test_the_mask_and_what_is_not_in_the_kernel_stand_in_every_figure_of_a_model(tmp_path, figures):
     mask = f"{OWN_MASK}: windows of 512 and 1,024 keys in 25 of 30 layers"
     left_out = ["the logits' cap of 50 in 30 of 30 layers", "the learned sink in 30 of 30 layers"]
@@ -132,8 +137,9 @@ def test_the_mask_and_what_is_not_in_the_kernel_stand_in_every_figure_of_a_model
         folder = "lengths" if study == "lengths" else models[-1]
         catalogue.draw(name, tmp_path / folder, models, tmp_path / name)
         figure = figures.pop()
-        assert misplaced_texts(figure) == []
-        words = " ".join(" ".join(word for word, _ in drawn_texts(figure)).split())
+        found = drawn_texts(figure)
+        assert misplaced_texts(figure, found) == []
+        words = " ".join(" ".join(word for word, _ in found).split())
         assert "not in K: the logits' cap of 50 in 30 of 30 layers, the learned sink in 30 of 30 layers" in words
         # MiniLM has no masked columns.
         assert ("windows of 512 and 1,024 keys" in words) == (models[-1] == MODELS[1])
@@ -179,7 +185,7 @@ def tables(folder, model: str, layers: int, heads: int, bound: float = 4.6) -> N
     (folder / f"overview_{model}.json").write_text(json.dumps(facts))
 
 
-@pytest.mark.parametrize(("layers", "heads"), [(1, 1), (6, 12), (30, 9), (48, 40)])
+@pytest.mark.parametrize(("layers", "heads"), [(1, 1), (6, 12), (30, 9), pytest.param(48, 40, marks=pytest.mark.slow)])
 def test_any_grid_is_drawn_and_no_cell_text_leaves_its_cell(tmp_path, figures, layers, heads):
     tables(tmp_path, "m", layers, heads)
     for name in ("max_ratios", "order_ratios"):
@@ -214,6 +220,7 @@ def test_the_bound_is_within_the_axes_when_c_is_far_below_it(tmp_path, figures):
     assert top.get_window_extent(renderer).y1 >= words.get_window_extent(renderer).y1
 
 
+@pytest.mark.slow
 def test_files_are_the_same_bytes_each_time(tmp_path):
     tables(tmp_path, "m", 2, 3)
     tables(tmp_path, "n", 2, 3, bound=5.0)

@@ -70,6 +70,7 @@ def test_the_theorem(name):
     assert max(failures.values()) <= 0.01 * SEEDS, failures
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("factor", "expected"), [(10.0, 0.158), (1.0, 0.5), (0.1, 1.58)])
 @pytest.mark.parametrize("name", sorted(CASES.keys() - {"clusters"}))  # two thirds of whose rows have no tail
 def test_the_error_is_what_the_budget_says(name, factor, expected):
@@ -209,6 +210,7 @@ def test_x_of_every_size_at_once():
     assert within(case, x, result.y)
 
 
+@pytest.mark.slow
 def test_densities_by_levels_keep_the_guarantee():
     """Theorem 2.2's structure in every bucket, where the default would evaluate the few keys exactly."""
     case = background(24)

@@ -37,6 +37,7 @@ def test_a_sample_of_rows_stands_for_all():
     assert sample["hash"] == whole["hash"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SPARSE_KERNELS)
 def test_the_kernels_satisfy_the_assumption_at_every_n(name):
     table = measure_costs([256, 1024, 4096], kernels=[name], seeds=1, rows=64)
@@ -44,6 +45,7 @@ def test_the_kernels_satisfy_the_assumption_at_every_n(name):
     assert table["tail_to_head"].iloc[-1] < 1.6 * table["tail_to_head"].iloc[0]
 
 
+@pytest.mark.slow
 def test_line_7_as_printed_asks_for_more_and_ever_more():
     table = measure_costs([256, 4096], kernels=["clusters"], seeds=2, rows=64)
     assert (table["light_printed"] > table["light"]).all()
@@ -76,6 +78,7 @@ def test_crossings_solve_their_equation():
     assert log10_crossing(0.5, math.log(1e-9)) == 0.0
 
 
+@pytest.mark.slow
 def test_the_figure_is_drawn_from_the_table_alone(tmp_path):
     table = measure_costs([64, 128, 256], kernels=["clusters", "background"], seeds=2)
     assert list(table.columns) == list(COLUMNS)

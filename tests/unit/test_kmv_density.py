@@ -75,11 +75,13 @@ def test_exact_is_the_mean_kernel_value():
     assert density.tally.kernel_evaluations == density.tally.distinct_evaluations == 6 * 300
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [uniform, hashed])
 def test_uniform_and_hashing_based_are_unbiased(make):
     assert_unbiased(estimates(make, 16, 400), truth(*cloud()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recover", "family", "seeds"),
     [("scan", "p-stable", 300), ("hash", "p-stable", 150), ("hash", "ball-carving", 25)],
@@ -91,6 +93,7 @@ def test_levels_are_unbiased_at_any_guess(recover, family, seeds, guess):
     assert_unbiased(samples, truth(*cloud()), bias=0.0 if recover == "scan" else 0.003)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [uniform, hashed])
 def test_error_falls_as_one_over_the_root_of_the_budget(make):
     """Nine times the budget, a third of the error. Over 6 queries and 200 seeds its ratio spreads by about 5 %."""
@@ -127,6 +130,7 @@ def test_hashing_beats_uniform_sampling_where_the_density_is_low():
     assert by_chance > 0.99
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recover", ["scan", "hash"])
 def test_levels_keep_their_relative_error_and_floor(recover):
     """Relative error 0.3 with failure 0.02 per query: of 25 seeds by 6 queries at most 9 may fail.

@@ -74,12 +74,15 @@ def draw_heatmap(
     norm = Normalize(low, high) if linear else LogNorm(low, high)
     if outlined is None:
         outlined = values > bound if bound is not None else np.zeros(values.shape, dtype=bool)
-    image = axes.imshow(np.clip(values, low, high), norm=norm, cmap="viridis", aspect="auto", interpolation="nearest")
+    shown = np.clip(values, low, high)
+    dark = norm(shown) < 0.6
+    image = axes.imshow(shown, norm=norm, cmap="viridis", aspect="auto", interpolation="nearest")
     for (layer, head), value in np.ndenumerate(values):
         if np.isnan(value):
             continue
-        dark = norm(np.clip(value, low, high)) < 0.6
-        axes.text(head, layer, write(value), ha="center", va="center", fontsize=6.5, color="white" if dark else "black")
+        # It lies within its cell: the margins need not measure thousands of them.
+        place = {"ha": "center", "va": "center", "in_layout": False}
+        axes.text(head, layer, write(value), fontsize=6.5, color="white" if dark[layer, head] else "black", **place)
         if outlined[layer, head]:
             axes.add_patch(
                 Rectangle((head - 0.46, layer - 0.46), 0.92, 0.92, fill=False, edgecolor="#D00000", linewidth=1.1)

@@ -1,0 +1,105 @@
+"""Commands that start in a tenth of a second: forked from a process that has imported their libraries already.
+
+A study of the tests is thirty jobs, each of which imports torch, transformers, pandas or matplotlib for seconds and
+computes for an instant. What is forked is the command itself, with its own arguments, folder, environment and output,
+in a process of its own; but it is no child of who started it and outlives its killing, so tests that kill use the
+commands as installed.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+LIBRARIES = ["torch", "numba", "pandas", "pyarrow.parquet", "safetensors.torch"]
+LIBRARIES += ["matplotlib.backends.backend_agg", "matplotlib.backends.backend_pdf"]
+# These read the hub's address and cache when they are imported.
+OF_THE_HUB = ["transformers.models.bert.modeling_bert", "transformers.models.llama.modeling_llama", "datasets"]
+COMMANDS = {"approxkmv": "approxkmv.cli", "snakemake": "snakemake.cli"}
+_CLIENT = """#!{python} -IS
+import json, os, socket, sys
+server = socket.socket(socket.AF_UNIX)
+server.connect({address!r})
+socket.send_fds(server, [b"3"], [0, 1, 2])
+server.sendall(json.dumps([sys.argv, os.getcwd(), dict(os.environ)]).encode() + b"\\n")
+sys.exit(int(server.makefile().readline() or 1))
+"""
+
+
+@contextmanager
+def forking_commands(*modules: str) -> Iterator[Path]:
+    """A folder for PATH with the commands, which know these modules; it and they end with the block."""
+    with tempfile.TemporaryDirectory() as name:
+        folder, address = Path(name), f"{name}/socket"
+        for command in COMMANDS:
+            (folder / command).write_text(_CLIENT.format(python=sys.executable, address=address))
+            (folder / command).chmod(0o755)
+        server = subprocess.Popen([sys.executable, __file__, address, *modules], stdout=subprocess.PIPE)
+        try:
+            assert server.stdout is not None
+            assert server.stdout.readline() == b"ready\n"
+            yield folder
+        finally:
+            server.kill()
+            server.communicate()
+
+
+def _serve(address: str, modules: list[str]) -> None:
+    for module in (*COMMANDS.values(), *modules):
+        importlib.import_module(module)
+    gc.freeze()
+    listening = socket.socket(socket.AF_UNIX)
+    listening.bind(address)
+    listening.listen(64)
+    print("ready", flush=True)
+    while True:
+        asking, _ = listening.accept()
+        if keeper := os.fork():
+            asking.close()
+            # It leaves at once what it has started.
+            os.waitpid(keeper, 0)
+        elif os.fork():
+            os._exit(0)
+        else:
+            listening.close()
+            break
+    if command := os.fork():
+        _, status = os.waitpid(command, 0)
+        asking.sendall(b"%d\n" % os.waitstatus_to_exitcode(status))
+        os._exit(0)
+    _, files, *_ = socket.recv_fds(asking, 1, 3)
+    sys.argv, folder, environment = json.loads(asking.makefile().readline())
+    asking.close()
+    for number, file in enumerate(files):
+        os.dup2(file, number)
+        os.close(file)
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    code = 1
+    try:
+        importlib.import_module(COMMANDS[Path(sys.argv[0]).name]).main()
+        code = 0
+    except SystemExit as end:
+        code = int(end.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # To take all those libraries down again is no less work than to import them.
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    _serve(sys.argv[1], sys.argv[2:])
