@@ -1,11 +1,18 @@
-"""What `pytest -m quick` runs: every test that is not marked slow."""
+"""What `pytest -m quick` runs, and how pytest's processes share the processors."""
 
 from __future__ import annotations
 
+import os
+
 import pytest
+
+# Before torch is imported here or in what a test starts: threads beyond the processors only wait for each other.
+if processes := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(processes))))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Every test that is not marked slow is quick."""
     for item in items:
         if not item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.quick)

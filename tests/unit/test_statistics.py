@@ -17,6 +17,7 @@ from approxkmv.errors import InputError
 from approxkmv.statistics import head_statistics, unmasked_and_masked_statistics
 from approxkmv.statistics.exponential import exp_and_sum
 from approxkmv.statistics.selection import select_largest
+from approxkmv.statistics.streaming import length_statistics
 
 # What the statistics promise; the pass itself is good to about 1e-11.
 RELATIVE = 1e-6
@@ -343,3 +344,20 @@ def test_freshly_compiled_and_cached_code_give_the_same_bytes(tmp_path: Path):
     assert list(tmp_path.rglob("approxkmv.statistics.*"))
     assert fresh.count("LengthStatistics") >= 12
     assert run() == fresh
+
+
+def test_the_statistics_have_the_same_bytes_on_any_number_of_threads():
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(7, 120, 16, generator=generator) for _ in range(2))
+    before, found = torch.get_num_threads(), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        try:
+            parts = unmasked_and_masked_statistics(q, k)
+            lengths = [
+                repr(length_statistics(head_q, head_k, causal=True)) for head_q, head_k in zip(q, k, strict=True)
+            ]
+        finally:
+            torch.set_num_threads(before)
+        found.append([*(value.tobytes() for part in parts for value in vars(part).values()), *lengths])
+    assert found[0] == found[1] == found[2]
