@@ -1,4 +1,4 @@
-"""Which files of this package a command uses, found from its imports: the dependencies of a workflow rule."""
+"""Which files of this package others use, found from their imports: what rules and compiled code depend on."""
 
 from __future__ import annotations
 
@@ -21,11 +21,16 @@ def command_files(command: str, *more: str) -> list[Path]:
         command: the name of a function in cli/, such as `summary`.
         more: files or folders of the package that are imported by a name known only at run time.
     """
-    waiting = [*_of_command(command)]
+    first = [*_of_command(command)]
     for name in more:
         path = ROOT / name
-        waiting += sorted(path.rglob("*.py")) if path.is_dir() else [path]
-    found: set[Path] = set()
+        first += path.rglob("*.py") if path.is_dir() else [path]
+    return files_behind(*first)
+
+
+def files_behind(*files: Path) -> list[Path]:
+    """These files and those of the package that they import, directly or indirectly, sorted by name."""
+    waiting, found = [*files], set[Path]()
     while waiting:
         path = waiting.pop()
         if path not in found and APART not in path.parents:

@@ -9,7 +9,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parents[2] / "src" / "approxkmv"
 # From the bottom up; rooms of one line do not know each other.
 LAYERS = """
-errors lazy
+errors lazy imports
 files arrays yaml_text slopes typed
 provenance progress lock
 compute partial
@@ -21,7 +21,6 @@ sweep
 perplexity
 config
 figures
-imports
 steps
 cli __init__
 """

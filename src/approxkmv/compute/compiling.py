@@ -6,7 +6,6 @@ compiled into it; and two processes that write its index at once may store code 
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import hashlib
 import os
@@ -25,8 +24,8 @@ from numba.core.serialize import dumps
 
 from approxkmv.errors import TableError
 from approxkmv.files import written_whole
+from approxkmv.imports import files_behind
 
-_PACKAGES = Path(__file__).parents[2]
 _UNUSED = 30 * 86400  # seconds after which code that nobody loaded is deleted
 
 
@@ -47,39 +46,12 @@ def cached_njit(**options: Any) -> Callable[[Callable], Callable]:
     return decorate
 
 
-def _file(module: str) -> Path | None:
-    path = _PACKAGES.joinpath(*module.split("."))
-    return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
-
-
 @cache
-def sources(module: str) -> list[Path]:
-    """The file of a module of this package and those of all modules of the package that it imports, recursively."""
-    package = __name__.split(".")[0]
-    found: dict[Path, None] = {}
-    waiting = [module]
-    while waiting:
-        file = _file(waiting.pop())
-        if file is None or file in found:
-            continue
-        found[file] = None
-        for node in ast.walk(ast.parse(file.read_bytes())):
-            if isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom) and node.module:
-                names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-            else:
-                continue
-            waiting += [name for name in names if name.split(".")[0] == package]
-    return sorted(found)
-
-
-@cache
-def _origin(module: str) -> bytes:
-    """A hash of everything that determines a module's code: sources, Python, numba and its settings."""
+def _origin(source: str) -> bytes:
+    """A hash of everything that determines the code of a source file: what it imports, Python, numba, its settings."""
     settings = sorted(item for item in os.environ.items() if item[0].startswith("NUMBA_"))
     origin = hashlib.sha256(repr((platform.python_version(), numba.__version__, settings)).encode())
-    for file in sources(module):
+    for file in files_behind(Path(source).resolve()):
         origin.update(hashlib.sha256(file.read_bytes()).digest())
     return origin.digest()
 
@@ -101,7 +73,7 @@ class _Cache(NullCache):
     def __init__(self, function: Callable, folder: Path) -> None:
         self._start = folder / f"{function.__module__}.{function.__qualname__}"
         # Hash now, at import: the file may be edited before the first call.
-        self._origin = _origin(function.__module__)
+        self._origin = _origin(function.__code__.co_filename)
 
     def _path(self, signature: Any, codegen: Any) -> Path:
         key = hashlib.sha256(self._origin + repr((signature, codegen.magic_tuple())).encode()).hexdigest()
