@@ -14,7 +14,7 @@ from approxkmv.kmv.algorithm import approx_kmv
 from approxkmv.kmv.constants import PaperConstants
 from approxkmv.kmv.gaussian import GaussianKernel
 from approxkmv.kmv.heavy import find_heavy
-from approxkmv.kmv.light import approx_light, bucket
+from approxkmv.kmv.light import Errors, approx_light, bucket
 from approxkmv.kmv.preprocess import split
 from approxkmv.kmv.sampling import BinomialTable, averages_of_counts, draw_survivors
 
@@ -134,9 +134,7 @@ def light_of(case, x, *, density="exact", row_error=0.25, constants=None, seed=0
         parts.scaled,
         parts.kept,
         heavy,
-        row_error=row_error,
-        bucket_epsilon=0.25,
-        hidden_error=hidden,
+        Errors(row_error, 0.25, hidden),
         density=density,
         constants=constants or PaperConstants(),
         source=np.random.SeedSequence(seed),
@@ -173,7 +171,7 @@ def test_budgets_cover_the_light_mass(name, density):
     case = SPARSE[name](40)
     light, matrix, scaled = light_of(case, np.random.default_rng(6).standard_normal(40), density=density, hidden=0.125)
     mass = matrix**2 @ scaled**2
-    # A hidden bucket has mass below hidden_error^2 / (n count^2) each.
+    # A hidden bucket has mass below hidden^2 / (n count^2) each.
     assert np.all(light.squared_sum >= mass - 0.125**2 / 40)
     assert light.level_buckets == (0 if density == "exact" else light.level_buckets)
     if density == "levels":
@@ -211,9 +209,7 @@ def test_small_budgets_are_sampled_pair_by_pair():
             parts.scaled,
             parts.kept,
             heavy,
-            row_error=2.0,
-            bucket_epsilon=1.0,
-            hidden_error=1e-3,
+            Errors(2.0, 1.0, 1e-3),
             density="levels",
             constants=few,
             source=np.random.SeedSequence(seed),

@@ -14,7 +14,7 @@ from approxkmv.kmv.constants import PRINTED, PaperConstants
 from approxkmv.kmv.costs import Tally
 from approxkmv.kmv.gaussian import GaussianKernel
 from approxkmv.kmv.heavy import DEFAULT_MEMORY, HeavyKeys, least_heavy_memory, scan_buckets
-from approxkmv.kmv.light import DENSITIES, LightSum, approx_light, least_light_memory
+from approxkmv.kmv.light import DENSITIES, Errors, LightSum, approx_light, least_light_memory
 from approxkmv.kmv.preprocess import Split, split
 
 
@@ -182,9 +182,7 @@ def run_parts(
         parts.scaled,
         parts.kept,
         heavy,
-        row_error=row / constants.epsilon_divisor,
-        bucket_epsilon=epsilon / constants.epsilon_divisor,
-        hidden_error=rest * row,
+        Errors(row / constants.epsilon_divisor, epsilon / constants.epsilon_divisor, rest * row),
         density=density,
         constants=constants,
         source=source,

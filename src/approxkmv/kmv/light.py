@@ -83,33 +83,42 @@ def least_light_memory(n_q: int, n_k: int, averages: int) -> int:
     return 2 * n_k * (_ROW_BYTES + averages * _COUNT_BYTES) + 64 * (n_q + n_k) + (1 << 18)
 
 
+@dataclass(frozen=True)
+class Errors:
+    """How the error of the light keys' sum is shared out."""
+
+    row: float
+    """Of the samples of one row."""
+    bucket: float
+    """Buckets hold entries whose squares differ by a factor of 1 + this at most."""
+    hidden: float
+    """What all buckets below the density floor may add up to, per row."""
+
+
 def approx_light(
     kernel: GaussianKernel,
     scaled: np.ndarray,
     kept: np.ndarray,
     heavy: HeavyKeys,
+    errors: Errors,
     *,
-    row_error: float,
-    bucket_epsilon: float,
-    hidden_error: float,
     density: str,
     constants: PaperConstants,
     source: np.random.SeedSequence,
     memory: int,
     counts_only: bool = False,
 ) -> LightSum:
-    """Estimate the sum over j in T \\ S_i of K_ij x_j, each row to within `row_error` (Algorithm 2, ApproxLight).
+    """Estimate the sum over j in T \\ S_i of K_ij x_j, each row to within `errors.row` (Algorithm 2, ApproxLight).
 
     A row whose budget exceeds the number of keys is evaluated once, and the counts of its samples are drawn, which has
     the same distribution; at sizes that fit on a computer this happens in every row with a light key of any weight.
     A density estimated below its floor is 0 and, as in the proof, the bucket is left out of that row, both of s_i and
     of the samples: in the samples its keys would add a variance that the budget does not account for. Leaving out all
-    hidden buckets costs at most `hidden_error` per row.
+    hidden buckets costs at most `errors.hidden` per row.
 
     Args:
         kernel: of the queries and keys. scaled: (n_k,) x with |x|_2^2 = n_k. kept: the set T. heavy: the sets S_i.
-        row_error: the error allowed in one row. bucket_epsilon: the ratio of the buckets is 1 + this.
-        hidden_error: the most that all buckets below the density floor may add up to, per row.
+        errors: how the error is shared out.
         density: "exact", "levels", or "auto": levels for buckets where they could cost less than exact.
         constants: the printed constants. source: of the random numbers. memory: bytes of temporary storage.
         counts_only: count the samples without drawing them; z stays 0. For cost studies.
@@ -127,11 +136,11 @@ def approx_light(
     if not len(kept):
         return LightSum(z, squared_sum, repetitions, averages, Tally(), Tally(), 0)
 
-    buckets = bucket(scaled, kept, bucket_epsilon)
+    buckets = bucket(scaled, kept, errors.bucket)
     # The proof bounds the O(log n) buckets by log n; at constant epsilon there are 4 log n / log(1 + epsilon).
     count = max(math.log(n), len(buckets))
     weight = buckets.rounded * buckets.sizes
-    floors = hidden_error**2 / (n * count**2 * weight)
+    floors = errors.hidden**2 / (n * count**2 * weight)
     seeds = source.spawn(len(buckets) + 1)
     by_levels = _by_levels(kernel, buckets, floors, beta, delta, density, seeds, memory)
     density_tally = Tally()
@@ -182,7 +191,8 @@ def approx_light(
         # Line 7 prints t + n^-0.218 t, which exceeds the sum only if t does, but t may be too small by the same factor.
         over = total / (1.0 - beta)
         s_i = np.where(lights > 0, np.maximum(over - known, 0.0), 0.0)
-        rounds = np.where(lights > 0, np.maximum(1.0, np.ceil(constants.repetition_factor * n * s_i / row_error**2)), 0)
+        budget = np.ceil(constants.repetition_factor * n * s_i / errors.row**2)
+        rounds = np.where(lights > 0, np.maximum(1.0, budget), 0)
         squared_sum[start:stop], repetitions[start:stop] = s_i, rounds
         if counts_only:
             asked += sum(
