@@ -1,6 +1,6 @@
 """Random calls of the public functions: an answer that is right, or an exception of the package; nothing else.
 
-`kinds()` names them. A call is told by its kind and its seed alone, so that one that failed can be made again:
+`kinds()` names them. A call is determined by its kind and seed alone, so a failed one can be repeated:
 python tests/fuzz.py KIND SEED.
 """
 

@@ -45,7 +45,7 @@ def heads(n, seed, d=16, n_k=None):
 
 
 def attend(name, q, k, v, given, scale):
-    """The answer, and how many of its rows were made again."""
+    """The answer, and how many of its rows were recomputed exactly."""
     with counting() as counts:
         out = get(name)(q[None], k[None], v[None], scale=scale, seed=5, **given)[0]
     return out.double(), counts.recomputed_rows

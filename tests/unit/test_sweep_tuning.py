@@ -24,7 +24,7 @@ def run(targets, errors_of, band=None, seeds=(0, 1, 2), seconds_of=float, recomp
         asked.append((parameters["m"], i))
         # The first run compiles.
         m = parameters["m"]
-        # Rows are made again with the last seed only.
+        # Rows are recomputed with the last seed only.
         recomputed = recomputed_of(m) if i == 2 else 0.0
         return errors_of[m] + 0.001 * (i - 1), seconds_of(m) + (100 if i == 0 else 0), recomputed
 

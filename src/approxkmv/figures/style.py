@@ -89,7 +89,7 @@ def entries(before: str, facts: Mapping[str, Any]) -> str:
 
 
 def not_in_kernel(facts: Mapping[str, Any]) -> str:
-    """What the model's attention has and K has not, for a line under its figures; empty where there is nothing."""
+    """What the model's attention includes but K does not, for a line under its figures; empty if there is nothing."""
     return f"not in K: {', '.join(facts['left_out'])}" if facts["left_out"] else ""
 
 

@@ -264,7 +264,7 @@ def mask_in_words(layers: Sequence[Layer], causal: bool) -> str:
 
 
 def left_out_in_words(layers: Sequence[Layer], encoder_only: bool) -> tuple[str, ...]:
-    """What a model's attention has and the kernel of its queries and keys has not."""
+    """What a model's attention includes but the kernel of its queries and keys does not."""
 
     def where(has: Sequence[bool]) -> str:
         return f"in {sum(has)} of {len(has)} layers"

@@ -137,8 +137,8 @@ def read_overview(path: Path, *names: str) -> dict[str, Any]:
 def read_heads(path: Path, facts: dict[str, Any], columns: Columns, along: str | None = None) -> pd.DataFrame:
     """A table with a row for each layer and head of the overview `facts`, and `columns` beside layer and head.
 
-    `along` names a third column, as prefix: each head has then a row for each of its values. Of a causal model the
-    columns are there again as masked_..., all or none. Raises TableError for a table that is not so.
+    `along` names a third column, such as prefix: each head then has a row for each of its values. For a causal model
+    the columns are repeated with the prefix masked_, all or none. Raises TableError for any other table.
     """
     place = ["layer", "head", *([along] if along else [])]
     table = read_statistics(path, dict.fromkeys(place, "whole"), columns)
@@ -146,7 +146,7 @@ def read_heads(path: Path, facts: dict[str, Any], columns: Columns, along: str |
     whole = len(table) == math.prod(counts) and not table.duplicated(place).any()
     if not whole or any(table[name].max() >= count for name, count in zip(place[:2], counts, strict=False)):
         raise TableError(
-            f"{path} has not one row for each of {facts['layers']} layers and {facts['heads']} heads"
+            f"{path} does not have one row for each of {facts['layers']} layers and {facts['heads']} heads"
             f"{f' and each {along}' if along else ''}: delete it and run again"
         )
     return table

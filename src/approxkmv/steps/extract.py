@@ -55,9 +55,10 @@ def extract(
 
     The CSV has the columns context, name, tokens, cut (tokens beyond the limit), used (False: shorter than the
     minimum) and, the same in each row, causal (whether the model attends only backwards), mask (which keys its queries
-    see) and left_out (what its attention has and K has not, joined by semicolons). Raises NonFiniteError naming model,
-    layer, head and context; ConfigError for a device that is not there or a model with too few positions for any text;
-    CaptureError for lengths that the model would read otherwise than the whole text.
+    see) and left_out (what its attention includes but K does not, joined by semicolons).
+
+    Raises NonFiniteError naming model, layer, head and context; ConfigError for a device that does not exist or a model
+    with too few positions for any text; CaptureError for lengths at which the model would read a text differently.
     """
     from approxkmv.models import CapturableModel
 
@@ -92,7 +93,7 @@ def extract(
     if model.has_own_masks:
         LOG.info("model %s: masked statistics are over %s", model_name, model.mask)
     for what in model.left_out:
-        LOG.info("model %s: its attention has what K has not: %s", model_name, what)
+        LOG.info("model %s: its attention includes what K does not: %s", model_name, what)
     require_true_prefixes(study, model_name, model, [len(t) for t in cut])
     taken = [i for i, use in enumerate(used) if use]
     captured: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
