@@ -1,301 +1,312 @@
-"""Write docs/findings.md from the reference tables: python benchmarks/findings.py [--reference FOLDER] [--out FILE]
-
-The tables are those of two studies, each copied whole from results/<study>/tables to FOLDER/<study>/tables:
-
-    snakemake --cores all                            the default study, `embedded`
-    snakemake --cores all --config study=lengths     long texts
-
-With --check nothing is written, and the exit code says whether the document is what the tables say.
-"""
+"""The tables and numbers of docs/findings.md, from the studies embedded, sentences, articles and lengths."""
 
 from __future__ import annotations
 
-import argparse
-import sys
-import textwrap
-from pathlib import Path
+import json
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 
 import numpy as np
 import pandas as pd
-from into_documents import REFERENCE, ROOT, machine, markdown
+from reference import REFERENCE, machine, markdown, number
 
+from approxkmv.figures.gauge import NEEDED_POWER
 from approxkmv.kmv.complexity import bound_exponents
-from approxkmv.results.tables import MASKED, length_tables, masks_of, model_tables, read_overview
-from approxkmv.statistics.growth import FAILS, FAR_BOUND, FAR_LENGTH, FAST, FLAT, HOLDS, SLOWLY, UNDECIDED
-from approxkmv.steps.lengths import SHARE_NAMES
+from approxkmv.results.tables import MASKED, gauge_table, masks_of, model_tables
+from approxkmv.statistics.growth import FAST, FLAT, PAPER_BOUND, SIZES, TRENDS
 
-VERDICTS = (HOLDS, SLOWLY, UNDECIDED, FAILS)
-WORST = 6
-MASK_NAMES = {"": "all entries", MASKED: "no key after its query"}
-
-
-def number(value: float) -> str:
-    """Two to three digits."""
-    if not np.isfinite(value):
-        return "–"
-    if value == 0 or 0.01 <= abs(value) < 1000:
-        return f"{value:.3g}"
-    return f"{value:,.0f}" if abs(value) >= 1000 and abs(value) < 1e6 else f"{value:.1e}"
-
-
-def paragraph(text: str) -> str:
-    """Lines of the documents' width, and an empty one."""
-    return textwrap.fill(" ".join(text.split()), 120, break_long_words=False, break_on_hyphens=False) + "\n"
+MINILM, SMOLLM = "minilm-l6", "smollm2-135m"
+SHORT = {MINILM: "MiniLM", SMOLLM: "SmolLM2"}
+ENTRIES = {"": "all", MASKED: "causal"}
+# Which study says what of a model's growth, and the longest of them.
+GROWTH = (("articles", MINILM), ("articles", SMOLLM), ("lengths", SMOLLM))
+READ = {
+    "printed": "Lemma 4.1, scale s = 1/√d",
+    "sigma": "section 1: 2σ for 2σ², scale √s",
+    "unscaled": "scale 1",
+    "float32": "entries as float32",
+    "softmax": "D⁻¹A, at full length",
+    "centred": "keys less their mean",
+    "balanced": "q and k of equal size",
+    "no-special": "without CLS, SEP, BOS",
+    "sentences": "sentences, from 10 tokens on",
+}
 
 
-def verdict_rows(label: str, growth: pd.DataFrame) -> list[dict[str, str]]:
-    rows = []
-    for before in masks_of(growth, "exponent"):
-        counts = growth[f"{before}verdict"].value_counts()
-        rows.append(
-            {"model": label, "entries": MASK_NAMES[before], "heads": str(len(growth))}
-            | {word: str(counts.get(word, 0)) for word in VERDICTS}
-            | {"median g": f"{growth[f'{before}exponent'].median():.2f}"}
-            | {"largest c": number(growth[f"{before}largest_ratio"].max())}
-        )
-    return rows
+@cache
+def table_of(study: str, name: str) -> pd.DataFrame:
+    return pd.read_csv(REFERENCE / study / "tables" / f"{name}.csv")
 
 
-def undecided_rows(label: str, growth: pd.DataFrame) -> list[dict[str, str]]:
-    """Why heads are undecided, by the reasons that the table gives."""
-    rows = []
-    for before in masks_of(growth, "exponent"):
-        reasons = growth.loc[growth[f"{before}verdict"] == UNDECIDED, f"{before}reason"]
-        why = {
-            f"g above {FAST:g}, c not yet above {FAR_BOUND:g}": "but c is at most",
-            f"g's interval on both sides of {FLAT:g} or {FAST:g}": "on both sides of",
-            "too few texts": "are needed",
+def _readings(model: str) -> pd.DataFrame:
+    """The readings of contexts, and of sentences the first."""
+    both = [table_of("embedded", f"readings_{model}")]
+    of_sentences = table_of("sentences", f"readings_{model}")
+    return pd.concat([*both, of_sentences[of_sentences["reading"] == "sentences"]], ignore_index=True)
+
+
+def readings(model: str) -> str:
+    """c and the order ratios under each reading and kind of entries."""
+    table = _readings(model).sort_values("entries", kind="stable")
+    shown = pd.DataFrame(
+        {
+            "reading": [
+                f"{name}: {READ[name]}" if entries == "all" else f"{name}, {entries}"
+                for name, entries in zip(table["reading"], table["entries"], strict=True)
+            ],
+            "texts": table["texts"],
+            "largest c": table["largest_ratio"].map(number),
+            f"heads with c ≤ {PAPER_BOUND:g}": [
+                f"{within} of {heads}"
+                for within, heads in zip(table["heads_within_bound"], table["heads"], strict=True)
+            ],
+            "median c": table["median_ratio"].map(number),
+            "K_(n)/K_(n+1)": table["median_next"].map(number),
+            "K_(n)/K_(2n)": table["median_double"].map(number),
+            "K_(2n) is 0 in float32": table["share_underflowing"].map("{:.0%}".format),
         }
-        counts = {name: int(reasons.str.contains(words, regex=False).sum()) for name, words in why.items()}
-        assert sum(counts.values()) == len(reasons), "a reason that is not known here"
-        rows.append(
-            {"model": label, "entries": MASK_NAMES[before], "undecided": str(len(reasons))}
-            | {name: str(count) for name, count in counts.items()}
-        )
-    return rows
-
-
-def where(growth: pd.DataFrame, before: str, verdict: str) -> str:
-    """How many heads of a verdict are in each layer that has any."""
-    per_layer = growth[growth[f"{before}verdict"] == verdict].groupby("layer").size()
-    return ", ".join(f"layer {layer}: {count}" for layer, count in per_layer.items()) or "none"
-
-
-def holding_and_failing(label: str, growth: pd.DataFrame) -> str:
-    """Which heads hold and which fail, how fast, and the worst of them."""
-    out = []
-    for before in masks_of(growth, "exponent"):
-        bad = growth[growth[f"{before}verdict"] == FAILS]
-        holds = int((growth[f"{before}verdict"] == HOLDS).sum())
-        g = bad[f"{before}exponent"]
-        speed = f"Their g is {g.min():.2f} to {g.max():.2f}, median {g.median():.2f}. Those with the largest c:"
-        out += [
-            f"**{label}, {MASK_NAMES[before]}**\n",
-            paragraph(f"{holds} of {len(growth)} heads hold: {where(growth, before, HOLDS)}."),
-            paragraph(
-                f"{len(bad)} of {len(growth)} heads fail: {where(growth, before, FAILS)}. "
-                + (speed if len(bad) else "")
-            ),
-        ]
-        if bad.empty:
-            continue
-        worst = bad.nlargest(WORST, f"{before}largest_ratio")
-        shown = pd.DataFrame(
-            {
-                "layer": worst["layer"],
-                "head": worst["head"],
-                "g": worst[f"{before}exponent"].map("{:.2f}".format),
-                "95 % interval": [
-                    f"{low:.2f} to {high:.2f}"
-                    for low, high in zip(worst[f"{before}exponent_low"], worst[f"{before}exponent_high"], strict=True)
-                ],
-                "largest c seen": worst[f"{before}largest_ratio"].map(number),
-                f"c at {FAR_LENGTH:,} (extrapolated)": worst[f"{before}far_ratio"].map(number),
-            }
-        )
-        out.append(markdown(shown) + "\n")
-    return "\n".join(out)
-
-
-def cost_rows(label: str, growth: pd.DataFrame) -> list[dict[str, str]]:
-    rows = []
-    for before in masks_of(growth, "exponent"):
-        row = {"model": label, "entries": MASK_NAMES[before], "heads": str(len(growth))}
-        for name, rebalanced in (("β as printed", False), ("β rebalanced", True)):
-            exponents = bound_exponents(growth[f"{before}exponent"].to_numpy(), rebalanced=rebalanced)
-            row[f"median, {name}"] = f"{np.median(exponents):.2f}"
-            row[f"below 2, {name}"] = str(int((exponents < 2).sum()))
-        high = bound_exponents(growth[f"{before}exponent_high"].to_numpy(), rebalanced=True)
-        rows.append(row | {"the last at g's upper end": str(int((high < 2).sum()))})
-    return rows
-
-
-def stronger_rows(label: str, heads: pd.DataFrame) -> list[dict[str, str]]:
-    rows = []
-    for before in masks_of(heads, "max_ratio"):
-        part = heads[[name for name in heads if name.startswith(before)]]
-        part = part.set_axis([name.removeprefix(before) for name in part], axis=1)
-        factor = part["median_last_ratio"] / part["median_softmax_ratio"]
-        rows.append(
-            {
-                "model": label,
-                "entries": MASK_NAMES[before],
-                "c of K": number(part["median_last_ratio"].median()),
-                "c of D⁻¹A": number(part["median_softmax_ratio"].median()),
-                "heads with c of D⁻¹A above c of K": f"{int((factor < 1).sum())} of {len(heads)}",
-                f"heads with c of D⁻¹A above {FAR_BOUND:g} on some text": str(
-                    int((part["max_softmax_ratio"] > FAR_BOUND).sum())
-                ),
-                "K_(n)/K_(n+1)": number(part["median_next_ratio"].median()),
-                "K_(n)/K_(2n)": number(part["median_double_ratio"].median()),
-                "tail exponent": number(part["median_tail_exponent"].median()),
-                "heads with tail exponent above 1": str(int((part["median_tail_exponent"] > 1).sum())),
-                "column exponent": number(part["median_column_exponent"].median()),
-            }
-        )
-    return rows
-
-
-def length_rows(table: pd.DataFrame, before: str) -> pd.DataFrame:
-    groups = table.groupby("length")
-
-    def over_heads(column: str, share: float) -> list[str]:
-        return groups[f"{before}{column}"].quantile(share).map(number).tolist()
-
-    columns = {"n": [f"{length:,}" for length in groups.size().index]}
-    columns |= {
-        f"c, {name}": over_heads("ratio", share) for name, share in (("median", 0.5), ("90 %", 0.9), ("largest", 1.0))
-    }
-    columns["heads with c > 5"] = (
-        groups[f"{before}ratio"].apply(lambda part: str(int((part > FAR_BOUND).sum()))).tolist()
     )
-    columns["c of D⁻¹A, median"] = over_heads("softmax_ratio", 0.5)
-    columns["K_(n)/K_(2n), median"] = over_heads("double_ratio", 0.5)
-    columns |= {f"keys for {name} %, median": over_heads(f"keys_{name}_mean", 0.5) for name in SHARE_NAMES}
-    columns |= {f"keys for {name} %, largest": over_heads(f"keys_{name}_mean", 1.0) for name in SHARE_NAMES[:1]}
-    return pd.DataFrame(columns)
+    return markdown(shown) + "\n"
 
 
-def document(reference: Path, study: str, lengths: str) -> str:
-    """The whole of docs/findings.md."""
-    folder = reference / study / "tables"
-    models = sorted(path.stem.removeprefix("growth_") for path in folder.glob("growth_*.csv"))
-    models = [model for model in models if not model.startswith("curves_")]
-    if not models:
-        sys.exit(f"{folder} has no growth tables: run the study and copy its tables there")
-    growth, heads, facts = {}, {}, {}
-    for model in models:
-        names = model_tables(folder, model)
-        growth[model], heads[model] = pd.read_csv(names.growth), pd.read_csv(names.heads)
-        facts[model] = read_overview(names.overview)
-    labels = {model: facts[model]["label"] for model in models}
-    sizes = "; ".join(f"{labels[m]}: {facts[m]['texts_used']} texts of {facts[m]['corpus']}" for m in models)
-    out = [
-        "# Findings: does Assumption (A) hold, on which heads, and to which length?\n",
-        paragraph(
-            """Every number here is computed by `python benchmarks/findings.py` from tables in `results/reference/`;
-            none is typed in. For readers of Indyk, Kapralov, Sheth & Wagner (ICLR 2025); notation in
-            [math.md](math.md)."""
-        ),
-        paragraph(f"Measured on {sizes}. {machine(model_tables(folder, models[0]).overview)}."),
-        "## Verdicts\n",
-        paragraph(
-            f"""c(n) ~ n^g per head, fitted within each text over its prefixes; interval: 95 %, bootstrap over texts. A
-            head holds when g's interval is below {FLAT:g}, or c extrapolated to n = {FAR_LENGTH:,} stays below
-            {FAR_BOUND:g} at the interval's upper end; it fails when the interval is above {FAST:g} and c exceeds
-            {FAR_BOUND:g} at a
-            length that was seen; it grows slowly when the interval is between the two; anything else is undecided. A
-            causal model attends only backwards: its second row counts the entries that its attention uses, the first
-            all of K, as the paper does."""
-        ),
-        markdown(pd.DataFrame([row for m in models for row in verdict_rows(labels[m], growth[m])])) + "\n",
-        "Why heads are undecided:\n",
-        markdown(pd.DataFrame([row for m in models for row in undecided_rows(labels[m], growth[m])])) + "\n",
-        "## Which heads hold and which fail, and how fast\n",
-        paragraph(
-            "Layers and heads count from 0. Every head with its g, interval, c, verdict and reason: "
-            + ", ".join(f"[growth_{m}.csv](../results/reference/{study}/tables/growth_{m}.csv)" for m in models)
-            + "."
-        ),
-        *[holding_and_failing(labels[m], growth[m]) for m in models],
-        "## What that does to the cost bound\n",
-        paragraph(
-            """The proof of Theorem 1.1 uses the assumption only as |K|₁ ≤ (1 + c) n. With c = n^g its terms have the
-            exponents 2 − γ, 1 + 2α + g, 2 + γ − α + g, 2 + γ − β + g and 1.346 + 2β. The least of their maximum, over α
-            and γ for each head's g, is max(1.891 + g/2, 1.8 + 0.6 g) with the paper's β = 0.218, which reaches 2, the
-            exact product's exponent, at g = 0.218; over β too it is max(1.8692 + 0.4 g, 1.8 + 0.6 g), which reaches 2
-            at g = 0.327. That is for n without limit, and leaves out constants and logarithms: at a given length the
-            bound is larger by 1 + c. Heads with an exponent below 2:"""
-        ),
-        markdown(pd.DataFrame([row for m in models for row in cost_rows(labels[m], growth[m])])) + "\n",
-        paragraph(
-            """It is a bound: the entries of K are at most 1 and mostly far below, so an algorithm may do better on such
-            a head."""
-        ),
-        "## The row factor, and the stronger assumption\n",
-        paragraph(
-            """K has a factor exp(−s|q_i|²/2) per row that softmax does not see: rows of long queries hardly count in c.
-            So c is given for D⁻¹A too, where each row sums to 1. The tail exponent is the alpha for which the largest
-            entry of D⁻¹A outside its n largest is n^−alpha; a uniform small bound on the tail, in the manner of Han et
-            al. (2024), wants it above 1. The column exponent is the beta with n · max_j |column j of D⁻¹A|² = n^beta,
-            their parameter, which they postulate near 0. Medians over heads of medians over texts, at the texts' full
-            lengths:"""
-        ),
-        markdown(pd.DataFrame([row for m in models for row in stronger_rows(labels[m], heads[m])])) + "\n",
-    ]
-    long_folder = reference / lengths / "tables"
-    long_models = sorted(path.stem.removeprefix("lengths_") for path in long_folder.glob("lengths_*.json"))
-    if long_models:
-        out.append("## Longer texts\n")
-    for model in long_models:
-        names = length_tables(long_folder, model)
-        long_facts, table = read_overview(names.facts), pd.read_csv(names.scaling)
-        count = long_facts["texts_used"]
-        for before in masks_of(table, "ratio"):
-            texts = "one long text" if count == 1 else f"{count} long texts (medians over them)"
-            out.append(
-                paragraph(
-                    f"""{long_facts["label"]}, {long_facts["layers"] * long_facts["heads"]} heads, {texts} of
-                    {long_facts["corpus"]}, {MASK_NAMES[before]}. Quantiles are over heads; keys: how many hold that
-                    share of a row's softmax mass, mean over rows."""
-                )
+def gauge(model: str) -> str:
+    """Medians over heads at each t."""
+    table = pd.read_csv(gauge_table(REFERENCE / "embedded" / "tables", model))
+    lines = []
+    for t, rows in table.groupby("t"):
+        medians = rows.select_dtypes("number").median()
+        lines.append(
+            {
+                "t": f"{t:g}" if t else "→ 0 (A)",
+                "median c": number(medians["ratio"]),
+                "largest c": number(rows["ratio"].max()),
+                f"heads with c ≤ {PAPER_BOUND:g}": int((rows["ratio"] <= PAPER_BOUND).sum()),
+                "rows that carry K": f"{medians['participation']:.0f}",
+                "log₁₀ largest row sum": _tenths(medians["log10_largest_row"]),
+                "log₁₀ ‖K‖₂": _tenths(medians["log10_norm"]),
+                "log₁₀ ε*": _tenths(medians["log10_bound"]),
+            }
+        )
+    return markdown(pd.DataFrame(lines)) + "\n"
+
+
+def _tenths(value: float) -> str:
+    return f"{value:.1f}".replace("-", "−") if np.isfinite(value) else "–"
+
+
+def _errors(model: str, best: bool) -> pd.DataFrame:
+    """Per head the row at t = 1, or at the t that bears the largest error."""
+    table = pd.read_csv(gauge_table(REFERENCE / "embedded" / "tables", model)).dropna(subset="log10_bound")
+    if not best:
+        return table[table["t"] == 1.0]
+    return table.loc[table.groupby(["layer", "head"])["log10_bound"].idxmax()]
+
+
+def tolerances() -> str:
+    """The error of a product with K that attention bears, beside trivial answers."""
+    lines = []
+    for model in (MINILM, SMOLLM):
+        for best in (False, True):
+            rows = _errors(model, best)
+            lines.append(
+                {
+                    "model": SHORT[model],
+                    "t": "best of each head" if best else "1",
+                    "log₁₀ ε that suffices": _tenths(rows["log10_sufficient"].median()),
+                    "log₁₀ ε*: median": _tenths(rows["log10_bound"].median()),
+                    "largest head": _tenths(rows["log10_bound"].max()),
+                    "y = 0 for x = ones": _tenths(rows["log10_zero_for_ones"].median()),
+                    "y = 0 for all x": _tenths(rows["log10_norm"].median()),
+                    "mean(v) is within 0.1": f"{(rows['mean_error'] <= 0.1).sum()} of {len(rows)} heads",
+                }
             )
-            out.append(markdown(length_rows(table, before)) + "\n")
-        out += [f"{line}\n" for line in long_facts["texts_missing"]]
-    tokens = max(facts[m]["tokens_max"] for m in models)
-    median = max(facts[m]["tokens_median"] for m in models)
-    out += [
-        "## Limits\n",
-        paragraph(
-            f"""{len(models)} small models, one language, and these texts: half of the study's texts have at most
-            {median:.0f} tokens, the longest {tokens}. c at {FAR_LENGTH:,} is an extrapolation of a power law far beyond
-            what was seen; longer texts are the check on it as far as they go. The interval is over texts of one data
-            set and says nothing about other kinds of text. The speed of the statistics of long texts on a GPU is
-            unmeasured, and that they are the same there is a test that needs one."""
-        ),
-    ]
-    return "\n".join(out)
+    return markdown(pd.DataFrame(lines)) + "\n"
 
 
-def main() -> int:
-    """Write the document, or with --check compare it."""
-    parser = argparse.ArgumentParser(description="Write docs/findings.md from the reference tables.")
-    parser.add_argument("--reference", type=Path, default=REFERENCE)
-    parser.add_argument("--study", default="embedded")
-    parser.add_argument("--lengths", default="lengths")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "findings.md")
-    parser.add_argument("--check", action="store_true")
-    options = parser.parse_args()
-    text = document(options.reference, options.study, options.lengths)
-    if options.check:
-        same = options.out.is_file() and options.out.read_text(encoding="utf-8") == text
-        if not same:
-            print(f"{options.out} is not what the tables say: run python {sys.argv[0]}")
-        return int(not same)
-    options.out.write_text(text, encoding="utf-8")
-    print(f"wrote {options.out}")
-    return 0
+def _growth() -> Iterator[tuple[str, str, str, pd.DataFrame]]:
+    """Study, model, what stands before the columns, and the columns without it."""
+    for study, model in GROWTH:
+        table = table_of(study, f"growth_{model}")
+        for before in masks_of(table, "exponent"):
+            part = table[[name for name in table if name.startswith(before)]] if before else table
+            yield study, model, before, part.set_axis([name.removeprefix(before) for name in part], axis=1)
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _name(model: str, before: str) -> str:
+    return f"{SHORT[model]}, {ENTRIES[before]}"
+
+
+def _counts(column: pd.Series, words: tuple[str, ...]) -> str:
+    return " / ".join(str(int((column == word).sum())) for word in (words[0], words[2], words[1]))
+
+
+def verdicts() -> str:
+    """Size and trend at the longest length."""
+    lines = []
+    for _, model, before, rows in _growth():
+        first = rows.iloc[0]
+        lines.append(
+            {
+                "model, entries": _name(model, before),
+                "n": f"{first['length']:,}",
+                "texts": first["texts"],
+                "size: small / undecided / large": _counts(rows["size"], SIZES),
+                "trend: flat / undecided / grows": _counts(rows["trend"], TRENDS),
+                f"exponent > {FLAT:g}": int((rows["exponent"] > FLAT).sum()),
+                f"exponent > {FAST:g}": int((rows["exponent"] > FAST).sum()),
+                "largest c(n)": number(rows["ratio"].max()),
+            }
+        )
+    return markdown(pd.DataFrame(lines)) + "\n"
+
+
+def _held(rows: pd.DataFrame) -> float:
+    inside = (rows["predicted_low"] <= rows["exponent"]) & (rows["exponent"] <= rows["predicted_high"])
+    return float(inside.mean())
+
+
+def predictions() -> str:
+    """What the lengths up to n/4 foretell of n."""
+    lines = []
+    for _, model, before, rows in _growth():
+        factor = rows["predicted_ratio"] / rows["ratio"]
+        lines.append(
+            {
+                "model, entries": _name(model, before),
+                "n": f"{rows['length'].iloc[0]:,}",
+                "foretold / measured c(n): median": f"{factor.median():.2f}",
+                "middle half of heads": f"{factor.quantile(0.25):.2f} to {factor.quantile(0.75):.2f}",
+                "within a factor of 2": f"{(np.abs(np.log2(factor)) <= 1).mean():.0%}",
+                "wrong by more than 10": f"{(np.abs(np.log10(factor)) > 1).mean():.0%}",
+                "later exponents in their 95 % interval": f"{_held(rows):.0%}",
+                "its median width": f"{(rows['predicted_high'] - rows['predicted_low']).median():.2f}",
+            }
+        )
+    return markdown(pd.DataFrame(lines)) + "\n"
+
+
+def costs() -> str:
+    """The cost bound's exponent with each head's exponent, with beta as printed and rebalanced."""
+    lines = []
+    for _, model, before, rows in _growth():
+        line = {"model, entries": _name(model, before), "n": f"{rows['length'].iloc[0]:,}"}
+        for name, rebalanced in (("β as printed", False), ("β rebalanced", True)):
+            exponents = bound_exponents(rows["exponent"].to_numpy(), rebalanced=rebalanced)
+            line[f"median, {name}"] = f"{np.median(exponents):.2f}"
+            line[f"below 2, {name}"] = f"{(exponents < 2).sum()} of {len(rows)}"
+        high = bound_exponents(rows["exponent_high"].to_numpy(), rebalanced=True)
+        lines.append(line | {"the last at the interval's upper end": int((high < 2).sum())})
+    return markdown(pd.DataFrame(lines)) + "\n"
+
+
+def models() -> str:
+    """What was measured on what."""
+    lines = []
+    for study, model in (("embedded", MINILM), ("embedded", SMOLLM), *GROWTH):
+        folder = REFERENCE / study / "tables"
+        path = model_tables(folder, model).overview
+        facts = json.loads((path if path.exists() else folder / f"lengths_{model}.json").read_text(encoding="utf-8"))
+        lines.append(
+            {
+                "model": facts["label"],
+                "study": study,
+                "texts": facts["texts_used"],
+                "of": facts["corpus"],
+                "heads": facts["layers"] * facts["heads"],
+                "largest n": f"{facts['tokens_max'] if 'tokens_max' in facts else max(facts['lengths']):,}",
+            }
+        )
+    made = machine(model_tables(REFERENCE / "embedded" / "tables", MINILM).overview)
+    return f"{markdown(pd.DataFrame(lines))}\n\n{made}.\n"
+
+
+def _reading(model: str, name: str, column: str, entries: str = "all") -> str:
+    table = _readings(model)
+    row = table[(table["reading"] == name) & (table["entries"] == entries)].iloc[0]
+    if column == "heads_within_bound":
+        return f"{row[column]} of {row['heads']}"
+    return f"{row[column]:.0%}" if column == "share_underflowing" else number(row[column])
+
+
+def _at(model: str, t: float, what: Callable[[pd.DataFrame], str]) -> str:
+    table = pd.read_csv(gauge_table(REFERENCE / "embedded" / "tables", model))
+    return what(table[table["t"] == t])
+
+
+def _of_growth(study: str, model: str, before: str, what: Callable[[pd.DataFrame], str]) -> str:
+    return next(what(rows) for *place, rows in _growth() if place == [study, model, before])
+
+
+def _count(rows: pd.DataFrame, found: pd.Series) -> str:
+    return f"{int(found.sum())} of {len(rows)}"
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    **{f"readings-{model}": partial(readings, model) for model in (MINILM, SMOLLM)},
+    **{f"gauge-{model}": partial(gauge, model) for model in (MINILM, SMOLLM)},
+    "gauge-errors": tolerances,
+    "growth-verdicts": verdicts,
+    "growth-predictions": predictions,
+    "growth-costs": costs,
+    "findings-models": models,
+}
+# In a sentence: one number each, by name.
+NUMBERS: dict[str, Callable[[], str]] = {
+    **{
+        f"{word}-{reading}-{name}": partial(_reading, model, reading, column)
+        for word, model in (("minilm", MINILM), ("smollm", SMOLLM))
+        for reading in READ
+        for name, column in (
+            ("largest", "largest_ratio"),
+            ("within", "heads_within_bound"),
+            ("double", "median_double"),
+            ("underflow", "share_underflowing"),
+        )
+    },
+    **{
+        f"{word}-gauge-{name}-{place}": partial(_at, model, t, what)
+        for word, model in (("minilm", MINILM), ("smollm", SMOLLM))
+        for place, t in (("limit", 0.0), ("1", 1.0), ("8", 8.0))
+        for name, what in (
+            ("within", lambda rows: _count(rows, rows["ratio"] <= PAPER_BOUND)),
+            ("largest", lambda rows: number(rows["ratio"].max())),
+            ("rows", lambda rows: f"{rows['participation'].median():.0f}"),
+            ("tokens", lambda rows: f"{rows['tokens'].iloc[0]:,}"),
+        )
+    },
+    **{
+        f"{word}-error-{name}": lambda model=model, best=best: (
+            f"10^{_tenths(_errors(model, best)['log10_bound'].max())}"
+        )
+        for word, model in (("minilm", MINILM), ("smollm", SMOLLM))
+        for name, best in (("1", False), ("best", True))
+    },
+    **{
+        f"{study}-{word}-{ENTRIES[before]}-{name}": partial(_of_growth, study, model, before, what)
+        for study, model in GROWTH
+        for word in (SHORT[model].lower().removesuffix("2"),)
+        for before in (("",) if model == MINILM else ("", MASKED))
+        for name, what in (
+            ("small", lambda rows: _count(rows, rows["size"] == SIZES[0])),
+            ("large", lambda rows: _count(rows, rows["size"] == SIZES[1])),
+            ("grows", lambda rows: _count(rows, rows["trend"] == TRENDS[1])),
+            ("flat", lambda rows: _count(rows, rows["trend"] == TRENDS[0])),
+            ("both", lambda rows: _count(rows, (rows["size"] == SIZES[1]) & (rows["trend"] == TRENDS[1]))),
+            ("fast", lambda rows: _count(rows, rows["exponent"] > FAST)),
+            ("held", lambda rows: f"{_held(rows):.0%}"),
+            ("n", lambda rows: f"{rows['length'].iloc[0]:,}"),
+            ("texts", lambda rows: str(rows["texts"].iloc[0])),
+            ("ratio", lambda rows: number(rows["ratio"].max())),
+        )
+    },
+    **{
+        f"smollm-causal-sigma-{name}": partial(_reading, SMOLLM, "sigma", column, "causal")
+        for name, column in (
+            ("largest", "largest_ratio"),
+            ("within", "heads_within_bound"),
+            ("double", "median_double"),
+            ("underflow", "share_underflowing"),
+        )
+    },
+    "needed": lambda: f"{8192**NEEDED_POWER:.2f}",
+}

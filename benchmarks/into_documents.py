@@ -1,7 +1,8 @@
-"""Put the reference tables into the documents, between their markers: python benchmarks/into_documents.py
+"""Put the reference results into the documents, between their markers: python benchmarks/into_documents.py
 
-The text between `<!-- table: NAME -->` and `<!-- end -->` is replaced by what NAME's function makes of the files in
-results/reference/. With --check nothing is written; the exit code is the number of outdated documents.
+The text between `<!-- table: NAME -->` (or `<!-- number: NAME -->` inside a sentence) and `<!-- end -->` is replaced by
+what NAME's function makes of the files in results/reference/; the sentences around it are written by hand. With --check
+nothing is written; the exit code is the number of outdated documents.
 """
 
 from __future__ import annotations
@@ -10,34 +11,19 @@ import json
 import re
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from findings import NUMBERS
+from findings import TABLES as OF_FINDINGS
+from reference import REFERENCE, ROOT, machine, markdown
 
 from approxkmv.slopes import log_log_line
+from approxkmv.statistics.growth import PAPER_BOUND
 
-ROOT = Path(__file__).resolve().parents[1]
-REFERENCE = ROOT / "results" / "reference"
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MARKED = re.compile(r"(<!-- table: ([a-z0-9-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-
-
-def markdown(table: pd.DataFrame) -> str:
-    """A Markdown table of strings."""
-    lines = [table.columns, ["---"] * len(table.columns), *table.itertuples(index=False)]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
-
-
-def machine(path: Path) -> str:
-    """One line with the machine and the versions that made a table."""
-    record = json.loads(path.read_text(encoding="utf-8"))
-    record = record.get("provenance", record)
-    versions = record["versions"]
-    return (
-        f"{record['machine']['cores']} cores of {record['machine']['processor']}, Python {versions['python']}, "
-        f"torch {versions['torch']}, NumPy {versions['numpy']}"
-    )
+NUMBERED = re.compile(r"(<!-- number: ([a-z0-9-]+) -->).*?(<!-- end -->)", re.DOTALL)
 
 
 def statistics_speed() -> str:
@@ -271,7 +257,7 @@ def workload_ratios() -> str:
                     f"{rows['head_to_tail'].iloc[i]:.3g} (n = {rows['n'].iloc[i]:,})" for i in (0, -1)
                 ),
                 "c ~ n^g, g": f"{growth:.2f}",
-                "c stays below 5": "yes" if rows["head_to_tail"].max() < 5 else "no",
+                f"c stays below {PAPER_BOUND:g}": "yes" if rows["head_to_tail"].max() < PAPER_BOUND else "no",
             }
         )
     return markdown(pd.DataFrame(lines).sort_values("workload")) + "\n"
@@ -490,12 +476,14 @@ TABLES: dict[str, Callable[[], str]] = {
     "methods-evaluations": evaluations,
     "methods-perplexity": perplexity,
     "reliability": reliability,
+    **OF_FINDINGS,
 }
 
 
 def filled(text: str) -> str:
-    """The document with every marked table regenerated."""
-    return MARKED.sub(lambda found: found[1] + TABLES[found[2]]() + found[3], text)
+    """The document with every marked table and number regenerated."""
+    text = MARKED.sub(lambda found: found[1] + TABLES[found[2]]() + found[3], text)
+    return NUMBERED.sub(lambda found: found[1] + NUMBERS[found[2]]() + found[3], text)
 
 
 def main() -> int:

@@ -28,10 +28,13 @@ READERS: dict[str, tuple[tuple[str, ...], str]] = {
     "growth_curves": (OF_MODEL, "growth_curves_m.csv"),
     "attention_support": (OF_MODEL, "attention_m.csv"),
     "context_scaling": (OF_MODEL, "context_scaling_m.csv"),
+    "readings": (OF_MODEL, "readings_m.csv"),
+    "readings' path": (OF_MODEL, "readings_path_m.csv"),
     "length_scaling": (OF_MODEL, "length_scaling_m.csv"),
     "complexity": (FIGURE, "complexity.csv"),
     **dict.fromkeys(("speedup", "error_vs_time", "crossover"), (FIGURE, "sweep.csv")),
     "compare": (("compare", "--tables", ".", "--out", "comparison.csv"), "heads_m.csv"),
+    "compare's readings": (("compare", "--tables", ".", "--out", "comparison.csv"), "readings_m.csv"),
     "compare's lengths": (("compare", "--tables", ".", "--out", "comparison.csv"), "context_scaling_m.csv"),
     "summary": (("summary", *STUDY, "--out", "tables"), "0000.contexts.csv"),
 }
@@ -80,13 +83,18 @@ def _make(folder: Path) -> None:
     ratios = ("max_ratio", "median_next_ratio", "median_double_ratio")
     write_csv(folder / "heads_m.csv", heads.assign(**dict.fromkeys(ratios, 1.5)))
     write_csv(folder / "attention_m.csv", heads.assign(support=1.5, first_mass=0.5))
-    write_csv(folder / "growth_m.csv", heads.assign(exponent=0.25, coefficient=0.5, verdict="holds"))
-    write_csv(folder / "growth_curves_m.csv", grid.assign(adjusted_ratio=1.5))
+    counts = {"texts": 8, "length": 40, "start": 20}
+    write_csv(folder / "growth_m.csv", heads.assign(exponent=0.25, size="small", trend="flat", **counts))
+    write_csv(folder / "growth_curves_m.csv", grid.assign(texts=8, adjusted_ratio=1.5))
+    read = pd.DataFrame({"reading": ["printed", "sigma"], "entries": "all", "heads": 6, "heads_within_bound": 5})
+    for name in ("readings_m.csv", "readings_path_m.csv"):
+        write_csv(folder / name, read.assign(largest_ratio=1.5, median_double=2.5, power=[1.0, 0.5]))
     prefix = pd.DataFrame({"prefix": [10, 20, 40, 80], "contexts": 9})
     write_csv(folder / "context_scaling_m.csv", prefix.assign(mean=2.5, std=0.5, min=1.5, max=3.5))
     names = ("ratio", "softmax_ratio", "double_ratio", "keys_90_mean")
     write_csv(
-        folder / "length_scaling_m.csv", grid.rename(columns={"prefix": "length"}).assign(**dict.fromkeys(names, 1.5))
+        folder / "length_scaling_m.csv",
+        grid.rename(columns={"prefix": "length"}).assign(texts=8, **dict.fromkeys(names, 1.5)),
     )
     counted = pd.DataFrame({name: 2.0 ** np.arange(10, 14) for name in COUNTED}).assign(
         kernel="k", n=[256, 512, 1024, 2048]
@@ -118,6 +126,7 @@ def _make(folder: Path) -> None:
 
 def read(reader: str, arguments: tuple[str, ...], folder: Path) -> tuple[int, str]:
     """Run the command on the tables of a folder."""
+    reader = reader.partition("'")[0]
     return command(folder, *(reader if word == "{}" else word for word in arguments))
 
 

@@ -23,6 +23,9 @@ from approxkmv.steps.cleaning import remove_damaged, remove_half_written
 TABLES = ["heads_{m}.csv", "context_scaling_{m}.csv", "attention_{m}.csv"]
 FIGURES = ["max_ratios_bert", "max_ratios_llama", "order_ratios_bert", "order_ratios_llama", "context_scaling"]
 FIGURES += ["attention_support_bert", "attention_support_llama"]
+FIGURES += [
+    f"{name}_{model}" for name in ("readings", "gauge", "growth", "growth_curves") for model in ("bert", "llama")
+]
 
 
 def fingerprints(results: Path) -> dict[str, str]:

@@ -43,6 +43,9 @@ def test_units_of_text():
         "Then (he did.)",
         "Go.",
     ]
+    parts = [Document("a", "One."), Document("b", "Else."), Document("a", "Two.")]
+    articles = cut_into_passages(parts, "article")
+    assert [(p.index, p.name, p.text) for p in articles] == [(0, "a", "One.\n\nTwo."), (1, "b", "Else.")]
     pairs = cut_into_passages(documents, "question_context")
     assert [p.text[:4] for p in pairs] == ["Why?", "How?", "So? "]
     assert [p.index for p in pairs] == [0, 1, 2]

@@ -100,7 +100,8 @@ def test_texts_that_overlap_or_are_cut_are_found():
 MODELS = ["minilm-l6", "smollm2-135m"]
 OF_THE_REFERENCE = [
     *[("embedded", name, [model]) for name in ("max_ratios", "order_ratios") for model in MODELS],
-    *[("embedded", name, [model]) for name in ("growth", "growth_curves") for model in MODELS],
+    *[("embedded", name, [model]) for name in ("growth", "growth_curves", "readings", "gauge") for model in MODELS],
+    *[("lengths", name, ["smollm2-135m"]) for name in ("growth", "growth_curves")],
     ("embedded", "context_scaling", MODELS),
     *[
         (study, name, [])
@@ -141,8 +142,8 @@ def test_the_mask_and_what_is_not_in_the_kernel_stand_in_every_figure_of_a_model
         assert misplaced_texts(figure, found) == []
         words = " ".join(" ".join(word for word, _ in found).split())
         assert "not in K: the logits' cap of 50 in 30 of 30 layers, the learned sink in 30 of 30 layers" in words
-        # MiniLM has no masked columns.
-        assert ("windows of 512 and 1,024 keys" in words) == (models[-1] == MODELS[1])
+        # MiniLM has no masked columns, and the gauge is of all entries.
+        assert ("windows of 512 and 1,024 keys" in words) == (models[-1] == MODELS[1] and name != "gauge")
 
 
 def test_the_reference_figures_are_all_figures():
@@ -248,13 +249,15 @@ def growth_tables(folder, layers: int, heads: int, masked: bool) -> None:
     for before in ("", "masked_") if masked else ("",):
         growth |= {
             f"{before}exponent": generator.normal(0.4, 0.5, len(layer)),
-            f"{before}coefficient": 10 ** generator.uniform(-3, 0, len(layer)),
-            f"{before}verdict": generator.choice(["holds", "fails", "undecided", "grows slowly"], len(layer)),
+            f"{before}size": generator.choice(["small", "large", "undecided"], len(layer)),
+            f"{before}trend": generator.choice(["flat", "grows", "undecided"], len(layer)),
+            **{f"{before}{name}": value for name, value in (("texts", 8), ("length", 200), ("start", 100))},
         }
-    for prefix in (50, 100, 200, 400):
+    for prefix, texts in ((50, 9), (100, 9), (200, 8), (400, 4)):
         part = {"layer": layer, "head": head, "prefix": prefix}
         for before in ("", "masked_") if masked else ("",):
-            part[f"{before}adjusted_ratio"] = growth[f"{before}coefficient"] * prefix ** growth[f"{before}exponent"]
+            part[f"{before}texts"] = texts
+            part[f"{before}adjusted_ratio"] = 0.1 * prefix ** growth[f"{before}exponent"]
         curves.append(pd.DataFrame(part))
     pd.DataFrame(growth).to_csv(folder / "growth_m.csv", index=False)
     pd.concat(curves).to_csv(folder / "growth_curves_m.csv", index=False)
@@ -262,15 +265,27 @@ def growth_tables(folder, layers: int, heads: int, masked: bool) -> None:
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(("layers", "heads"), [(1, 1), (6, 12), (30, 9)])
-def test_growth_is_drawn_with_failing_heads_outlined_and_nothing_overlapping(tmp_path, figures, layers, heads, masked):
+def test_growth_is_drawn_with_large_growing_heads_outlined_and_nothing_overlapping(
+    tmp_path, figures, layers, heads, masked
+):
     tables(tmp_path, "m", layers, heads)
     facts = json.loads((tmp_path / "overview_m.json").read_text()) | {"label": "all-MiniLM-L6-v2 (BERT, 6 × 12 heads)"}
     (tmp_path / "overview_m.json").write_text(json.dumps(facts))
     growth_tables(tmp_path, layers, heads, masked)
     for name in ("growth", "growth_curves"):
         catalogue.draw(name, tmp_path, ["m"], tmp_path / name)
-    fails = sum((pd.read_csv(tmp_path / "growth_m.csv").filter(like="verdict") == "fails").sum())
-    assert sum(len(axes.patches) for axes in figures[0].axes if axes.texts) == fails
+    table = pd.read_csv(tmp_path / "growth_m.csv")
+    both = [
+        (table[f"{before}size"] == "large") & (table[f"{before}trend"] == "grows")
+        for before in ("", "masked_")[: 1 + masked]
+    ]
+    assert sum(len(axes.patches) for axes in figures[0].axes if axes.texts) == sum(part.sum() for part in both)
+    # A length of four texts is hollow, the others are not.
+    faces = [line.get_markerfacecolor() for axes in figures[1].axes for line in axes.lines if line.get_marker() == "o"]
+    hollow = [line for axes in figures[1].axes for line in axes.lines if line.get_markerfacecolor() == "white"]
+    assert len(hollow) == len(faces) / 2
+    assert all(list(line.get_xdata()) == [400] for line in hollow)
+    assert all("hollow: fewer than 5 texts" in axes.get_xlabel() for axes in figures[1].axes)
     for figure in figures:
         assert misplaced_texts(figure) == []
 
@@ -308,7 +323,7 @@ def long_tables(folder: Path, masked: bool) -> None:
         for column, _ in length_scaling.PANELS:
             # One head far beyond the axes: it must not squeeze the others.
             table[f"{before}{column}"] = 10 ** generator.uniform(-5, 300, len(table))
-    table.to_csv(folder / "length_scaling_m.csv", index=False)
+    table.assign(texts=8).to_csv(folder / "length_scaling_m.csv", index=False)
     facts = {"label": "model m", "texts_used": 1, "corpus": "a corpus", "layers": 2, "heads": 3}
     facts |= {"mask": CAUSAL, "left_out": []}
     (folder / "lengths_m.json").write_text(json.dumps(facts))

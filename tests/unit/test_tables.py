@@ -13,6 +13,8 @@ from approxkmv.errors import TableError
 from approxkmv.figures import context_scaling, max_ratios, order_ratios
 from approxkmv.files import write_parquet
 from approxkmv.statistics.entries import CAUSAL, EVERY_KEY
+from approxkmv.statistics.readings import POWERS, READINGS
+from approxkmv.steps import readings_table
 from approxkmv.steps.compare import claims, compare, growth_exponent
 from approxkmv.steps.growth import measure_growth
 from approxkmv.steps.show import lines
@@ -154,6 +156,14 @@ def shards(folder: Path, *, causal: bool, prefixes: tuple[int, ...] = PREFIXES) 
         )
         for prefix in prefixes
     ]
+    read = [
+        heads[["context", "layer", "head"]].assign(
+            reading=name, entries=entries, ratio=ratio, log_next=np.inf, log_double=np.nan, underflows=True
+        )
+        for name in {*READINGS, *POWERS}
+        for entries in ("all", "causal")[: 2 if causal else 1]
+    ]
+    write_parquet(folder / "0000.readings.parquet", pd.concat(read))
     empty = heads[["context", "layer", "head"]].assign(prefix=0, ratio=0.0).iloc[:0]
     write_parquet(folder / "0000.heads.parquet", heads)
     write_parquet(folder / "0000.prefixes.parquet", pd.concat(curves) if curves else empty)
@@ -189,9 +199,10 @@ def test_overview_and_comparison_have_the_masked_values_of_a_causal_model_beside
         assert facts["masked_largest_ratio"] == facts["largest_ratio"] / 4
         assert facts["masked_median_ratio"] == facts["median_ratio"] / 4
         assert facts["masked_largest_ratio_head"] == facts["largest_ratio_head"]
+    readings_table.summarise(study, model, tmp_path / "texts.parquet", tmp_path, tmp_path / "tables")
     table = compare(tmp_path / "tables", [name], tmp_path / "comparison.csv")
-    assert table["entries"].tolist() == ["all"] * 5 + ["causal"] * 5 * causal
-    first = table[table["claim"].str.startswith("c is at most")].set_index("entries")["holds"]
+    assert table["entries"].tolist() == ["all"] * 5 + ["causal"] * 5 * causal + ["all"] * 2 * len(READINGS)
+    first = table[table["claim"].str.contains("every head and text")].set_index("entries")["holds"]
     assert first.to_dict() == {"all": "no"} | ({"causal": "yes"} if causal else {})
 
 
@@ -252,3 +263,23 @@ def test_figures_draw_both_masks_of_a_causal_model(tmp_path, monkeypatch, causal
             assert one.x0 >= 0
             assert one.x1 <= figure.bbox.width
             assert not any(one.overlaps(other) for other in boxes[:i])
+
+
+@pytest.mark.parametrize("unit", ["context", "sentence"])
+def test_the_table_of_readings_has_a_row_per_reading_and_entries(tmp_path, unit):
+    study = shards(tmp_path, causal=True).model_copy(update={"unit": unit})
+    model = next(iter(study.models.values())).model_copy(update={"paper_bound": 4.6})
+    table = readings_table.summarise(study, model, tmp_path / "texts.parquet", tmp_path, tmp_path)
+    columns = "reading,entries,heads,texts,largest_ratio,heads_within_bound,median_ratio,median_next,median_double,"
+    assert ",".join(table.columns) == f"{columns}share_underflowing"
+    first = ["printed" if unit == "context" else "sentences", *READINGS[1:]]
+    assert table["reading"].tolist() == [name for name in first for _ in range(2)]
+    assert table["entries"].tolist() == ["all", "causal"] * len(READINGS)
+    row = table.iloc[0]
+    # Layer 0 of three is above the bound; an infinite ratio stays infinite, and one that is 0/0 is left out.
+    assert (row["heads"], row["texts"], row["heads_within_bound"], row["share_underflowing"]) == (6, TEXTS, 4, 1.0)
+    assert row["median_next"] == np.inf
+    assert np.isnan(row["median_double"])
+    path = pd.read_csv(tmp_path / f"readings_path_{model.name}.csv")
+    path = path[path["entries"] == "all"]
+    assert path["power"].tolist() == [1.0, 0.75, 0.5, 0.25, 0.0]

@@ -1,4 +1,6 @@
 TABLES = f"{RESULTS}/tables"
+# What is known of a model's texts and heads, beside the tables of growth.
+FACTS = f"{TABLES}/{'lengths' if STUDY.lengths else 'overview'}_{{model}}.json"
 
 
 rule max_ratios:
@@ -71,11 +73,56 @@ rule context_scaling:
         "approxkmv figure context_scaling {params.models} --tables {params.tables} --out {params.stem} --log {log}"
 
 
+rule readings_figure:
+    input:
+        f"{TABLES}/readings_{{model}}.csv",
+        f"{TABLES}/readings_path_{{model}}.csv",
+        f"{TABLES}/overview_{{model}}.json",
+        source=package("figure", "figures/readings.py"),
+    output:
+        f"{RESULTS}/figures/readings_{{model}}.pdf",
+        png=report(
+            f"{RESULTS}/figures/readings_{{model}}.png",
+            caption="../report/readings.rst",
+            category="Figures",
+            labels={"figure": "Readings of the definition", "model": "{model}"},
+        ),
+    log:
+        f"{RESULTS}/logs/readings_figure_{{model}}.log",
+    params:
+        tables=lambda wildcards: TABLES,
+        stem=lambda wildcards, output: output.png.removesuffix(".png"),
+    shell:
+        "approxkmv figure readings --model {wildcards.model} --tables {params.tables} --out {params.stem} --log {log}"
+
+
+rule gauge_figure:
+    input:
+        f"{TABLES}/gauge_{{model}}.csv",
+        f"{TABLES}/overview_{{model}}.json",
+        source=package("figure", "figures/gauge.py"),
+    output:
+        f"{RESULTS}/figures/gauge_{{model}}.pdf",
+        png=report(
+            f"{RESULTS}/figures/gauge_{{model}}.png",
+            caption="../report/gauge.rst",
+            category="Figures",
+            labels={"figure": "The gauge", "model": "{model}"},
+        ),
+    log:
+        f"{RESULTS}/logs/gauge_figure_{{model}}.log",
+    params:
+        tables=lambda wildcards: TABLES,
+        stem=lambda wildcards, output: output.png.removesuffix(".png"),
+    shell:
+        "approxkmv figure gauge --model {wildcards.model} --tables {params.tables} --out {params.stem} --log {log}"
+
+
 rule growth_figure:
     input:
         f"{TABLES}/growth_{{model}}.csv",
         f"{TABLES}/growth_curves_{{model}}.csv",
-        f"{TABLES}/overview_{{model}}.json",
+        FACTS,
         source=package("figure", "figures/growth.py"),
     output:
         f"{RESULTS}/figures/growth_{{model}}.pdf",
@@ -98,7 +145,7 @@ rule growth_curves:
     input:
         f"{TABLES}/growth_{{model}}.csv",
         f"{TABLES}/growth_curves_{{model}}.csv",
-        f"{TABLES}/overview_{{model}}.json",
+        FACTS,
         source=package("figure", "figures/growth_curves.py"),
     output:
         f"{RESULTS}/figures/growth_curves_{{model}}.pdf",

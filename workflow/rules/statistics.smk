@@ -88,8 +88,8 @@ rule summary:
 
 rule growth:
     input:
-        heads=f"{RESULTS}/tables/heads_{{model}}.csv",
-        prefixes=shard_files("prefixes.parquet"),
+        shards=shard_files("lengths.parquet" if STUDY.lengths else "prefixes.parquet"),
+        contexts=shard_files("contexts.csv"),
         texts=f"{RESULTS}/texts.parquet",
         source=package("growth"),
     output:
@@ -105,15 +105,86 @@ rule growth:
     params:
         config=lambda wildcards: SETTINGS,
         results=lambda wildcards: RESULTS,
-        seed=STUDY.seed,
+        bound=lambda wildcards: STUDY.models[wildcards.model].paper_bound,
     shell:
         "approxkmv growth --model {wildcards.model} --statistics {params.results}/statistics/{wildcards.model} "
         "--texts {input.texts} --tables {params.results}/tables --config {params.config} --log {log}"
 
 
+rule readings:
+    input:
+        tensors=rules.extract.output.tensors,
+        source=package("readings"),
+    output:
+        f"{RESULTS}/statistics/{{model}}/{{shard}}.readings.parquet",
+    log:
+        f"{RESULTS}/logs/readings_{{model}}_{{shard}}.log",
+    # As for statistics: one shard's activations on the disk at a time.
+    priority: 1
+    threads: workflow.cores
+    params:
+        config=lambda wildcards: SETTINGS,
+        settings=STUDY.min_prefix,
+    shell:
+        "approxkmv readings --model {wildcards.model} --activations {input.tensors} --config {params.config} "
+        "--out {output} --log {log}"
+
+
+rule readings_table:
+    input:
+        shards=shard_files("readings.parquet"),
+        contexts=shard_files("contexts.csv"),
+        texts=f"{RESULTS}/texts.parquet",
+        source=package("readings_table"),
+    output:
+        report(
+            f"{RESULTS}/tables/readings_{{model}}.csv",
+            caption="../report/readings.rst",
+            category="Tables",
+            labels={"table": "readings of the definition: {model}"},
+        ),
+        f"{RESULTS}/tables/readings_path_{{model}}.csv",
+    log:
+        f"{RESULTS}/logs/readings_table_{{model}}.log",
+    params:
+        config=lambda wildcards: SETTINGS,
+        results=lambda wildcards: RESULTS,
+        bound=lambda wildcards: STUDY.models[wildcards.model].paper_bound,
+    shell:
+        "approxkmv readings-table --model {wildcards.model} --statistics {params.results}/statistics/{wildcards.model} "
+        "--texts {input.texts} --config {params.config} --out {params.results}/tables --log {log}"
+
+
+rule gauge:
+    input:
+        location=f"{RESULTS}/models/{{model}}.json",
+        texts=f"{RESULTS}/texts.parquet",
+        source=package("gauge"),
+    output:
+        report(
+            f"{RESULTS}/tables/gauge_{{model}}.csv",
+            caption="../report/gauge.rst",
+            category="Tables",
+            labels={"table": "the gauge: {model}"},
+        ),
+    log:
+        f"{RESULTS}/logs/gauge_{{model}}.log",
+    threads: workflow.cores
+    resources:
+        gpu=int(STUDY.device == "cuda"),
+    params:
+        config=lambda wildcards: SETTINGS,
+        results=lambda wildcards: RESULTS,
+        settings=(STUDY.min_tokens, STUDY.max_tokens, STUDY.dtype, STUDY.device),
+    shell:
+        "approxkmv gauge --model {wildcards.model} --location {input.location} --texts {input.texts} "
+        "--config {params.config} --tables {params.results}/tables --log {log}"
+
+
 rule compare:
     input:
         collect(f"{RESULTS}/tables/heads_{{model}}.csv", model=MODELS),
+        collect(f"{RESULTS}/tables/readings_{{model}}.csv", model=MODELS),
         collect(f"{RESULTS}/tables/context_scaling_{{model}}.csv", model=MODELS),
         collect(f"{RESULTS}/tables/overview_{{model}}.json", model=MODELS),
         source=package("compare"),

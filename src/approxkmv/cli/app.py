@@ -15,9 +15,9 @@ app = typer.Typer(
     help=(
         "Is a model's attention sparse, head by head and length by length?\n\n"
         "A study goes through fetch, texts, extract, statistics, summary, growth, compare, figure; long texts through "
-        "lengths and length-scaling; attention methods through model-heads and sweep, and perplexity. Snakemake runs "
-        "them all; each can be run alone. Every command reads config.yaml (--config) and works on the study that it "
-        "names (or --study). A user's mistake is one line and exit code 2."
+        "lengths, length-scaling and growth; attention methods through model-heads and sweep, and perplexity. "
+        "Snakemake runs them all; each can be run alone. Every command reads config.yaml (--config) and works on the "
+        "study that it names (or --study). A user's mistake is one line and exit code 2."
     ),
     no_args_is_help=True,
     add_completion=False,

@@ -152,6 +152,63 @@ def summary(
 
 
 @app.command()
+def readings(
+    model: Model,
+    activations: Annotated[Path, typer.Option("--activations", help="safetensors file of `approxkmv extract`.")],
+    out: Annotated[Path, typer.Option("--out", help="Parquet file to write: per text, layer, head and reading.")],
+    config: Config = CONFIG,
+    study: StudyName = None,
+    log: Log = None,
+) -> None:
+    """c and the order ratios under several readings of the definition, on some texts of a shard."""
+    chosen = asked(config, study, log)
+    with step(f"readings   {model}, {activations.stem}") as notes:
+        from approxkmv.steps.readings import measure_readings
+
+        count, undefined = measure_readings(chosen, model, activations, out)
+        notes.append(f"{count} texts; in float32 {undefined} ratios are 0/0")
+
+
+@app.command("readings-table")
+def readings_table(
+    model: Model,
+    statistics: Annotated[Path, typer.Option("--statistics", help="Folder of the shards' Parquet and CSV files.")],
+    texts: Annotated[Path, typer.Option("--texts", help="Parquet file of `approxkmv texts`; says how many shards.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the model's tables.")],
+    config: Config = CONFIG,
+    study: StudyName = None,
+    log: Log = None,
+) -> None:
+    """Bring a model's readings together: a row per reading."""
+    chosen = asked(config, study, log)
+    entry = entry_of(chosen, model)
+    with step(f"readings   {model}"):
+        from approxkmv.steps.readings_table import summarise
+
+        summarise(chosen, entry, texts, statistics, out)
+
+
+@app.command()
+def gauge(
+    model: Model,
+    location: Annotated[Path, typer.Option("--location", help="JSON file of `approxkmv fetch`.")],
+    texts: Annotated[Path, typer.Option("--texts", help="Parquet file of `approxkmv texts`.")],
+    tables: Annotated[Path, typer.Option("--tables", help="Folder of the model's tables; one more is written here.")],
+    config: Config = CONFIG,
+    study: StudyName = None,
+    log: Log = None,
+) -> None:
+    """What queries times t and keys divided by t change in K, and which error of K attention bears, on one text."""
+    chosen = asked(config, study, log)
+    entry_of(chosen, model)
+    with step(f"gauge      {model}") as notes:
+        from approxkmv.steps.gauge import measure_gauge
+
+        table = measure_gauge(chosen, model, location, texts, tables)
+        notes.append(f"{table['tokens'].iloc[0]} tokens")
+
+
+@app.command()
 def growth(
     model: Model,
     statistics: Annotated[Path, typer.Option("--statistics", help="Folder of the shards' Parquet and CSV files.")],
@@ -161,14 +218,16 @@ def growth(
     study: StudyName = None,
     log: Log = None,
 ) -> None:
-    """How fast c grows with the length, head by head: exponent, interval, verdict."""
+    """How large c is at the longest length and how it grows there, head by head, with intervals over texts."""
     chosen = asked(config, study, log)
     entry_of(chosen, model)
     with step(f"growth     {model}") as notes:
+        from approxkmv.statistics.growth import SIZES, TRENDS, in_words
         from approxkmv.steps.growth import measure_growth
 
-        counts = measure_growth(chosen, model, texts, statistics, tables)["verdict"].value_counts()
-        notes.append(", ".join(f"{count} {word}" for word, count in counts.items()))
+        table = measure_growth(chosen, model, texts, statistics, tables)
+        notes.append(f"n = {table['length'].iloc[0]:,}: {in_words(table['size'], SIZES)};")
+        notes.append(in_words(table["trend"], TRENDS))
 
 
 @app.command()

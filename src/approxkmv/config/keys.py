@@ -125,9 +125,10 @@ class StudySettings(Section):
     """Count the cost of ApproxKMV with its printed constants as n grows; null does not."""
     perplexity: Perplexity | None = None
     """Measure the perplexity of a language model with attention methods in place of its own; null does not."""
-    unit: Literal["context", "sentence", "question_context"] = "context"
-    """What one text is: a context, a sentence of it, or a question followed by its context. The paper says sentences of
-    responses, but answers are three words long; only contexts have 50 to 512 tokens."""
+    unit: Literal["context", "sentence", "question_context", "article"] = "context"
+    """What one text is: a context, a sentence of it, a question followed by its context, or an article, all contexts of
+    one title. The paper says sentences of responses, but answers are three words long; only contexts have 50 to 512
+    tokens."""
     contexts: Count | None = None
     """How many texts to draw at random; null takes all."""
     seed: Index = 0

@@ -44,13 +44,20 @@ def sentences(text: str) -> list[str]:
 
 
 def cut_into_passages(documents: Iterable[Document], unit: str) -> list[Passage]:
-    """One passage per context, per sentence, or per question (followed by its context).
+    """One passage per context, per sentence, per question (followed by its context), or per article.
+
+    An article is all contexts of one title, in their order, with a blank line between them.
 
     Raises ConfigError for question_context when the corpus has no questions.
     """
     passages: list[Passage] = []
+    if unit == "article":
+        articles: dict[str, list[str]] = {}
+        for document in documents:
+            articles.setdefault(document.name, []).append(document.context)
+        documents = [Document(name, "\n\n".join(contexts)) for name, contexts in articles.items()]
     for document in documents:
-        if unit == "context":
+        if unit in ("context", "article"):
             texts: Sequence[str] = [document.context]
         elif unit == "sentence":
             texts = sentences(document.context)
@@ -59,7 +66,7 @@ def cut_into_passages(documents: Iterable[Document], unit: str) -> list[Passage]
                 raise ConfigError(f"unit is question_context, but {document.name!r} has no questions: use context")
             texts = [f"{question.strip()} {document.context}" for question in document.questions]
         else:
-            raise ConfigError(f"unit {unit!r} is unknown: use context, sentence or question_context")
+            raise ConfigError(f"unit {unit!r} is unknown: use context, sentence, question_context or article")
         passages += [Passage(len(passages) + i, document.name, text) for i, text in enumerate(texts)]
     return passages
 

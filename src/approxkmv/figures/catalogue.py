@@ -9,7 +9,10 @@ from pathlib import Path
 from approxkmv.errors import ConfigError
 
 # Modules of this package whose draw takes (folder of tables, model, stem).
-PER_MODEL = ("max_ratios", "order_ratios", "growth", "growth_curves", "attention_support", "length_scaling")
+PER_MODEL = (
+    *("max_ratios", "order_ratios", "readings", "gauge", "growth", "growth_curves", "attention_support"),
+    "length_scaling",
+)
 # Those whose draw takes (folder of tables, models, stem).
 PER_STUDY = ("context_scaling",)
 # Those whose draw takes (table, stem), and the table's name.

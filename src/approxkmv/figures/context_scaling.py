@@ -5,7 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from approxkmv.figures.style import COLOURS, ENTRIES, as_written, legend_below, new_figure, not_in_kernel, save, wrapped
+import pandas as pd
+
+from approxkmv.figures.style import (
+    COLOURS,
+    ENTRIES,
+    as_written,
+    draw_points,
+    legend_below,
+    name_of_lengths,
+    new_figure,
+    not_in_kernel,
+    save,
+    wrapped,
+)
 from approxkmv.results.tables import MASKED, masks_of, model_tables, read_overview, read_statistics
 
 PLACE = {"prefix": "whole", "contexts": "whole"}
@@ -41,10 +54,12 @@ def draw(tables: Path, models: Sequence[str], stem: Path) -> list[Path]:
             alpha=0.18,
             linewidth=0,
         )
-        top.plot(table["prefix"], table["mean"], color=colour, marker="o", markersize=3.5, label=facts["label"])
+        top.plot(table["prefix"], table["mean"], color=colour, label=facts["label"])
+        draw_points(top, table["prefix"], table["mean"], table["contexts"], colour, 3.5)
         if MASKED in masks_of(table, "mean"):
             # The mean alone: two bands per model would hide each other.
-            top.plot(table["prefix"], table[f"{MASKED}mean"], color=colour, marker="o", markersize=2.5, linestyle="--")
+            top.plot(table["prefix"], table[f"{MASKED}mean"], color=colour, linestyle="--")
+            draw_points(top, table["prefix"], table[f"{MASKED}mean"], table["contexts"], colour, 2.5)
         bottom.plot(table["prefix"], table["contexts"], color=colour, marker="o", markersize=3)
         bounds.append(facts["paper_bound"])
     top.set_yscale("log")
@@ -80,5 +95,5 @@ def draw(tables: Path, models: Sequence[str], stem: Path) -> list[Path]:
     bottom.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
     bottom.yaxis.set_minor_formatter(FuncFormatter(lambda y, _: ""))
     bottom.set_ylabel("texts")
-    bottom.set_xlabel("prefix length i in tokens")
+    name_of_lengths(bottom, "prefix length i in tokens", pd.concat([table["contexts"] for table, _ in read]))
     return save(figure, stem)

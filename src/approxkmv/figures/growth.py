@@ -1,4 +1,4 @@
-"""Growth of c per head: layers by heads, coloured by the exponent g, heads that fail outlined."""
+"""Growth per head: layers by heads, coloured by the exponent of c over the last octave; large c that grows outlined."""
 
 from __future__ import annotations
 
@@ -8,39 +8,45 @@ import numpy as np
 
 from approxkmv.figures.heatmap import draw_heatmap, grid, is_wide, new_panels
 from approxkmv.figures.style import as_written, entries, footnote, not_in_kernel, save
-from approxkmv.results.tables import masks_of, model_tables, read_heads, read_overview
-from approxkmv.statistics.growth import FAILS, VERDICTS
+from approxkmv.results.tables import facts_of, masks_of, model_tables, read_heads, read_overview
+from approxkmv.statistics.growth import FAST, SIZES, TRENDS, in_words
 
 
 def draw(tables: Path, model: str, stem: Path) -> list[Path]:
     """From the growth table and overview of one model, write STEM.pdf and STEM.png; masked too if there is such."""
-    names = model_tables(tables, model)
-    facts = as_written(read_overview(names.overview, "label", "layers", "heads", "texts_used"))
-    table = read_heads(names.growth, facts, {"exponent": "number", "verdict": "text"})
+    facts = as_written(read_overview(facts_of(tables, model), "label", "layers", "heads", "paper_bound"))
+    columns = {"exponent": "number", "size": "text", "trend": "text"} | dict.fromkeys(("texts", "length"), "whole")
+    table = read_heads(model_tables(tables, model).growth, facts, columns)
     masks = masks_of(table, "exponent")
     values = grid(table, "exponent")
-    figure, panels = new_panels(values, *((len(masks), 1) if is_wide(values) else (1, len(masks))))
+    shape = (len(masks), 1) if is_wide(values) else (1, len(masks))
+    figure, panels = new_panels(values, *shape, title_lines=4)
     for axes, before in zip(panels, masks, strict=True):
-        fails = np.zeros(values.shape, dtype=bool)
-        fails[table["layer"], table["head"]] = table[f"{before}verdict"] == FAILS
+        outlined = np.zeros(values.shape, dtype=bool)
+        both = (table[f"{before}size"] == SIZES[1]) & (table[f"{before}trend"] == TRENDS[1])
+        outlined[table["layer"], table["head"]] = both
         draw_heatmap(
             figure,
             axes,
             grid(table, f"{before}exponent"),
             low=-0.5,
             high=1.0,
-            ticks=(-0.5, 0, 0.1, 0.5, 1),
+            ticks=(-0.5, 0, FAST, 1),
             bound=None,
-            label="g",
+            label="exponent of c(n) over the last octave",
             write=two_decimals,
             linear=True,
-            outlined=fails,
+            outlined=outlined,
         )
-        counts = table[f"{before}verdict"].value_counts()
-        found = ", ".join(f"{word} {counts[word]}" for word in VERDICTS if word in counts)
-        axes.set_title(f"{entries(before, facts)}\n{found}", fontsize=8, loc="left")
+        counts = "\n".join(
+            f"{name}: {in_words(table[f'{before}{name}'], words)}"
+            for name, words in (("size", SIZES), ("trend", TRENDS))
+        )
+        axes.set_title(f"{entries(before, facts)}\n{counts}", fontsize=8, loc="left")
+    first = table.iloc[0]
     figure.suptitle(
-        f"{facts['label']}\nexponent g of c(n) ~ n$^g$ on {facts['texts_used']} texts; outlined: fails",
+        f"{facts['label']}\nexponent of c(n) up to n = {first['length']:,} on {first['texts']} texts;\n"
+        f"outlined: c(n) is above {facts['paper_bound']:g} and grows",
         fontsize=9,
         x=0.02,
         ha="left",

@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from approxkmv.figures.style import COLOURS, as_written, legend_below, new_figure, not_in_kernel, save, wrapped
+from approxkmv.figures.style import (
+    COLOURS,
+    as_written,
+    draw_points,
+    legend_below,
+    name_of_lengths,
+    new_figure,
+    not_in_kernel,
+    save,
+    wrapped,
+)
+from approxkmv.files import check_columns
 from approxkmv.results.tables import length_tables, masks_of, read_heads, read_overview
 
 if TYPE_CHECKING:
@@ -30,18 +41,20 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
     names = length_tables(tables, model)
     facts = as_written(read_overview(names.facts, "label", "layers", "heads", "texts_used", "corpus"))
     table = read_heads(names.scaling, facts, {column: "number" for column, _ in PANELS}, along="length")
+    # Of both masks.
+    check_columns(names.scaling, table, {"texts": "whole"})
     figure = new_figure(8.6, 6.6)
     panels = figure.subplots(2, 2, sharex=True).ravel()
     masks = masks_of(table, "ratio")
+    texts = table.groupby("length")["texts"].min()
     for axes, (column, title) in zip(panels, PANELS, strict=True):
         for before, line in zip(masks, ("-", "--"), strict=False):
             groups = table.groupby("length")[f"{before}{column}"]
             for (share, name), colour in zip(HEADS, COLOURS, strict=False):
                 values = groups.quantile(share)
                 which = f", {facts['mask']}" if before else ""
-                axes.plot(
-                    values.index, values, color=colour, linestyle=line, marker="o", markersize=3, label=name + which
-                )
+                axes.plot(values.index, values, color=colour, linestyle=line, label=name + which)
+                draw_points(axes, values.index.to_series(), values, texts, colour, 3)
         _scales(axes, table["length"].to_numpy())
         axes.set_title(title, fontsize=8.5, loc="left")
     lengths = np.sort(table["length"].unique())
@@ -50,7 +63,7 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
         "all n", (lengths[0], lengths[0]), (2, 9), textcoords="offset points", fontsize=7, color="#777777"
     )
     for axes in panels[2:]:
-        axes.set_xlabel("n in tokens")
+        name_of_lengths(axes, "n in tokens", texts)
     handles, labels = panels[0].get_legend_handles_labels()
     columns = len(masks) if max(map(len, labels)) <= LONGEST_IN_TWO_COLUMNS else 1
     legend_below(figure, wrapped(not_in_kernel(facts), 120), handles=handles, labels=labels, ncols=columns)

@@ -13,8 +13,11 @@ from approxkmv.files import written_whole
 from approxkmv.progress import LOG
 from approxkmv.results.tables import MASKED
 from approxkmv.statistics.entries import EVERY_KEY, OWN_MASK
+from approxkmv.statistics.growth import ENOUGH_TEXTS
 
 if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # Okabe and Ito's palette, readable with colour-blind eyes.
@@ -91,6 +94,19 @@ def entries(before: str, facts: Mapping[str, Any]) -> str:
 def not_in_kernel(facts: Mapping[str, Any]) -> str:
     """What the model's attention includes but K does not, for a line under its figures; empty if there is nothing."""
     return f"not in K: {', '.join(facts['left_out'])}" if facts["left_out"] else ""
+
+
+def draw_points(axes: Axes, x: pd.Series, y: pd.Series, texts: pd.Series, colour: str, size: float) -> None:
+    """Dots, hollow where they are of fewer than ENOUGH_TEXTS texts."""
+    for enough, face in ((texts >= ENOUGH_TEXTS, colour), (texts < ENOUGH_TEXTS, "white")):
+        style: dict[str, Any] = {"marker": "o", "markersize": size, "linewidth": 0, "markerfacecolor": face}
+        axes.plot(x[enough], y[enough], color=colour, **style)
+
+
+def name_of_lengths(axes: Axes, name: str, texts: pd.Series) -> None:
+    """What stands under an axis of lengths, and what hollow points are if there are such."""
+    hollow = f" (hollow: fewer than {ENOUGH_TEXTS} texts)" if (texts < ENOUGH_TEXTS).any() else ""
+    axes.set_xlabel(f"{name}{hollow}")
 
 
 def footnote(figure: Figure, text: str) -> None:

@@ -31,6 +31,8 @@ class Activations:
     """(layers, n, 2) of a model with masks of its own (see Captured); None where every layer is causal, or none is."""
     beside: tuple[dict[str, Any], ...]
     """What the softmax of each layer has beside, as attention_statistics takes it: softcap, sinks and bias, or None."""
+    special: torch.Tensor
+    """(n,) bool: which tokens begin, end or separate texts (CLS, SEP, BOS, EOS)."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,9 @@ def write_activations(
     origin: str,
     spans: Mapping[int, torch.Tensor] | None = None,
     layers: Mapping[int, tuple[Layer, ...]] | None = None,
+    special: Mapping[int, torch.Tensor] | None = None,
 ) -> None:
-    """Write a safetensors file: `scales` (layers,), `causal`, `masked`, and queries and keys of each text.
+    """Write a safetensors file: `scales` (layers,), `causal`, `masked`, and queries, keys and `special` of each text.
 
     Of a model with masks of its own also the spans of each text (layers, n, 2), see Captured; and what else each layer
     has, `layers`.
@@ -72,6 +75,8 @@ def write_activations(
     for context, (queries, keys) in contexts.items():
         tensors[f"{context:07d}.queries"] = queries.contiguous()
         tensors[f"{context:07d}.keys"] = keys.contiguous()
+        none = torch.zeros(queries.shape[2], dtype=torch.bool)
+        tensors[f"{context:07d}.special"] = none if special is None else special[context]
         if spans is not None:
             tensors[f"{context:07d}.spans"] = spans[context].contiguous()
         own = () if layers is None else layers[context]
@@ -129,6 +134,8 @@ def read_activations(path: Path) -> Shard:
                         bias = beside[int(bias)]["bias"]
                     cap = None if softcap is None else float(softcap)
                     beside.append({"softcap": cap, "sinks": sinks, "bias": bias})
-                yield Activations(context, found["queries"], found["keys"], found.get("spans"), tuple(beside))
+                yield Activations(
+                    context, found["queries"], found["keys"], found.get("spans"), tuple(beside), found["special"]
+                )
 
     return Shard(scales, causal, masked, origin, len(contexts), each())

@@ -40,6 +40,12 @@ SHARDS: dict[str, tuple[list[str], Columns]] = {
     ),
     "prefixes.parquet": (["context", "layer", "head", "prefix"], {"ratio": "number"}),
     "attention.parquet": (["context", "layer", "head", "tokens"], dict.fromkeys(ATTENTION, "number")),
+    "readings.parquet": (
+        ["context", "layer", "head"],
+        dict.fromkeys(("reading", "entries"), "text")
+        | dict.fromkeys(("ratio", "log_next", "log_double"), "number")
+        | {"underflows": "yes or no"},
+    ),
     "lengths.parquet": (
         ["context", "layer", "head", "length"],
         dict.fromkeys(("ratio", "log_next", "log_double", "softmax_ratio", "tail_exponent", *KEYS), "number"),
@@ -82,6 +88,32 @@ def model_tables(folder: Path, model: str) -> ModelTables:
         folder / f"growth_curves_{model}.csv",
         folder / f"attention_{model}.csv",
     )
+
+
+@dataclass(frozen=True)
+class ReadingsTables:
+    """The tables of one model under several readings of the definition of c."""
+
+    readings: Path
+    """CSV, one row per reading and kind of entries."""
+    path: Path
+    """CSV, one row per scale between the model's own and none."""
+
+
+def readings_tables(folder: Path, model: str) -> ReadingsTables:
+    """Where the readings-table step puts a model's tables."""
+    return ReadingsTables(folder / f"readings_{model}.csv", folder / f"readings_path_{model}.csv")
+
+
+def gauge_table(folder: Path, model: str) -> Path:
+    """Where the gauge step puts a model's table."""
+    return folder / f"gauge_{model}.csv"
+
+
+def facts_of(folder: Path, model: str) -> Path:
+    """The overview of a model; of one that was measured on long texts alone, what is known of those."""
+    overview = model_tables(folder, model).overview
+    return overview if overview.exists() else length_tables(folder, model).facts
 
 
 @dataclass(frozen=True)

@@ -1,130 +1,157 @@
-"""How fast c grows with the length, head by head: the exponent g of c(n) ~ n^g, and a verdict on Assumption (A)."""
+"""How large c is at the longest length that texts reach, and how it grows there, head by head."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 # c below this counts as this: such a head has no tail to speak of, and the logarithm of 0 has no slope.
 FLOOR = 1e-6
-DRAWS = 1000
-# The interval holds this share of the bootstrap.
+# What the intervals over texts are to hold.
 COVERAGE = 0.95
-# Where c is extrapolated to, and what it must stay below there.
-FAR_LENGTH = 131_072
-FAR_BOUND = 5.0
+# An exponent below FLAT is no growth; one above FAST is growth that the cost bound does not survive.
 FLAT = 0.1
 FAST = 0.5
-# With fewer texts the bootstrap has next to nothing to draw from.
+# The largest c that the paper's main text reports; a model of the catalogue may have its own.
+PAPER_BOUND = 4.6
+# With fewer texts an interval over them means little.
 ENOUGH_TEXTS = 5
 
-HOLDS = "holds"
-FAILS = "fails"
-SLOWLY = "grows slowly"
 UNDECIDED = "undecided"
-VERDICTS = (HOLDS, SLOWLY, UNDECIDED, FAILS)
+SIZES = ("small", "large", UNDECIDED)
+TRENDS = ("flat", "grows", UNDECIDED)
 
 
 @dataclass(frozen=True)
 class Growth:
-    """The fit c(n) = coefficient n^exponent of each of `heads` heads."""
+    """c of each of `heads` heads at the longest length n, its exponent over the last octave, and what n/4 foretold.
+
+    Arrays are (heads,), nan where lengths or texts are lacking. c of several texts is their geometric mean.
+    """
 
     texts: int
-    """How many texts reach two lengths or more; the others say nothing about growth."""
+    """How many texts reach n."""
+    length: int
+    """n: the longest length that ENOUGH_TEXTS texts reach."""
+    start: int
+    """The longest length up to n/2, where the last octave begins; 0 where there is none."""
+    ratio: np.ndarray
+    """c(n), with the interval of the mean over texts."""
+    ratio_low: np.ndarray
+    ratio_high: np.ndarray
     exponent: np.ndarray
+    """Mean over texts of the slope of log c against log n from `start` to n, with its interval."""
     exponent_low: np.ndarray
     exponent_high: np.ndarray
-    log_coefficient: np.ndarray
-    """Mean over texts of their levels: the line of the average text."""
-    far_ratio: np.ndarray
-    """c of the line at FAR_LENGTH."""
-    far_ratio_high: np.ndarray
-    """The upper end of its interval."""
+    predicted_ratio: np.ndarray
+    """c(n) as the lengths up to n/4 foretell it."""
+    predicted_low: np.ndarray
+    """The interval of the exponent over the last octave as the lengths up to n/4 foretell it."""
+    predicted_high: np.ndarray
 
 
-def fit_growth(
-    texts: np.ndarray, lengths: np.ndarray, ratios: np.ndarray, *, draws: int = DRAWS, seed: int = 0
-) -> Growth:
-    """Fit log c = level of the text + g log n, one g per head and one level per text and head.
+def fit_growth(texts: np.ndarray, lengths: np.ndarray, ratios: np.ndarray) -> Growth:
+    """Size, local exponent and prediction of c, from c of several texts at several lengths.
 
-    >>> lengths = np.tile([50, 100, 200], 6)
+    >>> lengths = np.tile([50, 100, 200, 400, 800], 6)
     >>> ratios = 0.1 * lengths[:, None] ** np.array([0.0, 1.0])
-    >>> fit_growth(np.repeat(np.arange(6), 3), lengths, ratios).exponent.round(6).tolist()
+    >>> fit_growth(np.repeat(np.arange(6), 5), lengths, ratios).exponent.round(6).tolist()
     [0.0, 1.0]
 
-    A level per text, because the texts that reach great lengths are not those that make up the short ones: g says how
-    c grows within a text. The interval is the bootstrap's over texts, all draws and heads in two matrix products.
+    Only the texts that reach n count: those that end before are others. Intervals are Student's, of the mean over
+    texts of log c or of its slope within the text, so that they say nothing about lengths that were not seen.
+
+    The prediction knows the lengths up to n/4 alone. Between the slope of the last octave there and that slope going
+    on to change as it did (a damped trend) it takes the middle for c(n), and for the later exponent everything
+    between the two, with the interval over texts around it, and around that the root mean square over heads of what
+    lies between the two: a bend may end or go on, and others begin.
 
     Args:
         texts: (rows,) which text a row is of. lengths: (rows,) its n. ratios: (rows, heads) its c.
-        draws: bootstrap draws. seed: of those draws.
-    Returns:
-        A Growth; all nan when no text reaches two lengths.
     """
-    names, place = np.unique(texts, return_inverse=True)
-    x = np.log(np.asarray(lengths, dtype=np.float64))
-    y = np.log(np.maximum(ratios, FLOOR))
-    count = np.bincount(place, minlength=len(names)).astype(np.float64)
-    x_mean = np.bincount(place, x, minlength=len(names)) / count
-    y_mean = _sums(place, y, len(names)) / count[:, None]
-    x_centred = x - x_mean[place]
-    xx = np.bincount(place, x_centred**2, minlength=len(names))
-    xy = _sums(place, x_centred[:, None] * (y - y_mean[place]), len(names))
-    used = xx > 0
-    total = int(used.sum())
-    if total == 0:
-        return Growth(0, *(np.full(y.shape[1], np.nan) for _ in range(6)))
-    xx, xy, x_mean, y_mean = xx[used], xy[used], x_mean[used], y_mean[used]
-    exponent = xy.sum(0) / xx.sum()
-    level = (y_mean - exponent * x_mean[:, None]).mean(0)
-    weights = np.random.default_rng(seed).multinomial(total, np.full(total, 1 / total), size=draws).astype(np.float64)
-    drawn = (weights @ xy) / (weights @ xx)[:, None]
-    drawn_far = (weights @ y_mean) / total + drawn * (np.log(FAR_LENGTH) - (weights @ x_mean) / total)[:, None]
-    ends = (1 - COVERAGE) / 2, (1 + COVERAGE) / 2
-    low, high = np.quantile(drawn, ends, axis=0)
-    return Growth(
-        total,
-        exponent,
-        low,
-        high,
-        level,
-        # c is never above n - 1, which it is when all entries are equal.
-        np.minimum(np.exp(level + exponent * np.log(FAR_LENGTH)), FAR_LENGTH - 1),
-        np.minimum(np.exp(np.quantile(drawn_far, ends[1], axis=0)), FAR_LENGTH - 1),
-    )
+    names, counts = np.unique(lengths, return_counts=True)
+    enough = names[counts >= ENOUGH_TEXTS]
+    heads = ratios.shape[1]
+    if not len(enough):
+        longest = int(names[-1]) if len(names) else 0
+        return Growth(int(counts[-1]) if len(names) else 0, longest, 0, *(np.full(heads, np.nan) for _ in range(9)))
+    n = int(enough[-1])
+    # n/2 for the last octave, and n/4, n/8, n/16 for what is known before it.
+    rungs = [names[names <= n / 2**k] for k in (1, 2, 3, 4)]
+    ladder = [n, *(int(rung[-1]) if len(rung) else 0 for rung in rungs)]
+    known = next((place for place, step in enumerate(ladder) if step == 0 or step in ladder[:place]), len(ladder))
+    y = _logs(texts, lengths, ratios, ladder[:known])
+    x = np.log(np.maximum(ladder, 1).astype(np.float64))
+    ratio, ratio_low, ratio_high = (np.exp(part) for part in _interval(y[0]))
+    nothing = np.full(heads, np.nan)
+    exponent = predicted = (nothing,) * 3
+    if known > 1:
+        exponent = _interval((y[0] - y[1]) / (x[0] - x[1]))
+    if known == len(ladder):
+        last, before = (y[2] - y[3]) / (x[2] - x[3]), (y[3] - y[4]) / (x[3] - x[4])
+        bend = (last - before) / (0.5 * (x[2] - x[4]))
+        centre = 0.5 * (x[2] + x[3])
+        far = y[2] + (x[0] - x[2]) * (last + 0.5 * bend * (0.5 * (x[0] + x[2]) - centre))
+        later = last, last + bend * (0.5 * (x[0] + x[1]) - centre)
+        # How much slopes change from octave to octave, over the heads: a bend may be another's tomorrow.
+        change = float(np.sqrt(np.square(later[1].mean(0) - later[0].mean(0)).mean()))
+        ends = [_interval(one, last, change) for one in later]
+        predicted = (
+            np.exp(far.mean(0)),
+            np.minimum(ends[0][1], ends[1][1]),
+            np.maximum(ends[0][2], ends[1][2]),
+        )
+    return Growth(y.shape[1], n, ladder[1], ratio, ratio_low, ratio_high, *exponent, *predicted)
 
 
-def verdict(growth: Growth, head: int, largest: float) -> tuple[str, str]:
-    """`holds`, `grows slowly`, `undecided` or `fails`, and why.
+def size(growth: Growth, bound: float) -> list[str]:
+    """Per head `small` where c's interval at n is at most the bound, `large` where it is above it, else `undecided`."""
+    return _words(growth.ratio_low, growth.ratio_high, bound, SIZES)
 
-    holds: g's interval is below FLAT, or c extrapolated to FAR_LENGTH is still below FAR_BOUND at the upper end of its
-    interval. fails: g's interval is above FAST and c exceeds FAR_BOUND at a length that was seen. grows slowly: g's
-    interval lies between FLAT and FAST. undecided: anything else.
 
-    Args:
-        growth: of the model. head: its index there. largest: the largest c seen over texts and prefixes.
+def trend(growth: Growth) -> list[str]:
+    """Per head `flat` where the exponent's interval is at most FLAT, `grows` where it is above, else `undecided`."""
+    return _words(growth.exponent_low, growth.exponent_high, FLAT, TRENDS)
+
+
+def in_words(found: Iterable[str], words: Sequence[str]) -> str:
+    """How many heads there are of each word: `small 40, undecided 2`."""
+    counts = Counter(found)
+    return ", ".join(f"{word} {counts[word]}" for word in words if word in counts)
+
+
+def _words(low: np.ndarray, high: np.ndarray, edge: float, words: Sequence[str]) -> list[str]:
+    below, above, neither = words
+    pairs = zip(low.tolist(), high.tolist(), strict=True)
+    return [below if b <= edge else above if a > edge else neither for a, b in pairs]
+
+
+def _logs(texts: np.ndarray, lengths: np.ndarray, ratios: np.ndarray, wanted: Sequence[int]) -> np.ndarray:
+    """(wanted, texts, heads): log c of the texts that have all the wanted lengths."""
+    rows = {
+        length: dict(zip(texts[lengths == length].tolist(), np.flatnonzero(lengths == length).tolist(), strict=True))
+        for length in wanted
+    }
+    shared = sorted(set.intersection(*(set(of_text) for of_text in rows.values())))
+    places = np.array([[of_text[text] for text in shared] for of_text in rows.values()])
+    return np.log(np.maximum(ratios[places], FLOOR))
+
+
+def _interval(
+    values: np.ndarray, also: np.ndarray | None = None, change: float = 0.0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The mean over texts (texts, heads) and Student's interval; `also`: of the mean of as many values more.
+
+    `change`: the standard deviation of what else moves the mean.
     """
-    if growth.texts < ENOUGH_TEXTS:
-        return UNDECIDED, f"only {growth.texts} texts reach two of the lengths, {ENOUGH_TEXTS} are needed"
-    low, high, far = (float(part[head]) for part in (growth.exponent_low, growth.exponent_high, growth.far_ratio_high))
-    interval = f"g is between {low:.2f} and {high:.2f}"
-    if high < FLAT:
-        return HOLDS, f"{interval}, below {FLAT:g}"
-    if far < FAR_BOUND:
-        return HOLDS, f"c at n = {FAR_LENGTH:,} is at most {far:.2g}, below {FAR_BOUND:g}"
-    if low > FAST and largest > FAR_BOUND:
-        return FAILS, f"{interval}, above {FAST:g}, and c reaches {largest:.1f}"
-    if low > FAST:
-        return UNDECIDED, f"{interval}, above {FAST:g}, but c is at most {largest:.1f} at the lengths seen"
-    if low >= FLAT and high <= FAST:
-        return SLOWLY, f"{interval}, within {FLAT:g} and {FAST:g}"
-    crossed = " and ".join(f"{edge:g}" for edge in (FLAT, FAST) if low < edge < high)
-    return UNDECIDED, f"{interval}, on both sides of {crossed}"
+    from scipy.special import ndtri, stdtrit
 
-
-def _sums(place: np.ndarray, values: np.ndarray, count: int) -> np.ndarray:
-    """(count, heads): the rows of `values` added up by `place`."""
-    out = np.zeros((count, values.shape[1]))
-    np.add.at(out, place, values)
-    return out
+    texts = len(values)
+    mean = values.mean(0)
+    variance = values.var(0, ddof=1) + (0.0 if also is None else also.var(0, ddof=1))
+    end = (1 + COVERAGE) / 2
+    width = np.hypot(stdtrit(texts - 1, end) * np.sqrt(variance / texts), ndtri(end) * change)
+    return mean, mean - width, mean + width

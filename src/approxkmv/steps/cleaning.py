@@ -17,11 +17,16 @@ from approxkmv.steps.fetch import origin, read_location
 # What the workflow writes for each model of a study, for each one on long texts, and for each other part of it; beside
 # a table its hash.
 OF_MODEL = [
-    *("tables/heads_{}.csv*", "tables/context_scaling_{}.csv*", "tables/overview_{}.json*", "tables/growth_{}.csv*"),
-    *("tables/growth_curves_{}.csv*", "figures/max_ratios_{}.p*", "figures/order_ratios_{}.p*", "figures/growth_{}.p*"),
-    *("figures/growth_curves_{}.p*", "tables/attention_{}.csv*", "figures/attention_support_{}.p*"),
+    *("tables/heads_{}.csv*", "tables/context_scaling_{}.csv*", "tables/overview_{}.json*"),
+    *("figures/max_ratios_{}.p*", "figures/order_ratios_{}.p*"),
+    *("tables/readings_{}.csv*", "tables/readings_path_{}.csv*", "figures/readings_{}.p*"),
+    *("tables/gauge_{}.csv*", "figures/gauge_{}.p*"),
+    *("tables/attention_{}.csv*", "figures/attention_support_{}.p*"),
 ]
 OF_LONG_TEXTS = ["tables/length_scaling_{}.csv*", "tables/lengths_{}.json*", "figures/length_scaling_{}.p*"]
+OF_GROWTH = [
+    *("tables/growth_{}.csv*", "tables/growth_curves_{}.csv*", "figures/growth_{}.p*", "figures/growth_curves_{}.p*"),
+]
 OF_MODELS = ["tables/paper_comparison.csv*", "figures/context_scaling.p*"]
 OF_PART = {
     "complexity": ["tables/complexity.*", "tables/complexity_fits.csv*", "figures/complexity.p*"],
@@ -125,9 +130,16 @@ def leftovers(results: Path) -> list[Path]:
     study = study_in(results)
     if study is None:
         return []
-    every = [*OF_MODEL, *OF_LONG_TEXTS, *SHARDS, *OF_MODELS, *(name for names in OF_PART.values() for name in names)]
+    every = [
+        *OF_MODEL,
+        *OF_LONG_TEXTS,
+        *OF_GROWTH,
+        *SHARDS,
+        *OF_MODELS,
+        *(name for names in OF_PART.values() for name in names),
+    ]
     wanted = OF_LONG_TEXTS if study.lengths else OF_MODEL
-    kept = [pattern.format(model) for model in study.models for pattern in (*wanted, *SHARDS)]
+    kept = [pattern.format(model) for model in study.models for pattern in (*wanted, *OF_GROWTH, *SHARDS)]
     kept += OF_MODELS if study.models and not study.lengths else []
     kept += [pattern for part, names in OF_PART.items() if getattr(study, part) for pattern in names]
     found = {path for pattern in every for path in results.glob(pattern.format("*"))}

@@ -8,17 +8,23 @@ from pathlib import Path
 import pandas as pd
 
 from approxkmv.errors import TableError
-from approxkmv.files import write_csv
-from approxkmv.results.tables import masks_of, model_tables, read_heads, read_overview, read_statistics
+from approxkmv.files import read_table, write_csv
+from approxkmv.results.tables import (
+    masks_of,
+    model_tables,
+    read_heads,
+    read_overview,
+    read_statistics,
+    readings_tables,
+)
 from approxkmv.slopes import log_log_line
 from approxkmv.statistics.entries import CAUSAL
+from approxkmv.statistics.growth import ENOUGH_TEXTS, FLAT
 
 # Columns of the table of heads that claims are judged by.
 JUDGED = ("max_ratio", "median_next_ratio", "median_double_ratio")
-# Lengths with fewer texts than this say little about a trend.
-ENOUGH_CONTEXTS = 5
-# A growth exponent at most this large is called flat.
-FLAT = 0.1
+# Columns of the table of readings.
+READ = {"reading": "text", "entries": "text"} | dict.fromkeys(("largest_ratio", "median_double"), "number")
 # A ratio of neighbours at most this large is "about 1".
 ABOUT_ONE = 1.05
 
@@ -40,6 +46,8 @@ def compare(tables: Path, models: Sequence[str], out: Path) -> pd.DataFrame:
             if before and f"{before}mean" not in scaling:
                 raise TableError(f"{names.scaling} has no masked values, and {names.heads} has: run summary again")
             rows += claims(overview, heads, scaling, before)
+        readings = read_table(readings_tables(tables, model).readings, READ)
+        rows += claims_as_read(overview, readings[readings["entries"] == "all"])
     table = pd.DataFrame(rows)
     write_csv(out, table)
     return table
@@ -110,9 +118,25 @@ def claims(overview: Mapping, heads: pd.DataFrame, scaling: pd.DataFrame, before
     ]
 
 
+def claims_as_read(overview: Mapping, readings: pd.DataFrame) -> list[dict]:
+    """Whether c is small, and whether K_(n)/K_(2n) is, under each reading of the definition."""
+    bound = overview["paper_bound"]
+    place = {"model": overview["model"], "entries": "all"}
+    rows = []
+    for row in readings.to_dict("records"):
+        for claim, criterion, paper, ours in (
+            ("c is at most a small constant", f"largest c over heads and texts <= {bound:g}", bound, "largest_ratio"),
+            ("K_(n)/K_(2n) is about 20 or less", "median over heads <= 20", 20.0, "median_double"),
+        ):
+            found = {"claim": f"{claim}, read as {row['reading']}", "criterion": criterion, "paper": paper}
+            holds = "undecided" if row[ours] != row[ours] else "yes" if row[ours] <= paper else "no"
+            rows.append(found | place | {"ours": row[ours], "holds": holds})
+    return rows
+
+
 def growth_exponent(scaling: pd.DataFrame, before: str = "") -> tuple[float, str]:
     """Least-squares slope of log(mean) against log(prefix), over lengths with enough texts; nan with fewer than two."""
-    part = scaling[scaling["contexts"] >= min(ENOUGH_CONTEXTS, scaling["contexts"].max())]
+    part = scaling[scaling["contexts"] >= min(ENOUGH_TEXTS, scaling["contexts"].max())]
     mean = f"{before}mean"
     part = part[part[mean] > 0]
     if len(part) < 2:

@@ -96,6 +96,9 @@ def extract(
         LOG.info("model %s: its attention includes what K does not: %s", model_name, what)
     require_true_prefixes(study, model_name, model, [len(t) for t in cut])
     taken = [i for i, use in enumerate(used) if use]
+    tokenizer = model.tokenizer
+    marks = {tokenizer.bos_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.eos_token_id}
+    special = {passages[i].index: torch.tensor([token in marks for token in cut[i]]) for i in taken}
     captured: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     spans: dict[int, torch.Tensor] = {}
     layers: dict[int, tuple[Layer, ...]] = {}
@@ -114,7 +117,7 @@ def extract(
                 bar.update(len(cut[i]))
     with times.of("writing"):
         own_spans = spans if model.has_own_masks else None
-        write_activations(out, scales, model.is_causal, captured, made_of, own_spans, layers)
+        write_activations(out, scales, model.is_causal, captured, made_of, own_spans, layers, special)
     write_shard(
         contexts_out,
         pd.DataFrame(

@@ -51,6 +51,7 @@ def summarise(
         ],
         "layers": int(table["layer"].max()) + 1,
         "heads": int(table["head"].max()) + 1,
+        "paper_bound": model.paper_bound,
         **facts_of_attention(taken),
         "provenance": provenance,
     }

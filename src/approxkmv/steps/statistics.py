@@ -109,7 +109,7 @@ def _statistics(
 
     def both(q: torch.Tensor, k: torch.Tensor, scale: float, spans: torch.Tensor | None) -> list[HeadStatistics]:
         if masked:
-            mask = None if spans is None else _seen(spans)
+            mask = None if spans is None else seen_by(spans)
             return list(unmasked_and_masked_statistics(q, k, min_prefix, scale, mask=mask))
         return [head_statistics(q, k, min_prefix, scale)]
 
@@ -128,7 +128,7 @@ def _statistics(
     ]
 
 
-def _seen(spans: torch.Tensor) -> torch.Tensor:
+def seen_by(spans: torch.Tensor) -> torch.Tensor:
     """(n, n) bool: which keys each query sees, by the spans (n, 2) of a layer."""
     place = torch.arange(len(spans))
     return (place >= spans[:, :1]) & (place < spans[:, 1:])

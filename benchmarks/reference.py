@@ -1,0 +1,38 @@
+"""The reference results, and how tables and numbers of them are written into documents."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+ROOT = Path(__file__).resolve().parents[1]
+REFERENCE = ROOT / "results" / "reference"
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """A Markdown table of strings."""
+    lines = [table.columns, ["---"] * len(table.columns), *table.itertuples(index=False)]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def machine(path: Path) -> str:
+    """One line with the machine and the versions that made a table."""
+    record = json.loads(path.read_text(encoding="utf-8"))
+    record = record.get("provenance", record)
+    versions = record["versions"]
+    return (
+        f"{record['machine']['cores']} cores of {record['machine']['processor']}, Python {versions['python']}, "
+        f"torch {versions['torch']}, NumPy {versions['numpy']}"
+    )
+
+
+def number(value: float) -> str:
+    """Two to three digits."""
+    if not np.isfinite(value):
+        return "∞" if value == np.inf else "–"
+    if value == 0 or 0.01 <= abs(value) < 1000:
+        return f"{value:.3g}"
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.1e}"

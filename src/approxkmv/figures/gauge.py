@@ -1,0 +1,68 @@
+"""c, the rows that carry K, |K|_2 and the error that attention bears, against the gauge t."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from approxkmv.figures.style import COLOURS, as_written, legend_below, new_figure, not_in_kernel, save, wrapped
+from approxkmv.files import read_table
+from approxkmv.results.tables import gauge_table, model_tables, read_overview
+
+COLUMNS = {"layer": "whole", "head": "whole", "tokens": "whole", "t": "number"}
+COLUMNS |= dict.fromkeys(("ratio", "participation", "log10_largest_row", "log10_norm", "log10_bound"), "number")
+# n^1.89 / epsilon^2 < n^2 needs epsilon above n to this power, before constants and logarithms.
+NEEDED_POWER = -0.055
+HEADS = ((0.5, "median head"), (0.9, "90th of 100 heads"), (1.0, "largest head"))
+PANELS = (
+    ("ratio", "c; at the left the limit, the matrix A itself"),
+    ("participation", "rows that carry K: $(\\sum r)^2 / \\sum r^2$"),
+    ("log10_norm", "$\\log_{10} |K|_2$: from this error on y = 0 passes"),
+    ("log10_bound", "$\\log_{10}$ of the error that attention bears (dashed: needed)"),
+)
+
+
+def draw(tables: Path, model: str, stem: Path) -> list[Path]:
+    """From a model's table of the gauge and its overview, write STEM.pdf and STEM.png."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    facts = as_written(read_overview(model_tables(tables, model).overview, "label", "paper_bound"))
+    table = read_table(gauge_table(tables, model), COLUMNS)
+    factors = np.sort(table["t"].unique())
+    factors = factors[factors > 0]
+    tokens = int(table["tokens"].iloc[0])
+    figure = new_figure(8.6, 6.6)
+    for axes, (column, title) in zip(figure.subplots(2, 2, sharex=True).ravel(), PANELS, strict=True):
+        groups = table.groupby("t")[column]
+        for (share, name), colour in zip(HEADS, COLOURS, strict=False):
+            values = groups.quantile(share)
+            along = values.loc[factors]
+            axes.plot(along.index, along, color=colour, marker="o", markersize=3, label=name)
+            if 0.0 in values.index and np.isfinite(values.loc[0.0]):
+                axes.plot(factors[0] / 2, values.loc[0.0], color=colour, marker="<", markersize=5, linewidth=0)
+        axes.set_xscale("log", base=2)
+        if not column.startswith("log10"):
+            axes.set_yscale("log")
+            axes.set_ylim(max(axes.get_ylim()[0], 1e-4))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+        axes.xaxis.set_major_locator(FixedLocator(factors.tolist()))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        axes.set_title(title, fontsize=8.5, loc="left")
+        if column == "ratio":
+            axes.axhline(facts["paper_bound"], color="#D00000", linewidth=0.9, linestyle="--")
+        if column == "log10_bound":
+            axes.axhline(NEEDED_POWER * np.log10(tokens), color="#D00000", linewidth=0.9, linestyle="--")
+    for axes in figure.axes[2:]:
+        axes.set_xlabel("t: queries times t, keys divided by t")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    legend_below(figure, wrapped(not_in_kernel(facts), 120), handles=handles, labels=labels, ncols=3)
+    figure.suptitle(
+        f"{facts['label']}: one text of {tokens:,} tokens, all entries",
+        fontsize=10,
+        fontweight="bold",
+        x=0.02,
+        ha="left",
+    )
+    return save(figure, stem)

@@ -1,0 +1,83 @@
+"""The largest c and the order ratio of a model under each reading of the definition, and along scales between them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from approxkmv.figures.style import (
+    COLOURS,
+    as_written,
+    entries,
+    footnote,
+    new_figure,
+    not_in_kernel,
+    save,
+)
+from approxkmv.files import read_table
+from approxkmv.results.tables import MASKED, model_tables, read_overview, readings_tables
+
+COLUMNS = dict.fromkeys(("reading", "entries"), "text")
+COLUMNS |= dict.fromkeys(("largest_ratio", "median_double", "heads_within_bound", "heads"), "number")
+# Beyond it a ratio is drawn at the edge: underflows make it infinite.
+LARGEST = 1e6
+# "About 20 or less for most heads."
+DOUBLE = 20.0
+
+
+def draw(tables: Path, model: str, stem: Path) -> list[Path]:
+    """From a model's two tables of readings and its overview, write STEM.pdf and STEM.png; masked too if there."""
+    from matplotlib.patches import Rectangle
+    from matplotlib.ticker import FuncFormatter
+
+    facts = as_written(read_overview(model_tables(tables, model).overview, "label", "paper_bound"))
+    names = readings_tables(tables, model)
+    table, path = read_table(names.readings, COLUMNS), read_table(names.path, {**COLUMNS, "power": "number"})
+    for one in (table, path):
+        one["median_double"] = one["median_double"].clip(upper=LARGEST)
+    kinds = sorted(table["entries"].unique(), key=lambda kind: kind != "all")
+    figure = new_figure(1.2 + 4.2 * len(kinds), 4.4)
+    panels = figure.subplots(1, len(kinds), squeeze=False, sharey=True).ravel()
+    bound = facts["paper_bound"]
+    for axes, kind in zip(panels, kinds, strict=True):
+        line = path[path["entries"] == kind].sort_values("power")
+        axes.plot(line["largest_ratio"], line["median_double"], color="#888888", linewidth=1.0, zorder=1)
+        own = table[table["entries"] == kind]
+        for i, row in enumerate(own.itertuples()):
+            axes.plot(
+                row.largest_ratio,
+                row.median_double,
+                color=COLOURS[i % len(COLOURS)],
+                marker="osD^vPX*"[i % 8],
+                markersize=7,
+                linewidth=0,
+                alpha=0.85,
+                label=f"{row.reading} ({row.heads_within_bound} of {row.heads})",
+            )
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlim(min(0.3, 0.7 * own["largest_ratio"].min()), max(10.0, 1.5 * own["largest_ratio"].max()))
+        axes.set_ylim(0.8, 1.5 * max(100.0, table["median_double"].max(), path["median_double"].max()))
+        low, bottom = axes.get_xlim()[0], axes.get_ylim()[0]
+        axes.add_patch(Rectangle((low, bottom), bound - low, DOUBLE - bottom, color="#009E73", alpha=0.12, zorder=0))
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.set_xlabel("largest c over heads and texts")
+        axes.set_title(entries("" if kind == "all" else MASKED, facts), fontsize=8, loc="left")
+        axes.legend(
+            frameon=False,
+            fontsize=7,
+            loc="upper center",
+            bbox_to_anchor=(0.5, -0.16),
+            ncols=2,
+            title=f"heads with c at most {bound:g}",
+            title_fontsize=7,
+        )
+    panels[0].set_ylabel("$K_{(n)}\\,/\\,K_{(2n)}$, median over heads")
+    figure.suptitle(
+        f"{facts['label']}\nreadings of the definition; line: scales up to 1; shaded: the paper's numbers",
+        fontsize=9,
+        x=0.02,
+        ha="left",
+    )
+    footnote(figure, not_in_kernel(facts))
+    return save(figure, stem)

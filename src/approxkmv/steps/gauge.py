@@ -1,0 +1,59 @@
+"""One text of a study to what the gauge changes and which error of K attention bears, head by head."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from approxkmv.config import Study
+from approxkmv.errors import ConfigError
+from approxkmv.files import read_table, write_csv
+from approxkmv.progress import progress
+from approxkmv.results.tables import gauge_table
+from approxkmv.statistics.gauge import FACTORS, Gauge, gauge
+from approxkmv.steps.fetch import read_location
+from approxkmv.steps.texts import TEXTS
+
+
+def measure_gauge(study: Study, model_name: str, location: Path, texts: Path, tables: Path) -> pd.DataFrame:
+    """Write and return gauge_MODEL.csv: a row per layer, head and factor t, of the study's longest text.
+
+    Columns: layer, head, tokens, t (0: the limit, the matrix A itself), ratio (c at full length), participation,
+    and as log10 largest_row, norm (|K|_2), zero_for_ones, sufficient, bound (see Gauge); mean_error. The column of
+    values is the head's first; all entries count, as in the paper, of a causal model as well.
+    """
+    from approxkmv.models import CapturableModel
+
+    model = CapturableModel.load(read_location(location), dtype=study.dtype, device=study.device)
+    limit = study.max_tokens if model.max_positions is None else min(study.max_tokens, model.max_positions)
+    ids = max((model.tokenize(text, limit) for text in read_table(texts, TEXTS)["text"]), key=len)
+    if len(ids) < study.min_tokens:
+        raise ConfigError(f"model {model_name}: no text has min_tokens {study.min_tokens}: lower it")
+    captured = model.capture([ids], values=True)[0]
+    assert captured.values is not None
+    parts = []
+    with progress(total=model.n_layers, unit="layer", title=f"gauge      {model_name}") as bar:
+        for layer, (q, k, v) in enumerate(zip(captured.queries, captured.keys, captured.values, strict=True)):
+            found = gauge(q, k, v[..., 0], float(captured.scales[layer]))
+            parts.append(_rows(found).assign(layer=layer, tokens=len(ids)))
+            bar.update(1)
+    table = pd.concat(parts, ignore_index=True)
+    place = ["layer", "head", "tokens", "t"]
+    table = table[[*place, *(name for name in table if name not in place)]]
+    write_csv(gauge_table(tables, model_name), table)
+    return table
+
+
+def _rows(found: Gauge) -> pd.DataFrame:
+    heads = len(found.limit_ratio)
+    columns = {"ratio": found.ratio, "participation": found.participation}
+    for name in ("largest_row", "norm", "zero_for_ones", "sufficient", "bound"):
+        columns[f"log10_{name}"] = getattr(found, f"log_{name}") / math.log(10.0)
+    place = {"head": np.repeat(np.arange(heads), len(FACTORS)), "t": np.tile(FACTORS, heads)}
+    rows = pd.DataFrame(place | {name: values.ravel() for name, values in columns.items()})
+    limit = {"ratio": found.limit_ratio, "participation": found.limit_participation}
+    both = pd.concat([rows, pd.DataFrame({"head": np.arange(heads), "t": 0.0} | limit)], ignore_index=True)
+    return both.assign(mean_error=found.mean_error[both["head"]]).sort_values(["head", "t"])

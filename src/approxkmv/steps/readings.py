@@ -1,0 +1,65 @@
+"""Queries and keys to c under several readings of its definition."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from approxkmv.config import Study
+from approxkmv.errors import InputError, NonFiniteError
+from approxkmv.progress import progress
+from approxkmv.results.activations import Activations, Shard, read_activations
+from approxkmv.results.shards import write_shard
+from approxkmv.statistics.readings import Reading, even_places, readings
+from approxkmv.steps.statistics import seen_by
+
+# Of each shard so many texts, evenly spread: several readings cost several times the statistics.
+TEXTS = 8
+VALUES = [field.name for field in fields(Reading)]
+COLUMNS = {"context": "int32", "layer": "int16", "head": "int16", "reading": "str", "entries": "str"}
+COLUMNS |= dict.fromkeys(("ratio", "log_next", "log_double"), "float64") | {"underflows": "bool"}
+
+
+def measure_readings(study: Study, model: str, activations: Path, out: Path) -> tuple[int, int]:
+    """Write a Parquet table with a row per text, layer, head, reading and entries; returns how many texts, and kernels
+    whose ratio K_(n)/K_(2n) is 0/0 in float32.
+
+    Raises NonFiniteError for a query or key that is not finite.
+    """
+    shard = read_activations(activations)
+    wanted = set(even_places(shard.count, TEXTS))
+    parts = []
+    with progress(total=len(wanted), unit="context", title=f"readings   {model}") as bar:
+        for place, item in enumerate(shard.contexts):
+            if place in wanted:
+                parts += _of_text(study, model, item, shard)
+                bar.update(1)
+    table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=list(COLUMNS))
+    write_shard(out, table[list(COLUMNS)].astype(COLUMNS), shard.origin)
+    of_float32 = table[table["reading"] == "float32"]
+    return len(wanted), int((of_float32["log_double"].isna() & of_float32["ratio"].notna()).sum())
+
+
+def _of_text(study: Study, model: str, item: Activations, shard: Shard) -> list[pd.DataFrame]:
+    layers, heads, n = item.queries.shape[:3]
+    rows = []
+    for layer in range(layers):
+        masks: dict[str, np.ndarray | None] = {"all": None}
+        if shard.masked:
+            own = np.tri(n, dtype=bool) if item.spans is None else seen_by(item.spans[layer]).numpy()
+            masks["causal" if item.spans is None else "masked"] = own
+        for entries, mask in masks.items():
+            try:
+                q, k, scale = item.queries[layer], item.keys[layer], float(shard.scales[layer])
+                found = readings(q, k, study.min_prefix, scale, mask=mask, special=item.special.numpy())
+            except InputError as error:
+                raise NonFiniteError(f"model {model}, context {item.context}, layer {layer}: {error}") from error
+            place = {"context": item.context, "layer": layer, "head": np.arange(heads), "entries": entries}
+            rows += [
+                pd.DataFrame(place | {"reading": name} | {value: getattr(one, value) for value in VALUES})
+                for name, one in found.items()
+            ]
+    return rows

@@ -1,0 +1,77 @@
+"""Shards of readings to the tables of one model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from approxkmv.config import ModelEntry, Study
+from approxkmv.errors import TableError
+from approxkmv.files import write_csv
+from approxkmv.results.shards import read_shards, shard_count
+from approxkmv.results.tables import readings_tables
+from approxkmv.statistics.readings import POWERS, PRINTED, READINGS
+from approxkmv.steps.summary import LARGEST_LOG
+
+# The unit of text is a reading too.
+OF_SENTENCES = "sentences"
+
+
+def summarise(study: Study, model: ModelEntry, texts: Path, statistics: Path, out: Path) -> pd.DataFrame:
+    """Write readings_MODEL.csv and readings_path_MODEL.csv of a model; returns the first.
+
+    Columns: reading, entries (`all`, or `causal` or `masked` as in paper_comparison.csv), heads, texts, largest_ratio
+    (of any head, text and prefix), heads_within_bound (whose largest c is at most the model's bound), median_ratio
+    (over heads, of their largest c), median_next and median_double (over heads, of the median over texts of
+    K_(n)/K_(n+1) and K_(n)/K_(2n), left out where they are 0/0), share_underflowing (of all heads and texts: where
+    K_(2n) is 0 as a float32, so that the ratio is infinite or 0/0). The second has the scales between the model's own
+    (`power` 1) and none (0) in place of the readings. A study of sentences calls its first reading `sentences`.
+    """
+    names = readings_tables(out, model.name)
+    values, _ = read_shards(statistics, shard_count(texts, study.shard_contexts), "readings.parquet", "contexts.csv")
+    if values.empty:
+        raise TableError(f"model {model.name}: no text is long enough for readings: lower min_tokens and min_prefix")
+    path = pd.concat(
+        [_table(values, name, model.paper_bound).assign(power=power) for name, power in POWERS.items()],
+        ignore_index=True,
+    )
+    table = pd.concat([_table(values, name, model.paper_bound) for name in READINGS], ignore_index=True)
+    if study.unit == "sentence":
+        table["reading"] = table["reading"].replace(PRINTED, OF_SENTENCES)
+    write_csv(names.path, path)
+    write_csv(names.readings, table)
+    return table
+
+
+def _table(values: pd.DataFrame, reading: str, bound: float) -> pd.DataFrame:
+    """A row of the tables per kind of entries."""
+    rows = []
+    for entries, part in values[values["reading"] == reading].groupby("entries", sort=True):
+        groups = part.groupby(["layer", "head"])
+        largest = groups["ratio"].max()
+        medians = {
+            name: _ratio(part[f"log_{name}"]).groupby([part["layer"], part["head"]]).median()
+            for name in ("next", "double")
+        }
+        rows.append(
+            {
+                "reading": reading,
+                "entries": entries,
+                "heads": groups.ngroups,
+                "texts": part["context"].nunique(),
+                "largest_ratio": largest.max(),
+                "heads_within_bound": int((largest <= bound).sum()),
+                "median_ratio": largest.median(),
+                "median_next": medians["next"].median(),
+                "median_double": medians["double"].median(),
+                "share_underflowing": part["underflows"].mean(),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _ratio(logs: pd.Series) -> pd.Series:
+    """exp, of what is beyond float64 its largest; what is infinite stays so."""
+    return pd.Series(np.where(np.isinf(logs), logs, np.exp(logs.clip(upper=LARGEST_LOG))), index=logs.index)

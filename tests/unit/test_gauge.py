@@ -1,0 +1,132 @@
+"""The gauge: what it changes and what it does not, and which error of K attention can bear."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from approxkmv.errors import InputError
+from approxkmv.kernels import log_kernel
+from approxkmv.statistics.gauge import FACTORS, TOLERANCE, gauge
+from approxkmv.statistics.heads import head_statistics
+
+HEADS, N, D = 4, 48, 8
+
+
+def heads(seed: int = 0, size: float = 1.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    q, k = (torch.randn(HEADS, N, D, generator=generator, dtype=torch.float64) for _ in range(2))
+    return size * q, size * k + 0.5, torch.randn(HEADS, N, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("t", FACTORS)
+def test_attention_is_the_same_at_every_t_and_c_is_not(t):
+    q, k, v = heads()
+    one, other = ((s @ v[..., None]) for s in (torch.softmax(q @ k.mT, -1), torch.softmax((t * q) @ (k / t).mT, -1)))
+    torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-13)
+    found = gauge(q, k, v, 1.0, [1.0, t])
+    assert t == 1.0 or (abs(np.log(found.ratio[:, 0] / found.ratio[:, 1])) > 0.05).all()
+    moved = gauge(t * q, k / t, v, 1.0, [1.0])
+    np.testing.assert_allclose(moved.ratio[:, 0], found.ratio[:, 1], rtol=1e-9)
+    np.testing.assert_allclose(moved.log_bound[:, 0], found.log_bound[:, 1], atol=1e-9)
+
+
+@pytest.mark.parametrize("t", [0.125, 1.0, 8.0])
+def test_every_column_is_what_its_words_say_of_the_matrix_itself(t):
+    q, k, v = heads(1)
+    found = gauge(q, k, v, factors=[t])
+    matrix = log_kernel(t * q, k / t).exp()
+    sums = matrix.sum(-1)
+    np.testing.assert_allclose(found.participation[:, 0], sums.sum(-1) ** 2 / sums.square().sum(-1), rtol=1e-9)
+    np.testing.assert_allclose(np.exp(found.log_largest_row[:, 0]), sums.amax(-1), rtol=1e-9)
+    np.testing.assert_allclose(np.exp(found.log_norm[:, 0]), torch.linalg.matrix_norm(matrix, 2), rtol=1e-4)
+    np.testing.assert_allclose(np.exp(found.log_zero_for_ones[:, 0]), sums.norm(dim=-1) / np.sqrt(N), rtol=1e-9)
+    np.testing.assert_allclose(found.ratio[:, 0], head_statistics(t * q, k / t, N).ratios[..., -1], rtol=1e-8)
+    out = (matrix @ v[..., None])[..., 0] / sums
+    error = (v.mean(-1, keepdim=True) - out).norm(dim=-1) / v.norm(dim=-1)
+    np.testing.assert_allclose(found.mean_error, error, rtol=1e-9)
+
+
+def test_for_small_t_the_kernel_becomes_the_attention_matrix_and_for_large_t_one_row_carries_it():
+    q, k, v = heads(2)
+    found = gauge(q, k, v, factors=[1e-4, 64.0])
+    np.testing.assert_allclose(found.ratio[:, 0], found.limit_ratio, rtol=1e-6)
+    np.testing.assert_allclose(found.participation[:, 0], found.limit_participation, rtol=1e-6)
+    # (A) holds for every head at some t, and says nothing there.
+    assert (found.ratio[:, 1] < 1e-6).all()
+    np.testing.assert_allclose(found.participation[:, 1], 1.0, rtol=1e-6)
+
+
+def worst(rows: np.ndarray, out: np.ndarray, v: np.ndarray, epsilon: float) -> float:
+    """The error of y2/y1 when both errors of size epsilon |x| stand in the one row where they do most."""
+    root = np.sqrt(len(rows))
+    with np.errstate(divide="ignore"):
+        errors = epsilon * (np.linalg.norm(v) + root * np.abs(out)) / (rows - epsilon * root)
+    return float(np.where(rows > epsilon * root, errors, np.inf).max() / np.linalg.norm(v))
+
+
+def spread(rows: np.ndarray, out: np.ndarray, v: np.ndarray, epsilon: float, generator: np.random.Generator) -> float:
+    """The error for random errors of that size, spread over rows in proportion to powers of 1 / r."""
+    root, size = np.sqrt(len(rows)), np.linalg.norm(v)
+    largest = 0.0
+    for power in (0.0, 0.5, 1.0, 2.0, 4.0):
+        one, two = (generator.exponential(size=len(rows)) * (rows.min() / rows) ** power for _ in range(2))
+        one, two = epsilon * root * one / np.linalg.norm(one), epsilon * size * two / np.linalg.norm(two)
+        # The signs that add up.
+        errors = (two + np.abs(out) * one) / (rows - one)
+        largest = max(largest, float(np.linalg.norm(errors) / size))
+    return largest
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("size", [0.3, 1.0, 2.0])
+def test_the_error_that_attention_bears_lies_between_half_the_bound_and_the_bound(seed, size):
+    q, k, v = heads(seed, size)
+    found = gauge(q, k, v)
+    generator = np.random.default_rng(seed)
+    out = (torch.softmax(q @ k.mT / np.sqrt(D), -1) @ v[..., None])[..., 0].numpy()
+    for head in range(HEADS):
+        for place, t in enumerate(FACTORS):
+            log_rows = log_kernel(t * q[head], k[head] / t).logsumexp(-1).numpy()
+            mine, column = out[head], v[head].numpy()
+            # Row sums and errors relative to the smallest row: some kernels are 0 in float64.
+            with np.errstate(over="ignore"):
+                rows = np.exp(log_rows - log_rows.min())
+            logs = found.log_bound[head, place], found.log_sufficient[head, place]
+            bound, sufficient = np.exp(np.array(logs) - log_rows.min())
+            # One row alone reaches the tolerance at the bound, not before: a wrong constant in either direction fails.
+            assert worst(rows, mine, column, bound * 1.001) > TOLERANCE
+            assert worst(rows, mine, column, bound * 0.999) < TOLERANCE
+            for epsilon in (sufficient, bound / 2):
+                assert worst(rows, mine, column, epsilon) <= TOLERANCE * (1 + 1e-9)
+                assert spread(rows, mine, column, epsilon, generator) <= TOLERANCE * (1 + 1e-9)
+            # The two simple limits, and that the trivial answer y = 0 is far outside.
+            assert bound <= min(TOLERANCE * rows.min(), rows.min() / np.sqrt(N))
+            assert found.log_bound[head, place] < found.log_norm[head, place]
+
+
+def test_a_wrong_constant_would_be_found():
+    # Without sqrt(n), the size of ones, the condition for y1 is missed: the error is beyond the tolerance then.
+    q, k, v = heads()
+    out = (torch.softmax(q @ k.mT / np.sqrt(D), -1) @ v[..., None])[..., 0].numpy()[0]
+    rows = log_kernel(q[0], k[0]).exp().sum(-1).numpy()
+    wrong = TOLERANCE * rows.min() / (1 + np.abs(out).max() / np.linalg.norm(v[0]) + TOLERANCE)
+    assert worst(rows, out, v[0].numpy(), wrong) > TOLERANCE
+
+
+def test_large_logits_and_small_row_sums_are_finite():
+    q, k, v = heads(3, 40.0)
+    found = gauge(q, k, v)
+    for part in (found.ratio, found.log_norm, found.log_bound, found.log_sufficient, found.log_zero_for_ones):
+        assert np.isfinite(part).all()
+    # exp of these is 0 in float64: they are handed on as logarithms.
+    assert found.log_bound.min() < -800
+
+
+def test_a_column_of_another_shape_or_of_zeros_is_refused():
+    q, k, v = heads()
+    with pytest.raises(InputError, match="one column per head"):
+        gauge(q, k, v[:, :-1])
+    with pytest.raises(InputError, match="not 0"):
+        gauge(q, k, torch.zeros_like(v))
