@@ -21,7 +21,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-LIBRARIES = ["torch", "numba", "pandas", "pyarrow.parquet", "safetensors.torch"]
+import torch
+
+LIBRARIES = ["numba", "pandas", "pyarrow.parquet", "safetensors.torch"]
 LIBRARIES += ["matplotlib.backends.backend_agg", "matplotlib.backends.backend_pdf"]
 # These read the hub's address and cache when they are imported.
 OF_THE_HUB = ["transformers.models.bert.modeling_bert", "transformers.models.llama.modeling_llama", "datasets"]
@@ -86,6 +88,9 @@ def _serve(address: str, modules: list[str]) -> None:
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
+    # torch reads it when it is imported; Snakemake sets it for each job.
+    if threads := environment.get("OMP_NUM_THREADS"):
+        torch.set_num_threads(int(threads))
     code = 1
     try:
         importlib.import_module(COMMANDS[Path(sys.argv[0]).name]).main()
