@@ -225,6 +225,25 @@ def knn_training() -> str:
     return markdown(pd.DataFrame(lines)) + "\n"
 
 
+def attention_statistics() -> str:
+    """The benchmark of attention_statistics."""
+    folder = REFERENCE / "benchmarks"
+    table = pd.read_csv(folder / "attention_statistics.csv")
+    timed = table[table["median_ms"].notna()]
+    shown = pd.DataFrame(
+        {
+            "one head, d = 64, one core": timed["what"],
+            "n": timed["n"].map("{:,}".format),
+            "ms": timed["median_ms"].map("{:.0f}".format),
+            "times sdpa": timed["times_sdpa"].map("{:.2f}".format),
+        }
+    )
+    return (
+        f"{markdown(shown)}\n\nMedians of the processor's time, the calls in turn. Measured on "
+        f"{machine(folder / 'attention_statistics.json')} by `python benchmarks/attention_statistics.py`.\n"
+    )
+
+
 def spectral_error() -> str:
     """KDEformer as a theorem."""
     table = pd.read_csv(REFERENCE / "benchmarks" / "spectral_error.csv")
@@ -459,6 +478,7 @@ def reliability() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "statistics-speed": statistics_speed,
+    "attention-statistics": attention_statistics,
     "embedded-study": embedded_study,
     "methods-at-equal-error": at_longest,
     "methods-long": lambda: at_each_length("long"),
