@@ -12,6 +12,7 @@ import gc
 import importlib
 import json
 import os
+import select
 import socket
 import subprocess
 import sys
@@ -46,7 +47,8 @@ def forking_commands(*modules: str) -> Iterator[Path]:
         for command in COMMANDS:
             (folder / command).write_text(_CLIENT.format(python=sys.executable, address=address))
             (folder / command).chmod(0o755)
-        server = subprocess.Popen([sys.executable, __file__, address, *modules], stdout=subprocess.PIPE)
+        command = [sys.executable, __file__, address, *modules]
+        server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         try:
             assert server.stdout is not None
             assert server.stdout.readline() == b"ready\n"
@@ -65,6 +67,9 @@ def _serve(address: str, modules: list[str]) -> None:
     listening.listen(64)
     print("ready", flush=True)
     while True:
+        # The other end of its input is closed when pytest ends, however it does.
+        if sys.stdin in select.select([listening, sys.stdin], [], [])[0]:
+            sys.exit()
         asking, _ = listening.accept()
         if keeper := os.fork():
             asking.close()
