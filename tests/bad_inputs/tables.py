@@ -49,6 +49,7 @@ SHARDS: dict[str, tuple[tuple[str, ...], str]] = {
     "summary's prefixes": (("summary", *STUDY, "--out", "tables"), "0000.prefixes.parquet"),
     "summary's texts": (("summary", *STUDY, "--out", "tables"), "texts.parquet"),
     "growth": (("growth", *STUDY, "--tables", "."), "0000.prefixes.parquet"),
+    "readings-table": (("readings-table", *STUDY, "--out", "tables"), "0000.readings.parquet"),
     "attention-table": (("attention-table", *STUDY, "--out", "tables"), "0000.attention.parquet"),
     "length-scaling": (("length-scaling", *STUDY, "--study", "long", "--out", "tables"), "0000.lengths.parquet"),
 }
@@ -86,7 +87,7 @@ def _make(folder: Path) -> None:
     counts = {"texts": 8, "length": 40, "start": 20}
     write_csv(folder / "growth_m.csv", heads.assign(exponent=0.25, size="small", trend="flat", **counts))
     write_csv(folder / "growth_curves_m.csv", grid.assign(texts=8, adjusted_ratio=1.5))
-    read = pd.DataFrame({"reading": ["printed", "sigma"], "entries": "all", "heads": 6, "heads_within_bound": 5})
+    read = pd.DataFrame({"reading": ["printed", "sigma"], "heads": 6, "entries": "all", "heads_within_bound": 5})
     for name in ("readings_m.csv", "readings_path_m.csv"):
         write_csv(folder / name, read.assign(largest_ratio=1.5, median_double=2.5, power=[1.0, 0.5]))
     prefix = pd.DataFrame({"prefix": [10, 20, 40, 80], "contexts": 9})
@@ -118,10 +119,10 @@ def _make(folder: Path) -> None:
     for kind, (place, values) in KINDS.items():
         if kind != "contexts.csv":
             rows = grid[grid["prefix"] <= 20].rename(columns={"prefix": place[-1]})
-            rows = rows.drop_duplicates(["layer", "head"]) if place[-1] == "max_prefix" else rows
-            write_parquet(
-                folder / f"0000.{kind}", rows.assign(context=0, **dict.fromkeys(values, 1.5))[[*place, *values]]
-            )
+            rows = rows.drop_duplicates(["layer", "head"]) if place[-1] in ("max_prefix", "tokens") else rows
+            rows = heads if place[-1] == "head" else rows
+            cells = {name: {"text": "printed", "yes or no": True}.get(what, 1.5) for name, what in values.items()}
+            write_parquet(folder / f"0000.{kind}", rows.assign(context=0, **cells)[[*place, *values]])
 
 
 def read(reader: str, arguments: tuple[str, ...], folder: Path) -> tuple[int, str]:
