@@ -187,7 +187,7 @@ def test_fewer_texts_than_were_asked_for_are_said_and_none_are_refused(project: 
     project.configure(contexts=20)
     code, output = project.approxkmv("texts", "--out", "texts.parquet")
     assert code == 0, output
-    assert "8 texts, all there are: 20 were asked for" in output
+    assert "8 texts (all there are; 20 were asked for)" in output
     (project.folder / "words.jsonl").unlink()
     (project.folder / "words.jsonl").write_text('{"context": " \\n"}\n')
     code, output = project.approxkmv("texts", "--out", "texts.parquet")

@@ -67,7 +67,7 @@ def test_lists_become_tuples_and_defaults_hold():
         ({**GOOD, "cache": 3}, "cache is 3"),
         ({**GOOD, "parameters": {3: [{}]}}, "lists of mappings of parameters"),
         ({**GOOD, "parameters": [1]}, "lists of mappings of parameters"),
-        ({"workloads": GOOD["workloads"] * 2}, "two workloads have a case in common"),
+        ({"workloads": GOOD["workloads"] * 2}, "two workloads share a case"),
         ({"workloads": [{"name": 5, "lengths": [8]}]}, "name is 5; there are: glove-paper"),
         ({"workloads": [{"name": "glove-split", "lengths": 8}]}, "lengths is 8"),
         ({"workloads": [{"name": "glove-split", "lengths": [[8]]}]}, "lengths is"),

@@ -1,4 +1,4 @@
-"""The commands of a study: from a model and texts to tables and figures."""
+"""The commands of a study, from a model and texts to tables and figures."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from approxkmv.progress import LOG, Times, log_to, step
 
 @app.command()
 def fetch(
-    model: Annotated[str, typer.Option("--model", help="A model of the catalogue.")],
-    out: Annotated[Path, typer.Option("--out", help="JSON file to write: where the model lies.")],
+    model: Annotated[str, typer.Option("--model", help="A model in the configuration.")],
+    out: Annotated[Path, typer.Option("--out", help="JSON file to write: where the model is.")],
     config: Config = CONFIG,
     log: Log = None,
 ) -> None:
-    """Download a model (or find it on disk), check its hashes, unpack it into the cache."""
+    """Download a model (or find it on disk), check its hashes and unpack it into the cache."""
     from approxkmv.steps.fetch import fetch_model
 
     log_to(log)
@@ -35,29 +35,29 @@ def texts(
     study: StudyName = None,
     log: Log = None,
 ) -> None:
-    """Read the corpus, cut it into the study's unit of text, and draw the study's texts."""
+    """Read the corpus, split it into texts and draw the study's sample."""
     from approxkmv.steps.texts import write_texts
 
     chosen = asked(config, study, log)
     with step(f"texts      {corpus_of(chosen).name}") as notes:
         count = write_texts(chosen, out)
         all_of_them = chosen.contexts is not None and count < chosen.contexts
-        notes.append(f"{count} texts" + (f", all there are: {chosen.contexts} were asked for" if all_of_them else ""))
+        notes.append(f"{count} texts" + (f" (all there are; {chosen.contexts} were asked for)" if all_of_them else ""))
 
 
 @app.command()
 def extract(
     model: Model,
-    location: Annotated[Path, typer.Option("--location", help="JSON file of `approxkmv fetch`.")],
-    texts: Annotated[Path, typer.Option("--texts", help="Parquet file of `approxkmv texts`.")],
-    shard: Annotated[int, typer.Option("--shard", min=0, help="Which part of the texts, counting from 0.")],
+    location: Annotated[Path, typer.Option("--location", help="JSON file from `approxkmv fetch`.")],
+    texts: Annotated[Path, typer.Option("--texts", help="Parquet file from `approxkmv texts`.")],
+    shard: Annotated[int, typer.Option("--shard", min=0, help="Which shard of the texts, counted from 0.")],
     out: Annotated[Path, typer.Option("--out", help="safetensors file to write: queries and keys.")],
-    contexts_out: Annotated[Path, typer.Option("--contexts-out", help="CSV file to write: what became of each text.")],
+    contexts_out: Annotated[Path, typer.Option("--contexts-out", help="CSV file to write: how each text was used.")],
     config: Config = CONFIG,
     study: StudyName = None,
     log: Log = None,
 ) -> None:
-    """Run a shard of the texts through a model and keep the queries and keys of every layer and head."""
+    """Run a model on a shard of texts and save the queries and keys of every layer and head."""
     chosen = asked(config, study, log)
     entry_of(chosen, model)
     with step(f"extract    {model}, shard {shard}") as notes:
@@ -66,21 +66,21 @@ def extract(
         times = Times()
         used, skipped, cut = run(chosen, model, location, texts, shard, out, contexts_out, times)
         short = f", {skipped} too short" if skipped else ""
-        notes.append(f"{used} texts{short}" + (f", {cut} cut at the limit of tokens" if cut else ""))
+        notes.append(f"{used} texts{short}" + (f", {cut} truncated" if cut else ""))
         notes.append(f"({times})")
 
 
 @app.command()
 def statistics(
     model: Model,
-    activations: Annotated[Path, typer.Option("--activations", help="safetensors file of `approxkmv extract`.")],
+    activations: Annotated[Path, typer.Option("--activations", help="safetensors file from `approxkmv extract`.")],
     heads_out: Annotated[Path, typer.Option("--heads-out", help="Parquet file to write: per text, layer and head.")],
     prefixes_out: Annotated[Path, typer.Option("--prefixes-out", help="Parquet file to write: c at given prefixes.")],
     config: Config = CONFIG,
     study: StudyName = None,
     log: Log = None,
 ) -> None:
-    """Experiments (i) and (ii) on the queries and keys of a shard."""
+    """Run Experiments (i) and (ii) on the queries and keys of a shard."""
     chosen = asked(config, study, log)
     with step(f"statistics {model}, {activations.stem}") as notes:
         from approxkmv.steps.statistics import measure
@@ -94,13 +94,13 @@ def statistics(
 @app.command()
 def attention(
     model: Model,
-    activations: Annotated[Path, typer.Option("--activations", help="safetensors file of `approxkmv extract`.")],
+    activations: Annotated[Path, typer.Option("--activations", help="safetensors file from `approxkmv extract`.")],
     out: Annotated[Path, typer.Option("--out", help="Parquet file to write: per text, layer and head.")],
     config: Config = CONFIG,
     study: StudyName = None,
     log: Log = None,
 ) -> None:
-    """Rows of the softmax on the queries and keys of a shard: entropy, support, masses, stable rank."""
+    """Measure the softmax rows of a shard: entropy, support, masses, stable rank."""
     asked(config, study, log)
     with step(f"attention  {model}, {activations.stem}") as notes:
         from approxkmv.steps.attention import measure_attention
@@ -113,14 +113,14 @@ def attention(
 @app.command("attention-table")
 def attention_table(
     model: Model,
-    statistics: Annotated[Path, typer.Option("--statistics", help="Folder of the shards' Parquet and CSV files.")],
-    texts: Annotated[Path, typer.Option("--texts", help="Parquet file of `approxkmv texts`; says how many shards.")],
+    statistics: Annotated[Path, typer.Option("--statistics", help="Folder with the shards' Parquet and CSV files.")],
+    texts: Annotated[Path, typer.Option("--texts", help="Parquet file from `approxkmv texts`; gives the shard count.")],
     out: Annotated[Path, typer.Option("--out", help="Folder for the model's tables.")],
     config: Config = CONFIG,
     study: StudyName = None,
     log: Log = None,
 ) -> None:
-    """Bring a model's rows of the softmax together: per layer and head, over texts."""
+    """Merge a model's softmax statistics: per layer and head, over texts."""
     chosen = asked(config, study, log)
     entry_of(chosen, model)
     with step(f"attention  {model}, table") as notes:
@@ -133,14 +133,14 @@ def attention_table(
 @app.command()
 def summary(
     model: Model,
-    statistics: Annotated[Path, typer.Option("--statistics", help="Folder of the shards' Parquet and CSV files.")],
-    texts: Annotated[Path, typer.Option("--texts", help="Parquet file of `approxkmv texts`; says how many shards.")],
+    statistics: Annotated[Path, typer.Option("--statistics", help="Folder with the shards' Parquet and CSV files.")],
+    texts: Annotated[Path, typer.Option("--texts", help="Parquet file from `approxkmv texts`; gives the shard count.")],
     out: Annotated[Path, typer.Option("--out", help="Folder for the model's tables.")],
     config: Config = CONFIG,
     study: StudyName = None,
     log: Log = None,
 ) -> None:
-    """Bring a model's shards together: per-head table, scaling with length, overview."""
+    """Merge a model's shards: per-head table, scaling with length, overview."""
     chosen = asked(config, study, log)
     entry = entry_of(chosen, model)
     with step(f"summary    {model}") as notes:
@@ -154,13 +154,13 @@ def summary(
 @app.command()
 def readings(
     model: Model,
-    activations: Annotated[Path, typer.Option("--activations", help="safetensors file of `approxkmv extract`.")],
+    activations: Annotated[Path, typer.Option("--activations", help="safetensors file from `approxkmv extract`.")],
     out: Annotated[Path, typer.Option("--out", help="Parquet file to write: per text, layer, head and reading.")],
     config: Config = CONFIG,
     study: StudyName = None,
     log: Log = None,
 ) -> None:
-    """c and the order ratios under several readings of the definition, on some texts of a shard."""
+    """Compute c and the order ratios under several readings of the definition, on some texts of a shard."""
     chosen = asked(config, study, log)
     with step(f"readings   {model}, {activations.stem}") as notes:
         from approxkmv.steps.readings import measure_readings
@@ -172,14 +172,14 @@ def readings(
 @app.command("readings-table")
 def readings_table(
     model: Model,
-    statistics: Annotated[Path, typer.Option("--statistics", help="Folder of the shards' Parquet and CSV files.")],
-    texts: Annotated[Path, typer.Option("--texts", help="Parquet file of `approxkmv texts`; says how many shards.")],
+    statistics: Annotated[Path, typer.Option("--statistics", help="Folder with the shards' Parquet and CSV files.")],
+    texts: Annotated[Path, typer.Option("--texts", help="Parquet file from `approxkmv texts`; gives the shard count.")],
     out: Annotated[Path, typer.Option("--out", help="Folder for the model's tables.")],
     config: Config = CONFIG,
     study: StudyName = None,
     log: Log = None,
 ) -> None:
-    """Bring a model's readings together: a row per reading."""
+    """Merge a model's readings: a row per reading."""
     chosen = asked(config, study, log)
     entry = entry_of(chosen, model)
     with step(f"readings   {model}"):
@@ -191,14 +191,14 @@ def readings_table(
 @app.command()
 def gauge(
     model: Model,
-    location: Annotated[Path, typer.Option("--location", help="JSON file of `approxkmv fetch`.")],
-    texts: Annotated[Path, typer.Option("--texts", help="Parquet file of `approxkmv texts`.")],
-    tables: Annotated[Path, typer.Option("--tables", help="Folder of the model's tables; one more is written here.")],
+    location: Annotated[Path, typer.Option("--location", help="JSON file from `approxkmv fetch`.")],
+    texts: Annotated[Path, typer.Option("--texts", help="Parquet file from `approxkmv texts`.")],
+    tables: Annotated[Path, typer.Option("--tables", help="Folder of the model's tables; one more is written there.")],
     config: Config = CONFIG,
     study: StudyName = None,
     log: Log = None,
 ) -> None:
-    """What queries times t and keys divided by t change in K, and which error of K attention bears, on one text."""
+    """Measure, on one text, how K changes with queries times t and keys over t, and the error in K attention allows."""
     chosen = asked(config, study, log)
     entry_of(chosen, model)
     with step(f"gauge      {model}") as notes:
@@ -211,14 +211,14 @@ def gauge(
 @app.command()
 def growth(
     model: Model,
-    statistics: Annotated[Path, typer.Option("--statistics", help="Folder of the shards' Parquet and CSV files.")],
-    texts: Annotated[Path, typer.Option("--texts", help="Parquet file of `approxkmv texts`; says how many shards.")],
-    tables: Annotated[Path, typer.Option("--tables", help="Folder of the model's tables; two more are written here.")],
+    statistics: Annotated[Path, typer.Option("--statistics", help="Folder with the shards' Parquet and CSV files.")],
+    texts: Annotated[Path, typer.Option("--texts", help="Parquet file from `approxkmv texts`; gives the shard count.")],
+    tables: Annotated[Path, typer.Option("--tables", help="Folder of the model's tables; two more are written there.")],
     config: Config = CONFIG,
     study: StudyName = None,
     log: Log = None,
 ) -> None:
-    """How large c is at the longest length and how it grows there, head by head, with intervals over texts."""
+    """Measure how large c is at the longest length and how it grows there, per head, with intervals over texts."""
     chosen = asked(config, study, log)
     entry_of(chosen, model)
     with step(f"growth     {model}") as notes:
@@ -233,14 +233,14 @@ def growth(
 @app.command()
 def lengths(
     model: Model,
-    activations: Annotated[Path, typer.Option("--activations", help="safetensors file of `approxkmv extract`.")],
-    contexts: Annotated[Path, typer.Option("--contexts", help="CSV file of `approxkmv extract`.")],
+    activations: Annotated[Path, typer.Option("--activations", help="safetensors file from `approxkmv extract`.")],
+    contexts: Annotated[Path, typer.Option("--contexts", help="CSV file from `approxkmv extract`.")],
     out: Annotated[Path, typer.Option("--out", help="Parquet file to write: per text, layer, head and length.")],
     config: Config = CONFIG,
     study: StudyName = None,
     log: Log = None,
 ) -> None:
-    """Long texts: c, order ratios and keys per row at the study's lengths, on the queries and keys of a shard."""
+    """Long texts: compute c, order ratios and keys per row at the study's lengths, on a shard."""
     chosen = asked(config, study, log)
     with step(f"lengths    {model}, {activations.stem}") as notes:
         from approxkmv.steps.lengths import measure_lengths
@@ -257,14 +257,14 @@ def lengths(
 @app.command("length-scaling")
 def length_scaling(
     model: Model,
-    statistics: Annotated[Path, typer.Option("--statistics", help="Folder of the shards' Parquet and CSV files.")],
-    texts: Annotated[Path, typer.Option("--texts", help="Parquet file of `approxkmv texts`; says how many shards.")],
+    statistics: Annotated[Path, typer.Option("--statistics", help="Folder with the shards' Parquet and CSV files.")],
+    texts: Annotated[Path, typer.Option("--texts", help="Parquet file from `approxkmv texts`; gives the shard count.")],
     out: Annotated[Path, typer.Option("--out", help="Folder for the model's tables.")],
     config: Config = CONFIG,
     study: StudyName = None,
     log: Log = None,
 ) -> None:
-    """Bring a model's long texts together: per layer, head and length."""
+    """Merge a model's long texts: per layer, head and length."""
     chosen = asked(config, study, log)
     entry = entry_of(chosen, model)
     with step(f"lengths    {model}, summary") as notes:
@@ -283,7 +283,7 @@ def compare(
     study: StudyName = None,
     log: Log = None,
 ) -> None:
-    """The paper's claims beside what was measured: claim, criterion, paper, model, ours, holds."""
+    """Compare the paper's claims with the measurements: claim, criterion, paper, model, ours, holds."""
     chosen = asked(config, study, log)
     with step("compare    the paper's claims"):
         from approxkmv.steps.compare import compare as run
@@ -293,15 +293,15 @@ def compare(
 
 @app.command()
 def figure(
-    name: Annotated[str, typer.Argument(help="A figure of the catalogue, as max_ratios or context_scaling.")],
+    name: Annotated[str, typer.Argument(help="Name of a figure, such as max_ratios or context_scaling.")],
     tables: Annotated[Path, typer.Option("--tables", help="Folder of the models' tables.")],
-    stem: Annotated[Path, typer.Option("--out", help="Where to write, without a suffix: makes OUT.pdf and OUT.png.")],
+    stem: Annotated[Path, typer.Option("--out", help="Path without a suffix: OUT.pdf and OUT.png are written.")],
     models: Annotated[
-        list[str] | None, typer.Option("--model", help="A model; give several for context_scaling.")
+        list[str] | None, typer.Option("--model", help="A model; repeat the option for context_scaling.")
     ] = None,
     log: Log = None,
 ) -> None:
-    """Draw one figure from tables alone."""
+    """Draw one figure from tables."""
     from approxkmv.figures.catalogue import draw
 
     log_to(log)
@@ -317,7 +317,7 @@ def complexity(
     study: StudyName = None,
     log: Log = None,
 ) -> None:
-    """Count what ApproxKMV with its printed constants costs against n, and fit exponents."""
+    """Count the cost of ApproxKMV with its printed constants as n grows, and fit exponents."""
     chosen = asked(config, study, log)
     with step("complexity of ApproxKMV as printed"):
         from approxkmv.provenance import describe

