@@ -17,7 +17,7 @@ from approxkmv.statistics.readings import Reading, even_places, readings
 from approxkmv.steps.statistics import seen_by
 
 # Of each shard so many texts, evenly spread: several readings cost several times the statistics.
-TEXTS = 8
+TEXTS = 4
 VALUES = [field.name for field in fields(Reading)]
 COLUMNS = {"context": "int32", "layer": "int16", "head": "int16", "reading": "str", "entries": "str"}
 COLUMNS |= dict.fromkeys(("ratio", "log_next", "log_double"), "float64") | {"underflows": "bool"}
