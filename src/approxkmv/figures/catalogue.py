@@ -1,4 +1,4 @@
-"""The figures by name; a new one is a file with a function `draw`, and a line here."""
+"""The figures by name. To add one, write a module with a function `draw` and add a line here."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PER_MODEL = (
 )
 # Those whose draw takes (folder of tables, models, stem).
 PER_STUDY = ("context_scaling",)
-# Those whose draw takes (table, stem), and the table's name.
+# Those whose draw takes (table, stem), with the table's name.
 PER_TABLE = {
     "complexity": "complexity.csv",
     "speedup": "sweep.csv",
@@ -25,17 +25,17 @@ PER_TABLE = {
 
 
 def draw(name: str, tables: Path, models: Sequence[str], stem: Path) -> list[Path]:
-    """Draw the figure `name` from a folder of tables; for the figures of models, of the given ones.
+    """Draw the figure `name` from a folder of tables, for the given models if it shows models.
 
-    Returns the PDF and the PNG. Raises ConfigError for an unknown name, or for other than one model where it is of one.
+    Returns the paths of the PDF and the PNG. Raises ConfigError for an unknown name or a wrong number of models.
     """
     if name not in (*PER_MODEL, *PER_STUDY, *PER_TABLE):
-        raise ConfigError(f"there is no figure {name!r}: there is {', '.join([*PER_MODEL, *PER_STUDY, *PER_TABLE])}")
+        raise ConfigError(f"there is no figure {name!r}; choose from {', '.join([*PER_MODEL, *PER_STUDY, *PER_TABLE])}")
     if name in PER_MODEL and len(models) != 1:
-        raise ConfigError(f"the figure {name} is of one model: give --model once")
+        raise ConfigError(f"the figure {name} shows one model: give --model once")
     if name in PER_STUDY and not models:
-        raise ConfigError(f"the figure {name} is of models: give --model at least once")
-    # On demand: some figures' modules import torch, which takes longer than drawing.
+        raise ConfigError(f"the figure {name} shows models: give --model at least once")
+    # Imported on demand: some modules import torch, which takes longer than drawing.
     module = importlib.import_module(f"approxkmv.figures.{name}")
     if name in PER_TABLE:
         return module.draw(tables / PER_TABLE[name], stem)

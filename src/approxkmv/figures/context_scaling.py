@@ -1,4 +1,4 @@
-"""Figure 4: the largest c over all heads against the length of the context, a line per model and mask."""
+"""Figure 4: the largest c over all heads against context length, one line per model and mask."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from approxkmv.results.tables import MASKED, masks_of, model_tables, read_overvi
 
 PLACE = {"prefix": "whole", "contexts": "whole"}
 VALUES = {"mean": "number", "std": "number", "min": "number"}
-# Characters of a label of which two fit side by side.
+# The longest label, in characters, of which two fit side by side.
 LONGEST_IN_TWO_COLUMNS = 45
 
 
 def draw(tables: Path, models: Sequence[str], stem: Path) -> list[Path]:
-    """From the scaling table and overview of each model, write STEM.pdf and STEM.png."""
-    # Read before the figure is made: its legend needs a height and, where labels are long, a column for itself.
+    """Write STEM.pdf and STEM.png from each model's scaling table and overview."""
+    # Read first, since the labels decide the legend's height and number of columns.
     names = [model_tables(tables, model) for model in models]
     read = [
         (read_statistics(name.scaling, PLACE, VALUES), as_written(read_overview(name.overview, "label", "paper_bound")))
@@ -57,14 +57,14 @@ def draw(tables: Path, models: Sequence[str], stem: Path) -> list[Path]:
         top.plot(table["prefix"], table["mean"], color=colour, label=facts["label"])
         draw_points(top, table["prefix"], table["mean"], table["contexts"], colour, 3.5)
         if MASKED in masks_of(table, "mean"):
-            # The mean alone: two bands per model would hide each other.
+            # Mean only: two bands per model would overlap.
             top.plot(table["prefix"], table[f"{MASKED}mean"], color=colour, linestyle="--")
             draw_points(top, table["prefix"], table[f"{MASKED}mean"], table["contexts"], colour, 2.5)
         bottom.plot(table["prefix"], table["contexts"], color=colour, marker="o", markersize=3)
         bounds.append(facts["paper_bound"])
     top.set_yscale("log")
     low, high = top.get_ylim()
-    # The line of the bound and the words above it are within the axes, however small c is.
+    # Keep the bound's line and the text above it inside the axes, however small c is.
     low, lowest, highest = min(low, 1.0), min(bounds), max(bounds)
     top.set_ylim(low, max(high * 1.2, highest * (highest / low) ** 0.06))
     from matplotlib.ticker import FuncFormatter, LogLocator

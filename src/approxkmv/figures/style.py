@@ -1,4 +1,4 @@
-"""What all figures share: the look, and writing PDF and PNG with the same bytes each time."""
+"""What all figures share: their style, and byte-reproducible PDF and PNG output."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette, readable with colour-blind eyes.
+# Okabe and Ito's colour-blind-safe palette.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#B8A200")
-# Which entries of K a statistic is over, by what stands before its column.
+# The entries of K that a statistic covers, by the prefix of its column.
 ENTRIES = {"": EVERY_KEY, MASKED: OWN_MASK}
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure in inches, drawn without a display."""
+    """An empty figure, its size in inches, that needs no display."""
     import matplotlib
 
     matplotlib.rcParams.update(
@@ -46,7 +46,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def save(figure: Figure, stem: Path) -> list[Path]:
-    """Write STEM.pdf and STEM.png, without dates in them; a line says which characters the font cannot draw."""
+    """Write STEM.pdf and STEM.png without timestamps; log the characters that the font lacks."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     FigureCanvasAgg(figure)
@@ -56,7 +56,7 @@ def save(figure: Figure, stem: Path) -> list[Path]:
     for suffix, metadata in ((".pdf", {"CreationDate": None}), (".png", {"Software": None})):
         path = Path(f"{stem}{suffix}")
         with written_whole(path) as temporary, warnings.catch_warnings():
-            # Said above, in one line.
+            # Already logged above, in one line.
             warnings.filterwarnings("ignore", "Glyph .* missing")
             figure.savefig(temporary, dpi=160, metadata=metadata)
         paths.append(path)
@@ -64,9 +64,9 @@ def save(figure: Figure, stem: Path) -> list[Path]:
 
 
 def as_written(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """An overview for a figure: what it says in words is drawn as it is written, not as mathematics.
+    """An overview whose texts a figure draws literally, not as mathematics.
 
-    A label that begins with an underscore, which a legend would leave out, has a space before it.
+    A label that begins with an underscore gets a space in front, since legends omit such labels.
     """
 
     def plain(text: str) -> str:
@@ -77,7 +77,7 @@ def as_written(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def missing_glyphs(figure: Figure) -> list[str]:
-    """The characters of a figure's texts that its font cannot draw, and puts a box in place of."""
+    """The characters in a figure's texts that its font lacks and draws as boxes."""
     from matplotlib.font_manager import FontProperties, findfont, get_font
     from matplotlib.text import Text
 
@@ -87,42 +87,42 @@ def missing_glyphs(figure: Figure) -> list[str]:
 
 
 def entries(before: str, facts: Mapping[str, Any]) -> str:
-    """Which entries of K a model's statistic is over, by what stands before its column and the model's overview."""
+    """The entries of K that a model's statistic covers, from the prefix of its column and the model's overview."""
     return wrapped(facts["mask"], 60) if before else ENTRIES[before]
 
 
 def not_in_kernel(facts: Mapping[str, Any]) -> str:
-    """What the model's attention includes but K does not, for a line under its figures; empty if there is nothing."""
+    """A line for under a model's figures: what its attention includes but K does not. Empty if nothing."""
     return f"not in K: {', '.join(facts['left_out'])}" if facts["left_out"] else ""
 
 
 def draw_points(axes: Axes, x: pd.Series, y: pd.Series, texts: pd.Series, colour: str, size: float) -> None:
-    """Dots, hollow where they are of fewer than ENOUGH_TEXTS texts."""
+    """Draw dots, hollow where there are fewer than ENOUGH_TEXTS texts."""
     for enough, face in ((texts >= ENOUGH_TEXTS, colour), (texts < ENOUGH_TEXTS, "white")):
         style: dict[str, Any] = {"marker": "o", "markersize": size, "linewidth": 0, "markerfacecolor": face}
         axes.plot(x[enough], y[enough], color=colour, **style)
 
 
 def name_of_lengths(axes: Axes, name: str, texts: pd.Series) -> None:
-    """What stands under an axis of lengths, and what hollow points are if there are such."""
+    """Label an axis of lengths, and explain hollow points if there are any."""
     hollow = f" (hollow: fewer than {ENOUGH_TEXTS} texts)" if (texts < ENOUGH_TEXTS).any() else ""
     axes.set_xlabel(f"{name}{hollow}")
 
 
 def footnote(figure: Figure, text: str) -> None:
-    """A small line under a figure; nothing for an empty text."""
+    """Add a small line under a figure, unless the text is empty."""
     if text:
         figure.supxlabel(wrapped(text, int(17 * figure.get_figwidth())), fontsize=7, x=0.02, ha="left")
 
 
 def legend_below(figure: Figure, text: str, **options: Any) -> None:
-    """The legend of a figure's axes under it, headed by a small line; nothing of it for an empty text."""
+    """Put a figure's legend below its axes, with a small heading unless the text is empty."""
     heading = {"title": text, "title_fontsize": 7, "alignment": "left"} if text else {}
     figure.legend(frameon=False, fontsize=8, loc="outside lower left", **options, **heading)
 
 
 def wrapped(text: str, width: int) -> str:
-    """The text in lines of at most so many characters."""
+    """The text in lines of at most `width` characters."""
     return "\n".join(textwrap.wrap(text, width))
 
 

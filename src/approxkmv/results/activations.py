@@ -1,4 +1,4 @@
-"""The file of queries and keys that hands a shard from the extract step to the statistics step."""
+"""The activations file, which carries a shard's queries and keys from the extract step to the statistics step."""
 
 from __future__ import annotations
 
@@ -22,33 +22,33 @@ class Activations:
     """Queries and keys of one text."""
 
     context: int
-    """The index of the passage."""
+    """The passage's index."""
     queries: torch.Tensor
     """(layers, heads, n, d)"""
     keys: torch.Tensor
     """(layers, heads, n, d)"""
     spans: torch.Tensor | None
-    """(layers, n, 2) of a model with masks of its own (see Captured); None where every layer is causal, or none is."""
+    """(layers, n, 2) for a model with masks of its own (see Captured); None if every layer or no layer is causal."""
     beside: tuple[dict[str, Any], ...]
-    """What the softmax of each layer has beside, as attention_statistics takes it: softcap, sinks and bias, or None."""
+    """Per layer, the softcap, sinks and bias of its softmax, each possibly None; arguments of attention_statistics."""
     special: torch.Tensor
-    """(n,) bool: which tokens begin, end or separate texts (CLS, SEP, BOS, EOS)."""
+    """(n,) bool: True for tokens that begin, end or separate texts (CLS, SEP, BOS, EOS)."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """What one activations file says about its model, and its contexts."""
+    """The contents of one activations file."""
 
     scales: torch.Tensor
-    """(layers,) the factor of the logits."""
+    """(layers,) factors of the logits."""
     causal: bool
-    """Whether the model attends only backwards."""
+    """Whether the model is causal."""
     masked: bool
-    """Whether some layer hides some keys: then there are masked statistics."""
+    """Whether some layer masks keys, so that masked statistics are also computed."""
     origin: str
-    """Of which weights and texts it is (see fetch.origin)."""
+    """Identifies the weights and texts (see fetch.origin)."""
     count: int
-    """How many contexts there are."""
+    """Number of contexts."""
     contexts: Iterator[Activations]
     """The contexts in order, one in memory at a time."""
 
@@ -65,8 +65,8 @@ def write_activations(
 ) -> None:
     """Write a safetensors file: `scales` (layers,), `causal`, `masked`, and queries, keys and `special` of each text.
 
-    Of a model with masks of its own also the spans of each text (layers, n, 2), see Captured; and what else each layer
-    has, `layers`.
+    For a model with masks of its own, also the spans of each text (layers, n, 2), see Captured; from `layers`, each
+    layer's softcap, sinks and bias.
     """
     from safetensors.torch import save_file
 
@@ -87,7 +87,7 @@ def write_activations(
 
 
 def _beside(layers: Sequence[Layer], place: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """What a layer has beside the scale, as tensors by name; of a bias that is an earlier layer's, that one's place."""
+    """A layer's softcap, sinks and bias as named tensors; a bias shared with an earlier layer is that layer's index."""
     layer = layers[place]
     if layer.softcap is not None:
         yield "softcap", torch.tensor(layer.softcap, dtype=torch.float64)
@@ -99,12 +99,12 @@ def _beside(layers: Sequence[Layer], place: int) -> Iterator[tuple[str, torch.Te
 
 
 def _same(one: torch.Tensor | None, other: torch.Tensor) -> bool:
-    """Whether two biases are the same memory, which layers share that add the same one."""
+    """Whether two biases share memory, as they do in layers that add the same one."""
     return one is not None and one.data_ptr() == other.data_ptr() and one.shape == other.shape
 
 
 def read_activations(path: Path) -> Shard:
-    """What write_activations wrote, one context at a time. Raises TableError when the file is missing or cut short."""
+    """Read a file of write_activations, one context at a time. Raises TableError if it is missing or truncated."""
     from safetensors import SafetensorError, safe_open
 
     try:

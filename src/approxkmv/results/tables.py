@@ -1,4 +1,4 @@
-"""Names of the tables that a study's steps hand to each other, and how they are read."""
+"""Names of the tables that pass between a study's steps, and functions that read them."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from approxkmv.statistics.entries import CAUSAL, EVERY_KEY
 if TYPE_CHECKING:
     import pandas as pd
 
-# In front of a column: the same statistic over the entries that each layer's own mask leaves.
+# Prefix of a column with the same statistic, over only the entries that each layer's own mask allows.
 MASKED = "masked_"
 
 
 def masks_of(table: Container[str], column: str) -> list[str]:
-    """What stands before `column` in a table (or among a dict's keys): nothing and, of a causal model, MASKED."""
+    """The prefixes with which a table (or dict) has `column`: the empty one and, for a causal model, MASKED."""
     return [before for before in ("", MASKED) if f"{before}{column}" in table]
 
 
 KEYS = [f"keys_{share}_{what}" for share in (90, 99) for what in ("mean", "median", "largest")]
-# Of each row of the softmax, and of its matrix: see AttentionStatistics.
+# Statistics of the softmax's rows and of the whole matrix: see AttentionStatistics.
 ATTENTION = ["entropy", "support", "keys_90", "keys_99", "first_mass", "sink_mass", "largest_weight"]
 ATTENTION += ["column_norm", "stable_rank"]
-# The tables of a shard by the end of their name: where a row is, and the values that a summary is made of.
+# The tables of a shard by the end of their name: the columns that identify a row, and those that are summarised.
 SHARDS: dict[str, tuple[list[str], Columns]] = {
     "contexts.csv": (
         ["context", "tokens", "cut"],
@@ -54,7 +54,7 @@ SHARDS: dict[str, tuple[list[str], Columns]] = {
 
 
 def facts_of_attention(contexts: pd.DataFrame) -> dict[str, Any]:
-    """What an overview says of a model's attention, from the contexts of its shards: `causal`, `mask`, `left_out`."""
+    """What an overview says about a model's attention, from its shards' contexts: `causal`, `mask`, `left_out`."""
     first = contexts.iloc[0]
     left_out = first["left_out"].split("; ") if isinstance(first["left_out"], str) else []
     return {"causal": bool(first["causal"]), "mask": first["mask"], "left_out": left_out}
@@ -69,7 +69,7 @@ class ModelTables:
     scaling: Path
     """CSV, one row per prefix length."""
     overview: Path
-    """JSON: counts, the largest c, and who made the tables."""
+    """JSON: counts, the largest c, and the tables' provenance."""
     growth: Path
     """CSV, one row per layer and head."""
     curves: Path
@@ -79,7 +79,7 @@ class ModelTables:
 
 
 def model_tables(folder: Path, model: str) -> ModelTables:
-    """Where the summary step puts a model's tables."""
+    """Paths of a model's tables."""
     return ModelTables(
         folder / f"heads_{model}.csv",
         folder / f"context_scaling_{model}.csv",
@@ -101,17 +101,17 @@ class ReadingsTables:
 
 
 def readings_tables(folder: Path, model: str) -> ReadingsTables:
-    """Where the readings-table step puts a model's tables."""
+    """Paths of a model's tables from the readings-table step."""
     return ReadingsTables(folder / f"readings_{model}.csv", folder / f"readings_path_{model}.csv")
 
 
 def gauge_table(folder: Path, model: str) -> Path:
-    """Where the gauge step puts a model's table."""
+    """Path of a model's table from the gauge step."""
     return folder / f"gauge_{model}.csv"
 
 
 def facts_of(folder: Path, model: str) -> Path:
-    """The overview of a model; of one that was measured on long texts alone, what is known of those."""
+    """Path of a model's overview or, for one measured on long texts only, of its facts about those."""
     overview = model_tables(folder, model).overview
     return overview if overview.exists() else length_tables(folder, model).facts
 
@@ -123,15 +123,15 @@ class LengthTables:
     scaling: Path
     """CSV, one row per layer, head and length."""
     facts: Path
-    """JSON: which lengths were run and which not, and who made the table."""
+    """JSON: which lengths were run and which were left out, and the table's provenance."""
 
 
 def length_tables(folder: Path, model: str) -> LengthTables:
-    """Where the length-scaling step puts a model's tables."""
+    """Paths of a model's tables from the length-scaling step."""
     return LengthTables(folder / f"length_scaling_{model}.csv", folder / f"lengths_{model}.json")
 
 
-# What an overview holds (see steps summary and length_scaling), and of which type; some again with masked_ in front.
+# Keys of an overview (see steps summary and length_scaling) and their types; some are repeated with prefix masked_.
 MASKED_FACTS: dict[str, type] = {
     **dict.fromkeys(("largest_ratio", "median_ratio"), float),
     **dict.fromkeys(("largest_ratio_layer", "largest_ratio_head", "heads_within_bound"), int),
@@ -146,12 +146,12 @@ OVERVIEW: dict[str, type] = {
 
 
 def read_overview(path: Path, *names: str) -> dict[str, Any]:
-    """The overview JSON of one model, with these names in it; of a causal model with those over its entries too.
+    """The overview JSON of one model, checked to hold these names and, for a causal model, their masked_ forms.
 
-    Raises TableError when it is missing, cut short or another.
+    Raises TableError if it is missing, truncated or invalid.
     """
     facts = read_json(path)
-    # The reference tables of before these were recorded are of models that have neither windows nor anything left out.
+    # Older reference tables lack these two keys; their models have neither windows nor anything left out.
     facts = {"mask": CAUSAL if facts.get("causal") else EVERY_KEY, "left_out": []} | facts
     names = (*names, "mask", "left_out")
     check_keys(path, facts, {name: OVERVIEW[name] for name in names})
@@ -167,9 +167,9 @@ def read_overview(path: Path, *names: str) -> dict[str, Any]:
 
 
 def read_heads(path: Path, facts: dict[str, Any], columns: Columns, along: str | None = None) -> pd.DataFrame:
-    """A table with a row for each layer and head of the overview `facts`, and `columns` beside layer and head.
+    """A table with one row for each layer and head of the overview `facts`, and the columns layer, head and `columns`.
 
-    `along` names a third column, such as prefix: each head then has a row for each of its values. For a causal model
+    `along` names a third column, such as prefix: each head then has one row for each of its values. For a causal model
     the columns are repeated with the prefix masked_, all or none. Raises TableError for any other table.
     """
     place = ["layer", "head", *([along] if along else [])]
@@ -185,18 +185,18 @@ def read_heads(path: Path, facts: dict[str, Any], columns: Columns, along: str |
 
 
 def read_shard_table(path: Path, kind: str) -> pd.DataFrame:
-    """A table of one shard, of a kind of SHARDS; all but contexts.csv may be without rows.
+    """A table of one shard, where `kind` is a key of SHARDS; all but contexts.csv may be empty.
 
-    Raises TableError for another table.
+    Raises TableError for an invalid table.
     """
     place, columns = SHARDS[kind]
     return read_statistics(path, dict.fromkeys(place, "whole"), columns, empty=kind != "contexts.csv")
 
 
 def read_statistics(path: Path, place: Columns, columns: Columns, empty: bool = False) -> pd.DataFrame:
-    """A table with the columns of `place` and `columns`; of a causal model the latter again as masked_..., all or none.
+    """A table with the columns `place` and `columns`; for a causal model also the latter as masked_..., all or none.
 
-    Raises TableError for a table that is not so, and for one without rows unless `empty`.
+    Raises TableError for any other table, and for an empty one unless `empty`.
     """
     table = read_table(path, {**place, **columns}, empty)
     masked = {f"{MASKED}{name}": what for name, what in columns.items()}

@@ -1,1 +1,1 @@
-"""The methods of blocks on CUDA."""
+"""The block methods on CUDA."""

@@ -1,7 +1,7 @@
-"""ApproxKMV on CUDA: the estimator of `approxkmv` on blocks of equal size, all of it in a graph.
+"""ApproxKMV on CUDA: the estimator of `approxkmv` on blocks of equal size, all of it in a CUDA graph.
 
-A block takes at most twice the average number of samples, for which there is room; products are in float32, since
-rounded ones would introduce a bias.
+A block takes at most twice the average number of samples, since memory is allocated for no more; products are in
+float32, since rounding them would introduce a bias.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from approxkmv.compute.counting import count
 def random_inputs(
     q: torch.Tensor, block: int, samples: int, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The query (1,) that k-means starts from, and uniform numbers (batch, blocks, room for samples)."""
+    """The query (1,) that k-means starts from, and uniform numbers (batch, blocks, most samples of a block)."""
     batch, n_q = q.shape[:2]
     blocks = -(-n_q // block)
     room = 2 * samples if blocks > 1 else samples
@@ -58,9 +58,10 @@ def sums(
     with_own_keys: bool,
     **parameters: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Numerators (batch, n_q, d_v + 1), row sums and logs (batch, n_q) by whose exp both are divided, as on a CPU.
+    """Numerators (batch, n_q, d_v + 1), row sums (batch, n_q) and logs (batch, n_q), as on a CPU.
 
-    first and points: see `random_inputs`. with_own_keys: key i is query i's own and is summed exactly.
+    Numerators and row sums are divided by exp(log). first and points: see `random_inputs`. with_own_keys: key i is
+    query i's own and is summed exactly.
     """
     e = expand(q, k, v, first, products=torch.float32, **parameters)
     batch, blocks, block, _ = e.deltas.shape
@@ -87,7 +88,7 @@ def sums(
         at = drawn.view(batch, -1, 1).expand(-1, -1, per_key.shape[2])
         return per_key.gather(1, at).view(batch, blocks, room, -1)
 
-    # The control variate: the far key's sums, less the same sums over the sample, where this reduces the noise.
+    # The control variate, where it reduces the noise: the far key's sums minus the same sums over the sample.
     weighed = control.unsqueeze(3) * of_drawn(torch.cat([torch.ones_like(e.values[..., :1]), e.values], 2))
     means = weighed.sum(2, keepdim=True).expand(-1, -1, block, -1).flatten(1, 2)
     tilts = 1 + d_v if e.tilted else 1
@@ -106,7 +107,7 @@ def sums(
     numerators = heavy * exact.unsqueeze(2) + estimate * light.unsqueeze(2)
     numerators = numerators + weight.unsqueeze(2) * (value - means[..., 1:])
     if own is not None:
-        # Over the draws of its block that drew its own key, the sum of 1 / (counts p)
+        # The sum of 1 / (counts p) over the block's draws of the row's own key
         met = torch.zeros_like(e.weights).scatter_add_(2, drawn, logs.exp())
         met = met.gather(2, e.padded.view(batch, blocks, block)).flatten(1)
         left = torch.where(own.log > -torch.inf, 1 - met, 0.0)
@@ -126,7 +127,7 @@ def sums(
 
 
 def steps(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *random: torch.Tensor, **parameters: Any) -> torch.Tensor:
-    """The method without sizes or branches that depend on the data; NaN in rows to be recomputed exactly."""
+    """The method, without sizes or branches that depend on the data; NaN in rows to be recomputed exactly."""
     mean = v.float().mean(1, keepdim=True)
     numerators, row_sums, _ = sums(q, k, v - mean, *random, **parameters)
     numerators, row_sums = trusted(numerators, row_sums)

@@ -1,5 +1,5 @@
-"""The expansion of `expansion` on CUDA: blocks of equal size, no size that depends on the data, so that a graph can
-replay it. All axes of the keys take the place of their leading directions.
+"""The expansion of `expansion` on CUDA, with blocks of equal size: no size depends on the data, so a CUDA graph can
+replay it. All axes of the keys are used instead of their leading directions.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from approxkmv.compute.counting import count
 def order_of_queries(
     q: torch.Tensor, spread: torch.Tensor, first: torch.Tensor, clusters: int, iterations: int, sampled: int
 ) -> torch.Tensor:
-    """Order (batch, n) in which queries of one k-means cluster, and clusters near each other, follow one another.
+    """Order (batch, n) that puts queries of one k-means cluster, and nearby clusters, next to each other.
 
-    Every so many-th query is a first centre, counted from `first` (1,). No more centres than queries. spread (batch, 1,
-    d) are the variances of the keys, which weigh the axes.
+    The first centres are equally spaced queries, starting at `first` (1,); there are at most as many as queries.
+    spread (batch, 1, d), the variances of the keys, weights the axes.
     """
     batch, n, d = q.shape
     clusters = min(clusters, n)
     points = q * spread.pow(METRIC_POWER)
     step = n // clusters
-    # From a tensor, so that a graph need not be recorded for each seed.
+    # Indexed by a tensor: otherwise each seed would need a graph of its own.
     centres = points.index_select(1, torch.arange(clusters, device=q.device) * step + first % step)
     some = points[:, :: max(1, n // (sampled * clusters))]
     for _ in range(iterations):
@@ -35,7 +35,7 @@ def order_of_queries(
         counts = centres.new_zeros(batch, centres.shape[1]).scatter_add_(1, labels, torch.ones_like(some[..., 0]))
         centres = torch.where(counts.unsqueeze(2) > 0, totals / counts.clamp_min(1).unsqueeze(2), centres)
     labels = torch.baddbmm(centres.square().sum(2).unsqueeze(1), points, centres.mT, alpha=-2).argmin(2)
-    # Blocks are cut across clusters, so that the next cluster should be a near one: by the widest axis.
+    # A block may span two clusters, so consecutive clusters should be close: sort them along the widest axis.
     widest = centres.var(1, correction=0).argmax(1)
     place = centres.gather(2, widest.view(-1, 1, 1).expand(-1, centres.shape[1], 1)).squeeze(2)
     rank = place.argsort(1).argsort(1)
@@ -43,7 +43,7 @@ def order_of_queries(
 
 
 def stand_apart(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """(batch, n_k) whether a key stands apart from the others, as `expansion.stand_apart` has it."""
+    """(batch, n_k) whether a key stands apart from the others, as in `expansion.stand_apart`."""
     spreads = (keys.square() * queries.var(1, correction=0, keepdim=True)).sum(2)
     usual = spreads.median(1, keepdim=True).values
     apart = spreads > (APART**2 * usual).clamp_min(APART_NATS**2)
@@ -51,14 +51,14 @@ def stand_apart(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
 
 
 def count_clustering(batch: int, n_q: int, blocks: int, iterations: int, sampled: int) -> None:
-    """Report the distances of k-means, from the sizes: a replayed graph runs no Python."""
+    """Count the distances of k-means from the sizes alone: a replayed graph runs no Python."""
     of_sample = len(range(0, n_q, max(1, n_q // (sampled * blocks))))
     count(other_products=batch * blocks * (n_q + iterations * of_sample))
 
 
 @dataclass(frozen=True)
 class OwnKeys:
-    """The key of each row's own index, as `expansion.Seen` has it, and its value (batch, rows, d_v)."""
+    """The key with each row's own index, as in `expansion.Seen`, and its value (batch, rows, d_v)."""
 
     log: torch.Tensor
     share: torch.Tensor
@@ -68,23 +68,23 @@ class OwnKeys:
 
 @dataclass(frozen=True)
 class Expansion:
-    """Blocks of queries and what their centres know of the keys; rows are queries in the blocks' order, padded."""
+    """Blocks of queries, and the keys as seen from their centres; rows are queries in the blocks' order, padded."""
 
     order: torch.Tensor
-    """(batch, n_q) queries, block after block."""
+    """(batch, n_q) indices of queries, block after block."""
     padded: torch.Tensor
-    """(batch, rows) the query of each row; the last block is filled with its last query, so that it stays one block."""
+    """(batch, rows) index of each row's query; the last block is padded with its last query to full size."""
     queries: torch.Tensor
-    """(batch, rows, d) scaled."""
+    """(batch, rows, d), scaled."""
     deltas: torch.Tensor
-    """(batch, blocks, block, d) query less its block's centre."""
+    """(batch, blocks, block, d) query minus its block's centre."""
     keys: torch.Tensor
     values: torch.Tensor
-    """(batch, n_k, d) less their mean, (batch, n_k, d_v); float32."""
+    """Keys (batch, n_k, d) minus their mean, and values (batch, n_k, d_v); float32."""
     chosen: torch.Tensor
-    """(batch, blocks, near)"""
+    """(batch, blocks, near) indices of the near keys."""
     weights: torch.Tensor
-    """(batch, blocks, n_k) expected weight of each key over its block's highest; 0 for the near keys."""
+    """(batch, blocks, n_k) expected weight of each key, relative to its block's largest; 0 for the near keys."""
     total: torch.Tensor
     """(batch, blocks, 1) their sum, at least 1e-30."""
     log_weight: torch.Tensor
@@ -94,17 +94,17 @@ class Expansion:
     far_key: torch.Tensor
     """(batch, blocks, d)"""
     tilted: bool
-    """Whether `value` is of first order in the row's distance from the centre, and not the block's mean."""
+    """Whether `value` is first order in the row's offset from the centre, rather than the block's mean."""
     row_variances: torch.Tensor
-    """(batch, rows) of a row's logits around its block's; `expansion.beyond_reach` says when it is lost."""
+    """(batch, rows) variance of a row's logits around its block's; `reach.beyond_reach` says when the row is lost."""
 
     def own_keys(self) -> OwnKeys:
-        """The key of the same index as each query, of as many keys as queries."""
+        """The key with the same index as each query; there must be as many keys as queries."""
         batch, blocks, block, d = self.deltas.shape
         keys = self.keys.gather(1, self.padded.unsqueeze(2).expand(-1, -1, d))
         own = self.padded.view(batch, blocks, block)
         weight = self.weights.gather(2, own)
-        # Near keys are exact already. Not known by their weight of 0: far from the centre light ones have that too.
+        # Near keys are exact already. A weight of 0 does not identify them: light keys can have it too.
         near = torch.zeros_like(self.weights, dtype=torch.bool).scatter_(2, self.chosen, True).gather(2, own)
         log = (self.queries * keys).sum(2).masked_fill(near.flatten(1), -torch.inf)
         share = weight / self.total
@@ -113,7 +113,7 @@ class Expansion:
         return OwnKeys(log, share.flatten(1), (share * (1 + lean)).flatten(1), value)
 
     def of_queries(self, per_row: torch.Tensor) -> torch.Tensor:
-        """(batch, rows, width) in the order of the queries (batch, n_q, width)."""
+        """Rows (batch, rows, width) put in the order of the queries (batch, n_q, width)."""
         n, width = self.order.shape[1], per_row.shape[2]
         out = torch.empty(len(per_row), n, width, device=per_row.device, dtype=per_row.dtype)
         return out.scatter_(1, self.order.unsqueeze(2).expand(-1, -1, width), per_row[:, :n])
@@ -134,8 +134,7 @@ def expand(
 ) -> Expansion:
     """Cluster q (batch, n_q, d), choose each block's `near` keys of k (batch, n_k, d) and sum the others.
 
-    first (1,) is the query from which k-means takes its first centres; `products` the type that matrices have in
-    products.
+    first (1,) is the query from which k-means takes its first centres; `products` the type of matrix products.
     """
     batch, n, d = q.shape
     n_k, d_v = v.shape[1:]
@@ -156,9 +155,9 @@ def expand(
 
     rank = torch.cat([centres, 0.5 * variances], 2).to(products)
     logs = torch.bmm(rank, torch.cat([keys, keys.square()], 2).to(products).mT).float()
-    # Near to every block, since no centre may speak for its queries.
+    # Keys apart are near to every block, since a centre does not represent its queries on them.
     best = logs.masked_fill_(apart.unsqueeze(1), torch.inf).topk(near + 1, 2)
-    # The highest of the far keys, so that their weights do not all vanish beside a near one's.
+    # Relative to the highest far key: relative to a near one, all weights might vanish.
     chosen, highest = best.indices[..., :near], best.values[..., near:]
     weights = (logs - highest).clamp_max_(0.0).exp_().scatter_(2, chosen, 0.0)
     tilted = d_v <= TILTED_COLUMNS
@@ -186,7 +185,7 @@ def sums_of_keys(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Sums of exp(q.k + extra) times v and 1 over each block's listed keys (batch, blocks, m), and their scales.
 
-    (batch, rows, d_v), (batch, rows) and (batch, rows): both sums are divided by exp(scale).
+    Shapes (batch, rows, d_v), (batch, rows) and (batch, rows); both sums are divided by exp(scale).
     """
     queries, keys, values = (t.to(products) for t in (e.queries, e.keys, e.values))
     return triton_kernels.listed(queries, keys, values, listed, extra, e.deltas.shape[2], 1.0)

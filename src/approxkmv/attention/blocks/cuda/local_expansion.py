@@ -1,4 +1,4 @@
-"""Local expansion on CUDA: `expansion_cuda`, the near keys by a Triton kernel, all of it in a graph."""
+"""Local expansion on CUDA: near keys by a Triton kernel, far keys by `cuda.expansion`, all of it in a CUDA graph."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from approxkmv.attention.kernels import cuda_graphs
 from approxkmv.attention.kernels import triton as triton_kernels
 from approxkmv.compute.counting import count
 
-# Logarithms of weights that pass a row's near keys by more are not to be believed, as on a CPU.
+# Log weights that exceed a row's near keys by more than this are not trusted, as on a CPU.
 _LARGEST = 80.0
 
 
@@ -25,11 +25,11 @@ def steps(
     products: torch.dtype,
     **parameters: Any,
 ) -> torch.Tensor:
-    """The method without a single size or branch that depends on the data: float32 (batch, n_q, d_v), NaN where lost.
+    """The method, without sizes or branches that depend on the data: float32 (batch, n_q, d_v), NaN where lost.
 
     first (1,) is the query from which k-means takes its first centres.
     """
-    # Sums of rounded products are spared the common offset of the values.
+    # Centred values keep a common offset out of the rounded products.
     mean = v.float().mean(1, keepdim=True)
     e = expand(q, k, v - mean, first, products=products, **parameters)
     numerators, row_sums, scales = sums_of_keys(e, e.chosen, None, products)
@@ -42,16 +42,16 @@ def steps(
     known = row_sums.log() + scales
     row_sums = row_sums * exact + weight
     if own is not None:
-        # Exactly in place of its share of the far key.
+        # The exact own key replaces its share of the far key.
         added = (own.log - shift).exp()
         light = own.log > -torch.inf
         counted = added - weight * (own.share_seen if e.tilted else own.share)
         numerators = numerators + torch.where(light, counted, 0.0).unsqueeze(2) * own.value
         if not e.tilted:
-            # What the own key's share leaves of the far value: the weights of a row add up to one.
+            # The difference of the own key's two shares goes to the far value: a row's weights add up to one.
             numerators = numerators + (weight * (own.share - own.share_seen)).unsqueeze(2) * e.value
         row_sums = row_sums + torch.where(light, added - weight * own.share_seen, 0.0)
-    # Far from its block's centre a row does not see what the far key weighs: it is made exactly in the end.
+    # Far from its block's centre a row's far weight is unreliable: the row is recomputed exactly at the end.
     known = known if own is None else torch.logaddexp(known, own.log)
     lost = beyond_reach(e.row_variances, known, e.log_weight, k.shape[1] - e.chosen.shape[2])
     row_sums = torch.where((shift - scales < _LARGEST) & ~lost, row_sums, torch.nan)
@@ -75,17 +75,17 @@ def attend(
 ) -> torch.Tensor:
     """Local expansion of q (batch, n_q, d), k (batch, n_k, d), v (batch, n_k, d_v) on their device, without gradients.
 
-    The seed shifts the queries that k-means starts from; `directions` has no use here, since all axes fit.
+    The seed shifts the queries that k-means starts from; `directions` is ignored, since all axes are used.
     """
     batch, n_q, _ = q.shape
     n_k = k.shape[1]
     if near >= n_k:
         count(kernel_evaluations=batch * n_q * n_k)
         return triton_kernels.exact(q, k, v, scale)
-    # All queries together are the largest block.
+    # No block is larger than all queries together.
     block = min(block, n_q)
     blocks = -(-n_q // block)
-    # All keys at the centres; near keys, the far key and the own one for each query. The last block is padded.
+    # Evaluations: all keys at the centres; near keys, the far key and the own key for each query. Padding included.
     own = n_q if n_q == n_k else 0
     count(kernel_evaluations=batch * (blocks * (n_k + block * (near + 1)) + own))
     count_clustering(batch, n_q, blocks, iterations, sampled)

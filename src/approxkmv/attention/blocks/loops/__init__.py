@@ -1,7 +1,7 @@
-"""Loops of the methods of blocks, compiled by numba, one core each and free of Python's lock.
+"""Loops of the block methods, compiled by numba; each runs on one core and releases Python's GIL.
 
-Import this only where numba is installed. numba's own threads are not used: its OpenMP layer changes the number of
-threads that torch runs.
+Import this only if numba is installed. numba's own threads are not used, since its OpenMP layer changes torch's number
+of threads.
 """
 
 from __future__ import annotations

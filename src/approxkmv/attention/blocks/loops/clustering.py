@@ -1,4 +1,4 @@
-"""Compiled loops that cut queries into blocks."""
+"""Compiled loops that partition queries into blocks."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from approxkmv.compute.compiling import cached_njit
 
 @cached_njit(fastmath=FLAGS, nogil=True)
 def nearest(distances, points, labels):
-    """labels (rows,) = the column with the least of distances (rows, columns) + |points|^2, which is not negative.
+    """Set labels (rows,) to the column that minimises distances (rows, columns) + |points|^2, which is non-negative.
 
-    The bits of a float32 that is not negative are in the order of the numbers; with the column in place of the last
-    ones a single minimum of integers, which the compiler vectorises, finds both. Distances that agree to 12 bits or
-    more may be taken for equal: for a clustering they are.
+    The bits of non-negative float32 numbers sort like the numbers. With the column in the lowest bits, one integer
+    minimum, which the compiler vectorises, finds both. Distances that agree to 12 bits or more may count as equal,
+    which is accurate enough for clustering.
     """
     columns = distances.shape[1]
     places = 1
@@ -35,7 +35,7 @@ def nearest(distances, points, labels):
 
 @cached_njit(fastmath=FLAGS, nogil=True)
 def spreads(points, others, sampled, out):
-    """out (n,) = `spreads` of reach.py of points (n, d) and others (m, d), of which `sampled` rows decide."""
+    """Fill out (n,) with `reach.spreads` of points (n, d) and others (m, d), estimated from `sampled` rows."""
     d = points.shape[1]
     middle, mean, variances = np.zeros(d, np.float32), np.zeros(d, np.float32), np.zeros(d, np.float32)
     step = max(1, len(points) // sampled)
@@ -62,9 +62,9 @@ def spreads(points, others, sampled, out):
 
 @cached_njit(nogil=True)
 def group(labels, multiple):
-    """queries, rows, labels, starts and sizes of `Blocks`: points (n,) with a label in blocks, a block for each used.
+    """queries, rows, labels, starts and sizes of `Blocks` from labels (n,), one block for each label that occurs.
 
-    A block's rows are padded to a multiple of some.
+    A block's rows are padded to a multiple of `multiple`.
     """
     n = len(labels)
     counts = np.zeros(labels.max() + 1, np.int64)
@@ -96,8 +96,8 @@ def group(labels, multiple):
 def centre_blocks(q, scale, points, importance, queries, starts, sizes, deltas, centres, variances, row_variances):
     """Fill deltas (rows, d), centres (blocks, d), variances (blocks, r) and row_variances (rows,), block after block.
 
-    q (n, d) times scale are the queries, whose centre and distances from it are wanted; points (n, r), whose variance
-    is, for each block along each axis, and for each row over the axes, times their importance (r,).
+    q (n, d) times scale are the queries, from which centres and deltas are computed. variances and row_variances are
+    computed from points (n, r): per block along each axis, and per row over the axes weighted by importance (r,).
     """
     d = q.shape[1]
     r = points.shape[1]
@@ -105,7 +105,7 @@ def centre_blocks(q, scale, points, importance, queries, starts, sizes, deltas, 
     for b in range(len(starts)):
         first = starts[b]
         last = first + sizes[b]
-        # Padded rows are a block's last.
+        # Padding comes last in a block.
         while queries[last - 1] < 0:
             last -= 1
             deltas[last, :] = f32(0.0)

@@ -7,19 +7,19 @@ import numpy as np
 from approxkmv.attention.kernels.numbers import FLAGS, f32, fading, number, stored
 from approxkmv.compute.compiling import cached_njit
 
-_LARGEST = 80.0  # exponents above this leave float32 together with what they are multiplied by
+_LARGEST = 80.0  # larger exponents overflow float32 together with what they are multiplied by
 
 
 @cached_njit(fastmath=FLAGS, nogil=True)
 def fill_weights(
     low, high, logs, kept, begin, step, columns, weights, counts, highest, thresholds, totals, values
 ):  # fmt: skip
-    """Blocks low to high - 1: weights = exp(logs - highest), 0 at the near keys, whose number goes to counts.
+    """Blocks low to high - 1: weights = exp(logs - highest), or 0 for near keys, which are counted in counts.
 
-    highest (blocks,) receives the largest log of a key that is not near, or the threshold where all are.
+    highest (blocks,) receives the largest log of a key that is not near, or the threshold if all are near.
 
-    A key is near where its log (blocks, n) is at least the block's threshold: the number of rank `kept`, from below,
-    among every step-th key's from the key at `begin` on. weights (blocks, 1 + tilts, n) has the weights, then their
+    A key is near if its log (blocks, n) is at least the block's threshold: the log of ascending rank `kept` among
+    those of every step-th key, starting at key `begin`. weights (blocks, 1 + tilts, n) holds the weights, then their
     products with the value columns (tilts, n); totals (blocks,) and values (blocks, tilts) are their sums. logs and
     weights are float32, or bfloat16 as bits.
     """
@@ -57,10 +57,10 @@ def fill_weights(
 
 @cached_njit(fastmath=FLAGS, nogil=True)
 def centre_far(highest, variances, axes, totals, far_log, far_value, far_axes):
-    """Sums over the far keys of each block become weighted means and covariances; see `Expansion`.
+    """Turn sums over the far keys of each block into weighted means and covariances, in place; see `Expansion`.
 
     far_axes (blocks, 1 + tilts, d) and far_value (blocks, d_v) hold sums of weights times keys and values; totals
-    (blocks,) those of the weights, which become at least 1e-30. variances (blocks, r) are along axes (d, r).
+    (blocks,) hold sums of the weights, raised to at least 1e-30. variances (blocks, r) are along axes (d, r).
     """
     d, r = axes.shape
     along = np.empty(r, np.float32)
@@ -81,19 +81,19 @@ def centre_far(highest, variances, axes, totals, far_log, far_value, far_axes):
         second = f32(0.0)
         for a in range(r):
             second += variances[b, a] * along[a] * along[a]
-        # The far key's own second-order term is in its weight already.
+        # The weight already contains the far key's own second-order term.
         far_log[b] = np.log(totals[b]) + highest[b] - f32(0.5) * second
 
 
 @cached_njit(fastmath=FLAGS, nogil=True)
 def list_near(low, high, logs, thresholds, ends, chosen):
-    """The near keys of blocks low to high - 1, counted by fill_weights, into chosen[ends[b - 1]:ends[b]]."""
+    """Write the near keys of blocks b = low to high - 1, counted by fill_weights, to chosen[ends[b-1]:ends[b]]."""
     for b in range(low, high):
         bar = thresholds[b]
         at = ends[b - 1] if b > 0 else 0
         end = ends[b]
         for j in range(logs.shape[1]):
-            # Written in any case and kept if near: a branch on every key would be guessed wrong too often.
+            # Always written, kept only if near: a branch on each key would be mispredicted too often.
             if at < end:
                 chosen[at] = j
                 at += np.int64(number(logs[b, j]) >= bar)
@@ -104,7 +104,7 @@ def see(
     low, high, with_own_keys, queries, starts, sizes, logs, weights, thresholds, totals, far_log, far_value, far_axes,
     centres, deltas, k, mean, log_weight, value, own_log, own_share, own_seen
 ):  # fmt: skip
-    """Fill what the rows of blocks low to high - 1 see of the far key and of their own key: see `expansion.Seen`."""
+    """Fill in the far key and own key as seen by the rows of blocks low to high - 1: see `expansion.Seen`."""
     d = deltas.shape[1]
     for b in range(low, high):
         for row in range(starts[b], starts[b] + sizes[b]):
@@ -139,9 +139,9 @@ def see(
 def expanded_answers(
     low, high, queries, starts, sizes, tilted, sums, scales, log_weight, far_value, own_log, own_share, own_seen, v, out
 ):  # fmt: skip
-    """Answers (n, d_v) of the queries of blocks low to high - 1: heavy keys, far key, and the own key, not its share.
+    """Outputs (n, d_v) of the queries in blocks low to high - 1: heavy keys, far key, and own key instead of its share.
 
-    NaN where an exponential would leave float32.
+    NaN where an exponential would overflow float32.
     """
     width = far_value.shape[1]
     for b in range(low, high):
@@ -159,9 +159,9 @@ def expanded_answers(
             own = fading(own_log[row] - scale) if mine else f32(0.0)
             share = f32(1.0) / (sums[row, 0] + weight + own - (weight * own_seen[row] if mine else f32(0.0)))
             counted = own - weight * (own_seen[row] if tilted else own_share[row]) if mine else f32(0.0)
-            # In the far value's place, what the own key's share leaves of it: the weights of a row add up to one.
+            # The difference of the own key's two shares goes to the far value: a row's weights add up to one.
             left = weight if tilted or not mine else weight * (f32(1.0) - own_seen[row] + own_share[row])
-            # Of another number of queries than keys, v has no row of the query's own.
+            # With unequal numbers of queries and keys, v has no row for the query's own key.
             mine_at = query if mine else 0
             far_at = row if tilted else b
             for c in range(width):

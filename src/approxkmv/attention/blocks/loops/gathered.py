@@ -1,4 +1,4 @@
-"""Compiled sums over keys that are gathered for each block."""
+"""Compiled sums over the keys gathered for each block."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from approxkmv.attention.kernels.numbers import FLAGS, bits, exp, f32, fading
 from approxkmv.attention.kernels.tiles import KEYS, LANES, WIDE, multiply_tile, multiply_tile_of_pairs
 from approxkmv.compute.compiling import cached_njit
 
-FEW_COLUMNS = 8  # of v: for more, their sums are products of tiles too
-_QUERIES = 64  # queries of a panel, so that it and their logits stay in the first cache
+FEW_COLUMNS = 8  # columns of v up to which their sums are not computed as products of tiles
+_QUERIES = 64  # queries per panel: the panel and its logits fit the L1 cache
 _BATCH = 64  # keys whose products with many value columns are summed together
 
 
 @njit(inline="always")
 def _weigh_keys(chosen, k, mean, extra, centre, places, weights):
-    """The rows of `chosen` to places, and their weights exp(centre.(k - mean) + extra - shift).
+    """Copy `chosen` to places, and fill weights with exp(centre.(k - mean) + extra - shift).
 
-    Returns the shift, the largest of these exponents.
+    Returns the shift, the largest of these exponents before it is subtracted.
     """
     shift = f32(-np.inf)
     for j in range(len(chosen)):
@@ -38,7 +38,7 @@ def _weigh_keys(chosen, k, mean, extra, centre, places, weights):
 
 @njit(inline="always")
 def _numbers_to_panel(deltas, i, some, mean, panel, start):
-    """Rows i to i + some - 1 of deltas to the columns of panel (d, queries), and start = -deltas.mean."""
+    """Copy rows i to i + some - 1 of deltas to the columns of panel (d, queries), and set start = -deltas.mean."""
     for t in range(some):
         dot = f32(0.0)
         for p in range(deltas.shape[1]):
@@ -50,7 +50,7 @@ def _numbers_to_panel(deltas, i, some, mean, panel, start):
 
 @njit(inline="always")
 def _pairs_to_panel(deltas, i, some, panel):
-    """Rows i to i + some - 1 of deltas, rounded, to the columns of panel (pairs, queries), two numbers in each word."""
+    """Copy rows i to i + some - 1 of deltas, rounded, to the columns of panel (pairs, queries), two per word."""
     d = deltas.shape[1]
     for t in range(some):
         for p in range(d // 2):
@@ -58,8 +58,8 @@ def _pairs_to_panel(deltas, i, some, panel):
             panel[p, t] = np.uint32(first) | (np.uint32(second) << np.uint32(16))
 
 
-# What differs between products of float32 and of bfloat16 numbers is decided by the type of `rounded`, so that a
-# processor without the instruction for the latter never meets it.
+# The type of `rounded` selects float32 or bfloat16 products at compile time, so a processor without the bfloat16
+# instruction never meets it.
 def _lanes(rounded):
     """How many queries a tile multiplies at once."""
     raise NotImplementedError
@@ -71,12 +71,12 @@ def _empty_panel(rounded, d):
 
 
 def _fill_panel(rounded, deltas, i, some, mean, panel, start):
-    """A panel of rows i to i + some - 1 of deltas, and what to start their products from."""
+    """Fill a panel with rows i to i + some - 1 of deltas, and start with the initial values of their products."""
     raise NotImplementedError
 
 
 def _multiply(rounded, k, places, j, panel, t, start, out):
-    """The products of keys and queries of one tile."""
+    """Multiply the keys and queries of one tile."""
     raise NotImplementedError
 
 
@@ -115,7 +115,7 @@ def _multiply_by_type(rounded, k, places, j, panel, t, start, out):
 
 @njit(inline="always")
 def _add_tile(logits, span, pairs, j, totals):
-    """totals (columns, queries) gain exp(logits) (KEYS, queries) times the rows j to j + KEYS - 1 of pairs."""
+    """Add exp(logits) (KEYS, queries) times rows j to j + KEYS - 1 of pairs to totals (columns, queries)."""
     for r in range(0, KEYS, 4):
         for t in range(span):
             logits[r, t] = exp(logits[r, t])
@@ -135,12 +135,12 @@ def _add_tile(logits, span, pairs, j, totals):
 
 @cached_njit(fastmath=FLAGS, nogil=True)
 def sums_of_keys(low, high, deltas, starts, sizes, chosen, ends, k, mean, v, extra, centres, scales, sums, rounded):
-    """Sums of exp(q.(k - mean) + extra) [1, v] over the chosen keys of the blocks low to high - 1, for their queries.
+    """Sums of exp(q.(k - mean) + extra) [1, v] over the chosen keys of blocks low to high - 1, for their queries.
 
-    q is its block's centre plus its row of deltas (rows, d); chosen[ends[b-1]:ends[b]] are the keys of block b.
-    scales (blocks,) receives the exponent that the block's sums are divided by; sums (rows, 1 + d_v) the row sums and
-    the numerators. rounded: None, or k - mean (n, d) in bfloat16 as bits, d even, with which the products of deltas and
-    keys, but not of centres and keys, are of bfloat16 numbers.
+    q is its block's centre plus its row of deltas (rows, d); chosen[ends[b-1]:ends[b]] are the keys of block b. sums
+    (rows, 1 + d_v) receives the row sums and the numerators, divided by exp(scales) of their block; scales (blocks,) is
+    filled too. rounded: None, or k - mean (n, d) in bfloat16 as bits, d even; products of deltas and keys are then
+    bfloat16, those of centres and keys are not.
     """
     width = v.shape[1]
     panel = _empty_panel(rounded, k.shape[1])
@@ -151,7 +151,7 @@ def sums_of_keys(low, high, deltas, starts, sizes, chosen, ends, k, mean, v, ext
     for b in range(low, high):
         begin = ends[b - 1] if b > 0 else 0
         number = ends[b] - begin
-        # The last tile is filled with key 0 at weight 0.
+        # The last tile is padded with key 0 at weight 0.
         whole = (number + KEYS - 1) // KEYS * KEYS
         places = np.zeros(whole, np.int64)
         weights = np.empty(number, np.float32)
@@ -180,7 +180,7 @@ def sums_of_keys(low, high, deltas, starts, sizes, chosen, ends, k, mean, v, ext
 def wide_sums_of_keys(
     low, high, deltas, starts, sizes, chosen, ends, k, mean, v, extra, centres, scales, sums, rounded
 ):  # fmt: skip
-    """As sums_of_keys, for many columns of v: their sums too are products of tiles, over _BATCH keys at a time."""
+    """Like sums_of_keys, for many columns of v: their sums are also products of tiles, over _BATCH keys at a time."""
     width = v.shape[1]
     panel = _empty_panel(rounded, k.shape[1])
     lanes = _lanes(rounded)

@@ -1,4 +1,4 @@
-"""Both methods of blocks for one block of all queries, each in one compiled call."""
+"""Both block methods for a single block of all queries, each in one compiled call."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from approxkmv.compute.compiling import cached_njit
 
 @cached_njit(fastmath=FLAGS, nogil=True)
 def _expand_one_block(q, scale, k, v, kept, begin, step, tilts, deltas, logs, weights):
-    """`expansion.expand` for one block of all queries and no axes, as what the functions above take of it.
+    """`expansion.expand` for one block of all queries and no axes, returned in the parts that the functions below need.
 
-    scratch: deltas (n_q, d), logs (1, n_k), weights (1, 1 + tilts, n_k).
+    Scratch: deltas (n_q, d), logs (1, n_k), weights (1, 1 + tilts, n_k).
     """
     n_q, d = q.shape
     n_k, width = v.shape
@@ -75,7 +75,7 @@ def _sums_in_one_block(starts, sizes, deltas, chosen, k, mean, v, extra, centres
 
 @cached_njit(nogil=True)
 def _see_in_one_block(with_own_keys, block, far, keys, deltas, k, logs, weights):
-    """What `see` fills, for one block: log_weight, value, own_log, own_share, own_seen."""
+    """The arrays that `see` fills, for one block: log_weight, value, own_log, own_share, own_seen."""
     queries, starts, sizes, _ = block
     far_log, far_value, far_axes = far
     mean, centres, thresholds, _, _, totals = keys
@@ -92,9 +92,9 @@ def _see_in_one_block(with_own_keys, block, far, keys, deltas, k, logs, weights)
 
 @cached_njit(nogil=True)
 def answers_of_one_block(with_own_keys, q, scale, k, v, kept, begin, step, tilts, deltas, logs, weights, out):
-    """`local_expansion.attend` for one block of all queries and no axes, into out (n_q, d_v): how many keys were near.
+    """`local_expansion.attend` for one block of all queries and no axes, into out (n_q, d_v). Returns the near count.
 
-    Of few keys, calls from Python would take longer than what they do; the functions called are the same.
+    With few keys, separate calls from Python would take longer than their work; the same functions are called.
     """
     block, keys, far = _expand_one_block(q, scale, k, v, kept, begin, step, tilts, deltas, logs, weights)
     queries, starts, sizes, _ = block
@@ -113,7 +113,7 @@ def answers_of_one_block(with_own_keys, q, scale, k, v, kept, begin, step, tilts
 def controlled_sums_of_one_block(
     with_own_keys, q, scale, k, v, kept, begin, step, tilts, limit, points, deltas, logs, weights, out
 ):  # fmt: skip
-    """`approxkmv.sums` for one block of all queries and no axes, into out (n_q, d_v + 3): how many keys were near.
+    """`approxkmv.sums` for one block of all queries and no axes, into out (n_q, d_v + 3). Returns the near count.
 
     points (m,) are uniform random numbers, one for each sample.
     """

@@ -7,21 +7,21 @@ import numpy as np
 from approxkmv.attention.kernels.numbers import FLAGS, exp, f32, fading
 from approxkmv.compute.compiling import cached_njit
 
-_CHUNK = 64  # keys whose weights are summed together before one of them is looked for
+_CHUNK = 64  # keys per partial sum of weights: the search finds the chunk first, then the key in it
 
 
 @cached_njit(fastmath=FLAGS, nogil=True)
 def far_deviations(low, high, starts, sizes, heavy, scales, log_weight, variances, out):
-    """Per block, the root of the mean over its rows of share^2 (exp(s) - 1 - s), s their variance, at most 10.
+    """Per block, the root of the mean over its rows of share^2 (exp(s) - 1 - s), with s the row's variance, at most 10.
 
-    share is the far part of a row's sum: exp(log_weight) beside heavy[:, 0] exp(scale of the block).
+    share is the far part of a row's sum: exp(log_weight) relative to that plus heavy[:, 0] exp(scale of the block).
     """
     for b in range(low, high):
         total = 0.0
         for row in range(starts[b], starts[b] + sizes[b]):
             far = exp(log_weight[row] - scales[b])
             share = far / (far + heavy[row, 0])
-            # A row whose sums left float32 is made again in the end; until then its light keys are all there is.
+            # A row whose sums overflow float32 is recomputed at the end; until then only its light keys count.
             share = share if share >= f32(0.0) else f32(1.0)
             s = min(variances[row], f32(10.0))
             total += share * share * (exp(s) - f32(1.0) - s)
@@ -30,9 +30,9 @@ def far_deviations(low, high, starts, sizes, heavy, scales, log_weight, variance
 
 @cached_njit(fastmath=FLAGS, nogil=True)
 def draw_light(low, high, draw_ends, ends, chosen, weights, totals, points, keys, logs, control):
-    """Light keys of blocks low to high - 1, and the two weights of each: see `approxkmv.draw`.
+    """Draw light keys for blocks low to high - 1, with the two weights of each: see `approxkmv.draw`.
 
-    points (m,) are uniform random numbers, up to draw_ends[b] for block b, each turned into one key.
+    points (m,) are uniform random numbers, up to draw_ends[b] for block b; each selects one key.
     """
     n = weights.shape[2]
     chunks = (n + _CHUNK - 1) // _CHUNK
@@ -55,12 +55,12 @@ def draw_light(low, high, draw_ends, ends, chosen, weights, totals, points, keys
                 keys[t], logs[t], control[t] = 0, -np.inf, 0.0
                 continue
             even = 1.0 / (n - near)
-            # A point below one half is a place among the light keys, one above it a place in the running sum.
+            # A point below one half selects a light key uniformly, one above it selects by the running sum of weights.
             by_weight = running > 0.0
             u = 2.0 * points[t]
             if u < 1.0 or not by_weight:
                 place = min(np.int64((u if by_weight else 0.5 * u) * (n - near)), n - near - 1)
-                # As many near keys come before the light key at a place as lie less than that many places behind it.
+                # The light key with index i among light keys has index i + (number of near keys before it).
                 left, right = 0, near
                 while left < right:
                     middle = (left + right) // 2
@@ -101,11 +101,11 @@ def controlled_sums(
     limit, ends, keys, logs, control, deltas, k, mean, v, far_value, far_axes, log_weight, own_log, own_share, own_seen,
     out
 ):  # fmt: skip
-    """Numerators, parts, row sum and log (n, d_v + 3) of each query of blocks low to high - 1, by the control variate.
+    """Numerators, parts, row sum and log (n, d_v + 3) of each query in blocks low to high - 1, by the control variate.
 
-    For every row: heavy keys + estimate over the sample + far key - far key over the sample, and the own key (of log
-    own_log, -inf for none) exactly instead of its share. Parts: these without their signs. The sample of block b is
-    keys[ends[b-1]:ends[b]], with the weights exp(logs) and `control`; far_axes and the rest are of `Expansion` and
+    For every row: heavy keys + estimate over the sample + far key - far key over the sample, with the own key (log
+    own_log, -inf for none) exact instead of its share. Parts: the same terms added without signs. The sample of block
+    b is keys[ends[b-1]:ends[b]], with weights exp(logs) and `control`; far_axes and the rest come from `Expansion` and
     `Seen`. Every row is a query.
     """
     d, width = k.shape[1], v.shape[1]
