@@ -1,10 +1,10 @@
-"""How fast attention_statistics is beside exact attention: python benchmarks/attention_statistics.py
+"""Speed of attention_statistics relative to exact attention: python benchmarks/attention_statistics.py
 
-One head in float32 on one core, beside torch's scaled_dot_product_attention of the same q and k with as many value
-columns, in the processor's time, the calls in turn in every round: entropy, support and masses (the first pass), the
-same with a causal mask on both sides, and each further pass. Then the largest relative differences from float64 n x n
-attention at n = 4,096, of float32 products with logits up to 30 and of float64 products up to 10^4. Writes
-results/benchmarks/attention_statistics.csv and .json.
+CPU time of one float32 head on one core, interleaved with torch's scaled_dot_product_attention on the same q and k with
+as many value columns: entropy, support and masses (the first pass), the same with a causal mask in both, and each
+further pass. Then the largest relative differences from float64 n x n attention at n = 4,096, for float32 products with
+logits up to 30 and for float64 products with logits up to 10^4. Writes results/benchmarks/attention_statistics.csv and
+.json.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LENGTHS = (2048, 8192)
 
 
 def head(n: int, d: int, largest: float, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Queries and keys at random, their logits up to `largest`."""
+    """Random queries and keys with logits up to `largest`."""
     generator = torch.Generator().manual_seed(seed)
     q, k = (torch.randn(n, d, generator=generator) for _ in range(2))
     found = max(float((d**-0.5 * part @ k.mT).abs().max()) for part in q.split(512))
@@ -75,7 +75,7 @@ def accuracy() -> list[dict[str, object]]:
 
 
 def main() -> None:
-    """Run all, print a table and write it."""
+    """Run everything, print a table and write it."""
     torch.set_num_threads(1)
     rows: list[dict[str, object]] = []
     for n in LENGTHS:

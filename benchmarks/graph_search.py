@@ -1,9 +1,9 @@
-"""What graph search rests on, measured on kernels: python benchmarks/graph_search.py
+"""The assumptions of graph search, measured on kernels: python benchmarks/graph_search.py
 
 For heads of SmolLM2 on a novel, and for word vectors: the doubling dimension and the aspect ratio of the keys of
-Lemma 4.1, how near greedy search on the graph with the guarantee comes to it, and what share of the 32 heaviest keys
-the practical graphs find. Writes results/benchmarks/graph_search.csv and .json; --out changes the name. The model
-must have been fetched (approxkmv fetch --model smollm2-135m).
+Lemma 4.1, how close greedy search comes on the graph with the guarantee, and what share of the 32 heaviest keys the
+practical graphs find. Writes results/benchmarks/graph_search.csv and .json; --out changes the name. The model must
+have been fetched (approxkmv fetch --model smollm2-135m).
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def recall(found: torch.Tensor, right: torch.Tensor) -> float:
 
 
 def greedy(graph: VamanaGraph, queries: torch.Tensor, nearest: torch.Tensor) -> dict[str, float]:
-    """How near greedy search comes, in the ratio to the nearest distance, and what it takes."""
+    """How close greedy search comes, as a ratio to the nearest distance, and its cost."""
     found = graph.search(queries, 1, 1)
     ratio = found.distances[:, 0].double() / nearest
     return {
@@ -74,7 +74,7 @@ def greedy(graph: VamanaGraph, queries: torch.Tensor, nearest: torch.Tensor) -> 
 
 
 def main() -> None:
-    """Measure all, print a table and write it."""
+    """Measure everything, print a table and write it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("results/benchmarks/graph_search.csv"))
     out = parser.parse_args().out
@@ -83,7 +83,7 @@ def main() -> None:
     # Compiled before anything is timed.
     build(torch.randn(50, 4), alpha=1.2, degree=4, beam=4, generator=torch.Generator()).search(torch.randn(5, 4), 2, 4)
     for name, q, k, scale in kernels():
-        # As the methods search: attention does not change when all keys move together.
+        # As the methods do: shifting all keys together does not change attention.
         k = k - k.mean(0)
         reduced = reduce_attention(q, k, scale)
         queries, keys = torch.as_tensor(reduced.queries), torch.as_tensor(reduced.keys)

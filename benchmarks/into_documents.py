@@ -1,7 +1,7 @@
-"""Put the reference results into the documents, between their markers: python benchmarks/into_documents.py
+"""Insert the reference results into the documents, between markers: python benchmarks/into_documents.py
 
 The text between `<!-- table: NAME -->` (or `<!-- number: NAME -->` inside a sentence) and `<!-- end -->` is replaced by
-what NAME's function makes of the files in results/reference/; the sentences around it are written by hand. With --check
+what NAME's function computes from the files in results/reference/; the text around it is written by hand. With --check
 nothing is written; the exit code is the number of outdated documents.
 """
 
@@ -70,7 +70,7 @@ def _workload(name: str) -> str:
 
 
 def _times(here: pd.DataFrame) -> str:
-    """Times exact-fused's speed at each target, from the rows of one method on one workload at one n."""
+    """Speed relative to exact-fused at each target, from the rows of one method on one workload at one n."""
     if (here["kind"] == "exact").all():
         return " / ".join(f"{times:.1f}" for times in here["times"])
     reached = here[here["status"] == "ok"].groupby("target")["times"].max()
@@ -89,7 +89,7 @@ def _about(study: str, table: pd.DataFrame) -> str:
 
 
 def at_longest() -> str:
-    """Every method at the longest n of each workload: a row per method, in two tables of word vectors and of heads."""
+    """Every method at the longest n of each workload, a row per method; one table for word vectors, one for heads."""
     table = _sweep("rows")
     table = table[(table["n"] == table.groupby("workload")["n"].transform("max")) & (table["method"] != BASELINE)]
     heads = table["workload"].str.startswith("model-qk")
@@ -121,7 +121,7 @@ def at_each_length(study: str) -> str:
 
 
 def wins() -> str:
-    """Of how many workloads, lengths and errors each method beats exact-fused, or is the fastest."""
+    """In how many cases (workload, length, error) each method beats exact-fused, or is the fastest."""
     table = pd.concat([_sweep("rows"), _sweep("long")])
     table = table[(table["kind"] != "exact") & table["target"].notna()]
     where = ["workload", "n", "batch", "columns", "target"]
@@ -146,7 +146,7 @@ def wins() -> str:
     return markdown(pd.DataFrame(lines)) + "\n"
 
 
-# What to ask of the fastest method on one core: workload, length, error, how many times the speed of exact-fused.
+# Targets for the fastest method on one core: workload, length, error, speed relative to exact-fused.
 AIMS = [
     *(("local-expansion", f"model-qk-{head}", 8192, 0.1, 8) for head in range(5)),
     *(("local-expansion", f"model-qk-{head}", 8192, 0.05, 5) for head in range(5)),
@@ -156,7 +156,7 @@ AIMS = [
 
 
 def aims() -> str:
-    """What was aimed at and what was measured."""
+    """Targets and measurements."""
     table = _sweep("long").set_index(["method", "workload", "n", "target"])
     lines = []
     for method, workload, n, target, wanted in AIMS:
@@ -204,7 +204,7 @@ def graph_search() -> str:
 
 
 def knn_training() -> str:
-    """Where training with sampled gradients ends, beside training with exact ones."""
+    """Final losses of training with sampled gradients and with exact ones."""
     table = pd.read_csv(REFERENCE / "knn_training" / "knn_training.csv")
     lines = []
     for problem, rows in table.groupby("problem", sort=False):
@@ -245,7 +245,7 @@ def attention_statistics() -> str:
 
 
 def spectral_error() -> str:
-    """KDEformer as a theorem."""
+    """Spectral errors of KDEformer and their bound."""
     table = pd.read_csv(REFERENCE / "benchmarks" / "spectral_error.csv")
     shown = pd.DataFrame(
         {
@@ -283,7 +283,7 @@ def workload_ratios() -> str:
 
 
 def against_paper() -> str:
-    """How many times faster approxkmv is than approxkmv-paper, where the latter reaches an error."""
+    """Speed of approxkmv relative to approxkmv-paper, where the latter reaches an error."""
     table = pd.concat([_sweep("rows"), _sweep("long")])
     table = table[(table["status"] == "ok") & table["target"].notna()]
     where = ["workload", "n", "target"]

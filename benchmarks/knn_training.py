@@ -1,7 +1,7 @@
-"""Training with the sampled gradients of kNN attention beside the exact ones: python benchmarks/knn_training.py
+"""Training with the sampled gradients of kNN attention and with exact ones: python benchmarks/knn_training.py
 
-Regression on the answers of another attention layer, by gradient descent: over V alone, which is convex, and over Q,
-K and V, which is not. The loss that is written is always that of exact attention with the weights of that step.
+Regression on the outputs of another attention layer, by gradient descent: over V alone, which is convex, and over Q,
+K and V, which is not. The reported loss is always the loss of exact attention with that step's weights.
 Writes results/benchmarks/knn_training.csv and .json; --out changes the name.
 """
 
@@ -55,7 +55,7 @@ def train(attend: Callable[..., torch.Tensor], is_convex: bool, rate: float) -> 
 
 
 def main() -> None:
-    """Train all, print the ends and write the curves."""
+    """Train everything, print the final losses and write the curves."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("results/benchmarks/knn_training.csv"))
     out = parser.parse_args().out

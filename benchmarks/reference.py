@@ -1,4 +1,4 @@
-"""The reference results, and how tables and numbers of them are written into documents."""
+"""The reference results, and the format of their tables and numbers in documents."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def markdown(table: pd.DataFrame) -> str:
 
 
 def machine(path: Path) -> str:
-    """One line with the machine and the versions that made a table."""
+    """One line with the machine and the versions that produced a table."""
     record = json.loads(path.read_text(encoding="utf-8"))
     record = record.get("provenance", record)
     versions = record["versions"]

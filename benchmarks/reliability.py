@@ -1,8 +1,8 @@
-"""Count bad inputs and random calls and how they end: python benchmarks/reliability.py [fuzz | bad-inputs]
+"""Count how bad inputs and random calls end: python benchmarks/reliability.py [fuzz | bad-inputs]
 
 Every bad input of tests/bad_inputs must end with one line and exit code 2; every call of tests/fuzz.py must be answered
-rightly or refused in one line. Writes fuzz.csv and bad_inputs.csv to results/reliability, each with a .json that says
-who made it; --out changes the folder. What did not end so is named. Exit code 1 if there is any.
+correctly or refused in one line. Writes fuzz.csv and bad_inputs.csv to results/reliability, each with its provenance as
+.json; --out changes the folder. Failures are printed, and the exit code is 1 if there are any.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from approxkmv.provenance import describe
 
 
 def fuzz(calls: int) -> pd.DataFrame:
-    """At least so many random calls, as many of each kind: how many were answered, refused and failed."""
+    """Make at least this many random calls, equally many of each kind; count answered, refused and failed ones."""
     each = -(-calls // len(kinds()))
     rows = []
     for kind in kinds():
@@ -41,7 +41,7 @@ def fuzz(calls: int) -> pd.DataFrame:
 
 
 def bad_inputs() -> pd.DataFrame:
-    """Every bad input of the catalogue: how many of each kind ended with one line."""
+    """Try every bad input of the catalogue; count how many of each kind ended with one line."""
     found: dict[str, list[str]] = {}
     failed: dict[str, list[str]] = defaultdict(list)
     for case in all_cases():
@@ -64,10 +64,10 @@ def bad_inputs() -> pd.DataFrame:
 
 
 def main() -> int:
-    """Count what was asked for and write it."""
+    """Run the requested parts and write the counts."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", nargs="?", choices=["fuzz", "bad-inputs"], help="one of the two; both when left out")
-    parser.add_argument("--calls", type=int, default=10_000, help="random calls, at least")
+    parser.add_argument("part", nargs="?", choices=["fuzz", "bad-inputs"], help="run only this part; both by default")
+    parser.add_argument("--calls", type=int, default=10_000, help="minimum number of random calls")
     parser.add_argument("--out", type=Path, default=Path("results/reliability"))
     given = parser.parse_args()
     torch.set_num_threads(1)

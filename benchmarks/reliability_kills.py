@@ -1,10 +1,10 @@
-"""Runs that are killed and started again: python benchmarks/reliability_kills.py --kills 20 --out kills.csv
+"""Kill runs and restart them: python benchmarks/reliability_kills.py --kills 20 --out kills.csv
 
 A small study (a random model, eight texts) is run through Snakemake without interruption; then again, killed with
-SIGKILL at a random moment of one step after the other and started anew each time, until it is whole. The same for a
-small sweep. A kill is survived when no file under its final name is cut short after it, the next start goes on, and
-in the end the study has the bytes of the undisturbed run, the sweep its rows, with the cases that were finished
-before the kill. Writes the CSV, a row per kill, and who made it as JSON beside it; ends with code 1 after a loss.
+SIGKILL at a random moment of each step in turn and restarted each time, until it is complete. The same is done with a
+small sweep. A run survives a kill if no file under its final name is truncated, the restart succeeds, and in the end
+the study has the same bytes as the undisturbed run, or the sweep has all its rows, including the cases finished before
+the kill. Writes the CSV, a row per kill, and its provenance as JSON; exits with code 1 if anything was lost.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from approxkmv.files import is_damaged, write_csv, write_json  # noqa: E402
 from approxkmv.provenance import describe  # noqa: E402
 from approxkmv.steps.cleaning import is_complete  # noqa: E402
 
-# In the order in which a study comes to them; a kill comes within so many seconds of the step's start.
+# In the order in which a study runs them; a kill comes within this many seconds of the step's start.
 STEPS = ["texts", "fetch", "extract", "statistics", "extract", "statistics", "summary", "growth", "compare", "figure"]
 WITHIN = 4.0
 SNAKEMAKE = "snakemake --cores 2"
@@ -46,7 +46,7 @@ LENGTHS = [256, 512, 768, 1024, 1280, 1536, 1792, 2048]
 
 
 def running(group: int) -> list[str]:
-    """The steps that processes of a group are working on."""
+    """The steps that the processes of a group are running."""
     found = set()
     for process in psutil.process_iter(["cmdline"]):
         try:
@@ -59,7 +59,7 @@ def running(group: int) -> list[str]:
 
 
 def kill_at(process: subprocess.Popen[str], point: Callable[[], object], delay: float = 0.0) -> dict | None:
-    """Kill the process group `delay` seconds after the point is reached; None when the run ended before that."""
+    """Kill the process group `delay` seconds after the point is reached; None if the run ended before that."""
     start = time.monotonic()
     while process.poll() is None:
         if point():
@@ -77,7 +77,7 @@ def kill_at(process: subprocess.Popen[str], point: Callable[[], object], delay: 
 
 
 def fingerprints(results: Path) -> dict[str, str]:
-    """Hashes of the texts, statistics, tables and figures; an overview's without who made it."""
+    """Hashes of the texts, statistics, tables and figures; overviews are hashed without their provenance."""
     found = {}
     for path in sorted(results.rglob("*")):
         kind = path.relative_to(results).parts[0]
@@ -91,7 +91,7 @@ def fingerprints(results: Path) -> dict[str, str]:
 
 
 def cut_short(results: Path) -> list[str]:
-    """Files under their final names that are not whole."""
+    """Files under their final names that are incomplete."""
     found = []
     for path in results.rglob("[!.]*"):
         if path.suffix == ".sha256":
@@ -109,7 +109,7 @@ def cut_short(results: Path) -> list[str]:
 
 
 def project_in(folder: Path) -> Project:
-    """A folder with a study of two shards, whose model and texts are those of all: a shard says which it is of."""
+    """A folder with a study of two shards; all share model and texts, since shards record which they belong to."""
     inputs = folder.parent / "inputs"
     if not inputs.is_dir():
         save_model(inputs / "bert", "bert")
@@ -123,7 +123,7 @@ def project_in(folder: Path) -> Project:
 
 
 def kills_of_studies(room: Path, count: int, draw: random.Random) -> list[dict]:
-    """A row for each of `count` kills, of one study after the other."""
+    """A row for each of `count` kills, in one study after another."""
     undisturbed = project_in(room / "undisturbed")
     code, output = undisturbed.snakemake()
     if code:
@@ -155,7 +155,7 @@ def kills_of_studies(room: Path, count: int, draw: random.Random) -> list[dict]:
 
 
 def kills_of_sweeps(room: Path, count: int) -> list[dict]:
-    """A row for each of `count` kills inside a sweep, each after one more finished case."""
+    """A row for each of `count` kills during a sweep, each after one more finished case."""
     folder = room / "sweeps"
     folder.mkdir()
     np.save(folder / "vectors.npy", np.random.default_rng(0).normal(size=(4096, 16)).astype(np.float32))
@@ -213,8 +213,8 @@ def kills_of_sweeps(room: Path, count: int) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--kills", type=int, default=20, help="how many, a quarter of them inside a sweep")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
+    parser.add_argument("--kills", type=int, default=20, help="number of kills, a quarter of them during a sweep")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the times of the kills")
     parser.add_argument("--out", type=Path, default=Path("results/reliability/kills.csv"))
     given = parser.parse_args()
     start = time.monotonic()

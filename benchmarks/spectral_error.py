@@ -1,7 +1,7 @@
-"""KDEformer as a theorem, measured: python benchmarks/spectral_error.py
+"""KDEformer's spectral error against its bound: python benchmarks/spectral_error.py
 
 The spectral error of attention by sampled columns, |out - P V|_op / (|P|_op |V|_op), on word vectors, with exact
-densities and with the estimator of density-constrained levels, beside the bound on its expectation,
+densities and with the estimator of density-constrained levels, compared with the bound on its expectation,
 |P|_F |V|_F / (sqrt(m) |P|_op |V|_op). Writes results/benchmarks/spectral_error.csv and .json; --out changes the name.
 """
 
@@ -27,7 +27,7 @@ DENSITIES = {"exact": lambda seed: ExactDensity(1.0), "levels": density_levels}
 
 
 def main() -> None:
-    """Run all, print a table and write it."""
+    """Run everything, print a table and write it."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split(":", 1)[0])
     parser.add_argument("--out", type=Path, default=Path("results/benchmarks/spectral_error.csv"))
     out = parser.parse_args().out

@@ -1,8 +1,8 @@
-"""How fast the statistics are, as ratios within one run: python benchmarks/statistics_speed.py
+"""Speed of the statistics, as ratios within one run: python benchmarks/statistics_speed.py
 
 Head-to-tail ratios of every prefix against torch.topk of every prefix, interleaved, one thread each: one call per head
-and all heads in one call, and beside them the float64 product of queries and keys alone, below which no exact code can
-come; then all heads of many contexts on all cores. Writes results/benchmarks/statistics.csv and .json.
+and all heads in one call, with the float64 product of queries and keys alone as a lower bound for any exact code; then
+all heads of many contexts on all cores. Writes results/benchmarks/statistics.csv and .json.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ AT_ONCE = 24
 
 
 def topk_of_every_prefix(q: torch.Tensor, k: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The obvious way: the kernel once, then the sum of all and of the i largest entries of each prefix."""
+    """The obvious method: the kernel once, then for each prefix i the sum of all entries and of the i largest."""
     kernel = torch.exp(log_kernel(q, k)).to(dtype)
     out = []
     for i in range(FIRST, q.shape[0] + 1):
@@ -39,13 +39,13 @@ def topk_of_every_prefix(q: torch.Tensor, k: torch.Tensor, dtype: torch.dtype) -
 
 
 def products(q: torch.Tensor, k: torch.Tensor, out: torch.Tensor) -> None:
-    """The float64 products of some heads, one after the other into the same memory."""
+    """The float64 products of some heads, one after another into the same memory."""
     for one, other in zip(q, k, strict=True):
         torch.mm(one, other.mT, out=out)
 
 
 def times(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each call, all calls in turn in every round, after one that is not counted."""
+    """Seconds of each call, interleaved over rounds, after one warm-up round."""
     found: dict[str, list[float]] = {name: [] for name in calls}
     for r in range(rounds + 1):
         for name, call in calls.items():
@@ -63,14 +63,14 @@ def heads(kind: str, n: int, d: int, generator: torch.Generator) -> tuple[torch.
 
 
 def main() -> None:
-    """Run all, print a table and write it."""
+    """Run everything, print a table and write it."""
     generator = torch.Generator().manual_seed(0)
     rows = []
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     for n, d in ((512, 64), (155, 32)):
         for kind in ("diffuse", "ordinary", "sharp"):
-            # As many as a small model has, so that a head is not in the cache when its turn comes again.
+            # As many as in a small model, so that a head has left the cache before it is used again.
             pairs = [heads(kind, n, d, generator) for _ in range(AT_ONCE)]
             q, k = (torch.stack(parts) for parts in zip(*pairs, strict=True))
             wide = q.double(), k.double(), torch.empty(n, n, dtype=torch.float64)

@@ -1,9 +1,9 @@
-"""What the whole of SQuAD's development set costs for a model of BERT-base's shape: python benchmarks/whole_squad.py
+"""Cost of SQuAD's whole development set for a model of BERT-base's shape: python benchmarks/whole_squad.py
 
 A random model of 12 x 12 heads and 110 million parameters, with the vocabulary of the default study's BERT, goes
 through the pipeline with all 2,067 contexts, in a folder of its own. Writes results/benchmarks/whole_squad.csv (a row
-per step: jobs, their seconds added up, and the seconds in which one at least was running) and .json (the whole time,
-the largest memory of all processes together, the most that activations took on disk).
+per step: jobs, their total seconds, and the seconds during which at least one ran) and .json (the total time, the peak
+memory of all processes together, and the peak size of activations on disk).
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ def random_bert(folder: Path) -> None:
     entry = entry_of(study_of(config, "embedded"), "minilm-l6")
     tokenizer = fetch_model(entry, ROOT / config.cache, folder.with_suffix(".json")).folder
     torch.manual_seed(0)
-    # Five times the usual deviation, so that attention is not uniform.
+    # Five times the usual standard deviation, so that attention is not uniform.
     transformers.BertModel(transformers.BertConfig(initializer_range=0.1)).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"):
         shutil.copy(tokenizer / name, folder / name)
 
 
 def configure(folder: Path, contexts: int | None) -> None:
-    """The configuration of the run: so many contexts, or all, and everything else as in the study `paper`."""
+    """The run's configuration: this many contexts, or all, and everything else as in the study `paper`."""
     config = yaml.safe_load((ROOT / "config.yaml").read_text(encoding="utf-8"))
     corpus = config["corpora"]["squad-dev"]
     corpus["source"] = f"path:{ROOT / corpus['source'].removeprefix('path:')}"
@@ -69,7 +69,7 @@ def configure(folder: Path, contexts: int | None) -> None:
 
 
 def size(folder: Path) -> int:
-    """Bytes of the files in a folder, of those that are still there when they are looked at."""
+    """Bytes of the files in a folder; files that disappear meanwhile are skipped."""
     total = 0
     for path in folder.rglob("*"):
         try:
@@ -80,9 +80,9 @@ def size(folder: Path) -> int:
 
 
 def watched(command: list[str], folder: Path) -> dict[str, float]:
-    """Run a command; its seconds, and the largest memory and activations seen, looked at twice a second."""
+    """Run a command; its seconds, and its peak memory and activations, sampled twice a second."""
     start = time.perf_counter()
-    # The rules call the commands of this Python.
+    # The rules use this Python's commands.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     process = subprocess.Popen(command, cwd=folder, env=os.environ | {"PATH": path})
     root = psutil.Process(process.pid)
@@ -109,7 +109,7 @@ def watched(command: list[str], folder: Path) -> dict[str, float]:
 
 
 def of_logs(folder: Path) -> pd.DataFrame:
-    """A row per step from the lines that its jobs logged."""
+    """A row per step, from the log lines of its jobs."""
     rows = []
     for step in STEPS:
         spans = []
@@ -133,9 +133,9 @@ def of_logs(folder: Path) -> pd.DataFrame:
 
 
 def main() -> None:
-    """Run all, print a table and write it."""
+    """Run everything, print a table and write it."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split(":", 1)[0])
-    parser.add_argument("--contexts", type=int, help="so many of them, for a shorter run; all by default")
+    parser.add_argument("--contexts", type=int, help="number of contexts, for a shorter run; all by default")
     contexts = parser.parse_args().contexts
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

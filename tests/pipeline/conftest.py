@@ -1,4 +1,4 @@
-"""The small study as fixtures: its models and texts, a folder to run it in, and one where it has run."""
+"""Fixtures of the small study: its models and texts, a folder to run it in, and one where it has run."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def commands() -> Iterator[Path]:
-    """Snakemake and approxkmv without the seconds that their imports take."""
+    """Snakemake and approxkmv, without the seconds their imports take."""
     with forking_commands(*LIBRARIES, *OF_THE_HUB) as folder:
         yield folder
 

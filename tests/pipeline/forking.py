@@ -1,9 +1,8 @@
-"""Commands that start in a tenth of a second: forked from a process that has imported their libraries already.
+"""Commands that start in a tenth of a second, forked from a process that has already imported their libraries.
 
-A study of the tests is thirty jobs, each of which imports torch, transformers, pandas or matplotlib for seconds and
-computes for an instant. What is forked is the command itself, with its own arguments, folder, environment and output,
-in a process of its own; but it is no child of who started it and outlives its killing, so tests that kill use the
-commands as installed.
+A test study has thirty jobs, each of which spends seconds importing torch, transformers, pandas or matplotlib and an
+instant computing. A forked command has its own process, arguments, folder, environment and output, but is not a child
+of the process that started it and survives when that is killed. So tests that kill use the installed commands.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ sys.exit(int(server.makefile().readline() or 1))
 
 @contextmanager
 def forking_commands(*modules: str) -> Iterator[Path]:
-    """A folder for PATH with the commands, which know these modules; it and they end with the block."""
+    """A folder for PATH with the commands, these modules preloaded; both are removed when the block ends."""
     with tempfile.TemporaryDirectory() as name:
         folder, address = Path(name), f"{name}/socket"
         for command in COMMANDS:

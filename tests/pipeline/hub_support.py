@@ -1,4 +1,4 @@
-"""A small hub on this machine: three models and a SQuAD in the hub's own layout, and faults on demand."""
+"""A small local hub: three models and a SQuAD in the hub's layout, and faults on demand."""
 
 from __future__ import annotations
 

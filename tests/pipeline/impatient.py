@@ -1,4 +1,4 @@
-"""A command that imports this does not wait: the hub's client would for 24 s between its attempts."""
+"""A command that imports this retries at once; the hub's client would spend 24 s waiting between attempts."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""A real Slurm of one node on this machine, in a folder of its own, or the reason why there is none."""
+"""A real one-node Slurm cluster on this machine, in its own folder, or the reason why it cannot run."""
 
 from __future__ import annotations
 

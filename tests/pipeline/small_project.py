@@ -1,4 +1,4 @@
-"""A small study that the pipeline runs in seconds: random models, a few texts, and a folder to run it in."""
+"""A small study that the pipeline runs in seconds: random models, a few texts and a folder to run it in."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A user's mistake is one clear line and exit code 2; nothing is lost and nothing half-written is left."""
+"""A user error prints one clear line and exits with code 2; nothing is lost and nothing half-written is left."""
 
 from __future__ import annotations
 

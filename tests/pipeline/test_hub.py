@@ -1,4 +1,4 @@
-"""The paper's study against a hub on this machine: with faults, whole, offline with its cache, and without anything."""
+"""The paper's study against a local hub: with faults, without, offline with its cache, and offline without it."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def repositories() -> dict[str, dict[str, bytes]]:
 
 @pytest.fixture(scope="module")
 def commands() -> Iterator[Path]:
-    """approxkmv as a person runs it, but for its waiting; where the hub is it reads in each process anew."""
+    """approxkmv without waits between retries; each process reads the hub's address anew."""
     with forking_commands(*LIBRARIES, "impatient") as folder:
         yield folder
 

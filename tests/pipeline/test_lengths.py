@@ -1,4 +1,4 @@
-"""A study of long texts: what it writes, that it equals the ordinary statistics, and lengths that do not fit."""
+"""A study of long texts: its output, its agreement with the ordinary statistics, and lengths that do not fit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""No old result passes for a new one: other weights, other texts, another study, a killed run, a second run."""
+"""No old result is taken for a new one: other weights, other texts, another study, a killed run, a second run."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def line_of(output: str) -> str:
 
 
 def replace_weights(project: Project, seed: int) -> None:
-    """Other weights of the same sizes under the same path, and older than everything here, as a moved file may be."""
+    """Put other weights of the same sizes at the same path, older than everything here, as a moved file may be."""
     folder = project.folder / "bert"
     sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
     if folder.is_symlink():

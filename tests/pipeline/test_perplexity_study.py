@@ -1,4 +1,4 @@
-"""A study of perplexity through Snakemake, and the command's refusals."""
+"""A perplexity study through Snakemake, and the errors of its command."""
 
 from __future__ import annotations
 

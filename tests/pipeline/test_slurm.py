@@ -1,4 +1,4 @@
-"""The small study of two models, whole, through a real Slurm, one job killed on the way: the local run's bytes."""
+"""The small study of two models through a real Slurm, with one job killed: its output equals the local run's bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A whole study through Snakemake: what it writes, that it agrees with the plain way, that nothing is done twice."""
+"""A whole study through Snakemake: its output, its agreement with plain code, and that nothing is done twice."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_the_report_is_one_html_file(finished):
 
 
 def a_shard_is_done_and_another_under_way(project: Project) -> list[Path]:
-    """The finished statistics, once the queries and keys of another shard wait for theirs; before that nothing."""
+    """The finished statistics, once another shard's activations wait for theirs; before that, nothing."""
     # Shards go one at a time, so that what came before the one under way is finished in Snakemake's eyes too.
     made = sorted((project.results / "statistics").glob("*/[!.]*.heads.parquet"))
     waiting = [

@@ -1,4 +1,4 @@
-"""A sweep through Snakemake and the command line: heads of a model and word vectors in, table and figures out."""
+"""A sweep through Snakemake and the command line: model heads and word vectors in, table and figures out."""
 
 from __future__ import annotations
 

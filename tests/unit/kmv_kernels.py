@@ -1,4 +1,4 @@
-"""Kernels that the tests of ApproxKMV share: three that satisfy assumption (A), and one of a real head."""
+"""Kernels shared by the tests of ApproxKMV: three that satisfy assumption (A), and one from a real head."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def background(n: int, seed: int = 0, d: int = 16) -> Case:
 
 
 def clusters(n: int, seed: int = 0) -> Case:
-    """Clusters of 8 keys: heavy keys and hardly a tail."""
+    """Clusters of 8 keys: heavy keys and almost no tail."""
     return Case(*sparse_kernels.clusters(n, seed))
 
 
@@ -59,7 +59,7 @@ SPARSE = {"background": background, "clusters": clusters, "even spread": even_sp
 
 
 def raw_head(which: int = 0) -> Case:
-    """A head by Lemma 4.1 as it stands."""
+    """A head by Lemma 4.1, unchanged."""
     with np.load(DATA) as heads:
         reduction = reduce_attention(heads["q"][which], heads["k"][which])
     return Case(np.asarray(reduction.queries), np.asarray(reduction.keys), reduction.sigma)

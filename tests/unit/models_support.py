@@ -1,4 +1,4 @@
-"""Small random models of many architectures, saved as folders, and what they themselves say their attention is."""
+"""Small random models of many architectures, saved as folders, and the attention weights that they report."""
 
 from __future__ import annotations
 

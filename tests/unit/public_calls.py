@@ -1,4 +1,4 @@
-"""Every public function that takes queries and keys, as a call of q, k and v: for tests of them all."""
+"""Every public function that takes queries and keys, wrapped as a call with q, k and v, for tests of all of them."""
 
 import dataclasses
 from functools import partial

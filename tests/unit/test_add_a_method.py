@@ -1,6 +1,6 @@
-"""docs/add-a-method.md, followed to the letter on a copy of the package: one file and one line make a method.
+"""docs/add-a-method.md, followed to the letter on a copy of the package: one file and one line add a method.
 
-The sweep runs it and the figures draw it.
+The sweep then runs it and the figures draw it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A damaged, lying or oversized archive is one line that says so, and a whole one is read."""
+"""A damaged, dishonest or oversized archive is refused in one line, and an intact one is read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loops over threads, and memory that is used again."""
+"""Loops over threads, and reused memory."""
 
 import multiprocessing
 import threading
@@ -18,7 +18,7 @@ def threads(request):
 
 
 def met(count):
-    """How often each of range(count) is met."""
+    """How often each of range(count) is visited."""
     lock, found = threading.Lock(), [0] * count
 
     def loop(low, high):

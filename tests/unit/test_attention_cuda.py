@@ -1,4 +1,4 @@
-"""What surrounds the CUDA kernels, on a CPU: graphs (recorded by a stand-in), counts, estimates, limits of the chip."""
+"""The code around the CUDA kernels, run on a CPU: graphs (recorded by a fake), counts, estimates, hardware limits."""
 
 import pytest
 import torch
@@ -162,7 +162,7 @@ def self_attention(n=160, d=8, d_v=2):
 
 @pytest.fixture
 def all_estimates(monkeypatch):
-    """Those too that are expected to be so far off that their rows are made again."""
+    """Include estimates expected to be so far off that their rows are recomputed."""
     monkeypatch.setattr("approxkmv.attention.blocks.reach._OFF", 1e9)
 
 
@@ -241,7 +241,7 @@ def test_an_offset_of_the_values_moves_the_answer_by_it(method, d_v):
 @pytest.mark.parametrize("long", [30.0, 100.0])
 @pytest.mark.parametrize("method", [cuda, ours])
 def test_one_long_key_has_its_weight_in_every_row(method, long):
-    """0.05 where one side has nearly all. A row is made again where its sum is not positive, not for the key."""
+    """0.05 where one side has nearly all. A row is recomputed only if its sum is not positive."""
     given = {"directions": 0, **(OURS if method is ours else {**GIVEN, "block": 20, "near": 30})}
     q, k, _ = (3 * t for t in self_attention())
     k = k / 3

@@ -1,4 +1,4 @@
-"""The exact methods against float64, at logits that break a careless shift."""
+"""The exact methods against float64, with logits at which a careless shift overflows or underflows."""
 
 import pytest
 import torch

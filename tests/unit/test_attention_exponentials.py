@@ -1,4 +1,4 @@
-"""No product of a method meets a subnormal number, which would slow it many times over; nothing visible is lost."""
+"""No method multiplies subnormal numbers, which are many times slower, and avoiding them loses nothing visible."""
 
 import pytest
 import torch

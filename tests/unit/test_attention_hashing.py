@@ -1,4 +1,4 @@
-"""Methods built on hashing: what they promise about bias, budget and large logits."""
+"""Hashing-based methods: what they promise about bias, budget and large logits."""
 
 import math
 from functools import partial

@@ -1,4 +1,4 @@
-"""Keys and queries far larger than the others, and logits up to 10,000: no row loses its heaviest key unnoticed."""
+"""Keys and queries far larger than the rest, and logits up to 10,000: no row silently loses its heaviest key."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""kNN attention: exact samples of the softmax, unbiased answers, the paper's bounds, gradients that train."""
+"""kNN attention: exact samples from the softmax, unbiased outputs, the paper's bounds, and gradients that train."""
 
 import math
 

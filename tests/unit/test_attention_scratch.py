@@ -1,4 +1,4 @@
-"""Memory that is read before it is written: with NaN in all that is uninitialised no answer changes."""
+"""No memory is read before it is written: filling uninitialised memory with NaN changes no output."""
 
 import numpy as np
 import pytest

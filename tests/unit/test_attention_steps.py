@@ -1,4 +1,4 @@
-"""From queries and keys of a model through a shard to the table of what the rows of its softmax look like."""
+"""From a model's queries and keys through a shard to its table of softmax statistics."""
 
 from __future__ import annotations
 

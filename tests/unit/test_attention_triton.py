@@ -1,6 +1,6 @@
-"""The CUDA kernels: in Triton's interpreter, which is chosen before the first import, and on a GPU where there is one.
+"""The CUDA kernels, in Triton's interpreter and, if there is one, on a GPU.
 
-Each run has a process of its own.
+The interpreter must be selected before the first import, so each run is a separate process.
 """
 
 import os

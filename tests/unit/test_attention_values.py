@@ -1,4 +1,4 @@
-"""Attention is a weighted mean: a common offset of the values moves the answer by that offset."""
+"""Attention is a weighted mean: adding an offset to all values adds it to the output."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Every bad input of the catalogue is one line and exit code 2."""
+"""Every bad input of the catalogue ends with one line and exit code 2."""
 
 from __future__ import annotations
 

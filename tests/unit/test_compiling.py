@@ -1,4 +1,4 @@
-"""Machine code that is kept: it answers for the sources as they are, and nothing depends on its being there."""
+"""Cached machine code: it always matches the present sources, and everything works without it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The keys of the configuration are told once: what is made of them is up to date, agrees, and is in a wheel."""
+"""The configuration's keys are defined once; what is generated from them is up to date, agrees, and is in the wheel."""
 
 from __future__ import annotations
 

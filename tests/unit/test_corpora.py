@@ -1,4 +1,4 @@
-"""Texts are cut and drawn as the configuration says, and the shipped corpus is what its description says."""
+"""Texts are split and sampled as configured, and the shipped corpus matches its description."""
 
 from __future__ import annotations
 

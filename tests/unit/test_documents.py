@@ -1,4 +1,4 @@
-"""Documents say what the reference tables say, and name nothing that is not there."""
+"""Documents agree with the reference tables, and every file that they link to exists."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Figures: numbers in cells are short and right, any grid can be drawn, and no text overlaps another."""
+"""Figures: numbers in cells are short and correct, any grid can be drawn, and no texts overlap."""
 
 from __future__ import annotations
 

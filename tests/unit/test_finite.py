@@ -1,4 +1,4 @@
-"""Finite inputs give finite answers or an InputError, whatever their size; what is refused is refused by name."""
+"""Finite inputs of any size give finite outputs or an InputError, which names the argument."""
 
 import math
 

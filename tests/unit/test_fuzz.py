@@ -1,4 +1,4 @@
-"""Random calls of every kind, for about a minute: each is answered rightly or refused in one line.
+"""Random calls of every kind, for about a minute: each is answered correctly or refused in one line.
 
 benchmarks/reliability.py makes thousands of them.
 """

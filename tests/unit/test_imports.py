@@ -1,4 +1,4 @@
-"""A rule's list of package files is what its command imports: compared with the modules that Python has afterwards."""
+"""A rule's list of package files is what its command imports, as compared with sys.modules after the import."""
 
 from __future__ import annotations
 

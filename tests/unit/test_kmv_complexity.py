@@ -1,4 +1,4 @@
-"""The cost study counts what a full run asks for, and its fits find exponents and crossings that are known."""
+"""The cost study counts what a full run would evaluate, and its fits recover known exponents and crossings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Density estimators are tested as estimators: their mean, their spread against the budget, and their cost."""
+"""Density estimators: their mean, their spread as a function of the budget, and their cost."""
 
 from __future__ import annotations
 

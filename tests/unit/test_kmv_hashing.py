@@ -1,4 +1,4 @@
-"""Both hash families collide as their own curves say, and have the near property of Lemma 2.1."""
+"""Both hash families collide as often as their curves predict, and have the near property of Lemma 2.1."""
 
 from __future__ import annotations
 

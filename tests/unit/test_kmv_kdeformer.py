@@ -1,4 +1,4 @@
-"""KDEformer's theory: densities of exponentials, and a sampled product whose spectral error is bounded."""
+"""KDEformer's theory: densities of exponentials, and a sampled product with bounded spectral error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Algorithm 2 and its parts: x cut up, buckets, counts with the right distribution, budgets that suffice."""
+"""Algorithm 2 and its parts: the split of x, buckets, counts with the right distribution, sufficient budgets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A folder that is no whole model is refused in one line that says what it is; whole ones are not."""
+"""A folder that does not hold a complete model is refused in one line that says why; complete ones are accepted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is captured is what the model multiplies: its own attentions follow from it, and padding leaves no trace."""
+"""Captured q and k are those the model multiplies: they reproduce its attention, and padding has no effect."""
 
 from __future__ import annotations
 

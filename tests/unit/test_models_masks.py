@@ -1,4 +1,4 @@
-"""Masks are the model's own: windows, chunks and prefixes, in what is captured and in the masked statistics."""
+"""The model's own masks (windows, chunks and prefixes), in what is captured and in the masked statistics."""
 
 from __future__ import annotations
 

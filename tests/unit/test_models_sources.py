@@ -1,4 +1,4 @@
-"""A source string means one thing, and what is fetched is whole, checked and safe, or is not there."""
+"""Source strings are unambiguous, and a fetched model is complete, checked and safe, or not there at all."""
 
 from __future__ import annotations
 

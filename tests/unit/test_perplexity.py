@@ -1,4 +1,4 @@
-"""Perplexity with a method in place of a model's attention: the model's own when exact, one line when impossible."""
+"""Perplexity with a method in place of a model's attention: unchanged if exact, a one-line error if impossible."""
 
 import json
 import math

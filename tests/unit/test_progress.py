@@ -1,4 +1,4 @@
-"""A person at a terminal sees bars, a file does not; and a log on a full disk loses its lines and nothing else."""
+"""Progress bars appear on a terminal and not in a file; a log on a full disk loses its lines and nothing else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a result says about who made it."""
+"""The provenance recorded with a result."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The rooms of the package: each imports from itself and from rooms below, and no two files import each other."""
+"""The layers of the package, its rooms: each imports only from itself and those below, and no imports are circular."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The graph of DiskANN keeps its guarantee, the indexes find what they should, the dimension is that of the space."""
+"""DiskANN's graph keeps its guarantee, the indexes find the right neighbours, and the dimension is the space's."""
 
 import math
 

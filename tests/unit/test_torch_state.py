@@ -1,4 +1,4 @@
-"""No answer depends on torch's global state, and no call changes it or spoils a later one."""
+"""No output depends on torch's global state, and no call changes it or breaks a later one."""
 
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
