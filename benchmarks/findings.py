@@ -18,7 +18,7 @@ from approxkmv.statistics.growth import FAST, FLAT, PAPER_BOUND, SIZES, TRENDS
 MINILM, SMOLLM = "minilm-l6", "smollm2-135m"
 SHORT = {MINILM: "MiniLM", SMOLLM: "SmolLM2"}
 ENTRIES = {"": "all", MASKED: "causal"}
-# Which study says what of a model's growth, and the longest of them.
+# Study and model of each growth measurement.
 GROWTH = (("articles", MINILM), ("articles", SMOLLM), ("lengths", SMOLLM))
 READ = {
     "printed": "Lemma 4.1, scale s = 1/√d",
@@ -39,7 +39,7 @@ def table_of(study: str, name: str) -> pd.DataFrame:
 
 
 def _readings(model: str) -> pd.DataFrame:
-    """The readings of contexts, and of sentences the first."""
+    """All readings of contexts, and the one of sentences."""
     both = [table_of("embedded", f"readings_{model}")]
     of_sentences = table_of("sentences", f"readings_{model}")
     return pd.concat([*both, of_sentences[of_sentences["reading"] == "sentences"]], ignore_index=True)
@@ -95,7 +95,7 @@ def _tenths(value: float) -> str:
 
 
 def _errors(model: str, best: bool) -> pd.DataFrame:
-    """Per head the row at t = 1, or at the t that bears the largest error."""
+    """Per head, the row at t = 1, or at the t that tolerates the largest error."""
     table = pd.read_csv(gauge_table(REFERENCE / "embedded" / "tables", model)).dropna(subset="log10_bound")
     if not best:
         return table[table["t"] == 1.0]
@@ -103,7 +103,7 @@ def _errors(model: str, best: bool) -> pd.DataFrame:
 
 
 def tolerances() -> str:
-    """The error of a product with K that attention bears, beside trivial answers."""
+    """The error in a product with K that attention tolerates, compared with trivial answers."""
     lines = []
     for model in (MINILM, SMOLLM):
         for best in (False, True):
@@ -124,7 +124,7 @@ def tolerances() -> str:
 
 
 def _growth() -> Iterator[tuple[str, str, str, pd.DataFrame]]:
-    """Study, model, what stands before the columns, and the columns without it."""
+    """Study, model, the prefix of the columns, and the columns without it."""
     for study, model in GROWTH:
         table = table_of(study, f"growth_{model}")
         for before in masks_of(table, "exponent"):
@@ -166,7 +166,7 @@ def _held(rows: pd.DataFrame) -> float:
 
 
 def predictions() -> str:
-    """What the lengths up to n/4 foretell of n."""
+    """Predictions for n from the lengths up to n/4."""
     lines = []
     for _, model, before, rows in _growth():
         factor = rows["predicted_ratio"] / rows["ratio"]
@@ -200,7 +200,7 @@ def costs() -> str:
 
 
 def models() -> str:
-    """What was measured on what."""
+    """Models, studies and what was measured."""
     lines = []
     for study, model in (("embedded", MINILM), ("embedded", SMOLLM), *GROWTH):
         folder = REFERENCE / study / "tables"
@@ -250,7 +250,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "growth-costs": costs,
     "findings-models": models,
 }
-# In a sentence: one number each, by name.
+# Numbers within sentences, by name.
 NUMBERS: dict[str, Callable[[], str]] = {
     **{
         f"{word}-{reading}-{name}": partial(_reading, model, reading, column)

@@ -1,1 +1,1 @@
-"""Figures, one file each: they read tables and write PDF and PNG, and need neither a model nor a GPU."""
+"""Figures, one file each: they read tables and write PDF and PNG; no model or GPU is needed."""

@@ -1,4 +1,4 @@
-"""How many keys the rows of each head attend to, and what the first token takes, by layer and head."""
+"""How many keys the rows of each head attend to, and the first token's share of the mass, by layer and head."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TICKS = (1, 3, 10, 30, 100, 300)
 def draw(tables: Path, model: str, stem: Path) -> list[Path]:
     """From attention_MODEL.csv and the overview of one model, write STEM.pdf and STEM.png.
 
-    A row of panels is over every key, and where layers have masks or more a row is of the softmax as the model has it.
+    One row of panels is over every key; if layers have masks or more, another shows the model's own softmax.
     """
     names = model_tables(tables, model)
     facts = as_written(read_overview(names.overview, "label", "layers", "heads", "texts_used", "corpus"))

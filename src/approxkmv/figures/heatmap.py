@@ -45,7 +45,7 @@ def new_panels(values: np.ndarray, rows: int, columns: int, title_lines: int = 2
 
 
 def is_wide(values: np.ndarray) -> bool:
-    """Whether two such grids fit better one above the other than side by side."""
+    """Whether two such grids fit better stacked than side by side."""
     return values.shape[1] >= values.shape[0]
 
 

@@ -1,4 +1,4 @@
-"""Long texts: c, the order ratio and the keys that hold a row's mass against the length, over all heads of a model."""
+"""Long texts: c, the order ratio and the keys that hold a row's mass against length, over all heads of a model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 # Which heads are drawn, as quantiles over a model's heads.
 HEADS = ((0.5, "median head"), (0.9, "90th of 100 heads"), (1.0, "largest head"))
-# Characters of a label of which two fit side by side.
+# The longest label, in characters, of which two fit side by side.
 LONGEST_IN_TWO_COLUMNS = 60
 PANELS = (
     ("ratio", "c(n)"),
@@ -37,11 +37,11 @@ PANELS = (
 
 
 def draw(tables: Path, model: str, stem: Path) -> list[Path]:
-    """From the length table of one model and its facts, write STEM.pdf and STEM.png."""
+    """Write STEM.pdf and STEM.png from the length table and facts of one model."""
     names = length_tables(tables, model)
     facts = as_written(read_overview(names.facts, "label", "layers", "heads", "texts_used", "corpus"))
     table = read_heads(names.scaling, facts, {column: "number" for column, _ in PANELS}, along="length")
-    # Of both masks.
+    # For both masks.
     check_columns(names.scaling, table, {"texts": "whole"})
     figure = new_figure(8.6, 6.6)
     panels = figure.subplots(2, 2, sharex=True).ravel()
@@ -80,7 +80,7 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
 
 
 def _scales(axes: Axes, lengths: np.ndarray) -> None:
-    """Logarithms on both axes, with the lengths themselves as marks."""
+    """Logarithmic axes, with a tick at each length."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     axes.set_xscale("log", base=2)

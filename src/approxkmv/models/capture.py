@@ -138,7 +138,7 @@ class CapturableModel:
 
         Args:
             text: any text.
-            max_length: keep at most so many tokens, special ones included; None: as many as the model has positions.
+            max_length: keep at most this many tokens, special ones included; None: as many as the model has positions.
         Returns:
             At most max_length ids; the special tokens survive the cut.
         """

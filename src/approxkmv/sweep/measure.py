@@ -22,7 +22,7 @@ Run = Callable[[int], object]
 
 
 def machine(device: str) -> dict[str, Any]:
-    """What a reader of timings has to know about the machine and its software."""
+    """What a reader of timings needs to know about the machine and its software."""
     found: dict[str, Any] = {
         "machine": platform.machine(),
         "system": platform.platform(),

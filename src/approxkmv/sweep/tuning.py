@@ -1,4 +1,4 @@
-"""The cheapest parameters of a method whose error is at most a target, on inputs that are used for nothing else."""
+"""The cheapest parameters of a method whose error is at most a target, on inputs used for nothing else."""
 
 from __future__ import annotations
 
