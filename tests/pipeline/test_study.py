@@ -156,7 +156,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(finished, project: Pr
     code, output = Project(project.folder).snakemake()
     assert code == 0, output
     for path, time_before in written.items():
-        assert path.stat().st_mtime_ns == time_before, f"{path} was made again"
+        assert path.stat().st_mtime_ns == time_before, f"{path} was regenerated"
     assert fingerprints(project.results) == whole
     assert not list(project.results.rglob(".*"))
 
@@ -205,7 +205,7 @@ def test_damaged_shards_are_found_by_their_checksums_and_made_again(finished, pr
     for path in [*halved, left]:
         assert f"{path.relative_to(project.folder)} does not match its checksum" in output
     assert fingerprints(project.results) == before
-    assert kept.stat().st_mtime_ns == written, "a whole shard was made again"
+    assert kept.stat().st_mtime_ns == written, "an intact shard was regenerated"
 
 
 def test_the_logs_say_where_the_time_goes(finished):

@@ -65,7 +65,7 @@ def test_shape_type_and_the_first_rows(name, n, d, d_v, dtype):
 
 @pytest.mark.parametrize("name", CAUSAL)
 def test_rows_do_not_see_later_values(name):
-    """With values zero before a place and large from it on, rows before it are zero, however keys are sampled."""
+    """With values zero before a position and large from it on, earlier rows are zero, however keys are sampled."""
     q, k, v = (t[None] for t in heads(700, 8, 3))
     v[:, :400] = 0
     v[:, 400:] = 1e6
@@ -76,7 +76,7 @@ def test_rows_do_not_see_later_values(name):
 
 @pytest.mark.parametrize("name", sorted({*CAUSAL} - {"knn"}))
 def test_rows_do_not_see_later_keys(name):
-    """A key at the end that would take all of the attention moves no row but its own, seeds being the same.
+    """A last key that would take all of the attention changes no row but its own, given the same seeds.
 
     (In knn the rows of a block share their random numbers, of which the last row takes more or fewer.)
     """
@@ -199,7 +199,7 @@ def test_rows_without_a_positive_sum_are_computed_exactly():
 
 
 def test_merging_does_not_overflow():
-    """Two parts whose logs lie 500 apart, where the exponential of either difference would leave float32."""
+    """Two parts whose logs lie 500 apart, where the exponential of either difference overflows or vanishes."""
     q, k, v = heads(6, 4, 2)
     one, other = exact_sums(300 * q, k, v), exact_sums(300 * q, -k, v)
     numerators, row_sums, _ = merged(one, other)

@@ -55,10 +55,10 @@ def test_shape_type_and_finite(name, n_q, n_k, d, d_v, dtype):
 
 
 def gap_to_the_means(method, **parameters):
-    """Distance from exact attention, over that of the mean of the values, where that is a fair competitor.
+    """Distance from exact attention, relative to the distance of the values' mean, where that is a fair rival.
 
-    Values follow the keys, so that it matters which are attended to (logits have deviation 2), and their mean is 4, so
-    that an answer of zeros scores 6.7.
+    Values depend on the keys, so it matters which are attended to (logits have standard deviation 2), and their mean is
+    4, so an output of zeros scores 6.7.
     """
     q, k, v = inputs(203, 203, 16, 3)
     q, v = 2 * q, 0.5 * v + k[..., :1] + 4

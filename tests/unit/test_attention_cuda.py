@@ -99,7 +99,7 @@ def test_the_graph_that_was_used_longest_ago_goes(recorded, monkeypatch):
 
 
 def test_alternating_settings_keep_their_graphs(recorded):
-    """As a sweep times them: one run of each setting, then again; every setting of both grids has a graph."""
+    """As a sweep times them, one run of each setting in turn: every setting of both grids keeps a graph."""
 
     def steps(q, near):
         return near * q
@@ -317,7 +317,7 @@ def test_counts_of_approxkmv():
 
 
 def test_first_centres():
-    """Every 203 // 11 = 18th query from the first on, which is counted modulo 18."""
+    """Every 203 // 11 = 18th query, starting at the first modulo 18."""
     q, k, _ = inputs()
     spread = k.square().mean(1, keepdim=True)
     orders = [expansion.order_of_queries(q, spread, torch.tensor([first]), 11, 2, 3) for first in (0, 5, 18)]
@@ -346,7 +346,7 @@ def test_a_kernel_too_large_for_the_chip_is_unavailable(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["_exact_kernel", "_listed_kernel"])
 def test_the_widest_inputs_fit_on_the_chip(name, dtype):
-    """Compiled for an H100, which needs none."""
+    """Compiled for an H100; no GPU is needed."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 

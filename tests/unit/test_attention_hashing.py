@@ -54,7 +54,7 @@ vkde_sums = sums_of(vkde_lsh)
 
 
 def causal_of(sums):
-    """The same by recursion, triangles of 30 queries exact."""
+    """The same by recursion, with exact triangles of 30 queries."""
     return lambda q, k, v, generator, **budget: causal_sums(q, k, v, generator, partial(sums, **budget), 30)
 
 

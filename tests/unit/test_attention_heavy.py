@@ -60,8 +60,8 @@ def weights_of(q, k, scale):
 @pytest.mark.parametrize("n_k", [400, 700])
 @pytest.mark.parametrize(("name", "given"), SETTINGS)
 def test_one_long_key_has_its_weight_in_every_row(name, given, n_k, long):
-    """Half of the rows are all that key's, and in the others it has no part; and the others are answered as well as
-    without it: about as many of a budget are near."""
+    """Half of the rows attend to that key alone, the others not at all. These are as accurate as without it: about as
+    many of their keys are near."""
     for seed in range(3):
         q, k = heads(400, seed, n_k=n_k)
         values = torch.randn(n_k, 1, generator=torch.Generator().manual_seed(seed)) + k[:, :1]
@@ -148,7 +148,7 @@ def test_long_queries_do_not_spoil_their_block(name, given):
 
 @pytest.mark.usefixtures("loops")
 def test_no_estimate_is_mostly_noise():
-    """Where what is drawn and what the far key says of it nearly cancel, a quotient may be anything: 2,000 here."""
+    """Where the sample and its estimate by the far key nearly cancel, a quotient may be anything: 2,000 here."""
     generator = torch.Generator().manual_seed(1)
     q, k = (torch.randn(1000, 64, generator=generator) for _ in "qk")
     q, k = (x * (0.3 * torch.randn(1000, 1, generator=generator)).exp() for x in (q, k))

@@ -42,7 +42,7 @@ def exact(q, k, v, scale=1.0):
 
 
 def within(found, right, axis=0):
-    """Largest distance of the mean over seeds from what is right, in standard errors."""
+    """Largest distance of the mean over seeds from the true value, in standard errors."""
     error = found.std(axis) / found.shape[axis] ** 0.5
     return float(((found.mean(axis) - right).abs() / error.clamp_min(1e-12)).max())
 
@@ -50,7 +50,7 @@ def within(found, right, axis=0):
 @pytest.mark.parametrize("loops", ["compiled", "torch"])
 @pytest.mark.parametrize("head", ["exact", "sampled"])
 def test_samples_have_the_softmax_as_their_distribution(head, loops, monkeypatch):
-    """Chi-squared over 40 keys, passed with probability 1e-4 by a right sampler.
+    """Chi-squared over 40 keys; a correct sampler exceeds the bound with probability 1e-4.
 
     The row is the last of four, each a step of its own: what is marked for the heads of the others must be gone.
     """

@@ -159,7 +159,7 @@ def test_c_is_left_out_where_numba_does_not_work(vectors, tmp_path, monkeypatch)
 
 
 def test_rows_that_are_made_again_are_reported_and_refused(vectors, tmp_path, monkeypatch):
-    """Of local expansion at two settings, one hides that 40 % of its rows are not its own."""
+    """Local expansion at two settings, one of which reports that 40 % of its rows were recomputed."""
     right = local_module.method
 
     def repaired(q, k, v, *, block, **given):
@@ -354,7 +354,7 @@ def test_free_memory_is_that_of_the_control_group(tmp_path, monkeypatch):
 
 
 def test_a_sweep_needs_torch_and_little_else(vectors, tmp_path):
-    """The packages that a bare machine lacks cannot be imported; a mistake is one line all the same."""
+    """The packages that a bare machine lacks cannot be imported; a user error is still one line."""
     missing = "typer snakemake transformers datasets pandas matplotlib yaml pydantic tqdm numba faiss safetensors"
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({missing.split()!r})); sys.argv = ['sweep', *sys.argv[1:]]; "
