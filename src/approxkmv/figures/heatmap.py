@@ -81,8 +81,8 @@ def draw_heatmap(
         if np.isnan(value):
             continue
         # It lies within its cell: the margins need not measure thousands of them.
-        place = {"ha": "center", "va": "center", "in_layout": False}
-        axes.text(head, layer, write(value), fontsize=6.5, color="white" if dark[layer, head] else "black", **place)
+        text = axes.text(head, layer, write(value), ha="center", va="center", fontsize=6.5)
+        text.set(color="white" if dark[layer, head] else "black", in_layout=False)
         if outlined[layer, head]:
             axes.add_patch(
                 Rectangle((head - 0.46, layer - 0.46), 0.92, 0.92, fill=False, edgecolor="#D00000", linewidth=1.1)
