@@ -179,7 +179,7 @@ def test_a_context_shorter_than_the_minimum_is_skipped_and_counted(project: Proj
 def test_a_text_longer_than_the_maximum_is_cut_and_counted(project: Project):
     code, output = extract(project, "bert", shard=1)
     assert code == 0, output
-    assert "3 texts, 1 cut at" in output
+    assert "3 texts, 1 truncated at max_tokens" in output
     assert pd.read_csv(project.folder / "contexts.csv")["cut"].tolist() == [0, 0, 15]
 
 

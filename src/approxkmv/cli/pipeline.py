@@ -66,7 +66,7 @@ def extract(
         times = Times()
         used, skipped, cut = run(chosen, model, location, texts, shard, out, contexts_out, times)
         short = f", {skipped} too short" if skipped else ""
-        notes.append(f"{used} texts{short}" + (f", {cut} truncated" if cut else ""))
+        notes.append(f"{used} texts{short}" + (f", {cut} truncated at max_tokens" if cut else ""))
         notes.append(f"({times})")
 
 
