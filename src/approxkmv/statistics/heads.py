@@ -15,7 +15,7 @@ from approxkmv.compute.torch_state import plain_torch
 from approxkmv.errors import InputError
 from approxkmv.statistics.head_to_tail import ratios_of_prefixes
 from approxkmv.statistics.order import order_logarithms
-from approxkmv.statistics.softmax import softmax_statistics
+from approxkmv.statistics.softmax import WRITTEN, softmax_statistics
 
 # Replaces the logarithm of an entry that a mask hides: its exponential is 0 relative to anything.
 HIDDEN = -1e300
@@ -111,12 +111,12 @@ def _mask(causal: bool, mask: Array | None) -> bool | np.ndarray:
 def _statistics(found: list[_Found], n: int) -> list[HeadStatistics]:
     return [
         HeadStatistics(
-            part.ratios,
-            np.asarray(part.logs[..., 0] - part.logs[..., 1]),
-            np.asarray(part.logs[..., 0] - part.logs[..., 2]),
-            np.asarray(part.softmax[..., 0]),
-            np.asarray(-part.softmax[..., 2] / np.log(n)),
-            np.asarray(np.log(part.softmax[..., 3]) / np.log(n)),
+            ratios=part.ratios,
+            log_next=np.asarray(part.logs[..., 0] - part.logs[..., 1]),
+            log_double=np.asarray(part.logs[..., 0] - part.logs[..., 2]),
+            softmax_ratio=np.asarray(part.softmax[..., 0]),
+            tail_exponent=np.asarray(-part.softmax[..., 2] / np.log(n)),
+            column_exponent=np.asarray(np.log(part.softmax[..., 3]) / np.log(n)),
         )
         for part in found
     ]
@@ -230,7 +230,7 @@ def _run(
         _Found(
             np.empty((count, n - min_prefix + 1 if ratios else 0)),
             np.empty((count, 3 if order else 0)),
-            np.empty((count, 4 if softmax else 0)),
+            np.empty((count, WRITTEN if softmax else 0)),
         )
         for _ in masks
     ]

@@ -10,11 +10,13 @@ from approxkmv.statistics.selection import select_largest
 
 # Replaces 0 where a logarithm is taken: exp_and_sum returns nothing smaller.
 SMALLEST = 1e-307
+# How many numbers softmax_statistics writes; it cannot check the length of `out`.
+WRITTEN = 4
 
 
 @cached_njit(nogil=True)
 def softmax_statistics(log_values: np.ndarray, causal: bool, out: np.ndarray) -> None:
-    """Four statistics of P = D^-1 A, A = exp(log_values) with its rows divided by their sums, written to out[:4].
+    """Statistics of P = D^-1 A, A = exp(log_values) with its rows divided by their sums, written to `out`.
 
     out[0]: (sum of all entries - sum of the n largest) / (sum of the n largest), like c of the kernel.
     out[1], out[2]: log P_(n) and log P_(n+1), the smallest entry of the head and the largest outside it.
@@ -25,7 +27,7 @@ def softmax_statistics(log_values: np.ndarray, causal: bool, out: np.ndarray) ->
 
     Args:
         log_values: (n, n) float64, finite. causal: only the entries on and below the diagonal exist.
-        out: (4,) float64. There must be more than n entries: n >= 2.
+        out: (WRITTEN,) float64. There must be more than n entries: n >= 2.
     """
     n = log_values.shape[0]
     # Slightly below 1/n, for the rounding of a uniform row.

@@ -18,18 +18,11 @@ from approxkmv.results.shards import write_shard
 from approxkmv.results.tables import MASKED
 from approxkmv.statistics import HeadStatistics, head_statistics, unmasked_and_masked_statistics
 
-# One value per context and head, beside where it is; a model with masks has each again with MASKED in front.
+# One value per context and head, beside where it is; for a model with masks each is repeated with the prefix MASKED.
 PLACE = {"context": "int32", "layer": "int16", "head": "int16"}
-VALUES = {
-    "max_ratio": "float64",
-    "max_prefix": "int32",
-    "last_ratio": "float64",
-    "log_next": "float64",
-    "log_double": "float64",
-    "softmax_ratio": "float64",
-    "tail_exponent": "float64",
-    "column_exponent": "float64",
-}
+# Fields of HeadStatistics that are written as they are, beside what is taken of c at all prefixes.
+TAKEN = ("log_next", "log_double", "softmax_ratio", "tail_exponent", "column_exponent")
+VALUES = {"max_ratio": "float64", "max_prefix": "int32", "last_ratio": "float64", **dict.fromkeys(TAKEN, "float64")}
 
 
 def measure(
@@ -48,8 +41,9 @@ def measure(
     softmax_ratio (c at full length of D^-1 A), tail_exponent and column_exponent (see HeadStatistics).
     prefixes: context, layer, head, prefix, ratio: c_i at the given prefixes that the context reaches.
 
-    As in the paper, every query meets every key. Of a model whose layers hide keys both tables have each value again,
-    as masked_max_ratio and so on, over the entries that each layer uses: of no key after its query, of its window.
+    As in the paper, every query meets every key. If the model's layers hide keys, both tables repeat each value as
+    masked_max_ratio and so on, over the entries that each layer's mask leaves: no key after its query, none outside
+    its window.
     """
     times = Times() if times is None else times
     shard = read_activations(activations)
@@ -74,7 +68,7 @@ def measure(
                 values[f"{before}max_ratio"] = ratios[np.arange(len(best)), best]
                 values[f"{before}max_prefix"] = best + min_prefix
                 values[f"{before}last_ratio"] = ratios[:, -1]
-                for name in ("log_next", "log_double", "softmax_ratio", "tail_exponent", "column_exponent"):
+                for name in TAKEN:
                     values[f"{before}{name}"] = getattr(result, name).ravel()
                 curve[f"{before}ratio"] = ratios[:, [i - min_prefix for i in reached]].ravel()
             heads.append(pd.DataFrame(values))
