@@ -13,6 +13,7 @@ from reference import REFERENCE, machine, markdown, number
 from approxkmv.figures.gauge import NEEDED_POWER
 from approxkmv.kmv.complexity import bound_exponents
 from approxkmv.results.tables import MASKED, gauge_table, masks_of, model_tables
+from approxkmv.statistics.gauge import TOLERANCE
 from approxkmv.statistics.growth import FAST, FLAT, PAPER_BOUND, SIZES, TRENDS
 
 MINILM, SMOLLM = "minilm-l6", "smollm2-135m"
@@ -195,7 +196,7 @@ def costs() -> str:
             line[f"median, {name}"] = f"{np.median(exponents):.2f}"
             line[f"below 2, {name}"] = f"{(exponents < 2).sum()} of {len(rows)}"
         high = bound_exponents(rows["exponent_high"].to_numpy(), rebalanced=True)
-        lines.append(line | {"the last at the interval's upper end": int((high < 2).sum())})
+        lines.append(line | {"the same at the exponent's upper end": int((high < 2).sum())})
     return markdown(pd.DataFrame(lines)) + "\n"
 
 
@@ -309,4 +310,6 @@ NUMBERS: dict[str, Callable[[], str]] = {
         )
     },
     "needed": lambda: f"{8192**NEEDED_POWER:.2f}",
+    # docs/math.md: no error of this size is borne where a softmax weight is larger.
+    "needed-weight": lambda: f"{TOLERANCE / (8192**NEEDED_POWER * (1 + TOLERANCE * 8192**0.5)):.1%}",
 }

@@ -106,6 +106,27 @@ def test_the_error_that_attention_bears_lies_between_half_the_bound_and_the_boun
             assert found.log_bound[head, place] < found.log_norm[head, place]
 
 
+@pytest.mark.parametrize("size", [0.3, 1.0, 2.0])
+def test_no_gauge_bears_more_than_the_largest_weights_allow(size):
+    q, k, v = heads(4, size)
+    generator = torch.Generator().manual_seed(5)
+    weights = torch.softmax(q @ k.mT / np.sqrt(D), -1)
+    share = (weights @ v[..., None])[..., 0].abs() / v.norm(dim=-1, keepdim=True)
+    allowed = TOLERANCE / (weights.amax(-1) * (1 + np.sqrt(N) * share + TOLERANCE * np.sqrt(N)))
+    most = allowed.amin(-1).log().numpy()
+    for _ in range(20):
+        change, shift = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((D, D), (D,)))
+        moved = q @ change, k @ torch.linalg.inv(change).mT + shift
+        torch.testing.assert_close(torch.softmax(moved[0] @ moved[1].mT / np.sqrt(D), -1), weights, rtol=1e-6, atol=1e-9)
+        assert (gauge(*moved, v).log_bound <= most[:, None] + 1e-9).all()
+    # A kernel all of whose rows have an entry of 1 reaches it: each query is a key, and all keys are of one length.
+    same = torch.nn.functional.normalize(k, dim=-1) * size
+    weights = torch.softmax(same @ same.mT / np.sqrt(D), -1)
+    share = (weights @ v[..., None])[..., 0].abs() / v.norm(dim=-1, keepdim=True)
+    allowed = TOLERANCE / (weights.amax(-1) * (1 + np.sqrt(N) * share + TOLERANCE * np.sqrt(N)))
+    np.testing.assert_allclose(gauge(same, same, v, factors=[1.0]).log_bound[:, 0], allowed.amin(-1).log(), atol=1e-9)
+
+
 def test_a_wrong_constant_would_be_found():
     # Without sqrt(n), the size of ones, the condition for y1 is missed: the error is beyond the tolerance then.
     q, k, v = heads()
