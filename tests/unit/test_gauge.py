@@ -117,7 +117,9 @@ def test_no_gauge_bears_more_than_the_largest_weights_allow(size):
     for _ in range(20):
         change, shift = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((D, D), (D,)))
         moved = q @ change, k @ torch.linalg.inv(change).mT + shift
-        torch.testing.assert_close(torch.softmax(moved[0] @ moved[1].mT / np.sqrt(D), -1), weights, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(
+            torch.softmax(moved[0] @ moved[1].mT / np.sqrt(D), -1), weights, rtol=1e-6, atol=1e-9
+        )
         assert (gauge(*moved, v).log_bound <= most[:, None] + 1e-9).all()
     # A kernel all of whose rows have an entry of 1 reaches it: each query is a key, and all keys are of one length.
     same = torch.nn.functional.normalize(k, dim=-1) * size
