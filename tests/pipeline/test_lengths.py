@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -93,18 +95,40 @@ def test_lengths_that_a_text_does_not_reach_are_named_and_the_others_run(project
     assert found.groupby("context")["length"].unique().map(list).to_dict() == {0: [20], 1: [20, 40]}
 
 
-def test_a_model_whose_positions_end_earlier_is_named(project: Project, tmp_path):
+def short_model(project: Project, folder: Path) -> dict[str, Any]:
+    """The project's configuration, with a Llama of 25 positions."""
     from small_project import save_tokenizer
     from transformers import LlamaConfig, LlamaModel
 
     shared = {"vocab_size": 62, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
     shared |= {"intermediate_size": 32, "max_position_embeddings": 25}
-    LlamaModel(LlamaConfig(**shared)).save_pretrained(tmp_path / "short")
-    save_tokenizer(tmp_path / "short")
-    long_study(project)
+    LlamaModel(LlamaConfig(**shared)).save_pretrained(folder)
+    save_tokenizer(folder)
     config = project.read()
-    config["models"]["llama"]["source"] = f"path:{tmp_path / 'short'}"
+    config["models"]["llama"]["source"] = f"path:{folder}"
     project.write(config)
+    return config
+
+
+def test_the_gauge_is_of_the_model_as_the_study_scales_it(project: Project, tmp_path):
+    project.configure()
+    config = short_model(project, tmp_path / "short")
+    for scaling, tokens in ((None, 25), ({"method": "linear", "factor": 2}, 50)):
+        config["studies"]["tiny"]["rotary_scaling"] = scaling
+        project.write(config)
+        for command in (
+            ("fetch", "--model", "llama", "--out", "location.json"),
+            ("texts", "--out", "texts.parquet"),
+            ("gauge", "--model", "llama", "--location", "location.json", "--texts", "texts.parquet", "--tables", "."),
+        ):
+            code, output = project.approxkmv(*command)
+            assert code == 0, output
+        assert set(pd.read_csv(project.folder / "gauge_llama.csv")["tokens"]) == {tokens}
+
+
+def test_a_model_whose_positions_end_earlier_is_named(project: Project, tmp_path):
+    long_study(project)
+    config = short_model(project, tmp_path / "short")
     prepared(project)
     code, output = lengths(project)
     assert code == 0, output

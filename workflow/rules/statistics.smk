@@ -175,7 +175,13 @@ rule gauge:
     params:
         config=lambda wildcards: SETTINGS,
         results=lambda wildcards: RESULTS,
-        settings=(STUDY.min_tokens, STUDY.max_tokens, STUDY.dtype, STUDY.device),
+        settings=(
+            STUDY.min_tokens,
+            STUDY.max_tokens,
+            STUDY.dtype,
+            STUDY.device,
+            STUDY.rotary_scaling,
+        ),
     shell:
         "approxkmv gauge --model {wildcards.model} --location {input.location} --texts {input.texts} "
         "--config {params.config} --tables {params.results}/tables --log {log}"

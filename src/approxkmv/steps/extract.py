@@ -15,7 +15,7 @@ from approxkmv.errors import CaptureError, ConfigError, NonFiniteError
 from approxkmv.progress import LOG, Times, progress
 from approxkmv.results.activations import write_activations
 from approxkmv.results.shards import shard_count, write_shard
-from approxkmv.steps.fetch import origin, read_location
+from approxkmv.steps.fetch import load_model, origin
 from approxkmv.steps.texts import read_shard
 
 if TYPE_CHECKING:
@@ -60,22 +60,13 @@ def extract(
     Raises NonFiniteError naming model, layer, head and context; ConfigError for a device that does not exist or a model
     with too few positions for any text; CaptureError for lengths at which the model would read a text differently.
     """
-    from approxkmv.models import CapturableModel
-
-    if study.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"study {study.name} asks for device cuda, but there is none here: set device to cpu")
     if shard >= (count := shard_count(texts, study.shard_contexts)):
         raise ConfigError(f"there is no shard {shard}: {texts} makes {count} of them, counted from 0")
     passages = read_shard(texts, shard, study.shard_contexts)
     made_of = origin(location, texts)
     times = Times() if times is None else times
     with times.of("loading"):
-        model = CapturableModel.load(
-            read_location(location),
-            dtype=study.dtype,
-            device=study.device,
-            rotary_scaling=dict(study.rotary_scaling) if study.rotary_scaling else None,
-        )
+        model = load_model(study, location)
     limit = study.max_tokens if model.max_positions is None else min(study.max_tokens, model.max_positions)
     if limit < study.min_tokens:
         raise ConfigError(

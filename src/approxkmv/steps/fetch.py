@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from approxkmv.config import ModelEntry
-from approxkmv.errors import SourceError, TableError
+from approxkmv.config import ModelEntry, Study
+from approxkmv.errors import ConfigError, SourceError, TableError
 from approxkmv.files import sha256, write_json
 from approxkmv.models import ModelLocation, fetch, parse_source
 from approxkmv.models.folders import RECORD
 from approxkmv.models.sources import PathSource, identity
+
+if TYPE_CHECKING:
+    from approxkmv.models import CapturableModel
 
 
 def fetch_model(entry: ModelEntry, cache: Path, out: Path) -> ModelLocation:
@@ -59,6 +62,22 @@ def read_location(path: Path) -> ModelLocation:
             f"the model in {folder} is not the one that {path} was written for: run fetch, or the study, again"
         )
     return ModelLocation(folder, value["gguf_file"])
+
+
+def load_model(study: Study, location: Path) -> CapturableModel:
+    """The model at a location as the study runs it. Raises ConfigError for a device that does not exist."""
+    import torch
+
+    from approxkmv.models import CapturableModel
+
+    if study.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"study {study.name} asks for device cuda, but there is none here: set device to cpu")
+    return CapturableModel.load(
+        read_location(location),
+        dtype=study.dtype,
+        device=study.device,
+        rotary_scaling=dict(study.rotary_scaling) if study.rotary_scaling else None,
+    )
 
 
 def origin(location: Path, texts: Path) -> str:

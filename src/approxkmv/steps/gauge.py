@@ -14,7 +14,7 @@ from approxkmv.files import read_table, write_csv
 from approxkmv.progress import progress
 from approxkmv.results.tables import gauge_table
 from approxkmv.statistics.gauge import FACTORS, Gauge, gauge
-from approxkmv.steps.fetch import read_location
+from approxkmv.steps.fetch import load_model
 from approxkmv.steps.texts import TEXTS
 
 
@@ -25,9 +25,7 @@ def measure_gauge(study: Study, model_name: str, location: Path, texts: Path, ta
     and as log10 largest_row, norm (|K|_2), zero_for_ones, sufficient, bound (see Gauge); mean_error. The column of
     values is the head's first; all entries count, as in the paper, of a causal model as well.
     """
-    from approxkmv.models import CapturableModel
-
-    model = CapturableModel.load(read_location(location), dtype=study.dtype, device=study.device)
+    model = load_model(study, location)
     limit = study.max_tokens if model.max_positions is None else min(study.max_tokens, model.max_positions)
     ids = max((model.tokenize(text, limit) for text in read_table(texts, TEXTS)["text"]), key=len)
     if len(ids) < study.min_tokens:
