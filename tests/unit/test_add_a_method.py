@@ -74,7 +74,7 @@ def test_one_file_and_one_line_add_a_method(tmp_path):
     module, line = (textwrap.dedent(block) for block in re.findall(r"^ *```python\n(.*?)^ *```$", text, re.S | re.M))
     shutil.copytree(ROOT / "src" / "approxkmv", tmp_path / "approxkmv", ignore=shutil.ignore_patterns("__pycache__"))
     package = tmp_path / "approxkmv" / "attention"
-    (package / "my_method.py").write_text(module, encoding="utf-8")
+    (package / "trivial" / "my_method.py").write_text(module, encoding="utf-8")
     registry = (package / "__init__.py").read_text(encoding="utf-8")
     start = "_MODULES = {\n"
     assert start in registry
