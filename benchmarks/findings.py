@@ -14,7 +14,7 @@ from approxkmv.figures.gauge import NEEDED_POWER
 from approxkmv.kmv.complexity import bound_exponents
 from approxkmv.results.tables import MASKED, gauge_table, masks_of, model_tables
 from approxkmv.statistics.gauge import TOLERANCE
-from approxkmv.statistics.growth import FAST, FLAT, PAPER_BOUND, SIZES, TRENDS
+from approxkmv.statistics.growth import FAST, FLAT, FLOOR, PAPER_BOUND, SIZES, TRENDS
 
 MINILM, SMOLLM = "minilm-l6", "smollm2-135m"
 SHORT = {MINILM: "MiniLM", SMOLLM: "SmolLM2"}
@@ -294,6 +294,7 @@ NUMBERS: dict[str, Callable[[], str]] = {
             ("flat", lambda rows: _count(rows, rows["trend"] == TRENDS[0])),
             ("both", lambda rows: _count(rows, (rows["size"] == SIZES[1]) & (rows["trend"] == TRENDS[1]))),
             ("fast", lambda rows: _count(rows, rows["exponent"] > FAST)),
+            ("floored", lambda rows: _count(rows[rows["trend"] == TRENDS[0]], rows["ratio"] < 1.01 * FLOOR)),
             ("held", lambda rows: f"{_held(rows):.0%}"),
             ("n", lambda rows: f"{rows['length'].iloc[0]:,}"),
             ("texts", lambda rows: str(rows["texts"].iloc[0])),
