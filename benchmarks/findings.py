@@ -310,6 +310,9 @@ NUMBERS: dict[str, Callable[[], str]] = {
             ("underflow", "share_underflowing"),
         )
     },
+    "spread-error": lambda: number(
+        max((10.0 ** rows["log10_bound"] * rows["tokens"] ** 0.5).max() for rows in (_errors(m, True) for m in SHORT))
+    ),
     "needed": lambda: f"{8192**NEEDED_POWER:.2f}",
     # docs/math.md: no error of this size is borne where a softmax weight is larger.
     "needed-weight": lambda: f"{TOLERANCE / (8192**NEEDED_POWER * (1 + TOLERANCE * 8192**0.5)):.1%}",

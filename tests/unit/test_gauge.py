@@ -129,6 +129,23 @@ def test_no_gauge_bears_more_than_the_largest_weights_allow(size):
     np.testing.assert_allclose(gauge(same, same, v, factors=[1.0]).log_bound[:, 0], allowed.amin(-1).log(), atol=1e-9)
 
 
+def test_errors_spread_over_all_rows_are_borne_up_to_the_root_mean_square_of_the_largest_weights():
+    for seed, size in ((0, 0.3), (1, 1.0), (2, 2.0)):
+        q, k, v = heads(seed, size)
+        weights = torch.softmax(q @ k.mT / np.sqrt(D), -1)
+        allowed = TOLERANCE / weights.amax(-1).square().mean(-1).sqrt()
+        for t in (0.5, 1.0, 2.0):
+            rows = log_kernel(t * q, k / t).logsumexp(-1).exp()
+            # The error of every entry of Kv is epsilon |v| / sqrt(n).
+            error = (1.001 * allowed / np.sqrt(N))[:, None] * v.norm(dim=-1, keepdim=True) / rows
+            assert (error.norm(dim=-1) > TOLERANCE * v.norm(dim=-1)).all()
+    # Where every row has an entry of 1 it is the limit itself.
+    same = torch.nn.functional.normalize(k, dim=-1) * size
+    rows = log_kernel(same, same).exp().sum(-1)
+    weights = torch.softmax(same @ same.mT / np.sqrt(D), -1)
+    torch.testing.assert_close(rows.reciprocal().square().mean(-1), weights.amax(-1).square().mean(-1))
+
+
 def test_a_wrong_constant_would_be_found():
     # Without sqrt(n), the size of ones, the condition for y1 is missed: the error is beyond the tolerance then.
     q, k, v = heads()
