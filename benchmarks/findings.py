@@ -175,7 +175,7 @@ def predictions() -> str:
             {
                 "model, entries": _name(model, before),
                 "n": f"{rows['length'].iloc[0]:,}",
-                "foretold / measured c(n): median": f"{factor.median():.2f}",
+                "predicted / measured c(n): median": f"{factor.median():.2f}",
                 "middle half of heads": f"{factor.quantile(0.25):.2f} to {factor.quantile(0.75):.2f}",
                 "within a factor of 2": f"{(np.abs(np.log2(factor)) <= 1).mean():.0%}",
                 "wrong by more than 10": f"{(np.abs(np.log10(factor)) > 1).mean():.0%}",

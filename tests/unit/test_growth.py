@@ -62,7 +62,7 @@ def test_the_exponent_is_that_of_the_last_octave_within_each_text():
     assert (fit.texts, fit.length, fit.start) == (8, 8192, 4096)
 
 
-def test_a_power_law_is_foretold_exactly():
+def test_a_power_law_is_predicted_exactly():
     texts, lengths, _ = sample(CURVES["a power law"])
     fit = fit_growth(texts, lengths, 0.1 * lengths[:, None] ** np.array([0.3, 1.0]))
     np.testing.assert_allclose(fit.predicted_ratio, fit.ratio, rtol=1e-12)
@@ -139,7 +139,7 @@ def test_few_texts_and_one_length_decide_nothing():
     fit = fit_growth(np.arange(9), np.full(9, 50), np.ones((9, 2)))
     assert (fit.texts, fit.start) == (9, 0)
     assert (size(fit, 4.6), trend(fit)) == (["small"] * 2, ["undecided"] * 2)
-    # Without n/16 there is an exponent, and nothing is foretold.
+    # Without n/16 there is an exponent, and nothing is predicted.
     texts, lengths, ratios = sample(CURVES["saturating"], lengths=np.array([50, 100, 200, 250]))
     fit = fit_growth(texts, lengths, ratios)
     assert (fit.start, np.isfinite(fit.exponent[0]), np.isnan(fit.predicted_ratio[0])) == (100, True, True)

@@ -27,7 +27,7 @@ TRENDS = ("flat", "grows", UNDECIDED)
 
 @dataclass(frozen=True)
 class Growth:
-    """c of each of `heads` heads at the longest length n, its exponent over the last octave, and what n/4 foretold.
+    """c of each of `heads` heads at the longest length n, its exponent over the last octave, and what was predicted at n/4.
 
     Arrays are (heads,), nan where lengths or texts are lacking. c of several texts is their geometric mean.
     """
@@ -47,9 +47,9 @@ class Growth:
     exponent_low: np.ndarray
     exponent_high: np.ndarray
     predicted_ratio: np.ndarray
-    """c(n) as the lengths up to n/4 foretell it."""
+    """c(n) as the lengths up to n/4 predict it."""
     predicted_low: np.ndarray
-    """The interval of the exponent over the last octave as the lengths up to n/4 foretell it."""
+    """The interval of the exponent over the last octave as the lengths up to n/4 predict it."""
     predicted_high: np.ndarray
 
 

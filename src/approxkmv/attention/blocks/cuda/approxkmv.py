@@ -38,7 +38,7 @@ def random_inputs(
 def budgets(
     e: Expansion, row_sums: torch.Tensor, scales: torch.Tensor, variances: torch.Tensor, samples: int
 ) -> torch.Tensor:
-    """Samples (batch, blocks, 1) per block, about `samples` on average, as in `approxkmv.budgets`."""
+    """Samples (batch, blocks, 1) per block, about `samples` on average, as in `light_keys.budgets`."""
     share = torch.sigmoid(e.log_weight - scales - row_sums.log()).view(variances.shape)
     s = variances.clamp_max(10.0)
     deviation = (share.square() * (s.exp() - 1 - s)).mean(2, keepdim=True).sqrt()

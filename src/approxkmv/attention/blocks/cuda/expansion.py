@@ -43,7 +43,7 @@ def order_of_queries(
 
 
 def stand_apart(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """(batch, n_k) whether a key stands apart from the others, as in `expansion.stand_apart`."""
+    """(batch, n_k) whether a key stands apart from the others, as in `reach.stand_apart`."""
     spreads = (keys.square() * queries.var(1, correction=0, keepdim=True)).sum(2)
     usual = spreads.median(1, keepdim=True).values
     apart = spreads > (APART**2 * usual).clamp_min(APART_NATS**2)

@@ -30,7 +30,7 @@ def far_deviations(low, high, starts, sizes, heavy, scales, log_weight, variance
 
 @cached_njit(fastmath=FLAGS, nogil=True)
 def draw_light(low, high, draw_ends, ends, chosen, weights, totals, points, keys, logs, control):
-    """Draw light keys for blocks low to high - 1, with the two weights of each: see `approxkmv.draw`.
+    """Draw light keys for blocks low to high - 1, with the two weights of each: see `light_keys.draw`.
 
     points (m,) are uniform random numbers, up to draw_ends[b] for block b; each selects one key.
     """
