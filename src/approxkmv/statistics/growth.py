@@ -27,7 +27,7 @@ TRENDS = ("flat", "grows", UNDECIDED)
 
 @dataclass(frozen=True)
 class Growth:
-    """c of each of `heads` heads at the longest length n, its exponent over the last octave, and what was predicted at n/4.
+    """c of each of `heads` heads at the longest length n, its exponent over the last octave, and its prediction at n/4.
 
     Arrays are (heads,), nan where lengths or texts are lacking. c of several texts is their geometric mean.
     """
