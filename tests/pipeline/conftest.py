@@ -77,6 +77,7 @@ def finished(inputs: Path, commands: Path, tmp_path_factory: pytest.TempPathFact
         (folder / "output").write_text(output)
 
     whole = made_once(tmp_path_factory, "finished", make)
-    copy = tmp_path_factory.mktemp("finished") / "copy"
+    # Beside the original: Snakemake remembers the sources by their paths relative to the folder.
+    copy = whole.with_name(f"finished-{os.environ.get('PYTEST_XDIST_WORKER', 'alone')}")
     shutil.copytree(whole, copy, symlinks=True)
     return Project(copy, commands), (copy / "output").read_text()
