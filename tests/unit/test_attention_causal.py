@@ -212,5 +212,5 @@ def test_refusals_are_one_line():
     q, k, v = (t[None] for t in heads(20, 4, 1))
     with pytest.raises(UnavailableError, match=r"^method local-expansion has no causal form: query i would"):
         get("local-expansion").attend_causally(q, k, v)
-    with pytest.raises(InputError, match="a key for each query: q has 10 rows, k 20"):
+    with pytest.raises(InputError, match="a key for each query: q has 10 rows, but k 20"):
         get("exact-sdpa").attend_causally(q[:, :10], k, v)

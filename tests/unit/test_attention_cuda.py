@@ -335,7 +335,9 @@ def test_a_kernel_too_large_for_the_chip_is_unavailable(monkeypatch):
 
     monkeypatch.setattr(kernels, "_exact_kernel", Kernel())
     monkeypatch.setattr(kernels, "exact", EXACT)
-    with pytest.raises(UnavailableError, match="more shared memory than cpu has: 300000, there are 232448") as error:
+    with pytest.raises(
+        UnavailableError, match="more shared memory than cpu has: 300000, but there are 232448"
+    ) as error:
         kernels.exact(*inputs(), 0.4)
     assert "\n" not in str(error.value)
     with pytest.raises(UnavailableError, match="up to 256 columns"):

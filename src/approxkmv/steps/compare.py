@@ -24,7 +24,9 @@ from approxkmv.statistics.growth import ENOUGH_TEXTS, FLAT
 # Columns of the table of heads that claims are judged by.
 JUDGED = ("max_ratio", "median_next_ratio", "median_double_ratio")
 # Columns of the table of readings.
-READ = {"reading": "text", "entries": "text"} | dict.fromkeys(("largest_ratio", "median_double"), "number")
+READ = {"reading": "text", "entries": "text", "heads": "whole"} | dict.fromkeys(
+    ("largest_ratio", "median_double"), "number"
+)
 # A ratio of neighbours at most this large is "about 1".
 ABOUT_ONE = 1.05
 
