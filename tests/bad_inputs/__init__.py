@@ -49,6 +49,8 @@ def is_one_line(code: int, printed: str) -> bool:
 def command(folder: Path, *arguments: str) -> tuple[int, str]:
     """Run `approxkmv` with these arguments in a folder, in this process: its exit code and what stderr shows."""
     printed = io.StringIO()
+    # A handler that another test left writes elsewhere.
+    progress.LOG.handlers.clear()
     before = os.getcwd(), sys.argv
     os.chdir(folder)
     sys.argv = ["approxkmv", *arguments]

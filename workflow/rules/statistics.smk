@@ -1,3 +1,7 @@
+# What is made of statistics waits for their summary: if no text is long enough, one step says so and not five.
+SUMMARY = [] if STUDY.lengths else f"{RESULTS}/tables/heads_{{model}}.csv"
+
+
 rule statistics:
     input:
         tensors=rules.extract.output.tensors,
@@ -38,6 +42,7 @@ rule attention:
 
 rule attention_table:
     input:
+        summary=SUMMARY,
         rows=shard_files("attention.parquet"),
         contexts=shard_files("contexts.csv"),
         texts=f"{RESULTS}/texts.parquet",
@@ -88,6 +93,7 @@ rule summary:
 
 rule growth:
     input:
+        summary=SUMMARY,
         shards=shard_files("lengths.parquet" if STUDY.lengths else "prefixes.parquet"),
         contexts=shard_files("contexts.csv"),
         texts=f"{RESULTS}/texts.parquet",
@@ -132,6 +138,7 @@ rule readings:
 
 rule readings_table:
     input:
+        summary=SUMMARY,
         shards=shard_files("readings.parquet"),
         contexts=shard_files("contexts.csv"),
         texts=f"{RESULTS}/texts.parquet",
@@ -157,6 +164,7 @@ rule readings_table:
 
 rule gauge:
     input:
+        summary=SUMMARY,
         location=f"{RESULTS}/models/{{model}}.json",
         texts=f"{RESULTS}/texts.parquet",
         source=package("gauge"),
