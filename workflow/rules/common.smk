@@ -58,7 +58,7 @@ with one_line_errors():
     LOCK = Path(".snakemake") / f"{STUDY.name}.lock"
     if not workflow.is_main_process:
         settings_file(checked(config), SETTINGS)
-    # A dry run, a report and whatever else comes while the study is run change nothing under its feet.
+    # A dry run, a report or anything else that starts while the study runs changes nothing in its folder.
     elif not workflow.output_settings.dryrun and (lock := try_lock(LOCK)):
         settings_file(checked(config), SETTINGS)
         remove_half_written(Path(RESULTS))
@@ -74,7 +74,7 @@ wildcard_constraints:
 
 
 def local_files(source):
-    """The files of a source that lies on this disk, so that an edit of one reruns what reads it."""
+    """The files of a source on this disk, so that an edit of one reruns what reads it."""
     kind, _, rest = source.partition(":")
     path = Path(rest).expanduser()
     if kind != "path" or not path.exists():
