@@ -14,7 +14,7 @@ COLUMNS = {"layer": "whole", "head": "whole", "tokens": "whole", "t": "number"}
 COLUMNS |= dict.fromkeys(("ratio", "participation", "log10_largest_row", "log10_norm", "log10_bound"), "number")
 # n^1.89 / epsilon^2 < n^2 needs epsilon above n to this power, before constants and logarithms.
 NEEDED_POWER = -0.055
-HEADS = ((0.5, "median head"), (0.9, "90th of 100 heads"), (1.0, "largest head"))
+HEADS = ((0.5, "median head"), (0.9, "90th percentile of heads"), (1.0, "largest head"))
 PANELS = (
     ("ratio", "c; at the left the limit, the matrix A itself"),
     ("participation", "rows that carry K: $(\\sum r)^2 / \\sum r^2$"),
@@ -44,7 +44,8 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
         axes.set_xscale("log", base=2)
         if not column.startswith("log10"):
             axes.set_yscale("log")
-            axes.set_ylim(max(axes.get_ylim()[0], 1e-4))
+            # The margin of an axis over hundreds of decades would be a dozen decades.
+            axes.set_ylim(max(axes.get_ylim()[0], 1e-4), 2 * float(np.nanmax(values)))
             axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
         axes.xaxis.set_major_locator(FixedLocator(factors.tolist()))
         axes.xaxis.set_minor_locator(NullLocator())
