@@ -462,6 +462,7 @@ def test_the_untied_head_of_a_gguf_survives_its_conversion(tmp_path):
         ({"metadata": {"llama.attention.sliding_window": 16.0}}, "llama.attention.sliding_window = 16.0"),
         ({"metadata": {"llama.attention.scale": 0.5}}, "llama.attention.scale = 0.5"),
         ({"metadata": {"llama.tensor_data_layout": "Meta AI original pth"}}, "tensor_data_layout"),
+        ({"pre": "deepseek-coder"}, "tokenizer.ggml.pre = deepseek-coder"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -481,6 +482,17 @@ def test_metadata_of_a_gguf_that_changes_nothing_is_accepted(tmp_path):
     metadata = {"llama.rope.scaling.type": "none", "llama.attention.key_length": 16.0, "llama.hidden_act": "silu"}
     file = write_gguf(tmp_path / "tiny.gguf", metadata=metadata)
     fetch(parse_source(f"path:{file}"), tmp_path / "converted")
+
+
+@pytest.mark.parametrize(("pre", "pieces"), [("gpt-2", ["Ġ12"]), ("smollm", ["Ġ", "1", "2"])])
+def test_the_text_of_a_gguf_is_split_as_the_file_says(tmp_path, pre, pieces):
+    from models_support import write_gguf
+    from transformers import AutoTokenizer
+
+    file = write_gguf(tmp_path / "tiny.gguf", pre=pre)
+    folder = fetch(parse_source(f"path:{file}"), tmp_path / "converted").folder
+    splits = AutoTokenizer.from_pretrained(folder).backend_tokenizer.pre_tokenizer.pre_tokenize_str("a 12")
+    assert [piece for piece, _ in splits] == ["a", *pieces]
 
 
 def test_a_damaged_gguf_is_one_line(tmp_path):

@@ -128,7 +128,7 @@ class CapturableModel:
     def tokenizer(self) -> Any:
         """The model's own tokenizer, loaded when first asked for. Raises SourceError when the folder has none."""
         if self._tokenizer is None:
-            from approxkmv.models.loading import load_tokenizer
+            from approxkmv.models.tokenizer import load_tokenizer
 
             self._tokenizer = load_tokenizer(self._location)
         return self._tokenizer

@@ -58,7 +58,8 @@ def write_dequantised(location: ModelLocation, folder: Path) -> None:
     """Write config, tokenizer and float32 safetensors of a GGUF model into an existing folder. Raises SourceError."""
     from safetensors.torch import save_file
 
-    from approxkmv.models.loading import causal_class, load_backbone, load_causal_model, load_config, load_tokenizer
+    from approxkmv.models.loading import causal_class, load_backbone, load_causal_model, load_config
+    from approxkmv.models.tokenizer import load_tokenizer
 
     require_gguf_packages()
     try:

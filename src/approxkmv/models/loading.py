@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import re
 import warnings
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
@@ -65,7 +64,7 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _name(location: ModelLocation) -> str:
+def name_of(location: ModelLocation) -> str:
     return str(location.folder / location.gguf_file) if location.gguf_file else str(location.folder)
 
 
@@ -78,10 +77,10 @@ def reading(location: ModelLocation, what: str) -> Iterator[None]:
         raise
     except Exception as error:
         # transformers raises OSError, ValueError, KeyError, ImportError, RuntimeError and more for a bad folder.
-        raise SourceError(f"{_name(location)}: the {what} cannot be read ({one_line(error)})") from error
+        raise SourceError(f"{name_of(location)}: the {what} cannot be read ({one_line(error)})") from error
 
 
-def _options(location: ModelLocation) -> dict[str, Any]:
+def source_options(location: ModelLocation) -> dict[str, Any]:
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     if location.gguf_file is not None:
         options["gguf_file"] = location.gguf_file
@@ -99,15 +98,15 @@ def _weight_options(location: ModelLocation) -> dict[str, Any]:
 def load_config(location: ModelLocation) -> Any:
     """The model's configuration. Raises SourceError if the folder has none that transformers knows."""
     if location.gguf_file is None:
-        check_folder(location.folder, _name(location))
+        check_folder(location.folder, name_of(location))
     with quiet(), reading(location, "configuration"):
-        config = AutoConfig.from_pretrained(location.folder, **_options(location))
+        config = AutoConfig.from_pretrained(location.folder, **source_options(location))
     text = config.get_text_config()
     for size in SIZES:
         value = getattr(text, size, None)
         limit = MAX_LAYERS if size == "num_hidden_layers" else 2**31
         if isinstance(value, int) and not 0 < value < limit:
-            raise SourceError(f"{_name(location)}: its configuration says {size} is {value}: correct config.json")
+            raise SourceError(f"{name_of(location)}: its configuration says {size} is {value}: correct config.json")
     return config
 
 
@@ -168,26 +167,26 @@ def _load(kind: Any, location: ModelLocation, dtype: torch.dtype, attention: str
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused below, by name
             **({} if config is None else {"config": config}),
-            **_options(location),
+            **source_options(location),
             **_weight_options(location),
         )
     if info["mismatched_keys"]:
         key, in_file, in_model = min(info["mismatched_keys"])
         raise SourceError(
-            f"{_name(location)}: {len(info['mismatched_keys'])} weights are not of the size that the configuration "
+            f"{name_of(location)}: {len(info['mismatched_keys'])} weights are not of the size that the configuration "
             f"says, first {key}: {tuple(in_file)} in the file, {tuple(in_model)} in the model: correct config.json"
         )
     missing = sorted(key for key in info["missing_keys"] if not AFTER_ATTENTION.search(key) and _random(model, key))
     if missing:
         raise SourceError(
-            f"{_name(location)}: {len(missing)} weights of {type(model).__name__} are not in the file, first "
+            f"{name_of(location)}: {len(missing)} weights of {type(model).__name__} are not in the file, first "
             f"{missing[0]}: they would be random, so the model is not used"
         )
-    shapes = {} if location.gguf_file else weight_shapes(location.folder, _name(location))
+    shapes = {} if location.gguf_file else weight_shapes(location.folder, name_of(location))
     unknown = sorted(key for key in info["unexpected_keys"] if _matters(model, key, shapes))
     if unknown:
         raise SourceError(
-            f"{_name(location)}: {len(unknown)} weights in the file do not belong to {type(model).__name__}, first "
+            f"{name_of(location)}: {len(unknown)} weights in the file do not belong to {type(model).__name__}, first "
             f"{unknown[0]}: without them it would be another model, so it is not used"
         )
     if location.gguf_file is None:
@@ -202,20 +201,20 @@ def _refuse_what_is_read_otherwise(location: ModelLocation, model: Any, scaled: 
     without their quantisation as weights. `scaled` says that the frequencies are changed on purpose.
     """
     computed = [buffer for key, buffer in model.named_buffers() if key.endswith("inv_freq")]
-    for key, saved in rotary_frequencies(location.folder, _name(location)).items():
+    for key, saved in rotary_frequencies(location.folder, name_of(location)).items():
         # The saved frequencies may be in half precision.
         near = (x.shape == saved.shape and torch.allclose(x, saved.to(x), rtol=1e-2, atol=1e-6) for x in computed)
         if not scaled and not any(near):
             raise SourceError(
-                f"{_name(location)}: {key} in the file is not what the configuration says of the rotary embedding, "
+                f"{name_of(location)}: {key} in the file is not what the configuration says of the rotary embedding, "
                 "and would be left out: write its scaling into config.json, as rope_parameters"
             )
     numbers = {key for key, tensor in model.state_dict().items() if tensor.is_floating_point()}
     prefix = f"{model.base_model_prefix}."
-    for key in sorted(whole_numbers(location.folder, _name(location))):
+    for key in sorted(whole_numbers(location.folder, name_of(location))):
         if key in numbers or key.removeprefix(prefix) in numbers or f"{prefix}{key}" in numbers:
             raise SourceError(
-                f"{_name(location)}: {key} is saved as integers, which are codes of the weights, not the "
+                f"{name_of(location)}: {key} is saved as integers, which are codes of the weights, not the "
                 "weights: save the model without quantisation"
             )
 
@@ -257,32 +256,3 @@ def _with_heads(config: Any) -> Iterator[Any]:
         for kind in found if isinstance(found, tuple) else (found,):
             with torch.device("meta"):
                 yield kind(config)
-
-
-def load_tokenizer(location: ModelLocation) -> Any:
-    """The model's tokenizer. Raises SourceError if the folder has none that can be read, or that of another model."""
-    try:
-        with quiet(), reading(location, "tokenizer"):
-            tokenizer = AutoTokenizer.from_pretrained(location.folder, **_options(location))
-            tokenizer("A word, and \u2202\u6587.")  # a vocabulary without its unknown token fails where one is met
-    except SourceError as error:
-        # transformers' message names whichever package it tried last.
-        pieces = sorted(path.name for path in location.folder.iterdir() if path.suffix in (".model", ".spm"))
-        if not pieces or location.gguf_file or importlib.util.find_spec("sentencepiece"):
-            raise
-        raise SourceError(
-            f"{_name(location)}: its tokenizer is for the package SentencePiece ({pieces[0]}): "
-            "pip install sentencepiece protobuf, or save a tokenizer.json there"
-        ) from error
-    # Without these files transformers builds a tokenizer with an empty vocabulary, to which every text is unknown.
-    files = list(tokenizer.vocab_files_names.values())
-    if location.gguf_file is None and files and not any((location.folder / file).is_file() for file in files):
-        raise SourceError(f"{_name(location)}: the folder has no tokenizer ({' or '.join(files)}): save it there too")
-    rows = getattr(load_config(location).get_text_config(), "vocab_size", None)
-    # Excludes tokens added later: some models never embed them, and no text contains them.
-    if isinstance(rows, int) and tokenizer.vocab_size > rows:
-        raise SourceError(
-            f"{_name(location)}: its tokenizer has {tokenizer.vocab_size} tokens but the model embeds {rows}: "
-            "it belongs to another model: save the right one there"
-        )
-    return tokenizer

@@ -12,8 +12,9 @@ import torch
 
 from approxkmv.errors import CaptureError, InputError, NonFiniteError
 from approxkmv.models.capture import DTYPES, device_named, max_positions
-from approxkmv.models.loading import causal_class, load_causal_model, load_config, load_tokenizer
+from approxkmv.models.loading import causal_class, load_causal_model, load_config
 from approxkmv.models.sources import ModelLocation, identity
+from approxkmv.models.tokenizer import load_tokenizer
 from approxkmv.perplexity.replacement import REPLACED, Replacement, replaced
 from approxkmv.sweep.measure import running_out_of_memory
 
