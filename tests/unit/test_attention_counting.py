@@ -63,6 +63,7 @@ def test_every_method_counts_and_counts_each_batch_entry(name):
         ("local-expansion", {"near": 1000}, N_Q * N_K),
         ("approxkmv", {"near": 1000}, N_Q * N_K),
         ("clustered", {"near": 1000}, N_Q * N_K),
+        ("top-k", {"top": 10}, N_Q * 10),
         # The head; tail keys are only compared with it.
         ("knn", {"top": 10, "samples": 3}, N_Q * 10),
         # Neighbours and the sample that all queries share
@@ -72,6 +73,10 @@ def test_every_method_counts_and_counts_each_batch_entry(name):
 )
 def test_counts_by_hand(name, parameters, expected):
     assert counts_of(name, **parameters).kernel_evaluations == expected
+
+
+def test_every_score_of_the_oracle_counts():
+    assert counts_of("top-k", top=10).inner_products == N_Q * N_K
 
 
 @pytest.mark.parametrize("loops", ["compiled", "torch"])

@@ -16,6 +16,7 @@ FEW = {
     "kdeformer": {"block": 30, "samples": 24},
     "hyperattention": {"block": 30, "samples": 24},
     "vkde-lsh": {"bucket": 20},
+    "top-k": {"top": 20},
     "knn": {"top": 20},
     "hnsw": {"near": 20, "samples": 20},
     "vamana": {"near": 20, "samples": 20},

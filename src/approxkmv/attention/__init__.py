@@ -29,6 +29,7 @@ _MODULES = {
     "vkde-lsh": "hashed.vkde_lsh",
     "approxkmv": "blocks.approxkmv",
     "local-expansion": "blocks.local_expansion",
+    "top-k": "searched.top_k",
     "knn": "searched.knn",
     "hnsw": "searched.hnsw",
     "vamana": "searched.vamana",

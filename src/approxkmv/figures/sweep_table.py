@@ -44,6 +44,7 @@ COLOURS = {
     "hyperattention": "#882255",
     "clustered": "#44AA99",
     "vkde-lsh": "#AA7744",
+    "top-k": "#F0A0A0",
     "knn": "#332288",
     "hnsw": "#66A61E",
     "vamana": "#666633",

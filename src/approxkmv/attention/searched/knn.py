@@ -113,7 +113,8 @@ def _causal(
     parameters = Parameters(**given)
 
     def single(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        q, k = q * scale, k - k.mean(0)
+        # As above, but around the mean of the first keys: the mean of all would include later ones.
+        q, k = q * scale, k - k[:_CAUSAL_ROWS].mean(0)
         searched = parameters.index_of(k)
         parts = []
         for first in range(0, len(q), _CAUSAL_ROWS):
