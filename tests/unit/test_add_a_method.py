@@ -13,13 +13,14 @@ import sys
 import textwrap
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 
 USE = """
 import approxkmv, torch
 from approxkmv.attention import get, methods
 from approxkmv.compute.counting import counting
-
 assert approxkmv.__file__.startswith({folder!r}), approxkmv.__file__
 assert "my-method" in methods()
 q, k, v = torch.randn(2, 9, 4), torch.randn(2, 12, 4), torch.randn(2, 12, 3)
@@ -69,6 +70,7 @@ assert "my-method" in [label.get_text() for label in drawn[2].axes[0].get_ytickl
 """
 
 
+@pytest.mark.slow
 def test_one_file_and_one_line_add_a_method(tmp_path):
     text = (ROOT / "docs" / "add-a-method.md").read_text(encoding="utf-8")
     module, line = (textwrap.dedent(block) for block in re.findall(r"^ *```python\n(.*?)^ *```$", text, re.S | re.M))

@@ -155,6 +155,7 @@ def estimates(q, k, v, samples, seeds):
     return torch.stack(found), right
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("loops")
 @pytest.mark.parametrize("d_v", [1, 5])
 @pytest.mark.parametrize("keys", ["as many", "fewer", "the queries"])

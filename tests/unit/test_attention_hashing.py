@@ -84,6 +84,7 @@ UNBIASED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", UNBIASED)
 def test_numerators_and_row_sums_are_unbiased(name):
     """40 fixed combinations of the rows, each within 4.5 standard errors over 300 seeds.
@@ -285,6 +286,7 @@ def test_the_answer_is_the_quotient_of_the_medians(groups):
     assert np.allclose(out[met], (medians[:, :-1] / medians[:, -1:])[met], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_median_of_three_means_misses_by_less_than_one_of_them():
     """The error that one row in a hundred exceeds, over 60 rows and 100 seeds.
 

@@ -201,6 +201,7 @@ def test_no_row_of_a_model_is_made_again(name, given):
     assert counts.recomputed_rows == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "given"), [(name, {}) for name in FEW])
 def test_the_heaviest_key_at_the_default_settings(name, given):
     q, k = heads(4096, 1)

@@ -324,6 +324,7 @@ def peak_memory():
     return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="asks Linux for the peak of memory")
 def test_memory_grows_with_n_and_not_its_square():
     q, k = head(9, 8000, 8)

@@ -27,6 +27,7 @@ def check_kernels(interpret: str, timeout: int) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_kernels_in_the_interpreter():
     check_kernels("1", 150)
 

@@ -11,6 +11,7 @@ from bad_inputs import all_cases, configuration, is_one_line, tables
 CASES = all_cases()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.kind}: {case.name}")
 def test_a_bad_input_is_one_line(case, tmp_path):
     code, printed = case.run(tmp_path)
@@ -20,6 +21,7 @@ def test_a_bad_input_is_one_line(case, tmp_path):
 READERS = {**tables.SHARDS, **tables.READERS}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reader", READERS)
 def test_the_tables_that_are_damaged_there_are_read_when_they_are_whole(reader, tmp_path):
     tables.whole(tmp_path)

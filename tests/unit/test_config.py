@@ -100,6 +100,7 @@ def test_the_heads_of_a_capture_are_those_that_a_workload_names_or_all():
     assert (own.path, own.tuning_path) == ("own.safetensors", None)
 
 
+@pytest.mark.slow
 def test_an_installed_wheel_reads_its_configuration(tmp_path):
     for name in ("src", "pyproject.toml", "README.md", "LICENSE"):
         copied = tmp_path / "project" / name

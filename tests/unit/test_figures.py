@@ -329,6 +329,7 @@ def long_tables(folder: Path, masked: bool) -> None:
     (folder / "lengths_m.json").write_text(json.dumps(facts))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("masked", [False, True])
 def test_long_texts_are_drawn(tmp_path, masked):
     long_tables(tmp_path, masked)
@@ -360,6 +361,7 @@ def draw_all(folder: Path, label: str) -> None:
         catalogue.draw(name, folder, ["m"], folder / name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("label", LABELS)
 def test_a_label_is_drawn_as_it_is_written_and_is_no_mathematics(tmp_path, figures, label, caplog):
     from matplotlib.text import Text

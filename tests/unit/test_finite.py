@@ -52,6 +52,7 @@ def is_finite_or_refused(call, tensors, scale):
     return bool(numbers(answer).isfinite().all())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CALLS)
 def test_finite_or_refused_at_any_size(name):
     failed = [case for case, given in CASES.items() if not is_finite_or_refused(CALLS[name], resized(*given), None)]
@@ -71,6 +72,7 @@ def test_finite_or_refused_at_any_scale(name):
     assert failed == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NUMERIC)
 @pytest.mark.parametrize("size", [1e-320, 1e-200, 1e40, 1e60, 1e120, 1e160, 1e300])
 def test_float64_of_any_size_is_finite_or_refused(name, size):

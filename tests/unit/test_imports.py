@@ -63,6 +63,7 @@ def loaded() -> dict[str, set[Path]]:
     return {step: {Path(file).resolve() for file in files} for step, files in map(json.loads, done.stdout.splitlines())}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", STEPS)
 def test_every_module_that_a_step_loads_is_in_its_list(loaded, command):
     files = loaded[STEPS[command]]

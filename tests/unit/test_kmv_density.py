@@ -112,6 +112,7 @@ def test_error_of_levels_falls_as_one_over_the_root_of_the_repetitions():
     assert np.all(rms[0] ** 2 * 8 <= 0.05 / expected * 1.4)
 
 
+@pytest.mark.slow
 def test_hashing_beats_uniform_sampling_where_the_density_is_low():
     """At a density of one point in 4,000 and 64 evaluations: the whole reason for hashing-based estimators."""
     rng = np.random.default_rng(1)

@@ -20,6 +20,7 @@ FAMILIES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f"{type(f).__name__}-{f.concatenation}")
 def test_collisions_follow_the_family_s_own_curve(family):
     """20,000 functions per family and 7 distances: each frequency within 4.5 standard deviations of the curve.

@@ -24,6 +24,7 @@ def run(case: Case, **options) -> HeavyKeys:
     return find_heavy(case.queries, case.keys, sigma=case.sigma, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "family", "seeds"),
     [(name, "p-stable", 100) for name in (*SPARSE, "real head")] + [("even spread", "ball-carving", 20)],

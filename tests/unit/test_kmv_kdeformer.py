@@ -37,6 +37,7 @@ def test_an_exact_density_gives_the_sums_themselves():
         assert found.tally.kernel_evaluations == len(q) * len(p)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["uniform", "hashing"])
 def test_estimates_of_row_sums_are_unbiased(kind):
     """12 queries, each mean within 4.5 standard errors over 300 seeds: false alarms with less than 1e-4."""

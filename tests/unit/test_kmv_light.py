@@ -147,6 +147,7 @@ def light_of(case, x, *, density="exact", row_error=0.25, constants=None, seed=0
     return light, np.where(mask, case.matrix, 0.0), parts.scaled
 
 
+@pytest.mark.slow
 def test_one_average_has_the_mean_and_the_variance_of_the_proof():
     """E z_i and Var z_i = (n - 1) sum_j (x_j K_ij)^2 / R, over 200 seeds, summed over rows."""
     case = background(60)
@@ -164,6 +165,7 @@ def test_one_average_has_the_mean_and_the_variance_of_the_proof():
     assert (score**2).mean() == pytest.approx(1.0, rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("density", ["exact", "levels"])
 @pytest.mark.parametrize("name", ["background", "clusters"])
 def test_budgets_cover_the_light_mass(name, density):
@@ -189,6 +191,7 @@ def test_hidden_buckets_add_up_to_their_share_at_most():
     assert error.max() <= 0.5
 
 
+@pytest.mark.slow
 def test_small_budgets_are_sampled_pair_by_pair():
     """Budgets below one evaluation per key: fewer than all pairs are computed, mean and variance stay the proof's."""
     case = background(250)

@@ -481,6 +481,7 @@ MINILM_WHEEL = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54
 MINILM_WEIGHTS = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 
+@pytest.mark.slow
 @pytest.mark.model
 def test_the_attentions_of_minilm_follow_from_its_queries_and_keys():
     cache = Path(os.environ.get("APPROXKMV_CACHE") or Path(__file__).parents[2] / "cache")

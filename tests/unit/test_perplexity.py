@@ -246,6 +246,7 @@ def measure(model, asked, out, **more):
     return pd.read_csv(out)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_after_its_last_whole_length(location, model, asked, tmp_path, monkeypatch):
     monkeypatch.setattr(model, "tokens", lambda documents, count: IDS[:count])
     out, part = tmp_path / "perplexity.csv", tmp_path / "perplexity.csv.part"

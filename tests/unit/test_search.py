@@ -147,6 +147,7 @@ def test_the_exact_index_of_other_devices_agrees():
     assert torch.allclose(products, other_products, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("d", [1, 2, 4])
 def test_doubling_dimension_grows_with_that_of_the_space(d):
     side = {1: 256, 2: 16, 4: 4}[d]

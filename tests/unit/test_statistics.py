@@ -333,6 +333,7 @@ for n in (50, 51, 64, 77):
 """
 
 
+@pytest.mark.slow
 def test_freshly_compiled_and_cached_code_give_the_same_bytes(tmp_path: Path):
     def run() -> str:
         environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}

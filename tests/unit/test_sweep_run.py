@@ -202,6 +202,7 @@ run_sweep(SweepSettings.from_mapping(json.loads(sys.argv[1])), Path(sys.argv[2])
 """
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on_after_its_last_whole_case(vectors, tmp_path):
     given = {"workloads": [{"name": "glove-split", "lengths": [100, 150, 200], "path": str(vectors)}], "threads": 1}
     given |= {"methods": ["exact-fused", "uniform"], "targets": [0.9], "repeats": 2}
@@ -353,6 +354,7 @@ def test_free_memory_is_that_of_the_control_group(tmp_path, monkeypatch):
     assert naive_module.free_bytes(torch.device("cpu")) == 4000
 
 
+@pytest.mark.slow
 def test_a_sweep_needs_torch_and_little_else(vectors, tmp_path):
     """The packages that a bare machine lacks cannot be imported; a user error is still one line."""
     missing = "typer snakemake transformers datasets pandas matplotlib yaml pydantic tqdm numba faiss safetensors"

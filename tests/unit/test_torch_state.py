@@ -39,6 +39,7 @@ STATES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CALLS)
 def test_the_answer_is_the_same_in_any_state(name):
     tensors = inputs()
