@@ -17,6 +17,7 @@ FEW = {
     "hyperattention": {"block": 30, "samples": 24},
     "vkde-lsh": {"bucket": 20},
     "top-k": {"top": 20},
+    "vattention": {"sink": 2, "window": 2, "top": 10, "base": 10, "epsilon": 0.5},
     "knn": {"top": 20},
     "hnsw": {"near": 20, "samples": 20},
     "vamana": {"near": 20, "samples": 20},

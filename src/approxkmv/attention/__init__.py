@@ -30,6 +30,7 @@ _MODULES = {
     "approxkmv": "blocks.approxkmv",
     "local-expansion": "blocks.local_expansion",
     "top-k": "searched.top_k",
+    "vattention": "searched.vattention",
     "knn": "searched.knn",
     "hnsw": "searched.hnsw",
     "vamana": "searched.vamana",

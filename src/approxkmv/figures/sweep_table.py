@@ -45,6 +45,7 @@ COLOURS = {
     "clustered": "#44AA99",
     "vkde-lsh": "#AA7744",
     "top-k": "#F0A0A0",
+    "vattention": "#117733",
     "knn": "#332288",
     "hnsw": "#66A61E",
     "vamana": "#666633",
