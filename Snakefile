@@ -15,6 +15,10 @@ include: "workflow/rules/figures.smk"
 include: "workflow/rules/complexity.smk"
 include: "workflow/rules/sweep.smk"
 include: "workflow/rules/perplexity.smk"
+include: "workflow/rules/page.smk"
+
+
+report: "workflow/report/workflow.rst"
 
 
 localrules:
@@ -31,6 +35,7 @@ rule all:
         rules.complexity.output if STUDY.complexity else [],
         rules.sweep.output if STUDY.sweep else [],
         rules.perplexity.output if STUDY.perplexity else [],
+        rules.page.output,
 
 
 rule clean_leftovers:

@@ -21,6 +21,7 @@ sweep
 perplexity
 config
 figures
+page
 steps
 cli __init__
 """

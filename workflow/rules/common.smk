@@ -20,6 +20,7 @@ from approxkmv.errors import ConfigError
 from approxkmv.imports import command_files
 from approxkmv.lock import hold, try_lock
 from approxkmv.models.sources import identity
+from approxkmv.page.contents import CAPTIONS, FIGURES, PAGE_FILES
 from approxkmv.progress import one_line_errors
 from approxkmv.steps.cleaning import (
     remove_activations,
@@ -109,6 +110,21 @@ def shard_files(kind):
         ]
 
     return files
+
+
+def caption(name):
+    """The caption that a figure or table has on the page, for Snakemake's report."""
+    return str(CAPTIONS / f"{name}.rst")
+
+
+def in_report(name, **labels):
+    """Where a figure stands in Snakemake's report, and under what name; all labels of a chapter have the same keys."""
+    figure = FIGURES[name]
+    return {
+        "caption": caption(figure.caption),
+        "category": figure.chapter,
+        "labels": {"figure": figure.title} | labels,
+    }
 
 
 def study_figures(kind):

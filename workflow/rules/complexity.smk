@@ -6,8 +6,8 @@ rule complexity:
         record=f"{RESULTS}/tables/complexity.json",
         fits=report(
             f"{RESULTS}/tables/complexity_fits.csv",
-            caption="../report/complexity_fits.rst",
-            category="Tables",
+            caption=caption("complexity_fits"),
+            category="5. Tables",
             labels={"table": "cost of ApproxKMV as printed"},
         ),
     log:
@@ -26,12 +26,7 @@ rule complexity_figure:
         source=package("figure", "figures/complexity.py"),
     output:
         f"{RESULTS}/figures/complexity.pdf",
-        png=report(
-            f"{RESULTS}/figures/complexity.png",
-            caption="../report/complexity.rst",
-            category="Figures",
-            labels={"figure": "cost of ApproxKMV as printed", "model": "none"},
-        ),
+        png=report(f"{RESULTS}/figures/complexity.png", **in_report("complexity")),
     log:
         f"{RESULTS}/logs/complexity_figure.log",
     params:

@@ -12,12 +12,7 @@ rule max_ratios:
         f"{RESULTS}/figures/max_ratios_{{model}}.pdf",
         png=report(
             f"{RESULTS}/figures/max_ratios_{{model}}.png",
-            caption="../report/max_ratios.rst",
-            category="Figures",
-            labels={
-                "figure": "Figures 1 and 3: largest c per head",
-                "model": "{model}",
-            },
+            **in_report("max_ratios", model="{model}"),
         ),
     log:
         f"{RESULTS}/logs/max_ratios_{{model}}.log",
@@ -37,9 +32,7 @@ rule order_ratios:
         f"{RESULTS}/figures/order_ratios_{{model}}.pdf",
         png=report(
             f"{RESULTS}/figures/order_ratios_{{model}}.png",
-            caption="../report/order_ratios.rst",
-            category="Figures",
-            labels={"figure": "Figure 2: order ratios per head", "model": "{model}"},
+            **in_report("order_ratios", model="{model}"),
         ),
     log:
         f"{RESULTS}/logs/order_ratios_{{model}}.log",
@@ -59,9 +52,7 @@ rule context_scaling:
         f"{RESULTS}/figures/context_scaling.pdf",
         png=report(
             f"{RESULTS}/figures/context_scaling.png",
-            caption="../report/context_scaling.rst",
-            category="Figures",
-            labels={"figure": "Figure 4: c against length", "model": "all"},
+            **in_report("context_scaling", model="all"),
         ),
     log:
         f"{RESULTS}/logs/context_scaling.log",
@@ -83,9 +74,7 @@ rule readings_figure:
         f"{RESULTS}/figures/readings_{{model}}.pdf",
         png=report(
             f"{RESULTS}/figures/readings_{{model}}.png",
-            caption="../report/readings.rst",
-            category="Figures",
-            labels={"figure": "Readings of the definition", "model": "{model}"},
+            **in_report("readings", model="{model}"),
         ),
     log:
         f"{RESULTS}/logs/readings_figure_{{model}}.log",
@@ -105,9 +94,7 @@ rule gauge_figure:
         f"{RESULTS}/figures/gauge_{{model}}.pdf",
         png=report(
             f"{RESULTS}/figures/gauge_{{model}}.png",
-            caption="../report/gauge.rst",
-            category="Figures",
-            labels={"figure": "The gauge", "model": "{model}"},
+            **in_report("gauge", model="{model}"),
         ),
     log:
         f"{RESULTS}/logs/gauge_figure_{{model}}.log",
@@ -128,9 +115,7 @@ rule growth_figure:
         f"{RESULTS}/figures/growth_{{model}}.pdf",
         png=report(
             f"{RESULTS}/figures/growth_{{model}}.png",
-            caption="../report/growth.rst",
-            category="Figures",
-            labels={"figure": "Growth of c per head", "model": "{model}"},
+            **in_report("growth", model="{model}"),
         ),
     log:
         f"{RESULTS}/logs/growth_figure_{{model}}.log",
@@ -151,9 +136,7 @@ rule growth_curves:
         f"{RESULTS}/figures/growth_curves_{{model}}.pdf",
         png=report(
             f"{RESULTS}/figures/growth_curves_{{model}}.png",
-            caption="../report/growth_curves.rst",
-            category="Figures",
-            labels={"figure": "c against length, typical heads", "model": "{model}"},
+            **in_report("growth_curves", model="{model}"),
         ),
     log:
         f"{RESULTS}/logs/growth_curves_{{model}}.log",
@@ -173,9 +156,7 @@ rule attention_support:
         f"{RESULTS}/figures/attention_support_{{model}}.pdf",
         png=report(
             f"{RESULTS}/figures/attention_support_{{model}}.png",
-            caption="../report/attention.rst",
-            category="Figures",
-            labels={"figure": "Rows of the softmax per head", "model": "{model}"},
+            **in_report("attention_support", model="{model}"),
         ),
     log:
         f"{RESULTS}/logs/attention_support_{{model}}.log",
@@ -195,9 +176,7 @@ rule length_scaling_figure:
         f"{RESULTS}/figures/length_scaling_{{model}}.pdf",
         png=report(
             f"{RESULTS}/figures/length_scaling_{{model}}.png",
-            caption="../report/length_scaling.rst",
-            category="Figures",
-            labels={"figure": "Long texts", "model": "{model}"},
+            **in_report("length_scaling", model="{model}"),
         ),
     log:
         f"{RESULTS}/logs/length_scaling_figure_{{model}}.log",

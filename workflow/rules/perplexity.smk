@@ -11,8 +11,8 @@ rule perplexity:
     output:
         table=report(
             f"{RESULTS}/tables/perplexity.csv",
-            caption="../report/perplexity.rst",
-            category="Tables",
+            caption=caption("perplexity"),
+            category="5. Tables",
             labels={"table": "perplexity with attention methods"},
         ),
         record=f"{RESULTS}/tables/perplexity.json",

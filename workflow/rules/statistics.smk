@@ -50,8 +50,8 @@ rule attention_table:
     output:
         report(
             f"{RESULTS}/tables/attention_{{model}}.csv",
-            caption="../report/attention.rst",
-            category="Tables",
+            caption=caption("attention"),
+            category="5. Tables",
             labels={"table": "rows of the softmax per head: {model}"},
         ),
     log:
@@ -101,8 +101,8 @@ rule growth:
     output:
         report(
             f"{RESULTS}/tables/growth_{{model}}.csv",
-            caption="../report/growth.rst",
-            category="Tables",
+            caption=caption("growth"),
+            category="5. Tables",
             labels={"table": "growth of c per head: {model}"},
         ),
         f"{RESULTS}/tables/growth_curves_{{model}}.csv",
@@ -146,11 +146,12 @@ rule readings_table:
     output:
         report(
             f"{RESULTS}/tables/readings_{{model}}.csv",
-            caption="../report/readings.rst",
-            category="Tables",
+            caption=caption("readings"),
+            category="5. Tables",
             labels={"table": "readings of the definition: {model}"},
         ),
         f"{RESULTS}/tables/readings_path_{{model}}.csv",
+        f"{RESULTS}/tables/readings_heads_{{model}}.csv",
     log:
         f"{RESULTS}/logs/readings_table_{{model}}.log",
     params:
@@ -171,8 +172,8 @@ rule gauge:
     output:
         report(
             f"{RESULTS}/tables/gauge_{{model}}.csv",
-            caption="../report/gauge.rst",
-            category="Tables",
+            caption=caption("gauge"),
+            category="5. Tables",
             labels={"table": "the gauge: {model}"},
         ),
     log:
@@ -205,8 +206,8 @@ rule compare:
     output:
         report(
             f"{RESULTS}/tables/paper_comparison.csv",
-            caption="../report/paper_comparison.rst",
-            category="Tables",
+            caption=caption("paper_comparison"),
+            category="5. Tables",
             labels={"table": "the paper's claims"},
         ),
     log:
@@ -249,8 +250,8 @@ rule length_scaling:
     output:
         report(
             f"{RESULTS}/tables/length_scaling_{{model}}.csv",
-            caption="../report/length_scaling.rst",
-            category="Tables",
+            caption=caption("length_scaling"),
+            category="5. Tables",
             labels={"table": "long texts: {model}"},
         ),
         f"{RESULTS}/tables/lengths_{{model}}.json",

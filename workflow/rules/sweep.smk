@@ -31,15 +31,15 @@ rule sweep:
     output:
         table=report(
             f"{RESULTS}/tables/sweep.csv",
-            caption="../report/sweep.rst",
-            category="Tables",
+            caption=caption("sweep"),
+            category="5. Tables",
             labels={"table": "time at equal error"},
         ),
         record=f"{RESULTS}/tables/sweep.json",
         exponents=report(
             f"{RESULTS}/tables/sweep_exponents.csv",
-            caption="../report/sweep_exponents.rst",
-            category="Tables",
+            caption=caption("sweep_exponents"),
+            category="5. Tables",
             labels={"table": "kernel evaluations against n"},
         ),
     log:
@@ -73,9 +73,10 @@ rule sweep_figure:
         f"{RESULTS}/figures/{{figure}}.pdf",
         png=report(
             f"{RESULTS}/figures/{{figure}}.png",
-            caption="../report/sweep.rst",
-            category="Figures",
-            labels={"figure": "Sweep: {figure}", "model": "none"},
+            **in_report("speedup")
+            | {
+                "labels": lambda wildcards: {"figure": FIGURES[wildcards.figure].title}
+            },
         ),
     log:
         f"{RESULTS}/logs/figure_{{figure}}.log",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from approxkmv.cli import pipeline, race, upkeep  # noqa: F401
+from approxkmv.cli import people, pipeline, race, upkeep  # noqa: F401
 from approxkmv.cli.app import app, config_app
 from approxkmv.progress import LOG, reason_of
 

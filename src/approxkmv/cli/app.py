@@ -14,6 +14,7 @@ app = typer.Typer(
     name="approxkmv",
     help=(
         "Is a model's attention sparse, head by head and length by length?\n\n"
+        "For one model: approxkmv check path:FOLDER. "
         "A study runs fetch, texts, extract, statistics, summary, growth, compare and figure; one of long texts runs "
         "lengths, length-scaling and growth; one of attention methods runs model-heads, sweep and perplexity. "
         "Snakemake runs them all; each can also be run alone. Every command reads config.yaml (--config) and works on "
@@ -24,6 +25,23 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        import importlib.metadata
+
+        typer.echo(f"approxkmv {importlib.metadata.version('approxkmv')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None: ...
+
 
 config_app = typer.Typer(
     help="Check the configuration, or document its keys.", no_args_is_help=True, rich_markup_mode=None

@@ -19,7 +19,10 @@ def fetch(
     config: Config = CONFIG,
     log: Log = None,
 ) -> None:
-    """Download a model (or find it on disk), check its hashes and unpack it into the cache."""
+    """Download a model (or find it on disk), check its hashes and unpack it into the cache.
+
+    Example: approxkmv fetch --model minilm-l6 --out minilm.json
+    """
     from approxkmv.steps.fetch import fetch_model
 
     log_to(log)
@@ -35,7 +38,10 @@ def texts(
     study: StudyName = None,
     log: Log = None,
 ) -> None:
-    """Read the corpus, split it into texts and draw the study's sample."""
+    """Read the corpus, split it into texts and draw the study's sample.
+
+    Example: approxkmv texts --study embedded --out texts.parquet
+    """
     from approxkmv.steps.texts import write_texts
 
     chosen = asked(config, study, log)
@@ -57,7 +63,11 @@ def extract(
     study: StudyName = None,
     log: Log = None,
 ) -> None:
-    """Run a model on a shard of texts and save the queries and keys of every layer and head."""
+    """Run a model on a shard of texts and save the queries and keys of every layer and head.
+
+    Example: approxkmv extract --model minilm-l6 --location minilm.json --texts texts.parquet --shard 0 --out
+    qk.safetensors --contexts-out statistics/0000.contexts.csv
+    """
     chosen = asked(config, study, log)
     entry_of(chosen, model)
     with step(f"extract    {model}, shard {shard}") as notes:
@@ -80,7 +90,11 @@ def statistics(
     study: StudyName = None,
     log: Log = None,
 ) -> None:
-    """Run Experiments (i) and (ii) on the queries and keys of a shard."""
+    """Run Experiments (i) and (ii) on the queries and keys of a shard.
+
+    Example: approxkmv statistics --model minilm-l6 --activations qk.safetensors --heads-out
+    statistics/0000.heads.parquet --prefixes-out statistics/0000.prefixes.parquet
+    """
     chosen = asked(config, study, log)
     with step(f"statistics {model}, {activations.stem}") as notes:
         from approxkmv.steps.statistics import measure
@@ -100,7 +114,11 @@ def attention(
     study: StudyName = None,
     log: Log = None,
 ) -> None:
-    """Measure the softmax rows of a shard: entropy, support, masses, stable rank."""
+    """Measure the softmax rows of a shard: entropy, support, masses, stable rank.
+
+    Example: approxkmv attention --model minilm-l6 --activations qk.safetensors --out
+    statistics/0000.attention.parquet
+    """
     asked(config, study, log)
     with step(f"attention  {model}, {activations.stem}") as notes:
         from approxkmv.steps.attention import measure_attention
@@ -120,7 +138,10 @@ def attention_table(
     study: StudyName = None,
     log: Log = None,
 ) -> None:
-    """Merge a model's softmax statistics: per layer and head, over texts."""
+    """Merge a model's softmax statistics: per layer and head, over texts.
+
+    Example: approxkmv attention-table --model minilm-l6 --statistics statistics --texts texts.parquet --out tables
+    """
     chosen = asked(config, study, log)
     entry_of(chosen, model)
     with step(f"attention  {model}, table") as notes:
@@ -140,7 +161,10 @@ def summary(
     study: StudyName = None,
     log: Log = None,
 ) -> None:
-    """Merge a model's shards: per-head table, scaling with length, overview."""
+    """Merge a model's shards: per-head table, scaling with length, overview.
+
+    Example: approxkmv summary --model minilm-l6 --statistics statistics --texts texts.parquet --out tables
+    """
     chosen = asked(config, study, log)
     entry = entry_of(chosen, model)
     with step(f"summary    {model}") as notes:
@@ -160,7 +184,10 @@ def readings(
     study: StudyName = None,
     log: Log = None,
 ) -> None:
-    """Compute c and the order ratios under several readings of the definition, on some texts of a shard."""
+    """Compute c and the order ratios under several readings of the definition, on some texts of a shard.
+
+    Example: approxkmv readings --model minilm-l6 --activations qk.safetensors --out statistics/0000.readings.parquet
+    """
     chosen = asked(config, study, log)
     with step(f"readings   {model}, {activations.stem}") as notes:
         from approxkmv.steps.readings import measure_readings
@@ -179,7 +206,10 @@ def readings_table(
     study: StudyName = None,
     log: Log = None,
 ) -> None:
-    """Merge a model's readings: a row per reading."""
+    """Merge a model's readings: a row per reading.
+
+    Example: approxkmv readings-table --model minilm-l6 --statistics statistics --texts texts.parquet --out tables
+    """
     chosen = asked(config, study, log)
     entry = entry_of(chosen, model)
     with step(f"readings   {model}"):
@@ -198,7 +228,10 @@ def gauge(
     study: StudyName = None,
     log: Log = None,
 ) -> None:
-    """Measure, on one text, how K changes with queries times t and keys over t, and the error in K attention allows."""
+    """Measure, on one text, how K changes with queries times t and keys over t, and the error in K attention allows.
+
+    Example: approxkmv gauge --model minilm-l6 --location minilm.json --texts texts.parquet --tables tables
+    """
     chosen = asked(config, study, log)
     entry_of(chosen, model)
     with step(f"gauge      {model}") as notes:
@@ -218,7 +251,10 @@ def growth(
     study: StudyName = None,
     log: Log = None,
 ) -> None:
-    """Measure how large c is at the longest length and how it grows there, per head, with intervals over texts."""
+    """Measure how large c is at the longest length and how it grows there, per head, with intervals over texts.
+
+    Example: approxkmv growth --model minilm-l6 --statistics statistics --texts texts.parquet --tables tables
+    """
     chosen = asked(config, study, log)
     entry_of(chosen, model)
     with step(f"growth     {model}") as notes:
@@ -240,7 +276,11 @@ def lengths(
     study: StudyName = None,
     log: Log = None,
 ) -> None:
-    """Long texts: compute c, order ratios and keys per row at the study's lengths, on a shard."""
+    """Long texts: compute c, order ratios and keys per row at the study's lengths, on a shard.
+
+    Example: approxkmv lengths --study lengths --model smollm2-135m --activations qk.safetensors --contexts
+    statistics/0000.contexts.csv --out statistics/0000.lengths.parquet
+    """
     chosen = asked(config, study, log)
     with step(f"lengths    {model}, {activations.stem}") as notes:
         from approxkmv.steps.lengths import measure_lengths
@@ -264,7 +304,11 @@ def length_scaling(
     study: StudyName = None,
     log: Log = None,
 ) -> None:
-    """Merge a model's long texts: per layer, head and length."""
+    """Merge a model's long texts: per layer, head and length.
+
+    Example: approxkmv length-scaling --study lengths --model smollm2-135m --statistics statistics --texts
+    texts.parquet --out tables
+    """
     chosen = asked(config, study, log)
     entry = entry_of(chosen, model)
     with step(f"lengths    {model}, summary") as notes:
@@ -283,7 +327,10 @@ def compare(
     study: StudyName = None,
     log: Log = None,
 ) -> None:
-    """Compare the paper's claims with the measurements: claim, criterion, paper, model, ours, holds."""
+    """Compare the paper's claims with the measurements: claim, criterion, paper, model, ours, holds.
+
+    Example: approxkmv compare --tables tables --out tables/paper_comparison.csv
+    """
     chosen = asked(config, study, log)
     with step("compare    the paper's claims"):
         from approxkmv.steps.compare import compare as run
@@ -301,7 +348,10 @@ def figure(
     ] = None,
     log: Log = None,
 ) -> None:
-    """Draw one figure from tables."""
+    """Draw one figure from tables.
+
+    Example: approxkmv figure max_ratios --model minilm-l6 --tables results/reference/embedded/tables --out max_ratios
+    """
     from approxkmv.figures.catalogue import draw
 
     log_to(log)
@@ -317,7 +367,10 @@ def complexity(
     study: StudyName = None,
     log: Log = None,
 ) -> None:
-    """Count the cost of ApproxKMV with its printed constants as n grows, and fit exponents."""
+    """Count the cost of ApproxKMV with its printed constants as n grows, and fit exponents.
+
+    Example: approxkmv complexity --study complexity --counts-out complexity.csv --fits-out complexity_fits.csv
+    """
     chosen = asked(config, study, log)
     with step("complexity of ApproxKMV as printed"):
         from approxkmv.provenance import describe

@@ -24,7 +24,11 @@ def model_heads(
     study: StudyName = None,
     log: Log = None,
 ) -> None:
-    """Capture the model heads that the study's sweep uses as its workload model-qk."""
+    """Capture the model heads that the study's sweep uses as its workload model-qk.
+
+    Example: approxkmv model-heads --study rows --location smollm2.json --out heads.safetensors --tuning-out
+    heads_tuning.safetensors
+    """
     chosen = asked(config, study, log)
     captured = chosen.capture
     if captured is None:
@@ -50,7 +54,10 @@ def sweep(
     study: StudyName = None,
     log: Log = None,
 ) -> None:
-    """Time attention methods against exact attention at equal error."""
+    """Time attention methods against exact attention at equal error.
+
+    Example: approxkmv sweep --study embedded --out sweep.csv
+    """
     log_to(log)
     if settings is not None:
         from approxkmv.sweep.settings_file import read_settings
@@ -99,7 +106,10 @@ def perplexity(
     study: StudyName = None,
     log: Log = None,
 ) -> None:
-    """Measure the perplexity of a causal language model with a method in place of its exact attention, and without."""
+    """Measure the perplexity of a causal language model with a method in place of its exact attention, and without.
+
+    Example: approxkmv perplexity --method approxkmv --out perplexity.csv
+    """
     log_to(log)
     checked = load_config(config)
     if method is not None:

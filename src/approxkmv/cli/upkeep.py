@@ -15,7 +15,10 @@ from approxkmv.config import load_config, study_of
 def show(
     results: Annotated[Path, typer.Argument(help="A study's folder, such as results/embedded.")],
 ) -> None:
-    """List a study's figures and its main numbers."""
+    """List a study's figures and its main numbers.
+
+    Example: approxkmv show results/embedded
+    """
     from approxkmv.steps.show import lines
 
     for line in lines(results):
@@ -26,7 +29,10 @@ def show(
 def clean(
     results: Annotated[Path, typer.Argument(help="A study's folder, such as results/embedded.")],
 ) -> None:
-    """Remove files of models, shards and parts that the study no longer has."""
+    """Remove files of models, shards and parts that the study no longer has.
+
+    Example: approxkmv clean results/embedded
+    """
     from approxkmv.steps.cleaning import remove_leftovers
 
     for path in remove_leftovers(results):
@@ -35,7 +41,10 @@ def clean(
 
 @config_app.command("check")
 def check(config: Config = CONFIG, study: StudyName = None) -> None:
-    """Check a study before its first job, and say what it would do. Nothing is fetched."""
+    """Check a study before its first job, and say what it would do. Nothing is fetched.
+
+    Example: approxkmv config check --study paper
+    """
     from approxkmv.steps.checking import check_study
 
     loaded = load_config(config)
@@ -45,7 +54,10 @@ def check(config: Config = CONFIG, study: StudyName = None) -> None:
 
 @config_app.command("schema")
 def schema() -> None:
-    """Print the configuration's JSON Schema, as YAML, for editors: workflow/schemas/config.schema.yaml."""
+    """Print the configuration's JSON Schema, as YAML, for editors: workflow/schemas/config.schema.yaml.
+
+    Example: approxkmv config schema > workflow/schemas/config.schema.yaml
+    """
     from approxkmv.config.documents import schema_text
 
     typer.echo(schema_text(), nl=False)
@@ -53,7 +65,10 @@ def schema() -> None:
 
 @config_app.command("document")
 def document() -> None:
-    """Print the meaning of every configuration key, as Markdown: docs/configuration.md."""
+    """Print the meaning of every configuration key, as Markdown: docs/configuration.md.
+
+    Example: approxkmv config document > docs/configuration.md
+    """
     from approxkmv.config.documents import document as text
 
     typer.echo(text(), nl=False)

@@ -98,11 +98,14 @@ class ReadingsTables:
     """CSV, one row per reading and kind of entries."""
     path: Path
     """CSV, one row per scale between the model's own and none."""
+    heads: Path
+    """CSV, one row per layer, head, reading and kind of entries."""
 
 
 def readings_tables(folder: Path, model: str) -> ReadingsTables:
     """Paths of a model's tables from the readings-table step."""
-    return ReadingsTables(folder / f"readings_{model}.csv", folder / f"readings_path_{model}.csv")
+    names = (f"{kind}_{model}.csv" for kind in ("readings", "readings_path", "readings_heads"))
+    return ReadingsTables(*(folder / name for name in names))
 
 
 def gauge_table(folder: Path, model: str) -> Path:

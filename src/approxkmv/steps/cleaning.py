@@ -19,7 +19,8 @@ from approxkmv.steps.fetch import origin, read_location
 OF_MODEL = [
     *("tables/heads_{}.csv*", "tables/context_scaling_{}.csv*", "tables/overview_{}.json*"),
     *("figures/max_ratios_{}.p*", "figures/order_ratios_{}.p*"),
-    *("tables/readings_{}.csv*", "tables/readings_path_{}.csv*", "figures/readings_{}.p*"),
+    *("tables/readings_{}.csv*", "tables/readings_path_{}.csv*"),
+    *("tables/readings_heads_{}.csv*", "figures/readings_{}.p*"),
     *("tables/gauge_{}.csv*", "figures/gauge_{}.p*"),
     *("tables/attention_{}.csv*", "figures/attention_support_{}.p*"),
 ]

@@ -20,7 +20,7 @@ OF_SENTENCES = "sentences"
 
 
 def summarise(study: Study, model: ModelEntry, texts: Path, statistics: Path, out: Path) -> pd.DataFrame:
-    """Write readings_MODEL.csv and readings_path_MODEL.csv of a model; returns the first.
+    """Write readings_MODEL.csv, readings_path_MODEL.csv and readings_heads_MODEL.csv of a model; returns the first.
 
     Columns: reading, entries (`all`, or `causal` or `masked` as in paper_comparison.csv), heads, texts, largest_ratio
     (of any head, text and prefix), heads_within_bound (whose largest c is at most the model's bound), median_ratio
@@ -33,39 +33,46 @@ def summarise(study: Study, model: ModelEntry, texts: Path, statistics: Path, ou
     values, _ = read_shards(statistics, shard_count(texts, study.shard_contexts), "readings.parquet", "contexts.csv")
     if values.empty:
         raise TableError(f"model {model.name}: no text is long enough for readings: lower min_tokens and min_prefix")
+    heads = _per_head(values)
     path = pd.concat(
-        [_table(values, name, model.paper_bound).assign(power=power) for name, power in POWERS.items()],
+        [_table(values, heads, name, model.paper_bound).assign(power=power) for name, power in POWERS.items()],
         ignore_index=True,
     )
-    table = pd.concat([_table(values, name, model.paper_bound) for name in READINGS], ignore_index=True)
+    table = pd.concat([_table(values, heads, name, model.paper_bound) for name in READINGS], ignore_index=True)
+    heads = heads[heads["reading"].isin(READINGS)].copy()
     if study.unit == "sentence":
-        table["reading"] = table["reading"].replace(PRINTED, OF_SENTENCES)
+        for made in (table, heads):
+            made["reading"] = made["reading"].replace(PRINTED, OF_SENTENCES)
     write_csv(names.path, path)
     write_csv(names.readings, table)
+    write_csv(names.heads, heads)
     return table
 
 
-def _table(values: pd.DataFrame, reading: str, bound: float) -> pd.DataFrame:
+def _per_head(values: pd.DataFrame) -> pd.DataFrame:
+    ratios = {name: _ratio(values[f"log_{name}"]) for name in ("next", "double")}
+    groups = values.assign(**ratios).groupby(["reading", "entries", "layer", "head"], sort=True)
+    columns = {"ratio": groups["ratio"].max(), "next_ratio": groups["next"].median()}
+    return pd.DataFrame(columns | {"double_ratio": groups["double"].median()}).reset_index()
+
+
+def _table(values: pd.DataFrame, heads: pd.DataFrame, reading: str, bound: float) -> pd.DataFrame:
     """A row of the tables per kind of entries."""
     rows = []
     for entries, part in values[values["reading"] == reading].groupby("entries", sort=True):
-        groups = part.groupby(["layer", "head"])
-        largest = groups["ratio"].max()
-        medians = {
-            name: _ratio(part[f"log_{name}"]).groupby([part["layer"], part["head"]]).median()
-            for name in ("next", "double")
-        }
+        of_heads = heads[(heads["reading"] == reading) & (heads["entries"] == entries)]
+        largest = of_heads["ratio"]
         rows.append(
             {
                 "reading": reading,
                 "entries": entries,
-                "heads": groups.ngroups,
+                "heads": len(of_heads),
                 "texts": part["context"].nunique(),
                 "largest_ratio": largest.max(),
                 "heads_within_bound": int((largest <= bound).sum()),
                 "median_ratio": largest.median(),
-                "median_next": medians["next"].median(),
-                "median_double": medians["double"].median(),
+                "median_next": of_heads["next_ratio"].median(),
+                "median_double": of_heads["double_ratio"].median(),
                 "share_underflowing": part["underflows"].mean(),
             }
         )

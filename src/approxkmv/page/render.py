@@ -1,0 +1,133 @@
+"""One self-contained HTML file from a folder of tables and, where there are any, figures."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import re
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from approxkmv.errors import TableError
+from approxkmv.files import read_json, read_table, write_text
+from approxkmv.page.contents import ASSETS, CAPTIONS, FIGURES
+from approxkmv.page.heads import of_model, statistics
+from approxkmv.page.verdict import holds, is_on_long_texts, measured, sentences
+
+# Of a picture in the page; more colours make it larger, not more readable.
+COLOURS = 128
+CLAIMS = dict.fromkeys(("claim", "criterion", "model", "entries", "holds"), "text") | {"ours": "number"}
+
+
+def write_page(tables: Path, figures: Path, out: Path, title: str, models: Collection[str] | None = None) -> int:
+    """Write the page of a folder of tables, of all its models or of those named; returns its size in bytes.
+
+    Raises TableError for a folder without tables, or for one that cannot be read; a table that is not there is named
+    on the page.
+    """
+    if not any(tables.glob("*.csv")) and not any(tables.glob("*.json")):
+        raise TableError(f"{tables} has no tables: name the folder tables of a study")
+    import jinja2
+
+    every = measured(tables, models)
+    shown, missing = [], []
+    for facts in every:
+        model, absent = of_model(tables, facts)
+        missing += absent
+        if model["values"]:
+            shown.append(model)
+    verdicts = []
+    for facts in every:
+        word, answer = holds(tables, facts)
+        first, *found = sentences(tables, facts)
+        verdicts.append({"word": word, "answer": answer, "what": first, "found": found})
+    claims = tables / "paper_comparison.csv"
+    if any(not is_on_long_texts(facts) for facts in every) and not claims.is_file():
+        missing.append(claims.name)
+    template = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(ASSETS), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+    ).get_template("page.html.j2")
+    script = "\n".join((ASSETS / name).read_text(encoding="utf-8") for name in ("charts.js", "explorer.js"))
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    text = template.render(
+        title=title,
+        verdicts=verdicts,
+        claims=_claims(claims, {facts["model"]: facts["label"] for facts in every}),
+        explorer={"statistics": statistics(), "models": shown} if shown else None,
+        figures=list(_figures(tables, figures, [facts["model"] for facts in every])),
+        records=_records(tables),
+        missing=sorted(set(missing)),
+        style=(ASSETS / "page.css").read_text(encoding="utf-8"),
+        script=script,
+        digest=digest,
+    )
+    write_text(out, text)
+    return len(text.encode())
+
+
+def figures_of(tables: Path, models: Sequence[str]) -> list[tuple[str, list[str], str]]:
+    """What can be drawn from these tables, in reading order: a figure's name, its models, the name of its file."""
+    from approxkmv.figures.catalogue import PER_MODEL, PER_STUDY
+
+    found: list[tuple[str, list[str], str]] = []
+    for name, figure in FIGURES.items():
+        able = [m for m in models if all((tables / table.format(m)).is_file() for table in figure.tables)]
+        if name in PER_MODEL:
+            found += [(name, [model], f"{name}_{model}") for model in able]
+        elif able if name in PER_STUDY else (tables / figure.tables[0]).is_file():
+            found.append((name, able if name in PER_STUDY else [], name))
+    return found
+
+
+def _figures(tables: Path, figures: Path, models: Sequence[str]) -> Iterator[dict[str, Any]]:
+    for name, of, stem in figures_of(tables, models):
+        path = figures / f"{stem}.png"
+        if path.is_file():
+            caption = (CAPTIONS / f"{FIGURES[name].caption}.rst").read_text(encoding="utf-8").strip()
+            parts = re.split(r"``(.+?)``", caption)
+            title = FIGURES[name].title + (f", {of[0]}" if len(of) == 1 and len(models) > 1 else "")
+            yield {"title": title, "caption": parts, "name": stem, **_picture(path)}
+
+
+def _picture(path: Path) -> dict[str, Any]:
+    from PIL import Image
+
+    with Image.open(path) as image:
+        small = image.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE)
+        data = io.BytesIO()
+        small.save(data, "PNG", optimize=True)
+        return {"data": base64.b64encode(data.getvalue()).decode(), "width": image.width, "height": image.height}
+
+
+def _claims(path: Path, labels: dict[str, str]) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    shown = []
+    for row in read_table(path, CLAIMS).to_dict("records"):
+        if row["model"] in labels:
+            paper = _short(row["paper"]) if pd.notna(row.get("paper")) else ""
+            words = {name: row[name].replace("<=", "≤") for name in ("claim", "criterion", "entries", "holds")}
+            more = {"label": labels[row["model"]], "read": ", read as " in row["claim"]}
+            shown.append(words | more | {"ours": _short(row["ours"]), "paper": paper})
+    return shown
+
+
+def _short(value: float) -> str:
+    return f"{value:.3g}"
+
+
+def _records(tables: Path) -> list[dict[str, Any]]:
+    """How each table that says so was made."""
+    found = []
+    for path in sorted(tables.glob("*.json")):
+        facts = read_json(path)
+        record = facts.get("provenance", facts)
+        if {"command", "machine", "versions"} <= record.keys():
+            found.append(
+                {"table": path.stem} | {name: record.get(name) for name in ("command", "commit", "machine", "versions")}
+            )
+    return found

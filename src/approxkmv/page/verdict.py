@@ -1,0 +1,113 @@
+"""What the tables of a model say, in sentences: for the page and the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+from approxkmv.results.tables import MASKED_FACTS, masks_of, read_overview, read_statistics
+from approxkmv.statistics.growth import FAST, FLAT, SIZES, TRENDS
+
+# What is said of a model's texts, and of long ones.
+FACTS = ["model", "label", "corpus", "layers", "heads", "texts_used", "texts_too_short", "texts_cut", "paper_bound"]
+FACTS += MASKED_FACTS
+LONG = ["model", "label", "corpus", "layers", "heads", "lengths", "texts_missing", "paper_bound"]
+
+
+def measured(tables: Path, models: Collection[str] | None = None, lengths: bool | None = None) -> list[dict[str, Any]]:
+    """The facts of each model in a folder of tables, or of those named.
+
+    `lengths`: only those of long texts, or only the others. Raises TableError for facts that cannot be read.
+    """
+    kinds = [("overview", FACTS)] * (not lengths) + [("lengths", LONG)] * (lengths is not False)
+    found = [read_overview(path, *names) for kind, names in kinds for path in sorted(tables.glob(f"{kind}_*.json"))]
+    return [facts for facts in found if models is None or facts["model"] in models]
+
+
+def is_on_long_texts(facts: dict[str, Any]) -> bool:
+    """Whether these are the facts of a study with `lengths`."""
+    return "lengths" in facts
+
+
+def sentences(tables: Path, facts: dict[str, Any]) -> list[str]:
+    """First what was measured, then what was found."""
+    if is_on_long_texts(facts):
+        first = f"{facts['label']}: n = {facts['lengths'][0]:,} to {facts['lengths'][-1]:,} on {facts['corpus']}"
+        return [first, *_beside(facts), *facts["texts_missing"], *growth_sentences(tables, facts)]
+    heads = facts["layers"] * facts["heads"]
+    counted = {"too short": facts["texts_too_short"], "cut": facts["texts_cut"]}
+    aside = ", ".join(f"{count} {what}" for what, count in counted.items() if count)
+    first = f"{facts['label']}: {facts['texts_used']} texts of {facts['corpus']}" + (aside and f" ({aside})")
+    found = []
+    for before in masks_of(facts, "largest_ratio"):
+        within, median, largest, layer, head = (
+            facts[f"{before}{name}"]
+            for name in (
+                *("heads_within_bound", "median_ratio", "largest_ratio"),
+                *("largest_ratio_layer", "largest_ratio_head"),
+            )
+        )
+        where = f"{facts['mask']}: " if before else ""
+        found.append(
+            f"{where}c is at most {facts['paper_bound']:g}, the paper's bound, for {within} of {heads} heads; "
+            f"median {median:.2f}, largest {largest:.1f} (layer {layer}, head {head}, counting from 0)"
+        )
+    return [first, *_beside(facts), *found, *growth_sentences(tables, facts)]
+
+
+def holds(tables: Path, facts: dict[str, Any]) -> tuple[str, str]:
+    """`yes`, `no` or `undecided`, and the sentence: whether every head has a c within the paper's bound."""
+    heads = facts["layers"] * facts["heads"]
+    at = ""
+    if is_on_long_texts(facts):
+        table = _growth(tables, facts)
+        if table is None:
+            return "undecided", "Whether the sparsity assumption holds cannot be told: there is no table of growth."
+        small, large = (int((table["size"] == word).sum()) for word in SIZES[:2])
+        at = f" at n = {int(table['length'].iloc[0]):,}"
+    else:
+        small = facts["heads_within_bound"]
+        large = heads - small
+    word = "no" if large else "yes" if small == heads else "undecided"
+    return word, (
+        f"The sparsity assumption, with c at most {facts['paper_bound']:g} as the paper reports, holds{at} on "
+        f"{f'all {heads}' if word == 'yes' else f'{small} of {heads}'} heads"
+        + (f" and fails on {large}." if large else ".")
+    )
+
+
+def growth_sentences(tables: Path, facts: dict[str, Any]) -> list[str]:
+    """What the table of growth says of a model, where there is one: a sentence for each mask."""
+    table = _growth(tables, facts)
+    if table is None:
+        return []
+    out = []
+    for before in masks_of(table, "size"):
+        where = f"{facts['mask']}: " if before else ""
+        length, start = (int(table[f"{before}{name}"].iloc[0]) for name in ("length", "start"))
+        flat, fast = (int((table[f"{before}exponent"] > edge).sum()) for edge in (FLAT, FAST))
+        sizes, trends = _counted(table[f"{before}size"], SIZES), _counted(table[f"{before}trend"], TRENDS)
+        out.append(
+            f"{where}at n = {length:,} tokens c is {sizes}, against {facts['paper_bound']:g}; "
+            + (f"from n = {start:,} its trend is: {trends}; " if start else "")
+            + f"its exponent is above {FLAT:g} on {flat} heads, above {FAST:g} on {fast}"
+        )
+    return out
+
+
+def _counted(found: Any, words: Sequence[str]) -> str:
+    """`small on 40 heads, undecided on 2`."""
+    counts = found.value_counts()
+    parts = [f"{word} on {counts[word]}" for word in words if word in counts]
+    return ", ".join([f"{parts[0]} heads", *parts[1:]])
+
+
+def _growth(tables: Path, facts: dict[str, Any]) -> Any:
+    path = tables / f"growth_{facts['model']}.csv"
+    columns = {"exponent": "number", "size": "text", "trend": "text"} | dict.fromkeys(("length", "start"), "whole")
+    return read_statistics(path, {}, columns) if path.is_file() else None
+
+
+def _beside(facts: dict[str, Any]) -> list[str]:
+    return [f"not in K: {what}" for what in facts["left_out"]]

@@ -1,0 +1,30 @@
+"""Tables to the page of a study, with the figures that can be drawn from them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+from approxkmv.page.render import figures_of, write_page
+from approxkmv.page.verdict import measured
+from approxkmv.progress import progress
+
+
+def make_page(
+    tables: Path, out: Path, title: str, figures: Path | None = None, models: Collection[str] | None = None
+) -> int:
+    """Write OUT/index.html and, unless `figures` is a folder that has them, OUT/figures; returns the page's bytes.
+
+    Raises TableError for a folder without tables, or for tables that cannot be read.
+    """
+    from approxkmv.figures.catalogue import draw
+
+    names = list(dict.fromkeys(facts["model"] for facts in measured(tables, models)))
+    if figures is None:
+        figures = out / "figures"
+        wanted = figures_of(tables, names)
+        with progress(total=len(wanted), unit="figure", title="figures") as bar:
+            for name, of, stem in wanted:
+                draw(name, tables, of, figures / stem)
+                bar.update(1)
+    return write_page(tables, figures, out / "index.html", title, models)
