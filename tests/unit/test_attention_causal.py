@@ -41,7 +41,7 @@ def form(name):
     return get(name)
 
 
-CHOOSING = {"top-k", "vattention"}
+CHOOSING = {"top-k", "vattention", "balancekv"}
 OF_SUMS = {"approxkmv-paper", "kdeformer", "hyperattention", "vkde-lsh", "hnsw", "vamana"}
 
 
@@ -134,7 +134,7 @@ def test_the_error_of_the_squares_falls_with_the_budget(name):
     [
         ("exact-sdpa", {}),
         *((name, {"near": 1000}) for name in ("approxkmv", "hnsw", "vamana")),
-        *((name, {"block": 1000}) for name in ("kdeformer", "hyperattention")),
+        *((name, {"block": 1000}) for name in ("kdeformer", "hyperattention", "balancekv")),
         ("vkde-lsh", {"bucket": 1000}),
         *((name, {"top": 1000}) for name in ("knn", "top-k", "vattention")),
     ],

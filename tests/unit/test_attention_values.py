@@ -16,6 +16,7 @@ FEW = {
     "kdeformer": {"block": 30, "samples": 24},
     "hyperattention": {"block": 30, "samples": 24},
     "vkde-lsh": {"bucket": 20},
+    "balancekv": {"sink": 8, "window": 8, "block": 16},
     "top-k": {"top": 20},
     "vattention": {"sink": 2, "window": 2, "top": 10, "base": 10, "epsilon": 0.5},
     "knn": {"top": 20},

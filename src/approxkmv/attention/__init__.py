@@ -29,6 +29,7 @@ _MODULES = {
     "vkde-lsh": "hashed.vkde_lsh",
     "approxkmv": "blocks.approxkmv",
     "local-expansion": "blocks.local_expansion",
+    "balancekv": "coresets.balancekv",
     "top-k": "searched.top_k",
     "vattention": "searched.vattention",
     "knn": "searched.knn",

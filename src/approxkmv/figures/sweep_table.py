@@ -44,6 +44,7 @@ COLOURS = {
     "hyperattention": "#882255",
     "clustered": "#44AA99",
     "vkde-lsh": "#AA7744",
+    "balancekv": "#AA3377",
     "top-k": "#F0A0A0",
     "vattention": "#117733",
     "knn": "#332288",

@@ -1,0 +1,1 @@
+"""Methods that keep few keys for all queries, with weights."""
