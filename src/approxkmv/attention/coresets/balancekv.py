@@ -1,8 +1,8 @@
 """BalanceKV: a stream of keys is halved again and again, by signs that balance the sums over both halves.
 
 A block of keys is split by a self-balancing walk (Alweiss, Liu & Sawhney 2021) over the vectors phi(k) x [v, 1], whose
-inner products are exp(<k, k'>) (<v, v'> + 1): the sums of exp(<q, k>) [v, 1] are linear in them for every query q, known
-or not. Key i gets the sign + with probability 1/2 - gamma <w, x_i> / max |x|^2, where w is the signed sum so far; the
+inner products are exp(<k, k'>) (<v, v'> + 1): the sums of exp(<q, k>) [v, 1] are linear in them for every query q,
+known or not. Key i gets the sign + with probability 1/2 - gamma <w, x_i> / max |x|^2, where w is the signed sum so far; the
 positive half is kept, each key for two. Kept keys form the blocks of the next level (merge and reduce), up to `levels`
 halvings. The first keys (sinks) and the last (window) are exact, and so are those of blocks that are not full.
 
