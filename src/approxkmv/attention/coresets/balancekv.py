@@ -2,9 +2,9 @@
 
 A block of keys is split by a self-balancing walk (Alweiss, Liu & Sawhney 2021) over the vectors phi(k) x [v, 1], whose
 inner products are exp(<k, k'>) (<v, v'> + 1): the sums of exp(<q, k>) [v, 1] are linear in them for every query q,
-known or not. Key i gets the sign + with probability 1/2 - gamma <w, x_i> / max |x|^2, where w is the signed sum so far; the
-positive half is kept, each key for two. Kept keys form the blocks of the next level (merge and reduce), up to `levels`
-halvings. The first keys (sinks) and the last (window) are exact, and so are those of blocks that are not full.
+known or not. Key i gets the sign + with probability 1/2 - gamma <w, x_i> / max |x|^2, where w is the signed sum so
+far; the positive half is kept, each key for two. Kept keys form the blocks of the next level (merge and reduce), up to
+`levels` halvings. The first keys (sinks) and the last (window) are exact, and so are those of blocks that are not full.
 
 Each sign is + or - with equal probability, by symmetry, so numerators and row sums over the kept keys are unbiased.
 (The paper keeps the smaller half.) Keys and values are taken less their means in the block, and values relative to
