@@ -152,14 +152,19 @@ def attention(name: str, causal: bool, rng: np.random.Generator) -> None:
     demand(out.shape == (batch, n_q, d_v), "shape", tuple(out.shape))
     demand(out.dtype == dtype, "type", out.dtype)
     demand(out.isfinite().all(), "not finite")
-    brain = BRAIN if dtype == torch.bfloat16 else 0.0
+    brain = BRAIN if torch.bfloat16 in (dtype, method.dtype) else 0.0
     largest = float(v.double().abs().amax())
     if ones:
         demand((out.double() - 1).abs().max() < brain + 1e-3, "ones become", float(out.min()), "to", float(out.max()))
     if method.exact:
         s = d**-0.5 if scale is None else float(scale)
         # Each logit may be off by its rounding; a weight is then off by that factor, and an answer by twice that.
-        off = ROUNDING * s * q.double().norm(dim=-1).max() * k.double().norm(dim=-1).max()
+        off = (
+            (BRAIN if dtype == torch.float32 and rounded else ROUNDING)
+            * s
+            * q.double().norm(dim=-1).max()
+            * k.double().norm(dim=-1).max()
+        )
         allowed = largest * (min(2.0, 2 * math.expm1(min(off, 1.0))) + EXACT + 2 * brain) + 1e-37
         gap = (out.double() - attention_reference(q, k, v, s, causal)).abs().max()
         demand(gap <= allowed, "off by", float(gap), "where", float(allowed), "is rounding")

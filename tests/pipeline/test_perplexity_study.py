@@ -69,7 +69,7 @@ def test_a_killed_run_goes_on_after_its_last_whole_length(speaker: Project):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--method", "mean"], "method mean has no causal form"),
+        (["--method", "own-key"], "method own-key has no causal form"),
         (["--method", "approxkmv", "--model", "bert"], "BertConfig is not that of a causal language model"),
         (["--method", "approxkmv", "--tokens", "1000"], "the text has"),
         (["--method", "approxkmv", "--tokens", "40", "--layers", "2"], "the model has layers 0 to 1"),

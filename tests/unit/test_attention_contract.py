@@ -75,7 +75,7 @@ def test_answers_beat_the_mean_of_the_values(name):
     """
     method = get(name)
     if method.exact:
-        assert gap_to_the_means(method) < 1e-4
+        assert gap_to_the_means(method) < (0.05 if method.dtype == torch.bfloat16 else 1e-4)
     elif method.trivial:
         # Rows that others should beat: nearly as good as the mean of the values, which is one of them.
         assert gap_to_the_means(method) < 1.5

@@ -32,6 +32,36 @@ def test_against_float64(name, d_v, scale):
     assert gap < 30 * EPSILON * max(1.0, float(logits.abs().max()))
 
 
+@pytest.mark.parametrize("name", ["exact-naive", "exact-sdpa", "exact-fused"])
+@pytest.mark.parametrize(("d_v", "scale"), [(1, 0.1), (40, 1.0), (3, 30.0)])
+def test_causal_forms_against_float64(name, d_v, scale):
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(2, 1100, width, generator=generator) for width in (24, 24, d_v))
+    logits = scale * q.double() @ k.double().mT
+    future = torch.ones(1100, 1100, dtype=torch.bool).triu(1)
+    right = logits.masked_fill(future, -torch.inf).softmax(-1) @ v.double()
+    gap = (get(name).attend_causally(q, k, v, scale=scale).double() - right).norm() / right.norm()
+    assert gap < 30 * EPSILON * max(1.0, float(logits.abs().max()))
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("d_v", [1, 40, 300])
+def test_bfloat16_is_exact_up_to_its_rounding_and_casts_within_the_call(is_causal, d_v):
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(2, 530, width, generator=generator) for width in (24, 24, d_v))
+    method = get("exact-sdpa-bf16")
+    out = (method.attend_causally if is_causal else method)(q, k, v, scale=0.2)
+    assert (out.dtype, out.shape) == (torch.float32, (2, 530, d_v))
+    logits = 0.2 * q.double() @ k.double().mT
+    if is_causal:
+        logits.masked_fill_(torch.ones(530, 530, dtype=torch.bool).triu(1), -torch.inf)
+    right = logits.softmax(-1) @ v.double()
+    gap = float((out.double() - right).norm() / right.norm())
+    # Inputs, weights and answer are rounded by up to 2^-9 each; an answer without any rounding was not in bfloat16.
+    assert 2**-11 < gap < 2**-5
+    assert torch.equal(out, out.bfloat16().float())
+
+
 def test_fused_survives_a_bound_that_underflows():
     """One long key turned away from all queries makes the Cauchy-Schwarz shift useless."""
     generator = torch.Generator().manual_seed(2)

@@ -24,6 +24,8 @@ FEW = {
     "vamana": {"near": 20, "samples": 20},
 }
 FORMS = [(name, causal) for name in methods() for causal in (False, True) if not causal or get(name).causal]
+# In bfloat16 an offset of 1,000 leaves nothing of the values.
+FORMS = [(name, causal) for name, causal in FORMS if get(name).dtype == torch.float32]
 
 
 @pytest.fixture(autouse=True)

@@ -343,7 +343,7 @@ def config_with(perplexity):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"methods": {"mean": [{}]}}, "method mean has no causal form"),
+        ({"methods": {"own-key": [{}]}}, "method own-key has no causal form"),
         ({"methods": {"kn": [{}]}}, "did you mean 'knn'"),
         ({"methods": {"knn": [{"tpo": 3}]}}, "no parameter 'tpo'"),
         ({"model": "smollm"}, "did you mean 'smollm2-135m'"),

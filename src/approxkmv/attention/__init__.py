@@ -18,6 +18,7 @@ __all__ = ["Method", "UnavailableError", "get", "methods"]
 _MODULES = {
     "exact-naive": "exact.naive",
     "exact-sdpa": "exact.sdpa",
+    "exact-sdpa-bf16": "exact.sdpa_bf16",
     "exact-fused": "exact.fused",
     "mean": "trivial.mean",
     "uniform": "trivial.uniform",

@@ -50,6 +50,8 @@ class Method:
     """Whether its only error is rounding."""
     trivial: bool = False
     """Whether it is a baseline that any method should beat, such as the mean of the values."""
+    dtype: torch.dtype = torch.float32
+    """The type in which it computes when its inputs are float32."""
     seeded: bool = True
     """Whether the answer depends on the seed."""
     may_be_zero: frozenset[str] = frozenset()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from approxkmv.attention.causal import Sums
-from approxkmv.attention.contract import Method, UnavailableError
+from approxkmv.attention.causal import Sums, causal_attention
+from approxkmv.attention.contract import Method, UnavailableError, per_batch
 from approxkmv.attention.kernels.exponentials import LOWEST, exp_
 from approxkmv.compute.counting import count
 
@@ -108,9 +108,20 @@ def _exact_fused(
     return torch.stack(answers).to(v.dtype)
 
 
+def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, seed: int, tile: int) -> torch.Tensor:
+    def square(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, _: torch.Generator) -> Sums:
+        return sums(q, k, v, tile)
+
+    def single(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        return causal_attention(q * scale, k, v, generator, square)
+
+    return per_batch(single, q, k, v, seed)
+
+
 method = Method(
     name="exact-fused",
     compute=_exact_fused,
+    causal=_causal,
     summary="exp(QK^T)[v, 1] in tiles, the matrix never stored",
     defaults={"tile": TILE},
     exact=True,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -47,7 +48,9 @@ def _limits() -> Iterator[tuple[int, int]]:
             continue
 
 
-def _exact_naive(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, seed: int) -> torch.Tensor:
+def _exact_naive(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, seed: int, is_causal: bool = False
+) -> torch.Tensor:
     # The logits and their softmax, both float32, are alive at the same time.
     needed = 8 * q.shape[0] * q.shape[1] * k.shape[1]
     free = free_bytes(q.device)
@@ -57,7 +60,11 @@ def _exact_naive(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: fl
             f"{needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free"
         )
     count(kernel_evaluations=q.shape[0] * q.shape[1] * k.shape[1])
-    weights = (scale * q.float() @ k.float().mT).softmax(-1)
+    logits = scale * q.float() @ k.float().mT
+    if is_causal:
+        logits.masked_fill_(torch.ones(logits.shape[1:], dtype=torch.bool, device=q.device).triu_(1), -torch.inf)
+    weights = logits.softmax(-1)
+    del logits
     # One more pass over the matrix, only if its rows may have subnormal entries
     if 2 * scale * float(q.norm(dim=2).max()) * float(k.norm(dim=2).max()) > -LOWEST:
         flushed_(weights)
@@ -67,6 +74,7 @@ def _exact_naive(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: fl
 method = Method(
     name="exact-naive",
     compute=_exact_naive,
+    causal=partial(_exact_naive, is_causal=True),
     summary="softmax(QK^T) v with the matrix stored, float32, as in the paper",
     exact=True,
     seeded=False,

@@ -72,7 +72,7 @@ def choose_backend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: flo
     return _fastest[key]
 
 
-def _exact_sdpa(
+def attend(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -82,6 +82,7 @@ def _exact_sdpa(
     backend: str,
     is_causal: bool = False,
 ) -> torch.Tensor:
+    """Attention of checked inputs (batch, n, d) in their own dtype; is_causal: query i attends to keys 0 to i."""
     if backend == "fastest":
         backend = choose_backend(q, k, v, scale)
     elif backend not in _BACKENDS:
@@ -95,8 +96,8 @@ def _exact_sdpa(
 
 method = Method(
     name="exact-sdpa",
-    compute=_exact_sdpa,
-    causal=partial(_exact_sdpa, is_causal=True),
+    compute=attend,
+    causal=partial(attend, is_causal=True),
     summary="torch's scaled_dot_product_attention, the fastest of its fused backends",
     defaults={"backend": "fastest"},
     exact=True,

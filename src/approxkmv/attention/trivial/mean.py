@@ -14,4 +14,9 @@ def _mean(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, se
     return v.mean(1, keepdim=True).expand(-1, q.shape[1], -1).contiguous()
 
 
-method = Method(name="mean", compute=_mean, summary="every row is mean(v)", trivial=True, seeded=False)
+def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, seed: int, **_: Any) -> torch.Tensor:
+    counts = torch.arange(1, v.shape[1] + 1, dtype=torch.float32, device=v.device).unsqueeze(1)
+    return (v.float().cumsum(1) / counts).to(v.dtype)
+
+
+method = Method(name="mean", compute=_mean, causal=_causal, summary="every row is mean(v)", trivial=True, seeded=False)

@@ -1,0 +1,36 @@
+"""torch's scaled_dot_product_attention in bfloat16, whatever the inputs: the exact baseline with 8-bit mantissas."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+from approxkmv.attention.contract import Method
+from approxkmv.attention.exact import sdpa
+
+
+def _exact_sdpa_bf16(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    scale: float,
+    seed: int,
+    backend: str,
+    is_causal: bool = False,
+) -> torch.Tensor:
+    rounded = (tensor.bfloat16() for tensor in (q, k, v))
+    return sdpa.attend(*rounded, scale=scale, seed=seed, backend=backend, is_causal=is_causal).to(v.dtype)
+
+
+method = Method(
+    name="exact-sdpa-bf16",
+    compute=_exact_sdpa_bf16,
+    causal=partial(_exact_sdpa_bf16, is_causal=True),
+    summary="the same in bfloat16: inputs are rounded and the answer widened within the call",
+    defaults={"backend": "fastest"},
+    exact=True,
+    dtype=torch.bfloat16,
+    seeded=False,
+)
