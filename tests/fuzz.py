@@ -159,12 +159,8 @@ def attention(name: str, causal: bool, rng: np.random.Generator) -> None:
     if method.exact:
         s = d**-0.5 if scale is None else float(scale)
         # Each logit may be off by its rounding; a weight is then off by that factor, and an answer by twice that.
-        off = (
-            (BRAIN if dtype == torch.float32 and rounded else ROUNDING)
-            * s
-            * q.double().norm(dim=-1).max()
-            * k.double().norm(dim=-1).max()
-        )
+        rounding = BRAIN if dtype != method.dtype == torch.bfloat16 else ROUNDING
+        off = rounding * s * q.double().norm(dim=-1).max() * k.double().norm(dim=-1).max()
         allowed = largest * (min(2.0, 2 * math.expm1(min(off, 1.0))) + EXACT + 2 * brain) + 1e-37
         gap = (out.double() - attention_reference(q, k, v, s, causal)).abs().max()
         demand(gap <= allowed, "off by", float(gap), "where", float(allowed), "is rounding")
