@@ -17,6 +17,7 @@ _ONE_AND_MANY: dict[Any, tuple[str, str]] = {
     int: ("a whole number", "whole numbers"),
     float: ("a number", "numbers"),
     str: ("a text", "texts"),
+    bool: ("true or false", "true or false"),
     NoneType: ("null", "null"),
 }
 

@@ -414,11 +414,19 @@ def test_exponent_by_hand():
     assert error == pytest.approx((0.02 / 5) ** 0.5 / np.log(2))
     assert fit_exponent([100, 200], [10, 40]) == (pytest.approx(2), None)
     assert fit_exponent([100, 100], [10, 40]) == (None, None)
+    assert fit_exponent([1, 2, 4], [3.0, 6.0, 12.0]) == (1.0, 0.0)
     row = dict.fromkeys(PROFILE, "x")
     counts = {"kernel_evaluations": 7, "inner_products": 9}
     rows = [{**row, **counts, "n": n, "status": s} for n, s in ((1, "ok"), (2, "unreached"), (3, "ok"))]
     (found,) = evaluation_exponents(rows)
     assert found["lengths"] == "[1, 3]"
+    assert found["speed_exponent"] is None
+    # A row that was tuned for the target, and missed it on other inputs, is no part of a profile.
+    faster = {"status": "ok", "reached": "yes"}
+    rows = [{**row, **counts, **faster, "n": n, "times_faster": 0.1 * n**0.5} for n in (100, 200, 400)]
+    rows.append({**row, **counts, "n": 800, "status": "ok", "reached": "no", "times_faster": 9.0})
+    (found,) = evaluation_exponents(rows)
+    assert (found["lengths"], found["speed_exponent"]) == ("[100, 200, 400]", pytest.approx(0.5))
 
 
 def test_same_settings_same_errors(vectors, tmp_path):
@@ -428,7 +436,10 @@ def test_same_settings_same_errors(vectors, tmp_path):
     for name in ("a", "b"):
         run_sweep(asked, tmp_path / f"{name}.csv", {}, say=lambda line: None)
     of_a, of_b = (
-        [[row[c] for c in COLUMNS if not c.startswith("seconds")] for row in read(tmp_path / f"{name}.csv")]
+        [
+            [row[c] for c in COLUMNS if not c.startswith(("seconds", "times_", "fastest_"))]
+            for row in read(tmp_path / f"{name}.csv")
+        ]
         for name in "ab"
     )
     assert of_a == of_b
@@ -465,6 +476,143 @@ def test_tables_from_before_rows_were_counted_can_be_drawn(vectors, tmp_path, mo
     write_csv(table, frame.drop(columns="recomputed_share"))
     assert read_sweep(table)["status"].tolist() == ["unavailable", "ok", "ok"]
     assert speedup.draw(table, tmp_path / "speedup", target=0.9)[0].stat().st_size > 3000
+
+
+def test_the_exact_row_to_beat_is_the_fastest_that_is_right_enough(vectors, tmp_path):
+    """exact-sdpa-bf16 errs by some thousandths: right enough for a target of 0.1, and too wrong for one of 1e-4."""
+    asked = settings(
+        vectors,
+        methods=["exact-naive", "exact-sdpa-bf16", "exact-fused", "mean"],
+        targets=[0.9, 1e-4],
+        relative_to=["values", "answer"],
+        workload={"lengths": [300]},
+    )
+    run_sweep(asked, tmp_path / "sweep.csv", {}, say=lambda line: None)
+    rows = read(tmp_path / "sweep.csv")
+    exact = {row["method"]: row for row in rows if row["kind"] == "exact"}
+    assert {row["precision"] for name, row in exact.items() if name != "exact-sdpa-bf16"} == {"float32"}
+    assert exact["exact-sdpa-bf16"]["precision"] == "bfloat16"
+    mean = {(row["relative_to"], row["target"]): row for row in rows if row["method"] == "mean"}
+    assert set(mean) == {(what, target) for what in ("values", "answer") for target in ("0.9", "0.0001")}
+    for (_, target), row in mean.items():
+        allowed = {name: r for name, r in exact.items() if target == "0.9" or name != "exact-sdpa-bf16"}
+        fastest = min(allowed.values(), key=lambda r: float(r["seconds"]))
+        assert row["fastest_exact"] == fastest["method"]
+        assert float(row["times_faster"]) == pytest.approx(float(fastest["seconds"]) / float(row["seconds"]))
+        assert float(row["times_faster_bfloat16"]) == pytest.approx(
+            float(exact["exact-sdpa-bf16"]["seconds"]) / float(row["seconds"])
+        )
+
+
+def cell(**more):
+    """An exact row of float32, one of bfloat16 that is twice as fast and errs by 0.02, and a method of a target."""
+    where = {"workload": "w", "n": 8, "batch": 1, "columns": "one", "device": "cpu", "dtype": "float32"}
+    where |= {"status": "ok", "recomputed_share": 0.0}
+    where |= {"seconds_q1": 0.5, "seconds_q3": 2.0}
+    errors = {"error_v_p95": 1e-6, "error_exact_p95": 1e-6}
+    return [
+        {**where, **errors, "method": "a", "kind": "exact", "precision": "float32", "seconds": 2.0},
+        {**where, "method": "b", "kind": "exact", "precision": "bfloat16", "seconds": 1.0}
+        | {"error_v_p95": 0.02, "error_exact_p95": 0.04},
+        {**where, "method": "m", "kind": "approximate", "seconds": 0.5, "target": 0.05, "relative_to": "values"}
+        | {"error_v_p95": 0.04, "error_exact_p95": 0.08, **more},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("more", "fastest", "reached"),
+    [
+        # Half of 0.05 is more than 0.02 of the values, and less than 0.04 of the answer.
+        ({}, "b", "yes"),
+        ({"relative_to": "answer", "target": 0.1}, "b", "yes"),
+        ({"relative_to": "answer"}, "a", "no"),
+        ({"target": 0.039}, "a", "no"),
+        ({"error_v_p95": float("nan")}, "b", "no"),
+        ({"recomputed_share": 0.02}, "b", "no"),
+    ],
+)
+def test_ratios_by_hand(more, fastest, reached):
+    from approxkmv.sweep.ratios import add_ratios
+
+    rows = cell(**more)
+    # Of another cell, and of one that could not run: neither is compared with.
+    rows += [{**rows[0], "n": 16, "seconds": 0.1}, {**rows[0], "method": "c", "seconds": None, "status": "unavailable"}]
+    add_ratios(rows)
+    assert (rows[2]["fastest_exact"], rows[2]["reached"]) == (fastest, reached)
+    assert (rows[2]["times_faster_q1"], rows[2]["times_faster_q3"]) == (0.25, 4.0)
+    assert rows[2]["times_faster"] == (4.0 if fastest == "a" else 2.0)
+    assert (rows[2]["times_faster_float32"], rows[2]["times_faster_bfloat16"]) == (4.0, 2.0)
+    assert "times_faster" not in rows[0]
+
+
+def test_the_error_of_the_mean_stands_in_every_row_and_tuning_aims_at_the_answer(vectors, tmp_path):
+    ends = {}
+    for relative_to in ("values", "answer"):
+        methods = ["exact-fused", "uniform"]
+        asked = settings(
+            vectors,
+            methods=methods,
+            relative_to=relative_to,
+            targets=[0.3],
+            workload={"name": "glove-paper", "lengths": [300]},
+        )
+        run_sweep(asked, tmp_path / "sweep.csv", {}, say=lambda line: None)
+        exact, ends[relative_to] = read(tmp_path / "sweep.csv")
+        for row in (exact, ends[relative_to]):
+            assert 0 < float(row["mean_error_v"]) < float(row["mean_error_exact"])
+        reached = float(ends[relative_to]["error_v_p95" if relative_to == "values" else "error_exact_p95"]) <= 0.3
+        assert ends[relative_to]["reached"] == ("yes" if reached else "no")
+        assert (exact["relative_to"], ends[relative_to]["relative_to"]) == ("", relative_to)
+    # An answer is shorter than the values, so that the same number asks for more samples.
+    few, many = (json.loads(ends[name]["parameters"])["samples"] for name in ("values", "answer"))
+    assert few < many
+
+
+def test_causal_workloads_and_methods_without_a_causal_form(vectors, tmp_path):
+    names = ["exact-naive", "exact-sdpa", "exact-sdpa-bf16", "exact-fused", "mean", "own-key", "hyperattention"]
+    asked = settings(vectors, methods=names, targets=[0.9], workload={"lengths": [300], "causal": True})
+    run_sweep(asked, tmp_path / "sweep.csv", {}, say=lambda line: None)
+    rows = {row["method"]: row for row in read(tmp_path / "sweep.csv")}
+    assert {(row["workload"], row["mask"]) for row in rows.values()} == {("glove-split-causal", "causal")}
+    for name in names[:4]:
+        assert rows[name]["status"] == "ok"
+        assert float(rows[name]["error_exact_p95"]) < (0.02 if name.endswith("bf16") else 1e-5)
+    assert rows["own-key"]["status"] == "unavailable"
+    assert "no causal form" in rows["own-key"]["reason"]
+    assert rows["hyperattention"]["times_faster"] != ""
+    record = json.loads((tmp_path / "sweep.json").read_text())
+    assert record["reference"]["error_against_float64"][0]["reference_error"] < 1e-5
+
+
+def test_few_queries_are_the_last_and_a_method_may_refuse_them(vectors, tmp_path, monkeypatch):
+    asked = settings(
+        vectors,
+        methods=["exact-sdpa", "exact-fused", "mean", "own-key", "local-expansion"],
+        targets=[0.9],
+        workload={"lengths": [300], "queries": [1, 16], "columns": ["all"]},
+    )
+    one, some = cases(asked.workloads[0])
+    whole = load(replace(one, queries=None), "evaluation", 0)
+    assert torch.equal(load(some, "evaluation", 0).q, whole.q[:, -16:])
+    assert torch.equal(load(some, "evaluation", 0).k, whole.k)
+    right = local_module.method
+
+    def refuses(q, k, v, **given):
+        if q.shape[1] < 8:
+            raise InputError("a block of 1 query is too small")
+        return right.compute(q, k, v, **given)
+
+    monkeypatch.setattr(local_module, "method", replace(right, compute=refuses))
+    run_sweep(asked, tmp_path / "sweep.csv", {}, say=lambda line: None)
+    rows = {(row["method"], row["queries"]): row for row in read(tmp_path / "sweep.csv")}
+    assert rows["mean", "16"]["workload"] == "glove-split-q16"
+    assert rows["mean", "16"]["n"] == "300"
+    assert rows["local-expansion", "1"]["status"] == "refused"
+    assert rows["local-expansion", "1"]["reason"] == "a block of 1 query is too small"
+    assert rows["local-expansion", "16"]["seconds"] != ""
+    assert rows["own-key", "1"]["status"] == "unavailable"
+    # As many value rows as queries: the mean of the values is about as wrong for any number of them.
+    assert 0.2 < float(rows["mean", "1"]["mean_error_v"]) / float(rows["mean", "16"]["mean_error_v"]) < 5
 
 
 def test_crossover_by_hand():

@@ -20,6 +20,19 @@ def test_lists_become_tuples_and_defaults_hold():
     assert settings.as_dict()["workloads"][0]["name"] == "glove-split"
 
 
+def test_targets_by_what_they_are_relative_to():
+    assert SweepSettings.from_mapping(GOOD).aims() == {"values": (0.15, 0.10, 0.05)}
+    answer = {**GOOD, "relative_to": "answer"}
+    assert SweepSettings.from_mapping(answer).aims() == {"answer": (0.10, 0.05, 0.02)}
+    both = {**GOOD, "relative_to": ["values", "answer"], "targets": [0.1]}
+    assert SweepSettings.from_mapping(both).aims() == {"values": (0.1,), "answer": (0.1,)}
+
+
+def test_a_workload_may_be_causal_beside_the_same_that_is_not():
+    workloads = [{"name": "glove-split", "lengths": [8], "causal": causal} for causal in (False, True)]
+    assert len(SweepSettings.from_mapping({"workloads": workloads}).workloads) == 2
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -78,6 +91,14 @@ def test_lists_become_tuples_and_defaults_hold():
         ({"workloads": [{"name": "glove-split", "lengths": [8], "rows": 1e9}]}, "rows is"),
         ({"workloads": [{"name": "glove-split", "lengths": [8], "path": 8}]}, "path is 8"),
         ({"workloads": [3]}, "a list of mappings"),
+        ({"workloads": [{"name": "glove-split", "lengths": [8], "causal": 1}]}, "causal is 1; give true or false"),
+        ({"workloads": [{"name": "glove-split", "lengths": [8], "queries": [0]}]}, "queries is"),
+        ({"workloads": [{"name": "glove-split", "lengths": [8], "queries": []}]}, "queries is"),
+        ({"workloads": [{"name": "glove-split", "lengths": [8], "queries": [9]}]}, "more than the 8 keys"),
+        ({"workloads": [{"name": "glove-split", "lengths": [8], "queries": [1], "causal": True}]}, "a query for each"),
+        ({**GOOD, "relative_to": "v"}, "relative_to is 'v'"),
+        ({**GOOD, "relative_to": []}, "relative_to is"),
+        ({**GOOD, "relative_to": ["answer", "answer"]}, "relative_to is"),
         ({"workloads": None}, "a list of mappings"),
     ],
 )

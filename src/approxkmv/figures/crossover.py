@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 
 from approxkmv.figures.sweep_table import (
-    BASELINES,
-    NAMES_OF_BASELINES,
+    baselines,
     colours,
     conditions,
     new_panels,
+    of_what,
     read_sweep,
     save,
     select,
@@ -49,13 +49,14 @@ def crossover(n: np.ndarray, ratio: np.ndarray) -> tuple[float, str]:
 def draw(table: Path, output_stem: Path, target: float = 0.10) -> list[Path]:
     """Draw for each workload and exact baseline the n at which each method overtakes it, as PDF and PNG.
 
-    Only rows that reach the target count. Raises TableError when the table is missing or not from a sweep.
+    Only rows that reach the target on other inputs count. Raises TableError when the table is missing or not from a
+    sweep.
     """
     from matplotlib.ticker import LogLocator, NullLocator
 
     frame = read_sweep(table)
     workloads = conditions(frame)
-    baselines = [b for b in BASELINES if (frame["method"].eq(b) & frame["seconds"].notna()).any()]
+    ratios = baselines(frame)
     methods = [m for m in colours(frame) if not m.startswith("exact")]
     figure, axes = new_panels(len(workloads), sharey=True, height=1.0 + 0.16 * len(methods))
     longest = float(frame["n"].max())
@@ -64,13 +65,10 @@ def draw(table: Path, output_stem: Path, target: float = 0.10) -> list[Path]:
         axis.set_xscale("log", base=2)
         for place, method in enumerate(methods):
             line = select(some, method, target)
-            line = line[line["status"] == "ok"]
-            for offset, baseline in enumerate(baselines):
-                exact = some[some["method"] == baseline].set_index("n")
-                both = line[line["n"].isin(exact.index)]
-                of = exact.loc[both["n"], "seconds"].to_numpy()
-                n, how = crossover(both["n"].to_numpy(np.float64), of / both["seconds"].to_numpy())
-                y = place + (offset - (len(baselines) - 1) / 2) * 0.22
+            for offset, ratio in enumerate(ratios):
+                both = line[line["reached"].eq("yes") & line[ratio].notna()]
+                n, how = crossover(*both[["n", ratio]].to_numpy(np.float64).T)
+                y = place + (offset - (len(ratios) - 1) / 2) * 0.22
                 colour = f"C{offset}"
                 if how == "never":
                     axis.plot(float(some["n"].min()), y, "x", color=colour, markersize=5)
@@ -82,8 +80,8 @@ def draw(table: Path, output_stem: Path, target: float = 0.10) -> list[Path]:
         axis.set_yticks(range(len(methods)), methods)
         axis.set_title(workload.title, fontsize=8)
         axis.set_xlabel("n")
-    for offset, baseline in enumerate(baselines):
-        axes[0].plot([], [], "s", color=f"C{offset}", label=f"against {NAMES_OF_BASELINES[baseline]}")
+    for offset, against in enumerate(ratios.values()):
+        axes[0].plot([], [], "s", color=f"C{offset}", label=f"against {against}")
     limits = [axis.get_xlim() for axis in axes]
     shortest, farthest = min(low for low, _ in limits) / 1.1, max(high for _, high in limits) * 1.1
     for axis in axes:
@@ -94,4 +92,4 @@ def draw(table: Path, output_stem: Path, target: float = 0.10) -> list[Path]:
         axis.xaxis.set_minor_locator(NullLocator())
         axis.xaxis.set_major_formatter(lambda n, _: f"{n / 1024:g}K" if n < 2**20 else f"{n / 2**20:g}M")
     note = "Disc: measured; circle: extrapolated;\ntriangle: faster at every length; cross: never, or not reached"
-    return save(figure, axes, output_stem, f"Error target {target:g} of |v|. {note}")
+    return save(figure, axes, output_stem, f"Error target {target:g} {of_what(frame)}. {note}")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from approxkmv.figures.sweep_table import colours, conditions, new_panels, read_sweep, save
+from approxkmv.figures.sweep_table import colours, conditions, new_panels, of_what, read_sweep, save
 
 
 def draw(table: Path, output_stem: Path, n: int | None = None) -> list[Path]:
     """Draw every row of a sweep's table at length n (by default the longest), one panel per workload, as PDF and PNG.
 
-    Bars are the quartiles of the time and, for the error, the median to the 95th percentile. Raises TableError when the
-    table is missing or not from a sweep.
+    Bars are the quartiles of the time and, for the error, the median to the 95th percentile; rows that miss their
+    target are hollow. Raises TableError when the table is missing or not from a sweep.
     """
     from matplotlib.ticker import LogLocator, NullFormatter
 
@@ -28,18 +28,22 @@ def draw(table: Path, output_stem: Path, n: int | None = None) -> list[Path]:
             if points.empty:
                 continue
             # The rounding errors of exact rows would stretch the axis over six decades.
-            error = points["error_v_median"].clip(lower=1e-3)
+            error, high = (points[f"{frame.attrs['error']}_{name}"].clip(lower=1e-3) for name in ("median", "p95"))
             axis.errorbar(
                 points["seconds"],
                 error,
                 xerr=[points["seconds"] - points["seconds_q1"], points["seconds_q3"] - points["seconds"]],
-                yerr=[error * 0, (points["error_v_p95"].clip(lower=1e-3) - error).clip(lower=0)],
+                yerr=[error * 0, (high - error).clip(lower=0)],
                 color=colour,
                 marker="s" if points["kind"].iloc[0] == "exact" else "o",
                 markersize=4,
                 linewidth=1,
                 linestyle="-" if points["kind"].iloc[0] == "approximate" else "none",
                 label=method,
+            )
+            missed = points["reached"].eq("no").to_numpy()
+            axis.plot(
+                points["seconds"][missed], error[missed], "o", color=colour, markerfacecolor="white", markersize=4
             )
         for target in sorted(some["target"].dropna().unique()):
             axis.axhline(target, color="0.75", linewidth=0.7, zorder=0)
@@ -54,6 +58,11 @@ def draw(table: Path, output_stem: Path, n: int | None = None) -> list[Path]:
             ticks.set_minor_formatter(NullFormatter())
         axis.set_title(f"{workload.title}\nn = {length:,}", fontsize=8)
         axis.set_xlabel("seconds")
-    axes[0].set_ylabel("error, of |v|")
+    axes[0].set_ylabel(f"error, {of_what(frame)}")
     note = "Bars: quartiles of the time, error up to its 95th percentile;\n"
-    return save(figure, axes, output_stem, note + "errors below 0.001 are drawn there; grey lines: targets")
+    return save(
+        figure,
+        axes,
+        output_stem,
+        note + "errors below 0.001 are drawn there; grey lines: targets; hollow: missed",
+    )

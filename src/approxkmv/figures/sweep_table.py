@@ -9,30 +9,30 @@ from typing import TYPE_CHECKING, Any
 from approxkmv.errors import TableError
 from approxkmv.figures import style
 from approxkmv.files import read_table
+from approxkmv.sweep.ratios import CELL, ERRORS, add_ratios
 from approxkmv.sweep.table import COLUMNS
 
 if TYPE_CHECKING:
     import pandas as pd
 
-BASELINES = ("exact-fused", "exact-sdpa", "exact-naive")
-NAMES_OF_BASELINES = {
-    "exact-fused": "exact, fused",
-    "exact-sdpa": "exact, torch",
-    "exact-naive": "exact, matrix stored",
+# Columns with a row's speed relative to an exact one, and that one in words.
+BASELINES = {
+    "times_faster": "the fastest exact row",
+    "times_faster_float32": "the fastest in float32",
+    "times_faster_naive": "exact, matrix stored",
 }
-# No figure needs these, so tables from before they were recorded can still be drawn.
+# No figure needs these in a table, so that tables from before they were recorded can still be drawn.
 NOT_DRAWN = (
-    "kernel_evaluations",
-    "inner_products",
-    "evaluation_exponent",
-    "evaluation_exponent_error",
-    "recomputed_share",
+    *("kernel_evaluations", "inner_products", "evaluation_exponent", "evaluation_exponent_error", "recomputed_share"),
+    *("queries", "mask", "precision", "relative_to", "reached", "mean_error_v", "mean_error_exact", "fastest_exact"),
+    *("times_faster_q1", "times_faster", "times_faster_q3", "times_faster_float32", "times_faster_bfloat16"),
 )
 # Contents of the columns that are drawn, in every row: a row that could not run has no parameters.
 DRAWN = {
     **dict.fromkeys(("workload", "columns", "method", "kind", "status"), "text"),
     **dict.fromkeys(("n", "batch"), "whole"),
-    **dict.fromkeys(("target", "seconds_q1", "seconds", "seconds_q3", "error_v_median", "error_v_p95"), "number"),
+    **dict.fromkeys(("target", "seconds_q1", "seconds", "seconds_q3"), "number"),
+    **dict.fromkeys((f"{error}_{name}" for error in ERRORS.values() for name in ("median", "p95")), "number"),
 }
 # Okabe and Ito's colours, which colour-blind readers can tell apart, and darker ones between them. A method not listed
 # here gets a colour in `colours`.
@@ -55,6 +55,7 @@ COLOURS = {
     "own-key": "#E69F00",
     "exact-naive": "#000000",
     "exact-sdpa": "#444444",
+    "exact-sdpa-bf16": "#BBBBBB",
     "exact-fused": "#56B4E9",
 }
 
@@ -84,12 +85,40 @@ _PANELS_IN_A_ROW = 4
 
 
 def read_sweep(table: Path) -> pd.DataFrame:
-    """The table of a sweep. Raises TableError when it is missing, truncated or not from a sweep."""
+    """The table of a sweep: the rows tuned for an error relative to the answer or, without such rows, to the values.
+
+    What a cell's rows say together (`add_ratios`) is computed anew, beside times_faster_naive. The frame's attrs say
+    what errors are relative to, by `relative_to`, and the prefix of their columns, by `error`. Raises TableError when
+    the table is missing, truncated or not from a sweep.
+    """
     frame = read_table(table, {name: DRAWN.get(name, "anything") for name in COLUMNS if name not in NOT_DRAWN})
     timed = frame["seconds"].notna()
     if not timed.any() or not (frame.loc[timed, "seconds"] > 0).all() or not (frame["n"] > 0).all():
         raise TableError(f"{table}: rows need a length and times above 0: delete it and run the sweep again")
+    rows = [{str(name): value for name, value in row.items()} for row in frame.to_dict("records")]
+    add_ratios(rows)
+    frame = type(frame)(rows)
+    frame = frame.reindex(columns=[*frame, *(name for name in NOT_DRAWN if name not in frame)])
+    naive = frame[frame["method"] == "exact-naive"].drop_duplicates(list(CELL)).set_index(list(CELL))["seconds"]
+    of_naive = frame.join(naive.rename("naive"), on=list(CELL))["naive"] / frame["seconds"]
+    frame["times_faster_naive"] = of_naive.where(frame["kind"] != "exact")
+    shown = "answer" if frame["relative_to"].eq("answer").any() else "values"
+    frame = frame[~frame["relative_to"].isin(set(ERRORS) - {shown})].reset_index(drop=True)
+    frame.attrs |= {"relative_to": shown, "error": ERRORS[shown]}
     return frame
+
+
+def baselines(frame: pd.DataFrame) -> dict[str, str]:
+    """The columns of BASELINES that the table has; in float32 alone the first two are one."""
+    found = {name: words for name, words in BASELINES.items() if frame[name].notna().any()}
+    if frame["times_faster_bfloat16"].isna().all():
+        found.pop("times_faster_float32", None)
+    return found or {"times_faster": BASELINES["times_faster"]}
+
+
+def of_what(frame: pd.DataFrame) -> str:
+    """What the errors of the table are relative to, as in "0.1 of |v|"."""
+    return "of the answer" if frame.attrs["relative_to"] == "answer" else "of |v|"
 
 
 def conditions(frame: pd.DataFrame) -> list[Conditions]:

@@ -10,7 +10,10 @@ from approxkmv.slopes import log_log_line
 from approxkmv.sweep.table import COLUMNS, Row
 
 # What identifies a profile: everything in a row but n and what was measured there.
-PROFILE = ("workload", "batch", "columns", "d", "d_v", "device", "dtype", "method", "kind", "target")
+PROFILE = (
+    *("workload", "batch", "columns", "d", "d_v", "device", "dtype"),
+    *("method", "kind", "relative_to", "target"),
+)
 EXPONENT_COLUMNS = {
     **{name: COLUMNS[name] for name in PROFILE},
     "target": "the error that the method was tuned to at each n; empty for exact rows",
@@ -21,6 +24,9 @@ EXPONENT_COLUMNS = {
     "inner_products": "all inner products at these n, JSON",
     "product_exponent": "slope of log inner products on log n",
     "product_exponent_error": "its standard error; empty with fewer than three n",
+    "times_faster": "speed relative to the fastest exact row that is right enough at these n, JSON",
+    "speed_exponent": "slope of log times_faster on log n: above 0, the gain rises with n",
+    "speed_exponent_error": "its standard error; empty with fewer than three n",
 }
 
 
@@ -44,8 +50,8 @@ def evaluation_exponents(rows: Sequence[Row]) -> list[Row]:
     """One row per workload, method and target of a sweep, over the n at which the target was reached."""
     profiles: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        if row["status"] == "ok":
-            profiles.setdefault(tuple(row[name] for name in PROFILE), []).append(row)
+        if row["status"] == "ok" and row.get("reached") != "no":
+            profiles.setdefault(tuple(row.get(name) for name in PROFILE), []).append(row)
     found = []
     for key, some in profiles.items():
         lengths, kernel, products = (
@@ -53,6 +59,9 @@ def evaluation_exponents(rows: Sequence[Row]) -> list[Row]:
         )
         evaluation, evaluation_error = fit_exponent(lengths, kernel)
         product, product_error = fit_exponent(lengths, products)
+        faster = [row["times_faster"] for row in some if row.get("times_faster") is not None]
+        every = len(faster) == len(some)
+        speed, speed_error = fit_exponent(lengths, faster) if every else (None, None)
         found.append(
             {
                 **dict(zip(PROFILE, key, strict=True)),
@@ -63,6 +72,9 @@ def evaluation_exponents(rows: Sequence[Row]) -> list[Row]:
                 "inner_products": json.dumps(products),
                 "product_exponent": product,
                 "product_exponent_error": product_error,
+                "times_faster": json.dumps(faster) if every else None,
+                "speed_exponent": speed,
+                "speed_exponent_error": speed_error,
             }
         )
     return found
@@ -72,7 +84,7 @@ def add_exponents(rows: Sequence[Row], exponents: Sequence[Row]) -> None:
     """Write each profile's evaluation exponent and its error into the rows of the sweep that it was fitted to."""
     by_profile = {tuple(row[name] for name in PROFILE): row for row in exponents}
     for row in rows:
-        fitted = by_profile.get(tuple(row[name] for name in PROFILE)) if row["status"] == "ok" else None
+        fitted = by_profile.get(tuple(row.get(name) for name in PROFILE)) if row["status"] == "ok" else None
         if fitted is not None:
             for name in ("evaluation_exponent", "evaluation_exponent_error"):
                 row[name] = fitted[name]

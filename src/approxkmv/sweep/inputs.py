@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
-from approxkmv.attention import get
+from approxkmv.attention import Method, get
 from approxkmv.attention.contract import check_inputs
 from approxkmv.compute.loops import numba_works
 from approxkmv.errors import one_line
@@ -18,6 +19,12 @@ REFERENCE = "exact-fused"
 _CHECKED_ROWS = 256
 # Seconds at this length; four times as many at twice the length.
 _LONGEST_KERNEL = 32768
+
+
+def attend(method: Method, problem: Problem, seed: int, parameters: dict[str, Any]) -> torch.Tensor:
+    """A method's answer with the mask of the problem. Raises UnavailableError without a form for it."""
+    compute = method.causal_form() if problem.causal else method.compute
+    return compute(problem.q, problem.k, problem.v, scale=problem.scale, seed=seed, **parameters)
 
 
 class Inputs:
@@ -42,9 +49,8 @@ class Inputs:
         if key not in self._exact:
             p = self.problem(*key)
             method = get(REFERENCE)
-            self._exact[key] = method.compute(
-                p.q.float(), p.k.float(), p.v.float(), scale=p.scale, seed=0, **method.defaults
-            )
+            wide = Problem(p.q.float(), p.k.float(), p.v.float(), p.scale, p.causal)
+            self._exact[key] = attend(method, wide, 0, method.defaults)
         return self._exact[key]
 
     def prepare(self) -> None:
@@ -55,10 +61,13 @@ class Inputs:
                 self.exact(part, index)
 
     def head_to_tail(self, say: Callable[[str], None]) -> float | None:
-        """c of the first input's kernel; None if that takes too long, or if numba, which it needs, does not work."""
-        if self.case.n > _LONGEST_KERNEL or not numba_works():
-            return None
+        """c of the first input's kernel, over all entries.
+
+        None if that takes too long, if the kernel is not square, or if numba, which it needs, does not work.
+        """
         p = self.problem("evaluation", 0)
+        if self.case.n > _LONGEST_KERNEL or p.q.shape[1] != p.k.shape[1] or not numba_works():
+            return None
         try:
             from approxkmv.statistics.streaming import length_statistics
 
@@ -72,6 +81,12 @@ class Inputs:
         p, exact = self.problem("evaluation", 0), self.exact("evaluation", 0)
         rows = torch.linspace(0, p.q.shape[1] - 1, min(_CHECKED_ROWS, p.q.shape[1])).long().to(p.q.device)
         q, k, v = p.q[:, rows].double(), p.k.double(), p.v.double()
-        right = torch.stack([(p.scale * q[b] @ k[b].mT).softmax(-1) @ v[b] for b in range(len(q))])
-        scale = float(v.norm()) * (len(rows) / p.q.shape[1]) ** 0.5
-        return float((exact[:, rows].double() - right).norm()) / scale
+        later = torch.arange(p.k.shape[1], device=rows.device) > rows.unsqueeze(1) if p.causal else None
+        right = []
+        for b in range(len(q)):
+            logits = p.scale * q[b] @ k[b].mT
+            if later is not None:
+                logits.masked_fill_(later, -torch.inf)
+            right.append(logits.softmax(-1) @ v[b])
+        scale = float(v.norm()) * (len(rows) / p.k.shape[1]) ** 0.5
+        return float((exact[:, rows].double() - torch.stack(right)).norm()) / scale

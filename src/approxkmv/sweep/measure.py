@@ -57,10 +57,14 @@ def running_out_of_memory(what: str) -> Iterator[None]:
 
 
 def errors(out: torch.Tensor, exact: torch.Tensor, v: torch.Tensor) -> tuple[float, float]:
-    """|out - exact|_2 relative to |v|_2, as in the paper, and to |exact|_2, over the whole batch."""
+    """|out - exact|_2 relative to |v|_2, as in the paper, and to |exact|_2, over the whole batch.
+
+    With fewer queries than keys |v|_2 is that of as many average rows as there are queries.
+    """
     exact = exact.double()
     gap = float((out.double() - exact).norm())
-    return gap / float(v.double().norm()), gap / float(exact.norm())
+    rows = (exact.shape[1] / v.shape[1]) ** 0.5
+    return gap / (rows * float(v.double().norm())), gap / float(exact.norm())
 
 
 def summary(values: Sequence[float]) -> dict[str, float]:

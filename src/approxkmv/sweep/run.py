@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,11 @@ import torch
 
 from approxkmv.attention import Method, UnavailableError, get, methods
 from approxkmv.compute.counting import counting
-from approxkmv.errors import ConfigError
+from approxkmv.errors import ConfigError, InputError
 from approxkmv.files import check_writable, sha256, write_text
 from approxkmv.partial import PartialTable
 from approxkmv.sweep.exponents import EXPONENT_COLUMNS, add_exponents, evaluation_exponents
-from approxkmv.sweep.inputs import REFERENCE, Inputs
+from approxkmv.sweep.inputs import REFERENCE, Inputs, attend
 from approxkmv.sweep.measure import (
     errors,
     interleaved_seconds,
@@ -31,22 +32,24 @@ from approxkmv.sweep.measure import (
     summary,
     timer,
 )
+from approxkmv.sweep.ratios import add_ratios, error_of
 from approxkmv.sweep.settings import SweepSettings, WorkloadSettings
 from approxkmv.sweep.table import COLUMNS, Row, write_rows
 from approxkmv.sweep.tuning import MOST_RECOMPUTED, Choice, tune
 from approxkmv.sweep.word_vectors import fetch_vectors
 from approxkmv.sweep.workloads import Case, Problem, cases, check_case, files, shares_inputs
 
-# A tenth of the smallest default target: beyond it the errors of a case would mostly be those of its exact answer.
-_REFERENCE_ERROR = 0.005
+# A tenth of the smallest default target, 0.02 of an answer that may be a tenth as long as v: beyond it the errors of a
+# case would be those of its exact answer.
+_REFERENCE_ERROR = 0.0002
+
+
+# By setting and tuning seed: errors relative to the values and to the answer, seconds, share of recomputed rows.
+Tried = dict[tuple[str, int], tuple[tuple[float, float], float, float]]
 
 
 def _kind(method: Method) -> str:
     return "exact" if method.exact else "trivial" if method.trivial else "approximate"
-
-
-def _compute(method: Method, problem: Problem, seed: int, parameters: dict[str, Any]) -> torch.Tensor:
-    return method.compute(problem.q, problem.k, problem.v, scale=problem.scale, seed=seed, **parameters)
 
 
 def _rows(problem: Problem) -> int:
@@ -76,6 +79,8 @@ def _rows_of_case(
         **_conditions(case),
         "device": settings.device,
         "dtype": settings.dtype,
+        "mask": "causal" if case.settings.causal else "none",
+        "queries": case.queries or case.n,
         "tuning_inputs": "shared" if shares_inputs(case) else "apart",
     }
     inputs = Inputs(case, settings)
@@ -83,6 +88,7 @@ def _rows_of_case(
         with running_out_of_memory("the exact answer"):
             inputs.prepare()
             first, reference_error = inputs.problem("evaluation", 0), inputs.reference_error()
+            of_mean = _errors_and_counts(inputs, get("mean"), settings.seeds[: settings.inputs], {})
         if not reference_error <= _REFERENCE_ERROR:
             raise UnavailableError(f"the exact answer errs by {reference_error:.2g} of |v| against float64")
     except UnavailableError as error:
@@ -90,39 +96,58 @@ def _rows_of_case(
         unavailable = {**common, "target": None, "status": "unavailable", "reason": str(error)}
         return [{**unavailable, "method": name, "kind": _kind(get(name))} for name in names], None
     common |= {"d": first.q.shape[2], "d_v": first.v.shape[2], "head_to_tail": inputs.head_to_tail(say)}
+    common |= {f"mean_{name}": of_mean[f"{name}_p95"] for name in ("error_v", "error_exact")}
     seconds_of = timer(torch.device(settings.device), settings.clock)
     rows: list[Row] = []
     runs: dict[str, Callable[[int], object]] = {}
     for name in names:
         method = get(name)
         row: Row = {**common, "method": name, "kind": _kind(method), "target": None}
+        if method.exact:
+            row["precision"] = "bfloat16" if method.dtype == torch.bfloat16 else settings.dtype
+        tried: Tried = {}
         grid = settings.parameters.get(name, method.grid)
 
-        def trial_of(parameters: dict[str, Any], i: int, method: Method = method) -> tuple[float, float, float]:
-            problem, exact = inputs.problem("tuning", i), inputs.exact("tuning", i)
-            found: list[torch.Tensor] = []
+        def trial_of(
+            relative_to: str, parameters: dict[str, Any], i: int, method: Method = method, tried: Tried = tried
+        ) -> tuple[float, float, float]:
+            # Settings that were tried for an error relative to the values need no second run for one of the answer.
+            key = json.dumps(parameters, sort_keys=True), i
+            if key not in tried:
+                problem, exact = inputs.problem("tuning", i), inputs.exact("tuning", i)
+                found: list[torch.Tensor] = []
 
-            def run() -> None:
-                found.append(_compute(method, problem, settings.tuning_seeds[i], parameters))
+                def run() -> None:
+                    found.append(attend(method, problem, settings.tuning_seeds[i], parameters))
 
-            with running_out_of_memory(method.name), counting() as counts:
-                seconds = seconds_of(run)
-                error = errors(found[0], exact, problem.v)[0]
-            return error, seconds, counts.recomputed_rows / _rows(problem)
+                with running_out_of_memory(method.name), counting() as counts:
+                    seconds = seconds_of(run)
+                    both = errors(found[0], exact, problem.v)
+                tried[key] = both, seconds, counts.recomputed_rows / _rows(problem)
+            both, seconds, recomputed = tried[key]
+            return both[relative_to == "answer"], seconds, recomputed
 
-        targets = (float("inf"),) if method.exact else settings.targets
+        aims = {"values": (float("inf"),)} if method.exact else settings.aims()
         try:
-            choices = tune(method, grid, trial_of, targets, settings.tuning_seeds, settings.band)
-        except UnavailableError as error:
+            choices = [
+                (None if method.exact else relative_to, choice)
+                for relative_to, targets in aims.items()
+                for choice in tune(
+                    method, grid, partial(trial_of, relative_to), targets, settings.tuning_seeds, settings.band
+                )
+            ]
+        except (UnavailableError, InputError) as error:
             say(f"{case.name} n={case.n}: {name} is skipped: {error}")
-            rows.append({**row, "status": "unavailable", "reason": str(error)})
+            status = "refused" if isinstance(error, InputError) else "unavailable"
+            rows.append({**row, "status": status, "reason": str(error)})
             continue
-        for choice in choices:
+        for relative_to, choice in choices:
             parameters = choice.trial.parameters
             label = f"{name} {json.dumps(parameters, sort_keys=True)}"
             rows.append(
                 {
                     **row,
+                    "relative_to": relative_to,
                     "target": None if method.exact else choice.target,
                     "status": "ok" if choice.reached else "unreached",
                     "reason": "" if choice.reached else _why_unreached(method, choice),
@@ -132,7 +157,7 @@ def _rows_of_case(
                 }
             )
             if label not in runs:
-                runs[label] = lambda i, method=method, parameters=parameters: _compute(  # type: ignore[misc]
+                runs[label] = lambda i, method=method, parameters=parameters: attend(  # type: ignore[misc]
                     method, inputs.problem("evaluation", i), settings.seeds[i % len(settings.seeds)], parameters
                 )
     measured, failures = _measure(inputs, settings, rows, runs)
@@ -144,7 +169,7 @@ def _rows_of_case(
         elif label is not None:
             row.update(measured[label])
             if row["target"] is not None:
-                held = row["error_v_mean"] <= row["target"] and row["recomputed_share"] <= MOST_RECOMPUTED
+                held = error_of(row, "mean") <= row["target"] and row["recomputed_share"] <= MOST_RECOMPUTED
                 row["held"] = "yes" if held else "no"
     return rows, reference_error
 
@@ -188,7 +213,7 @@ def _errors_and_counts(inputs: Inputs, method: Method, seeds: Sequence[int], par
     for i, seed in enumerate(seeds):
         problem = inputs.problem("evaluation", i)
         with counting() as counts:
-            out = _compute(method, problem, seed, parameters)
+            out = attend(method, problem, seed, parameters)
         pair = errors(out, inputs.exact("evaluation", i), problem.v)
         kernel_evaluations.append(counts.kernel_evaluations)
         inner_products.append(counts.inner_products)
@@ -253,26 +278,27 @@ def run_sweep(
         check_case(case)
     inputs = [sha256(file) for workload in workloads for file in files(workload)]
     identity = {"settings": settings.as_dict(), "inputs": inputs, "machine": machine(settings.device)}
-    partial = PartialTable(output, identity, say)
-    earlier = len(partial.cases)
+    kept = PartialTable(output, identity, say)
+    earlier = len(kept.cases)
     with torch.inference_mode():
         for case in wanted[earlier:]:
             say(f"{case.name} n={case.n} batch={case.batch} columns={case.columns}")
             begun = time.perf_counter()
             found, reference_error = _rows_of_case(case, settings, names, say)
             check = {**_conditions(case), "reference_error": reference_error}
-            partial.add({"rows": found, "check": check, "seconds": time.perf_counter() - begun})
-    rows: list[Row] = [row for case in partial.cases for row in case["rows"]]
+            kept.add({"rows": found, "check": check, "seconds": time.perf_counter() - begun})
+    rows: list[Row] = [row for case in kept.cases for row in case["rows"]]
+    add_ratios(rows)
     exponents = evaluation_exponents(rows)
     add_exponents(rows, exponents)
     record = {
         "started": started.isoformat(timespec="seconds"),
         # Over all cases, whichever run measured them
-        "seconds": sum(case["seconds"] for case in partial.cases),
+        "seconds": sum(case["seconds"] for case in kept.cases),
         "cases_of_earlier_runs": [_conditions(case) for case in wanted[:earlier]],
         "settings": settings.as_dict(),
         "machine": machine(settings.device),
-        "reference": {"method": REFERENCE, "error_against_float64": [case["check"] for case in partial.cases]},
+        "reference": {"method": REFERENCE, "error_against_float64": [case["check"] for case in kept.cases]},
         "columns": COLUMNS,
         "columns_of_exponents": EXPONENT_COLUMNS,
         "provenance": provenance,
@@ -280,4 +306,4 @@ def run_sweep(
     write_text(record_file, json.dumps(record, indent=2, default=str))
     write_rows(exponents_file, exponents, EXPONENT_COLUMNS)
     write_rows(output, rows, COLUMNS)
-    partial.remove()
+    kept.remove()

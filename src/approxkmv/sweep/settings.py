@@ -35,6 +35,8 @@ Length = Annotated[int, at_least(2)]
 Index = Annotated[int, at_least(0)]
 Error = Annotated[float, above(0, below=10)]
 Sha256 = Annotated[str, like("[0-9a-f]{64}", "of 64 hexadecimal digits")]
+Relative = Literal["values", "answer"]
+TARGETS: dict[Relative, tuple[float, ...]] = {"values": (0.15, 0.10, 0.05), "answer": (0.10, 0.05, 0.02)}
 ParameterSets = Annotated[
     tuple[dict, ...], Rule(' of parameters, as [{"samples": 8}]', lambda sets: len(sets) > 0, {"minItems": 1})
 ]
@@ -69,11 +71,16 @@ class WorkloadSettings:
     """`glove-paper`: word vectors at the paper's scale 1/sqrt(100); `glove-sharp`: at 1/sqrt(10); `glove-split`: also
     at 1/sqrt(10), with queries from even rows and keys from odd ones; `model-qk`: heads of a model."""
     lengths: Annotated[tuple[Length, ...], each_once(1)]
-    """Numbers of queries, which are also the numbers of keys."""
+    """Numbers of keys, which are also the numbers of queries unless `queries` says otherwise."""
     batches: Annotated[tuple[Count, ...], each_once(1)] = (1,)
     """Batch sizes: attentions computed in one call."""
     columns: Annotated[tuple[Literal["one", "all"], ...], each_once(1)] = ("one",)
     """One value column, as in the paper, or all."""
+    causal: bool = False
+    """Query i attends to keys 0 to i, as in a language model. Methods without a causal form are unavailable."""
+    queries: Annotated[tuple[Count, ...], each_once(1)] | None = None
+    """Numbers of queries, the last ones of each input, against all its keys, as in decoding; null has as many as
+    keys."""
     values: Literal["other", "keys"] = "other"
     """Values when keys are word vectors: other rows, as in the paper, or the keys themselves, so that similar keys have
     similar values. A model has its own values."""
@@ -93,6 +100,10 @@ class WorkloadSettings:
 
     def __post_init__(self) -> None:
         _check(self, f"workload {self.name}")
+        if self.queries is not None and self.causal:
+            raise ConfigError(f"workload {self.name}: a causal workload has a query for each key: leave out queries")
+        if max(self.queries or (0,)) > min(self.lengths):
+            raise ConfigError(f"workload {self.name}: queries holds more than the {min(self.lengths)} keys of lengths")
 
 
 @dataclass(frozen=True)
@@ -106,8 +117,12 @@ class SweepSettings:
     """The heads of a model for the workload model-qk; null if that is not used."""
     methods: Annotated[tuple[str, ...], each_once()] = ()
     """Methods to time; an empty list means all."""
-    targets: Annotated[tuple[Error, ...], each_once(1)] = (0.15, 0.10, 0.05)
-    """Target errors: the largest |out - exact|_2 / |v|_2 over the tuning seeds that tuning accepts."""
+    relative_to: Relative | Annotated[tuple[Relative, ...], each_once(1)] = "values"
+    """What target errors are relative to: `values`, |out - exact|_2 / |v|_2 as in the paper, `answer`,
+    |out - exact|_2 / |exact|_2, or a list of both, which tunes for each."""
+    targets: Annotated[tuple[Error, ...], each_once(1)] | None = None
+    """Target errors: the largest over the tuning seeds that tuning accepts. null means 0.15, 0.1 and 0.05 of the
+    values, and 0.1, 0.05 and 0.02 of the answer."""
     band: Error | None = None
     """If given, tuning instead accepts errors within target +- band, such as the paper's 0.1 +- 0.05."""
     tuning_seeds: Annotated[tuple[Seed, ...], each_once(1)] = (1000, 1001, 1002)
@@ -139,7 +154,9 @@ class SweepSettings:
         cases = [
             case
             for w in self.workloads
-            for case in product([w.name], w.lengths, w.batches, w.columns, self._heads_of(w))
+            for case in product(
+                [(w.name, w.causal)], w.lengths, w.batches, w.columns, self._heads_of(w), w.queries or (None,)
+            )
         ]
         if len(set(cases)) < len(cases):
             raise ConfigError("sweep: two workloads share a case, so their rows in the table could not be told apart")
@@ -178,6 +195,11 @@ class SweepSettings:
             for w in self.workloads
         ]
         return replace(self, workloads=tuple(workloads))
+
+    def aims(self) -> dict[Relative, tuple[float, ...]]:
+        """The target errors by what they are relative to."""
+        chosen = (self.relative_to,) if isinstance(self.relative_to, str) else self.relative_to
+        return {relative_to: self.targets or TARGETS[relative_to] for relative_to in chosen}
 
     def check_methods(self) -> None:
         """Raise InputError for a method or parameter that does not exist. Imports torch."""

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from approxkmv.attention import Method, UnavailableError
+from approxkmv.errors import InputError
 
 # A later setting of the grid replaces an earlier one only if it is faster by more than the noise of a few runs.
 _CLEARLY_FASTER = 0.9
@@ -57,18 +58,18 @@ def tune(
     recomputed. The order of the grid is a guess that holds for most inputs; a later setting is chosen if it was clearly
     faster.
     With a band the error must lie within target +- band, so that a better answer than requested does not count.
-    Raises UnavailableError when no setting of the grid can run.
+    Raises UnavailableError when no setting of the grid can run, or InputError when the method refuses the inputs.
     """
     trials: list[Trial] = []
-    refused = f"{method.name} has an empty grid"
+    refused: UnavailableError | InputError = UnavailableError(f"{method.name} has an empty grid")
     for given in grid:
         parameters = method.parameters(given)
         try:
             # At least twice: the first run may compile its loops.
             runs = [trial_of(parameters, i) for i in range(len(seeds) if method.seeded else min(2, len(seeds)))]
-        except UnavailableError as refusal:
-            # Keep only the message: the traceback would keep the scarce memory in use.
-            refused = str(refusal)
+        except (UnavailableError, InputError) as refusal:
+            # Without its traceback, which would keep the scarce memory in use.
+            refused = type(refusal)(str(refusal))
             continue
         # The largest error: with the median, half of all other inputs would miss the target.
         error = float(np.max([run[0] for run in runs]))
@@ -78,7 +79,7 @@ def tune(
         if error <= min(targets) and trials[-1].counts:
             break
     if not trials:
-        raise UnavailableError(refused)
+        raise refused
     choices = []
     for target in targets:
         low, high = (0.0, target) if band is None else (max(0.0, target - band), target + band)

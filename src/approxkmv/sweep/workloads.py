@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +23,13 @@ _SHARPER = {"glove-paper": 1.0, "glove-sharp": 10**0.5, "glove-split": 10**0.5}
 
 @dataclass(frozen=True)
 class Problem:
-    """Inputs of one attention: q (batch, n, d), k (batch, n, d), v (batch, n, d_v) and the factor of the logits."""
+    """Inputs of one attention: q (batch, n_q, d), k (batch, n, d), v (batch, n, d_v), and the factor of the logits."""
 
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
     scale: float
+    causal: bool = False
 
 
 @dataclass(frozen=True)
@@ -39,21 +41,22 @@ class Case:
     batch: int
     columns: str
     head: int | None = None
+    queries: int | None = None
 
     @property
     def name(self) -> str:
-        """The workload's name, with the head for a model."""
-        return self.settings.name if self.head is None else f"{self.settings.name}-{self.head}"
+        """The workload's name, with the head for a model, the mask and the number of queries if they are few."""
+        head = "" if self.head is None else f"-{self.head}"
+        queries = "" if self.queries is None else f"-q{self.queries}"
+        return f"{self.settings.name}{head}{'-causal' if self.settings.causal else ''}{queries}"
 
 
 def cases(settings: WorkloadSettings) -> Iterator[Case]:
-    """Every combination of length, batch, columns and head."""
+    """Every combination of length, batch, columns, head and number of queries."""
     heads: tuple[int | None, ...] = (settings.heads or (0,)) if settings.name == "model-qk" else (None,)
-    for head in heads:
-        for columns in settings.columns:
-            for batch in settings.batches:
-                for n in settings.lengths:
-                    yield Case(settings, n, batch, columns, head)
+    ways = product(heads, settings.queries or (None,), settings.columns, settings.batches, settings.lengths)
+    for head, queries, columns, batch, n in ways:
+        yield Case(settings, n, batch, columns, head, queries)
 
 
 def _needed(case: Case) -> int:
@@ -184,5 +187,6 @@ def load(case: Case, part: str, index: int, device: str = "cpu", dtype: str = "f
     build = _model_problem if case.settings.name == "model-qk" else _word_problem
     problem = build(case, part, index)
     kind = torch.bfloat16 if dtype == "bfloat16" else torch.float32
-    q, k, v = (t.to(device=device, dtype=kind) for t in (problem.q, problem.k, problem.v))
-    return Problem(q, k, v, problem.scale)
+    q = problem.q if case.queries is None else problem.q[:, -case.queries :].contiguous()
+    q, k, v = (t.to(device=device, dtype=kind) for t in (q, problem.k, problem.v))
+    return Problem(q, k, v, problem.scale, case.settings.causal)
