@@ -12,14 +12,14 @@ deviation of their rows, which does not depend on the samples, so the estimates 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from approxkmv.attention.blocks.expansion import Clustering, expand, in_one_block, of_one_block
-from approxkmv.attention.blocks.grouping import project
+from approxkmv.attention.blocks.grouping import block_size, project
 from approxkmv.attention.blocks.light_keys import (
     CONTROLLED,
     budgets,
@@ -156,8 +156,10 @@ def _approxkmv(
         raise UnavailableError(f"approxkmv has no kernel for the device {q.device}")
     parameters = Parameters(**given)
 
+    parameters = replace(parameters, block=block_size(parameters.block, q.shape[1], k.shape[1]))
+
     def single(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        if parameters.near >= len(k):
+        if parameters.near >= len(k) or parameters.block == 1:
             return exact_fused.attend(q, k, v, scale)
         numerators, row_sums, _ = sums(q, k, v, generator, parameters, scale=scale, with_own_keys=len(q) == len(k))
         numerators, row_sums = trusted(numerators, row_sums)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from approxkmv.attention.blocks.grouping import make_blocks
+from approxkmv.attention.blocks.grouping import block_size, make_blocks
 from approxkmv.attention.blocks.k_means import k_means
 from approxkmv.attention.blocks.local_expansion import exactly_where_lost
 from approxkmv.attention.blocks.near_keys import sums_of_keys
@@ -63,7 +63,8 @@ def attend(
 ) -> torch.Tensor:
     """The method for one batch entry: float32 q (n_q, d), k (n_k, d), v (n_k, d_v) to (n_q, d_v)."""
     number = min(len(k), math.ceil(parameters.clusters * math.sqrt(len(k))))
-    if parameters.near >= number:
+    block = block_size(parameters.block, len(q), len(k))
+    if parameters.near >= number or block == 1:
         return exact_fused.attend(q, k, v, scale)
     whole = q, k, v
     apart = stand_apart(q, k, scale)
@@ -78,7 +79,7 @@ def attend(
     sums = torch.zeros(len(counts), keys.shape[1] + v.shape[1]).index_add_(0, labels, torch.cat([keys, v], 1))
     centroids, values = (sums / counts.unsqueeze(1)).split([keys.shape[1], v.shape[1]], 1)
 
-    of_queries = k_means(queries, -(-len(q) // parameters.block), _ITERATIONS, _SAMPLED, generator)
+    of_queries = k_means(queries, -(-len(q) // block), _ITERATIONS, _SAMPLED, generator)
     blocks = make_blocks(queries, 1.0, queries, torch.ones(queries.shape[1]), of_queries, 1)
     log_counts = counts.float().log()
     ranks = torch.addmm(log_counts, blocks.centres, centroids.mT)

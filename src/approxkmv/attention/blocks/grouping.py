@@ -61,6 +61,15 @@ class Blocks:
         return out
 
 
+def block_size(block: int, n_q: int, n_k: int) -> int:
+    """The average number of queries per block, `block` unless there are fewer queries than keys.
+
+    A few queries lie as far apart as many, so there are as many blocks as for n_k queries. With blocks of one query the
+    exact answer takes no longer: a block's centre meets all keys.
+    """
+    return block if n_q >= n_k else max(1, block * n_q // n_k)
+
+
 def make_blocks(
     q: torch.Tensor, scale: float, points: torch.Tensor, importance: torch.Tensor, labels: torch.Tensor, multiple: int
 ) -> Blocks:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from approxkmv.attention.blocks.expansion import Clustering, expand, in_one_block, of_one_block
+from approxkmv.attention.blocks.grouping import block_size
 from approxkmv.attention.blocks.near_keys import sums_of_keys
 from approxkmv.attention.blocks.reach import stand_apart, with_keys_apart
 from approxkmv.attention.contract import Method, UnavailableError, per_batch
@@ -40,7 +41,8 @@ def attend(
 ) -> torch.Tensor:
     """The method for one batch entry on a CPU: float32 q (n_q, d), k (n_k, d), v (n_k, d_v) to (n_q, d_v)."""
     near = parameters.near
-    if near >= len(k):
+    parameters = replace(parameters, block=block_size(parameters.block, len(q), len(k)))
+    if near >= len(k) or parameters.block == 1:
         return exact_fused.attend(q, k, v, scale)
     loops = compiled_loops("attention.blocks.loops")
     apart = stand_apart(q, k, scale)

@@ -17,6 +17,7 @@ from approxkmv.attention.blocks.cuda.expansion import (
     expand,
     sums_of_keys,
 )
+from approxkmv.attention.blocks.grouping import block_size
 from approxkmv.attention.blocks.light_keys import CONTROLLED, LEAST_SAMPLES, trusted
 from approxkmv.attention.blocks.reach import beyond_reach
 from approxkmv.attention.kernels import cuda_graphs
@@ -155,10 +156,11 @@ def attend(
     """
     batch, n_q, _ = q.shape
     n_k = k.shape[1]
-    if near >= n_k:
+    # No block is larger than all queries together.
+    block = min(block_size(block, n_q, n_k), n_q)
+    if near >= n_k or (block == 1 and n_q < n_k):
         count(kernel_evaluations=batch * n_q * n_k)
         return triton_kernels.exact(q, k, v, scale)
-    block = min(block, n_q)
     generator = torch.Generator(q.device).manual_seed(seed)
     first, points = random_inputs(q, block, samples, generator)
     _, blocks, room = points.shape

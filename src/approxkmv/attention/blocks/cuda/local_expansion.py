@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from approxkmv.attention.blocks.cuda.expansion import count_clustering, exactly_where_lost, expand, sums_of_keys
+from approxkmv.attention.blocks.grouping import block_size
 from approxkmv.attention.blocks.reach import beyond_reach
 from approxkmv.attention.kernels import cuda_graphs
 from approxkmv.attention.kernels import triton as triton_kernels
@@ -79,11 +80,11 @@ def attend(
     """
     batch, n_q, _ = q.shape
     n_k = k.shape[1]
-    if near >= n_k:
+    # No block is larger than all queries together.
+    block = min(block_size(block, n_q, n_k), n_q)
+    if near >= n_k or (block == 1 and n_q < n_k):
         count(kernel_evaluations=batch * n_q * n_k)
         return triton_kernels.exact(q, k, v, scale)
-    # No block is larger than all queries together.
-    block = min(block, n_q)
     blocks = -(-n_q // block)
     # Evaluations: all keys at the centres; near keys, the far key and the own key for each query. Padding included.
     own = n_q if n_q == n_k else 0
