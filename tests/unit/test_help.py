@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import shlex
+
 import pytest
 import typer
 from typer.testing import CliRunner
 
 from approxkmv.cli import app
 
-COMMANDS = typer.main.get_command(app).commands
+APP = typer.main.get_command(app)
+COMMANDS = APP.commands
+EVERY = [*COMMANDS.items(), *COMMANDS["config"].commands.items()]
 
 
 def help_of(*words: str) -> str:
@@ -34,3 +39,21 @@ def test_the_help_of_a_command_explains_every_option_and_argument(name):
         assert " ".join(option.help.split()) in shown
         for word in option.opts:
             assert word in shown
+
+
+@pytest.mark.parametrize(("name", "command"), [(name, command) for name, command in EVERY if name != "config"])
+def test_the_help_of_a_command_has_an_example_that_can_be_typed(name, command):
+    words = shlex.split(" ".join(command.help.split("Example: ")[1].split(" > ")[0].split()))
+    assert words[0] == "approxkmv"
+    context = APP.make_context("approxkmv", words[1:])
+    found = APP
+    while hasattr(found, "resolve_command"):
+        _, found, rest = found.resolve_command(context, [*context._protected_args, *context.args])
+        context = found.make_context(found.name, rest, parent=context)
+    assert found.name == name
+    assert found is command
+
+
+def test_the_version_is_that_of_the_package():
+    result = CliRunner().invoke(app, ["--version"])
+    assert (result.exit_code, result.output) == (0, f"approxkmv {importlib.metadata.version('approxkmv')}\n")

@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 
+from approxkmv.files import read_table
 from approxkmv.page.verdict import is_on_long_texts
 from approxkmv.results.tables import length_tables, masks_of, model_tables, read_heads, readings_tables
 from approxkmv.statistics.readings import PRINTED
@@ -98,13 +99,26 @@ STATISTICS = (
         "rank", "stable rank", (("attention", "stable_rank"),), "Of the softmax matrix, mean over texts.", low=1.0
     ),
 )
+# What each reading is, in the order of the list.
+IN_WORDS = {
+    PRINTED: "Lemma 4.1",
+    "sigma": "section 1's exponent",
+    "unscaled": "scale 1",
+    "float32": "entries as float32",
+    "softmax": "the attention matrix",
+    "centred": "keys less their mean",
+    "balanced": "q and k of equal size",
+    "no-special": "without CLS, SEP, BOS",
+    "sentences": "texts are sentences",
+}
 # Statistics that there are under each reading, with their columns.
 OF_READINGS = {"c": "ratio", "next": "next_ratio", "double": "double_ratio"}
 
 
-def statistics() -> list[dict[str, Any]]:
-    """What the explorer needs to know of each statistic."""
-    return [{name: value for name, value in asdict(one).items() if name != "tables"} for one in STATISTICS]
+def explorer(models: list[dict[str, Any]]) -> dict[str, Any]:
+    """All that the explorer reads: models as of_model has them, and what statistics and readings are."""
+    statistics = [{name: value for name, value in asdict(one).items() if name != "tables"} for one in STATISTICS]
+    return {"statistics": statistics, "readings": IN_WORDS, "models": models}
 
 
 def of_model(tables: Path, facts: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -150,8 +164,6 @@ def of_model(tables: Path, facts: dict[str, Any]) -> tuple[dict[str, Any], list[
 def _read(kind: str, path: Path, facts: dict[str, Any]) -> pd.DataFrame:
     along = {"curves": "prefix", "lengths": "length"}.get(kind)
     if kind == "readings":
-        from approxkmv.files import read_table
-
         return read_table(path, {"layer": "whole", "head": "whole", "reading": "text", "entries": "text"})
     columns = {column: "number" for one in STATISTICS for of, column in one.tables if of == kind}
     if kind == "heads":

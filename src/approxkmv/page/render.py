@@ -15,7 +15,7 @@ import pandas as pd
 from approxkmv.errors import TableError
 from approxkmv.files import read_json, read_table, write_text
 from approxkmv.page.contents import ASSETS, CAPTIONS, FIGURES
-from approxkmv.page.heads import of_model, statistics
+from approxkmv.page.heads import explorer, of_model
 from approxkmv.page.verdict import holds, is_on_long_texts, measured, sentences
 
 # Of a picture in the page; more colours make it larger, not more readable.
@@ -48,17 +48,19 @@ def write_page(tables: Path, figures: Path, out: Path, title: str, models: Colle
     claims = tables / "paper_comparison.csv"
     if any(not is_on_long_texts(facts) for facts in every) and not claims.is_file():
         missing.append(claims.name)
-    template = jinja2.Environment(
+    environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(ASSETS), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
-    ).get_template("page.html.j2")
+    )
+    environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "separators": (",", ":")}
     script = "\n".join((ASSETS / name).read_text(encoding="utf-8") for name in ("charts.js", "explorer.js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    text = template.render(
+    text = environment.get_template("page.html.j2").render(
         title=title,
         verdicts=verdicts,
         claims=_claims(claims, {facts["model"]: facts["label"] for facts in every}),
-        explorer={"statistics": statistics(), "models": shown} if shown else None,
+        explorer=explorer(shown) if shown else None,
         figures=list(_figures(tables, figures, [facts["model"] for facts in every])),
+        perplexities=_perplexities(tables / "perplexity.csv"),
         records=_records(tables),
         missing=sorted(set(missing)),
         style=(ASSETS / "page.css").read_text(encoding="utf-8"),
@@ -118,6 +120,15 @@ def _claims(path: Path, labels: dict[str, str]) -> list[dict[str, Any]]:
 
 def _short(value: float) -> str:
     return f"{value:.3g}"
+
+
+def _perplexities(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    numbers = ("tokens", "perplexity", "exact_perplexity", "seconds", "exact_seconds")
+    words = ("model", "method", "parameters")
+    rows = read_table(path, dict.fromkeys(words, "text") | dict.fromkeys(numbers, "number")).to_dict("records")
+    return [{name: row[name] for name in words} | {name: f"{row[name]:,.4g}" for name in numbers} for row in rows]
 
 
 def _records(tables: Path) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
@@ -42,6 +43,8 @@ def study_of_one(source: str, text: Path | None, contexts: int) -> Study:
     """The study that checks a model. Raises SourceError for a source of another form, or without texts."""
     if text is None and not TEXTS.is_file():
         raise SourceError(f"{TEXTS} is not here (the package was installed without its checkout): give --text FILE")
+    if text is not None and not text.is_file():
+        raise SourceError(f"--text {text}: there is no such file")
     name = name_of(parse_source(source))
     label = "SQuAD v1.1 dev" if text is None else text.name[:60]
     return Study(
@@ -167,6 +170,9 @@ def check(source: str, text: Path | None, contexts: int, out: Path) -> dict[str,
             new.rename(old)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+        # A folder that nothing came into; others are not empty.
+        with contextlib.suppress(OSError):
+            out.rmdir()
     return found
 
 

@@ -19,7 +19,7 @@ function shown(value) {
   if (value == null) return "–";
   if (!Number.isFinite(value)) return value > 0 ? "∞" : "−∞";
   const size = Math.abs(value);
-  if (size !== 0 && (size < 0.001 || size >= 1e5)) return value.toExponential(1).replace("e+", "e").replaceAll("-", "−");
+  if (size !== 0 && (size < 0.001 || size >= 1e5)) return value.toExponential(1).replace("e+", "e").replace(".0e", "e").replaceAll("-", "−");
   return (size >= 100 ? value.toFixed(0) : String(Number(value.toPrecision(3)))).replace("-", "−");
 }
 
@@ -47,7 +47,7 @@ function scale([low, high], log, start, end) {
 }
 
 function ticks([low, high], log, most = 6) {
-  if (!log) {
+  if (!log || high < 12 * low) {
     const size = 10 ** Math.floor(Math.log10((high - low) / most));
     const step = [1, 2, 5, 10].map((k) => k * size).find((s) => (high - low) / s <= most);
     const first = Math.ceil(low / step - 1e-9);
@@ -60,7 +60,7 @@ function ticks([low, high], log, most = 6) {
     const inside = found.filter((x) => x >= low * 0.999 && x <= high * 1.001);
     if (inside.length <= most) return inside;
   }
-  return [low, high];
+  return [];
 }
 
 const VIRIDIS = ["#440154", "#482878", "#3e4989", "#31688e", "#26828e", "#1f9e89", "#35b779", "#6ece58", "#b5de2b", "#fde725"];

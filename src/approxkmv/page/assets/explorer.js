@@ -3,14 +3,14 @@
   const source = document.getElementById("data");
   if (!source) return;
   const finite = (_, value) => (value === "inf" ? Infinity : value === "-inf" ? -Infinity : value);
-  const { statistics, models } = JSON.parse(source.textContent, finite);
+  const { statistics, readings, models } = JSON.parse(source.textContent, finite);
   const root = document.getElementById("explorer");
   const OF_READINGS = ["c", "next", "double"];
   const BOUNDED = ["c", "c_n", "softmax"];
   const FEW = 5;
   const FILTERS = { all: "every head", large: "large: c above the bound", growing: "growing", undecided: "undecided" };
   const SETS = { all: "every query with every key", own: "the model's own mask" };
-  const READINGS = [...new Set(models.flatMap((model) => Object.keys(model.readings ?? {})))];
+  const READINGS = Object.keys(readings).filter((name) => models.some((model) => model.readings?.[name]));
   const statisticOf = (key) => statistics.find((one) => one.key === key);
   const modelOf = (key) => models.find((model) => model.key === key);
   const setOf = (model, set) => (model.sets.includes(set) ? set : "all");
@@ -62,9 +62,9 @@
   }
 
   // Ends of the colours and of a strip: the statistic's own or those of all models, so that two can be compared.
-  function domainOf(key, state) {
+  function domainOf(key, state, among = models) {
     const one = statisticOf(key);
-    const all = models.flatMap((model) => found(model, key, state)?.v ?? []);
+    const all = among.flatMap((model) => found(model, key, state)?.v ?? []);
     const usable = all.filter((v) => v != null && Number.isFinite(v) && (!one.log || v > 0)).sort((a, b) => a - b);
     if (!usable.length) return [one.low ?? 1, one.high ?? 10];
     const at = (share) => usable[Math.round(share * (usable.length - 1))];
@@ -109,12 +109,11 @@
     const two = el("input", { type: "checkbox", id: "two", onchange: () => change({ two: two.checked }) });
     controls.two = two;
     const sets = Object.entries(SETS).map(([key, name]) => [key, name, !models.some((model) => model.sets.includes(key))]);
-    const readings = ["printed", ...READINGS].map((name) => [name, name === "printed" ? "printed: Lemma 4.1" : name]);
     return el(
       "div", { class: "controls" },
       choice("stat", "Statistic", statistics.map((one) => [one.key, one.title + (has(one.key) ? "" : " (no table)"), !has(one.key)])),
       choice("set", "Entries", sets),
-      choice("reading", "Reading", readings),
+      choice("reading", "Reading", ["printed", ...READINGS].map((name) => [name, `${name}: ${readings[name]}`])),
       choice("filter", "Heads", Object.entries(FILTERS)),
       el("label", { class: "check" }, two, "side by side"),
       el("span", { class: "aside" }, counted, " ", link),
@@ -129,6 +128,7 @@
 
   function draw() {
     const focused = document.activeElement?.id;
+    const scrolled = Object.fromEntries([...panels.querySelectorAll(".scroll")].map((box) => [box.id, box.scrollTop]));
     for (const name of ["stat", "set", "reading", "filter"]) controls[name].value = state[name];
     controls.two.checked = state.two;
     controls.reading.disabled = !READINGS.length || !OF_READINGS.includes(state.stat);
@@ -137,6 +137,9 @@
     const sides = state.two ? ["a", "b"] : ["a"];
     panels.replaceChildren(...sides.map(panel));
     panels.classList.toggle("two", state.two);
+    for (const box of panels.querySelectorAll(".scroll")) {
+      box.scrollTop = scrolled[box.id] ?? box.querySelector(".chosen").offsetTop - 150;
+    }
     counted.textContent = sides
       .map((side) => {
         const model = modelOf(state[side].model);
@@ -185,7 +188,7 @@
     const reading = state.reading !== "printed" && OF_READINGS.includes(state.stat) ? ` Read as ${state.reading}.` : "";
     const legend = el("div", { class: "legend", "aria-hidden": "true" }, el("div", { class: "bar", style: `background: linear-gradient(90deg, ${steps})` }), el("div", { class: "marks" }, marks));
     const what = setOf(model, state.set) === "own" ? model.mask : SETS.all;
-    return el("div", { class: "frame" }, el("p", { class: "note" }, `${one.title}, over ${what}. ${one.about}${reading}${outlined}`), el("div", { class: "scroll" }, table), legend);
+    return el("div", { class: "frame" }, el("p", { class: "note" }, `${one.title}, over ${what}. ${one.about}${reading}${outlined}`), el("div", { class: "scroll", id: `scroll-${side}` }, table), legend);
   }
 
   function cell(side, model, head, values, at) {
@@ -248,13 +251,16 @@
     const kind = setOf(model, state.set);
     const parts = [el("h3", {}, `Layer ${layer}, head ${number}`), words(model, head, state.set) ? el("p", { class: "badges" }, words(model, head, state.set)) : null];
     const curves = model.curves?.[kind];
+    const visible = (state.two ? ["a", "b"] : ["a"]).map((one) => modelOf(state[one].model));
     if (curves) parts.push(curveFigure(model, kind, curves, head, layer, number));
     for (const key of ["next", "double"]) {
       const values = found(model, key, state);
       if (!values) continue;
       const name = statisticOf(key).title;
       const label = `${name} of this head ${shown(values.v[head])}; median of the model ${shown(median(values.v))}`;
-      parts.push(el("figure", {}, el("figcaption", {}, label), stripChart(values.v, values.v[head], domainOf(key, state), true, label)));
+      const [low, high] = domainOf(key, state, visible);
+      const strip = stripChart(values.v, values.v[head], [low, Math.max(high, 1.1 * low)], true, label);
+      parts.push(el("figure", {}, el("figcaption", {}, label), strip));
     }
     parts.push(numbers(model, head));
     return el("div", { class: "details" }, parts);

@@ -1,0 +1,265 @@
+"""The page in a real browser: what a reader points at, chooses, types and keeps. Skipped where there is no Chromium."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from approxkmv.page.render import write_page
+
+REFERENCE = Path(__file__).resolve().parents[2] / "results" / "reference"
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+LABEL = "<script>window.wrong = 1</script><b>model & co</b>"
+SIZES = {"desk": (1280, 900), "phone": (360, 740)}
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here: apt-get install chromium"),
+]
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded study; of MiniLM also softmax statistics and readings per head, and a label that is no HTML."""
+    folder = tmp_path_factory.mktemp("page") / "tables"
+    shutil.copytree(REFERENCE / "embedded" / "tables", folder)
+    draw = np.random.default_rng(0)
+    layer, head = (index.ravel() for index in np.indices((6, 12)))
+    columns = ("entropy", "support", "keys_90", "first_mass", "stable_rank")
+    attention = {name: draw.uniform(0.1, 0.9, 72) for name in columns}
+    pd.DataFrame({"layer": layer, "head": head} | attention).to_csv(folder / "attention_minilm-l6.csv", index=False)
+    readings = [
+        pd.DataFrame({"layer": layer, "head": head, "reading": name, "entries": "all"}).assign(
+            ratio=draw.uniform(0.1, 9, 72), next_ratio=draw.uniform(1, 2, 72), double_ratio=draw.uniform(2, 99, 72)
+        )
+        for name in ("printed", "sigma")
+    ]
+    pd.concat(readings).to_csv(folder / "readings_heads_minilm-l6.csv", index=False)
+    path = folder / "overview_minilm-l6.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"label": LABEL}))
+    write_page(folder, REFERENCE / "embedded" / "figures", folder.parent / "index.html", "a study")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
+    with playwright.sync_playwright() as started:
+        # A container's root may not have Chromium's sandbox.
+        chromium = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"] if os.getuid() == 0 else [])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def opened(browser: Any, tables: Path) -> Iterator[Callable[..., Any]]:
+    """Opens the page; at the end there must have been no error, no message and no request but the page itself."""
+    contexts, wrong = [], []
+
+    def open_page(state: str = "", size: str = "desk", scheme: str = "light") -> Any:
+        width, height = SIZES[size]
+        context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(10_000)
+        page.on("console", lambda message: wrong.append(message.text))
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        file = (tables.parent / "index.html").as_uri()
+        page.on(
+            "request", lambda request: None if request.url.startswith((file, "data:")) else wrong.append(request.url)
+        )
+        page.goto(file + state)
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert wrong == []
+
+
+def column(tables: Path, kind: str, name: str, model: str = "minilm-l6") -> pd.Series:
+    return pd.read_csv(tables / f"{kind}_{model}.csv").set_index(["layer", "head"])[name]
+
+
+def test_it_loads_without_errors_or_requests_and_shows_the_three_largest_heads(opened, tables):
+    page = opened()
+    cells = page.locator("#map-a button")
+    assert cells.count() == 72
+    largest = column(tables, "heads", "max_ratio").nlargest(3)
+    for (layer, head), value in largest.items():
+        cell = page.locator(f"#a-{layer}-{head}")
+        assert cell.inner_text() == f"{value:.0f}"
+        # Yellow end of the colours: these are the brightest cells.
+        _, green, blue = (
+            int(part) for part in cell.evaluate("c => getComputedStyle(c).backgroundColor")[4:-1].split(",")
+        )
+        assert green > 200 > blue
+    layer, head = largest.index[0]
+    assert page.locator("h3", has_text=f"Layer {layer}, head {head}").is_visible()
+
+
+def test_labels_are_shown_as_text_and_run_nothing(opened):
+    page = opened()
+    assert page.locator(".verdict h3").first.inner_text().startswith(f"{LABEL}: ")
+    assert LABEL in page.locator("#model-a option").first.inner_text()
+    assert page.evaluate("window.wrong") is None
+    assert page.locator("main b").count() == 0
+
+
+def test_pointing_at_a_head_shows_its_numbers_with_intervals(opened, tables):
+    page = opened()
+    assert page.locator("#tip").is_hidden()
+    page.hover("#a-2-3")
+    shown = page.locator("#tip").inner_text()
+    growth = pd.read_csv(tables / "growth_minilm-l6.csv").set_index(["layer", "head"]).loc[(2, 3)]
+    assert shown.startswith(f"layer 2, head 3 {growth['size']}, {growth['trend']}")
+    assert f"largest c: {column(tables, 'heads', 'max_ratio')[(2, 3)]:.3g}" in shown
+    ends = [f"{growth[f'exponent{end}']:.3g}".replace("-", "−") for end in ("", "_low", "_high")]
+    assert f"exponent of c: {ends[0]} ({ends[1]} to {ends[2]})" in shown
+    page.mouse.move(2, 2)
+    assert page.locator("#tip").is_hidden()
+
+
+def test_choosing_a_head_draws_it_and_the_link_keeps_what_is_seen(opened, tables):
+    page = opened()
+    before = page.locator(".details").inner_html()
+    page.click("#a-4-0")
+    assert page.locator(".details h3").inner_text() == "Layer 4, head 0"
+    assert page.locator(".details").inner_html() != before
+    assert page.locator(".details svg[role=img]").count() == 3
+    curve = column(tables, "growth_curves", "adjusted_ratio")[(4, 0)]
+    assert page.locator(".details svg circle.own").count() >= len(curve)
+    page.check("#two")
+    page.click("#b-7-2")
+    page.select_option("#stat", "double")
+    page.select_option("#reading", "sigma")
+    page.select_option("#filter", "growing")
+    kept, seen = page.url, page.locator(".panels").inner_text()
+    assert page.locator(".aside a").get_attribute("href") == "#" + kept.split("#")[1]
+    again = opened("#" + kept.split("#")[1])
+    assert again.locator(".panels").inner_text() == seen
+    assert [again.locator(f"#{name}").input_value() for name in ("stat", "reading", "filter")] == [
+        "double",
+        "sigma",
+        "growing",
+    ]
+    assert again.locator("#two").is_checked()
+
+
+@pytest.mark.parametrize(
+    "state", ["#stat=nothing&a=minilm-l6~99~0&b=~~&filter=", "#a=%3Cscript%3E~0~0&set=x", "#claims"]
+)
+def test_a_link_with_words_that_do_not_exist_shows_the_start(opened, state):
+    page = opened(state)
+    assert page.locator(".details h3").first.inner_text() == "Layer 0, head 11"
+    assert page.locator("#stat").input_value() == "c"
+
+
+def test_the_map_shows_what_is_chosen(opened, tables):
+    page = opened()
+    page.select_option("#stat", "keys_90")
+    assert page.locator("#a-1-5").inner_text() == f"{column(tables, 'attention', 'keys_90')[(1, 5)]:.2f}"
+    page.select_option("#stat", "c")
+    page.select_option("#reading", "sigma")
+    sigma = (
+        pd.read_csv(tables / "readings_heads_minilm-l6.csv").query("reading == 'sigma'").set_index(["layer", "head"])
+    )
+    assert (
+        page.locator("#a-1-5")
+        .get_attribute("aria-label")
+        .startswith(f"layer 1, head 5: largest c {sigma['ratio'][(1, 5)]:.3g}")
+    )
+    page.select_option("#reading", "printed")
+    page.select_option("#model-a", "smollm2-135m")
+    whole = page.locator("#a-0-4").inner_text()
+    page.select_option("#set", "own")
+    masked = column(tables, "heads", "masked_max_ratio", "smollm2-135m")[(0, 4)]
+    assert whole != page.locator("#a-0-4").inner_text() == f"{masked:.0f}"
+    page.select_option("#stat", "keys_90")
+    assert "do not have this" in page.locator(".panel").inner_text()
+
+
+@pytest.mark.parametrize(("filter", "name", "words"), [("large", "size", ["large"]), ("growing", "trend", ["grows"])])
+def test_the_filter_leaves_the_heads_that_the_tables_name(opened, tables, filter, name, words):
+    page = opened()
+    page.select_option("#filter", filter)
+    kept = column(tables, "growth", name).isin(words)
+    assert page.locator("#counted").inner_text() == f"{kept.sum()} of 72 heads"
+    faded = {cell.get_attribute("id") for cell in page.locator("#map-a .dim").all()}
+    assert faded == {f"a-{layer}-{head}" for layer, head in kept[~kept].index}
+
+
+def test_two_models_stand_side_by_side_and_each_has_its_own_head(opened):
+    page = opened()
+    page.check("#two")
+    a, b = (page.locator(f"#map-{side}").bounding_box() for side in "ab")
+    assert a["x"] + a["width"] <= b["x"]
+    assert page.locator("#model-b").input_value() == "smollm2-135m"
+    page.click("#b-3-1")
+    assert page.locator(".details h3").all_inner_texts() == ["Layer 0, head 11", "Layer 3, head 1"]
+    page.select_option("#model-b", "minilm-l6")
+    page.click("#b-5-5")
+    assert page.locator(".details h3").all_inner_texts() == ["Layer 0, head 11", "Layer 5, head 5"]
+
+
+def test_the_keyboard_alone_reaches_a_head(opened):
+    page = opened()
+    page.locator("#model-a").focus()
+    page.keyboard.press("Tab")
+    focused = "document.activeElement.id"
+    assert page.evaluate(focused) == "a-0-11"
+    for key, place in (
+        ("ArrowLeft", "a-0-10"),
+        ("ArrowDown", "a-1-10"),
+        ("ArrowRight", "a-1-11"),
+        ("ArrowUp", "a-0-11"),
+    ):
+        page.keyboard.press(key)
+        assert page.evaluate(focused) == place
+        assert page.locator("#tip").is_visible()
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("Escape")
+    assert page.locator("#tip").is_hidden()
+    page.keyboard.press("Enter")
+    assert page.locator(".details h3").inner_text() == "Layer 1, head 11"
+    assert page.evaluate(focused) == "a-1-11"
+    assert "Layer 1, head 11" in page.locator("[aria-live]").inner_text()
+
+
+def test_a_screen_reader_has_names_for_everything(opened):
+    page = opened()
+    assert page.locator("html[lang=en]").count() == 1
+    assert page.locator("main h2").count() >= 4
+    for selector, name in (
+        ("#map-a button", "aria-label"),
+        ("img", "alt"),
+        ("svg", "aria-label"),
+        ("#map-a", "aria-label"),
+    ):
+        found = page.locator(selector).all()
+        assert found
+        assert all(one.get_attribute(name) for one in found)
+    for name in ("stat", "set", "reading", "filter", "two"):
+        assert page.evaluate(f"document.getElementById('{name}').labels[0].innerText.trim()")
+    assert page.locator("#map-a button[tabindex='0']").count() == 1
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("state", ["", "#stat=exponent&a=smollm2-135m~3~4&b=minilm-l6~0~0"])
+def test_a_phone_scrolls_one_way_only(opened, scheme, state):
+    page = opened(state, size="phone", scheme=scheme)
+    assert page.evaluate("document.documentElement.scrollWidth") <= SIZES["phone"][0]
+    back, ink = page.evaluate(
+        "[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color]"
+    )
+    assert (back < ink) == (scheme == "dark") or back == "rgb(255, 255, 255)"
+    page.click("#map-a .chosen")
+    tip = page.locator("#tip").bounding_box()
+    assert tip is None or (tip["x"] >= 0 and tip["x"] + tip["width"] <= SIZES["phone"][0])
