@@ -56,16 +56,16 @@ run_sweep(
     say=print,
 )
 drawn = []
-style.save = lambda figure, stem: drawn.append(figure) or []
+style.save = crossover.save = lambda figure, stem: drawn.append(figure) or []
 for module in (speedup, error_vs_time, crossover):
     module.draw(Path("sweep.csv"), Path(module.__name__), **({{}} if module is error_vs_time else {{"target": 0.5}}))
-for figure in drawn[:2]:
-    names = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert {{"mean", "my-method"}} <= set(names), names
-found = sweep_table.colours(sweep_table.read_sweep(Path("sweep.csv")))
+# Speed-ups name what reaches the target at the ends of the lines, the others name every method in a legend.
+assert "my-method" in [text.get_text() for text in drawn[0].axes[0].texts]
+assert {{"mean", "my-method"}} <= {{text.get_text() for text in drawn[1].legends[0].get_texts()}}
+found = sweep_table.looks(sweep_table.read_sweep(Path("sweep.csv")))
 assert list(found) == ["mean", "exact-fused", "my-method"], found
-assert found["my-method"] not in sweep_table.COLOURS.values(), found
-# The legend of the crossovers is of baselines; methods are the names of its rows.
+assert len({{(look.color, look.marker) for look in found.values()}}) == 3, found
+# In the crossovers methods are the names of the rows.
 assert "my-method" in [label.get_text() for label in drawn[2].axes[0].get_yticklabels()]
 """
 

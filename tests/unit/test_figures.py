@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 
 from approxkmv.errors import ConfigError, TableError
 from approxkmv.figures import catalogue, context_scaling, length_scaling
-from approxkmv.figures.style import short
+from approxkmv.figures.style import COLOURS, short
 from approxkmv.statistics.entries import CAUSAL, OWN_MASK
 
 REFERENCE = Path(__file__).resolve().parents[2] / "results" / "reference"
@@ -115,10 +116,86 @@ OF_THE_REFERENCE = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("study", "name", "models"), OF_THE_REFERENCE)
-def test_no_text_of_the_reference_figures_lies_on_another(tmp_path, figures, study, name, models):
+def test_the_reference_figures_can_be_read(tmp_path, figures, study, name, models):
     catalogue.draw(name, REFERENCE / study / "tables", models, tmp_path / name)
     assert len(figures) == 1
     assert misplaced_texts(figures[0]) == []
+    assert unlike_formats(figures[0]) == []
+    assert told_apart_by_colour_alone(figures[0]) == []
+    assert without_words(figures[0]) == []
+
+
+def unlike_formats(figure: Any) -> list[list[str]]:
+    """Axes whose tick labels mix plain numbers with powers of ten, or have an exponent in computer notation."""
+    wrong = []
+    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
+        labels = [label.get_text() for label in axis.get_ticklabels() if label.get_text()]
+        powers = [r"^{" in label for label in labels]
+        if len(set(powers)) > 1 or any("e+" in label or "e-0" in label for label in labels):
+            wrong.append(labels)
+    return wrong
+
+
+def told_apart_by_colour_alone(figure: Any) -> list[tuple[str, str]]:
+    """Pairs of entries of a legend, or of lines in one panel, that differ in nothing but their colour."""
+    found = []
+    legends = [*figure.legends, *(axes.get_legend() for axes in figure.axes if axes.get_legend())]
+    for handles in [legend.legend_handles for legend in legends]:
+        looks = [(handle.get_label(), _look(handle)) for handle in handles]
+        found += [(one, two) for i, (one, look) in enumerate(looks) for two, other in looks[:i] if look == other]
+    return found
+
+
+def _look(handle: Any) -> tuple[Any, ...]:
+    return (handle.get_marker(), handle.get_linestyle(), handle.get_linewidth(), handle.get_markersize())
+
+
+def without_words(figure: Any) -> list[str]:
+    """What has no words: the figure's title, or an axis of which no axes that share it has a label."""
+    wrong = [] if figure.get_suptitle() else ["title"]
+    for axes in figure.axes:
+        y = axes.get_shared_y_axes().get_siblings(axes)
+        if not any(other.get_ylabel() for other in y) and axes.get_yticklabels()[0].get_text()[:1].isdigit():
+            wrong.append("y axis")
+        x = axes.get_shared_x_axes().get_siblings(axes)
+        if not any(other.get_xlabel() for other in x) and not hasattr(axes, "_colorbar"):
+            wrong.append("x axis")
+    return wrong
+
+
+def as_seen_without_green(colour: str) -> np.ndarray:
+    """CIELAB of a colour as a deuteranope sees it (Machado, Oliveira and Fernandes 2009, severity 1)."""
+    from matplotlib.colors import to_rgb
+
+    srgb = np.array(to_rgb(colour))
+    linear = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
+    deuteranopia = [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]]
+    to_xyz = [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+    xyz = np.array(to_xyz) @ np.clip(np.array(deuteranopia) @ linear, 0, 1) / [0.9505, 1.0, 1.089]
+    f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
+    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+def test_neighbouring_colours_differ_to_a_deuteranope():
+    seen = [as_seen_without_green(colour) for colour in COLOURS]
+    # 2.3 is a just noticeable difference; the palette has ten times that.
+    assert all(np.linalg.norm(one - other) > 25 for one, other in zip(seen, [*seen[1:], seen[0]], strict=True))
+    # The first three, which most figures use alone, in any pair.
+    assert min(np.linalg.norm(one - other) for i, one in enumerate(seen[:3]) for other in seen[:i]) > 40
+    # A check that can fail: red and green as printers have them.
+    assert np.linalg.norm(as_seen_without_green("#009E73") - as_seen_without_green("#CC79A7")) < 25
+
+
+def test_every_method_has_a_look_of_its_own():
+    from approxkmv.figures.sweep_table import METHODS, looks
+
+    frame = pd.DataFrame({"method": [*METHODS, "new"], "kind": "approximate"})
+    found = list(looks(frame).values())
+    assert len({(look.color, look.marker) for look in found}) == len(found) == len(METHODS) + 1
+    seen = [as_seen_without_green(look.color) for look in found]
+    assert all(np.linalg.norm(one - other) > 25 for one, other in itertools.pairwise(seen))
+    # A table with fewer methods draws them as one with all does.
+    assert looks(frame[frame["method"] == "knn"])["knn"] == looks(frame)["knn"]
 
 
 @pytest.mark.slow
@@ -216,7 +293,7 @@ def test_the_bound_is_within_the_axes_when_c_is_far_below_it(tmp_path, figures):
     tables(tmp_path, "m", 2, 3, bound=1000.0)
     catalogue.draw("context_scaling", tmp_path, ["m"], tmp_path / "x")
     top = figures[0].axes[0]
-    (words,) = top.texts
+    (words,) = [text for text in top.texts if "bound" in text.get_text()]
     renderer = figures[0].canvas.get_renderer()
     assert top.get_window_extent(renderer).y1 >= words.get_window_extent(renderer).y1
 
@@ -265,9 +342,7 @@ def growth_tables(folder, layers: int, heads: int, masked: bool) -> None:
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(("layers", "heads"), [(1, 1), (6, 12), (30, 9)])
-def test_growth_is_drawn_with_large_growing_heads_outlined_and_nothing_overlapping(
-    tmp_path, figures, layers, heads, masked
-):
+def test_growth_is_drawn_with_its_verdicts_and_nothing_overlapping(tmp_path, figures, layers, heads, masked):
     tables(tmp_path, "m", layers, heads)
     facts = json.loads((tmp_path / "overview_m.json").read_text()) | {"label": "all-MiniLM-L6-v2 (BERT, 6 × 12 heads)"}
     (tmp_path / "overview_m.json").write_text(json.dumps(facts))
@@ -275,15 +350,19 @@ def test_growth_is_drawn_with_large_growing_heads_outlined_and_nothing_overlappi
     for name in ("growth", "growth_curves"):
         catalogue.draw(name, tmp_path, ["m"], tmp_path / name)
     table = pd.read_csv(tmp_path / "growth_m.csv")
-    both = [
-        (table[f"{before}size"] == "large") & (table[f"{before}trend"] == "grows")
-        for before in ("", "masked_")[: 1 + masked]
-    ]
-    assert sum(len(axes.patches) for axes in figures[0].axes if axes.texts) == sum(part.sum() for part in both)
+    prefixes = ("", "masked_")[: 1 + masked]
+    panels = [axes for axes in figures[0].axes if axes.texts]
+    for axes, before in zip(panels, prefixes, strict=True):
+        # Each outline is black on white, dashed where the size is undecided.
+        lines = [patch.get_linestyle() for patch in axes.patches if patch.get_edgecolor()[:3] == (0, 0, 0)]
+        solid = [line for line in lines if line in ("-", "solid")]
+        assert len(solid) == (table[f"{before}size"] == "large").sum()
+        assert len(lines) - len(solid) == (table[f"{before}size"] == "undecided").sum()
+        marks = [text.get_text()[0] for text in axes.texts]
+        assert marks == table[f"{before}trend"].map({"grows": "↑", "flat": "→", "undecided": "?"}).tolist()
     # A length of four texts is hollow, the others are not.
-    faces = [line.get_markerfacecolor() for axes in figures[1].axes for line in axes.lines if line.get_marker() == "o"]
     hollow = [line for axes in figures[1].axes for line in axes.lines if line.get_markerfacecolor() == "white"]
-    assert len(hollow) == len(faces) / 2
+    assert len(hollow) == sum(len(axes.get_legend().get_texts()) for axes in figures[1].axes)
     assert all(list(line.get_xdata()) == [400] for line in hollow)
     assert all("hollow: fewer than 5 texts" in axes.get_xlabel() for axes in figures[1].axes)
     for figure in figures:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from approxkmv.figures.heatmap import draw_heatmap, grid, is_wide, new_panels
-from approxkmv.figures.style import as_written, entries, footnote, save
+from approxkmv.figures.style import as_written, entries, footnote, save, short
 from approxkmv.results.tables import masks_of, model_tables, read_heads, read_overview
 
 TICKS = (1, 3, 10, 30, 100, 300)
@@ -22,7 +22,15 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
     masks = masks_of(table, "support")
     values = grid(table, "support")
     rows, columns = (len(masks), 2) if len(masks) > 1 or not is_wide(values) else (2, 1)
-    figure, panels = new_panels(values, rows, columns)
+    half = int((table["first_mass"] > 0.5).sum())
+    figure, panels = new_panels(
+        values,
+        rows,
+        columns,
+        f"{facts['label']}: a row of the median head attends to {short(table['support'].median())} keys; the first "
+        f"token has more than half of the weight in {half} of {len(table)} heads",
+        f"Rows of the softmax on {facts['texts_used']} texts of {facts['corpus']}; support: exp of a row's entropy",
+    )
     beside = bool(facts["left_out"])
     for i, before in enumerate(masks):
         first, second = panels[2 * i : 2 * i + 2]
@@ -42,13 +50,7 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
             label="share, mean over rows and texts",
             linear=True,
         )
-        first.set_title(f"effective support, exp of a row's entropy\n{over}", fontsize=8, loc="left")
+        first.set_title(f"effective support\n{over}", fontsize=8, loc="left")
         second.set_title(f"weight on the first token\n{over}", fontsize=8, loc="left")
-    figure.suptitle(
-        f"{facts['label']}\nrows of the softmax on {facts['texts_used']} texts of {facts['corpus']}",
-        fontsize=9,
-        x=0.02,
-        ha="left",
-    )
     footnote(figure, f"the model has {', '.join(facts['left_out'])}" if beside else "")
     return save(figure, stem)

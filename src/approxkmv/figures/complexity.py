@@ -10,11 +10,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from approxkmv.errors import TableError
-from approxkmv.figures.style import new_figure, save
+from approxkmv.figures.style import COLOURS, MARKERS, headline, logarithmic_ticks, new_figure, save
 from approxkmv.files import read_table
 from approxkmv.kmv.complexity import COLUMNS, FITTED, PAPER_EXPONENT, fit_exponents
 
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
 _LABELS = {
     "total": "all kernel evaluations",
     "total_printed": "the same, line 7 as printed",
@@ -46,19 +45,20 @@ def draw(table_path: str | Path, output_stem: str | Path) -> list[Path]:
     costs, exponents = figure.subplots(1, 2, width_ratios=(1.15, 1))
     _draw_costs(costs, table)
     _draw_exponents(exponents, fits)
-    figure.suptitle(_verdict(table, fits), fontsize=10.5, x=0.01, ha="left")
+    headline(figure, *_verdict(table, fits))
     return save(figure, Path(output_stem))
 
 
 def _draw_costs(axes: Axes, table: pd.DataFrame) -> None:
     means = table.groupby(["kernel", "n"], sort=False).mean(numeric_only=True).reset_index()
     n = np.sort(means["n"].unique()).astype(float)
-    for colour, (name, group) in zip(_COLOURS, means.groupby("kernel", sort=False), strict=False):
-        axes.plot(group["n"], group["total"], "o-", color=colour, ms=4, label=f"asked for: {name}".replace("$", r"\$"))
-        axes.plot(group["n"], group["heavy"], "s:", color=colour, ms=3, lw=1)
+    for colour, marker, (name, group) in zip(COLOURS, MARKERS, means.groupby("kernel", sort=False), strict=False):
+        label = f"asked for: {name}".replace("$", r"\$")
+        axes.plot(group["n"], group["total"], color=colour, marker=marker, ms=4.5, label=label)
+        axes.plot(group["n"], group["heavy"], color=colour, marker=marker, linestyle=":", ms=3, lw=1)
     hashes = means.groupby("n")["hash"].mean()
-    axes.plot(hashes.index, hashes.to_numpy(), "^--", color="0.45", ms=4, lw=1, label="hash evaluations")
-    axes.plot([], [], "s:", color="0.3", ms=3, lw=1, label="kernel evaluations of Algorithm 1")
+    axes.plot(hashes.index, hashes.to_numpy(), "x--", color="0.45", ms=4, lw=1, label="hash evaluations")
+    axes.plot([], [], ":", color="0.3", lw=1, label="kernel evaluations of Algorithm 1")
     axes.plot(n, n**2, "k-", lw=2, label=r"exact product, $n^2$")
     anchor = means.loc[means["n"] == means["n"].min(), "total"].min() / 2.5
     axes.plot(n, anchor * (n / n[0]) ** PAPER_EXPONENT, "k--", lw=0.9, label=rf"slope {PAPER_EXPONENT}")
@@ -66,6 +66,7 @@ def _draw_costs(axes: Axes, table: pd.DataFrame) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(n, [f"{int(v):,}" for v in n])
     axes.set_ylim(top=axes.get_ylim()[1] * 30)
+    logarithmic_ticks(axes.yaxis)
     axes.legend(fontsize=8, ncols=2, frameon=False, loc="upper left")
 
 
@@ -75,11 +76,11 @@ def _draw_exponents(axes: Axes, fits: pd.DataFrame) -> None:
     ticks, labels = [], []
     for place, quantity in enumerate(FITTED):
         rows = fits[fits["quantity"] == quantity].set_index("kernel")
-        for offset, (name, colour) in enumerate(zip(kernels, _COLOURS, strict=False)):
+        for offset, (name, colour, marker) in enumerate(zip(kernels, COLOURS, MARKERS, strict=False)):
             row = rows.loc[name]
             y = -(place * height + offset)
             spread = [[row["exponent"] - row["exponent_low"]], [row["exponent_high"] - row["exponent"]]]
-            axes.errorbar(row["exponent"], y, xerr=np.maximum(spread, 0.0), fmt="o", color=colour, ms=4, capsize=2)
+            axes.errorbar(row["exponent"], y, xerr=np.maximum(spread, 0.0), fmt=marker, color=colour, ms=4.5, capsize=2)
             axes.annotate(
                 _power(row["log10_crossing"]), (1.0, y), xycoords=("axes fraction", "data"), fontsize=8, va="center"
             )
@@ -97,7 +98,7 @@ def _draw_exponents(axes: Axes, fits: pd.DataFrame) -> None:
     axes.set_xlabel("fitted a in cost = C $n^a$ ln n, with 95 % interval")
 
 
-def _verdict(table: pd.DataFrame, fits: pd.DataFrame) -> str:
+def _verdict(table: pd.DataFrame, fits: pd.DataFrame) -> list[str]:
     total = fits[fits["quantity"] == "total"]
     low, high = total["log10_crossing_low"].min(), total["log10_crossing_high"].max()
     least, most = total["over_n_squared"].min(), total["over_n_squared"].max()
@@ -113,7 +114,7 @@ def _verdict(table: pd.DataFrame, fits: pd.DataFrame) -> str:
             f"Extrapolated, they win only beyond an n between {_power(low)} and {_power(high)}{size}: "
             "95 % intervals, all kernels together."
         )
-    return "\n".join(words)
+    return words
 
 
 def _power(exponent: float) -> str:

@@ -8,18 +8,25 @@ from pathlib import Path
 import pandas as pd
 
 from approxkmv.figures.style import (
+    BOUND,
     COLOURS,
     ENTRIES,
+    MARKERS,
     as_written,
     draw_points,
+    headline,
+    label_ends,
     legend_below,
+    logarithmic_ticks,
     name_of_lengths,
     new_figure,
     not_in_kernel,
     save,
+    short,
     wrapped,
 )
 from approxkmv.results.tables import MASKED, masks_of, model_tables, read_overview, read_statistics
+from approxkmv.statistics.growth import ENOUGH_TEXTS
 
 PLACE = {"prefix": "whole", "contexts": "whole"}
 VALUES = {"mean": "number", "std": "number", "min": "number"}
@@ -41,40 +48,45 @@ def draw(tables: Path, models: Sequence[str], stem: Path) -> list[Path]:
     left_out = [f"{facts['label']}, {not_in_kernel(facts)}" for _, facts in read if facts["left_out"]]
     labels = [facts["label"] for _, facts in read] + [dashed] * causal
     columns = 2 if max(map(len, labels)) <= LONGEST_IN_TWO_COLUMNS else 1
-    figure = new_figure(7.2, 4.2 + 0.18 * -(-len(labels) // columns))
+    figure = new_figure(8.2, 4.4 + 0.18 * -(-len(labels) // columns))
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
-    bounds = []
+    bounds, ends, found = [], [], []
     for i, (table, facts) in enumerate(read):
-        colour = COLOURS[i % len(COLOURS)]
+        style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+        prefix, solid = table["prefix"], table["contexts"] >= ENOUGH_TEXTS
         top.fill_between(
-            table["prefix"],
+            prefix,
             (table["mean"] - table["std"]).clip(lower=table["min"]),
             table["mean"] + table["std"],
-            color=colour,
+            color=style["color"],
             alpha=0.18,
             linewidth=0,
         )
-        top.plot(table["prefix"], table["mean"], color=colour, label=facts["label"])
-        draw_points(top, table["prefix"], table["mean"], table["contexts"], colour, 3.5)
+        draw_points(top, prefix, table["mean"], solid, label=facts["label"], markersize=5, **style)
+        ends.append((prefix.iloc[-1], table["mean"].iloc[-1], _short(facts["label"]), style["color"]))
         if MASKED in masks_of(table, "mean"):
             # Mean only: two bands per model would overlap.
-            top.plot(table["prefix"], table[f"{MASKED}mean"], color=colour, linestyle="--")
-            draw_points(top, table["prefix"], table[f"{MASKED}mean"], table["contexts"], colour, 2.5)
-        bottom.plot(table["prefix"], table["contexts"], color=colour, marker="o", markersize=3)
+            masked = table[f"{MASKED}mean"]
+            draw_points(top, prefix, masked, solid, markersize=3.5, linestyle="--", **style)
+            ends.append((prefix.iloc[-1], masked.iloc[-1], f"{_short(facts['label'])}, masked", style["color"]))
+        bottom.plot(prefix, table["contexts"], markersize=3.5, **style)
         bounds.append(facts["paper_bound"])
+        if solid.any():
+            known = table[solid]
+            first, last = known.iloc[0], known.iloc[-1]
+            found.append(
+                f"from {short(first['mean'])} at {first['prefix']:.0f} tokens to {short(last['mean'])} at "
+                f"{last['prefix']:.0f} ({_short(facts['label'])})"
+            )
     top.set_yscale("log")
     low, high = top.get_ylim()
     # Keep the bound's line and the text above it inside the axes, however small c is.
     low, lowest, highest = min(low, 1.0), min(bounds), max(bounds)
     top.set_ylim(low, max(high * 1.2, highest * (highest / low) ** 0.06))
-    from matplotlib.ticker import FuncFormatter, LogLocator
-
-    top.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    top.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-    top.yaxis.set_minor_formatter(FuncFormatter(lambda y, _: ""))
+    logarithmic_ticks(top.yaxis)
     if lowest < highest:
-        top.axhspan(lowest, highest, color="#D00000", alpha=0.12, linewidth=0)
-    top.axhline(highest, color="#D00000", linewidth=1.0, linestyle=":")
+        top.axhspan(lowest, highest, color=BOUND, alpha=0.12, linewidth=0)
+    top.axhline(highest, color=BOUND, linewidth=1.0, linestyle=":")
     top.annotate(
         f"the paper's bound {highest:g}" if lowest == highest else f"the paper's bounds {lowest:g} to {highest:g}",
         (1.0, highest),
@@ -82,18 +94,25 @@ def draw(tables: Path, models: Sequence[str], stem: Path) -> list[Path]:
         ha="right",
         va="bottom",
         fontsize=7.5,
-        color="#D00000",
+        color=BOUND,
     )
     top.set_ylabel("largest c over layers and heads")
-    top.set_title(
-        "Scaling of c with the length of the context: mean and standard deviation over texts", fontsize=9, loc="left"
-    )
     if causal:
         top.plot([], [], color="#555555", linestyle="--", label=dashed)
     legend_below(figure, "\n".join(wrapped(line, 110) for line in left_out), ncols=columns)
     bottom.set_yscale("log")
-    bottom.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-    bottom.yaxis.set_minor_formatter(FuncFormatter(lambda y, _: ""))
+    logarithmic_ticks(bottom.yaxis)
     bottom.set_ylabel("texts")
     name_of_lengths(bottom, "prefix length i in tokens", pd.concat([table["contexts"] for table, _ in read]))
+    headline(
+        figure,
+        "Figure 4: the largest c over layers and heads goes " + ("; ".join(found) or "through too few texts to say"),
+        "Mean and standard deviation over texts",
+    )
+    label_ends(top, ends)
     return save(figure, stem)
+
+
+def _short(label: str) -> str:
+    """A model's name without what its label says of it in brackets."""
+    return label.partition(" (")[0].strip() or label

@@ -1,21 +1,15 @@
-"""The length from which each method is faster than each exact baseline."""
+"""The length from which each method is faster than the fastest exact one."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from matplotlib.patches import Rectangle
 
-from approxkmv.figures.sweep_table import (
-    baselines,
-    colours,
-    conditions,
-    new_panels,
-    of_what,
-    read_sweep,
-    save,
-    select,
-)
+from approxkmv.figures.style import headline, new_figure, save
+from approxkmv.figures.sweep_table import conditions, count_of, looks, of_what, read_sweep, select
 from approxkmv.slopes import log_log_line
 
 _FARTHEST = 2.0**24
@@ -47,49 +41,74 @@ def crossover(n: np.ndarray, ratio: np.ndarray) -> tuple[float, str]:
 
 
 def draw(table: Path, output_stem: Path, target: float = 0.10) -> list[Path]:
-    """Draw for each workload and exact baseline the n at which each method overtakes it, as PDF and PNG.
+    """Write for each workload and method the n from which it is faster than the fastest exact one, as PDF and PNG.
 
-    Only rows that reach the target on other inputs count. Raises TableError when the table is missing or not from a
-    sweep.
+    Measured crossings are on the left, extrapolated ones, which nothing confirms, on the right. Only rows that reach
+    the target on other inputs count. Raises TableError when the table is missing or not from a sweep.
     """
-    from matplotlib.ticker import LogLocator, NullLocator
-
     frame = read_sweep(table)
     workloads = conditions(frame)
-    ratios = baselines(frame)
-    methods = [m for m in colours(frame) if not m.startswith("exact")]
-    figure, axes = new_panels(len(workloads), sharey=True, height=1.0 + 0.16 * len(methods))
-    longest = float(frame["n"].max())
-    for axis, workload in zip(axes, workloads, strict=True):
+    kinds = dict(zip(frame["method"], frame["kind"], strict=True))
+    methods = [m for m in looks(frame) if kinds[m] != "exact"]
+    found: dict[tuple[int, int], tuple[float, str]] = {}
+    for column, workload in enumerate(workloads):
         some = workload.rows(frame)
-        axis.set_xscale("log", base=2)
-        for place, method in enumerate(methods):
+        for row, method in enumerate(methods):
             line = select(some, method, target)
-            for offset, ratio in enumerate(ratios):
-                both = line[line["reached"].eq("yes") & line[ratio].notna()]
-                n, how = crossover(*both[["n", ratio]].to_numpy(np.float64).T)
-                y = place + (offset - (len(ratios) - 1) / 2) * 0.22
-                colour = f"C{offset}"
-                if how == "never":
-                    axis.plot(float(some["n"].min()), y, "x", color=colour, markersize=5)
-                elif how == "below":
-                    axis.plot(n, y, "<", color=colour, markersize=5)
-                else:
-                    face = colour if how == "measured" else "white"
-                    axis.plot(n, y, "o", color=colour, markerfacecolor=face, markersize=5)
-        axis.set_yticks(range(len(methods)), methods)
-        axis.set_title(workload.title, fontsize=8)
-        axis.set_xlabel("n")
-    for offset, against in enumerate(ratios.values()):
-        axes[0].plot([], [], "s", color=f"C{offset}", label=f"against {against}")
-    limits = [axis.get_xlim() for axis in axes]
-    shortest, farthest = min(low for low, _ in limits) / 1.1, max(high for _, high in limits) * 1.1
-    for axis in axes:
-        axis.set_xlim(shortest, farthest)
-        if farthest > longest:
-            axis.axvspan(longest, farthest, color="0.93", zorder=0)
-        axis.xaxis.set_major_locator(LogLocator(base=2, numticks=6))
-        axis.xaxis.set_minor_locator(NullLocator())
-        axis.xaxis.set_major_formatter(lambda n, _: f"{n / 1024:g}K" if n < 2**20 else f"{n / 2**20:g}M")
-    note = "Disc: measured; circle: extrapolated;\ntriangle: faster at every length; cross: never, or not reached"
-    return save(figure, axes, output_stem, f"Error target {target:g} {of_what(frame)}. {note}")
+            line = line[line["reached"].eq("yes") & line["times_faster"].notna()].drop_duplicates("n")
+            n, how = crossover(*line[["n", "times_faster"]].to_numpy(np.float64).T)
+            found[row, column] = n, how if len(line) else "missed"
+    rows = {"measured": list(range(len(methods)))}
+    if extrapolated := sorted({row for (row, _), (_, how) in found.items() if how == "extrapolated"}):
+        rows["extrapolated"] = extrapolated
+    lines = sum(map(len, rows.values()))
+    figure = new_figure(max(6.0, 2.0 + 0.85 * len(workloads)), 2.2 + 0.24 * lines + 0.3 * len(rows))
+    panels = figure.subplots(len(rows), 1, squeeze=False, sharex=True, height_ratios=list(map(len, rows.values())))
+    for axes, (side, shown) in zip(panels.ravel(), rows.items(), strict=True):
+        for (row, column), (n, how) in found.items():
+            if (how == "extrapolated") == (side == "extrapolated"):
+                axes.text(column, shown.index(row), _words(n, how), ha="center", va="center", fontsize=7)
+            if how in ("measured", "below") and side == "measured":
+                cell: dict[str, Any] = {"facecolor": "#DCEBF5", "edgecolor": "#0072B2", "linewidth": 0.8}
+                axes.add_patch(Rectangle((column - 0.46, row - 0.42), 0.92, 0.84, zorder=0, **cell))
+        axes.set_xlim(-0.5, len(workloads) - 0.5)
+        axes.set_ylim(len(shown) - 0.5, -0.5)
+        axes.set_yticks(range(len(shown)), [methods[row] for row in shown], fontsize=7.5)
+        axes.set_xticks(range(len(workloads)), [workload.workload for workload in workloads], fontsize=7.5)
+        axes.tick_params(length=0)
+        axes.set_title(_TITLES[side], fontsize=8, loc="left")
+        axes.set_ylabel("method", fontsize=8)
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+    panels[-1, 0].set_xlabel("workload", fontsize=8)
+    approximate = [row for row, method in enumerate(methods) if kinds[method] == "approximate"]
+    crossed = {
+        row: sum(found[row, c][1] in ("measured", "below") for c in range(len(workloads))) for row in approximate
+    }
+    best = max(crossed, key=lambda row: crossed[row], default=None)
+    finding = "no approximate method becomes faster than exact attention within the lengths measured"
+    if best is not None and crossed[best]:
+        where = count_of(crossed[best], len(workloads), "workload")
+        finding = f"{methods[best]} becomes faster than exact attention on {where}"
+        finding += ", the most of the approximate methods" if len(approximate) > 1 else ""
+    headline(
+        figure,
+        f"At an error of {target:g} {of_what(frame)}, with n up to {int(frame['n'].max()):,}, {finding}",
+        "≤: faster at every n that reaches the error; slower: at the longest such n; missed: at every n",
+        "Workloads: " + "; ".join(sorted({workload.title.partition(", ")[2] for workload in workloads})),
+    )
+    return save(figure, output_stem)
+
+
+_TITLES = {
+    "measured": "faster than the fastest exact method from n =",
+    "extrapolated": "extrapolated from the last three n, not measured",
+}
+
+
+def _words(n: float, how: str) -> str:
+    if how in ("never", "missed"):
+        return "slower" if how == "never" else "missed"
+    if how == "extrapolated":
+        return f"{float(f'{n:.2g}'):,.0f}"
+    return f"{'≤ ' if how == 'below' else ''}{n:,.0f}"

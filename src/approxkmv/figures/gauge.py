@@ -6,7 +6,21 @@ from pathlib import Path
 
 import numpy as np
 
-from approxkmv.figures.style import COLOURS, as_written, legend_below, new_figure, not_in_kernel, save, wrapped
+from approxkmv.figures.style import (
+    BOUND,
+    COLOURS,
+    LINES,
+    MARKERS,
+    as_written,
+    headline,
+    legend_below,
+    logarithmic_ticks,
+    mark_beyond,
+    new_figure,
+    not_in_kernel,
+    save,
+    wrapped,
+)
 from approxkmv.files import read_table
 from approxkmv.results.tables import gauge_table, model_tables, read_overview
 
@@ -16,10 +30,10 @@ COLUMNS |= dict.fromkeys(("ratio", "participation", "log10_largest_row", "log10_
 NEEDED_POWER = -0.055
 HEADS = ((0.5, "median head"), (0.9, "90th percentile of heads"), (1.0, "largest head"))
 PANELS = (
-    ("ratio", "c; at the left the limit, the matrix A itself"),
-    ("participation", "rows that carry K: $(\\sum r)^2 / \\sum r^2$"),
-    ("log10_norm", "$\\log_{10} |K|_2$: from this error on y = 0 passes"),
-    ("log10_bound", "$\\log_{10}$ of the error that attention bears (dashed: needed)"),
+    ("ratio", "c"),
+    ("participation", "rows that carry K, $(\\sum r)^2 / \\sum r^2$"),
+    ("log10_norm", "$\\log_{10} |K|_2$, error at which y = 0 passes"),
+    ("log10_bound", "$\\log_{10}$ of the error that attention bears"),
 )
 
 
@@ -35,35 +49,40 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
     figure = new_figure(8.6, 6.6)
     for axes, (column, title) in zip(figure.subplots(2, 2, sharex=True).ravel(), PANELS, strict=True):
         groups = table.groupby("t")[column]
-        for (share, name), colour in zip(HEADS, COLOURS, strict=False):
+        for (share, name), colour, marker, line in zip(HEADS, COLOURS, MARKERS, LINES, strict=False):
             values = groups.quantile(share)
             along = values.loc[factors]
-            axes.plot(along.index, along, color=colour, marker="o", markersize=3, label=name)
+            style = {"color": colour, "marker": marker, "markersize": 4}
+            axes.plot(along.index, along, label=name, linestyle=line, **style)
             if 0.0 in values.index and np.isfinite(values.loc[0.0]):
-                axes.plot(factors[0] / 2, values.loc[0.0], color=colour, marker="<", markersize=5, linewidth=0)
+                axes.plot(factors[0] / 2, values.loc[0.0], linestyle="none", **style)
         axes.set_xscale("log", base=2)
         if not column.startswith("log10"):
             axes.set_yscale("log")
             # The margin of an axis over hundreds of decades would be a dozen decades.
             axes.set_ylim(max(axes.get_ylim()[0], 1e-4), 2 * float(np.nanmax(values)))
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+            logarithmic_ticks(axes.yaxis)
+            for (share, _), colour in zip(HEADS, COLOURS, strict=False):
+                mark_beyond(axes, factors, groups.quantile(share).loc[factors], color=colour, markersize=5)
         axes.xaxis.set_major_locator(FixedLocator(factors.tolist()))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-        axes.set_title(title, fontsize=8.5, loc="left")
+        axes.set_ylabel(title, fontsize=8.5)
         if column == "ratio":
-            axes.axhline(facts["paper_bound"], color="#D00000", linewidth=0.9, linestyle="--")
+            axes.axhline(facts["paper_bound"], color=BOUND, linewidth=1.0, linestyle=":")
         if column == "log10_bound":
-            axes.axhline(NEEDED_POWER * np.log10(tokens), color="#D00000", linewidth=0.9, linestyle="--")
+            axes.axhline(NEEDED_POWER * np.log10(tokens), color=BOUND, linewidth=1.0, linestyle=":")
     for axes in figure.axes[2:]:
         axes.set_xlabel("t: queries times t, keys divided by t")
     handles, labels = figure.axes[0].get_legend_handles_labels()
     legend_below(figure, wrapped(not_in_kernel(facts), 120), handles=handles, labels=labels, ncols=3)
-    figure.suptitle(
-        f"{facts['label']}: one text of {tokens:,} tokens, all entries",
-        fontsize=10,
-        fontweight="bold",
-        x=0.02,
-        ha="left",
+    best = table[table["t"] > 0].groupby(["layer", "head"])["log10_bound"].max()
+    enough = int((best >= NEEDED_POWER * np.log10(tokens)).sum())
+    headline(
+        figure,
+        f"{facts['label']}: {enough or 'none'} of {len(best)} heads have a gauge t at which attention bears the error "
+        "that a cost below n² needs",
+        f"One text of {tokens:,} tokens, all entries; dotted: c = {facts['paper_bound']:g} and the error needed; "
+        "points at the left: the limit t → 0, the matrix A itself; triangles at an edge: beyond the axis",
     )
     return save(figure, stem)

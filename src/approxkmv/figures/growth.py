@@ -1,15 +1,23 @@
-"""Growth per head: layers by heads, coloured by the exponent of c over the last octave; large c that grows outlined."""
+"""Growth per head: the exponent of c(n) from n/2 to n in each cell, with marks for the trend, outlines for the size."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from approxkmv.figures.heatmap import draw_heatmap, grid, is_wide, new_panels
 from approxkmv.figures.style import as_written, entries, footnote, not_in_kernel, save
 from approxkmv.results.tables import facts_of, masks_of, model_tables, read_heads, read_overview
-from approxkmv.statistics.growth import FAST, SIZES, TRENDS, in_words
+from approxkmv.statistics.growth import SIZES, TRENDS, in_words
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+# What stands before an exponent.
+MARKS = dict(zip(TRENDS, ("→", "↑", "?"), strict=True))
 
 
 def draw(tables: Path, model: str, stem: Path) -> list[Path]:
@@ -20,39 +28,55 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
     masks = masks_of(table, "exponent")
     values = grid(table, "exponent")
     shape = (len(masks), 1) if is_wide(values) else (1, len(masks))
-    figure, panels = new_panels(values, *shape, title_lines=4)
+    first, bound = table.iloc[0], facts["paper_bound"]
+    grows = table["trend"] == TRENDS[1]
+    figure, panels = new_panels(
+        values,
+        *shape,
+        f"{facts['label']}: c(n) grows in {grows.sum()} of {len(table)} heads and is surely above {bound:g} in "
+        f"{(grows & (table['size'] == SIZES[1])).sum()} of them",
+        f"Exponent of c(n) from n/2 to n = {first['length']:,} on {first['texts']} texts; "
+        + ", ".join(f"{mark} {trend}" for trend, mark in MARKS.items())
+        + f"; outlined: c(n) above {bound:g} (dashed: undecided)",
+    )
+    low, high = _scale(np.concatenate([table[f"{before}exponent"] for before in masks]))
     for axes, before in zip(panels, masks, strict=True):
-        outlined = np.zeros(values.shape, dtype=bool)
-        both = (table[f"{before}size"] == SIZES[1]) & (table[f"{before}trend"] == TRENDS[1])
-        outlined[table["layer"], table["head"]] = both
+        large, undecided = (_cells(table, f"{before}size", word) for word in SIZES[1:])
+        before_them = np.full(values.shape, "", dtype=object)
+        before_them[table["layer"], table["head"]] = table[f"{before}trend"].map(MARKS)
         draw_heatmap(
             figure,
             axes,
             grid(table, f"{before}exponent"),
-            low=-0.5,
-            high=1.0,
-            ticks=(-0.5, 0, FAST, 1),
+            low=low,
+            high=high,
+            ticks=np.arange(low, high + 0.1, 0.5).tolist(),
             bound=None,
-            label="exponent of c(n) over the last octave",
+            label="exponent of c(n), from n/2 to n",
             write=two_decimals,
             linear=True,
-            outlined=outlined,
+            outlined=large,
+            dashed=undecided,
+            before=before_them,
         )
         counts = "\n".join(
             f"{name}: {in_words(table[f'{before}{name}'], words)}"
             for name, words in (("size", SIZES), ("trend", TRENDS))
         )
         axes.set_title(f"{entries(before, facts)}\n{counts}", fontsize=8, loc="left")
-    first = table.iloc[0]
-    figure.suptitle(
-        f"{facts['label']}\nexponent of c(n) up to n = {first['length']:,} on {first['texts']} texts;\n"
-        f"outlined: c(n) is above {facts['paper_bound']:g} and grows",
-        fontsize=9,
-        x=0.02,
-        ha="left",
-    )
     footnote(figure, not_in_kernel(facts))
     return save(figure, stem)
+
+
+def _cells(table: pd.DataFrame, column: str, word: str) -> np.ndarray:
+    """(layers, heads): where a verdict is this word."""
+    return grid(table.assign(chosen=(table[column] == word).astype(float)), "chosen") == 1
+
+
+def _scale(exponents: np.ndarray) -> tuple[float, float]:
+    """Limits in steps of a half that hold all but one in fifty exponents at either end, at least 0 to 1."""
+    low, high = np.nanquantile(exponents, (0.02, 0.98)) if np.isfinite(exponents).any() else (0.0, 1.0)
+    return min(0.0, float(np.floor(2 * low) / 2)), max(1.0, float(np.ceil(2 * high) / 2))
 
 
 def two_decimals(value: float) -> str:

@@ -3,27 +3,38 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 
+from approxkmv.figures.growth import two_decimals
 from approxkmv.figures.style import (
+    BOUND,
     COLOURS,
+    LINES,
+    MARKERS,
     as_written,
     draw_points,
     entries,
     footnote,
+    headline,
+    logarithmic_ticks,
+    mark_beyond,
     name_of_lengths,
     new_figure,
     not_in_kernel,
     save,
 )
 from approxkmv.results.tables import facts_of, masks_of, model_tables, read_heads, read_overview
+from approxkmv.statistics.growth import ENOUGH_TEXTS
 
 if TYPE_CHECKING:
-    import pandas as pd
+    from matplotlib.axes import Axes
 
 COLUMNS = {"exponent": "number", "size": "text", "trend": "text"} | dict.fromkeys(("start", "length"), "whole")
+# Where the axis of c ends at the latest.
+LOWEST = 1e-4
 
 
 def draw(tables: Path, model: str, stem: Path) -> list[Path]:
@@ -39,37 +50,56 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
     panels = figure.subplots(1, len(masks), squeeze=False, sharey=True).ravel()
     prefixes = np.sort(curves["prefix"].unique())
     bound = facts["paper_bound"]
+    drawn: list[tuple[Axes, pd.Series, dict[str, Any]]] = []
     for axes, before in zip(panels, masks, strict=True):
-        lowest = []
-        for colour, (_, row) in zip(COLOURS, typical(growth, before).iterrows(), strict=False):
+        for i, (_, row) in enumerate(typical(growth, before).iterrows()):
             own = curves[(curves["layer"] == row["layer"]) & (curves["head"] == row["head"])].set_index("prefix")
-            c = own[f"{before}adjusted_ratio"]
-            draw_points(axes, own.index.to_series(), c, own[f"{before}texts"], colour, 3.5)
+            c, solid = own[f"{before}adjusted_ratio"], own[f"{before}texts"] >= ENOUGH_TEXTS
+            style: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "markersize": 4.5}
+            marker = MARKERS[i % len(MARKERS)]
             name = (
                 f"layer {row['layer']}, head {row['head']}: {row[f'{before}size']}, {row[f'{before}trend']}, "
-                f"exponent {row[f'{before}exponent']:.2f}"
+                f"exponent {two_decimals(row[f'{before}exponent'])}"
             )
+            draw_points(axes, c.index, c, solid, label=name, linestyle="none", marker=marker, **style)
             octave = np.array([row[f"{before}start"], row[f"{before}length"]])
             middle = np.log(c.reindex(octave)).mean()
             line = np.exp(middle + row[f"{before}exponent"] * (np.log(octave) - np.log(octave).mean()))
-            axes.plot(octave, line, color=colour, linewidth=1.6, label=name)
-            lowest.append(c.min())
-        axes.axhline(bound, color="#D00000", linewidth=0.9, linestyle="--")
+            axes.plot(octave, line, color=style["color"], linewidth=1.6, linestyle=LINES[i % len(LINES)])
+            drawn.append((axes, c, style))
+    # A head without a tail would squeeze the others into a corner: what lies below the axis is marked.
+    lowest = 0.5 * min([1.0, *(c[c > 0].min() for _, c, _ in drawn if (c > 0).any())])
+    for axes, before in zip(panels, masks, strict=True):
+        axes.axhline(bound, color=BOUND, linewidth=0.9, linestyle=":")
         axes.set_xscale("log")
         axes.set_yscale("log")
-        # A head without a tail would squeeze the others into a corner.
-        axes.set_ylim(bottom=max(1e-4, 0.5 * min([1.0, *lowest])))
-        marks = [p for p in (10, 20, 50, 100, 200, 500, 1000, 2000, 5000) if prefixes[0] <= p <= prefixes[-1]]
+        axes.set_ylim(max(LOWEST, lowest), 2 * max([bound, *(c.max() for _, c, _ in drawn)]))
+        marks = [p for p in (10, 20, 50, 100, 200, 500, 1000, 2000, 5000) if prefixes[0] <= p <= 1.2 * prefixes[-1]]
+        axes.set_xlim(0.9 * prefixes[0], 1.1 * max(prefixes[-1], marks[-1] if marks else 0))
         axes.xaxis.set_major_locator(FixedLocator(marks))
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,g}"))
+        logarithmic_ticks(axes.yaxis)
         name_of_lengths(axes, "length n in tokens", curves[f"{before}texts"])
-        axes.set_title(f"{entries(before, facts)} (dashed: c = {bound:g})", fontsize=8, loc="left")
-        axes.legend(frameon=False, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.14))
+        axes.set_title(f"{entries(before, facts)} (dotted: c = {bound:g})", fontsize=8, loc="left")
+        below = any((c < axes.get_ylim()[0]).any() for of, c, _ in drawn if of is axes)
+        axes.legend(
+            frameon=False,
+            fontsize=7,
+            loc="upper center",
+            bbox_to_anchor=(0.5, -0.14),
+            title=f"triangles on the axis: c below {axes.get_ylim()[0]:.1g}" if below else "",
+            title_fontsize=7,
+        )
+    for axes, c, style in drawn:
+        mark_beyond(axes, c.index, c, **style)
     panels[0].set_ylabel("c of the average text")
-    figure.suptitle(
-        f"{facts['label']}\nc(n) of typical heads; lines: exponent over the last octave", fontsize=9, x=0.02, ha="left"
+    exponents = pd.concat([typical(growth, before)[f"{before}exponent"] for before in masks])
+    headline(
+        figure,
+        f"{facts['label']}: c(n) of typical heads goes as n to the power {two_decimals(exponents.min())} to "
+        f"{two_decimals(exponents.max())}",
+        "One head of each size and trend; lines: the exponent from n/2 to n",
     )
     footnote(figure, not_in_kernel(facts))
     return save(figure, stem)

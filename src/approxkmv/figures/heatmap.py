@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from approxkmv.figures.style import new_figure, short
+from approxkmv.figures.style import headline, new_figure, short
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,13 +30,14 @@ def size_of(values: np.ndarray) -> tuple[float, float]:
     return max(2.6, CELL_WIDTH * values.shape[1]), max(1.2, CELL_HEIGHT * values.shape[0])
 
 
-def new_panels(values: np.ndarray, rows: int, columns: int, title_lines: int = 2) -> tuple[Figure, list[Axes]]:
+def new_panels(values: np.ndarray, rows: int, columns: int, *title: str) -> tuple[Figure, list[Axes]]:
     """A figure of rows x columns heat maps of the shape of `values`, and its axes, row by row.
 
-    `title_lines`: of the figure's own title. Narrow grids are widened to fit a panel's title.
+    `title`: the finding and the lines that explain it. Narrow grids are widened to fit a panel's title.
     """
     width, height = size_of(values)
-    figure = new_figure(columns * (max(width, 3.4) + 1.5), rows * (height + 0.9) + 0.2 + 0.16 * title_lines)
+    figure = new_figure(columns * (max(width, 3.4) + 1.5), 1.0)
+    figure.set_figheight(rows * (height + 0.9) + 0.2 + 0.16 * headline(figure, *title))
     engine = figure.get_layout_engine()
     assert engine is not None
     # Space between the colour bar of a panel and the next panel.
@@ -62,13 +63,15 @@ def draw_heatmap(
     write: Callable[[float], str] = short,
     linear: bool = False,
     outlined: np.ndarray | None = None,
+    dashed: np.ndarray | None = None,
+    before: np.ndarray | None = None,
 ) -> None:
     """Colour by logarithm (or linearly) between low and high, write each value, and outline the cells above `bound`.
 
-    `outlined` (layers, heads) selects the cells to outline instead.
+    `outlined` and `dashed` (layers, heads) select the cells to outline instead; `before` has marks to write before
+    the values.
     """
     from matplotlib.colors import LogNorm, Normalize
-    from matplotlib.patches import Rectangle
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     norm = Normalize(low, high) if linear else LogNorm(low, high)
@@ -81,12 +84,11 @@ def draw_heatmap(
         if np.isnan(value):
             continue
         # It lies within its cell: the margins need not measure thousands of them.
-        text = axes.text(head, layer, write(value), ha="center", va="center", fontsize=6.5)
+        words = ("" if before is None else str(before[layer, head])) + write(value)
+        text = axes.text(head, layer, words, ha="center", va="center", fontsize=6.5)
         text.set(color="white" if dark[layer, head] else "black", in_layout=False)
-        if outlined[layer, head]:
-            axes.add_patch(
-                Rectangle((head - 0.46, layer - 0.46), 0.92, 0.92, fill=False, edgecolor="#D00000", linewidth=1.1)
-            )
+        if outlined[layer, head] or (dashed is not None and dashed[layer, head]):
+            _outline(axes, head, layer, "-" if outlined[layer, head] else (0, (2, 2)))
     axes.set_xticks(range(values.shape[1]))
     axes.set_yticks(range(values.shape[0]))
     axes.tick_params(length=0, labelsize=7)
@@ -101,4 +103,15 @@ def draw_heatmap(
     bar.ax.tick_params(labelsize=7)
     bar.set_label(label, fontsize=8)
     if bound is not None and low < bound < high:
-        bar.ax.axhline(bound, color="#D00000", linewidth=1.6)
+        bar.ax.axhline(bound, color="white", linewidth=3.2)
+        bar.ax.axhline(bound, color="black", linewidth=1.6)
+
+
+def _outline(axes: Axes, head: int, layer: int, line: Any) -> None:
+    """Black on white, which is seen on every colour and by every eye."""
+    from matplotlib.patches import Rectangle
+
+    for colour, width, style in (("white", 2.4, "-"), ("black", 1.2, line)):
+        cell = Rectangle((head - 0.45, layer - 0.43), 0.9, 0.86, fill=False, edgecolor=colour)
+        cell.set(linewidth=width, linestyle=style)
+        axes.add_patch(cell)

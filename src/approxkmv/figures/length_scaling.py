@@ -9,17 +9,24 @@ import numpy as np
 
 from approxkmv.figures.style import (
     COLOURS,
+    LINES,
+    MARKERS,
     as_written,
     draw_points,
+    headline,
     legend_below,
+    logarithmic_ticks,
+    mark_beyond,
     name_of_lengths,
     new_figure,
     not_in_kernel,
     save,
+    short,
     wrapped,
 )
 from approxkmv.files import check_columns
 from approxkmv.results.tables import length_tables, masks_of, read_heads, read_overview
+from approxkmv.statistics.growth import ENOUGH_TEXTS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,11 +36,13 @@ HEADS = ((0.5, "median head"), (0.9, "90th of 100 heads"), (1.0, "largest head")
 # The longest label, in characters, of which two fit side by side.
 LONGEST_IN_TWO_COLUMNS = 60
 PANELS = (
-    ("ratio", "c(n)"),
-    ("softmax_ratio", "c(n) of the softmax matrix, without the row factor"),
-    ("double_ratio", "$K_{(n)}\\,/\\,K_{(2n)}$ (the axis ends at $10^6$)"),
-    ("keys_90_mean", "keys that hold 90 % of a row's softmax mass"),
+    ("ratio", "c(n) of K"),
+    ("softmax_ratio", "c(n) of the softmax matrix"),
+    ("double_ratio", "$K_{(n)}\\,/\\,K_{(2n)}$"),
+    ("keys_90_mean", "keys that hold 90 % of a row's mass"),
 )
+# Where an axis ends at the latest; the others are of what is at least 1.
+LOWEST = {"ratio": 1e-3, "softmax_ratio": 1e-3}
 
 
 def draw(tables: Path, model: str, stem: Path) -> list[Path]:
@@ -43,43 +52,48 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
     table = read_heads(names.scaling, facts, {column: "number" for column, _ in PANELS}, along="length")
     # For both masks.
     check_columns(names.scaling, table, {"texts": "whole"})
-    figure = new_figure(8.6, 6.6)
+    figure = new_figure(8.6, 7.0)
     panels = figure.subplots(2, 2, sharex=True).ravel()
     masks = masks_of(table, "ratio")
     texts = table.groupby("length")["texts"].min()
+    lengths = np.sort(table["length"].unique())
     for axes, (column, title) in zip(panels, PANELS, strict=True):
-        for before, line in zip(masks, ("-", "--"), strict=False):
+        drawn = []
+        for before, line in zip(masks, LINES, strict=False):
             groups = table.groupby("length")[f"{before}{column}"]
-            for (share, name), colour in zip(HEADS, COLOURS, strict=False):
+            for (share, name), colour, marker in zip(HEADS, COLOURS, MARKERS, strict=False):
                 values = groups.quantile(share)
                 which = f", {facts['mask']}" if before else ""
-                axes.plot(values.index, values, color=colour, linestyle=line, label=name + which)
-                draw_points(axes, values.index.to_series(), values, texts, colour, 3)
-        _scales(axes, table["length"].to_numpy())
-        axes.set_title(title, fontsize=8.5, loc="left")
-    lengths = np.sort(table["length"].unique())
-    panels[3].plot(lengths, lengths, color="#999999", linewidth=0.8)
-    panels[3].annotate(
-        "all n", (lengths[0], lengths[0]), (2, 9), textcoords="offset points", fontsize=7, color="#777777"
-    )
+                style = {"color": colour, "marker": marker, "linestyle": line, "markersize": 4 if not before else 3}
+                draw_points(axes, lengths, values, texts >= ENOUGH_TEXTS, label=name + which, **style)
+                drawn.append((values, colour))
+        if column == "keys_90_mean":
+            axes.plot(lengths, lengths, color="#777777", linewidth=0.8)
+            axes.annotate("all n", (lengths[0], lengths[0]), (2, 9), textcoords="offset points", fontsize=7)
+        _scales(axes, lengths, LOWEST.get(column, 1.0))
+        for values, colour in drawn:
+            mark_beyond(axes, lengths, values, color=colour, markersize=5)
+        axes.set_ylabel(title, fontsize=8.5)
     for axes in panels[2:]:
-        name_of_lengths(axes, "n in tokens", texts)
+        name_of_lengths(axes, "length n in tokens", texts)
     handles, labels = panels[0].get_legend_handles_labels()
     columns = len(masks) if max(map(len, labels)) <= LONGEST_IN_TWO_COLUMNS else 1
     legend_below(figure, wrapped(not_in_kernel(facts), 120), handles=handles, labels=labels, ncols=columns)
     count = facts["texts_used"]
-    figure.suptitle(
-        f"{facts['label']}: {facts['layers'] * facts['heads']} heads on "
-        f"{'one long text' if count == 1 else f'{count} long texts (medians)'} of {facts['corpus']}",
-        fontsize=10,
-        fontweight="bold",
-        x=0.02,
-        ha="left",
+    c = table.groupby("length")["ratio"]
+    growth = [f"{short(c.quantile(share).iloc[0])} to {short(c.quantile(share).iloc[-1])}" for share in (0.5, 1.0)]
+    headline(
+        figure,
+        f"{facts['label']}: from n = {lengths[0]:,} to {lengths[-1]:,} c(n) goes from {growth[0]} in the median head, "
+        f"from {growth[1]} in the largest",
+        f"{facts['layers'] * facts['heads']} heads on "
+        f"{'one long text' if count == 1 else f'{count} long texts (medians)'} of {facts['corpus']}; "
+        "triangles at an edge: beyond the axis",
     )
     return save(figure, stem)
 
 
-def _scales(axes: Axes, lengths: np.ndarray) -> None:
+def _scales(axes: Axes, lengths: np.ndarray, lowest: float) -> None:
     """Logarithmic axes, with a tick at each length."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
@@ -87,9 +101,10 @@ def _scales(axes: Axes, lengths: np.ndarray) -> None:
     axes.set_yscale("log")
     # A head without a tail would squeeze the others together, and one without a limit too.
     low, high = axes.get_ylim()
-    axes.set_ylim(max(low, 1e-3), min(high, 1e6))
+    low = lowest if lowest == 1.0 else max(low, lowest)
+    axes.set_ylim(low, max(min(high, 1e6), 10 * low))
     marks = np.unique(lengths)
     axes.xaxis.set_major_locator(FixedLocator(marks[:: max(1, len(marks) // 6)].tolist()))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,g}"))
+    logarithmic_ticks(axes.yaxis)

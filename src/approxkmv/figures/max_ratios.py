@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from approxkmv.figures.heatmap import draw_heatmap, grid, is_wide, new_panels
-from approxkmv.figures.style import as_written, entries, footnote, not_in_kernel, save
+from approxkmv.figures.style import as_written, entries, footnote, not_in_kernel, save, short
 from approxkmv.results.tables import masks_of, model_tables, read_heads, read_overview
 
 
@@ -16,8 +16,21 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
     table = read_heads(names.heads, facts, {"max_ratio": "number"})
     masks = masks_of(table, "max_ratio")
     values = grid(table, "max_ratio")
-    figure, panels = new_panels(values, *((len(masks), 1) if is_wide(values) else (1, len(masks))))
     bound = facts["paper_bound"]
+
+    def near(value: float) -> str:
+        return f"{value:.2f}" if abs(value / bound - 1) < 0.05 else short(value)
+
+    above = {before: int((table[f"{before}max_ratio"] > bound).sum()) for before in masks}
+    largest = table.nlargest(1, "max_ratio").iloc[0]
+    figure, panels = new_panels(
+        values,
+        *((len(masks), 1) if is_wide(values) else (1, len(masks))),
+        f"{facts['label']}: c exceeds {bound:g} in {above['']} of {len(table)} heads; the largest is "
+        f"{short(largest['max_ratio'])} (layer {largest['layer']:.0f}, head {largest['head']:.0f})",
+        f"Head-to-tail ratio c, the largest over prefixes and {facts['texts_used']} texts of {facts['corpus']}; "
+        f"outlined: above the paper's bound {bound:g}",
+    )
     for axes, before in zip(panels, masks, strict=True):
         draw_heatmap(
             figure,
@@ -28,18 +41,8 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
             ticks=(0.1, 0.3, 1, 3, 10, 30, 100),
             bound=bound,
             label="largest c over texts and prefixes",
+            write=near,
         )
-        above = int((table[f"{before}max_ratio"] > bound).sum())
-        axes.set_title(
-            f"{entries(before, facts)}\noutlined: above the paper's bound {bound:g} ({above} of {len(table)} heads)",
-            fontsize=8,
-            loc="left",
-        )
-    figure.suptitle(
-        f"{facts['label']}\nhead-to-tail ratio c on {facts['texts_used']} texts of {facts['corpus']}",
-        fontsize=9,
-        x=0.02,
-        ha="left",
-    )
+        axes.set_title(f"{entries(before, facts)}: {above[before]} heads above {bound:g}", fontsize=8, loc="left")
     footnote(figure, not_in_kernel(facts))
     return save(figure, stem)

@@ -6,9 +6,12 @@ from pathlib import Path
 
 from approxkmv.figures.style import (
     COLOURS,
+    MARKERS,
     as_written,
     entries,
     footnote,
+    headline,
+    logarithmic_ticks,
     new_figure,
     not_in_kernel,
     save,
@@ -27,7 +30,6 @@ DOUBLE = 20.0
 def draw(tables: Path, model: str, stem: Path) -> list[Path]:
     """From a model's two tables of readings and its overview, write STEM.pdf and STEM.png; masked too if there."""
     from matplotlib.patches import Rectangle
-    from matplotlib.ticker import FuncFormatter
 
     facts = as_written(read_overview(model_tables(tables, model).overview, "label", "paper_bound"))
     names = readings_tables(tables, model)
@@ -47,7 +49,7 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
                 row.largest_ratio,
                 row.median_double,
                 color=COLOURS[i % len(COLOURS)],
-                marker="osD^vPX*"[i % 8],
+                marker=MARKERS[i % len(MARKERS)],
                 markersize=7,
                 linewidth=0,
                 alpha=0.85,
@@ -58,9 +60,20 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
         axes.set_xlim(min(0.3, 0.7 * own["largest_ratio"].min()), max(10.0, 1.5 * own["largest_ratio"].max()))
         axes.set_ylim(0.8, 1.5 * max(100.0, table["median_double"].max(), path["median_double"].max()))
         low, bottom = axes.get_xlim()[0], axes.get_ylim()[0]
-        axes.add_patch(Rectangle((low, bottom), bound - low, DOUBLE - bottom, color="#009E73", alpha=0.12, zorder=0))
+        axes.add_patch(
+            Rectangle(
+                (low, bottom),
+                bound - low,
+                DOUBLE - bottom,
+                facecolor="#009E7322",
+                edgecolor="black",
+                hatch="//",
+                linewidth=0,
+                zorder=0,
+            )
+        )
         for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            logarithmic_ticks(axis)
         axes.set_xlabel("largest c over heads and texts")
         axes.set_title(entries("" if kind == "all" else MASKED, facts), fontsize=8, loc="left")
         axes.legend(
@@ -73,11 +86,13 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
             title_fontsize=7,
         )
     panels[0].set_ylabel("$K_{(n)}\\,/\\,K_{(2n)}$, median over heads")
-    figure.suptitle(
-        f"{facts['label']}\nreadings of the definition; line: scales up to 1; shaded: the paper's numbers",
-        fontsize=9,
-        x=0.02,
-        ha="left",
+    inside = table[(table["largest_ratio"] <= bound) & (table["median_double"] <= DOUBLE)]
+    names_inside = {kind: ", ".join(inside.loc[inside["entries"] == kind, "reading"]) or "no reading" for kind in kinds}
+    headline(
+        figure,
+        f"{facts['label']}: the paper's numbers (c at most {bound:g}, the ratio at most {DOUBLE:g}) come out under "
+        + " and ".join(f"{names_inside[kind]} ({entries('' if kind == 'all' else MASKED, facts)})" for kind in kinds),
+        "Readings of the definition; line: scales up to 1; hatched: the paper's numbers",
     )
     footnote(figure, not_in_kernel(facts))
     return save(figure, stem)

@@ -1,67 +1,88 @@
-"""Figure 5 at equal error: time of each exact baseline over the time of each method, against n."""
+"""Figure 5 at equal error: time of the fastest exact method over the time of each method, against n."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from approxkmv.figures.sweep_table import (
-    baselines,
-    colours,
-    conditions,
-    new_figure,
-    new_panels,
-    of_what,
-    read_sweep,
-    save,
-    select,
-)
+from approxkmv.figures.style import draw_points, headline, label_ends, logarithmic_ticks, short
+from approxkmv.figures.sweep_table import conditions, count_of, looks, new_panels, of_what, read_sweep, save, select
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# Lines in a panel; more cannot be told apart.
+MOST = 7
+# Drawn wherever it reached the target: it is the method of the paper's own figure.
+PAPER = "approxkmv-paper"
 
 
 def draw(table: Path, output_stem: Path, target: float = 0.10) -> list[Path]:
-    """Draw the ratios of a sweep's table, one panel per exact baseline and workload, as PDF and PNG.
+    """Draw the ratios of a sweep's table, one panel per workload, as PDF and PNG.
 
-    A band is the ratio at the first and third quartiles of both times. A row whose 95th percentile of the error is
-    beyond the target is drawn hollow. Raises TableError when the table is missing or not from a sweep.
+    A panel has the methods that reach the target somewhere, at most MOST of them: the fastest at their longest n. Where
+    a method misses the target, its best setting is a hollow point. A band is the ratio at the first and third quartiles
+    of both times. Raises TableError when the table is missing or not from a sweep.
     """
     frame = read_sweep(table)
     workloads = conditions(frame)
-    methods = colours(frame)
-    ratios = baselines(frame)
-    if len(ratios) == 1:
-        figure, axes = new_panels(len(workloads), sharey=False)
-        places = [[axis] for axis in axes]
-    else:
-        figure, axes = new_figure(len(workloads), len(ratios), sharey="row")
-        places = list(axes)
-    for row, workload in enumerate(workloads):
-        for column, (ratio, against) in enumerate(ratios.items()):
-            axis = places[row][column]
-            some = workload.rows(frame)
-            for method, colour in methods.items():
-                line = select(some, method, target)
-                line = line[line[ratio].notna()]
-                if line.empty:
-                    continue
-                n, times = line["n"].to_numpy(), line[ratio].to_numpy()
-                style = "--" if line["kind"].iloc[0] != "approximate" else "-"
-                if ratio == "times_faster":
-                    low, high = line["times_faster_q1"].to_numpy(), line["times_faster_q3"].to_numpy()
-                    axis.fill_between(n, low, high, color=colour, alpha=0.15, linewidth=0)
-                axis.plot(n, times, style, color=colour, linewidth=1.3)
-                reached = line["reached"].eq("yes").to_numpy()
-                axis.plot(n[reached], times[reached], "o", color=colour, markersize=4, label=method)
-                axis.plot(n[~reached], times[~reached], "o", markerfacecolor="white", color=colour, markersize=4)
-                if not reached.any():
-                    axis.plot([], [], "o", markerfacecolor="white", color=colour, markersize=4, label=method)
-            axis.axhline(1, color="0.4", linewidth=0.8)
-            axis.set_yscale("log")
-            axis.set_xscale("log", base=2)
-            axis.xaxis.set_major_formatter(lambda n, _: f"{n / 1024:g}K")
-            axis.set_xticks(sorted(some["n"].unique())[:: max(1, -(-some["n"].nunique() // 5))])
-            axis.set_xticks([], minor=True)
-            axis.set_title(f"{workload.title}\nagainst {against}", fontsize=8)
-            axis.set_xlabel("n")
-            if column == 0:
-                axis.set_ylabel("times faster")
-    of = of_what(frame)
-    return save(figure, axes, output_stem, f"error target {target:g} {of}; hollow: target missed; dashed: trivial")
+    look = looks(frame)
+    figure, axes = new_panels(len(workloads), sharey=False, width=3.4)
+    wins: list[float] = []
+    beaten = left_out = 0
+    ends = []
+    for axis, workload in zip(axes, workloads, strict=True):
+        some = workload.rows(frame)
+        lines = {method: _ratios(some, method, target) for method in look}
+        reached = {method: line[line["held"]] for method, line in lines.items()}
+        known = sorted((m for m in look if len(reached[m])), key=lambda m: -reached[m]["times_faster"].iloc[-1])
+        shown = [method for method in known if method == PAPER][:1]
+        shown += [method for method in known if method != PAPER][: MOST - len(shown)]
+        left_out += len(known) - len(shown)
+        longest = int(some["n"].max())
+        kinds = dict(zip(some["method"], some["kind"], strict=True))
+        at_longest = {m: float(reached[m]["times_faster"].get(longest, 0.0)) for m in known}
+        approximate = max((r for m, r in at_longest.items() if kinds[m] == "approximate"), default=0.0)
+        wins.append(approximate)
+        beaten += max((r for m, r in at_longest.items() if kinds[m] == "trivial"), default=0.0) > max(approximate, 1)
+        for method in shown:
+            line, drawn = lines[method], asdict(look[method])
+            band = {"where": line["held"], "color": drawn["color"], "alpha": 0.15, "linewidth": 0}
+            axis.fill_between(line.index, line["times_faster_q1"], line["times_faster_q3"], **band)
+            draw_points(axis, line.index, line["times_faster"], line["held"], linewidth=1.3, markersize=4.5, **drawn)
+        axis.axhline(1, color="0.4", linewidth=0.8)
+        axis.set_yscale("log")
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter(lambda n, _: f"{n:,.0f}")
+        axis.set_xticks(sorted(some["n"].unique())[:: max(1, -(-some["n"].nunique() // 4))])
+        axis.set_xticks([], minor=True)
+        axis.set_title(workload.title, fontsize=8, loc="left")
+        axis.set_xlabel("n, queries and keys", fontsize=8)
+        axis.set_ylabel("times faster than the fastest exact", fontsize=8)
+        logarithmic_ticks(axis.yaxis)
+        last = {m: lines[m].iloc[-1]["times_faster"] for m in shown}
+        ends.append([(float(lines[m].index[-1]), float(last[m]), m, look[m].color) for m in shown])
+    won = [ratio for ratio in wins if ratio > 1]
+    times = (
+        f", {short(min(won))} to {short(max(won))} times" if len(won) > 1 else f", {short(won[0])} times" if won else ""
+    )
+    trivial = f"; a trivial method is faster still on {count_of(beaten, len(wins), 'workload')}" if beaten else ""
+    headline(
+        figure,
+        f"Figure 5, at an error of {target:g} {of_what(frame)}: the best approximate method is faster than the fastest "
+        "exact one on "
+        f"{count_of(len(won), len(wins), 'workload')} at the longest n{times}{trivial}",
+    )
+    for axis, named in zip(axes, ends, strict=True):
+        label_ends(axis, named)
+    more = f"; {left_out} slower ones are in the table only" if left_out else ""
+    note = f"Methods that reach the target somewhere, at most {MOST} in a panel{more}. "
+    note += "Hollow: target missed; dashed: trivial; bands: quartiles of the times"
+    return save(figure, axes, output_stem, note)
+
+
+def _ratios(some: pd.DataFrame, method: str, target: float) -> pd.DataFrame:
+    """The rows of a method with a ratio, by n; `held` says whether its target is reached."""
+    line = select(some, method, target).drop_duplicates("n").set_index("n")
+    return line[line["times_faster"].notna()].assign(held=line["reached"] == "yes")

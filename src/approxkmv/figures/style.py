@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import textwrap
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from approxkmv.files import written_whole
 from approxkmv.progress import LOG
@@ -18,10 +20,17 @@ from approxkmv.statistics.growth import ENOUGH_TEXTS
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colour-blind-safe palette.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#B8A200")
+# Okabe and Ito's colours (the yellow, too light for lines, replaced), in an order in which neighbours also differ to
+# those who do not see red from green. Colour is never alone: entry i has the marker and the line style i too. The
+# numbers of colours and markers have no common divisor, so that entries of one colour have different markers.
+COLOURS = ("#0072B2", "#E69F00", "#000000", "#CC79A7", "#D55E00", "#009E73", "#56B4E9", "#882255")
+MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*", "h", "<", ">", "p", "d")
+LINES = ("-", "--", "-.", ":")
+# The line of the paper's bound, always dotted and named.
+BOUND = "#A00000"
 # The entries of K that a statistic covers, by the prefix of its column.
 ENTRIES = {"": EVERY_KEY, MASKED: OWN_MASK}
 
@@ -38,6 +47,8 @@ def new_figure(width: float, height: float) -> Figure:
             "axes.spines.right": False,
             "svg.hashsalt": "approxkmv",
             "pdf.fonttype": 42,
+            "hatch.color": "#999999",
+            "hatch.linewidth": 0.6,
         }
     )
     from matplotlib.figure import Figure
@@ -96,11 +107,79 @@ def not_in_kernel(facts: Mapping[str, Any]) -> str:
     return f"not in K: {', '.join(facts['left_out'])}" if facts["left_out"] else ""
 
 
-def draw_points(axes: Axes, x: pd.Series, y: pd.Series, texts: pd.Series, colour: str, size: float) -> None:
-    """Draw dots, hollow where there are fewer than ENOUGH_TEXTS texts."""
-    for enough, face in ((texts >= ENOUGH_TEXTS, colour), (texts < ENOUGH_TEXTS, "white")):
-        style: dict[str, Any] = {"marker": "o", "markersize": size, "linewidth": 0, "markerfacecolor": face}
-        axes.plot(x[enough], y[enough], color=colour, **style)
+def draw_points(axes: Axes, x: Any, y: Any, solid: Any, **style: Any) -> None:
+    """Draw a line through the points where `solid` is true, and the others hollow and not joined.
+
+    x, y and solid are arrays of one length; `style` has the colour, marker and so on; without a line: linestyle="none".
+    """
+    x, y, solid = (np.asarray(array) for array in (x, y, solid))
+    axes.plot(x, np.where(solid, y, np.nan), **style)
+    hollow = style | {"label": None, "linestyle": "none", "markerfacecolor": "white"}
+    axes.plot(x[~solid], y[~solid], **hollow)
+
+
+def mark_beyond(axes: Axes, x: Any, y: Any, **style: Any) -> None:
+    """Mark points that lie outside the axes of y, whose limits are final, by triangles at their edge."""
+    x, y = np.asarray(x), np.asarray(y, dtype=np.float64)
+    low, high = axes.get_ylim()
+    for beyond, place, marker in ((y < low, 0.0, "v"), (y > high, 1.0, "^")):
+        if beyond.any():
+            at = {"transform": axes.get_xaxis_transform(), "clip_on": False, "linestyle": "none", "zorder": 5}
+            axes.plot(x[beyond], np.full(beyond.sum(), place), marker=marker, **(style | at))
+
+
+def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]], size: float = 7.5) -> None:
+    """Write (x, y, text, colour) to the right of the axes at the height of y, moved apart where they would overlap.
+
+    The limits of the axes must be final.
+    """
+    if not ends:
+        return
+    figure: Any = axes.get_figure()
+    figure.draw_without_rendering()
+    height = axes.bbox.height / figure.dpi * 72
+    places = axes.transAxes.inverted().transform(axes.transData.transform([(x, y) for x, y, *_ in ends]))[:, 1]
+    order = np.argsort(places)
+    gap = min(1.3 * size / height, 1 / max(1, len(ends) - 1))
+    steps = gap * np.arange(len(ends))
+    # Pushed up and pushed down from the least crowded end; the mean of the two keeps the gaps.
+    wanted = np.clip(places[order], 0, 1) - steps
+    apart = (np.maximum.accumulate(wanted) + np.minimum.accumulate(wanted[::-1])[::-1]) / 2 + steps
+    apart = np.clip(apart, steps, 1 - steps[::-1])
+    for i, place in zip(order, apart, strict=True):
+        x, y, text, colour = ends[i]
+        axes.annotate(
+            text,
+            (x, y),
+            (1.03, place),
+            textcoords="axes fraction",
+            fontsize=size,
+            va="center",
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3},
+        )
+
+
+def logarithmic_ticks(axis: Axis) -> None:
+    """Ticks of a logarithmic axis in one format, plain numbers or powers of ten. The limits must be final."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    low, high = sorted(axis.get_view_interval())
+    powers = high > 300 * low and (low < 9e-4 or high > 9e4)
+    steps = (1.0,) if high > 300 * low else (1.0, 3.0) if high > 30 * low else (1.0, 2.0, 5.0)
+    axis.set_major_locator(LogLocator(subs=steps, numticks=20))
+    axis.set_major_formatter(FuncFormatter(lambda x, _: f"$10^{{{round(math.log10(x))}}}$" if powers else f"{x:,.10g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def headline(figure: Figure, finding: str, *details: str) -> int:
+    """Write what a figure shows above it, then lines that explain it; returns the number of lines."""
+    width = int(13.5 * figure.get_figwidth())
+    lines = [
+        line for text in (finding, *details) if text for line in textwrap.wrap(text, width, break_on_hyphens=False)
+    ]
+    figure.suptitle("\n".join(lines), fontsize=9.5, x=0.02, ha="left")
+    return len(lines)
 
 
 def name_of_lengths(axes: Axes, name: str, texts: pd.Series) -> None:

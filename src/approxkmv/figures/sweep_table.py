@@ -1,4 +1,4 @@
-"""Shared by the figures of a sweep: its table, its workloads, a colour per method, and how figures are saved."""
+"""Shared by the figures of a sweep: its table, its workloads, a look per method, and how figures are saved."""
 
 from __future__ import annotations
 
@@ -8,19 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from approxkmv.errors import TableError
 from approxkmv.figures import style
+from approxkmv.figures.style import COLOURS, MARKERS
 from approxkmv.files import read_table
-from approxkmv.sweep.ratios import CELL, ERRORS, add_ratios
+from approxkmv.sweep.ratios import ERRORS, add_ratios
 from approxkmv.sweep.table import COLUMNS
 
 if TYPE_CHECKING:
     import pandas as pd
 
-# Columns with a row's speed relative to an exact one, and that one in words.
-BASELINES = {
-    "times_faster": "the fastest exact row",
-    "times_faster_float32": "the fastest in float32",
-    "times_faster_naive": "exact, matrix stored",
-}
 # No figure needs these in a table, so that tables from before they were recorded can still be drawn.
 NOT_DRAWN = (
     *("kernel_evaluations", "inner_products", "evaluation_exponent", "evaluation_exponent_error", "recomputed_share"),
@@ -34,30 +29,21 @@ DRAWN = {
     **dict.fromkeys(("target", "seconds_q1", "seconds", "seconds_q3"), "number"),
     **dict.fromkeys((f"{error}_{name}" for error in ERRORS.values() for name in ("median", "p95")), "number"),
 }
-# Okabe and Ito's colours, which colour-blind readers can tell apart, and darker ones between them. A method not listed
-# here gets a colour in `colours`.
-COLOURS = {
-    "local-expansion": "#D55E00",
-    "approxkmv": "#0072B2",
-    "approxkmv-paper": "#009E73",
-    "kdeformer": "#B8A200",
-    "hyperattention": "#882255",
-    "clustered": "#44AA99",
-    "vkde-lsh": "#AA7744",
-    "balancekv": "#AA3377",
-    "top-k": "#F0A0A0",
-    "vattention": "#117733",
-    "knn": "#332288",
-    "hnsw": "#66A61E",
-    "vamana": "#666633",
-    "mean": "#999999",
-    "uniform": "#CC79A7",
-    "own-key": "#E69F00",
-    "exact-naive": "#000000",
-    "exact-sdpa": "#444444",
-    "exact-sdpa-bf16": "#BBBBBB",
-    "exact-fused": "#56B4E9",
-}
+# The order in which methods take their looks: they are the same in every figure and table.
+METHODS = (
+    *("approxkmv", "local-expansion", "approxkmv-paper", "kdeformer", "hyperattention", "clustered", "vkde-lsh"),
+    *("knn", "hnsw", "vamana", "balancekv", "vattention", "top-k", "mean", "uniform", "own-key"),
+    *("exact-fused", "exact-sdpa", "exact-naive", "exact-sdpa-bf16"),
+)
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a method is drawn, in every figure."""
+
+    color: str
+    marker: str
+    linestyle: str
 
 
 @dataclass(frozen=True)
@@ -87,7 +73,7 @@ _PANELS_IN_A_ROW = 4
 def read_sweep(table: Path) -> pd.DataFrame:
     """The table of a sweep: the rows tuned for an error relative to the answer or, without such rows, to the values.
 
-    What a cell's rows say together (`add_ratios`) is computed anew, beside times_faster_naive. The frame's attrs say
+    What a cell's rows say together (`add_ratios`) is computed anew. The frame's attrs say
     what errors are relative to, by `relative_to`, and the prefix of their columns, by `error`. Raises TableError when
     the table is missing, truncated or not from a sweep.
     """
@@ -99,21 +85,10 @@ def read_sweep(table: Path) -> pd.DataFrame:
     add_ratios(rows)
     frame = type(frame)(rows)
     frame = frame.reindex(columns=[*frame, *(name for name in NOT_DRAWN if name not in frame)])
-    naive = frame[frame["method"] == "exact-naive"].drop_duplicates(list(CELL)).set_index(list(CELL))["seconds"]
-    of_naive = frame.join(naive.rename("naive"), on=list(CELL))["naive"] / frame["seconds"]
-    frame["times_faster_naive"] = of_naive.where(frame["kind"] != "exact")
     shown = "answer" if frame["relative_to"].eq("answer").any() else "values"
     frame = frame[~frame["relative_to"].isin(set(ERRORS) - {shown})].reset_index(drop=True)
     frame.attrs |= {"relative_to": shown, "error": ERRORS[shown]}
     return frame
-
-
-def baselines(frame: pd.DataFrame) -> dict[str, str]:
-    """The columns of BASELINES that the table has; in float32 alone the first two are one."""
-    found = {name: words for name, words in BASELINES.items() if frame[name].notna().any()}
-    if frame["times_faster_bfloat16"].isna().all():
-        found.pop("times_faster_float32", None)
-    return found or {"times_faster": BASELINES["times_faster"]}
 
 
 def of_what(frame: pd.DataFrame) -> str:
@@ -135,39 +110,23 @@ def select(frame: pd.DataFrame, method: str, target: float) -> pd.DataFrame:
     return some.sort_values("n")
 
 
-def colours(frame: pd.DataFrame) -> dict[str, str]:
-    """The methods of a table and their colours: those in COLOURS in its order, then the others in table order."""
-    from matplotlib.colors import TABLEAU_COLORS, to_hex, to_rgb
-
-    def distance(one: str, other: str) -> float:
-        return sum((a - b) ** 2 for a, b in zip(to_rgb(one), to_rgb(other), strict=True))
-
-    names = [str(name) for name in frame["method"].unique()]
-    found = {name: colour for name, colour in COLOURS.items() if name in names}
-    others = [to_hex(colour) for colour in TABLEAU_COLORS.values()]
-    for name in names:
-        if name not in found:
-            taken = {*COLOURS.values(), *found.values()}
-            # Of matplotlib's ten colours, the one least like any that is taken
-            found[name] = max(others, key=lambda new: min(distance(new, old) for old in taken))
-    return found
+def looks(frame: pd.DataFrame) -> dict[str, Look]:
+    """The methods of a table and their looks: those in METHODS in its order, then the others in table order."""
+    kinds = dict(zip(frame["method"].astype(str), frame["kind"], strict=True))
+    order = [*METHODS, *(name for name in kinds if name not in METHODS)]
+    lines = {"approximate": "-", "trivial": "--"}
+    return {
+        name: Look(COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)], lines.get(kinds[name], ":"))
+        for i, name in enumerate(order)
+        if name in kinds
+    }
 
 
-def new_figure(rows: int, columns: int, sharey: Any) -> tuple[Any, Any]:
-    """A figure of rows x columns panels; use axes[row][column]."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(max(4.5, 2.9 * columns), 0.9 + 2.5 * rows), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False, sharey=sharey)
-
-
-def new_panels(count: int, sharey: Any, height: float = 2.5) -> tuple[Any, Any]:
+def new_panels(count: int, sharey: Any, width: float = 2.9, height: float = 2.5) -> tuple[Any, Any]:
     """A figure of `count` panels, at most four in a row; unused places of the last row stay empty."""
-    from matplotlib.figure import Figure
-
     columns = min(count, _PANELS_IN_A_ROW)
     rows = -(-count // columns)
-    figure = Figure(figsize=(max(4.5, 2.9 * columns), 0.9 + height * rows), layout="constrained")
+    figure = style.new_figure(max(4.5, width * columns), 1.5 + height * rows)
     axes = figure.subplots(rows, columns, squeeze=False, sharey=sharey)
     for axis in axes.flat[count:]:
         axis.remove()
@@ -175,15 +134,25 @@ def new_panels(count: int, sharey: Any, height: float = 2.5) -> tuple[Any, Any]:
 
 
 def save(figure: Any, axes: Any, output_stem: Path, note: str) -> list[Path]:
-    """Add one legend and one line of explanation below the panels, then write PDF and PNG."""
+    """Add the lines' legend, if they have labels, and an explanation below the panels, then write PDF and PNG."""
     handles: dict[str, Any] = {}
-    for axis in getattr(axes, "flat", axes):
+    for axis in axes:
         axis.grid(True, which="major", color="0.92", linewidth=0.6)
         axis.set_axisbelow(True)
         axis.tick_params(labelsize=7)
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
-    columns = 3 if figure.get_figwidth() < 7 else 6
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, fontsize=7, title=note)
-    figure.legends[0].get_title().set_fontsize(6.5)
+    note = style.wrapped(note, int(16 * figure.get_figwidth()))
+    if handles:
+        columns = 3 if figure.get_figwidth() < 7 else 6
+        style.legend_below(figure, note, ncols=columns, handles=handles.values(), labels=handles.keys())
+    else:
+        style.footnote(figure, note)
     return style.save(figure, output_stem)
+
+
+def count_of(count: int, total: int, what: str) -> str:
+    """In words of how many: "its one workload", "3 of 8 workloads"."""
+    if total == 1:
+        return f"{'the' if count else 'not the'} one {what}"
+    return f"{count} of {total} {what}s"
