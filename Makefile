@@ -1,8 +1,10 @@
-# Two commands on a machine with Python 3.11 and pip: `make figures` and `make test`; `make quick` while you work.
+# On a machine with Python 3.11 and pip: `make install`, `make figures` and `make test`; `make quick` while you work.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: figures report test quick benchmarks clean
+.PHONY: install figures report test quick benchmarks clean
+
+install: .venv/ready
 
 figures: .venv/ready
 	@PATH="$(CURDIR)/$(BIN):$$PATH" snakemake --cores all

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -60,6 +61,10 @@ def test_the_study_writes_its_tables_and_figures(finished):
         (project.results / "activations").rglob("*.safetensors")
     )
     assert "figures: results/tiny/figures" in output
+    assert "page: results/tiny/index.html" in output
+    page = (project.results / "index.html").read_text()
+    assert page.count("<img ") == len(list((project.results / "figures").glob("*.png")))
+    assert "Not here, since the tables are not" not in page
     assert "1 too short" in output
 
 
@@ -115,6 +120,17 @@ def test_the_report_is_one_html_file(finished):
     assert code == 0, output
     html = (project.folder / "report.html").read_text()
     assert "largest head-to-tail ratio" in html
+    assert "Is a model's attention sparse" in html
+    assert "problematic" not in html
+    # The report sorts the chapters by name, and makes one table of a chapter's labels.
+    chapters, results = (
+        json.loads(re.search(rf"var {name} = (\{{.*\}});?\n", html)[1]) for name in ("categories", "results")
+    )
+    assert sorted(chapters) == ["1. Heads", "2. Length", "3. Definition", "5. Tables"]
+    for parts in chapters.values():
+        found = [results[path]["labels"] for paths in parts.values() for path in paths]
+        assert len({tuple(one) for one in found}) == 1
+        assert all(value and value != "none" for one in found for value in one.values())
     assert "paper_comparison" in html
 
 

@@ -27,6 +27,7 @@ STEPS = {
     "lengths": "approxkmv.steps.lengths",
     "length_scaling": "approxkmv.steps.length_scaling",
     "compare": "approxkmv.steps.compare",
+    "page": "approxkmv.steps.page",
     "complexity": "approxkmv.steps.complexity",
     "model_heads": "approxkmv.steps.model_heads",
     "sweep": "approxkmv.sweep.run",

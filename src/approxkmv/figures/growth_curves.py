@@ -83,6 +83,8 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
         name_of_lengths(axes, "length n in tokens", curves[f"{before}texts"])
         axes.set_title(f"{entries(before, facts)} (dotted: c = {bound:g})", fontsize=8, loc="left")
         below = any((c < axes.get_ylim()[0]).any() for of, c, _ in drawn if of is axes)
+        if not any(of is axes for of, _, _ in drawn):
+            continue
         axes.legend(
             frameon=False,
             fontsize=7,
@@ -95,10 +97,10 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
         mark_beyond(axes, c.index, c, **style)
     panels[0].set_ylabel("c of the average text")
     exponents = pd.concat([typical(growth, before)[f"{before}exponent"] for before in masks])
+    found = f"goes as n to the power {two_decimals(exponents.min())} to {two_decimals(exponents.max())}"
     headline(
         figure,
-        f"{facts['label']}: c(n) of typical heads goes as n to the power {two_decimals(exponents.min())} to "
-        f"{two_decimals(exponents.max())}",
+        f"{facts['label']}: c(n) of typical heads {found if len(exponents) else 'needs more texts'}",
         "One head of each size and trend; lines: the exponent from n/2 to n",
     )
     footnote(figure, not_in_kernel(facts))

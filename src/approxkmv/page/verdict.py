@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from approxkmv.results.tables import MASKED_FACTS, masks_of, read_overview, read_statistics
-from approxkmv.statistics.growth import FAST, FLAT, SIZES, TRENDS
+from approxkmv.statistics.growth import ENOUGH_TEXTS, FAST, FLAT, SIZES, TRENDS
 
 # What is said of a model's texts, and of long ones.
 FACTS = ["model", "label", "corpus", "layers", "heads", "texts_used", "texts_too_short", "texts_cut", "paper_bound"]
@@ -86,12 +86,16 @@ def growth_sentences(tables: Path, facts: dict[str, Any]) -> list[str]:
     for before in masks_of(table, "size"):
         where = f"{facts['mask']}: " if before else ""
         length, start = (int(table[f"{before}{name}"].iloc[0]) for name in ("length", "start"))
+        if not start:
+            few = f"too few texts or lengths ({ENOUGH_TEXTS} texts are needed) to tell how c grows"
+            out.append(f"{where}{few}: at n = {length:,} c is {_counted(table[f'{before}size'], SIZES)}")
+            continue
         flat, fast = (int((table[f"{before}exponent"] > edge).sum()) for edge in (FLAT, FAST))
         sizes, trends = _counted(table[f"{before}size"], SIZES), _counted(table[f"{before}trend"], TRENDS)
         out.append(
             f"{where}at n = {length:,} tokens c is {sizes}, against {facts['paper_bound']:g}; "
-            + (f"from n = {start:,} its trend is: {trends}; " if start else "")
-            + f"its exponent is above {FLAT:g} on {flat} heads, above {FAST:g} on {fast}"
+            f"from n = {start:,} its trend is: {trends}; "
+            f"its exponent is above {FLAT:g} on {flat} heads, above {FAST:g} on {fast}"
         )
     return out
 

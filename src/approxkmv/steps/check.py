@@ -104,7 +104,7 @@ def _bytes(size: Size) -> int:
 
 def plan(source: ModelSource, size: Size | None, tokens: list[int], cores: int) -> list[str]:
     """How long a check takes, with how much memory and disk; for a model of unknown size per head."""
-    lines = [f"{len(tokens)} texts of about {sum(tokens) // len(tokens)} tokens"]
+    lines = [f"{len(tokens)} text{'s' * (len(tokens) > 1)} of about {sum(tokens) // len(tokens)} tokens"]
     per_head = PER_ENTRY * sum(n * n for n in tokens) / cores
     on = f"with {cores} thread{'s' * (cores > 1)}"
     if size is None:
@@ -239,7 +239,9 @@ def _measure(study: Study, name: str, work: Path) -> dict[str, Any]:
             notes.append(f"({times})")
         activations.unlink()
     if not used:
-        raise SourceError(f"none of {len(tokens)} texts has {study.min_tokens} tokens: give longer ones with --text")
+        raise SourceError(
+            f"no text ({len(tokens)} were drawn) has {study.min_tokens} tokens: give longer ones with --text"
+        )
     with step("tables"):
         provenance = describe()
         summarise(study, entry, texts, statistics, tables, provenance)
