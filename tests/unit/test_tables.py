@@ -188,9 +188,11 @@ def summarised(folder: Path, *, causal: bool) -> tuple[Study, str]:
 def test_overview_and_comparison_have_the_masked_values_of_a_causal_model_beside_the_others(tmp_path, causal):
     study = shards(tmp_path, causal=causal)
     name, model = next(iter(study.models.items()))
-    model = model.model_copy(update={"paper_bound": 4.6})
+    hashes = {"sha256": "a" * 64, "files": {"model.safetensors": "b" * 64}}
+    model = model.model_copy(update={"paper_bound": 4.6, **hashes})
     facts = summarise(study, model, tmp_path / "texts.parquet", tmp_path, tmp_path / "tables", {})
     assert facts["causal"] == causal
+    assert (facts["source"], facts["sha256"]) == (model.source, {"archive": "a" * 64, "model.safetensors": "b" * 64})
     assert facts["heads_within_bound"] == 4
     assert (facts["largest_ratio_layer"], 10.0 < facts["largest_ratio"] < 10.5) == (0, True)
     assert ("masked_heads_within_bound" in facts) == causal

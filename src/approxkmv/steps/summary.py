@@ -42,6 +42,9 @@ def summarise(
     overview = {
         "model": model.name,
         "label": model.label,
+        # Of the archive and of single files: checked before the weights were read.
+        "source": model.source,
+        "sha256": {**({"archive": model.sha256} if model.sha256 else {}), **model.files},
         "corpus": corpus_of(study).label,
         "unit": study.unit,
         "texts": len(taken),
