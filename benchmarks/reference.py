@@ -23,8 +23,10 @@ def machine(path: Path) -> str:
     record = json.loads(path.read_text(encoding="utf-8"))
     record = record.get("provenance", record)
     versions = record["versions"]
+    instructions = record["machine"].get("instructions", [])
+    matrix = " with AMX" if "amx_bf16" in instructions else " without AMX" if instructions else ""
     return (
-        f"{record['machine']['cores']} cores of {record['machine']['processor']}, Python {versions['python']}, "
+        f"{record['machine']['cores']} cores of {record['machine']['processor']}{matrix}, Python {versions['python']}, "
         f"torch {versions['torch']}, NumPy {versions['numpy']}"
     )
 

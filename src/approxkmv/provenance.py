@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,19 @@ def processor() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+# What decides how fast exact attention is in either precision; names of processors often hide it.
+_INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+
+
+def instructions() -> list[str]:
+    """The vector and matrix instructions that the processor says it has, of those that matter for timings."""
+    try:
+        flags = set(re.findall(r"\S+", Path("/proc/cpuinfo").read_text()))
+    except OSError:
+        return []
+    return [name for name in _INSTRUCTIONS if name in flags]
 
 
 def versions() -> dict[str, str]:
@@ -86,6 +100,7 @@ def describe(settings: dict[str, Any] | None = None) -> dict[str, Any]:
         "commit": commit(),
         "machine": {
             "processor": processor(),
+            "instructions": instructions(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "system": f"{platform.system()} {platform.machine()}",

@@ -12,6 +12,18 @@ ROOT = Path(__file__).resolve().parents[2]
 SHOW = "from approxkmv.provenance import command; print(command())"
 
 
+@pytest.mark.parametrize(
+    ("flags", "found"),
+    [("fpu avx2 avx512_bf16", ["avx2", "avx512_bf16"]), ("fpu amx_bf16 avx2", ["avx2", "amx_bf16"]), ("fpu", [])],
+)
+def test_the_instructions_that_matter_are_recorded(monkeypatch, flags, found):
+    from approxkmv.sweep.measure import machine
+
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: f"model name : A CPU\nflags : {flags}\n")
+    assert machine("cpu")["instructions"] == provenance.instructions() == found
+    assert machine("cpu")["processor"] == "A CPU"
+
+
 def test_a_script_of_the_checkout_is_named_by_its_place(monkeypatch):
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", None, raising=False)
     monkeypatch.setattr(sys, "argv", [str(ROOT / "benchmarks" / "findings.py"), "--check"])

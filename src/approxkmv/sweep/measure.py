@@ -16,7 +16,7 @@ from approxkmv.attention import UnavailableError
 from approxkmv.attention.kernels.cuda_graphs import recordings
 from approxkmv.errors import one_line
 from approxkmv.progress import is_of_memory
-from approxkmv.provenance import processor
+from approxkmv.provenance import instructions, processor
 
 Run = Callable[[int], object]
 
@@ -27,6 +27,7 @@ def machine(device: str) -> dict[str, Any]:
         "machine": platform.machine(),
         "system": platform.platform(),
         "processor": processor(),
+        "instructions": instructions(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "torch": torch.__version__,
