@@ -58,6 +58,32 @@ def test_the_study_through_snakemake_writes_table_and_figures(sweeper: Project):
 
 
 @pytest.mark.slow
+def test_a_study_of_causal_attention_and_of_few_queries(sweeper: Project):
+    config = sweeper.read()
+    words, heads = config["sweeps"]["little"]["workloads"]
+    heads |= {"columns": ["all"]}
+    config["sweeps"]["little"] |= {
+        "relative_to": ["values", "answer"],
+        "methods": [*SWEEP["methods"], "exact-sdpa-bf16"],
+        "workloads": [heads | {"causal": True}, heads | {"queries": [1, 16]}, words | {"lengths": [64, 80, 96]}],
+    }
+    sweeper.write(config)
+    code, output = sweeper.snakemake()
+    assert code == 0, output
+    table = pd.read_csv(sweeper.results / "tables" / "sweep.csv", keep_default_na=False)
+    causal = table[table["mask"] == "causal"]
+    assert set(causal["workload"]) == {"model-qk-0-causal", "model-qk-1-causal"}
+    assert set(causal.loc[causal["method"] == "mean", "status"]) <= {"ok", "unreached"}
+    assert set(table["queries"]) == {1, 16, 20, 64, 80, 96}
+    timed = table[(table["kind"] != "exact") & (table["seconds"] != "")]
+    assert set(timed["relative_to"]) == {"values", "answer"}
+    assert set(timed["fastest_exact"]) <= {"exact-fused", "exact-sdpa-bf16"}
+    assert (timed["mean_error_exact"].astype(float) > 0).all()
+    for name in FIGURES:
+        assert (sweeper.results / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on_after_its_last_whole_case(sweeper: Project):
     table, part = (sweeper.results / "tables" / f"sweep.csv{end}" for end in ("", ".part"))
     config = sweeper.read()

@@ -138,6 +138,7 @@ def test_the_error_of_the_squares_falls_with_the_budget(name):
         *((name, {"near": 1000}) for name in ("approxkmv", "hnsw", "vamana")),
         *((name, {"block": 1000}) for name in ("kdeformer", "hyperattention", "balancekv")),
         ("vkde-lsh", {"bucket": 1000}),
+        ("hyperattention", {"block": 8, "samples": 8, "exact_below": 600}),
         *((name, {"top": 1000}) for name in ("knn", "top-k", "vattention")),
     ],
 )

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 
 from approxkmv.arrays import resolve_scale, resolve_seed
-from approxkmv.attention.causal import Sums, causal_attention
+from approxkmv.attention.causal import EXACT_BELOW, Sums, causal_attention
 from approxkmv.compute.torch_state import plain_torch
 from approxkmv.errors import InputError, UnavailableError
 
@@ -84,7 +84,8 @@ class Method:
         Args:
             sums: f(q, k, v, generator, parameters) for the float32 matrices of one batch entry, q scaled: numerators
                 (n_q, d_v), row sums (n_q,) above 0 and logs (n_q,): both sums are divided by exp(log).
-            parameters: the dataclass of that last argument.
+            parameters: the dataclass of that last argument; its field exact_below, if it has one, is that of
+                `causal_attention`.
             around_mean: `sums` receives values less their mean; see `per_batch`.
             cpu_only: whether other devices are refused.
         """
@@ -118,7 +119,7 @@ class Method:
                 return numerators + row_sums.unsqueeze(1) * mean, row_sums, logs
 
             def single(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-                return causal_attention(q * scale, k, v, generator, square)
+                return causal_attention(q * scale, k, v, generator, square, given.get("exact_below", EXACT_BELOW))
 
             return per_batch(single, q, k, v, seed)
 

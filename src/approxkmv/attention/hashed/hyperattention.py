@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from approxkmv.attention.causal import Sums
+from approxkmv.attention.causal import EXACT_BELOW, Sums
 from approxkmv.attention.contract import Method
 from approxkmv.attention.hashed.angular_hashing import block_sums, sort_into_blocks, sorted_sample
 from approxkmv.attention.hashed.column_sampling import with_ones
@@ -21,11 +21,15 @@ from approxkmv.attention.hashed.column_sampling import with_ones
 
 @dataclass(frozen=True)
 class Parameters:
-    """Most queries per block, keys in the shared sample, and bits of a code."""
+    """Most queries per block, keys in the shared sample, bits of a code, and queries of a triangle that is exact.
+
+    The last is for the causal form, and 4,096 as published.
+    """
 
     block: int = 128
     samples: int = 256
     projections: int = 7
+    exact_below: int = EXACT_BELOW
 
 
 def sums(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator, parameters: Parameters) -> Sums:
