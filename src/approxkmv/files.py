@@ -57,6 +57,15 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
 
 
+def cache_folder() -> Path | None:
+    """approxkmv below NUMBA_CACHE_DIR, XDG_CACHE_HOME or ~/.cache, whichever is set first; None without a home."""
+    try:
+        below = os.environ.get("NUMBA_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:
+        return None
+    return Path(below) / "approxkmv"
+
+
 def check_writable(*paths: Path) -> None:
     """Raise TableError unless each path can be written and is distinct: better known before hours of work."""
     for i, path in enumerate(map(Path, paths)):

@@ -23,7 +23,7 @@ from numba.core.compiler import CompileResult
 from numba.core.serialize import dumps
 
 from approxkmv.errors import TableError
-from approxkmv.files import written_whole
+from approxkmv.files import cache_folder, written_whole
 from approxkmv.imports import files_behind
 
 _UNUSED = 30 * 86400  # seconds after which code that nobody loaded is deleted
@@ -38,9 +38,9 @@ def cached_njit(**options: Any) -> Callable[[Callable], Callable]:
 
     def decorate(function: Callable) -> Callable:
         compiled: Any = numba.njit(**options)(function)
-        folder = _folder()
+        folder = cache_folder()
         if folder and compiled is not function:  # the same under NUMBA_DISABLE_JIT
-            compiled._cache = _Cache(function, folder)
+            compiled._cache = _Cache(function, folder / "compiled")
         return compiled
 
     return decorate
@@ -54,14 +54,6 @@ def _origin(source: str) -> bytes:
     for file in files_behind(Path(source).resolve()):
         origin.update(hashlib.sha256(file.read_bytes()).digest())
     return origin.digest()
-
-
-def _folder() -> Path | None:
-    try:
-        below = os.environ.get("NUMBA_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    except RuntimeError:  # no home
-        return None
-    return Path(below) / "approxkmv" / "compiled"
 
 
 class _Cache(NullCache):

@@ -53,6 +53,17 @@ def counting() -> Iterator[Counts]:
         _watching[:] = [other for other in _watching if other is not counts]
 
 
+@contextmanager
+def not_counting() -> Iterator[None]:
+    """Whoever counts does not see the work inside the block."""
+    watching = _watching[:]
+    _watching.clear()
+    try:
+        yield
+    finally:
+        _watching[:] = watching
+
+
 def count(kernel_evaluations: int = 0, other_products: int = 0, recomputed_rows: int = 0) -> None:
     """Report evaluations to whoever is counting; costs next to nothing otherwise."""
     for counts in _watching:

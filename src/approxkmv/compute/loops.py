@@ -8,6 +8,8 @@ from types import ModuleType
 
 import torch
 
+from approxkmv.compute.trial import fastest
+
 
 @cache
 def numba_works() -> bool:
@@ -19,12 +21,17 @@ def numba_works() -> bool:
     return not numba.config.DISABLE_JIT  # type: ignore[attr-defined]
 
 
-def compiled_loops(module: str) -> ModuleType | None:
-    """A module of compiled loops, such as `attention.searched.loops`, or None where numba does not work."""
-    return import_module(f"approxkmv.{module}") if numba_works() else None
+def compiled_loops(module: str, trial: str | None = None) -> ModuleType | None:
+    """A module of compiled loops, such as `attention.searched.loops`, or None where numba does not work.
+
+    trial: a question of `trial.fastest`, if library calls can do the same: None also where they are clearly faster.
+    """
+    if not numba_works() or (trial and fastest(trial, "compiled", "library") == "library"):
+        return None
+    return import_module(f"approxkmv.{module}")
 
 
-def native_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware; elsewhere such products are emulated and slow."""
+def has_bfloat16_instructions() -> bool:
+    """Whether loops may use bfloat16 instructions: without them the process would end, so no trial can tell."""
     supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return bool(supported and supported()) and torch.backends.mkldnn.is_available()
+    return bool(supported and supported())

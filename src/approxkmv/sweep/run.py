@@ -18,6 +18,7 @@ import torch
 
 from approxkmv.attention import Method, UnavailableError, get, methods
 from approxkmv.compute.counting import counting
+from approxkmv.compute.trial import decisions
 from approxkmv.errors import ConfigError, InputError
 from approxkmv.files import check_writable, sha256, write_text
 from approxkmv.partial import PartialTable
@@ -299,6 +300,7 @@ def run_sweep(
         "settings": settings.as_dict(),
         "machine": machine(settings.device),
         "reference": {"method": REFERENCE, "error_against_float64": [case["check"] for case in kept.cases]},
+        "trials": decisions(),
         "columns": COLUMNS,
         "columns_of_exponents": EXPONENT_COLUMNS,
         "provenance": provenance,

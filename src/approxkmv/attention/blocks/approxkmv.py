@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from approxkmv.attention.blocks.compiled import block_loops
 from approxkmv.attention.blocks.expansion import Clustering, expand, in_one_block, of_one_block
 from approxkmv.attention.blocks.grouping import block_size, project
 from approxkmv.attention.blocks.light_keys import (
@@ -36,7 +37,6 @@ from approxkmv.attention.causal import EXACT_BELOW, Sums, causal_answers, causal
 from approxkmv.attention.contract import Method, UnavailableError, per_batch
 from approxkmv.attention.exact import fused as exact_fused
 from approxkmv.compute.counting import count
-from approxkmv.compute.loops import compiled_loops
 from approxkmv.compute.threads import over_threads
 
 
@@ -62,7 +62,7 @@ def sums(
     The last column is the sum of the absolute values of the parts of the row sum: `trusted` compares the two.
     with_own_keys: key i is query i's own (as many keys as queries), and is summed exactly.
     """
-    loops, d_v, samples = compiled_loops("attention.blocks.loops"), v.shape[1], parameters.samples
+    loops, d_v, samples = block_loops(), v.shape[1], parameters.samples
     apart = stand_apart(q, k, scale)
     if (
         loops is not None

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from approxkmv.attention.blocks.compiled import block_loops
 from approxkmv.attention.blocks.grouping import Blocks, make_blocks, project
 from approxkmv.attention.blocks.k_means import k_means
 from approxkmv.attention.blocks.near_keys import SAMPLED_KEYS, as_numbers, choose_keys, rank_of_bar
 from approxkmv.attention.blocks.reach import REACH, beyond_reach, most_variance, spreads, without
 from approxkmv.compute.counting import count
-from approxkmv.compute.loops import compiled_loops
 from approxkmv.compute.scratch import scratch
 from approxkmv.compute.threads import over_threads
 
@@ -119,7 +119,7 @@ class Expansion:
         blocks = self.blocks
         rows, d_v = len(blocks.deltas), self.far_value.shape[1]
         count(kernel_evaluations=rows + (0 if k is None else len(blocks.rows)))
-        loops = compiled_loops("attention.blocks.loops")
+        loops = block_loops()
         if loops is not None:
             whole = torch.empty(4, rows)
             value = torch.empty(rows, d_v) if self.tilted else self.far_value
@@ -186,7 +186,7 @@ def expand(
     """
     n_k, d_v = v.shape
     d = q.shape[1]
-    loops = compiled_loops("attention.blocks.loops")
+    loops = block_loops()
     multiple = _ROWS_OF_BFLOAT16 if low == torch.bfloat16 and loops is None else 1
     mean = k.mean(0)
     axes, spread = principal_axes(without(k, apart), min(clustering.directions, d))

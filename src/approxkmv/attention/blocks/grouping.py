@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from approxkmv.attention.blocks.compiled import block_loops
 from approxkmv.attention.blocks.reach import variances_of, without
-from approxkmv.compute.loops import compiled_loops
 from approxkmv.compute.scratch import scratch
 
 # queries, rows, labels, starts and sizes of Blocks
@@ -77,7 +77,7 @@ def make_blocks(
 
     importance (r,): the weight of a squared deviation along each axis in `row_variances`.
     """
-    loops = compiled_loops("attention.blocks.loops")
+    loops = block_loops()
     grouped: Grouped = (loops.group if loops is not None else _group)(labels.numpy(), multiple)
     queries, rows, block_of, starts, sizes = grouped
     number = len(starts)

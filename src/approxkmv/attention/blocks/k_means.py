@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from approxkmv.attention.blocks.compiled import block_loops
 from approxkmv.compute.counting import count
-from approxkmv.compute.loops import compiled_loops
 from approxkmv.compute.scratch import scratch
 
 
@@ -13,7 +13,7 @@ def k_means(
     points: torch.Tensor, clusters: int, iterations: int, sampled: int, generator: torch.Generator
 ) -> torch.Tensor:
     """Label (n,) of each of points (n, r): Lloyd's iterations on `sampled` points per cluster, then one on all."""
-    loops = compiled_loops("attention.blocks.loops")
+    loops = block_loops()
 
     def nearest(some: torch.Tensor) -> torch.Tensor:
         norms = centres.square().sum(1)

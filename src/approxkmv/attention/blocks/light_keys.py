@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from approxkmv.attention.blocks.compiled import block_loops
 from approxkmv.attention.blocks.expansion import Expansion
-from approxkmv.compute.loops import compiled_loops
 from approxkmv.compute.threads import over_threads
 
 LEAST_SAMPLES = 4
@@ -38,7 +38,7 @@ def predicted_deviation(
     variate, which is about that of a lognormal beyond first order, exp(s) - 1 - s, where s is the variance of the
     query's logits around its block's.
     """
-    loops = compiled_loops("attention.blocks.loops")
+    loops = block_loops()
     if loops is not None:
         out = torch.empty(len(e.blocks), dtype=torch.float64)
         tensors = (heavy, scales, log_weight, e.blocks.row_variances, out)
@@ -80,7 +80,7 @@ def draw(e: Expansion, counts: np.ndarray, generator: torch.Generator) -> Sample
     ends = counts.cumsum()
     points = torch.rand(int(ends[-1]), generator=generator, dtype=torch.float64).numpy()
     keys = np.empty(len(points), np.int64)
-    loops = compiled_loops("attention.blocks.loops")
+    loops = block_loops()
     if loops is not None:
         logs, control = np.empty(len(keys), np.float32), np.empty(len(keys), np.float32)
         given = ends, e.ends, e.chosen, e.weights.numpy(), e.total.numpy(), points, keys, logs, control

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from approxkmv.attention.blocks.compiled import block_loops
 from approxkmv.attention.blocks.expansion import Clustering, expand, in_one_block, of_one_block
 from approxkmv.attention.blocks.grouping import block_size
 from approxkmv.attention.blocks.near_keys import sums_of_keys
@@ -18,13 +19,13 @@ from approxkmv.attention.blocks.reach import stand_apart, with_keys_apart
 from approxkmv.attention.contract import Method, UnavailableError, per_batch
 from approxkmv.attention.exact import fused as exact_fused
 from approxkmv.compute.counting import count
-from approxkmv.compute.loops import compiled_loops, native_bfloat16
 from approxkmv.compute.threads import over_threads
+from approxkmv.compute.trial import fastest
 
 
 @dataclass(frozen=True)
 class Parameters(Clustering):
-    """The parameters of the clustering, and the dtype of products: fastest, bfloat16 or float32."""
+    """The parameters of the clustering, and the dtype of products: bfloat16, float32, or which a trial found faster."""
 
     near: int = 512
     products: str = "fastest"
@@ -44,7 +45,7 @@ def attend(
     parameters = replace(parameters, block=block_size(parameters.block, len(q), len(k)))
     if near >= len(k) or parameters.block == 1:
         return exact_fused.attend(q, k, v, scale)
-    loops = compiled_loops("attention.blocks.loops")
+    loops = block_loops()
     apart = stand_apart(q, k, scale)
     if loops is not None and parameters.directions == 0 and not len(apart) and in_one_block(q, k, scale, near):
         out = torch.empty(len(q), v.shape[1])
@@ -114,7 +115,8 @@ def _local_expansion(
         raise UnavailableError(f"local-expansion has no kernel for the device {q.device}")
     parameters = Parameters(**given)
     if parameters.products == "fastest":
-        parameters = replace(parameters, products="bfloat16" if native_bfloat16() else "float32")
+        products = fastest("attention.blocks.trials.products", "float32", "bfloat16")
+        parameters = replace(parameters, products=products)
 
     def single(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         return attend(q, k, v, generator, parameters, scale=scale)

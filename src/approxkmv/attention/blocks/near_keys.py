@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from approxkmv.attention.blocks.compiled import block_loops
 from approxkmv.attention.blocks.grouping import Blocks
 from approxkmv.compute.counting import count
-from approxkmv.compute.loops import compiled_loops, native_bfloat16
+from approxkmv.compute.loops import has_bfloat16_instructions
 from approxkmv.compute.threads import over_threads
+from approxkmv.compute.trial import fastest
 
 # With more columns than this a matrix product is faster than a product with each column.
 _FEW_COLUMNS = 8
@@ -16,6 +18,9 @@ _FEW_COLUMNS = 8
 _KEYS_OF_BFLOAT16 = 64
 # The threshold above which a block's keys are near is estimated from every so-many-th key.
 SAMPLED_KEYS = 8
+# Trials of the loops in float32 against bfloat16
+FEW_COLUMNS = "attention.blocks.trials.near_keys_few_columns"
+MANY_COLUMNS = "attention.blocks.trials.near_keys_many_columns"
 
 
 def as_numbers(stored: torch.Tensor) -> np.ndarray:
@@ -42,7 +47,7 @@ def choose_keys(
     blocks, n_k = logs.shape
     tilts = v.shape[1]
     kept = rank_of_bar(n_k, near, first)
-    loops = compiled_loops("attention.blocks.loops")
+    loops = block_loops()
     if loops is not None:
         highest, thresholds = torch.empty(blocks), torch.empty(blocks)
         totals, values = torch.empty(blocks), torch.empty(blocks, tilts)
@@ -81,7 +86,7 @@ def sums_of_keys(
     """Sums (rows, 1 + d_v) of exp(q.(k - mean) + extra) [1, v] over each block's chosen keys, and their log scales.
 
     Block b's keys are chosen[ends[b-1]:ends[b]], its sums are divided by exp(scale_b); extra is (len(chosen),) or 0.
-    rounded: from the expansion; if given, products are of bfloat16 numbers on CPUs that support them.
+    rounded: from the expansion; if given, products may be of bfloat16 numbers, if a trial found that faster.
     """
     number, d_v = len(blocks), v.shape[1]
     sums, scales = torch.empty(len(blocks.deltas), 1 + d_v), torch.empty(number)
@@ -89,14 +94,18 @@ def sums_of_keys(
     lengths[1:] -= ends[:-1]
     # Each key with each query, including padded rows, and with the block's centre
     count(kernel_evaluations=int((blocks.sizes + 1) @ lengths))
-    loops = compiled_loops("attention.blocks.loops")
+    loops = block_loops()
     if extra is None:
         extra = torch.zeros(len(chosen))
     if loops is not None:
         given = [t.contiguous().numpy() for t in (k, mean, v, extra, blocks.centres, scales, sums)]
         fixed = blocks.deltas.numpy(), blocks.starts, blocks.sizes, chosen, ends
-        bits = as_numbers(rounded) if rounded is not None and native_bfloat16() else None
-        loop = loops.sums_of_keys if d_v <= loops.FEW_COLUMNS else loops.wide_sums_of_keys
+        few = d_v <= loops.FEW_COLUMNS
+        bits = None
+        if rounded is not None and has_bfloat16_instructions():
+            question = FEW_COLUMNS if few else MANY_COLUMNS
+            bits = as_numbers(rounded) if fastest(question, "float32", "bfloat16") == "bfloat16" else None
+        loop = loops.sums_of_keys if few else loops.wide_sums_of_keys
         over_threads(lambda first, last: loop(first, last, *fixed, *given, bits), number)
         return sums, scales
     step = _KEYS_OF_BFLOAT16 if low == torch.bfloat16 else 1

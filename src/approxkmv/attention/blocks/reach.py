@@ -7,8 +7,8 @@ import math
 import numpy as np
 import torch
 
+from approxkmv.attention.blocks.compiled import block_loops
 from approxkmv.attention.causal import Sums, exact_sums, merged
-from approxkmv.compute.loops import compiled_loops
 
 # Keys whose logits vary more over the queries than those of other keys by this factor, and by this many nats, stand
 # apart; on some heads and on GloVe no key varies over twice as much as the others.
@@ -27,7 +27,7 @@ def spreads(points: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
 
     The mean and the variances of the columns are estimated from samples of the rows.
     """
-    loops = compiled_loops("attention.blocks.loops")
+    loops = block_loops()
     if loops is not None:
         out = np.empty(len(points), np.float32)
         loops.spreads(points.contiguous().numpy(), others.contiguous().numpy(), _SAMPLED_FOR_VARIANCES, out)

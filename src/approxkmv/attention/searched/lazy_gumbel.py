@@ -67,7 +67,9 @@ def products_of_pairs(q: torch.Tensor, k: torch.Tensor, rows: torch.Tensor, keys
     """<q[rows], k[keys]> (t,) for t pairs."""
     if len(rows) == 0:
         return q.new_empty(0)
-    loops = compiled_loops("attention.searched.loops") if q.device.type == "cpu" else None
+    loops = None
+    if q.device.type == "cpu":
+        loops = compiled_loops("attention.searched.loops", "attention.searched.trials.pairs")
     if loops is not None:
         out = torch.empty(len(rows))
         given = [t.contiguous().numpy() for t in (q, k, rows, keys, out)]

@@ -1,0 +1,141 @@
+"""Which of several forms of a computation is fastest here: measured once on each machine, not guessed from its CPU."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from approxkmv.compute.counting import not_counting
+from approxkmv.errors import TableError
+from approxkmv.files import cache_folder, check_writable, write_json
+from approxkmv.imports import files_behind
+from approxkmv.provenance import processor, versions
+
+Runs = Mapping[str, Callable[[], object]]
+"""What to time for each form."""
+
+clock = time.perf_counter
+_ROUNDS = 3
+# The first form, the plainest, stays unless another takes less than this share of its time: near a tie, noise decides.
+_CLEARLY_FASTER = 0.9
+# A form that took this many times the best so far is not timed again: bfloat16 products may be emulated.
+_HOPELESS = 3.0
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The form that is used, the seconds of each form that ran, and how they were found."""
+
+    form: str
+    seconds: dict[str, float]
+    how: str
+
+
+_decided: dict[tuple[str, int], Decision] = {}
+_forced: dict[str, str] = {}
+
+
+def fastest(question: str, *forms: str) -> str:
+    """The fastest of the forms by a trial of under a second, the first of them unless another is clearly faster.
+
+    The trial is made once for a processor, a number of threads, versions and sources, and kept in `cache_folder`. Where
+    nothing can be kept there is none, since processes would decide differently: the form is then the first.
+
+    Args:
+        question: module and function that returns `Runs`, such as "attention.blocks.trials.products".
+        forms: their names.
+    """
+    if question in _forced:
+        return _forced[question]
+    key = question, torch.get_num_threads()
+    if key not in _decided:
+        _decided[key] = _decide(question, forms)
+    return _decided[key].form
+
+
+@contextmanager
+def forced(forms: Mapping[str, str]) -> Iterator[None]:
+    """Use these forms, by question, inside the block, in every thread; for trials and tests."""
+    before = dict(_forced)
+    _forced.update(forms)
+    try:
+        yield
+    finally:
+        _forced.clear()
+        _forced.update(before)
+
+
+def decisions() -> dict[str, dict[str, Any]]:
+    """What this process decided, for the record of its results."""
+    found: dict[str, dict[str, Any]] = {
+        f"{question}, threads: {threads}": asdict(decision) for (question, threads), decision in _decided.items()
+    }
+    return found | {question: asdict(Decision(form, {}, "forced")) for question, form in _forced.items()}
+
+
+def _decide(question: str, forms: tuple[str, ...]) -> Decision:
+    path = _path(question, forms)
+    try:
+        if path is None:
+            raise TableError("no home")
+        try:
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            if kept["form"] in forms:
+                return Decision(kept["form"], kept["seconds"], "by an earlier trial")
+        except (OSError, ValueError, TypeError, KeyError):
+            pass
+        check_writable(path)
+        with not_counting(), ThreadPoolExecutor(1) as thread:
+            # In a thread of its own, whose scratch memory is not that of the call that asks.
+            seconds = thread.submit(_measure, question).result()
+        form = min(seconds, key=lambda name: seconds[name])
+        if forms[0] in seconds and not seconds[form] < _CLEARLY_FASTER * seconds[forms[0]]:
+            form = forms[0]
+        write_json(path, {"form": form, "seconds": seconds})
+        return Decision(form, seconds, "by a trial")
+    except TableError:
+        return Decision(forms[0], {}, "without a trial, which could not be kept")
+
+
+def _path(question: str, forms: tuple[str, ...]) -> Path | None:
+    """The file of a decision, whose name holds all that it depends on."""
+    folder = cache_folder()
+    if folder is None:
+        return None
+    source = Path(__file__).resolve().parents[1].joinpath(*question.split(".")[:-1]).with_suffix(".py")
+    known = (question, forms, processor(), torch.get_num_threads(), sorted(versions().items()))
+    key = hashlib.sha256(repr(known).encode())
+    for file in files_behind(source):
+        key.update(hashlib.sha256(file.read_bytes()).digest())
+    return folder / "trials" / f"{question}-{key.hexdigest()[:32]}.json"
+
+
+def _measure(question: str) -> dict[str, float]:
+    """Seconds of each form, the least of a few rounds; forms that cannot run here are left out."""
+    module, name = question.rsplit(".", 1)
+    runs: Runs = getattr(import_module(f"approxkmv.{module}"), name)()
+    seconds: dict[str, float] = {}
+    for turn in range(1 + _ROUNDS):
+        for form, run in runs.items():
+            if turn > 1 and (form not in seconds or seconds[form] > _HOPELESS * min(seconds.values())):
+                continue
+            started = clock()
+            try:
+                run()
+            except RuntimeError:
+                # torch lacks the operation for this type.
+                continue
+            # The first turn may compile.
+            if turn:
+                seconds[form] = min(clock() - started, seconds.get(form, float("inf")))
+    return seconds

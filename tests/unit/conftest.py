@@ -1,0 +1,19 @@
+"""Tests decide which form of a computation runs, not a trial, whose outcome depends on the machine and its load."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _no_trials() -> Iterator[None]:
+    """Compiled loops where there are any, and bfloat16 in those that have it; other products as tests ask for them."""
+    from approxkmv.compute.trial import forced
+
+    blocks = "attention.blocks.trials"
+    near = {f"{blocks}.near_keys_{width}_columns": "bfloat16" for width in ("few", "many")}
+    compiled = dict.fromkeys((f"{blocks}.loops", "attention.searched.trials.pairs"), "compiled")
+    with forced({f"{blocks}.products": "float32", **compiled, **near}):
+        yield
