@@ -1,4 +1,4 @@
-"""The tables and numbers of docs/findings.md, from the studies embedded, sentences, articles and lengths."""
+"""The tables and numbers of docs/findings.md, from the studies embedded, families, sentences, articles and lengths."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from functools import cache, partial
 
 import numpy as np
 import pandas as pd
-from reference import REFERENCE, machine, markdown, number
+import yaml
+from reference import REFERENCE, ROOT, machine, markdown, number
 
 from approxkmv.figures.gauge import NEEDED_POWER
 from approxkmv.kmv.complexity import bound_exponents
@@ -19,6 +20,7 @@ from approxkmv.statistics.growth import FAST, FLAT, FLOOR, PAPER_BOUND, SIZES, T
 MINILM, SMOLLM = "minilm-l6", "smollm2-135m"
 SHORT = {MINILM: "MiniLM", SMOLLM: "SmolLM2"}
 ENTRIES = {"": "all", MASKED: "causal"}
+FAMILIES = yaml.safe_load((ROOT / "config.yaml").read_text(encoding="utf-8"))["studies"]["families"]["models"]
 # Study and model of each growth measurement.
 GROWTH = (("articles", MINILM), ("articles", SMOLLM), ("lengths", SMOLLM))
 READ = {
@@ -68,6 +70,28 @@ def readings(model: str) -> str:
         }
     )
     return markdown(shown) + "\n"
+
+
+def families() -> str:
+    """The two scales that the paper prints, for every model of the study families."""
+    lines = []
+    for model in FAMILIES:
+        table = table_of("families", f"readings_{model}")
+        label = json.loads((REFERENCE / "families" / "tables" / f"overview_{model}.json").read_text("utf-8"))["label"]
+        for row in table[table["reading"].isin(["printed", "sigma"])].to_dict("records"):
+            lines.append(
+                {
+                    "model": label.partition(" (")[0],
+                    "entries": "all" if row["entries"] == "all" else "its attention's",
+                    "scale": READ[row["reading"]].partition(":")[0].partition(",")[0],
+                    "largest c": number(row["largest_ratio"]),
+                    f"heads with c ≤ {PAPER_BOUND:g}": f"{row['heads_within_bound']} of {row['heads']}",
+                    "K_(n)/K_(n+1)": number(row["median_next"]),
+                    "K_(n)/K_(2n)": number(row["median_double"]),
+                    "K_(2n) is 0 in float32": f"{row['share_underflowing']:.0%}",
+                }
+            )
+    return markdown(pd.DataFrame(lines)) + "\n"
 
 
 def gauge(model: str) -> str:
@@ -203,7 +227,7 @@ def costs() -> str:
 def models() -> str:
     """Models, studies and what was measured."""
     lines = []
-    for study, model in (("embedded", MINILM), ("embedded", SMOLLM), *GROWTH):
+    for study, model in (("embedded", MINILM), ("embedded", SMOLLM), *(("families", m) for m in FAMILIES), *GROWTH):
         folder = REFERENCE / study / "tables"
         path = model_tables(folder, model).overview
         facts = json.loads((path if path.exists() else folder / f"lengths_{model}.json").read_text(encoding="utf-8"))
@@ -221,8 +245,15 @@ def models() -> str:
     return f"{markdown(pd.DataFrame(lines))}\n\n{made}.\n"
 
 
+def _of_family(model: str, name: str, column: str) -> str:
+    return _cell(table_of("families", f"readings_{model}"), name, column, "all")
+
+
 def _reading(model: str, name: str, column: str, entries: str = "all") -> str:
-    table = _readings(model)
+    return _cell(_readings(model), name, column, entries)
+
+
+def _cell(table: pd.DataFrame, name: str, column: str, entries: str) -> str:
     row = table[(table["reading"] == name) & (table["entries"] == entries)].iloc[0]
     if column == "heads_within_bound":
         return f"{row[column]} of {row['heads']}"
@@ -245,6 +276,7 @@ def _count(rows: pd.DataFrame, found: pd.Series) -> str:
 TABLES: dict[str, Callable[[], str]] = {
     **{f"readings-{model}": partial(readings, model) for model in (MINILM, SMOLLM)},
     **{f"gauge-{model}": partial(gauge, model) for model in (MINILM, SMOLLM)},
+    "readings-families": families,
     "gauge-errors": tolerances,
     "growth-verdicts": verdicts,
     "growth-predictions": predictions,
@@ -303,6 +335,15 @@ NUMBERS: dict[str, Callable[[], str]] = {
     },
     **{
         f"smollm-causal-sigma-{name}": partial(_reading, SMOLLM, "sigma", column, "causal")
+        for name, column in (
+            ("largest", "largest_ratio"),
+            ("within", "heads_within_bound"),
+            ("double", "median_double"),
+            ("underflow", "share_underflowing"),
+        )
+    },
+    **{
+        f"mpnet-sigma-{name}": partial(_of_family, "mpnet-base", "sigma", column)
         for name, column in (
             ("largest", "largest_ratio"),
             ("within", "heads_within_bound"),

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
-from findings import NUMBERS
+from findings import FAMILIES, NUMBERS
 from findings import TABLES as OF_FINDINGS
 from reference import REFERENCE, ROOT, machine, markdown
 
@@ -414,24 +414,24 @@ def perplexity() -> str:
     return f"{markdown(shown)}\n\n{machine(path.with_suffix('.json'))}.\n"
 
 
-def embedded_study() -> str:
-    """What the default study found; for a causal model also over the entries that its attention uses."""
+def families() -> str:
+    """c of every model of the study families; for a causal model also over the entries that its attention uses."""
+    folder = REFERENCE / "families"
     lines = []
-    for path in sorted((REFERENCE / "embedded" / "tables").glob("overview_*.json")):
-        facts = json.loads(path.read_text(encoding="utf-8"))
+    for model in FAMILIES:
+        facts = json.loads((folder / "tables" / f"overview_{model}.json").read_text(encoding="utf-8"))
         heads = facts["layers"] * facts["heads"]
-        for before, entries in (("", "all"), ("masked_", "no key after its query")):
+        for before, entries in (("", "all"), ("masked_", facts["mask"])):
             if f"{before}largest_ratio" not in facts:
                 continue
             layer, head = facts[f"{before}largest_ratio_layer"], facts[f"{before}largest_ratio_head"]
             lines.append(
                 {
                     "model": facts["label"],
-                    "texts": facts["texts_used"],
                     "entries": entries,
                     "heads with c ≤ 4.6": f"{facts[f'{before}heads_within_bound']} of {heads}",
                     "median c over heads": f"{facts[f'{before}median_ratio']:.2f}",
-                    "largest c": f"{facts[f'{before}largest_ratio']:.0f} (layer {layer}, head {head})",
+                    "largest c": f"{facts[f'{before}largest_ratio']:.3g} (layer {layer}, head {head})",
                 }
             )
     return markdown(pd.DataFrame(lines)) + "\n"
@@ -479,7 +479,7 @@ def reliability() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "statistics-speed": statistics_speed,
     "attention-statistics": attention_statistics,
-    "embedded-study": embedded_study,
+    "families": families,
     "methods-at-equal-error": at_longest,
     "methods-long": lambda: at_each_length("long"),
     "methods-columns": lambda: at_each_length("columns"),

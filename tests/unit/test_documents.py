@@ -33,7 +33,7 @@ def test_a_sentence_can_be_edited_and_a_number_in_it_cannot(monkeypatch):
 
     text = (ROOT / "docs" / "findings.md").read_text(encoding="utf-8")
     assert filled(text) == text
-    edited = text.replace("Two small models", "A few small models")
+    edited = text.replace("Six small models", "A few small models")
     assert edited != text
     assert filled(edited) == edited
     wrong = re.sub(r"(<!-- number: needed -->).*?(<!-- end -->)", r"\g<1>0.99\g<2>", text)
