@@ -48,6 +48,8 @@ def log_to(path: Path | None) -> None:
 
 def reason_of(error: BaseException) -> str | None:
     """What to tell the user about a user error, a full disk or too little memory; None for any other error."""
+    if isinstance(error, ModuleNotFoundError) and not (error.name or "approxkmv").startswith("approxkmv"):
+        return f"this needs the package {error.name}: pip install 'approxkmv[pipeline]'"
     cause: BaseException | None = error
     while cause is not None:
         # Also when it is the cause of another error, such as that of a file that cannot be read.

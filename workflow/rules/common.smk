@@ -13,6 +13,7 @@ from approxkmv.config import (
     corpus_entry,
     load_config,
     model_of,
+    relocate,
     settings_file,
     study_of,
 )
@@ -36,7 +37,11 @@ if not any(re.fullmatch(r"--dry-?run|-[a-z]*n[a-z]*", word) for word in sys.argv
 # Snakemake itself keeps the last of two equal keys, and has another message and exit code for what is no YAML.
 with one_line_errors():
     given = workflow.config_settings
-    for file in [*given.configfiles, Path("config.yaml")]:
+    CONFIG = Path("config.yaml")
+    if not CONFIG.exists() and not given.configfiles:
+        # With --directory or in another folder: the one beside the Snakefile.
+        CONFIG = Path(workflow.basedir) / CONFIG
+    for file in [*given.configfiles, CONFIG]:
         if given.configfiles and not file.exists():
             continue
         try:
@@ -47,10 +52,11 @@ with one_line_errors():
                 raise
 
 
-configfile: "config.yaml"
+configfile: str(CONFIG)
 
 
 with one_line_errors():
+    relocate(config, [CONFIG, *given.configfiles])
     STUDY = study_of(checked(config))
     RESULTS = f"results/{STUDY.name}"
     MODELS = list(STUDY.models)

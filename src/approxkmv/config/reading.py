@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from approxkmv.attention import check_name
 from approxkmv.config.documents import keys_at
 from approxkmv.config.keys import Configuration, Section
+from approxkmv.config.paths import moved
 from approxkmv.errors import ApproxKMVError, ConfigError, did_you_mean
 from approxkmv.files import write_text
 from approxkmv.typed import shown
@@ -22,8 +23,11 @@ S = TypeVar("S", bound=Section)
 
 
 def load_config(path: Path) -> Configuration:
-    """The configuration in a YAML file, checked, with defaults filled in. Raises ConfigError in one line."""
-    return checked(read_yaml(path))
+    """The configuration in a YAML file, checked, with defaults filled in. Raises ConfigError in one line.
+
+    Its paths, which are relative to the file, become relative to the working folder.
+    """
+    return checked(moved(read_yaml(path), path.parent, Path()))
 
 
 def checked(value: Any) -> Configuration:
@@ -70,7 +74,7 @@ def settings_file(config: Configuration, path: Path) -> Path:
     import yaml
 
     text = "# Written by the workflow: the configuration of this run, with defaults filled in.\n"
-    text += yaml.safe_dump(config.model_dump(mode="json"), sort_keys=True, allow_unicode=True)
+    text += yaml.safe_dump(moved(config.model_dump(mode="json"), Path(), path.parent), sort_keys=True, allow_unicode=True)
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
         write_text(path, text)
     return path

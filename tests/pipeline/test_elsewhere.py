@@ -1,0 +1,53 @@
+"""Paths in a configuration are relative to the file that names them, wherever a command runs."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from small_project import Project
+
+from approxkmv.config import load_config, settings_file
+
+
+def test_a_configuration_in_another_folder_names_files_beside_it(project: Project, monkeypatch):
+    config = project.read()
+    config["sweeps"] = {"one": {"workloads": [{"name": "model-qk", "path": "heads.safetensors", "lengths": [64]}]}}
+    config["sweeps"]["one"]["workloads"].append({"name": "glove-paper", "path": "npm:a@1/b.json", "lengths": [64]})
+    project.write(config)
+    elsewhere = project.folder / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    found = load_config(project.folder / "config.yaml")
+    assert found.models["bert"].source == "path:../bert"
+    assert found.corpora["words"].source == "path:../words.jsonl"
+    paths = [workload.path for workload in found.sweeps["one"].workloads]
+    assert paths == ["../heads.safetensors", "npm:a@1/b.json"]
+    # What a run writes for its steps is read to the same.
+    assert load_config(settings_file(found, Path("results") / "x" / "config.yaml")) == found
+    # Beside the configuration a path stays as it is written.
+    monkeypatch.chdir(project.folder)
+    assert load_config(Path("config.yaml")).models["bert"].source == "path:bert"
+
+
+@pytest.mark.slow
+def test_a_study_runs_with_directory_and_with_a_configuration_elsewhere(project: Project, tmp_path):
+    project.configure(models=["bert"])
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    code, output = project.snakemake("--directory", str(first), "--configfile", str(project.folder / "config.yaml"))
+    assert code == 0, output
+    # One file gives the texts, another, in a folder of its own, another model and where that is.
+    second.mkdir()
+    shutil.copytree(project.folder / "llama", second / "other")
+    (second / "more.yaml").write_text("models: {bert: {source: 'path:other'}}\n")
+    code, output = project.snakemake("--configfile", "config.yaml", str(second / "more.yaml"), "--dry-run")
+    assert code == 0, output
+    heads = [folder / "results" / "tiny" / "tables" / "heads_bert.csv" for folder in (first, project.folder)]
+    assert heads[0].is_file()
+    code, output = project.snakemake(
+        "results/tiny/tables/heads_bert.csv", "--configfile", "config.yaml", str(second / "more.yaml")
+    )
+    assert code == 0, output
+    assert heads[0].read_text() != heads[1].read_text()
