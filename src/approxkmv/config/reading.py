@@ -74,7 +74,9 @@ def settings_file(config: Configuration, path: Path) -> Path:
     import yaml
 
     text = "# Written by the workflow: the configuration of this run, with defaults filled in.\n"
-    text += yaml.safe_dump(moved(config.model_dump(mode="json"), Path(), path.parent), sort_keys=True, allow_unicode=True)
+    text += yaml.safe_dump(
+        moved(config.model_dump(mode="json"), Path(), path.parent), sort_keys=True, allow_unicode=True
+    )
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
         write_text(path, text)
     return path
