@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -25,11 +26,13 @@ Runs = Mapping[str, Callable[[], object]]
 """What to time for each form."""
 
 clock = time.perf_counter
-_ROUNDS = 3
+# At least, and at most if they take no longer than this: other processes disturb short runs the most.
+_ROUNDS, _MOST_ROUNDS, _SECONDS = 3, 20, 0.1
 # The first form, the plainest, stays unless another takes less than this share of its time: near a tie, noise decides.
 _CLEARLY_FASTER = 0.9
-# A form that took this many times the best so far is not timed again: bfloat16 products may be emulated.
-_HOPELESS = 3.0
+# A form that took this many times the best so far, and more seconds than an interruption, is not timed again: products
+# of bfloat16 numbers may be emulated.
+_HOPELESS, _INTERRUPTED = 3.0, 0.03
 
 
 @dataclass(frozen=True)
@@ -125,17 +128,24 @@ def _measure(question: str) -> dict[str, float]:
     module, name = question.rsplit(".", 1)
     runs: Runs = getattr(import_module(f"approxkmv.{module}"), name)()
     seconds: dict[str, float] = {}
-    for turn in range(1 + _ROUNDS):
-        for form, run in runs.items():
-            if turn > 1 and (form not in seconds or seconds[form] > _HOPELESS * min(seconds.values())):
+    begun, order = clock(), random.Random(0)
+    for turn in range(1 + _MOST_ROUNDS):
+        if turn == 1:
+            # The turn before may have compiled.
+            begun = clock()
+        if turn > _ROUNDS and clock() - begun > _SECONDS:
+            break
+        # In another order each time: with a busy processor's slices in step, one form would always be interrupted.
+        for form in order.sample(sorted(runs), len(runs)):
+            best = min(seconds.values(), default=0.0)
+            if turn > 1 and not seconds.get(form, float("inf")) <= max(_HOPELESS * best, _INTERRUPTED):
                 continue
             started = clock()
             try:
-                run()
+                runs[form]()
             except RuntimeError:
                 # torch lacks the operation for this type.
                 continue
-            # The first turn may compile.
             if turn:
                 seconds[form] = min(clock() - started, seconds.get(form, float("inf")))
     return seconds
