@@ -41,12 +41,57 @@ def test_a_sentence_can_be_edited_and_a_number_in_it_cannot(monkeypatch):
     assert filled(wrong) == text
 
 
-def test_the_findings_are_short_and_their_tables_narrow():
-    text = (ROOT / "docs" / "findings.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize(("name", "most"), [("findings", 1500), ("methods", 2500)])
+def test_documents_are_short_and_their_tables_narrow(name, most):
+    text = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert max(line.count(" | ") + 1 for line in rows) <= 8
     prose = re.sub(r"<!-- .*? -->", "", "\n".join(line for line in text.splitlines() if not line.startswith("|")))
-    assert len(prose.split()) <= 1500
+    assert len(prose.split()) <= most
+
+
+def test_tables_of_the_race_follow_from_new_tables_of_sweeps(monkeypatch, tmp_path):
+    """Tiny sweeps of two studies, one causal; the others are not measured."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import numpy as np
+    import race
+    import reference
+
+    from approxkmv.provenance import describe
+    from approxkmv.sweep import SweepSettings, run_sweep
+
+    np.save(tmp_path / "vectors.npy", np.random.default_rng(0).normal(size=(1500, 8)).astype(np.float32))
+    monkeypatch.setattr(race, "REFERENCE", tmp_path)
+    race._sweep.cache_clear()
+    asked = {"methods": ["exact-sdpa", "exact-sdpa-bf16", "exact-fused", "mean", "hyperattention", "local-expansion"]}
+    asked |= {"relative_to": "answer", "repeats": 1, "warmups": 0, "tuning_seeds": [100], "seeds": [0], "threads": 1}
+    few = {"block": 64, "samples": 64}
+    asked |= {"parameters": {"hyperattention": [few], "local-expansion": [{"block": 64, "near": 16}]}}
+    workload = {"name": "glove-split", "lengths": [64, 96, 128], "path": str(tmp_path / "vectors.npy")}
+    workload |= {"columns": ["all"]}
+    for study, more in (("rows", {}), ("long", {}), ("columns", {}), ("causal", {"causal": True})):
+        table = tmp_path / study / "tables" / "sweep.csv"
+        settings = SweepSettings.from_mapping({**asked, "workloads": [workload | more]})
+        run_sweep(settings, table, describe(), lambda line: None)
+    try:
+        won = race.winners()
+        assert "with the mask of a language model): errors of the answer; one thread" in won
+        assert "Not measured yet: `snakemake --cores all --config study=few`." in won
+        assert reference.machine(tmp_path / "rows" / "tables" / "sweep.json") in won
+        assert "few queries" in race.answer()
+        # Three lengths and three targets of one workload, of three studies that are one, and of the causal one
+        assert "| local-expansion | 9 |" in race.counts()
+        assert "| hyperattention | 18 |" in race.counts()
+        of_bfloat16 = [line for line in race.costs().splitlines() if "(columns)" in line]
+        assert len(of_bfloat16) == 1
+        assert of_bfloat16[0].count("ms [") == 2
+        for name in ("race-passing", "race-rising", "race-against-paper", "methods-evaluations", "methods-workloads"):
+            assert race.TABLES[name]()
+        assert race.claim().startswith("On one thread of ")
+        for make in (race.winners, race.passing, race.costs, race.counts):
+            assert max(line.count(" | ") + 1 for line in make().splitlines()) <= 8
+    finally:
+        race._sweep.cache_clear()
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "workflow" / "report").glob("*.rst")), ids=lambda path: path.stem)

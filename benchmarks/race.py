@@ -1,0 +1,437 @@
+"""The tables and sentences of docs/methods.md and README.md about speed, from the sweeps in results/reference/."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from reference import REFERENCE, machine, markdown
+from scipy.special import stdtrit
+
+from approxkmv.figures.crossover import crossover
+from approxkmv.figures.sweep_table import of_what, read_sweep
+from approxkmv.slopes import log_log_line
+from approxkmv.statistics.growth import PAPER_BOUND
+from approxkmv.sweep.exponents import fit_exponent
+
+# The studies of docs/methods.md, in its order, and what is asked of each.
+ASKED = {
+    "rows": "every method, one value column",
+    "long": "one value column",
+    "columns": "all value columns of a head",
+    "causal": "all value columns, with the mask of a language model",
+    "few": "the last queries only",
+}
+# A cell is counted once, in whichever study comes first.
+CELL = ["workload", "n", "batch", "columns", "mask", "target"]
+# Computes every score: what a choice of keys can reach, not a way to be fast.
+ORACLE = "top-k"
+_NOT_YET = "Not measured yet: `snakemake --cores all --config study={}`.\n"
+
+
+@cache
+def _sweep(study: str) -> pd.DataFrame | None:
+    """The reference table of a study, with its ratios; None where there is none."""
+    path = REFERENCE / study / "tables" / "sweep.csv"
+    return read_sweep(path).assign(study=study) if path.exists() else None
+
+
+def _studies() -> dict[str, pd.DataFrame]:
+    return {study: table for study in ASKED if (table := _sweep(study)) is not None}
+
+
+def _record(study: str) -> Any:
+    return json.loads((REFERENCE / study / "tables" / "sweep.json").read_text(encoding="utf-8"))
+
+
+def _about(study: str) -> str:
+    """Where and how a study was run; the sentence under each of its tables."""
+    record, table = _record(study), _sweep(study)
+    assert table is not None
+    threads = record["settings"]["threads"]
+    shared = "; * inputs shared with tuning" if table["tuning_inputs"].eq("shared").any() else ""
+    return (
+        f"`{study}` ({ASKED.get(study, 'batches of 8')}): errors {of_what(table)}; "
+        f"{'one thread' if threads == 1 else 'all threads'} on {machine(REFERENCE / study / 'tables' / 'sweep.json')}; "
+        f"{record['seconds'] / 60:.0f} minutes{shared}."
+    )
+
+
+def _named(workload: str) -> str:
+    return workload.replace("model-qk-", "head ").replace("-causal", ", causal").replace("-q", ", queries: ")
+
+
+def _raced(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of methods that could win: timed, neither trivial nor the oracle, with an exact row to beat."""
+    kept = table["kind"].eq("approximate") & table["times_faster"].notna() & table["method"].ne(ORACLE)
+    return table[kept & table["reached"].eq("yes")]
+
+
+def _mark(row: Any) -> str:
+    return "*" if row["tuning_inputs"] == "shared" else ""
+
+
+def _trivial(rows: pd.DataFrame) -> bool:
+    """Whether a trivial method reaches the target of these rows, of one cell, which then says little about others."""
+    return bool((rows["kind"].eq("trivial") & rows["reached"].eq("yes")).any())
+
+
+def _winner(rows: pd.DataFrame) -> str:
+    """The fastest method of one cell and its gain with quartiles, or the exact row that none beats."""
+    fastest = _raced(rows)
+    fastest = fastest[fastest["times_faster"] > 1]
+    if fastest.empty:
+        names = rows["fastest_exact"].dropna()
+        return (names.iloc[0] if len(names) else "–") + " †" * _trivial(rows)
+    row = fastest.loc[fastest["times_faster"].idxmax()]
+    return (
+        f"**{row['method']}** {row['times_faster']:.1f}{_mark(row)} "
+        f"({row['times_faster_q1']:.1f} to {row['times_faster_q3']:.1f}){' †' * _trivial(rows)}"
+    )
+
+
+def winners() -> str:
+    """Who wins where: a row per workload at its longest n, a column per target."""
+    parts = []
+    for study in ASKED:
+        table = _sweep(study)
+        if table is None:
+            parts.append(_NOT_YET.format(study))
+            continue
+        error = table.attrs["error"]
+        targets = sorted(table["target"].dropna().unique(), reverse=True)
+        longest = table[table["n"] == table.groupby("workload")["n"].transform("max")]
+        lines = []
+        for (workload, n), rows in longest.groupby(["workload", "n"], sort=False):
+            mean = rows[f"mean_{error}"].dropna() if f"mean_{error}" in rows else []
+            line = {
+                "workload": _named(workload),
+                "n": f"{n:,}",
+                "mean errs": f"{mean.iloc[0]:.2f}" if len(mean) else "–",
+            }
+            line |= {f"at {target:g}": _winner(rows[rows["target"] == target]) for target in targets}
+            lines.append(line)
+        parts.append(f"{markdown(pd.DataFrame(lines))}\n\n{_about(study)}\n")
+    return "\n".join(parts)
+
+
+def passing() -> str:
+    """At which n each method passes the fastest exact row, at the loosest target that every study has."""
+    lines = []
+    for study in ("long", "columns", "causal"):
+        table = _sweep(study)
+        if table is None:
+            lines.append({"study": study, "workload": "not measured yet"})
+            continue
+        target = 0.1
+        for workload, rows in table.groupby("workload", sort=False):
+            line: dict[str, Any] = {"study": study, "workload": _named(workload)}
+            for method in ("approxkmv", "local-expansion", "hyperattention", "approxkmv-paper", "balancekv"):
+                mine = rows[(rows["method"] == method) & (rows["target"] == target)]
+                line[method] = _passes(mine, rows["n"].min())
+            lines.append(line)
+    return (
+        f"{markdown(pd.DataFrame(lines).fillna(''))}\n\nThe n from which a method is faster, at error 0.1: ≤ where it "
+        "is so at the shortest n measured, ~ where a line through the last lengths says so, – where it misses the "
+        "error, is never faster or has no such form.\n"
+    )
+
+
+def _passes(rows: pd.DataFrame, shortest: int) -> str:
+    rows = rows[rows["reached"].eq("yes") & rows["times_faster"].notna()].sort_values("n")
+    n, how = crossover(*rows[["n", "times_faster"]].to_numpy(np.float64).T) if len(rows) else (0.0, "never")
+    mark = "*" if rows["tuning_inputs"].eq("shared").any() else ""
+    signs = {"below": "≤ " if n == shortest else "", "measured": "", "extrapolated": "~ "}
+    # Between two lengths no more than two digits are known.
+    n = n if how == "below" else float(f"{n:.2g}")
+    return f"{signs[how]}{n:,.0f}{mark}" if how in signs else "–"
+
+
+def costs() -> str:
+    """What an answer costs: exact attention in either precision, and the fastest method at the middle target."""
+    lines = []
+    for study in ("long", "columns", "causal"):
+        table = _sweep(study)
+        if table is None:
+            lines.append({"workload": f"study {study}", "n": "not measured yet"})
+            continue
+        longest = table[table["n"] == table.groupby("workload")["n"].transform("max")]
+        target = sorted(table["target"].dropna().unique(), reverse=True)[1]
+        for (workload, n), rows in longest.groupby(["workload", "n"], sort=False):
+            exact = rows[rows["kind"] == "exact"].dropna(subset="seconds")
+            half = exact["method"].str.endswith("-bf16")
+            raced = _raced(rows[rows["target"] == target])
+            best = raced.loc[raced["seconds"].idxmin()] if len(raced) else None
+            lines.append(
+                {
+                    "workload": f"{_named(workload)} ({study})",
+                    "n": f"{n:,}",
+                    "exact, float32": _milliseconds(exact[~half], table.attrs["error"]),
+                    "exact, bfloat16": _milliseconds(exact[half], table.attrs["error"]),
+                    f"fastest at {target:g}": "–" if best is None else best["method"] + _mark(best),
+                    "ms": "–" if best is None else _quartiles(best),
+                    "error, of the answer": "–" if best is None else f"{best['error_exact_p95']:.3f}",
+                    "of |v|": "–" if best is None else f"{best['error_v_p95']:.3f}",
+                }
+            )
+    return (
+        f"{markdown(pd.DataFrame(lines).fillna(''))}\n\nMedians with quartiles, the exact rows with their own error in "
+        "brackets; errors are 95th percentiles over seeds and inputs.\n"
+    )
+
+
+def _quartiles(row: Any) -> str:
+    low, middle, high = (1000 * row[name] for name in ("seconds_q1", "seconds", "seconds_q3"))
+    return f"{middle:.3g} ({low:.3g} to {high:.3g})"
+
+
+def _milliseconds(exact: pd.DataFrame, error: str) -> str:
+    if exact.empty:
+        return "–"
+    row = exact.loc[exact["seconds"].idxmin()]
+    return f"{1000 * row['seconds']:.3g} ms [{row[f'{error}_p95']:.1g}]"
+
+
+def rising() -> str:
+    """Slope of log times_faster on log n at error 0.1, with the 95 % interval of a line through so few points."""
+    lines = []
+    for study in ("long", "columns", "causal"):
+        table = _sweep(study)
+        if table is None:
+            lines.append({"study": study, "workload": "not measured yet"})
+            continue
+        raced = _raced(table[table["target"] == 0.1])
+        for (workload, method), rows in raced.groupby(["workload", "method"], sort=False):
+            rows = rows.sort_values("n")
+            slope, error = fit_exponent(rows["n"].tolist(), rows["times_faster"].tolist())
+            if slope is None or error is None or method not in ("approxkmv", "local-expansion"):
+                continue
+            half = float(stdtrit(len(rows) - 2, 0.975)) * error
+            lines.append(
+                {
+                    "study": study,
+                    "workload": _named(workload),
+                    "method": method,
+                    "n": " to ".join(f"{rows['n'].iloc[i]:,}" for i in (0, -1)),
+                    "slope": f"{slope:+.2f}",
+                    "95 % interval": f"{slope - half:+.2f} to {slope + half:+.2f}",
+                    "rises": "yes" if slope - half > 0 else "no" if slope + half < 0 else "undecided",
+                }
+            )
+    return f"{markdown(pd.DataFrame(lines).fillna(''))}\n"
+
+
+def counts() -> str:
+    """In how many distinct cells each method reaches the error, beats exact attention, and is the first of all."""
+    tables = list(_studies().values())
+    table = pd.concat(tables, ignore_index=True)
+    table = table[table["kind"] != "exact"].drop_duplicates([*CELL, "method"])
+    raced = _raced(table)
+    first = raced.loc[raced.groupby(CELL, dropna=False)["times_faster"].idxmax()] if len(raced) else raced
+    lines = []
+    for method, rows in table.groupby("method", sort=False):
+        mine, timed = raced[raced["method"] == method], rows[rows["target"].notna()]
+        lines.append(
+            {
+                "method": method,
+                "cells": len(timed),
+                "error reached": int(timed["reached"].eq("yes").sum()),
+                "faster than exact": int((timed["reached"].eq("yes") & (timed["times_faster"] > 1)).sum()),
+                "than exact in float32": int((timed["reached"].eq("yes") & (timed["times_faster_float32"] > 1)).sum()),
+                "the fastest, and faster": int(((first["method"] == method) & (first["times_faster"] > 1)).sum()),
+                "largest gain": f"{mine['times_faster'].max():.1f}" if len(mine) else "–",
+            }
+        )
+    return markdown(pd.DataFrame(lines)) + "\n"
+
+
+def figure5() -> str:
+    """The paper's Figure 5 at error 0.1 of |v|: speed relative to the matrix stored, and to each precision."""
+    table = _sweep("figure5")
+    assert table is not None
+    naive = table[table["method"] == "exact-naive"].set_index("n")["seconds"]
+    lines = []
+    for method, rows in table[table["kind"] != "exact"].groupby("method", sort=False):
+        line = {"method": method}
+        for _, row in rows.dropna(subset="seconds").iterrows():
+            ratios = [naive[row["n"]] / row["seconds"], row["times_faster_float32"], row["times_faster_bfloat16"]]
+            cells = " / ".join(f"{ratio:.1f}" if np.isfinite(ratio) else "–" for ratio in ratios)
+            line[f"n = {row['n']:,}"] = (cells if row["reached"] == "yes" else f"missed ({cells})") + _mark(row)
+        lines.append(line)
+    return (
+        f"{markdown(pd.DataFrame(lines).fillna('–'))}\n\nSpeed relative to `exact-naive` / the fastest exact row in "
+        f"float32 / in bfloat16. {_about('figure5')}\n"
+    )
+
+
+def perplexity() -> str:
+    """Perplexity with a method in place of a model's attention, and the seconds of the attention alone."""
+    path = REFERENCE / "perplexity" / "tables" / "perplexity.csv"
+    table = pd.read_csv(path)
+    lines = []
+    for tokens, rows in table.groupby("tokens"):
+        first = rows.iloc[0]
+        lines.append({"tokens": f"{tokens:,}", "method": "the model's own", "settings": ""})
+        lines[-1] |= {"perplexity": f"{first['exact_perplexity']:.2f}", "s": f"{first['exact_attention_seconds']:.1f}"}
+        for _, row in rows.iterrows():
+            given = json.loads(row["parameters"])
+            chosen = ("block", "near", "top", "samples", "exact_below")
+            settings = ", ".join(f"{name} {given[name]:,}" for name in chosen if name in given)
+            found = [f"{row[name]:.{digits}f}" for name, digits in (("perplexity", 2), ("attention_seconds", 1))]
+            lines.append({"tokens": "", "method": row["method"], "settings": settings})
+            lines[-1] |= dict(zip(("perplexity", "s"), found, strict=True))
+    about = machine(path.with_suffix(".json"))
+    return f"{markdown(pd.DataFrame(lines))}\n\ns: seconds in attention. Wall time, all threads of {about}.\n"
+
+
+def _count(table: pd.DataFrame) -> tuple[int, int]:
+    """Distinct cells, and how many of them a method that reaches the error is faster than exact in."""
+    asked = table[table["target"].notna()].drop_duplicates(CELL)
+    won = _raced(table)
+    return len(asked), len(won[won["times_faster"] > 1].drop_duplicates(CELL))
+
+
+def _largest(tables: list[pd.DataFrame]) -> Any:
+    """The largest gain on inputs other than those of tuning where no trivial method reaches the target, or None."""
+    best = None
+    for table in tables:
+        for _, rows in table[table["target"].notna()].groupby(CELL, dropna=False):
+            raced = _raced(rows[rows["tuning_inputs"] == "apart"])
+            raced = raced[raced["times_faster"] > (1 if best is None else best["times_faster"])]
+            if len(raced) and not _trivial(rows):
+                best = raced.loc[raced["times_faster"].idxmax()]
+    return best
+
+
+def _gain(row: Any, of: str) -> str:
+    """One measured gain with its denominator, precision, error and inputs."""
+    precision = "bfloat16" if str(row["fastest_exact"]).endswith("-bf16") else "float32"
+    columns = "one value column" if row["columns"] == "one" else "all value columns"
+    return (
+        f"`{row['method']}` is {row['times_faster']:.1f} times as fast as the fastest exact attention "
+        f"(`{row['fastest_exact']}`, {precision}) at n = {row['n']:,} on {_named(row['workload'])}, {columns}, with an "
+        f"error of at most {row['target']:g} {of}"
+    )
+
+
+def _on(study: str) -> str:
+    return machine(REFERENCE / study / "tables" / "sweep.json").split(", Python")[0]
+
+
+def answer() -> str:
+    """What a practitioner should do, as far as the reference sweeps say."""
+    studies = _studies()
+    places = {"rows": "one value column and few keys", "long": "one value column", "columns": "all value columns"}
+    places |= {"causal": "all columns and the mask of a language model", "few": "few queries"}
+    one = next(iter(studies))
+    said = [f"One thread of {_on(one)}, errors {of_what(studies[one])}."]
+    for study, table in studies.items():
+        asked, won = _count(table)
+        best = _largest([table])
+        said.append(f"With {places[study]} some method is faster than exact attention in {won} of {asked} cells")
+        said[-1] += "." if best is None else f"; at best {_gain(best, of_what(table))}."
+        if study == "causal" and won == 0:
+            said.append("**In a language model take exact attention.**")
+    missing = [study for study in places if study not in studies]
+    if missing:
+        said.append(f"Not measured yet: {' and '.join(places[study] for study in missing)}.")
+    if all(table["times_faster_bfloat16"].isna().all() for table in studies.values()):
+        said.append("**These tables lack exact attention in bfloat16, against which a gain may be no gain.**")
+    return " ".join(said) + "\n"
+
+
+def claim() -> str:
+    """One sentence on speed in a model, with denominator, precision, error and machine."""
+    columns, causal = _sweep("columns"), _sweep("causal")
+    assert columns is not None
+    best = _largest([columns[columns["workload"].str.startswith("model-qk")]])
+    said = "no method is faster than exact attention" if best is None else _gain(best, of_what(columns))
+    said = f"On one thread of {_on('columns')}, {said} (95th percentile)"
+    if causal is None:
+        return f"{said}; with the mask of a language model it is not measured yet."
+    best = _largest([causal])
+    masked = "none is faster" if best is None else _gain(best, of_what(causal))
+    return f"{said}; with the mask of a language model {masked}."
+
+
+def against_paper() -> str:
+    """Speed of approxkmv relative to approxkmv-paper, in the cells where the latter reaches the error."""
+    table = pd.concat(_studies().values(), ignore_index=True)
+    table = table[table["reached"].eq("yes")].drop_duplicates([*CELL, "method"])
+    ours, paper = (
+        table[table["method"] == name].set_index(CELL)["seconds"] for name in ("approxkmv", "approxkmv-paper")
+    )
+    times = (paper / ours).dropna()
+    lines = [
+        {
+            "n": f"{n:,}",
+            "cells that approxkmv-paper reaches": len(some),
+            "approxkmv is faster: lowest": f"{some.min():.1f} times",
+            "median": f"{some.median():.1f} times",
+            "at least twice as fast": int((some >= 2).sum()),
+        }
+        for n, some in times.groupby(level="n")
+    ]
+    return f"{markdown(pd.DataFrame(lines))}\n"
+
+
+def evaluations() -> str:
+    """Exponents of kernel evaluations in n, per method: the range over workloads and errors."""
+    table = pd.read_csv(REFERENCE / "long" / "tables" / "sweep_exponents.csv")
+    lines = []
+    for method, rows in table.groupby("method", sort=False):
+        e = rows["evaluation_exponent"].dropna()
+        if e.empty:
+            continue
+        below = rows["evaluation_exponent"] + 2 * rows["evaluation_exponent_error"] < 2
+        lines.append(
+            {
+                "method": method,
+                "fits": len(e),
+                "lowest": f"{e.min():.2f}",
+                "median": f"{e.median():.2f}",
+                "highest": f"{e.max():.2f}",
+                "below 2 by two standard errors": int(below.sum()),
+                "with all inner products: median": f"{rows['product_exponent'].median():.2f}",
+            }
+        )
+    return markdown(pd.DataFrame(lines)) + "\n"
+
+
+def workload_ratios() -> str:
+    """c of the workloads' kernels against n."""
+    table = pd.concat([_studies()["rows"], _studies()["long"]], ignore_index=True)
+    table = table[table["head_to_tail"].notna()].drop_duplicates(["workload", "n"], keep="last").sort_values("n")
+    lines = []
+    for workload, rows in table.groupby("workload"):
+        growth = log_log_line(rows["n"], rows["head_to_tail"])[0] if len(rows) > 1 else None
+        ends = [f"{rows['head_to_tail'].iloc[i]:.3g} (n = {rows['n'].iloc[i]:,})" for i in (0, -1)]
+        lines.append(
+            {
+                "workload": _named(workload),
+                "c at the shortest and longest n": " → ".join(dict.fromkeys(ends)),
+                "c ~ n^g, g": "–" if growth is None else f"{growth:.2f}",
+                f"c stays below {PAPER_BOUND:g}": "yes" if rows["head_to_tail"].max() < PAPER_BOUND else "no",
+            }
+        )
+    return markdown(pd.DataFrame(lines)) + "\n"
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "race-answer": answer,
+    "race-winners": winners,
+    "race-passing": passing,
+    "race-costs": costs,
+    "race-rising": rising,
+    "race-counts": counts,
+    "race-against-paper": against_paper,
+    "methods-figure5": figure5,
+    "methods-evaluations": evaluations,
+    "methods-workloads": workload_ratios,
+    "methods-perplexity": perplexity,
+}
+NUMBERS: dict[str, Callable[[], str]] = {"race-claim": claim}
