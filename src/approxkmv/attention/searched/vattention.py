@@ -29,7 +29,7 @@ from approxkmv.attention.kernels.exponentials import exp_
 from approxkmv.compute.counting import count
 from approxkmv.errors import InputError
 
-_ROWS = 64  # queries whose scores are held at a time, and which take as many columns as their largest sample
+_ROWS = 128  # queries whose scores are held at a time
 
 
 @dataclass(frozen=True)
@@ -118,15 +118,20 @@ def _rows(
     if bool(none.any()):
         reach[none] = width
         sampled = drawn()
-    longest = sampled.shape[1]
-    light = exp_(columns[:, :longest] - shift.unsqueeze(1)).mul_(sampled)
-    light *= (rest / sampled.sum(1).clamp_min(1)).unsqueeze(1)
+    number = sampled.sum(1)
+    # The sampled pairs alone: a few rows may need many keys.
+    rows, drawn_keys = sampled.nonzero(as_tuple=True)
+    light = exp_(columns[rows, drawn_keys] - shift[rows]).mul_((rest / number.clamp_min(1))[rows])
     evaluations = heavy.numel() + base.numel() + light.numel()
     count(kernel_evaluations=evaluations, other_products=max(0, logits.numel() - evaluations))
 
-    numerators = torch.nn.functional.embedding_bag(chosen, v, per_sample_weights=heavy, mode="sum")
-    numerators = numerators.addmm_(base, v[: p.base]).addmm_(light, v[p.base : p.base + longest])
-    return numerators, heavy.sum(1) + base.sum(1) + light.sum(1), shift
+    bag = torch.nn.functional.embedding_bag
+    numerators = bag(chosen, v, per_sample_weights=heavy, mode="sum").addmm_(base, v[: p.base])
+    starts = number.cumsum(0) - number
+    if len(light):
+        numerators += bag(drawn_keys + p.base, v, starts, per_sample_weights=light, mode="sum")
+    row_sums = heavy.sum(1) + base.sum(1)
+    return numerators, row_sums.index_add_(0, rows, light), shift
 
 
 def sums(
