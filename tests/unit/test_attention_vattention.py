@@ -143,7 +143,7 @@ def test_sinks_and_the_window_are_summed_exactly(causal):
             for seed in range(5):
                 numerators, _, logs = sums(q, k, v, torch.Generator().manual_seed(seed), p, is_causal=causal)
                 found.append(numerators[row].double() * (logs[row].double() - log_sum[row]).exp())
-            # Without them a row finds them now and then, or takes every key because it has found none.
+            # Without them a sample finds them now and then.
             assert bool(torch.allclose(torch.stack(found), right[row], rtol=1e-4)) is close
 
 

@@ -103,7 +103,7 @@ def _rows(
     base = exp_(base - shift.unsqueeze(1))
     rest = rest - is_light.sum(1)
     wanted = budgets(base, is_light, heavy.sum(1), rest, p)
-    # The columns after the base sample that hold about as many light keys as wanted, or all if that finds none.
+    # The columns after the base sample that hold about as many light keys as wanted, or up to the first one.
     columns = logits[:, p.base :]
     width = columns.shape[1]
     reach = (wanted * width / rest.clamp_min(1)).ceil()
@@ -116,7 +116,7 @@ def _rows(
     sampled = drawn()
     none = (rest > 0) & ~sampled.any(1)
     if bool(none.any()):
-        reach[none] = width
+        reach[none] = 1.0 + (columns[none] > -torch.inf).byte().argmax(1)
         sampled = drawn()
     number = sampled.sum(1)
     # The sampled pairs alone: a few rows may need many keys.
