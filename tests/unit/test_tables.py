@@ -287,3 +287,10 @@ def test_the_table_of_readings_has_a_row_per_reading_and_entries(tmp_path, unit)
     path = pd.read_csv(tmp_path / f"readings_path_{model.name}.csv")
     path = path[path["entries"] == "all"]
     assert path["power"].tolist() == [1.0, 0.75, 0.5, 0.25, 0.0]
+    # The table per head is what the first is made from.
+    heads = pd.read_csv(tmp_path / f"readings_heads_{model.name}.csv")
+    for row in table.to_dict("records"):
+        part = heads[(heads["reading"] == row["reading"]) & (heads["entries"] == row["entries"])]
+        assert len(part) == row["heads"]
+        assert part["ratio"].max() == pytest.approx(row["largest_ratio"])
+        np.testing.assert_allclose(part["double_ratio"].median(), row["median_double"])

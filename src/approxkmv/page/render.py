@@ -137,7 +137,6 @@ def _records(tables: Path) -> list[dict[str, Any]]:
         facts = read_json(path)
         record = facts.get("provenance", facts)
         if {"command", "machine", "versions"} <= record.keys():
-            found.append(
-                {"table": path.stem} | {name: record.get(name) for name in ("command", "commit", "machine", "versions")}
-            )
+            made = {name: record.get(name) for name in ("command", "commit", "machine", "versions")}
+            found.append({"table": path.stem, "source": facts.get("source")} | made)
     return found

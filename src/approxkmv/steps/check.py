@@ -23,7 +23,7 @@ SHARD_BYTES = 1 << 30
 # Bytes of memory that Python and its libraries take.
 LIBRARIES = 800 << 20
 # Seconds: of one head's statistics per token squared, on one core, and of imports, loading and figures.
-PER_ENTRY, BESIDE = 2.2e-7, 25.0
+PER_ENTRY, BESIDE = 4e-7, 30.0
 
 
 @dataclass(frozen=True)

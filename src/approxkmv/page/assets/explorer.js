@@ -188,7 +188,7 @@
     const reading = state.reading !== "printed" && OF_READINGS.includes(state.stat) ? ` Read as ${state.reading}.` : "";
     const legend = el("div", { class: "legend", "aria-hidden": "true" }, el("div", { class: "bar", style: `background: linear-gradient(90deg, ${steps})` }), el("div", { class: "marks" }, marks));
     const what = setOf(model, state.set) === "own" ? model.mask : SETS.all;
-    return el("div", { class: "frame" }, el("p", { class: "note" }, `${one.title}, over ${what}. ${one.about}${reading}${outlined}`), el("div", { class: "scroll", id: `scroll-${side}` }, table), legend);
+    return el("div", { class: "frame" }, el("p", { class: "note" }, `${one.title}; entries: ${what}. ${one.about}${reading}${outlined}`), el("div", { class: "scroll", id: `scroll-${side}` }, table), legend);
   }
 
   function cell(side, model, head, values, at) {
