@@ -82,6 +82,12 @@ def test_tables_of_the_race_follow_from_new_tables_of_sweeps(monkeypatch, tmp_pa
         # Three lengths and three targets of one workload, of three studies that are one, and of the causal one
         assert "| local-expansion | 9 |" in race.counts()
         assert "| hyperattention | 18 |" in race.counts()
+        # Where every key is near, a method is exact attention, and wins nothing however fast it is.
+        table = race._sweep("rows")
+        approximate = table[table["kind"] == "approximate"].assign(reached="yes", times_faster=9.0)
+        pairs = approximate["n"] ** 2
+        assert len(race._raced(approximate.assign(kernel_evaluations=pairs - 1))) == len(approximate)
+        assert race._raced(approximate.assign(kernel_evaluations=pairs)).empty
         of_bfloat16 = [line for line in race.costs().splitlines() if "(columns)" in line]
         assert len(of_bfloat16) == 1
         assert of_bfloat16[0].count("ms [") == 2
