@@ -50,6 +50,8 @@ rule clean_leftovers:
 onstart:
     with one_line_errors():
         hold(LOCK, f"a run of study {STUDY.name}")
+    if STUDY.takes:
+        print(f"study {STUDY.name} takes {STUDY.takes}", file=sys.stderr)
 
 
 onsuccess:
@@ -60,6 +62,9 @@ onsuccess:
 
 
 onerror:
+    if RUN_LOG.stopped:
+        print("stopped; run again to continue", file=sys.stderr)
+        sys.exit(130)
     print(
         f"A step failed; its reason stands above and in {RESULTS}/logs. Run again to go on from there. "
         "(A step that was killed may have had too little memory: lower batch_tokens, or shard_contexts.)",

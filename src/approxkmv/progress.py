@@ -6,7 +6,7 @@ import errno
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -97,6 +97,30 @@ def one_line_errors() -> Iterator[None]:
         return
     print(f"approxkmv: {' '.join(reason.split())}", file=sys.stderr)
     sys.exit(2)
+
+
+class RunLog(logging.Filter):
+    """For Snakemake's logger: what a person sees of a run are warnings, errors and, on a terminal, how far it is.
+
+    `nothing_to_do` is called if there is nothing to run; `stopped` says whether the user stopped the run.
+    """
+
+    def __init__(self, nothing_to_do: Callable[[], None]) -> None:
+        super().__init__()
+        self.nothing_to_do = nothing_to_do
+        self.stopped = False
+        self.start = time.monotonic()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        done, total = getattr(record, "done", None), getattr(record, "total", None)
+        if done is not None and total is not None and on_terminal():
+            minutes = (time.monotonic() - self.start) / 60
+            print(f"  step {done} of {total} done, {minutes:.1f} min so far", file=sys.stderr)
+        message = str(record.msg)
+        if message.startswith("Nothing to be done"):
+            self.nothing_to_do()
+        self.stopped |= message.startswith("Terminating processes on user request")
+        return record.levelno >= logging.WARNING
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from approxkmv.imports import command_files
 from approxkmv.lock import hold, try_lock
 from approxkmv.models.sources import identity
 from approxkmv.page.contents import CAPTIONS, FIGURES, PAGE_FILES
-from approxkmv.progress import one_line_errors
+from approxkmv.progress import RunLog, one_line_errors
 from approxkmv.steps.cleaning import (
     remove_activations,
     remove_damaged,
@@ -30,9 +30,18 @@ from approxkmv.steps.cleaning import (
 )
 from approxkmv.results.shards import shard_count
 
-# A person sees one line per finished step, from the step itself; Snakemake's own errors stay.
+
+def show_again():
+    """The last words of a run of which nothing was left to do."""
+    print(f"study {STUDY.name} is up to date", file=sys.stderr)
+    if any(Path(RESULTS, "tables").glob("*.json")):
+        shell(f"approxkmv show {RESULTS}")
+
+
+# A person sees one line per finished step, from the step itself, and how many there are; Snakemake's own errors stay.
+RUN_LOG = RunLog(show_again)
 if not any(re.fullmatch(r"--dry-?run|-[a-z]*n[a-z]*", word) for word in sys.argv):
-    logger.setLevel("WARNING")
+    logger.addFilter(RUN_LOG)
 
 # Snakemake itself keeps the last of two equal keys, and has another message and exit code for what is no YAML.
 with one_line_errors():

@@ -8,6 +8,8 @@ rule fetch:
         f"{RESULTS}/models/{{model}}.json",
     log:
         f"{RESULTS}/logs/fetch_{{model}}.log",
+    # First, so that what needs the network fails or is done before anything is computed.
+    priority: 10
     params:
         config=lambda wildcards: SETTINGS,
         entry=lambda wildcards: str(model_of(checked(config), wildcards.model)),

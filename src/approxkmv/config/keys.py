@@ -122,6 +122,8 @@ def _ascending(numbers: tuple[int, ...]) -> tuple[int, ...]:
 class StudySettings(Section):
     """What a study sets itself."""
 
+    takes: Label | None = None
+    """How long the study takes and on what, in words, said before it starts; null says nothing."""
     complexity: Complexity | None = None
     """Count the cost of ApproxKMV with its printed constants as n grows; null skips this."""
     perplexity: Perplexity | None = None

@@ -20,7 +20,7 @@ def check_study(config: Configuration, study: Study) -> list[str]:
 
     Nothing is fetched: for a model or data set that is not on this machine only the form of its source is checked.
     """
-    lines = [f"study {study.name}"]
+    lines = [f"study {study.name}{f', takes {study.takes}' if study.takes else ''}"]
     parts = [part for part in (study.perplexity, study.capture) if part is not None]
     for name in dict.fromkeys([*study.models, *(part.model for part in parts)]):
         _check_model(model_of(config, name))

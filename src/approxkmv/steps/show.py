@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from approxkmv.errors import TableError
+from approxkmv.figures.speedup import finding
+from approxkmv.figures.sweep_table import read_sweep
 from approxkmv.page.verdict import measured, sentences
 from approxkmv.steps.cleaning import leftovers, study_in
 
@@ -22,6 +24,8 @@ def lines(results: Path) -> list[str]:
     for facts in measured(results / "tables", models, lengths):
         first, *rest = sentences(results / "tables", facts)
         out += [first, *(f"  {line}" for line in rest)]
+    if (results / "tables" / "sweep.csv").is_file():
+        out.append(f"sweep: {finding(read_sweep(results / 'tables' / 'sweep.csv'))}")
     if left := leftovers(results):
         names = ", ".join(str(path.relative_to(results)) for path in left[:3])
         more = f" and {len(left) - 3} more" if len(left) > 3 else ""
