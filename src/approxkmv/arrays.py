@@ -83,3 +83,68 @@ def resolve_seed(seed: int) -> int:
     if not isinstance(seed, (int, np.integer)) or isinstance(seed, bool) or not 0 <= seed < 2**63:
         raise InputError(f"seed is {seed!r}: it must be a whole number, at least 0 and below 2^63")
     return int(seed)
+
+
+# What attention methods take.
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def as_batches(
+    q: Array, k: Array, v: Array
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Callable[[torch.Tensor], Array]]:
+    """q, k and v as (batch, n, width) tensors in float32 or bfloat16, and a function that brings an answer back.
+
+    They are three tensors or three NumPy arrays of one dtype, float16 to float64, and of one number of dimensions:
+    (n, width), (batch, n, width) or (batch, heads, n, width). With four, queries may have several heads per head of the
+    keys. Methods compute in bfloat16 or float32, so float64 answers have the precision of float32. The answer comes
+    back in q's kind, dtype and leading dimensions. Raises InputError for anything else.
+    """
+    given = {"q": q, "k": k, "v": v}
+    for name, array in given.items():
+        if not isinstance(array, (torch.Tensor, np.ndarray)):
+            raise InputError(f"{name} is a {type(array).__name__}: give a torch tensor or a NumPy array")
+        if isinstance(array, np.ndarray) != isinstance(q, np.ndarray):
+            raise InputError("q, k and v are of different kinds: give three torch tensors or three NumPy arrays")
+        if isinstance(array, np.ndarray) and array.dtype not in (np.float16, np.float32, np.float64):
+            raise InputError(f"{name} has dtype {array.dtype}: give float16, float32 or float64")
+    tensors = [
+        torch.from_numpy(np.ascontiguousarray(array)) if isinstance(array, np.ndarray) else array
+        for array in given.values()
+    ]
+    for name, tensor in zip(given, tensors, strict=True):
+        if tensor.dtype not in DTYPES:
+            raise InputError(f"{name} has dtype {tensor.dtype}: give float16, bfloat16, float32 or float64")
+        if tensor.dtype != tensors[0].dtype:
+            raise InputError(f"{name} is {tensor.dtype}, but q is {tensors[0].dtype}")
+        if not 2 <= tensor.ndim <= 4 or 0 in tensor.shape:
+            raise InputError(
+                f"{name} has shape {tuple(tensor.shape)}: it must be (n, width), (batch, n, width) or "
+                "(batch, heads, n, width), none of them 0"
+            )
+        if tensor.ndim != tensors[0].ndim:
+            raise InputError(f"{name} has {tensor.ndim} dimensions, but q has {tensors[0].ndim}")
+    leading, dtype = tensors[0].shape[:-1], tensors[0].dtype
+    tensors = _with_heads_repeated(*tensors)
+    compute = dtype if dtype in (torch.float32, torch.bfloat16) else torch.float32
+    flat = [tensor.reshape(-1, *tensor.shape[-2:]).to(compute) for tensor in tensors]
+
+    def back(answer: torch.Tensor) -> Array:
+        shaped = answer.to(dtype).reshape(*leading, answer.shape[-1])
+        return shaped.numpy() if isinstance(q, np.ndarray) else shaped
+
+    return flat[0], flat[1], flat[2], back
+
+
+def _with_heads_repeated(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[torch.Tensor]:
+    """With four dimensions, the heads of k and v as often as the queries' heads share them."""
+    if q.ndim < 3 or q.shape[:-2] == k.shape[:-2]:
+        return [q, k, v]
+    queries, keys = q.shape[-3], k.shape[-3]
+    grouped = q.ndim == 4 and q.shape[0] == k.shape[0] and queries % keys == 0 and k.shape[1] == v.shape[1]
+    if not grouped:
+        times = (
+            f" {queries // keys} times, as k.repeat_interleave({queries // keys}, -3) does" if keys < queries else ""
+        )
+        differ = f"q {tuple(q.shape)} and k {tuple(k.shape)} differ in their heads or batch"
+        raise InputError(f"{differ}: repeat the key heads{times}")
+    return [q, *(tensor.repeat_interleave(queries // keys, 1) for tensor in (k, v))]

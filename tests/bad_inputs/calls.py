@@ -89,8 +89,6 @@ SHARED: dict[str, dict[str, Any]] = {
         "k": points(2, 30, 4).bfloat16(),
         "v": points(2, 30, 3).bfloat16(),
     },
-    "float64": {"q": points(2, 20, 4).double(), "k": points(2, 30, 4).double(), "v": points(2, 30, 3).double()},
-    "float16": {"q": points(2, 20, 4).half(), "k": points(2, 30, 4).half(), "v": points(2, 30, 3).half()},
     "whole numbers": {"q": torch.ones(2, 20, 4, dtype=torch.long)},
     "complex numbers": {"q": points(2, 20, 4).to(torch.complex64)},
     "two types": {"k": points(2, 30, 4).bfloat16()},

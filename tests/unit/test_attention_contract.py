@@ -1,5 +1,6 @@
 """Every method keeps the contract: names, parameters, shapes, types, bad input."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -147,8 +148,28 @@ def test_shapes_that_do_not_fit():
     q, k, v = inputs(8, 9, 4, 1)
     with pytest.raises(InputError, match="must be"):
         get("mean")(q, k, v[:, :8])
-    with pytest.raises(InputError, match="float32 or bfloat16"):
-        get("mean")(q.double(), k.double(), v.double())
+    with pytest.raises(InputError, match="float32 or float64"):
+        get("mean")(q.long(), k.long(), v.long())
+    with pytest.raises(InputError, match=r"repeat the key heads 3 times, as k.repeat_interleave\(3, -3\) does"):
+        get("mean")(q.repeat(3, 1, 1), k, v)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("causal", [False, True])
+def test_every_usual_form_of_queries_keys_and_values_has_the_same_answer(dtype, causal):
+    method = get("exact-naive")
+    call = method.attend_causally if causal else method
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 20, 4, generator=generator).to(dtype) for heads in (6, 3, 3))
+    repeated = [x.repeat_interleave(2, 1) for x in (k, v)]
+    expected = torch.stack([call(a, b, c) for a, b, c in zip(q, *repeated, strict=True)])
+    assert expected.dtype == dtype
+    assert torch.equal(call(q, k, v), expected)
+    assert torch.equal(call(q[0, 0], k[0, 0], v[0, 0]), expected[0, 0])
+    if dtype != torch.bfloat16:
+        answer = call(q.numpy(), k.numpy(), v.numpy())
+        assert answer.dtype == q.numpy().dtype
+        assert np.array_equal(answer, expected.numpy())
 
 
 def test_naive_says_how_much_memory_it_lacks(monkeypatch):

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from approxkmv.arrays import resolve_scale, resolve_seed
+from approxkmv.arrays import Array, as_batches, resolve_scale, resolve_seed
 from approxkmv.attention.causal import EXACT_BELOW, Sums, causal_attention
 from approxkmv.compute.torch_state import plain_torch
 from approxkmv.errors import InputError, UnavailableError
@@ -156,41 +156,32 @@ class Method:
         return None if number and isinstance(value, int) and value >= least else f"a whole number of at least {least}"
 
     def __call__(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        *,
-        scale: float | None = None,
-        seed: int = 0,
-        **parameters: Any,
-    ) -> torch.Tensor:
+        self, q: Array, k: Array, v: Array, *, scale: float | None = None, seed: int = 0, **parameters: Any
+    ) -> Any:
         """Attention of q (batch, n_q, d) on k (batch, n_k, d) with values v (batch, n_k, d_v): (batch, n_q, d_v).
 
-        Raises InputError for invalid shapes, types or numbers, and UnavailableError if the method cannot run.
+        Tensors or NumPy arrays, float16 to float64; also without a batch, or (batch, heads, n, width), where several
+        heads of q may share a head of k and v. The answer is of q's kind and dtype (see `arrays.as_batches`). Raises
+        InputError for invalid shapes, types or numbers, and UnavailableError if the method cannot run.
         """
+        q, k, v, back = as_batches(q, k, v)
         scale = check_inputs(q, k, v, scale)
-        return self.compute(q, k, v, scale=scale, seed=resolve_seed(seed), **self.parameters(parameters))
+        return back(self.compute(q, k, v, scale=scale, seed=resolve_seed(seed), **self.parameters(parameters)))
 
     def attend_causally(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        *,
-        scale: float | None = None,
-        seed: int = 0,
-        **parameters: Any,
-    ) -> torch.Tensor:
+        self, q: Array, k: Array, v: Array, *, scale: float | None = None, seed: int = 0, **parameters: Any
+    ) -> Any:
         """Attention of each query of q (batch, n, d) on the keys up to its own, with values v: (batch, n, d_v).
 
-        Raises InputError as a call does, and for different numbers of queries and keys; UnavailableError if the
-        method has no causal form or cannot run.
+        Takes what a call takes. Raises InputError as a call does, and for different numbers of queries and keys;
+        UnavailableError if the method has no causal form or cannot run.
         """
+        q, k, v, back = as_batches(q, k, v)
         scale = check_inputs(q, k, v, scale)
         if q.shape[1] != k.shape[1]:
             raise InputError(f"causal attention has a key for each query: q has {q.shape[1]} rows, but k {k.shape[1]}")
-        return self.causal_form()(q, k, v, scale=scale, seed=resolve_seed(seed), **self.parameters(parameters))
+        compute = self.causal_form()
+        return back(compute(q, k, v, scale=scale, seed=resolve_seed(seed), **self.parameters(parameters)))
 
     def causal_form(self) -> Callable[..., torch.Tensor]:
         """`causal`. Raises UnavailableError when there is none."""

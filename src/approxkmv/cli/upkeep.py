@@ -1,4 +1,4 @@
-"""The commands that look after a study: show, clean, config."""
+"""The commands that look after a study: show, clean, pack, take, config."""
 
 from __future__ import annotations
 
@@ -37,6 +37,35 @@ def clean(
 
     for path in remove_leftovers(results):
         typer.echo(f"removed {path}")
+
+
+@app.command()
+def pack(
+    results: Annotated[Path, typer.Argument(help="A study's folder, such as results/paper-dev.")],
+    out: Annotated[Path, typer.Option("--out", help="The file to write, a .zip.")],
+) -> None:
+    """Pack a study's tables and figures, with how they were made and a manifest, for others to take.
+
+    Example: approxkmv pack results/paper-dev --out paper-dev.zip
+    """
+    from approxkmv.steps.package import pack as write
+
+    typer.echo(f"{out}: {write(results, out)} files")
+
+
+@app.command()
+def take(
+    package: Annotated[Path, typer.Argument(help="A file that `approxkmv pack` wrote.")],
+    into: Annotated[Path | None, typer.Option("--into", help="Unpack to this folder; default: only check.")] = None,
+) -> None:
+    """Check a package of results against its manifest and, with --into, unpack it.
+
+    Example: approxkmv take paper-dev.zip --into results/reference
+    """
+    from approxkmv.steps.package import take as read
+
+    for line in read(package, into):
+        typer.echo(line)
 
 
 @config_app.command("check")

@@ -1,0 +1,78 @@
+"""A package of results is taken as it was packed, or not at all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from approxkmv.errors import TableError
+from approxkmv.steps.package import pack, take
+
+REFERENCE = Path(__file__).resolve().parents[2] / "results" / "reference"
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    pack(REFERENCE / "complexity", tmp_path / "x.zip")
+    return tmp_path / "x.zip"
+
+
+def changed(package: Path, **files: bytes | None) -> Path:
+    """The package with other contents of some members; None leaves one out."""
+    with zipfile.ZipFile(package) as archive:
+        contents = {name: archive.read(name) for name in archive.namelist()} | files
+    out = package.with_name("changed.zip")
+    with zipfile.ZipFile(out, "w") as archive:
+        for name, data in contents.items():
+            if data is not None:
+                archive.writestr(name, data)
+    return out
+
+
+def test_what_is_packed_is_taken_byte_for_byte(package, tmp_path):
+    lines = take(package, tmp_path / "into")
+    assert lines[0].startswith("study complexity: 4 files")
+    assert any("approxkmv complexity" in line for line in lines)
+    for path in [*REFERENCE.glob("complexity/tables/*"), *REFERENCE.glob("complexity/figures/*")]:
+        taken = tmp_path / "into" / "complexity" / path.relative_to(REFERENCE / "complexity")
+        assert taken.read_bytes() == path.read_bytes()
+    with pytest.raises(TableError, match="there already"):
+        take(package, tmp_path / "into")
+    pack(REFERENCE / "complexity", tmp_path / "again.zip")
+    assert (tmp_path / "again.zip").read_bytes() == package.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({"tables/complexity.csv": b"n\n1\n"}, "tables/complexity.csv is not what the manifest says"),
+        ({"tables/complexity.csv": None}, "tables/complexity.csv is not what the manifest says"),
+        ({"tables/more.csv": b"n\n1\n"}, "tables/more.csv is not what the manifest says"),
+        ({"../tables/x.csv": b"n\n1\n"}, "holds '../tables/x.csv'"),
+        ({"tables/x.py": b"1"}, "holds 'tables/x.py'"),
+        ({"manifest.json": None}, "needs one manifest.json"),
+        ({"manifest.json": b"{"}, "cannot be read"),
+        ({"manifest.json": b"[]"}, "names no study"),
+        ({"manifest.json": b'{"study": "../x", "files": {}}'}, "names no study"),
+    ],
+)
+def test_what_is_wrong_is_refused_and_nothing_is_written(package, tmp_path, files, said):
+    with pytest.raises(TableError, match=said.replace(".", r"\.")):
+        take(changed(package, **files), tmp_path / "into")
+    assert not (tmp_path / "into").exists()
+
+
+def test_results_that_do_not_say_how_they_were_made_are_not_packed(tmp_path):
+    shutil.copytree(REFERENCE / "complexity", tmp_path / "c")
+    record = tmp_path / "c" / "tables" / "complexity.json"
+    record.write_text(json.dumps({"seeds": 1}))
+    with pytest.raises(TableError, match="by what command"):
+        pack(tmp_path / "c", tmp_path / "x.zip")
+    assert not (tmp_path / "x.zip").exists()
+    (tmp_path / "no.zip").write_bytes(b"PK")
+    with pytest.raises(TableError, match=r"no\.zip cannot be read"):
+        take(tmp_path / "no.zip", None)
