@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -12,6 +13,10 @@ PACKAGE = ROOT.name
 # What a command needs from the configuration is in the params of its rule, which rerun it when they change; editing
 # the code that reads the configuration must not invalidate every result.
 APART = ROOT / "config"
+
+
+# Names for `compute.loops.compiled_loops` and `compute.trial.fastest`, which import at run time.
+MODULE = re.compile(r'"([a-z_.]+\.(?:[a-z_]*loops|trials\.[a-z_]+))"')
 
 
 def command_files(command: str, *more: str) -> list[Path]:
@@ -51,7 +56,7 @@ def _of_command(command: str) -> Iterator[Path]:
 
 @cache
 def _of_file(path: Path) -> tuple[Path, ...]:
-    return tuple(_imported(_tree(path)))
+    return (*_imported(_tree(path)), *_named_in_text(path))
 
 
 @cache
@@ -75,6 +80,12 @@ def _imported(node: ast.AST) -> Iterator[Path]:
         for field in ("body", "orelse", "handlers", "finalbody", "cases"):
             for part in getattr(node, field, []):
                 yield from _imported(part)
+
+
+def _named_in_text(path: Path) -> Iterator[Path]:
+    """The modules that a file names in a string, such as "statistics.row_loops", for an import at run time."""
+    for name in MODULE.findall(path.read_text(encoding="utf-8")):
+        yield from _named(f"{PACKAGE}.{name.rpartition('.')[0]}", name.rpartition(".")[2])
 
 
 @cache

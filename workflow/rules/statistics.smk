@@ -262,6 +262,7 @@ rule length_scaling:
         results=lambda wildcards: RESULTS,
         label=lambda wildcards: (
             escape(STUDY.models[wildcards.model].label),
+            STUDY.models[wildcards.model].paper_bound,
             escape(STUDY.corpus.label),
         ),
     shell:

@@ -228,7 +228,7 @@ def gauge(
     study: StudyName = None,
     log: Log = None,
 ) -> None:
-    """Measure, on one text, how K changes with queries times t and keys over t, and the error in K attention allows.
+    """Measure on one text how K changes with queries times t and keys over t, and what error in K attention tolerates.
 
     Example: approxkmv gauge --model minilm-l6 --location minilm.json --texts texts.parquet --tables tables
     """

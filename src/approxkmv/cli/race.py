@@ -34,7 +34,7 @@ def model_heads(
     if captured is None:
         raise ConfigError(f"study {chosen.name} has no sweep that captures heads")
     with step(f"heads      {captured.model}, {captured.tokens} tokens"):
-        from approxkmv.steps.fetch import read_location
+        from approxkmv.results.locations import read_location
         from approxkmv.steps.model_heads import capture_heads
 
         corpus = corpus_entry(load_config(config), captured.corpus)
@@ -130,7 +130,7 @@ def perplexity(
         from approxkmv.perplexity.model import CausalModel
         from approxkmv.perplexity.settings import chosen_methods
         from approxkmv.provenance import describe
-        from approxkmv.steps.fetch import read_location
+        from approxkmv.results.locations import read_location
         from approxkmv.steps.perplexity import measure_perplexity
 
         methods = chosen_methods(settings.methods)

@@ -74,7 +74,7 @@ def check(config: Config = CONFIG, study: StudyName = None) -> None:
 
     Example: approxkmv config check --study paper
     """
-    from approxkmv.steps.checking import check_study
+    from approxkmv.steps.config_check import check_study
 
     loaded = load_config(config)
     for line in check_study(loaded, study_of(loaded, study)):

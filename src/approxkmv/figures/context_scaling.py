@@ -114,5 +114,5 @@ def draw(tables: Path, models: Sequence[str], stem: Path) -> list[Path]:
 
 
 def _short(label: str) -> str:
-    """A model's name without what its label says of it in brackets."""
+    """A model's label without what is in brackets."""
     return label.partition(" (")[0].strip() or label

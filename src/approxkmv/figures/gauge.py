@@ -1,4 +1,4 @@
-"""c, the rows that carry K, |K|_2 and the error that attention bears, against the gauge t."""
+"""c, the rows that carry K, |K|_2 and the error that attention tolerates, against the gauge t."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PANELS = (
     ("ratio", "c"),
     ("participation", "rows that carry K, $(\\sum r)^2 / \\sum r^2$"),
     ("log10_norm", "$\\log_{10} |K|_2$, error at which y = 0 passes"),
-    ("log10_bound", "$\\log_{10}$ of the error that attention bears"),
+    ("log10_bound", "$\\log_{10}$ of the error that attention tolerates"),
 )
 
 
@@ -80,7 +80,7 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
     enough = int((best >= NEEDED_POWER * np.log10(tokens)).sum())
     headline(
         figure,
-        f"{facts['label']}: {enough or 'none'} of {len(best)} heads have a gauge t at which attention bears the error "
+        f"{facts['label']}: {enough or 'none'} of {len(best)} heads have a t at which attention tolerates the error "
         "that a cost below n² needs",
         f"One text of {tokens:,} tokens, all entries; dotted: c = {facts['paper_bound']:g} and the error needed; "
         "points at the left: the limit t → 0, the matrix A itself; triangles at an edge: beyond the axis",

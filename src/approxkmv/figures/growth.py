@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-# What stands before an exponent.
+# The mark in front of an exponent.
 MARKS = dict(zip(TRENDS, ("→", "↑", "?"), strict=True))
 
 

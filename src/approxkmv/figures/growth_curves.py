@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 COLUMNS = {"exponent": "number", "size": "text", "trend": "text"} | dict.fromkeys(("start", "length"), "whole")
-# Where the axis of c ends at the latest.
+# The lowest limit of the axis of c.
 LOWEST = 1e-4
 
 

@@ -108,7 +108,7 @@ def draw_heatmap(
 
 
 def _outline(axes: Axes, head: int, layer: int, line: Any) -> None:
-    """Black on white, which is seen on every colour and by every eye."""
+    """Black on white, readable on every colour."""
     from matplotlib.patches import Rectangle
 
     for colour, width, style in (("white", 2.4, "-"), ("black", 1.2, line)):

@@ -41,7 +41,7 @@ PANELS = (
     ("double_ratio", "$K_{(n)}\\,/\\,K_{(2n)}$"),
     ("keys_90_mean", "keys that hold 90 % of a row's mass"),
 )
-# Where an axis ends at the latest; the others are of what is at least 1.
+# The lowest limit of each axis; axes not listed show values of at least 1.
 LOWEST = {"ratio": 1e-3, "softmax_ratio": 1e-3}
 
 

@@ -62,7 +62,7 @@ def save(figure: Figure, stem: Path) -> list[Path]:
 
     FigureCanvasAgg(figure)
     if missing := missing_glyphs(figure):
-        LOG.info("  %s: boxes stand for %s, which the font does not have", stem.name, " ".join(missing))
+        LOG.info("  %s: %s drawn as boxes, since the font lacks them", stem.name, " ".join(missing))
     paths = []
     for suffix, metadata in ((".pdf", {"CreationDate": None}), (".png", {"Software": None})):
         path = Path(f"{stem}{suffix}")

@@ -17,6 +17,7 @@ from approxkmv.kmv.gaussian import GaussianKernel
 from approxkmv.kmv.heavy import DEFAULT_MEMORY, scan_buckets
 from approxkmv.kmv.light import bucket
 from approxkmv.kmv.sparse_kernels import SPARSE_KERNELS
+from approxkmv.slopes import log_log_line
 
 PAPER_EXPONENT = 1.89
 SIZES = (256, 512, 1024, 2048, 4096, 8192, 16384)
@@ -228,7 +229,7 @@ def fit_exponents(table: pd.DataFrame, *, draws: int = 2000, seed: int = 0) -> p
         log_n, log_log = np.log(n), np.log(np.log(n))
         for quantity in FITTED:
             cost = np.log(group[quantity].to_numpy(np.float64))
-            plain, _ = np.polyfit(log_n, cost, 1)
+            plain, *_ = log_log_line(n, group[quantity])
             slope, level = np.polyfit(log_n, cost - log_log, 1)
             spread = np.array([np.polyfit(log_n[s], (cost - log_log)[s], 1) for s in samples])
             plains = np.array([np.polyfit(log_n[s], cost[s], 1)[0] for s in samples])

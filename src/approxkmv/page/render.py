@@ -131,7 +131,7 @@ def _perplexities(path: Path) -> list[dict[str, Any]]:
 
 
 def _records(tables: Path) -> list[dict[str, Any]]:
-    """How each table that says so was made."""
+    """The provenance of each table that records one."""
     found = []
     for path in sorted(tables.glob("*.json")):
         facts = read_json(path)

@@ -1,4 +1,4 @@
-"""q -> t q, k -> k / t: what changes in the kernel K and not in attention, and which error of K attention can bear."""
+"""q -> t q, k -> k / t: what changes in K but not in attention, and the error in K that attention tolerates."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from approxkmv.errors import InputError
 FACTORS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 # The error |out - exact|_2 / |v|_2 that the paper's A.1.4 allows attention.
 TOLERANCE = 0.1
-# The power iteration ends when the norm gains less than this in a step, and after so many at the latest.
+# The power iteration ends when the norm gains less than this in a step, or after this many steps.
 SETTLED = 1e-6
 STEPS = 100
 
@@ -48,7 +48,7 @@ class Gauge:
 
 @plain_torch()
 def gauge(q: Array, k: Array, v: Array, scale: float | None = None, factors: Sequence[float] = FACTORS) -> Gauge:
-    """How c, the row sums, |K|_2 and the error that attention bears change with t, at which attention is the same.
+    """How c, the row sums, |K|_2 and the error that attention tolerates change with t, at which attention is the same.
 
     >>> g = gauge(torch.randn(12, 80, 64), torch.randn(12, 80, 64), torch.randn(12, 80))
     >>> g.ratio.shape, bool((g.log_sufficient <= g.log_bound).all())

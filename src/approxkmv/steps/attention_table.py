@@ -16,7 +16,7 @@ from approxkmv.results.tables import ATTENTION, masks_of, model_tables
 def write_attention_table(study: Study, model: str, texts: Path, statistics: Path, out: Path) -> pd.DataFrame:
     """Write attention_MODEL.csv: per layer and head, texts and means over them of the columns of measure_attention."""
     shards = shard_count(texts, study.shard_contexts)
-    # The contexts stand here to be compared: that both are of the same weights and texts.
+    # contexts.csv is read only to check that both come from the same weights and texts.
     values, _ = read_shards(statistics, shards, "attention.parquet", "contexts.csv")
     if values.empty:
         raise TableError(f"model {model}: no text has {study.min_tokens} tokens: lower min_tokens (and min_prefix)")

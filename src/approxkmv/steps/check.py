@@ -134,7 +134,7 @@ def _download(source: ModelSource) -> int | None:
     try:
         found = HfApi().model_info(source.repository, revision=source.revision, files_metadata=True, timeout=10)
     except Exception:
-        # Whatever it is: the fetch, which comes next, says it in one line.
+        # Any error is reported by the fetch that follows.
         return None
     return sum(file.size or 0 for file in found.siblings or () if Path(file.rfilename).match("*.safetensors"))
 
@@ -170,7 +170,7 @@ def check(source: str, text: Path | None, contexts: int, out: Path) -> dict[str,
             new.rename(old)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-        # A folder that nothing came into; others are not empty.
+        # Remove the folder if it is empty; rmdir refuses otherwise.
         with contextlib.suppress(OSError):
             out.rmdir()
     return found

@@ -11,8 +11,8 @@ from approxkmv.config import Study, load_config, study_of
 from approxkmv.errors import TableError
 from approxkmv.files import hash_file, is_damaged
 from approxkmv.models.folders import is_running
+from approxkmv.results.locations import origin, read_location
 from approxkmv.results.shards import origin_of, shard_count
-from approxkmv.steps.fetch import origin, read_location
 
 # What the workflow writes for each model of a study, for each one on long texts, and for each other part of it; beside
 # a table its hash.

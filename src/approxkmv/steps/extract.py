@@ -14,8 +14,9 @@ from approxkmv.corpora import Passage
 from approxkmv.errors import CaptureError, ConfigError, NonFiniteError
 from approxkmv.progress import LOG, Times, progress
 from approxkmv.results.activations import write_activations
+from approxkmv.results.locations import origin
 from approxkmv.results.shards import shard_count, write_shard
-from approxkmv.steps.fetch import load_model, origin
+from approxkmv.steps.fetch import load_model
 from approxkmv.steps.texts import read_shard
 
 if TYPE_CHECKING:
@@ -137,8 +138,9 @@ def require_true_prefixes(study: Study, name: str, model: CapturableModel, token
         wrong = [length for length in study.lengths if length < n and n > change >= length]
         if wrong:
             raise CaptureError(
-                f"model {name}: its rotary embedding is another beyond {change:,} tokens, so the first {wrong[0]:,} of "
-                f"a text of {n:,} are not a text of {wrong[0]:,}: set max_tokens to {change:,}, or all lengths above it"
+                f"model {name}: its rotary embedding changes beyond {change:,} tokens, so the first {wrong[0]:,} of "
+                f"a text of {n:,} differ from a text of {wrong[0]:,}: set max_tokens to {change:,}, or all "
+                "lengths above it"
             )
 
 

@@ -1,4 +1,4 @@
-"""One text of a study to what the gauge changes and which error of K attention bears, head by head."""
+"""From one text to what the gauge changes and how large an error in K attention tolerates, head by head."""
 
 from __future__ import annotations
 

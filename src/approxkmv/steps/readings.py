@@ -16,7 +16,7 @@ from approxkmv.results.shards import write_shard
 from approxkmv.statistics.readings import Reading, even_places, readings
 from approxkmv.steps.statistics import seen_by
 
-# Of each shard so many texts, evenly spread: several readings cost several times the statistics.
+# This many texts of each shard, evenly spaced: several readings cost several times the statistics.
 TEXTS = 4
 VALUES = [field.name for field in fields(Reading)]
 COLUMNS = {"context": "int32", "layer": "int16", "head": "int16", "reading": "str", "entries": "str"}

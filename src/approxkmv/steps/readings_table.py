@@ -80,5 +80,5 @@ def _table(values: pd.DataFrame, heads: pd.DataFrame, reading: str, bound: float
 
 
 def _ratio(logs: pd.Series) -> pd.Series:
-    """exp, of what is beyond float64 its largest; what is infinite stays so."""
+    """exp, capped at the largest float64; infinities stay infinite."""
     return pd.Series(np.where(np.isinf(logs), logs, np.exp(logs.clip(upper=LARGEST_LOG))), index=logs.index)

@@ -12,7 +12,7 @@ from approxkmv.steps.cleaning import leftovers, study_in
 
 
 def lines(results: Path) -> list[str]:
-    """The message for one study's results: of the models that it has now, where the folder says which they are.
+    """The message for one study's results, limited to the models the study has now, if the folder says which.
 
     Raises TableError when there are none.
     """

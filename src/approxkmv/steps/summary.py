@@ -14,7 +14,7 @@ from approxkmv.files import write_csv, write_json
 from approxkmv.results.shards import read_shards, shard_count
 from approxkmv.results.tables import facts_of_attention, masks_of, model_tables
 
-# Its exponential is half of the largest float64, so that two of them still have a mean.
+# exp(709) is about half of the largest float64, so two such values still have a mean.
 LARGEST_LOG = 709.0
 
 

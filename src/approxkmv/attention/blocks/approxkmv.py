@@ -30,12 +30,12 @@ from approxkmv.attention.blocks.light_keys import (
     sampled_own,
     trusted,
 )
-from approxkmv.attention.blocks.local_expansion import exactly_where_lost
 from approxkmv.attention.blocks.near_keys import sums_of_keys
 from approxkmv.attention.blocks.reach import stand_apart, with_keys_apart
 from approxkmv.attention.causal import EXACT_BELOW, Sums, causal_answers, causal_sums, exact_sums
 from approxkmv.attention.contract import Method, UnavailableError, per_batch
 from approxkmv.attention.exact import fused as exact_fused
+from approxkmv.attention.exact.fused import exactly_where_lost
 from approxkmv.compute.counting import count
 from approxkmv.compute.threads import over_threads
 

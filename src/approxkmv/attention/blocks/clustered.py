@@ -16,11 +16,11 @@ import torch
 
 from approxkmv.attention.blocks.grouping import block_size, make_blocks
 from approxkmv.attention.blocks.k_means import k_means
-from approxkmv.attention.blocks.local_expansion import exactly_where_lost
 from approxkmv.attention.blocks.near_keys import sums_of_keys
 from approxkmv.attention.blocks.reach import REACH, beyond_reach, stand_apart, variances_of, with_keys_apart, without
 from approxkmv.attention.contract import Method, UnavailableError, per_batch
 from approxkmv.attention.exact import fused as exact_fused
+from approxkmv.attention.exact.fused import exactly_where_lost
 from approxkmv.compute.counting import count
 
 _ITERATIONS = 3

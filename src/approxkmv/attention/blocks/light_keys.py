@@ -97,7 +97,7 @@ def draw(e: Expansion, counts: np.ndarray, generator: torch.Generator) -> Sample
         near = e.chosen[first : e.ends[b]]
         # A number below one half is a position among the light keys, one above it a position in the running sum.
         place = (u * (n_k - len(near))).astype(np.int64).clip(max=max(n_k - len(near) - 1, 0))
-        # As many near keys come before the light key at a place as lie less than that many places behind it.
+        # The number of near keys before the light key at this place, by bisection.
         evenly = place + np.searchsorted(near - np.arange(len(near)), place, side="right")
         # right: a near key, whose interval is empty, is never drawn.
         weighed = np.searchsorted(heights[b], (u - 1) * heights[b, -1], side="right")

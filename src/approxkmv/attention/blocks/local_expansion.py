@@ -5,7 +5,6 @@ Cost: n d (near + n / block), up to constants. The expansion itself is in `expan
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -53,7 +52,7 @@ def attend(
         own = len(q) == len(k)
         number = loops.answers_of_one_block(own, *inputs, *room, out.numpy())
         count(kernel_evaluations=len(k) + (len(q) + 1) * number + len(q) * (1 + own))
-        return exactly_where_lost(out, None, q, k, v, scale)
+        return exact_fused.exactly_where_lost(out, None, q, k, v, scale)
     low = torch.bfloat16 if parameters.products == "bfloat16" else torch.float32
     if low == torch.bfloat16 and q.shape[1] % 2:
         q, k = (torch.nn.functional.pad(t, (0, 1)) for t in (q, k))
@@ -68,7 +67,7 @@ def attend(
         given: list[Any] = [e.blocks.queries, e.blocks.starts, e.blocks.sizes, e.tilted]
         given += [t.numpy() for t in (*rows, v.contiguous(), out)]
         over_threads(lambda first, last: loops.expanded_answers(first, last, *given), len(e.blocks))
-        return exactly_where_lost(out, lost, q, k, v, scale)
+        return exact_fused.exactly_where_lost(out, lost, q, k, v, scale)
     scale_of_row = e.blocks.of_rows(scales)
     weight = (seen.log_weight - scale_of_row).exp_()
     # Exactly, instead of its share of the far key.
@@ -83,19 +82,7 @@ def attend(
     row_sums = sums[:, 0] + weight + added - weight * seen.own_share_seen
     rest = (e.blocks.of_queries(t) for t in (numerators, row_sums, scale_of_row))
     numerators, row_sums, _ = with_keys_apart(tuple(rest), apart, q, k, v, e.mean, scale)  # type: ignore[arg-type]
-    return exactly_where_lost(numerators / row_sums.unsqueeze(1), lost, q, k, v, scale)
-
-
-def exactly_where_lost(
-    out: torch.Tensor, lost: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
-) -> torch.Tensor:
-    """Recompute exactly the rows of out (n_q, d_v) that are lost (n_q,) or not finite: an exponential overflowed."""
-    if (lost is not None and bool(lost.any())) or not math.isfinite(float(out.sum())):
-        broken = ~out.isfinite().all(1)
-        lost = (broken if lost is None else lost | broken).nonzero().squeeze(1)
-        count(recomputed_rows=len(lost))
-        out[lost] = exact_fused.attend(q[lost], k, v, scale)
-    return out
+    return exact_fused.exactly_where_lost(numerators / row_sums.unsqueeze(1), lost, q, k, v, scale)
 
 
 def _local_expansion(

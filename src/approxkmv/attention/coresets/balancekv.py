@@ -30,8 +30,8 @@ from approxkmv.compute.counting import count
 
 _ROWS = 256  # queries computed at a time; in the causal form they share the keys kept from before them
 _ENTRIES = 1 << 22  # of the kernels of blocks that walk at the same time
-# The square of the one beside values of mean square 1. An error of the row sum moves an answer by its distance from the
-# values' mean only, whose square is a few hundredths on diffuse heads; those are the ones that balancing helps.
+# The square of the constant appended to values of mean square 1. An error of the row sum moves an answer by its
+# distance from the values' mean only, whose square is a few hundredths on diffuse heads, which balancing helps most.
 _ONE = 0.03
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from approxkmv.attention.causal import Sums, causal_attention
@@ -92,6 +94,18 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, tile
     """softmax(scale q k^T) v for the same inputs."""
     numerators, row_sums, _ = sums(q * scale, k, v, tile)
     return numerators / row_sums.unsqueeze(1)
+
+
+def exactly_where_lost(
+    out: torch.Tensor, lost: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Recompute exactly the rows of out (n_q, d_v) that are lost (n_q,) or not finite: an exponential overflowed."""
+    if (lost is not None and bool(lost.any())) or not math.isfinite(float(out.sum())):
+        broken = ~out.isfinite().all(1)
+        lost = (broken if lost is None else lost | broken).nonzero().squeeze(1)
+        count(recomputed_rows=len(lost))
+        out[lost] = attend(q[lost], k, v, scale)
+    return out
 
 
 def _exact_fused(

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-# More than all grids have settings, whose runs alternate: with fewer, each would find its graph evicted. Apart from its
-# copy of the inputs a graph is small, since all graphs share their memory.
+# More than the settings of all grids together, since their runs alternate: with fewer, each would find its graph
+# evicted. Apart from its copy of the inputs a graph is small, since all graphs share their memory.
 _GRAPHS = 64
 
 

@@ -1,0 +1,72 @@
+"""The JSON file that says where a model is and identifies its weights: what each shard depends on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from approxkmv.errors import SourceError, TableError
+from approxkmv.files import sha256, write_json
+from approxkmv.models import ModelLocation, parse_source
+from approxkmv.models.folders import RECORD
+from approxkmv.models.sources import PathSource, identity
+
+
+def write_location(path: Path, location: ModelLocation, source: str, name: str) -> None:
+    """Write where the model of a source is. Raises SourceError when its files are missing."""
+    write_json(
+        path,
+        {
+            "folder": str(location.folder),
+            "gguf_file": location.gguf_file,
+            "source": source,
+            "name": name,
+            "identity": _identity(source, location.folder),
+        },
+    )
+
+
+def _identity(source: str, folder: Path) -> str:
+    """Identifies the weights of a source: for a path by its files, otherwise by the hashes of what was fetched.
+
+    Raises SourceError when files are missing.
+    """
+    parsed = parse_source(source)
+    if isinstance(parsed, PathSource):
+        return identity(parsed.path)
+    # The hub's cache names folders by commit, and unpacked models have a record of their hashes.
+    return sha256(folder / RECORD) if (folder / RECORD).is_file() else folder.name
+
+
+def read_location(path: Path) -> ModelLocation:
+    """The location that a file has. Raises TableError if it is missing, or the model is gone or has changed."""
+    value = _read(path)
+    folder = Path(value["folder"])
+    if not folder.is_dir():
+        raise TableError(f"{path} names {folder}, which is gone: delete {path} and run again")
+    try:
+        found = _identity(value["source"], folder)
+    except (OSError, SourceError) as error:
+        raise TableError(f"{path} names a model that cannot be read ({error}): delete {path} and run again") from error
+    if found != value["identity"]:
+        raise TableError(
+            f"the model in {folder} is not the one that {path} was written for: run fetch, or the study, again"
+        )
+    return ModelLocation(folder, value["gguf_file"])
+
+
+def origin(location: Path, texts: Path) -> str:
+    """The weights and texts that a shard is made from, as a string. Raises TableError when either cannot be read."""
+    try:
+        return f"weights {_read(location)['identity']}, texts {sha256(texts)}"
+    except OSError as error:
+        raise TableError(f"{texts} cannot be read ({error.strerror}): run texts again") from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        return {key: value[key] for key in ("folder", "gguf_file", "source", "identity")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TableError(f"{path} cannot be read ({error}): run fetch again") from error
