@@ -15,7 +15,7 @@ from approxkmv.compute.torch_state import plain_torch
 class AttentionReduction:
     """Points whose Gaussian kernel is the attention matrix up to one factor per row.
 
-    exp(scale <q_i, k_j>) = exp(log_row_scale_i) * exp(-|queries_i - keys_j|^2 / (2 sigma^2))
+    exp(scale ⟨q_i, k_j⟩) = exp(log_row_scale_i) * exp(-|queries_i - keys_j|^2 / (2 sigma^2))
     """
 
     queries: Array
@@ -67,7 +67,7 @@ def log_kernel(q: Array, k: Array, scale: float | None = None) -> Array:
     >>> tuple(log_kernel(torch.randn(12, 7, 64), torch.randn(12, 9, 64)).shape)
     (12, 7, 9)
 
-    log K_ij = scale <q_i, k_j> - scale |q_i|^2 / 2 - scale max_j |k_j|^2 / 2. Kept as a logarithm because K itself
+    log K_ij = scale ⟨q_i, k_j⟩ - scale |q_i|^2 / 2 - scale max_j |k_j|^2 / 2. Kept as a logarithm because K itself
     underflows on real heads; the blank cells of the paper's Figure 2 are such underflows.
 
     Args:

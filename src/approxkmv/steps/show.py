@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from approxkmv.errors import TableError
-from approxkmv.figures.speedup import finding
-from approxkmv.figures.sweep_table import read_sweep
 from approxkmv.page.verdict import measured, sentences
 from approxkmv.steps.cleaning import leftovers, study_in
 
@@ -25,6 +23,10 @@ def lines(results: Path) -> list[str]:
         first, *rest = sentences(results / "tables", facts)
         out += [first, *(f"  {line}" for line in rest)]
     if (results / "tables" / "sweep.csv").is_file():
+        # Here, since they import torch, which takes longer than the rest.
+        from approxkmv.figures.speedup import finding
+        from approxkmv.figures.sweep_table import read_sweep
+
         out.append(f"sweep: {finding(read_sweep(results / 'tables' / 'sweep.csv'))}")
     if left := leftovers(results):
         names = ", ".join(str(path.relative_to(results)) for path in left[:3])
