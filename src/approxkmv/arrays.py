@@ -25,7 +25,7 @@ def as_float64(array: Array, name: str) -> torch.Tensor:
     if isinstance(array, np.ndarray):
         if array.dtype.kind not in "fiu":
             raise InputError(f"{name} has dtype {array.dtype}: give real numbers")
-        tensor = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float64))
+        tensor = torch.from_numpy(np.asarray(array, np.float64, order="C"))
     elif isinstance(array, torch.Tensor):
         if array.is_complex():
             raise InputError(f"{name} has dtype {array.dtype}: give real numbers")

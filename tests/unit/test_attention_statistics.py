@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -319,6 +320,41 @@ def test_stable_rank_to_one_percent(n, monkeypatch):
             assert float(found.stable_rank) == pytest.approx(right, rel=0.01), name
 
 
+def test_stable_rank_where_the_iteration_rests_before_its_end():
+    # Diagonal blocks of equal weights: singular values near each other, of which the largest comes in late.
+    rows = [53, 75, 71, 2, 25, 39, 102, 101, 6, 13, 20, 17, 14, 1, 56, 13, 88, 46, 109, 1]
+    keys = [61, 177, 88, 59, 41, 45, 162, 103, 41, 14, 59, 64, 74, 94, 57, 47, 120, 83, 111, 1]
+    mask = torch.block_diag(*[torch.ones(a, b) for a, b in zip(rows, keys, strict=True)]).bool()
+    n_q, n_k = mask.shape
+    p = mask.double() / mask.double().sum(1, keepdim=True)
+    right = float(p.square().sum() / torch.linalg.matrix_norm(p, 2) ** 2)
+    found = attention_statistics(torch.zeros(n_q, 1), torch.zeros(n_k, 1), mask=mask)
+    assert float(found.stable_rank) == pytest.approx(right, rel=0.01)
+
+
+@pytest.mark.parametrize(("dtype", "sink"), [("float32", 30.0), ("float32", 100.0), ("float64", 400.0)])
+def test_norms_of_what_sinks_leave_do_not_underflow(dtype, sink):
+    q, k = (x.numpy() for x in head(2, 90, 8))
+    found = attention_statistics(q, k, bias=np.full((90, 90), -25.0), sinks=np.array(sink), dtype=dtype)
+    logits = torch.as_tensor(q).double() @ torch.as_tensor(k).double().mT / 8**0.5 - 25.0
+    # All weights times exp(sink): their square has no float64 for the largest of these sinks.
+    p = (logits - torch.log1p((logits - sink).exp().sum(1, keepdim=True))).exp()
+    right = p.square().sum() / torch.linalg.matrix_norm(p, 2) ** 2
+    assert float(found.stable_rank) == pytest.approx(float(right), rel=0.01)
+    norm = 90 * p.square().sum(0).amax() * math.exp(-2 * sink)
+    assert float(found.column_norm) == pytest.approx(float(norm), rel=1e-4, abs=1e-300)
+
+
+def test_no_shares_no_counts_and_a_change_of_an_answer_changes_no_other():
+    q, k = head(2, 30, 8)
+    for dtype in ("float32", "float64"):
+        found = attention_statistics(q, k, shares=(), dtype=dtype)
+        assert found.keys_per_share.shape == (30, 0)
+        before = float(found.mean_entropy)
+        found.entropy.zero_()
+        assert float(found.mean_entropy) == before
+
+
 def peak_memory():
     """The most memory that this process has held since clear_refs, in bytes."""
     return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
@@ -329,14 +365,14 @@ def peak_memory():
 def test_memory_grows_with_n_and_not_its_square():
     q, k = head(9, 8000, 8)
 
-    def everything():
-        found = attention_statistics(q, k, mask="causal")
+    def everything(n):
+        found = attention_statistics(q[:n], k[:n], mask="causal")
         return found.first_mass, found.keys_per_share, found.ratio, found.stable_rank
 
-    attention_statistics(q[:600], k[:600]).keys_per_share  # noqa: B018
+    everything(600)  # what numba takes to compile is not counted
     Path("/proc/self/clear_refs").write_text("5")
     before = peak_memory()
-    everything()
+    everything(8000)
     # One float32 for each pair would be 256 MB.
     assert peak_memory() - before < 150e6
 

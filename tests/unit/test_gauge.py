@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from approxkmv.errors import InputError
+from approxkmv.figures.gauge import NEEDED_POWER
 from approxkmv.kernels import log_kernel
 from approxkmv.statistics.gauge import FACTORS, TOLERANCE, gauge
 from approxkmv.statistics.heads import head_statistics
@@ -66,6 +67,19 @@ def worst(rows: np.ndarray, out: np.ndarray, v: np.ndarray, epsilon: float) -> f
     return float(np.where(rows > epsilon * root, errors, np.inf).max() / np.linalg.norm(v))
 
 
+def worst_entry(rows: np.ndarray, out: np.ndarray, v: np.ndarray, epsilon: float) -> float:
+    """The error of y2/y1 when one row of K1 is epsilon too small, and that of Kv epsilon |v| / sqrt(n) too large."""
+    size = np.linalg.norm(v)
+    with np.errstate(divide="ignore"):
+        errors = epsilon * (size / np.sqrt(len(rows)) + np.abs(out)) / (rows - epsilon)
+    return float(np.where(rows > epsilon, errors, np.inf).max() / size)
+
+
+def test_the_error_that_a_cost_below_n_squared_needs():
+    # n^1.89 / epsilon^2 = n^2
+    assert pytest.approx(2.0) == 1.89 - 2 * NEEDED_POWER
+
+
 def spread(rows: np.ndarray, out: np.ndarray, v: np.ndarray, epsilon: float, generator: np.random.Generator) -> float:
     """The error for random errors of that size, spread over rows in proportion to powers of 1 / r."""
     root, size = np.sqrt(len(rows)), np.linalg.norm(v)
@@ -98,6 +112,9 @@ def test_the_error_that_attention_bears_lies_between_half_the_bound_and_the_boun
             # One row alone reaches the tolerance at the bound, not before: a wrong constant in either direction fails.
             assert worst(rows, mine, column, bound * 1.001) > TOLERANCE
             assert worst(rows, mine, column, bound * 0.999) < TOLERANCE
+            # Of errors that are bounded in each entry, as in the proof of Lemma 3.5, root n times as much.
+            assert worst_entry(rows, mine, column, np.sqrt(N) * bound * 1.001) > TOLERANCE
+            assert worst_entry(rows, mine, column, np.sqrt(N) * bound * 0.999) < TOLERANCE
             for epsilon in (sufficient, bound / 2):
                 assert worst(rows, mine, column, epsilon) <= TOLERANCE * (1 + 1e-9)
                 assert spread(rows, mine, column, epsilon, generator) <= TOLERANCE * (1 + 1e-9)

@@ -59,6 +59,8 @@ class AttentionStatistics:
         self._exists = (total > 0).view(heads, n_q)
         log_sums = torch.where(total > 0, top + total.log(), math.inf)
         self._log_sums = log_sums.view(heads, n_q)
+        peaks = torch.where(seen, sums.largest - log_sums, -math.inf).view(heads, n_q).amax(1)
+        self._log_largest = torch.where(peaks > -math.inf, peaks, 0.0)
         self._entropy = torch.where(total > 0, total.log() + moment / total, 0.0).view(heads, n_q)
         self._largest = torch.where(seen, torch.exp(sums.largest - log_sums), 0.0).view(heads, n_q)
         self._sink = torch.zeros_like(self._largest) if sinks is None else torch.exp(sinks - self._log_sums)
@@ -70,7 +72,8 @@ class AttentionStatistics:
         return plain_rows if loops is None else loops
 
     def _back(self, values: torch.Tensor) -> Array:
-        whole = values.reshape((*self._logits.batch, *values.shape[1:]))
+        # A copy, so that a caller who changes it changes nothing here.
+        whole = values.reshape((*self._logits.batch, *values.shape[1:])).clone()
         return whole.numpy() if self._as_numpy else whole
 
     @property
@@ -188,7 +191,7 @@ class AttentionStatistics:
     @cached_property
     @plain_torch()
     def _norms(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return column_norm_and_stable_rank(self._form(), self._logits, self._log_sums)
+        return column_norm_and_stable_rank(self._form(), self._logits, self._log_sums, self._log_largest)
 
     @property
     def column_norm(self) -> Array:
@@ -232,7 +235,7 @@ def attention_statistics(
     Args:
         q, k: (..., heads, n_q, d) and (..., key heads, n_k, d), torch (on any device) or NumPy, any floating dtype and
             any leading dimensions. With fewer key heads, each serves that many consecutive query heads.
-        scale: the factor of the logits; None means 1/sqrt(d).
+        scale: the factor of the logits, above 0; None means 1/sqrt(d).
         mask: "none"; "causal"; an integer w, the window of the last w keys including the query's own; a boolean array
             that broadcasts to (..., n_q, n_k), True for visible keys; or integers (n_q, 2), the first visible key of
             each query and the end of the visible ones, as in `Captured.spans`.
@@ -240,8 +243,9 @@ def attention_statistics(
         softcap: the cap of the logits, applied before the bias.
         sinks: one more logit per row, belonging to no key: broadcasts to (...), one per head, or is (..., n_q).
         shares: between 0 and 1, of `keys_per_share`.
-        dtype: of the products, float32 or float64. In float32 statistics are within a relative 1e-5 of float64 for
-            logits up to 30 (larger logits are rounded in proportion); in float64 within 1e-6 up to logits of 10^4.
+        dtype: of the products, float32 or float64. In float32 statistics are within 1e-5 of float64, relative to
+            the larger of 1 and the value, for scale |q| |k| up to 30 (larger logits are rounded in proportion); in
+            float64 within 1e-6 up to 10^4.
     Returns:
         AttentionStatistics.
     Raises:

@@ -48,7 +48,8 @@ def count_keys(tile: torch.Tensor, hidden: float, shares: tuple[float, ...]) -> 
     weights = (tile - tile.amax(1, keepdim=True)).double().exp()
     mass = weights.sort(1, descending=True).values.cumsum(1)
     total = mass[:, -1:]
-    needed = torch.cat([(mass < share * total).sum(1, keepdim=True) + 1 for share in shares], 1)
+    none = seen.new_empty(len(seen), 0)
+    needed = torch.cat([none, *((mass < share * total).sum(1, keepdim=True) + 1 for share in shares)], 1)
     return torch.minimum(needed, seen)
 
 

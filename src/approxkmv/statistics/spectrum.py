@@ -50,23 +50,25 @@ class _Strips:
 
 
 def column_norm_and_stable_rank(
-    form: ModuleType, logits: Logits, log_sums: torch.Tensor
+    form: ModuleType, logits: Logits, log_sums: torch.Tensor, log_largest: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Per head n_q max_j |P e_j|^2 and |P|_F^2 / |P|_2^2 of P = D^-1 A, float64; 0 if P has no entries.
 
     form: `rows` or `row_loops`. log_sums: (heads, n_q) float64, the logarithms of D; infinite for a row without keys.
+    log_largest: (heads,) the logarithm of each head's largest weight, by which P is divided: where sinks take nearly
+    all, the squares of what is left to the keys would underflow.
     """
     n_q, n_k = logits.q.shape[1], logits.k.shape[1]
     norms, ranks = [], []
     for heads in dict.fromkeys((group.start, group.stop) for group, _ in logits.pieces(n_k, STRIP)):
-        strips = _Strips(form, logits, log_sums, slice(*heads))
+        strips = _Strips(form, logits, log_sums + log_largest.unsqueeze(1), slice(*heads))
         squares = log_sums.new_zeros(heads[1] - heads[0], n_k)
         largest = _largest_eigenvalue(strips, squares)
         norms.append(n_q * squares.amax(1))
         whole = squares.sum(1)
         ranks.append(torch.where(largest > 0, whole / largest, 0.0))
     empty = log_sums.new_zeros(0)
-    return torch.cat([empty, *norms]), torch.cat([empty, *ranks])
+    return torch.cat([empty, *norms]) * (2 * log_largest).exp(), torch.cat([empty, *ranks])
 
 
 def _largest_eigenvalue(strips: _Strips, squares: torch.Tensor) -> torch.Tensor:
@@ -80,7 +82,7 @@ def _largest_eigenvalue(strips: _Strips, squares: torch.Tensor) -> torch.Tensor:
     basis = [squares.new_full((heads, n), n**-0.5).to(kind)]
     steps = min(PASSES, n)
     matrix = squares.new_zeros(heads, steps + 1, steps + 1)
-    before = squares.new_zeros(heads)
+    before, settled = squares.new_zeros(heads), False
     for step in range(steps):
         image = strips.gram(basis[-1], None if step else squares).double()
         matrix[:, step, step] = torch.linalg.vecdot(image, basis[-1].double())
@@ -94,7 +96,9 @@ def _largest_eigenvalue(strips: _Strips, squares: torch.Tensor) -> torch.Tensor:
         length = torch.where(length > 1e-6 * matrix[:, 0, 0], length, 0.0)
         exhausted = not bool(length.any())
         if found is not None:
-            if bool((found - before <= UNCHANGED * found).all()):
+            # Twice in a row: a second singular value near the first may hold the iteration up for a while.
+            was_settled, settled = settled, bool((found - before <= UNCHANGED * found).all())
+            if settled and was_settled:
                 return found
             before = found
         if exhausted:
