@@ -281,9 +281,13 @@ def run_sweep(
     identity = {"settings": settings.as_dict(), "inputs": inputs, "machine": machine(settings.device)}
     kept = PartialTable(output, identity, say)
     earlier = len(kept.cases)
+    say(
+        f"sweep of {len(wanted)} cases; a line each: workload, n (keys), batch, value columns. In a case every method "
+        "is tuned to each error on inputs of its own, then timed"
+    )
     with torch.inference_mode():
-        for case in wanted[earlier:]:
-            say(f"{case.name} n={case.n} batch={case.batch} columns={case.columns}")
+        for place, case in enumerate(wanted[earlier:], earlier + 1):
+            say(f"case {place} of {len(wanted)}: {case.name} n={case.n} batch={case.batch} columns={case.columns}")
             begun = time.perf_counter()
             found, reference_error = _rows_of_case(case, settings, names, say)
             check = {**_conditions(case), "reference_error": reference_error}
