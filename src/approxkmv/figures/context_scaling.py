@@ -74,10 +74,7 @@ def draw(tables: Path, models: Sequence[str], stem: Path) -> list[Path]:
         if solid.any():
             known = table[solid]
             first, last = known.iloc[0], known.iloc[-1]
-            found.append(
-                f"from {short(first['mean'])} at {first['prefix']:.0f} tokens to {short(last['mean'])} at "
-                f"{last['prefix']:.0f} ({_short(facts['label'])})"
-            )
+            found.append((_short(facts["label"]), first, last))
     top.set_yscale("log")
     low, high = top.get_ylim()
     # Keep the bound's line and the text above it inside the axes, however small c is.
@@ -106,11 +103,31 @@ def draw(tables: Path, models: Sequence[str], stem: Path) -> list[Path]:
     name_of_lengths(bottom, "prefix length i in tokens", pd.concat([table["contexts"] for table, _ in read]))
     headline(
         figure,
-        "Figure 4: the largest c over layers and heads goes " + ("; ".join(found) or "through too few texts to say"),
+        f"Figure 4: the largest c over layers and heads goes {_from_to(found)}",
         "Mean and standard deviation over texts",
     )
     label_ends(top, ends)
     return save(figure, stem)
+
+
+def _from_to(found: Sequence[tuple[str, pd.Series, pd.Series]]) -> str:
+    """What the largest c is at the shortest and longest prefix that enough texts reach, by model or over many."""
+    if not found:
+        return "through too few texts to say"
+    if len(found) <= 2:
+        return "; ".join(
+            f"from {short(first['mean'])} at {first['prefix']:.0f} tokens to {short(last['mean'])} at "
+            f"{last['prefix']:.0f} ({name})"
+            for name, first, last in found
+        )
+    spans = [
+        " to ".join(f"{short(end(row['mean'] for row in rows))}" for end in (min, max))
+        for rows in ([first for _, first, _ in found], [last for *_, last in found])
+    ]
+    return (
+        f"up with the length in {sum(last['mean'] > first['mean'] for _, first, last in found)} of {len(found)} models: "
+        f"from {spans[0]} at the shortest prefix to {spans[1]} at the longest that {ENOUGH_TEXTS} texts reach"
+    )
 
 
 def _short(label: str) -> str:
