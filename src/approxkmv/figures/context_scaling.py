@@ -124,8 +124,9 @@ def _from_to(found: Sequence[tuple[str, pd.Series, pd.Series]]) -> str:
         " to ".join(f"{short(end(row['mean'] for row in rows))}" for end in (min, max))
         for rows in ([first for _, first, _ in found], [last for *_, last in found])
     ]
+    up = sum(last["mean"] > first["mean"] for _, first, last in found)
     return (
-        f"up with the length in {sum(last['mean'] > first['mean'] for _, first, last in found)} of {len(found)} models: "
+        f"up with the length in {up} of {len(found)} models: "
         f"from {spans[0]} at the shortest prefix to {spans[1]} at the longest that {ENOUGH_TEXTS} texts reach"
     )
 
