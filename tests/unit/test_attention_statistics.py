@@ -366,7 +366,7 @@ def test_memory_grows_with_n_and_not_its_square():
     q, k = head(9, 8000, 8)
 
     def everything(n):
-        found = attention_statistics(q[:n], k[:n], mask="causal")
+        found = attention_statistics(q[:, :n], k[:, :n], mask="causal")
         return found.first_mass, found.keys_per_share, found.ratio, found.stable_rank
 
     everything(600)  # what numba takes to compile is not counted
