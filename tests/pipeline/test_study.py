@@ -260,7 +260,7 @@ def test_nothing_of_a_label_is_html_in_the_report_or_mathematics_in_a_figure(pro
     project.write(config)
     code, output = project.snakemake()
     assert code == 0, output
-    assert "length_scaling_bert: boxes stand for 型 模" in output
+    assert "length_scaling_bert: 型 模 drawn as boxes" in output
     code, output = project.snakemake("--report", "report.html")
     assert code == 0, output
     page = (project.folder / "report.html").read_text()

@@ -152,3 +152,19 @@ def study_figures(kind):
     names += ["complexity"] if STUDY.complexity else []
     names += ["speedup", "error_vs_time", "crossover"] if STUDY.sweep else []
     return [f"{RESULTS}/figures/{name}.{kind}" for name in names]
+
+
+def page_tables():
+    """What the page reads beside the figures and the tables that they are drawn from."""
+    if not MODELS:
+        return []
+    kinds = ["growth", "growth_curves"]
+    kinds += (
+        ["length_scaling"]
+        if STUDY.lengths
+        else ["heads", "attention", "readings_heads"]
+    )
+    more = [] if STUDY.lengths else [f"{RESULTS}/tables/paper_comparison.csv"]
+    return more + [
+        f"{RESULTS}/tables/{kind}_{model}.csv" for kind in kinds for model in MODELS
+    ]
