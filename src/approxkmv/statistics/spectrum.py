@@ -82,7 +82,9 @@ def _largest_eigenvalue(strips: _Strips, squares: torch.Tensor) -> torch.Tensor:
     basis = [squares.new_full((heads, n), n**-0.5).to(kind)]
     steps = min(PASSES, n)
     matrix = squares.new_zeros(heads, steps + 1, steps + 1)
-    before, settled = squares.new_zeros(heads), False
+    # Each head ends at its own step, so that its answer does not depend on the heads that are computed with it.
+    answer, before = squares.new_full((heads,), torch.nan), squares.new_zeros(heads)
+    settled = torch.zeros(heads, dtype=torch.bool, device=squares.device)
     for step in range(steps):
         image = strips.gram(basis[-1], None if step else squares).double()
         matrix[:, step, step] = torch.linalg.vecdot(image, basis[-1].double())
@@ -91,18 +93,20 @@ def _largest_eigenvalue(strips: _Strips, squares: torch.Tensor) -> torch.Tensor:
         for _ in range(2):
             image -= torch.einsum("hsn,hs->hn", whole, torch.einsum("hsn,hn->hs", whole, image))
         length = torch.linalg.vector_norm(image, dim=1)
-        found = torch.linalg.eigvalsh(matrix[:, : step + 1, : step + 1])[:, -1] if step % EVERY == EVERY - 1 else None
         # Only rounding is left: the space that the iteration can reach is exhausted.
         length = torch.where(length > 1e-6 * matrix[:, 0, 0], length, 0.0)
         exhausted = not bool(length.any())
-        if found is not None:
+        if step % EVERY == EVERY - 1:
+            found = torch.linalg.eigvalsh(matrix[:, : step + 1, : step + 1])[:, -1]
             # Twice in a row: a second singular value near the first may hold the iteration up for a while.
-            was_settled, settled = settled, bool((found - before <= UNCHANGED * found).all())
-            if settled and was_settled:
-                return found
+            was_settled, settled = settled, found - before <= UNCHANGED * found
+            answer = torch.where(answer.isnan() & settled & was_settled, found, answer)
+            if not bool(answer.isnan().any()):
+                return answer
             before = found
         if exhausted:
             break
         matrix[:, step, step + 1] = matrix[:, step + 1, step] = length
         basis.append(torch.where(length > 0, 1 / length, 0.0).unsqueeze(1).mul(image).nan_to_num_(0.0).to(kind))
-    return torch.linalg.eigvalsh(matrix[:, : len(basis), : len(basis)])[:, -1]
+    last = torch.linalg.eigvalsh(matrix[:, : len(basis), : len(basis)])[:, -1]
+    return torch.where(answer.isnan(), last, answer)
