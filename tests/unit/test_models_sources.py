@@ -664,3 +664,14 @@ def test_a_hub_repository_that_cannot_be_used_is_one_line(hub):
         assert printed.count("\n") == 1
         assert source in printed
         assert says in printed
+
+
+def test_a_process_that_was_killed_but_not_reaped_is_not_running():
+    from approxkmv.models.folders import is_running
+
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    assert is_running(process.pid)
+    process.kill()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    assert not is_running(process.pid)
+    process.wait()

@@ -99,14 +99,18 @@ def _this_process(number: int | str) -> str:
 
 
 def is_running(number: int) -> bool:
-    """Whether a process with this number is running on this machine."""
+    """Whether a process with this number is running on this machine; one that has ended but is not reaped is not."""
     try:
         os.kill(number, 0)
     except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         pass
-    return True
+    try:
+        # The state follows the name, which is in brackets and may hold anything.
+        return Path(f"/proc/{number}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] not in ("Z", "X")
+    except (OSError, IndexError):
+        return True
 
 
 def compare(found: Mapping[str, str], expected: Mapping[str, str], name: str) -> None:
