@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import zipfile
@@ -76,3 +77,13 @@ def test_results_that_do_not_say_how_they_were_made_are_not_packed(tmp_path):
     (tmp_path / "no.zip").write_bytes(b"PK")
     with pytest.raises(TableError, match=r"no\.zip cannot be read"):
         take(tmp_path / "no.zip", None)
+
+
+@pytest.mark.parametrize("step", [7, 31])
+def test_damaged_bytes_are_refused_or_harmless(package, step, tmp_path):
+    whole = package.read_bytes()
+    for place in range(30, len(whole), step * len(whole) // 400 + 1):
+        package.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        # Any other exception would be a traceback; some bytes, such as a date, may be anything.
+        with contextlib.suppress(TableError):
+            take(package, None)

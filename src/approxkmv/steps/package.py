@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import lzma
 import re
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ MANIFEST = "manifest.json"
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 MEMBER = re.compile(r"tables/[\w.-]+\.(csv|json)|figures/[\w.-]+\.png")
 MOST_FILES = 2000
+# What damaged bytes raise, by where they are.
+UNREADABLE = (zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, lzma.LZMAError, EOFError)
 
 
 def pack(results: Path, out: Path) -> int:
@@ -72,7 +76,7 @@ def _read(package: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
                 raise TableError(f"{package} {what}: it is not a package of results")
             contents = {name: archive.read(name) for name in names}
         manifest = json.loads(contents.pop(MANIFEST))
-    except (OSError, zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError, RuntimeError, ValueError) as error:
+    except (*UNREADABLE, OSError, NotImplementedError, RuntimeError, ValueError) as error:
         raise TableError(f"{package} cannot be read as a package of results: {error}") from error
     valid = isinstance(manifest, dict) and isinstance(manifest.get("files"), dict)
     if not valid or not NAME.fullmatch(str(manifest.get("study"))):
