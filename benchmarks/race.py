@@ -356,7 +356,8 @@ def claim() -> str:
     assert columns is not None
     _, exact, _ = measured = _of_heads(columns)
     said = (
-        f"On one thread of {_on('columns')}, with all value columns and errors kept in 95 % of runs, some method is "
+        f"On one thread of {_on('columns')}, with all value columns and the 95th "
+        f"percentile of the error over seeds within the target, some method is "
         f"faster than the fastest exact attention (`{'`, `'.join(sorted(exact))}`) {_said(measured, columns)}"
     )
     masked = "this is not measured yet" if causal is None else _said(_of_heads(causal), causal)
