@@ -19,7 +19,17 @@ if TYPE_CHECKING:
 # No figure needs these in a table, so that tables from before they were recorded can still be drawn.
 NOT_DRAWN = (
     *("kernel_evaluations", "inner_products", "evaluation_exponent", "evaluation_exponent_error", "recomputed_share"),
-    *("queries", "mask", "precision", "relative_to", "reached", "mean_error_v", "mean_error_exact", "fastest_exact"),
+    *(
+        "queries",
+        "mask",
+        "precision",
+        "relative_to",
+        "reached",
+        "mean_error_v",
+        "mean_error_exact",
+        "fastest_exact",
+        "host_seconds",
+    ),
     *("times_faster_q1", "times_faster", "times_faster_q3", "times_faster_float32", "times_faster_bfloat16"),
 )
 # Contents of the columns that are drawn, in every row: a row that could not run has no parameters.

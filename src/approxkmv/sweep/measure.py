@@ -19,6 +19,8 @@ from approxkmv.progress import is_of_memory
 from approxkmv.provenance import instructions, processor
 
 Run = Callable[[int], object]
+# About 10 ms of a GPU's clock: longer than Python takes to queue the kernels of one run.
+_SLEEP = 20_000_000
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -79,12 +81,17 @@ def summary(values: Sequence[float]) -> dict[str, float]:
 
 
 def timer(device: torch.device, clock: str) -> Callable[[Callable[[], object]], float]:
-    """A function that runs another and returns its seconds: by events on CUDA, otherwise by `clock` (wall or cpu)."""
+    """A function that runs another and returns its seconds: by `clock` (wall or cpu), on CUDA those of the device.
+
+    On CUDA the first event is queued behind a sleep, so that the device does not wait for Python between kernels;
+    `host_seconds` is the time with such waits.
+    """
     if device.type == "cuda":
 
         def events(run: Callable[[], object]) -> float:
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             torch.cuda.synchronize(device)
+            torch.cuda._sleep(_SLEEP)
             start.record()
             run()
             end.record()
@@ -100,6 +107,18 @@ def timer(device: torch.device, clock: str) -> Callable[[Callable[[], object]], 
         return now() - start
 
     return host
+
+
+def host_seconds(run: Run, device: torch.device, repeats: int, inputs: int) -> float:
+    """Median wall time from a call to the end of its work on a CUDA device."""
+    taken = []
+    for turn in range(repeats):
+        torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        run(turn % inputs)
+        torch.cuda.synchronize(device)
+        taken.append(time.perf_counter() - start)
+    return float(np.median(taken))
 
 
 def interleaved_seconds(

@@ -26,6 +26,7 @@ from approxkmv.sweep.exponents import EXPONENT_COLUMNS, add_exponents, evaluatio
 from approxkmv.sweep.inputs import REFERENCE, Inputs, attend
 from approxkmv.sweep.measure import (
     errors,
+    host_seconds,
     interleaved_seconds,
     machine,
     quartiles,
@@ -105,7 +106,8 @@ def _rows_of_case(
         method = get(name)
         row: Row = {**common, "method": name, "kind": _kind(method), "target": None}
         if method.exact:
-            row["precision"] = "bfloat16" if method.dtype == torch.bfloat16 else settings.dtype
+            of_inputs = "float32" if method.widens else settings.dtype
+            row["precision"] = "bfloat16" if method.dtype == torch.bfloat16 else of_inputs
         tried: Tried = {}
         grid = settings.parameters.get(name, method.grid)
 
@@ -202,9 +204,12 @@ def _measure(
         settings.repeats,
         settings.inputs,
     )
+    device = torch.device(settings.device)
     for label, taken in seconds.items():
         low, middle, high = quartiles(taken)
         measured[label].update(seconds_q1=low, seconds=middle, seconds_q3=high, repeats=len(taken))
+        if device.type == "cuda":
+            measured[label]["host_seconds"] = host_seconds(runs[label], device, settings.repeats, settings.inputs)
     return measured, failures | while_timing
 
 

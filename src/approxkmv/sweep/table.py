@@ -52,6 +52,7 @@ COLUMNS = {
     "seconds": "median of the timed runs",
     "seconds_q3": "third quartile of the timed runs",
     "repeats": "number of timed runs",
+    "host_seconds": "on CUDA, where seconds are the device's: median wall time of a call with its waits for Python",
     "fastest_exact": "the fastest exact row here whose 95th percentile of the error is at most half the target",
     "times_faster_q1": "the first quartile of its seconds over the third of this row's",
     "times_faster": "its seconds over those of this row",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -29,15 +30,26 @@ def _run(
 ) -> torch.Tensor:
     # The fused backends need one width for q, k and v, a multiple of 8; zero columns change no product.
     width = 8 * -(-max(q.shape[-1], min(v.shape[-1], 256)) // 8)
-    q, k = (pad(t, (0, width - t.shape[-1])).unsqueeze(1) for t in (q, k))
+    q, k = (_widened(t, width) for t in (q, k))
     answers = []
-    with sdpa_kernel(_BACKENDS[backend]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch warns why each backend refuses, then raises
+    with sdpa_kernel(_BACKENDS[backend]):
         for columns in v.split(width, -1):
-            padded = pad(columns, (0, width - columns.shape[-1])).unsqueeze(1)
+            padded = _widened(columns, width)
             answer = scaled_dot_product_attention(q, k, padded, scale=scale, is_causal=is_causal)
             answers.append(answer[:, 0, :, : columns.shape[-1]])
     return answers[0] if len(answers) == 1 else torch.cat(answers, -1)
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns why each backend refuses, then raises
+        yield
+
+
+def _widened(t: torch.Tensor, width: int) -> torch.Tensor:
+    """t (batch, n, w) as (batch, 1, n, width), with zero columns where it is narrower."""
+    return (t if t.shape[-1] == width else pad(t, (0, width - t.shape[-1]))).unsqueeze(1)
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:
@@ -61,11 +73,12 @@ def choose_backend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: flo
         candidates = ("cudnn", "flash", "efficient") if q.device.type == "cuda" else ("flash",)
         seconds: dict[str, float] = {}
         refusals = []
-        for backend in candidates:
-            try:
-                seconds[backend] = _seconds(lambda b=backend: _run(b, q, k, v, scale), q.device)  # type: ignore[misc]
-            except RuntimeError as error:
-                refusals.append(f"{backend}: {one_line(error)}")
+        with _without_warnings():
+            for backend in candidates:
+                try:
+                    seconds[backend] = _seconds(lambda b=backend: _run(b, q, k, v, scale), q.device)  # type: ignore[misc]
+                except RuntimeError as error:
+                    refusals.append(f"{backend}: {one_line(error)}")
         if not seconds:
             raise UnavailableError(f"exact-sdpa finds no fused backend here ({'; '.join(refusals)})")
         _fastest[key] = min(seconds, key=lambda name: seconds[name])
@@ -83,13 +96,16 @@ def attend(
     is_causal: bool = False,
 ) -> torch.Tensor:
     """Attention of checked inputs (batch, n, d) in their own dtype; is_causal: query i attends to keys 0 to i."""
-    if backend == "fastest":
+    chosen = backend == "fastest"
+    if chosen:
         backend = choose_backend(q, k, v, scale)
     elif backend not in _BACKENDS:
         raise UnavailableError(f"exact-sdpa has no backend {backend!r}; it has: {', '.join(_BACKENDS)}")
     count(kernel_evaluations=q.shape[0] * q.shape[1] * k.shape[1])
     try:
-        return _run(backend, q, k, v, scale, is_causal)
+        # One that was tried needs no filter of warnings, which would be timed.
+        with nullcontext() if chosen else _without_warnings():
+            return _run(backend, q, k, v, scale, is_causal)
     except RuntimeError as error:
         raise UnavailableError(f"exact-sdpa: backend {backend} refuses these inputs ({one_line(error)})") from error
 

@@ -13,8 +13,8 @@ import torch
 from approxkmv.attention.kernels.exponentials import exp_
 from approxkmv.compute.counting import count
 
-# Queries per step: their logits with the sample then stay in the cache.
-_ROWS = 1024
+# Queries per step: on a CPU their logits with the sample then stay in the cache, a GPU wants few and large steps.
+_ROWS = {"cpu": 1 << 10, "cuda": 1 << 16}
 
 
 def gray_rank(bits: torch.Tensor) -> torch.Tensor:
@@ -118,7 +118,7 @@ def block_sums(
     number, rows = blocks.queries.shape
     sampled_k = k[sample.keys].mT
     place = torch.arange(len(sample.keys), device=q.device)
-    step = max(1, _ROWS // rows)
+    step = max(1, _ROWS.get(q.device.type, _ROWS["cpu"]) // rows)
     for b in range(0, number, step):
         here = slice(b, min(b + step, number))
         some = q[blocks.queries[here]]

@@ -1,0 +1,118 @@
+"""The CUDA path from the command down, on the device of tests/gpu/mock_cuda.py: a wrong call to torch.cuda fails here.
+
+Triton's interpreter must be selected before its first import, so each test is a process.
+"""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.slow
+
+MOCK = Path(__file__).parents[1] / "gpu" / "mock_cuda.py"
+
+
+def in_mock(*arguments, timeout=500):
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": f"{MOCK.parent}:{os.environ.get('PYTHONPATH', '')}"},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+METHODS = ("exact-naive", "exact-sdpa", "exact-fused", "mean", "uniform", "own-key", "hyperattention", "kdeformer")
+OURS = {"approxkmv": {"block": 32, "near": 16, "samples": 8}, "local-expansion": {"block": 32, "near": 16}}
+
+
+def test_a_sweep_from_the_command_down(tmp_path):
+    settings = {
+        "device": "cuda",
+        "dtype": "bfloat16",
+        "methods": [*METHODS, *OURS],
+        "targets": [0.9],
+        "repeats": 2,
+        "warmups": 1,
+        "inputs": 1,
+        "tuning_seeds": [9],
+        "seeds": [0],
+        "parameters": {"kdeformer": [{}], "hyperattention": [{}], **{name: [given] for name, given in OURS.items()}},
+        "workloads": [{"name": "glove-sharp", "lengths": [96], "batches": [2]}],
+    }
+    given, table = tmp_path / "settings.json", tmp_path / "table.csv"
+    given.write_text(json.dumps(settings))
+    done = in_mock(MOCK, "approxkmv.sweep", "--settings", given, "--out", table)
+    assert done.returncode == 0, done.stdout + done.stderr
+    with table.open() as file:
+        rows = {row["method"]: row for row in csv.DictReader(file)}
+    assert set(rows) == {*METHODS, *OURS}
+    # A graph that is recorded while it is timed makes its row unavailable.
+    assert {row["status"] for name, row in rows.items() if not name.startswith("approxkmv")} == {"ok"}, rows
+    assert rows["approxkmv"]["status"] in ("ok", "unreached")
+    assert all(float(row["seconds"]) > 0 and float(row["host_seconds"]) > 0 for row in rows.values())
+    # bfloat16 keeps 8 bits.
+    assert all(float(rows[name]["error_v_mean"]) < 4e-3 for name in METHODS[:3])
+    assert [rows[name]["precision"] for name in METHODS[:2]] == ["float32", "bfloat16"]
+    assert json.loads(table.with_suffix(".json").read_text())["machine"]["gpu"] == "a CPU named cuda"
+
+
+WRONG = {
+    "torch.cuda.set_device(torch.device('cuda'))": ValueError,
+    "torch.cuda.synchronize(device=1, wait=True)": TypeError,
+    "torch.cuda.Event(timing=True)": TypeError,
+    "torch.cuda.get_device_name('cuda', 1)": TypeError,
+    "torch.cuda.mem_get_info(0, 1)": TypeError,
+    "there + here": RuntimeError,
+    "there.numpy()": TypeError,
+    "torch.rand(2, device='cuda', generator=torch.Generator())": RuntimeError,
+    "kernel[(1,)](here)": ValueError,
+    "kernel[(1, 70_000)](there)": RuntimeError,
+    "recorded(lambda: bool(there.any()))": RuntimeError,
+    "recorded(lambda: there[there > 0])": RuntimeError,
+    "recorded(lambda: torch.tensor([1.0], device='cuda'))": RuntimeError,
+    "recorded(lambda: there.cpu())": RuntimeError,
+}
+SCRIPT = """
+import sys, mock_cuda, torch, triton
+mock_cuda.install()
+
+@triton.jit
+def kernel(pointer):
+    pass
+
+here, there = torch.ones(3), torch.ones(3, device="cuda")
+
+def recorded(work):
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = work()
+    return graph, found
+
+for wrong in sys.argv[1:]:
+    try:
+        eval(wrong)
+    except Exception as error:
+        print(type(error).__name__)
+    else:
+        print("nothing")
+graph, found = recorded(lambda: (there * 2).add_(1))
+there.fill_(5)
+graph.replay()
+assert found.tolist() == [11.0] * 3 and found.device == there.device == torch.device("cuda:0")
+"""
+
+
+def test_what_a_gpu_refuses_the_mock_refuses(tmp_path):
+    script = tmp_path / "wrong.py"
+    script.write_text(SCRIPT)
+    done = in_mock(script, *WRONG)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [error.__name__ for error in WRONG.values()]
