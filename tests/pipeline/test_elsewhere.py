@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from small_project import Project
+from small_project import ROOT, Project, environment
 
 from approxkmv.config import load_config, settings_file
 
@@ -51,3 +53,13 @@ def test_a_study_runs_with_directory_and_with_a_configuration_elsewhere(project:
     )
     assert code == 0, output
     assert heads[0].read_text() != heads[1].read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("snakefile", ["Snakefile", "workflow/Snakefile"])
+def test_either_snakefile_runs_the_study_from_any_folder(tmp_path, snakefile):
+    command = [sys.executable, "-m", "snakemake", "--dry-run", "--cores", "1", "--quiet", "host"]
+    command += ["--snakefile", str(ROOT / snakefile)]
+    result = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert "results/embedded/index.html" in result.stdout

@@ -48,8 +48,12 @@ with one_line_errors():
     given = workflow.config_settings
     CONFIG = Path("config.yaml")
     if not CONFIG.exists() and not given.configfiles:
-        # With --directory or in another folder: the one beside the Snakefile.
-        CONFIG = Path(workflow.basedir) / CONFIG
+        # With --directory or in another folder: that of the checkout.
+        CONFIG = Path(
+            workflow.current_basedir.join("../../config.yaml").get_path_or_uri(
+                secret_free=True
+            )
+        )
     for file in [*given.configfiles, CONFIG]:
         if given.configfiles and not file.exists():
             continue
