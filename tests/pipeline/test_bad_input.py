@@ -183,6 +183,28 @@ def test_a_text_longer_than_the_maximum_is_cut_and_counted(project: Project):
     assert pd.read_csv(project.folder / "contexts.csv")["cut"].tolist() == [0, 0, 15]
 
 
+def test_a_text_longer_than_the_maximum_is_read_in_windows_if_asked_for(project: Project):
+    project.configure(long_texts="windows", models=["bert"])
+    code, output = project.approxkmv("texts", "--out", "texts.parquet")
+    assert code == 2
+    assert "give --location" in only_line(output)
+    code, output = project.approxkmv("fetch", "--model", "bert", "--out", "bert.json")
+    assert code == 0, output
+    code, output = project.approxkmv("texts", "--location", "bert.json", "--out", "texts.parquet")
+    assert code == 0, output
+    texts = pd.read_parquet(project.folder / "texts.parquet")
+    assert [len(text.split()) for text in texts["text"]] == [30, 45, 12, 60, 22, 60, 15, 51, 38]
+    assert texts["name"][5:7].tolist() == ["text 5, window 1", "text 5, window 2"]
+
+
+@pytest.mark.slow
+def test_a_study_reads_the_windows_of_all_its_models(project: Project):
+    project.configure(long_texts="windows")
+    code, output = project.snakemake("results/tiny/texts.parquet")
+    assert code == 0, output
+    assert len(pd.read_parquet(project.results / "texts.parquet")) == 9
+
+
 def test_fewer_texts_than_were_asked_for_are_said_and_none_are_refused(project: Project):
     project.configure(contexts=20)
     code, output = project.approxkmv("texts", "--out", "texts.parquet")

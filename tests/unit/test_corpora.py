@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import lzma
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import yaml
 
 from approxkmv.corpora import choose_passages, formats, read_corpus
-from approxkmv.corpora.passages import Document, cut_into_passages
+from approxkmv.corpora.passages import Document, cut_into_passages, cut_into_windows
 from approxkmv.errors import ConfigError, SourceError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,6 +52,26 @@ def test_units_of_text():
     assert [p.index for p in pairs] == [0, 1, 2]
     with pytest.raises(ConfigError, match="no questions"):
         cut_into_passages([Document("c", "x")], "question_context")
+
+
+def test_windows_hold_all_of_a_long_text_and_at_most_the_limit():
+    def tokens_of(text: str) -> int:
+        return 2 + sum(-(-len(word) // 4) for word in text.split())
+
+    long = " ".join("abcdefghijk"[: 1 + i * 7 % 11] for i in range(100))
+    passages = cut_into_passages([Document("a", "short"), Document("b", long), Document("c", "x" * 1000)], "context")
+    windows = cut_into_windows(passages, 20, tokens_of)
+    assert [w.index for w in windows] == list(range(len(windows)))
+    assert (windows[0].name, windows[0].text) == ("a", "short")
+    assert max(tokens_of(w.text) for w in windows) <= 20
+    of_words = [w for w in windows if w.name.startswith("b")]
+    assert " ".join(w.text for w in of_words) == long
+    assert of_words[1].name == "b, window 2"
+    # No window has room for the next one's first word.
+    for one, other in itertools.pairwise(of_words):
+        assert tokens_of(f"{one.text} {other.text.split()[0]}") > 20
+    # Without white space, between any letters.
+    assert "".join(w.text for w in windows if w.name.startswith("c")) == "x" * 1000
 
 
 def test_a_draw_is_seeded_nested_and_in_order():

@@ -1,6 +1,12 @@
 checkpoint texts:
     input:
         corpus=local_files(STUDY.corpus.source) if STUDY.corpus else [],
+        # Their tokenizers say where windows end.
+        locations=(
+            collect(f"{RESULTS}/models/{{model}}.json", model=MODELS)
+            if STUDY.long_texts == "windows"
+            else []
+        ),
         source=package("texts"),
     output:
         f"{RESULTS}/texts.parquet",
@@ -9,9 +15,13 @@ checkpoint texts:
     params:
         config=lambda wildcards: SETTINGS,
         corpus=(str(STUDY.corpus), STUDY.unit, STUDY.contexts, STUDY.seed),
+        windows=STUDY.max_tokens if STUDY.long_texts == "windows" else None,
         identity=identity_of(STUDY.corpus.source) if STUDY.corpus else "",
+        locations=lambda wildcards, input: [
+            f"--location {path}" for path in input.locations
+        ],
     shell:
-        "approxkmv texts --config {params.config} --out {output} --log {log}"
+        "approxkmv texts {params.locations} --config {params.config} --out {output} --log {log}"
 
 
 def shards(wildcards):

@@ -34,6 +34,10 @@ def fetch(
 @app.command()
 def texts(
     out: Annotated[Path, typer.Option("--out", help="Parquet file to write: index, name, text.")],
+    location: Annotated[
+        list[Path] | None,
+        typer.Option("--location", help="File from `approxkmv fetch`, of each model, if long_texts is windows."),
+    ] = None,
     config: Config = CONFIG,
     study: StudyName = None,
     log: Log = None,
@@ -46,7 +50,7 @@ def texts(
 
     chosen = asked(config, study, log)
     with step(f"texts      {corpus_of(chosen).name}") as notes:
-        count = write_texts(chosen, out)
+        count = write_texts(chosen, out, location or [])
         all_of_them = chosen.contexts is not None and count < chosen.contexts
         notes.append(f"{count} texts" + (f" (all there are; {chosen.contexts} were asked for)" if all_of_them else ""))
 

@@ -140,6 +140,9 @@ class StudySettings(Section):
     """Texts shorter than this, in the model's tokens, are skipped and counted."""
     max_tokens: Annotated[int, at_least(3)] = 512
     """Longer texts are truncated to this many tokens, or to the model's maximum if that is smaller."""
+    long_texts: Literal["cut", "windows"] = "cut"
+    """What becomes of a text of more than max_tokens tokens: cut (it is truncated), or windows (it is divided at white
+    space into texts of at most max_tokens tokens of every model, before texts are drawn)."""
     min_prefix: Count = 50
     """The shortest prefix of Experiment (i)."""
     prefixes: Annotated[tuple[Count, ...], each_once(1), AfterValidator(_ascending)] = (*range(50, 501, 50), 512)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterable, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from approxkmv.errors import ConfigError
 
 # A sentence ends at . ! or ? (and closing quotes or brackets), before white space and a capital, digit or quote.
 SENTENCE_END = re.compile(r"(?<=[.!?])([\"'”’)\]]*)\s+(?=[\"'“‘(\[]?[A-Z0-9])")
+# Where a window may end: after a word, or within what has no white space for longer than words are.
+PIECE = re.compile(r"\s*\S{1,30}")
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,37 @@ def cut_into_passages(documents: Iterable[Document], unit: str) -> list[Passage]
             raise ConfigError(f"unit {unit!r} is unknown: use context, sentence, question_context or article")
         passages += [Passage(len(passages) + i, document.name, text) for i, text in enumerate(texts)]
     return passages
+
+
+def cut_into_windows(passages: Iterable[Passage], limit: int, tokens_of: Callable[[str], int]) -> list[Passage]:
+    """Passages of at most `limit` tokens: longer ones are divided, each window as long as it can be.
+
+    All are numbered anew. `tokens_of` counts the tokens of a text, those included that a model adds.
+    """
+    windows: list[Passage] = []
+    for passage in passages:
+        texts = list(_windows(passage.text, limit, tokens_of))
+        names = [f"{passage.name}, window {i + 1}" if len(texts) > 1 else passage.name for i in range(len(texts))]
+        windows += [Passage(len(windows) + i, *window) for i, window in enumerate(zip(names, texts, strict=True))]
+    return windows
+
+
+def _windows(text: str, limit: int, tokens_of: Callable[[str], int]) -> Iterator[str]:
+    if tokens_of(text) <= limit:
+        yield text
+        return
+    pieces = PIECE.findall(text)
+    start = 0
+    while start < len(pieces):
+
+        def tokens(size: int, start: int = start) -> int:
+            return tokens_of("".join(pieces[start : start + size]).strip())
+
+        # A piece is at least one token.
+        sizes = range(1, min(limit, len(pieces) - start) + 1)
+        size = max(1, bisect_right(sizes, limit, key=tokens))
+        yield "".join(pieces[start : start + size]).strip()
+        start += size
 
 
 def choose_passages(passages: Sequence[Passage], count: int | None, seed: int) -> list[Passage]:
