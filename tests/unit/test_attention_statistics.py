@@ -433,3 +433,25 @@ def test_products_beyond_float32_that_cancel():
     plain = attention_statistics(q.double(), k.double())
     moved = attention_statistics(q.double() * 2.0**150, k.double() * 2.0**-150)
     assert torch.equal(moved.entropy, plain.entropy)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("size", [None, 2**14])
+def test_answers_do_not_depend_on_the_number_of_threads(size, dtype, monkeypatch):
+    # In one piece, and in pieces whose sums are added up.
+    if size is not None:
+        monkeypatch.setattr(spectrum, "STRIP", size)
+        monkeypatch.setattr(attention, "TILE", size)
+    q, k = head(5, 3, 300, 16)
+    found = []
+    threads = torch.get_num_threads()
+    try:
+        for number in (1, 2, 5):
+            torch.set_num_threads(number)
+            here = attention_statistics(q, k, mask="causal", dtype=dtype)
+            names = (*PER_ROW, *PER_HEAD, "stable_rank", "keys_per_share")
+            found.append({name: getattr(here, name) for name in names})
+    finally:
+        torch.set_num_threads(threads)
+    for name, value in found[0].items():
+        assert all(torch.equal(value, other[name]) for other in found[1:]), name

@@ -276,3 +276,16 @@ def test_bad_input_is_one_line():
     huge = torch.full((4, 3), 1e200, dtype=torch.float64)
     with pytest.raises(InputError, match="so large"):
         length_statistics(huge, huge)
+
+
+def test_answers_do_not_depend_on_the_number_of_threads():
+    q, k = (torch.stack(x) for x in zip(*(random_head(seed, 600, 16, 1.2) for seed in range(3)), strict=True))
+    threads = torch.get_num_threads()
+    try:
+        found = []
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            found.append(length_statistics(q, k, causal=True, block=64))
+    finally:
+        torch.set_num_threads(threads)
+    assert found[0] == found[1] == found[2]

@@ -43,7 +43,7 @@ class AttentionStatistics:
         largest = logits.row_terms.new_full((heads * n_q,), logits.hidden / 2)
         sums = plain_rows.RowSums(largest, torch.zeros_like(largest), torch.zeros_like(largest))
         form = self._form()
-        for group, rows in logits.pieces(KEYS, TILE):
+        for group, rows in logits.pieces(KEYS, TILE, per_thread=True):
             here = sums[group.start * n_q + rows.start : (group.stop - 1) * n_q + rows.stop]
             for tile in logits.tiles(group, rows, KEYS):
                 form.add_tile(tile.flatten(0, 1), here)
@@ -111,7 +111,7 @@ class AttentionStatistics:
     def first_mass(self) -> Array:
         """(..., n_q): the weight of the first key."""
         out = torch.zeros_like(self._log_sums)
-        for group, rows in self._logits.pieces(1, TILE):
+        for group, rows in self._logits.pieces(1, TILE, per_thread=True):
             tile = self._logits.tile(group, rows, slice(0, 1))
             if tile is not None:
                 out[group, rows] = torch.exp(tile[..., 0].double() - self._log_sums[group, rows])
@@ -133,7 +133,7 @@ class AttentionStatistics:
         logits, form = self._logits, self._form()
         n_q, n_k = logits.q.shape[1], logits.k.shape[1]
         out = torch.zeros(len(logits.q) * n_q, len(self._shares), dtype=torch.long, device=logits.q.device)
-        for group, rows in logits.pieces(n_k, TILE):
+        for group, rows in logits.pieces(n_k, TILE, per_thread=True):
             for tile in logits.tiles(group, rows, n_k):
                 here = slice(group.start * n_q + rows.start, (group.stop - 1) * n_q + rows.stop)
                 out[here] = form.count_keys(tile.flatten(0, 1), logits.hidden, self._shares)

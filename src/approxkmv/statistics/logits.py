@@ -48,13 +48,18 @@ class Logits:
         """What replaces a hidden logit in a tile."""
         return HIDDEN[self.q.dtype]
 
-    def pieces(self, keys: int, area: int) -> Iterator[tuple[slice, slice]]:
-        """Heads and rows to compute together: about `area` logits per thread, with `keys` keys per row.
+    def pieces(self, keys: int, area: int, per_thread: bool = False) -> Iterator[tuple[slice, slice]]:
+        """Heads and rows to compute together: about `area` logits, with `keys` keys per row.
 
         Several heads always come with all their rows, so that the rows are contiguous over all heads.
+        per_thread: `area` for each thread, for what is computed row by row; how a sum over pieces rounds would depend
+        on it.
         """
         heads, n_q = self.q.shape[:2]
-        area *= torch.get_num_threads() if self.q.device.type == "cpu" else 16
+        if self.q.device.type != "cpu":
+            area *= 16
+        elif per_thread:
+            area *= torch.get_num_threads()
         rows = min(n_q, max(1, area // keys))
         together = max(1, area // (rows * keys))
         for head in range(0, heads, together):

@@ -8,7 +8,7 @@ import torch
 
 from approxkmv.statistics.logits import Logits
 
-# Logits of one strip of whole rows per thread; a matrix that fits is computed once instead of in each pass.
+# Logits of one strip of whole rows; a matrix that fits is computed once instead of in each pass.
 STRIP = 2**21
 # Passes between two checks of the singular value, the change at which it has converged, and the most passes.
 EVERY = 4

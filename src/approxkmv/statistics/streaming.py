@@ -27,7 +27,7 @@ from approxkmv.errors import InputError, NonFiniteError
 from approxkmv.statistics.entries import SHARES
 from approxkmv.statistics.largest import Largest
 
-# A strip holds at most BLOCK^2 logits, over all heads that are computed together.
+# A strip of a head holds at most BLOCK^2 logits, on any number of threads: how a sum over strips rounds depends on it.
 BLOCK = 2048
 
 
@@ -76,7 +76,7 @@ def length_statistics(
         causal: also return the masked statistics, over entries with no key after its query.
         spans: (n, 2) integers: also return the masked statistics, over the keys in [first number, second number) of
             each query: windows, chunks, or causal spans.
-        block: block^2 logits are held in memory at a time.
+        block: block^2 logits of a head are held in memory at a time.
     Returns:
         Per head a list: unmasked and, with causal or spans, masked.
     Raises:
@@ -109,7 +109,7 @@ def length_statistics(
 def _strips(q: torch.Tensor, k: torch.Tensor, s: float, block: int) -> Iterator[tuple[int, torch.Tensor]]:
     """(first row, s <q_i, k_j> - s |q_i|^2 / 2 of a strip of rows and all keys): log K up to a constant."""
     n = q.shape[1]
-    rows = max(1, min(n, block * block // (n * q.shape[0])))
+    rows = max(1, min(n, block * block // n))
     for first in range(0, n, rows):
         part = q[:, first : first + rows]
         row = part.square().sum(-1, keepdim=True)
