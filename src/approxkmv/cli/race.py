@@ -14,6 +14,8 @@ from approxkmv.errors import ConfigError
 from approxkmv.files import check_writable
 from approxkmv.progress import LOG, log_to, step
 
+DEFAULTS = {name: key.default for name, key in Perplexity.model_fields.items()}
+
 
 @app.command("model-heads")
 def model_heads(
@@ -89,15 +91,15 @@ def perplexity(
     corpus: Annotated[str, typer.Option("--corpus", help="With --method: the corpus.")] = "moby-dick",
     tokens: Annotated[
         str, typer.Option("--tokens", help="With --method: text lengths in tokens, separated by commas.")
-    ] = "1024,2048,4096",
+    ] = ",".join(map(str, DEFAULTS["tokens"])),
     layers: Annotated[
         str,
         typer.Option("--layers", help="With --method: layers to replace, counted from 0: all, or e.g. 0,5-9."),
-    ] = "all",
+    ] = DEFAULTS["layers"],
     parameters: Annotated[
         str, typer.Option("--parameters", help="With --method: its parameters as a JSON object; defaults for the rest.")
     ] = "{}",
-    seed: Annotated[int, typer.Option("--seed", min=0, help="With --method: its seed.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="With --method: its seed.")] = DEFAULTS["seed"],
     location: Annotated[
         Path | None,
         typer.Option("--location", help="JSON file from `approxkmv fetch`; without it the model is fetched."),
@@ -115,8 +117,8 @@ def perplexity(
     if method is not None:
         from approxkmv.perplexity.settings import from_options
 
-        given = from_options(tokens=tokens, method=method, parameters=parameters, seed=seed)
-        settings = read_as(Perplexity, {"model": model, "corpus": corpus, "layers": layers, **given})
+        given = {"model": model, "corpus": corpus, "layers": layers, "seed": seed}
+        settings = read_as(Perplexity, given | from_options(tokens, method, parameters), "options")
     else:
         named = asked(config, study, log)
         if named.perplexity is None:

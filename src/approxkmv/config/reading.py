@@ -59,14 +59,14 @@ def checked(value: Any) -> Configuration:
     return config
 
 
-def read_as(kind: type[S], value: Any) -> S:
-    """A part of a configuration alone, with its defaults. Raises ConfigError."""
-    refuse_what_is_not_plain(value)
+def read_as(kind: type[S], value: Any, origin: str = "config") -> S:
+    """A part of a configuration alone, with its defaults. Raises ConfigError, which names the value's origin."""
+    refuse_what_is_not_plain(value, origin)
     try:
         # By the rules of JSON neither a string nor a boolean is a number.
         return kind.model_validate_json(json.dumps(_whole_numbers(value)), strict=True)
     except ValidationError as error:
-        raise ConfigError(min(map(_one_line, error.errors()))[1]) from error
+        raise ConfigError(min(_one_line(one, origin) for one in error.errors())[1]) from error
 
 
 def settings_file(config: Configuration, path: Path) -> Path:
@@ -102,24 +102,23 @@ def _check_part(place: str, part: Any, config: Configuration) -> None:
     known(part.corpus, config.corpora, f"{place} names the corpus")
 
 
-def _one_line(error: Any) -> tuple[int, str]:
+def _one_line(error: Any, origin: str) -> tuple[int, str]:
     """How deep in the configuration an error is, and the line that reports it."""
     place: tuple[Any, ...] = error["loc"]
     kind, value, above, last = error["type"], error["input"], place[:-1], place[-1] if place else None
     if kind == "extra_forbidden":
-        return len(
-            above
-        ), f"{_dotted(above)} has the unknown key {last!r}; {did_you_mean(last, keys_at(above), 'there are', 0.4)}"
+        near = did_you_mean(last, keys_at(above), "there are", 0.4)
+        return len(above), f"{_dotted(origin, above)} has the unknown key {last!r}; {near}"
     if kind == "missing":
-        return len(above), f"{_dotted(above)} lacks the key {last!r}"
+        return len(above), f"{_dotted(origin, above)} lacks the key {last!r}"
     message = str(error["ctx"]["error"]) if kind == "value_error" else error["msg"].replace("Input should", "it must")
     if last == "[key]":
-        return len(above), f"{_dotted(above[:-1])} has the name {shown(value)}: {message}"
-    return len(place), f"{_dotted(place)}{'' if isinstance(value, dict) else f' is {shown(value)}'}: {message}"
+        return len(above), f"{_dotted(origin, above[:-1])} has the name {shown(value)}: {message}"
+    return len(place), f"{_dotted(origin, place)}{'' if isinstance(value, dict) else f' is {shown(value)}'}: {message}"
 
 
-def _dotted(place: Sequence[Any]) -> str:
-    return f"config: {'.'.join(map(str, place))}" if place else "config"
+def _dotted(origin: str, place: Sequence[Any]) -> str:
+    return f"{origin}: {'.'.join(map(str, place))}" if place else origin
 
 
 def _whole_numbers(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The options of one perplexity run, in the form of a study's configuration."""
+"""The options of one perplexity run, as keys of a study's configuration."""
 
 from __future__ import annotations
 
@@ -8,21 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 from approxkmv.attention import get
 from approxkmv.errors import InputError
-from approxkmv.sweep.settings import LARGEST_SEED
 from approxkmv.typed import shown
 
 if TYPE_CHECKING:
     from approxkmv.attention import Method
 
 
-def from_options(*, tokens: str, method: str, parameters: str, seed: int) -> dict[str, Any]:
-    """The keys of a study's perplexity, from command-line options. Raises InputError."""
+def from_options(tokens: str, method: str, parameters: str) -> dict[str, Any]:
+    """The keys of a study's perplexity that are lists or mappings, from the text of options. Raises InputError."""
     try:
         lengths = [int(word) for word in tokens.split(",")]
     except ValueError:
-        lengths = []
-    if not lengths or min(lengths) < 2:
-        raise InputError(f"tokens is {shown(tokens)}: write lengths of 2 or more, separated by commas, like 1024,2048")
+        raise InputError(f"tokens is {shown(tokens)}: write lengths separated by commas, like 1024,2048") from None
     try:
         given = json.loads(parameters)
     except (ValueError, RecursionError) as error:
@@ -30,9 +27,7 @@ def from_options(*, tokens: str, method: str, parameters: str, seed: int) -> dic
         raise InputError(f"parameters is {shown(parameters)}, which is not JSON: {reason}") from error
     if not isinstance(given, dict):
         raise InputError(f"parameters is {shown(parameters)}: write a JSON object, such as '{{\"samples\": 32}}'")
-    if not 0 <= seed <= LARGEST_SEED:
-        raise InputError(f"seed is {shown(seed)}: give a whole number from 0 to {LARGEST_SEED}")
-    return {"tokens": lengths, "methods": {method: [given]}, "seed": seed}
+    return {"tokens": lengths, "methods": {method: [given]}}
 
 
 def chosen_methods(methods: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[tuple[Method, dict[str, Any]]]:
