@@ -115,7 +115,7 @@ def written_with_hash(path: Path) -> Iterator[Path]:
         yield temporary
         # Remove the old hash first: a kill in between leaves a table without a hash, not one with a wrong hash.
         hash_file(path).unlink(missing_ok=True)
-    write_text(hash_file(path), f"{sha256(path)}  {path.name}\n")
+    write_text(hash_file(path), f"{file_sha256(path)}  {path.name}\n")
 
 
 def hash_file(path: Path) -> Path:
@@ -129,7 +129,7 @@ def is_damaged(path: Path) -> bool:
         expected = hash_file(path).read_text(encoding="utf-8", errors="replace").split()
     except OSError:
         return False
-    return not expected or sha256(path) != expected[0]
+    return not expected or file_sha256(path) != expected[0]
 
 
 Columns: TypeAlias = Mapping[str, str]
@@ -238,7 +238,7 @@ def unpacked_limit(archive: Path) -> int:
     return min(MAX_UNPACKED, UNPACKED_TO_START + 20 * archive.stat().st_size)
 
 
-def sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
@@ -248,6 +248,6 @@ def check_sha256(path: Path, expected: str | None) -> None:
     """Raise SourceError unless the file has the expected hash; None skips the check."""
     if expected is None:
         return
-    found = sha256(path)
+    found = file_sha256(path)
     if found != expected:
         raise SourceError(f"{path} has SHA-256 {found}, expected {expected}: replace the file or correct config.yaml")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -42,6 +43,11 @@ def files_behind(*files: Path) -> list[Path]:
             found.add(path)
             waiting += _of_file(path)
     return sorted(found)
+
+
+def digest_of(files: Iterable[Path]) -> str:
+    """A SHA-256 of the contents of files, in their order."""
+    return hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()
 
 
 def _of_command(command: str) -> Iterator[Path]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from approxkmv.files import check_writable, write_text
+from approxkmv.imports import ROOT, digest_of
 from approxkmv.lock import hold, release
 
 
@@ -35,7 +36,9 @@ class PartialTable:
         hold(self._lock, f"a run that writes {output}")
         for half_written in self.path.parent.glob(f".{glob.escape(self.path.stem)}.[0-9]*.part"):
             half_written.unlink()
-        self._identity = {name: _hash(_text(value)) for name, value in {**identity, "code": _code()}.items()}
+        # Tells apart versions outside a checkout too.
+        code = digest_of(sorted(ROOT.rglob("*.py")))
+        self._identity = {name: _hash(_text(value)) for name, value in {**identity, "code": code}.items()}
         self.cases: list[dict[str, Any]] = []
         try:
             head, *lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -71,9 +74,3 @@ def _text(value: Any) -> str:
 
 def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _code() -> dict[str, str]:
-    """A hash of each source file of this package, which distinguishes versions outside a checkout."""
-    root = Path(__file__).parent
-    return {str(file.relative_to(root)): hashlib.sha256(file.read_bytes()).hexdigest() for file in root.rglob("*.py")}

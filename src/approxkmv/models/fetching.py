@@ -13,8 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
 from approxkmv.errors import SourceError, one_line
-from approxkmv.files import sha256 as file_sha256
-from approxkmv.files import unpacked_limit
+from approxkmv.files import file_sha256, unpacked_limit
 from approxkmv.models.checking import GGUF_MAGIC, refuse_adapter, refuse_pointers, starts_with
 from approxkmv.models.folders import compare, complete, file_hashes, files
 from approxkmv.models.sources import WANTED_SUFFIXES, HubSource, ModelLocation, ModelSource, PathSource, PypiSource

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from approxkmv.errors import SourceError
-from approxkmv.files import sha256
+from approxkmv.files import file_sha256
 from approxkmv.models.sources import ModelLocation
 
 RECORD = "source.json"
@@ -124,7 +124,7 @@ def compare(found: Mapping[str, str], expected: Mapping[str, str], name: str) ->
 def file_hashes(folder: Path) -> dict[str, str]:
     """Hashes of all files but the record, by path inside the folder."""
     paths = {path.relative_to(folder).as_posix(): path for path in sorted(files(folder))}
-    return {name: sha256(path) for name, path in paths.items() if name != RECORD}
+    return {name: file_sha256(path) for name, path in paths.items() if name != RECORD}
 
 
 def files(folder: Path) -> Iterator[Path]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from approxkmv.errors import CaptureError, SourceError
-from approxkmv.files import sha256
+from approxkmv.files import file_sha256
 from approxkmv.models.folders import complete
 from approxkmv.models.sources import ModelLocation
 
@@ -45,7 +45,7 @@ def convert_gguf(location: ModelLocation, destination: Path) -> ModelLocation:
     if location.gguf_file is None:
         raise SourceError(f"{location.folder}: there is no GGUF file to convert here")
     file = location.folder / location.gguf_file
-    hashes = {location.gguf_file: sha256(file)}
+    hashes = {location.gguf_file: file_sha256(file)}
 
     def fill(folder: Path) -> dict[str, str]:
         write_dequantised(location, folder)

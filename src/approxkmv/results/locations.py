@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from approxkmv.errors import SourceError, TableError
-from approxkmv.files import sha256, write_json
+from approxkmv.files import file_sha256, write_json
 from approxkmv.models import ModelLocation, parse_source
 from approxkmv.models.folders import RECORD
 from approxkmv.models.sources import PathSource, identity
@@ -36,7 +36,7 @@ def _identity(source: str, folder: Path) -> str:
     if isinstance(parsed, PathSource):
         return identity(parsed.path)
     # The hub's cache names folders by commit, and unpacked models have a record of their hashes.
-    return sha256(folder / RECORD) if (folder / RECORD).is_file() else folder.name
+    return file_sha256(folder / RECORD) if (folder / RECORD).is_file() else folder.name
 
 
 def read_location(path: Path) -> ModelLocation:
@@ -59,7 +59,7 @@ def read_location(path: Path) -> ModelLocation:
 def origin(location: Path, texts: Path) -> str:
     """The weights and texts that a shard is made from, as a string. Raises TableError when either cannot be read."""
     try:
-        return f"weights {_read(location)['identity']}, texts {sha256(texts)}"
+        return f"weights {_read(location)['identity']}, texts {file_sha256(texts)}"
     except OSError as error:
         raise TableError(f"{texts} cannot be read ({error.strerror}): run texts again") from error
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from approxkmv.errors import TableError
-from approxkmv.files import hash_file, is_damaged, sha256, write_csv, write_parquet, write_text
+from approxkmv.files import file_sha256, hash_file, is_damaged, write_csv, write_parquet, write_text
 from approxkmv.results.tables import read_shard_table
 
 
@@ -25,7 +25,7 @@ def shard_count(texts: Path, shard_contexts: int) -> int:
 def write_shard(path: Path, table: pd.DataFrame, origin: str) -> None:
     """Write a shard's CSV or Parquet file and, beside it as FILE.sha256, its hash and origin (see fetch.origin)."""
     (write_parquet if path.suffix == ".parquet" else write_csv)(path, table)
-    write_text(hash_file(path), f"{sha256(path)}  {path.name}\n# {origin}\n")
+    write_text(hash_file(path), f"{file_sha256(path)}  {path.name}\n# {origin}\n")
 
 
 def read_shards(folder: Path, count: int, *kinds: str) -> list[pd.DataFrame]:

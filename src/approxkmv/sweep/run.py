@@ -20,7 +20,7 @@ from approxkmv.attention import Method, UnavailableError, get, methods
 from approxkmv.compute.counting import counting
 from approxkmv.compute.trial import decisions
 from approxkmv.errors import ConfigError, InputError
-from approxkmv.files import check_writable, sha256, write_text
+from approxkmv.files import check_writable, file_sha256, write_text
 from approxkmv.partial import PartialTable
 from approxkmv.sweep.exponents import EXPONENT_COLUMNS, add_exponents, evaluation_exponents
 from approxkmv.sweep.inputs import REFERENCE, Inputs, attend
@@ -282,7 +282,7 @@ def run_sweep(
     for case in wanted:
         # Now, rather than after hours of other cases
         check_case(case)
-    inputs = [sha256(file) for workload in workloads for file in files(workload)]
+    inputs = [file_sha256(file) for workload in workloads for file in files(workload)]
     identity = {"settings": settings.as_dict(), "inputs": inputs, "machine": machine(settings.device)}
     kept = PartialTable(output, identity, say)
     earlier = len(kept.cases)

@@ -18,8 +18,7 @@ from typing import IO
 import numpy as np
 
 from approxkmv.errors import SourceError, one_line
-from approxkmv.files import check_sha256, unpacked_limit, write_text, written_whole
-from approxkmv.files import sha256 as file_sha256
+from approxkmv.files import check_sha256, file_sha256, unpacked_limit, write_text, written_whole
 from approxkmv.progress import LOG
 
 SHIPPED = Path("data/glove/glove-6b-100d-first16384.npy.xz")

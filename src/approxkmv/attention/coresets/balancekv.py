@@ -18,13 +18,11 @@ Theory", arXiv 2502.07861: SoftmaxBalance, and BalanceKV by merge and reduce.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from functools import partial
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
-from approxkmv.attention.contract import Method, per_batch
+from approxkmv.attention.contract import Method
 from approxkmv.attention.kernels.exponentials import exp_, softmax
 from approxkmv.compute.counting import count
 
@@ -116,7 +114,6 @@ def attend(
     v: torch.Tensor,
     generator: torch.Generator,
     parameters: Parameters,
-    *,
     scale: float,
     is_causal: bool = False,
 ) -> torch.Tensor:
@@ -145,30 +142,11 @@ def attend(
     return torch.cat(parts)
 
 
-def _balancekv(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    scale: float,
-    seed: int,
-    is_causal: bool = False,
-    **given: Any,
-) -> torch.Tensor:
-    parameters = Parameters(**given)
-
-    def single(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        return attend(q, k, v, generator, parameters, scale=scale, is_causal=is_causal)
-
-    return per_batch(single, q, k, v, seed)
-
-
-method = Method(
-    name="balancekv",
-    compute=_balancekv,
-    causal=partial(_balancekv, is_causal=True),
+method = Method.from_masked(
+    "balancekv",
+    attend,
+    Parameters,
     summary="few keys for all queries: a stream halved by a self-balancing walk, first and last keys exactly",
-    defaults=asdict(Parameters()),
     may_be_zero=frozenset({"sink", "window"}),
     grid=[
         {"levels": 5, "block": 64},

@@ -6,13 +6,11 @@ If the dropped keys hold a share t of a row's sum, the row's error is at most 2 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from functools import partial
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
-from approxkmv.attention.contract import Method, per_batch
+from approxkmv.attention.contract import Method
 from approxkmv.attention.kernels.exponentials import softmax
 from approxkmv.compute.counting import count
 
@@ -27,12 +25,18 @@ class Parameters:
 
 
 def attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, parameters: Parameters, *, is_causal: bool
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    _: torch.Generator,
+    parameters: Parameters,
+    scale: float,
+    is_causal: bool = False,
 ) -> torch.Tensor:
-    """Scaled float32 q (n_q, d), k (n_k, d), v (n_k, d_v) to (n_q, d_v); if is_causal, query i sees keys 0 to i."""
+    """Float32 q (n_q, d), k (n_k, d), v (n_k, d_v) to (n_q, d_v); if is_causal, query i sees keys 0 to i."""
     parts = []
     for first in range(0, len(q), _ROWS):
-        some = q[first : first + _ROWS]
+        some = q[first : first + _ROWS] * scale
         n_k = first + len(some) if is_causal else len(k)
         scores = some @ k[:n_k].mT
         if is_causal:
@@ -43,30 +47,11 @@ def attend(
     return torch.cat(parts)
 
 
-def _top_k(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    scale: float,
-    seed: int,
-    is_causal: bool = False,
-    **given: Any,
-) -> torch.Tensor:
-    parameters = Parameters(**given)
-
-    def single(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        return attend(q * scale, k, v, parameters, is_causal=is_causal)
-
-    return per_batch(single, q, k, v, seed)
-
-
-method = Method(
-    name="top-k",
-    compute=_top_k,
-    causal=partial(_top_k, is_causal=True),
+method = Method.from_masked(
+    "top-k",
+    attend,
+    Parameters,
     summary="each query's largest scores exactly, all scores computed: what a choice of keys can reach",
-    defaults=asdict(Parameters()),
     seeded=False,
     grid=[{"top": 2**i} for i in range(3, 13)],
 )

@@ -16,15 +16,13 @@ Source: Desai, Agrawal, Yang et al., "vAttention: Verified Sparse Attention", ar
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Any
 
 import torch
 
 from approxkmv.attention.causal import Sums
-from approxkmv.attention.contract import Method, per_batch
+from approxkmv.attention.contract import Method
 from approxkmv.attention.kernels.exponentials import exp_
 from approxkmv.compute.counting import count
 from approxkmv.errors import InputError
@@ -159,31 +157,25 @@ def sums(
     return tuple(torch.cat(part) for part in zip(*parts, strict=True))  # type: ignore[return-value]
 
 
-def _vattention(
+def attend(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    *,
+    generator: torch.Generator,
+    parameters: Parameters,
     scale: float,
-    seed: int,
     is_causal: bool = False,
-    **given: Any,
 ) -> torch.Tensor:
-    parameters = Parameters(**given)
-
-    def single(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        numerators, row_sums, _ = sums(q * scale, k, v, generator, parameters, is_causal=is_causal)
-        return numerators / row_sums.unsqueeze(1)
-
-    return per_batch(single, q, k, v, seed)
+    """The quotients (n_q, d_v) of these sums, for queries that are not scaled."""
+    numerators, row_sums, _ = sums(q * scale, k, v, generator, parameters, is_causal=is_causal)
+    return numerators / row_sums.unsqueeze(1)
 
 
-method = Method(
-    name="vattention",
-    compute=_vattention,
-    causal=partial(_vattention, is_causal=True),
+method = Method.from_masked(
+    "vattention",
+    attend,
+    Parameters,
     summary="largest scores exactly, and a sample of the rest as large as an error of the row sum requires",
-    defaults=asdict(Parameters()),
     may_be_zero=frozenset({"sink", "window"}),
     grid=[
         {"sink": 4, "window": 4, "top": 8, "base": 16, "epsilon": 1.0},
