@@ -1,4 +1,4 @@
-"""Triton kernels for CUDA: exact attention, and a block of queries against its own list of keys. O(n d) memory."""
+"""Triton kernels for CUDA: exact attention, and tiles of queries against their cluster's keys. O(n d) memory."""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ except ImportError as error:
 
 # Triton 3.6's interpreter multiplies the bits of bfloat16 as integers, so there, and only there, they are widened.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# Loop lengths are constants of a kernel, which costs a compilation for each: under NumPy 2.4 the interpreter cannot
-# turn a runtime length into a range.
+# In the interpreter loop lengths are constants of a kernel, KEYS: under NumPy 2.4 it cannot turn a runtime length into
+# a range. Elsewhere KEYS is 0, so that a new length needs no compilation.
 _LOG2_E = 1.4426950408889634
+# Queries of a tile
+TILE = 32
 
 
 @triton.jit
@@ -32,18 +34,22 @@ def _dot(a, b, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
 
 
 @triton.jit
+def _weighed(acc, fade, weights, v, ONE_COLUMN: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
+    """acc (BM, BV) fade + weights (BM, BN) v (BN, BV)."""
+    if ONE_COLUMN:
+        # A matrix product would need at least sixteen columns.
+        return acc * fade[:, None] + tl.sum(weights * tl.trans(v.to(tl.float32)), 1)[:, None]
+    return acc * fade[:, None] + _dot(weights.to(v.dtype), v, PRECISION, WIDEN)
+
+
+@triton.jit
 def _absorb(highest, total, acc, logits, v, ONE_COLUMN: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
     """One step of the online softmax, in powers of two: logits (BM, BN), v (BN, BV)."""
     higher = tl.maximum(highest, tl.max(logits, 1))
     fade = tl.exp2(highest - higher)
     weights = tl.exp2(logits - higher[:, None])
     total = total * fade + tl.sum(weights, 1)
-    if ONE_COLUMN:
-        # A matrix product would need at least sixteen columns.
-        acc = acc * fade[:, None] + tl.sum(weights * tl.trans(v.to(tl.float32)), 1)[:, None]
-    else:
-        acc = acc * fade[:, None] + _dot(weights.to(v.dtype), v, PRECISION, WIDEN)
-    return higher, total, acc
+    return higher, total, _weighed(acc, fade, weights, v, ONE_COLUMN, PRECISION, WIDEN)
 
 
 @triton.jit
@@ -56,30 +62,37 @@ def _exact_kernel(
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     along, values = tl.arange(0, BD), tl.arange(0, BV)
     q = tl.load(
-        q_pointer + entry * n_q * d + rows[:, None].to(tl.int64) * d + along[None, :],
+        q_pointer + (entry * n_q + rows[:, None]) * d + along[None, :],
         mask=(rows[:, None] < n_q) & (along[None, :] < d),
         other=0.0,
     )
     highest = tl.full((BM,), -1e30, tl.float32)
     total = tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BM, BV), tl.float32)
-    for first in range(0, KEYS, BN):
+    for first in range(0, n_k if KEYS == 0 else KEYS, BN):
         keys = first + tl.arange(0, BN)
         k = tl.load(
-            k_pointer + entry * n_k * d + keys[:, None].to(tl.int64) * d + along[None, :],
+            k_pointer + (entry * n_k + keys[:, None]) * d + along[None, :],
             mask=(keys[:, None] < n_k) & (along[None, :] < d),
             other=0.0,
         )
         v = tl.load(
-            v_pointer + entry * n_k * d_v + keys[:, None].to(tl.int64) * d_v + values[None, :],
+            v_pointer + (entry * n_k + keys[:, None]) * d_v + values[None, :],
             mask=(keys[:, None] < n_k) & (values[None, :] < d_v),
             other=0.0,
         )
-        logits = _dot(q, tl.trans(k), PRECISION, WIDEN) * scale
-        logits = tl.where(keys[None, :] < n_k, logits, -1e30)
-        highest, total, acc = _absorb(highest, total, acc, logits, v, BV == 1, PRECISION, WIDEN)
+        logits = _dot(q, tl.trans(k), PRECISION, WIDEN)
+        if first + BN > n_k:
+            logits = tl.where(keys[None, :] < n_k, logits, float("-inf"))
+        # The factor of the logits is applied in the exponents: one multiplication and addition an entry.
+        higher = tl.maximum(highest, tl.max(logits, 1) * scale)
+        fade = tl.exp2(highest - higher)
+        weights = tl.exp2(logits * scale - higher[:, None])
+        total = total * fade + tl.sum(weights, 1)
+        acc = _weighed(acc, fade, weights, v, BV == 1, PRECISION, WIDEN)
+        highest = higher
     tl.store(
-        out_pointer + entry * n_q * d_v + rows[:, None].to(tl.int64) * d_v + values[None, :],
+        out_pointer + (entry * n_q + rows[:, None]) * d_v + values[None, :],
         acc / total[:, None],
         mask=(rows[:, None] < n_q) & (values[None, :] < d_v),
     )
@@ -87,53 +100,64 @@ def _exact_kernel(
 
 @triton.jit
 def _listed_kernel(
-    q_pointer, k_pointer, v_pointer, near_pointer, extra_pointer, out_pointer, total_pointer, log_pointer,
-    rows_per_block, n_rows, n_k, n_near, d, d_v, scale,
-    NEAR: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
+    q_pointer, query_pointer, cluster_pointer, centre_pointer, k_pointer, v_pointer, near_pointer, extra_pointer,
+    out_pointer, total_pointer, log_pointer,
+    n_q, n_k, n_near, clusters, d, d_v,
+    KEYS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     EXTRA: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    entry = tl.program_id(2).to(tl.int64)
-    block = tl.program_id(1)
-    inside = tl.program_id(0) * BM + tl.arange(0, BM)
-    rows = (block * rows_per_block + inside).to(tl.int64)
-    mine = (inside < rows_per_block) & (rows < n_rows)
-    along, values = tl.arange(0, BD), tl.arange(0, BV)
-    q = tl.load(
-        q_pointer + entry * n_rows * d + rows[:, None] * d + along[None, :],
-        mask=mine[:, None] & (along[None, :] < d),
-        other=0.0,
-    )
-    highest = tl.full((BM,), -1e30, tl.float32)
-    total = tl.zeros((BM,), tl.float32)
-    acc = tl.zeros((BM, BV), tl.float32)
-    blocks = tl.num_programs(1)
-    for first in range(0, NEAR, BN):
-        place = first + tl.arange(0, BN)
-        listed = place < n_near
-        line = (entry * blocks + block) * n_near + place
-        keys = tl.load(near_pointer + line, mask=listed, other=0).to(tl.int64)
-        k = tl.load(
-            k_pointer + entry * n_k * d + keys[:, None] * d + along[None, :],
-            mask=listed[:, None] & (along[None, :] < d),
+    entry = tl.program_id(1).to(tl.int64)
+    tile = entry * tl.num_programs(0) + tl.program_id(0)
+    rows = tl.load(query_pointer + tile * BM + tl.arange(0, BM)).to(tl.int64)
+    mine = rows >= 0
+    # The last tiles may be without queries.
+    if tl.max(rows) >= 0:
+        of_block = entry * clusters + tl.load(cluster_pointer + tile)
+        along, values = tl.arange(0, BD), tl.arange(0, BV)
+        there = along < d
+        centre = tl.load(centre_pointer + of_block * d + along, mask=there, other=0.0)
+        q = tl.load(
+            q_pointer + (entry * n_q + rows[:, None]) * d + along[None, :],
+            mask=mine[:, None] & there[None, :],
             other=0.0,
         )
-        v = tl.load(
-            v_pointer + entry * n_k * d_v + keys[:, None] * d_v + values[None, :],
-            mask=listed[:, None] & (values[None, :] < d_v),
-            other=0.0,
-        )
-        logits = _dot(q, tl.trans(k), PRECISION, WIDEN) * scale
-        if EXTRA:
-            logits += tl.load(extra_pointer + line, mask=listed, other=0.0)[None, :]
-        logits = tl.where(listed[None, :], logits, -1e30)
-        highest, total, acc = _absorb(highest, total, acc, logits, v, BV == 1, PRECISION, WIDEN)
-    tl.store(
-        out_pointer + entry * n_rows * d_v + rows[:, None] * d_v + values[None, :],
-        acc,
-        mask=mine[:, None] & (values[None, :] < d_v),
-    )
-    tl.store(total_pointer + entry * n_rows + rows, total, mask=mine)
-    tl.store(log_pointer + entry * n_rows + rows, highest, mask=mine)
+        # The centre's logits are made in float32, so that rounding is relative to what a query adds to them.
+        delta = ((q - centre[None, :]) * 1.4426950408889634).to(v_pointer.dtype.element_ty)
+        centre = centre * 1.4426950408889634
+        highest = tl.full((BM,), -1e30, tl.float32)
+        total = tl.zeros((BM,), tl.float32)
+        acc = tl.zeros((BM, BV), tl.float32)
+        for first in range(0, n_near if KEYS == 0 else KEYS, BN):
+            place = first + tl.arange(0, BN)
+            listed = place < n_near
+            line = of_block * n_near + place
+            keys = entry * n_k + tl.load(near_pointer + line, mask=listed, other=0)
+            k = tl.load(
+                k_pointer + keys[:, None] * d + along[None, :], mask=listed[:, None] & there[None, :], other=0.0
+            )
+            v = tl.load(
+                v_pointer + keys[:, None] * d_v + values[None, :],
+                mask=listed[:, None] & (values[None, :] < d_v),
+                other=0.0,
+            )
+            base = tl.sum(k * centre[None, :], 1)
+            if EXTRA:
+                base += tl.load(extra_pointer + line, mask=listed, other=0.0)
+            base = tl.where(listed, base, -1e30)
+            logits = _dot(delta, tl.trans(k.to(delta.dtype)), PRECISION, WIDEN) + base[None, :]
+            highest, total, acc = _absorb(highest, total, acc, logits, v, BV == 1, PRECISION, WIDEN)
+        rows = entry * n_q + rows
+        tl.store(out_pointer + rows[:, None] * d_v + values[None, :], acc, mask=mine[:, None] & (values[None, :] < d_v))
+        tl.store(total_pointer + rows, total, mask=mine)
+        tl.store(log_pointer + rows, highest, mask=mine)
+
+
+def _tiles(dtype: torch.dtype, listed: bool) -> dict[str, int]:
+    """Rows and keys that a program takes at a time, and its warps; chosen so that no kernel spills registers."""
+    full = dtype == torch.float32
+    if listed:
+        return {"BM": TILE, "BN": 16, "num_warps": 8} if full else {"BM": TILE, "BN": 32}
+    return {"BM": 64, "BN": 32 if full else 64}
 
 
 def _options(d: int, d_v: int, dtype: torch.dtype) -> dict[str, Any]:
@@ -156,6 +180,12 @@ def _options(d: int, d_v: int, dtype: torch.dtype) -> dict[str, Any]:
     return options
 
 
+def widened(t: torch.Tensor, multiple: int) -> torch.Tensor:
+    """t with columns of zeros up to a multiple, without which several numbers cannot be loaded at once."""
+    more = -t.shape[-1] % multiple
+    return torch.nn.functional.pad(t, (0, more)) if more else t
+
+
 @contextmanager
 def on_device(device: torch.device) -> Iterator[None]:
     """Make a CUDA device current, since Triton launches there. Raises UnavailableError for too large a kernel."""
@@ -174,46 +204,50 @@ def exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> to
 
     Raises UnavailableError if the columns do not fit on the chip. The answer carries no gradient.
     """
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    # Rows of whole 16 columns can be loaded 16 bytes at a time.
+    q, k, v = widened(q, 16).contiguous(), widened(k, 16).contiguous(), v.contiguous()
     batch, n_q, d = q.shape
     n_k, d_v = v.shape[1:]
     options = _options(d, d_v, q.dtype)
     out = torch.empty(batch, n_q, d_v, device=q.device, dtype=torch.float32)
-    rows, keys = (64, 64) if q.dtype == torch.bfloat16 else (64, 32)
+    tiles = _tiles(q.dtype, listed=False)
     with on_device(q.device):
-        _exact_kernel[(triton.cdiv(n_q, rows), batch)](
-            q, k, v, out, n_q, n_k, d, d_v, scale * _LOG2_E, KEYS=n_k, BM=rows, BN=keys, **options
+        _exact_kernel[(triton.cdiv(n_q, tiles["BM"]), batch)](
+            q, k, v, out, n_q, n_k, d, d_v, scale * _LOG2_E,
+            KEYS=n_k if _INTERPRETED else 0, **tiles, **options
         )  # fmt: skip
     return out.to(v.dtype)
 
 
 def listed(
     q: torch.Tensor,
+    tiles: torch.Tensor,
+    clusters: torch.Tensor,
+    centres: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     near: torch.Tensor,
     extra: torch.Tensor | None,
-    block: int,
-    scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Sums of exp(scale q.k + extra) times v and 1 over the keys of each block of queries, and their log scales.
+    """Sums of exp(q.k + extra) times v and 1 over the keys of each query's cluster, and their log scales.
 
-    q (batch, rows, d): rows i block to (i+1) block are block i; near (batch, blocks, m): the keys of each block;
-    extra has the same shape or is 0. Returns (batch, rows, d_v), (batch, rows) and (batch, rows) in float32: both sums
-    are divided by exp of the last, a row's largest exponent. If every extra is below -1e30 it is about -1e30.
+    q (batch, n_q, d), k (batch, n_k, d) float32; v (batch, n_k, d_v) in the type of the products. tiles (batch, tiles,
+    TILE) int32: every query once, -1 elsewhere; clusters (batch, tiles) int32: whose keys a tile meets; centres (batch,
+    C, d), which its queries are near; near (batch, C, m): the keys of each cluster; extra has the same shape or is 0.
+    Returns (batch, n_q, d_v), (batch, n_q) and (batch, n_q) in float32: both sums are divided by exp of the last, a
+    row's largest exponent. If every extra is below -1e30 it is about -1e30.
     """
-    batch, rows, d = q.shape
+    batch, n_q, d = q.shape
     n_k, d_v = v.shape[1:]
-    options = _options(d, d_v, q.dtype)
-    out = torch.empty(batch, rows, d_v, device=q.device, dtype=torch.float32)
+    options = _options(d, d_v, v.dtype)
+    out = torch.empty(batch, n_q, d_v, device=q.device, dtype=torch.float32)
     totals, logs = torch.empty_like(out[..., 0]), torch.empty_like(out[..., 0])
-    tile = min(64, max(16, triton.next_power_of_2(block)))
-    blocks = near.shape[1]
     more = logs if extra is None else (extra.float() * _LOG2_E).clamp_min(-1e30).contiguous()
     with on_device(q.device):
-        _listed_kernel[(triton.cdiv(block, tile), blocks, batch)](
-            q.contiguous(), k.contiguous(), v.contiguous(), near.to(torch.int32).contiguous(), more, out, totals, logs,
-            block, rows, n_k, near.shape[2], d, d_v, scale * _LOG2_E,
-            NEAR=near.shape[2], BM=tile, BN=32, EXTRA=extra is not None, **options,
+        _listed_kernel[(tiles.shape[1], batch)](
+            q.contiguous(), tiles, clusters, centres.contiguous(), k.contiguous(), v.contiguous(),
+            near.int().contiguous(), more, out, totals, logs, n_q, n_k, near.shape[2], near.shape[1], d, d_v,
+            KEYS=near.shape[2] if _INTERPRETED else 0, EXTRA=extra is not None,
+            **_tiles(v.dtype, listed=True), **options,
         )  # fmt: skip
     return out, totals, logs / _LOG2_E

@@ -1,4 +1,4 @@
-"""ApproxKMV on CUDA: the estimator of `approxkmv` on blocks of equal size, all of it in a CUDA graph.
+"""ApproxKMV on CUDA: the estimator of `approxkmv`, all of it in a CUDA graph.
 
 A block takes at most twice the average number of samples, since memory is allocated for no more; products are in
 float32, since rounding them would introduce a bias.
@@ -11,10 +11,13 @@ from typing import Any
 import torch
 
 from approxkmv.attention.blocks.cuda.expansion import (
+    TILE,
     Expansion,
     count_clustering,
     exactly_where_lost,
     expand,
+    most_tiles,
+    product,
     sums_of_keys,
 )
 from approxkmv.attention.blocks.grouping import block_size
@@ -36,14 +39,13 @@ def random_inputs(
     return torch.randint(block, (1,), generator=generator, device=q.device), points
 
 
-def budgets(
-    e: Expansion, row_sums: torch.Tensor, scales: torch.Tensor, variances: torch.Tensor, samples: int
-) -> torch.Tensor:
-    """Samples (batch, blocks, 1) per block, about `samples` on average, as in `light_keys.budgets`."""
-    share = torch.sigmoid(e.log_weight - scales - row_sums.log()).view(variances.shape)
-    s = variances.clamp_max(10.0)
-    deviation = (share.square() * (s.exp() - 1 - s)).mean(2, keepdim=True).sqrt()
-    average = deviation.mean(1, keepdim=True)
+def budgets(e: Expansion, row_sums: torch.Tensor, scales: torch.Tensor, samples: int) -> torch.Tensor:
+    """Samples (batch, clusters, 1) per cluster, about `samples` on average, as in `light_keys.budgets`."""
+    # A row whose sums overflowed is lost; until then it counts as all light keys.
+    share = torch.sigmoid(e.log_weight - scales - row_sums.log()).nan_to_num(1.0)
+    s = e.variances.clamp_max(10.0)
+    deviation = e.tiles.means((share.square() * (s.exp() - 1 - s)).unsqueeze(2)).sqrt()
+    average = (deviation * e.tiles.counts.unsqueeze(2)).sum(1, keepdim=True) / share.shape[1]
     counts = torch.where(average > 1e-30, samples * deviation / average, float(samples))
     return counts.clamp(min(LEAST_SAMPLES, samples), 2 * samples).round()
 
@@ -65,12 +67,11 @@ def sums(
     query i's own and is summed exactly.
     """
     e = expand(q, k, v, first, products=torch.float32, **parameters)
-    batch, blocks, block, _ = e.deltas.shape
+    batch, clusters = e.chosen.shape[:2]
     n_k, d_v = v.shape[1:]
     room = points.shape[2]
     heavy, heavy_sums, scales = sums_of_keys(e, e.chosen, None, torch.float32)
-    variances = e.row_variances.view(batch, blocks, block)
-    counts = budgets(e, heavy_sums, scales, variances, samples)
+    counts = budgets(e, heavy_sums, scales, samples)
 
     # Half of a light key's probability is proportional to its weight, the other half uniform.
     even = 0.5 / (n_k - e.chosen.shape[2])
@@ -87,20 +88,21 @@ def sums(
 
     def of_drawn(per_key: torch.Tensor) -> torch.Tensor:
         at = drawn.view(batch, -1, 1).expand(-1, -1, per_key.shape[2])
-        return per_key.gather(1, at).view(batch, blocks, room, -1)
+        return per_key.gather(1, at).view(batch, clusters, room, -1)
 
     # The control variate, where it reduces the noise: the far key's sums minus the same sums over the sample.
     weighed = control.unsqueeze(3) * of_drawn(torch.cat([torch.ones_like(e.values[..., :1]), e.values], 2))
-    means = weighed.sum(2, keepdim=True).expand(-1, -1, block, -1).flatten(1, 2)
+    means = e.tiles.of_queries(weighed.sum(2))
     tilts = 1 + d_v if e.tilted else 1
-    leans = weighed[..., :tilts].mT @ (of_drawn(e.keys) - e.far_key.unsqueeze(2))
-    leaning = (e.deltas @ leans.mT).flatten(1, 2)
+    centred = of_drawn(e.keys) - e.far_key.unsqueeze(2)
+    leans = product(weighed[..., :tilts].mT.flatten(0, 1), centred.flatten(0, 1)).unflatten(0, (batch, clusters))
+    leaning = (e.deltas.unsqueeze(2) * e.tiles.of_queries(leans)).sum(3)
 
     own = e.own_keys() if with_own_keys else None
     shift = torch.maximum(scales, e.log_weight)
     shift = shift if own is None else torch.maximum(shift, own.log)
     exact, light = (scales - shift).exp(), (estimate_scales - shift).exp()
-    weight = torch.where(variances.flatten(1) < CONTROLLED, (e.log_weight - shift).exp(), 0.0)
+    weight = torch.where(e.variances < CONTROLLED, (e.log_weight - shift).exp(), 0.0)
     row_sums = heavy_sums * exact + estimate_sums * light
     parts = row_sums + weight * (1 + means[..., 0] + leaning[..., 0].abs())
     row_sums = row_sums + weight * (1 - means[..., 0] - leaning[..., 0])
@@ -110,21 +112,19 @@ def sums(
     if own is not None:
         # The sum of 1 / (counts p) over the block's draws of the row's own key
         met = torch.zeros_like(e.weights).scatter_add_(2, drawn, logs.exp())
-        met = met.gather(2, e.padded.view(batch, blocks, block)).flatten(1)
-        left = torch.where(own.log > -torch.inf, 1 - met, 0.0)
+        left = torch.where(own.log > -torch.inf, 1 - e.own(met), 0.0)
         added = (own.log - shift).exp()
         row_sums = row_sums + left * (added - weight * own.share_seen)
         parts = parts + left.abs() * (added + weight * own.share_seen.abs())
         counted = weight * (own.share_seen if e.tilted else own.share)
-        numerators = numerators + (left * (added - counted)).unsqueeze(2) * own.value
+        numerators = numerators + (left * (added - counted)).unsqueeze(2) * e.values
         if not e.tilted:
             numerators = numerators + (left * weight * (own.share - own.share_seen)).unsqueeze(2) * e.value
     known = heavy_sums.log() + scales
     known = known if own is None else torch.logaddexp(known, own.log)
-    lost = beyond_reach(e.row_variances, known, e.log_weight, n_k - e.chosen.shape[2])
+    lost = beyond_reach(e.variances, known, e.log_weight, n_k - e.chosen.shape[2])
     row_sums = torch.where(lost, torch.nan, row_sums)
-    together = e.of_queries(torch.cat([numerators, torch.stack([parts, row_sums, shift], 2)], 2))
-    return together[..., : d_v + 1], together[..., d_v + 1], together[..., d_v + 2]
+    return torch.cat([numerators, parts.unsqueeze(2)], 2), row_sums, shift
 
 
 def steps(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *random: torch.Tensor, **parameters: Any) -> torch.Tensor:
@@ -165,7 +165,7 @@ def attend(
     first, points = random_inputs(q, block, samples, generator)
     _, blocks, room = points.shape
     own = n_q if n_q == n_k else 0
-    count(kernel_evaluations=batch * (blocks * (n_k + block * (near + room + 1)) + own))
+    count(kernel_evaluations=batch * (blocks * n_k + TILE * most_tiles(n_q, blocks) * (near + room) + n_q + own))
     count_clustering(batch, n_q, blocks, iterations, sampled)
     given = {
         "scale": scale,

@@ -6,7 +6,14 @@ from typing import Any
 
 import torch
 
-from approxkmv.attention.blocks.cuda.expansion import count_clustering, exactly_where_lost, expand, sums_of_keys
+from approxkmv.attention.blocks.cuda.expansion import (
+    TILE,
+    count_clustering,
+    exactly_where_lost,
+    expand,
+    most_tiles,
+    sums_of_keys,
+)
 from approxkmv.attention.blocks.grouping import block_size
 from approxkmv.attention.blocks.reach import beyond_reach
 from approxkmv.attention.kernels import cuda_graphs
@@ -47,16 +54,16 @@ def steps(
         added = (own.log - shift).exp()
         light = own.log > -torch.inf
         counted = added - weight * (own.share_seen if e.tilted else own.share)
-        numerators = numerators + torch.where(light, counted, 0.0).unsqueeze(2) * own.value
+        numerators = numerators + torch.where(light, counted, 0.0).unsqueeze(2) * e.values
         if not e.tilted:
             # The difference of the own key's two shares goes to the far value: a row's weights add up to one.
             numerators = numerators + (weight * (own.share - own.share_seen)).unsqueeze(2) * e.value
         row_sums = row_sums + torch.where(light, added - weight * own.share_seen, 0.0)
     # Far from its block's centre a row's far weight is unreliable: the row is recomputed exactly at the end.
     known = known if own is None else torch.logaddexp(known, own.log)
-    lost = beyond_reach(e.row_variances, known, e.log_weight, k.shape[1] - e.chosen.shape[2])
+    lost = beyond_reach(e.variances, known, e.log_weight, k.shape[1] - e.chosen.shape[2])
     row_sums = torch.where((shift - scales < _LARGEST) & ~lost, row_sums, torch.nan)
-    return e.of_queries(numerators / row_sums.unsqueeze(2)) + mean
+    return numerators / row_sums.unsqueeze(2) + mean
 
 
 @torch.no_grad()
@@ -86,9 +93,9 @@ def attend(
         count(kernel_evaluations=batch * n_q * n_k)
         return triton_kernels.exact(q, k, v, scale)
     blocks = -(-n_q // block)
-    # Evaluations: all keys at the centres; near keys, the far key and the own key for each query. Padding included.
+    # All keys at the centres; near keys, the far key and the own key for each query, in as many tiles as there may be
     own = n_q if n_q == n_k else 0
-    count(kernel_evaluations=batch * (blocks * (n_k + block * (near + 1)) + own))
+    count(kernel_evaluations=batch * (blocks * n_k + TILE * most_tiles(n_q, blocks) * near + n_q + own))
     count_clustering(batch, n_q, blocks, iterations, sampled)
     given: dict[str, Any] = {
         "scale": scale,
