@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
+from approxkmv.config import load_config, study_of
+from approxkmv.errors import TableError
+from approxkmv.files import write_parquet
 from approxkmv.kernels import log_kernel
+from approxkmv.results.activations import write_activations
 from approxkmv.statistics.heads import head_statistics, unmasked_and_masked_statistics
 from approxkmv.statistics.readings import POWERS, READINGS, even_places, readings
+from approxkmv.steps.readings import measure_readings
 
 HEADS, N, D, FIRST = 3, 60, 16, 20
 
@@ -117,15 +125,17 @@ def test_underflows_in_float32_are_infinite_or_undefined_and_leave_prefixes_with
     found = readings(q, k, FIRST)["float32"]
     # Rows of q = k are 1, all others 0: 2 n entries of 1, so that K_(2n) is 1 and no longer prefix is empty.
     np.testing.assert_allclose(found.ratio, 1.0)
-    assert (found.log_double[0], found.underflows[0]) == (0.0, False)
+    assert (found.log_double[0], found.underflows[0], found.undefined[0]) == (0.0, False, False)
     q[0, -2, 0] = 60.0
     found = readings(q, k, FIRST)["float32"]
     # n entries of 1: the tail is 0, K_(n)/K_(n+1) is infinite.
-    assert (found.ratio[0], found.log_next[0], found.log_double[0], found.underflows[0]) == (0.0, np.inf, np.inf, True)
+    assert (found.ratio[0], found.log_next[0], found.log_double[0]) == (0.0, np.inf, np.inf)
+    assert (found.underflows[0], found.undefined[0]) == (True, False)
     q[0, -1, 0] = 60.0
     found = readings(q, k, FIRST)
     assert np.isnan([found["float32"].ratio[0], found["float32"].log_next[0], found["float32"].log_double[0]]).all()
     assert found["float32"].underflows[0]
+    assert found["float32"].undefined[0]
     # In logarithms the same head is uniform.
     assert found["printed"].log_double[0] == 0.0
 
@@ -145,3 +155,32 @@ def test_places_are_spread_and_no_more_than_there_are():
     assert list(even_places(3, 16)) == [0, 1, 2]
     assert list(even_places(1, 16)) == [0]
     assert list(even_places(0, 16)) == []
+
+
+@pytest.mark.parametrize(("wanted", "measured"), [(1, 1), (5, 5), (7, 7), (None, 11), (50, 11)])
+def test_over_all_shards_as_many_texts_are_measured_as_the_study_asks_for(tmp_path, wanted, measured):
+    study = study_of(load_config(Path(__file__).parents[2] / "config.yaml"), "embedded")
+    study = study.model_copy(update={"readings_texts": wanted, "shard_contexts": 4, "min_prefix": 3})
+    numbers = list(range(20, 31))
+    write_parquet(tmp_path / "texts.parquet", pd.DataFrame({"index": numbers, "name": "t", "text": "t"}))
+    of_shards = []
+    for shard in range(3):
+        ours = {number: (torch.randn(1, 1, 6, 4), torch.randn(1, 1, 6, 4)) for number in numbers[4 * shard :][:4]}
+        write_activations(tmp_path / "a.safetensors", torch.ones(1), False, ours, "origin")
+        count, _ = measure_readings(
+            study, "m", tmp_path / "a.safetensors", tmp_path / "texts.parquet", tmp_path / "r.parquet"
+        )
+        found = pd.read_parquet(tmp_path / "r.parquet")["context"].unique()
+        assert len(found) == count
+        of_shards.append(count)
+    assert sum(of_shards) == measured
+    assert max(of_shards) - min(of_shards) <= 1
+
+
+def test_activations_of_other_texts_are_one_line(tmp_path):
+    study = study_of(load_config(Path(__file__).parents[2] / "config.yaml"), "embedded")
+    write_parquet(tmp_path / "texts.parquet", pd.DataFrame({"index": [1], "name": "t", "text": "t"}))
+    pair = torch.randn(1, 1, 6, 4), torch.randn(1, 1, 6, 4)
+    write_activations(tmp_path / "a.safetensors", torch.ones(1), False, {2: pair}, "origin")
+    with pytest.raises(TableError, match="has texts that"):
+        measure_readings(study, "m", tmp_path / "a.safetensors", tmp_path / "texts.parquet", tmp_path / "r.parquet")

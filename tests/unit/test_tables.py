@@ -158,7 +158,13 @@ def shards(folder: Path, *, causal: bool, prefixes: tuple[int, ...] = PREFIXES) 
     ]
     read = [
         heads[["context", "layer", "head"]].assign(
-            reading=name, entries=entries, ratio=ratio, log_next=np.inf, log_double=np.nan, underflows=True
+            reading=name,
+            entries=entries,
+            ratio=ratio,
+            log_next=np.inf,
+            log_double=np.nan,
+            underflows=True,
+            undefined=context == 0,
         )
         for name in {*READINGS, *POWERS}
         for entries in ("all", "causal")[: 2 if causal else 1]
@@ -275,13 +281,14 @@ def test_the_table_of_readings_has_a_row_per_reading_and_entries(tmp_path, unit)
     model = next(iter(study.models.values())).model_copy(update={"paper_bound": 4.6})
     table = readings_table.summarise(study, model, tmp_path / "texts.parquet", tmp_path, tmp_path)
     columns = "reading,entries,heads,texts,largest_ratio,heads_within_bound,median_ratio,median_next,median_double,"
-    assert ",".join(table.columns) == f"{columns}share_underflowing"
+    assert ",".join(table.columns) == f"{columns}share_underflowing,share_infinite,share_undefined"
     first = ["printed" if unit == "context" else "sentences", *READINGS[1:]]
     assert table["reading"].tolist() == [name for name in first for _ in range(2)]
     assert table["entries"].tolist() == ["all", "causal"] * len(READINGS)
     row = table.iloc[0]
     # Layer 0 of three is above the bound; an infinite ratio stays infinite, and one that is 0/0 is left out.
     assert (row["heads"], row["texts"], row["heads_within_bound"], row["share_underflowing"]) == (6, TEXTS, 4, 1.0)
+    assert (row["share_infinite"], row["share_undefined"]) == (1 - 1 / TEXTS, 1 / TEXTS)
     assert row["median_next"] == np.inf
     assert np.isnan(row["median_double"])
     path = pd.read_csv(tmp_path / f"readings_path_{model.name}.csv")

@@ -120,6 +120,7 @@ rule growth:
 rule readings:
     input:
         tensors=rules.extract.output.tensors,
+        texts=f"{RESULTS}/texts.parquet",
         source=package("readings"),
     output:
         f"{RESULTS}/statistics/{{model}}/{{shard}}.readings.parquet",
@@ -130,10 +131,10 @@ rule readings:
     threads: workflow.cores
     params:
         config=lambda wildcards: SETTINGS,
-        settings=STUDY.min_prefix,
+        settings=(STUDY.min_prefix, STUDY.readings_texts),
     shell:
-        "approxkmv readings --model {wildcards.model} --activations {input.tensors} --config {params.config} "
-        "--out {output} --log {log}"
+        "approxkmv readings --model {wildcards.model} --activations {input.tensors} --texts {input.texts} "
+        "--config {params.config} --out {output} --log {log}"
 
 
 rule readings_table:

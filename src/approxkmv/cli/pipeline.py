@@ -183,6 +183,7 @@ def summary(
 def readings(
     model: Model,
     activations: Annotated[Path, typer.Option("--activations", help="safetensors file from `approxkmv extract`.")],
+    texts: Annotated[Path, typer.Option("--texts", help="Parquet file from `approxkmv texts`; gives their number.")],
     out: Annotated[Path, typer.Option("--out", help="Parquet file to write: per text, layer, head and reading.")],
     config: Config = CONFIG,
     study: StudyName = None,
@@ -190,13 +191,14 @@ def readings(
 ) -> None:
     """Compute c and the order ratios under several readings of the definition, on some texts of a shard.
 
-    Example: approxkmv readings --model minilm-l6 --activations qk.safetensors --out statistics/0000.readings.parquet
+    Example: approxkmv readings --model minilm-l6 --activations qk.safetensors --texts texts.parquet --out
+    0000.readings.parquet
     """
     chosen = asked(config, study, log)
     with step(f"readings   {model}, {activations.stem}") as notes:
         from approxkmv.steps.readings import measure_readings
 
-        count, undefined = measure_readings(chosen, model, activations, out)
+        count, undefined = measure_readings(chosen, model, activations, texts, out)
         notes.append(f"{count} texts; in float32 {undefined} ratios are 0/0")
 
 

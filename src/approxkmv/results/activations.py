@@ -47,10 +47,15 @@ class Shard:
     """Whether some layer masks keys, so that masked statistics are also computed."""
     origin: str
     """Identifies the weights and texts (see fetch.origin)."""
-    count: int
-    """Number of contexts."""
+    numbers: tuple[int, ...]
+    """The passages' indices, in order."""
     contexts: Iterator[Activations]
-    """The contexts in order, one in memory at a time."""
+    """The contexts in this order, one in memory at a time."""
+
+    @property
+    def count(self) -> int:
+        """Number of contexts."""
+        return len(self.numbers)
 
 
 def write_activations(
@@ -117,7 +122,7 @@ def read_activations(path: Path) -> Shard:
         raise TableError(f"{path} is missing: run extract for this model and shard first") from error
     except (SafetensorError, OSError, KeyError, TypeError) as error:
         raise TableError(f"{path} cannot be read ({error}): delete it and run extract again") from error
-    contexts = [int(name.partition(".")[0]) for name in names if name.endswith(".queries")]
+    contexts = tuple(int(name.partition(".")[0]) for name in names if name.endswith(".queries"))
     names_of: dict[int, list[str]] = defaultdict(list)
     for name in names:
         if name[0].isdigit():
@@ -138,4 +143,4 @@ def read_activations(path: Path) -> Shard:
                     context, found["queries"], found["keys"], found.get("spans"), tuple(beside), found["special"]
                 )
 
-    return Shard(scales, causal, masked, origin, len(contexts), each())
+    return Shard(scales, causal, masked, origin, contexts, each())

@@ -44,7 +44,7 @@ SHARDS: dict[str, tuple[list[str], Columns]] = {
         ["context", "layer", "head"],
         dict.fromkeys(("reading", "entries"), "text")
         | dict.fromkeys(("ratio", "log_next", "log_double"), "number")
-        | {"underflows": "yes or no"},
+        | dict.fromkeys(("underflows", "undefined"), "yes or no"),
     ),
     "lengths.parquet": (
         ["context", "layer", "head", "length"],

@@ -35,7 +35,9 @@ class Reading:
     log_double: np.ndarray
     """log of K_(n)/K_(2n), likewise."""
     underflows: np.ndarray
-    """Whether K_(2n) is 0 as a float32."""
+    """Whether K_(2n) is 0 as a float32, so that there K_(n)/K_(2n) is infinite, or 0/0."""
+    undefined: np.ndarray
+    """Whether K_(n) is 0 too, so that it is 0/0."""
 
 
 @plain_torch()
@@ -118,7 +120,7 @@ def _measure(log_values: np.ndarray, mask: np.ndarray | None, first: int) -> Rea
     heads, n = log_values.shape[:2]
     if n < first or n < 3:
         nothing = np.full(heads, np.nan)
-        return Reading(nothing, nothing, nothing, np.zeros(heads, bool))
+        return Reading(nothing, nothing, nothing, *np.zeros((2, heads), bool))
     values = log_values if mask is None else np.where(mask, log_values, HIDDEN)
     # Nothing above the diagonal need be read where nothing of it is seen.
     causal = mask is not None and not np.triu(mask, 1).any()
@@ -141,6 +143,7 @@ def _measure(log_values: np.ndarray, mask: np.ndarray | None, first: int) -> Rea
             highest - following,
             highest - double,
             double < LOG_SMALLEST_FLOAT32,
+            highest < LOG_SMALLEST_FLOAT32,
         )
 
 

@@ -235,7 +235,7 @@ def _measure(study: Study, name: str, work: Path) -> dict[str, Any]:
             measure(name, activations, study.min_prefix, study.prefixes, heads, prefixes, times)
             measure_attention(name, activations, attention, times)
             with times.of("readings"):
-                measure_readings(study, name, activations, readings)
+                measure_readings(study, name, activations, texts, readings)
             notes.append(f"({times})")
         activations.unlink()
     if not used:

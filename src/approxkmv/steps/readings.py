@@ -9,28 +9,31 @@ import numpy as np
 import pandas as pd
 
 from approxkmv.config import Study
-from approxkmv.errors import InputError, NonFiniteError
+from approxkmv.errors import InputError, NonFiniteError, TableError
+from approxkmv.files import read_table
 from approxkmv.progress import progress
 from approxkmv.results.activations import Activations, Shard, read_activations
 from approxkmv.results.shards import write_shard
 from approxkmv.statistics.readings import Reading, even_places, readings
 from approxkmv.steps.statistics import seen_by
+from approxkmv.steps.texts import TEXTS
 
-# This many texts of each shard, evenly spaced: several readings cost several times the statistics.
-TEXTS = 4
 VALUES = [field.name for field in fields(Reading)]
 COLUMNS = {"context": "int32", "layer": "int16", "head": "int16", "reading": "str", "entries": "str"}
-COLUMNS |= dict.fromkeys(("ratio", "log_next", "log_double"), "float64") | {"underflows": "bool"}
+COLUMNS |= dict.fromkeys(("ratio", "log_next", "log_double"), "float64") | {"underflows": "bool", "undefined": "bool"}
 
 
-def measure_readings(study: Study, model: str, activations: Path, out: Path) -> tuple[int, int]:
+def measure_readings(study: Study, model: str, activations: Path, texts: Path, out: Path) -> tuple[int, int]:
     """Write a Parquet table with a row per text, layer, head, reading and entries; returns how many texts, and kernels
     whose ratio K_(n)/K_(2n) is 0/0 in float32.
 
-    Raises NonFiniteError for a query or key that is not finite.
+    Raises NonFiniteError for a query or key that is not finite; TableError for activations of other texts.
     """
     shard = read_activations(activations)
-    wanted = set(even_places(shard.count, TEXTS))
+    known = read_table(texts, TEXTS)["index"].tolist()
+    if not set(shard.numbers) <= set(known):
+        raise TableError(f"{activations} has texts that {texts} does not have: run extract again")
+    wanted = set(even_places(shard.count, share_of(study, known, shard)))
     parts = []
     with progress(total=len(wanted), unit="context", title=f"readings   {model}") as bar:
         for place, item in enumerate(shard.contexts):
@@ -39,8 +42,19 @@ def measure_readings(study: Study, model: str, activations: Path, out: Path) -> 
                 bar.update(1)
     table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=list(COLUMNS))
     write_shard(out, table[list(COLUMNS)].astype(COLUMNS), shard.origin)
-    of_float32 = table[table["reading"] == "float32"]
-    return len(wanted), int((of_float32["log_double"].isna() & of_float32["ratio"].notna()).sum())
+    return len(wanted), int(table.loc[table["reading"] == "float32", "undefined"].sum())
+
+
+def share_of(study: Study, texts: list[int], shard: Shard) -> int:
+    """How many of a shard's texts are measured, so that over all shards it is `readings_texts`."""
+    if study.readings_texts is None or not shard.count:
+        return shard.count
+    start = texts.index(shard.numbers[0]) // study.shard_contexts * study.shard_contexts
+    before, after = (
+        min(place, len(texts)) * min(study.readings_texts, len(texts)) // len(texts)
+        for place in (start, start + study.shard_contexts)
+    )
+    return after - before
 
 
 def _of_text(study: Study, model: str, item: Activations, shard: Shard) -> list[pd.DataFrame]:

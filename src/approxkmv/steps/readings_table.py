@@ -26,7 +26,8 @@ def summarise(study: Study, model: ModelEntry, texts: Path, statistics: Path, ou
     (of any head, text and prefix), heads_within_bound (whose largest c is at most the model's bound), median_ratio
     (over heads, of their largest c), median_next and median_double (over heads, of the median over texts of
     K_(n)/K_(n+1) and K_(n)/K_(2n), left out where they are 0/0), share_underflowing (of all heads and texts: where
-    K_(2n) is 0 as a float32, so that the ratio is infinite or 0/0). The second has the scales between the model's own
+    K_(2n) is 0 as a float32) and its two parts share_infinite (K_(n) is not 0) and share_undefined (K_(n) is 0 too, so
+    that the ratio is 0/0). The second has the scales between the model's own
     (`power` 1) and none (0) in place of the readings. A study of sentences calls its first reading `sentences`.
     """
     names = readings_tables(out, model.name)
@@ -74,6 +75,8 @@ def _table(values: pd.DataFrame, heads: pd.DataFrame, reading: str, bound: float
                 "median_next": of_heads["next_ratio"].median(),
                 "median_double": of_heads["double_ratio"].median(),
                 "share_underflowing": part["underflows"].mean(),
+                "share_infinite": (part["underflows"] & ~part["undefined"]).mean(),
+                "share_undefined": part["undefined"].mean(),
             }
         )
     return pd.DataFrame(rows)
