@@ -6,7 +6,7 @@ import errno
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -102,7 +102,8 @@ def one_line_errors() -> Iterator[None]:
 class RunLog(logging.Filter):
     """For Snakemake's logger: what a person sees of a run are warnings, errors and, on a terminal, how far it is.
 
-    `nothing_to_do` is called if there is nothing to run; `stopped` says whether the user stopped the run.
+    A step that starts after others of its rule and model says how long they took on average. `nothing_to_do` is called
+    if there is nothing to run; `stopped` says whether the user stopped the run.
     """
 
     def __init__(self, nothing_to_do: Callable[[], None]) -> None:
@@ -110,17 +111,36 @@ class RunLog(logging.Filter):
         self.nothing_to_do = nothing_to_do
         self.stopped = False
         self.start = time.monotonic()
+        self.running: dict[int, tuple[str, float]] = {}
+        self.took: dict[str, list[float]] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
         done, total = getattr(record, "done", None), getattr(record, "total", None)
         if done is not None and total is not None and on_terminal():
             minutes = (time.monotonic() - self.start) / 60
             print(f"  step {done} of {total} done, {minutes:.1f} min so far", file=sys.stderr)
+        event = getattr(getattr(record, "event", None), "name", "")
+        if event == "JOB_INFO":
+            self._begin(record.jobid, record.rule_name, record.wildcards)  # type: ignore[attr-defined]
+        elif event == "JOB_FINISHED" and record.job_id in self.running:  # type: ignore[attr-defined]
+            kind, began = self.running.pop(record.job_id)  # type: ignore[attr-defined]
+            self.took.setdefault(kind, []).append(time.monotonic() - began)
         message = str(record.msg)
         if message.startswith("Nothing to be done"):
             self.nothing_to_do()
         self.stopped |= message.startswith("Terminating processes on user request")
         return record.levelno >= logging.WARNING
+
+    def _begin(self, job: int, rule: str, wildcards: Mapping[str, str]) -> None:
+        kind = " ".join([rule, wildcards.get("model", "")]).strip()
+        before = self.took.get(kind, [])
+        mean = sum(before) / max(1, len(before))
+        # The end of a shorter one is seen sooner than its expectation is read.
+        if mean >= 5 and on_terminal():
+            span = f"{mean:.0f} s" if mean < 100 else f"{mean / 60:.0f} min"
+            which = ", ".join(value for name, value in wildcards.items() if name != "model")
+            print(f"  {kind}{which and f', {which}'}: about {span}, as {len(before)} before it", file=sys.stderr)
+        self.running[job] = (kind, time.monotonic())
 
 
 @contextmanager

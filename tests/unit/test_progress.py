@@ -6,6 +6,7 @@ import io
 import logging
 import mmap
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -152,3 +153,31 @@ def test_in_the_workflow_a_mistake_or_a_full_disk_is_one_line_and_exit_code_2(ca
         pass
     with pytest.raises(KeyError), progress.one_line_errors():
         raise KeyError("a bug stays a traceback")
+
+
+def test_a_step_says_how_long_those_of_its_kind_took(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("sys.stderr", stream := Terminal())
+    log = progress.RunLog(lambda: None)
+
+    def emit(event: str, **more: object) -> None:
+        record = {"msg": "", "levelno": logging.INFO, "event": SimpleNamespace(name=event)} | more
+        assert not log.filter(logging.makeLogRecord(record))
+
+    def run(job: int, model: str, seconds: float) -> None:
+        emit("JOB_INFO", jobid=job, rule_name="extract", wildcards={"model": model, "shard": f"{job:04d}"})
+        now[0] += seconds
+        emit("JOB_FINISHED", job_id=job)
+
+    run(0, "bert", 30)
+    run(1, "bert", 50)
+    run(2, "llama", 300)
+    assert stream.getvalue() == "  extract bert, 0001: about 30 s, as 1 before it\n"
+    run(3, "bert", 1)
+    run(4, "llama", 1)
+    assert stream.getvalue().splitlines()[1:] == [
+        "  extract bert, 0003: about 40 s, as 2 before it",
+        "  extract llama, 0004: about 5 min, as 1 before it",
+    ]
+    emit("JOB_FINISHED", job_id=9)

@@ -10,6 +10,7 @@ import typer
 from approxkmv.cli.app import CONFIG, Config, Log, Model, StudyName, app, asked
 from approxkmv.config import corpus_of, entry_of, load_config, model_of
 from approxkmv.progress import LOG, Times, log_to, step
+from approxkmv.words import counted
 
 
 @app.command()
@@ -52,7 +53,9 @@ def texts(
     with step(f"texts      {corpus_of(chosen).name}") as notes:
         count = write_texts(chosen, out, location or [])
         all_of_them = chosen.contexts is not None and count < chosen.contexts
-        notes.append(f"{count} texts" + (f" (all there are; {chosen.contexts} were asked for)" if all_of_them else ""))
+        notes.append(
+            counted(count, "text") + (f" (all there are; {chosen.contexts} were asked for)" if all_of_them else "")
+        )
 
 
 @app.command()
@@ -80,7 +83,7 @@ def extract(
         times = Times()
         used, skipped, cut = run(chosen, model, location, texts, shard, out, contexts_out, times)
         short = f", {skipped} too short" if skipped else ""
-        notes.append(f"{used} texts{short}" + (f", {cut} truncated at max_tokens" if cut else ""))
+        notes.append(counted(used, "text") + short + (f", {cut} truncated at max_tokens" if cut else ""))
         notes.append(f"({times})")
 
 
@@ -199,7 +202,7 @@ def readings(
         from approxkmv.steps.readings import measure_readings
 
         count, undefined = measure_readings(chosen, model, activations, texts, out)
-        notes.append(f"{count} texts; in float32 {undefined} ratios are 0/0")
+        notes.append(f"{counted(count, 'text')}; in float32 {undefined} ratios are 0/0")
 
 
 @app.command("readings-table")

@@ -7,6 +7,7 @@ from pathlib import Path
 from approxkmv.figures.heatmap import draw_heatmap, grid, is_wide, new_panels
 from approxkmv.figures.style import as_written, entries, footnote, save, short
 from approxkmv.results.tables import masks_of, model_tables, read_heads, read_overview
+from approxkmv.words import counted
 
 TICKS = (1, 3, 10, 30, 100, 300)
 
@@ -29,7 +30,8 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
         columns,
         f"{facts['label']}: a row of the median head attends to {short(table['support'].median())} keys; the first "
         f"token has more than half of the weight in {half} of {len(table)} heads",
-        f"Rows of the softmax on {facts['texts_used']} texts of {facts['corpus']}; support: exp of a row's entropy",
+        f"Rows of the softmax on {counted(facts['texts_used'], 'text')} of {facts['corpus']}; "
+        "support: exp of a row's entropy",
     )
     beside = bool(facts["left_out"])
     for i, before in enumerate(masks):

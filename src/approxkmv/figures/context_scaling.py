@@ -101,33 +101,38 @@ def draw(tables: Path, models: Sequence[str], stem: Path) -> list[Path]:
     logarithmic_ticks(bottom.yaxis)
     bottom.set_ylabel("texts")
     name_of_lengths(bottom, "prefix length i in tokens", pd.concat([table["contexts"] for table, _ in read]))
+    title, details = _from_to(found)
     headline(
         figure,
-        f"Figure 4: the largest c over layers and heads goes {_from_to(found)}",
-        "Mean and standard deviation over texts",
+        f"Figure 4: the largest c over layers and heads {title}",
+        f"{details}Mean and standard deviation over texts",
     )
     label_ends(top, ends)
     return save(figure, stem)
 
 
-def _from_to(found: Sequence[tuple[str, pd.Series, pd.Series]]) -> str:
-    """What the largest c is at the shortest and longest prefix that enough texts reach, by model or over many."""
+def _from_to(found: Sequence[tuple[str, pd.Series, pd.Series]]) -> tuple[str, str]:
+    """What happens to the largest c from the shortest to the longest prefix that enough texts reach.
+
+    By model, or of many models how many and, for the line below, between which values.
+    """
     if not found:
-        return "through too few texts to say"
+        return "of too few texts to say", ""
     if len(found) <= 2:
-        return "; ".join(
+        each = [
             f"from {short(first['mean'])} at {first['prefix']:.0f} tokens to {short(last['mean'])} at "
             f"{last['prefix']:.0f} ({name})"
             for name, first, last in found
-        )
-    spans = [
-        " to ".join(f"{short(end(row['mean'] for row in rows))}" for end in (min, max))
+        ]
+        return f"goes {'; '.join(each)}", ""
+    start, end = (
+        f"{short(min(row['mean'] for row in rows))} to {short(max(row['mean'] for row in rows))}"
         for rows in ([first for _, first, _ in found], [last for *_, last in found])
-    ]
+    )
     up = sum(last["mean"] > first["mean"] for _, first, last in found)
     return (
-        f"up with the length in {up} of {len(found)} models: "
-        f"from {spans[0]} at the shortest prefix to {spans[1]} at the longest that {ENOUGH_TEXTS} texts reach"
+        f"grows with the length in {up} of {len(found)} models",
+        f"{start} at the shortest prefix, {end} at the longest that {ENOUGH_TEXTS} texts reach. ",
     )
 
 

@@ -11,6 +11,7 @@ from approxkmv.figures.heatmap import draw_heatmap, grid, is_wide, new_panels
 from approxkmv.figures.style import as_written, entries, footnote, not_in_kernel, save
 from approxkmv.results.tables import facts_of, masks_of, model_tables, read_heads, read_overview
 from approxkmv.statistics.growth import SIZES, TRENDS, in_words
+from approxkmv.words import counted
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,7 +36,7 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
         *shape,
         f"{facts['label']}: c(n) grows in {grows.sum()} of {len(table)} heads and is surely above {bound:g} in "
         f"{(grows & (table['size'] == SIZES[1])).sum()} of them",
-        f"Exponent of c(n) from n/2 to n = {first['length']:,} on {first['texts']} texts; "
+        f"Exponent of c(n) from n/2 to n = {first['length']:,} on {counted(first['texts'], 'text')}; "
         + ", ".join(f"{mark} {trend}" for trend, mark in MARKS.items())
         + f"; outlined: c(n) above {bound:g} (dashed: undecided)",
     )

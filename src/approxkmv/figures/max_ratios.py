@@ -7,6 +7,7 @@ from pathlib import Path
 from approxkmv.figures.heatmap import draw_heatmap, grid, is_wide, new_panels
 from approxkmv.figures.style import as_written, entries, footnote, not_in_kernel, save, short
 from approxkmv.results.tables import masks_of, model_tables, read_heads, read_overview
+from approxkmv.words import counted
 
 
 def draw(tables: Path, model: str, stem: Path) -> list[Path]:
@@ -28,8 +29,8 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
         *((len(masks), 1) if is_wide(values) else (1, len(masks))),
         f"{facts['label']}: c exceeds {bound:g} in {above['']} of {len(table)} heads; the largest is "
         f"{short(largest['max_ratio'])} (layer {largest['layer']:.0f}, head {largest['head']:.0f})",
-        f"Head-to-tail ratio c, the largest over prefixes and {facts['texts_used']} texts of {facts['corpus']}; "
-        f"outlined: above the paper's bound {bound:g}",
+        f"Head-to-tail ratio c, the largest over prefixes and {counted(facts['texts_used'], 'text')} of "
+        f"{facts['corpus']}; outlined: above the paper's bound {bound:g}",
     )
     for axes, before in zip(panels, masks, strict=True):
         draw_heatmap(
@@ -43,6 +44,8 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
             label="largest c over texts and prefixes",
             write=near,
         )
-        axes.set_title(f"{entries(before, facts)}: {above[before]} heads above {bound:g}", fontsize=8, loc="left")
+        axes.set_title(
+            f"{entries(before, facts)}: {counted(above[before], 'head')} above {bound:g}", fontsize=8, loc="left"
+        )
     footnote(figure, not_in_kernel(facts))
     return save(figure, stem)

@@ -8,6 +8,7 @@ from typing import Any
 from approxkmv.figures.heatmap import draw_heatmap, grid, is_wide, new_panels
 from approxkmv.figures.style import as_written, entries, footnote, not_in_kernel, save, short
 from approxkmv.results.tables import masks_of, model_tables, read_heads, read_overview
+from approxkmv.words import counted
 
 # One scale for both ratios and all models, so that a colour means the same everywhere. A ratio is at least 1.
 SCALE: dict[str, Any] = {"low": 1.0, "high": 1000.0, "ticks": (1, 3, 10, 30, 100, 300, 1000)}
@@ -33,7 +34,7 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
         values,
         *((2, 1) if is_wide(values) else (1, 2)),
         f"{facts['label']}: {WORDS['double']} is at most {DOUBLE:g} in {small['']} of {len(table)} heads",
-        f"Ratios of ordered entries of K, medians over {facts['texts_used']} texts of {facts['corpus']}; "
+        f"Ratios of ordered entries of K, medians over {counted(facts['texts_used'], 'text')} of {facts['corpus']}; "
         f"outlined: above the paper's {DOUBLE:g}",
     )
     for axes, (before, which) in zip(panels, shown, strict=True):
@@ -41,8 +42,10 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
         bound = DOUBLE if which == "double" else None
         draw_heatmap(figure, axes, of, **SCALE, bound=bound, label="median over texts", write=_WRITE[which])
         near = int((table[f"{before}median_next_ratio"] <= NEXT).sum())
-        about = f"{WORDS['next']} is at most {NEXT:g} in {near} heads"
-        count = about if which == "next" else f"{WORDS['double']} is at most {DOUBLE:g} in {small[before]} heads"
+        about = f"{WORDS['next']} is at most {NEXT:g} in {counted(near, 'head')}"
+        count = (
+            about if which == "next" else f"{WORDS['double']} is at most {DOUBLE:g} in {counted(small[before], 'head')}"
+        )
         beside = f"\n{about}" if len(masks) > 1 else ""
         axes.set_title(f"{entries(before, facts)}\n{count}{beside}", fontsize=8, loc="left")
     footnote(figure, not_in_kernel(facts))

@@ -8,6 +8,7 @@ from typing import Any
 
 from approxkmv.results.tables import MASKED_FACTS, masks_of, read_overview, read_statistics
 from approxkmv.statistics.growth import ENOUGH_TEXTS, FAST, FLAT, SIZES, TRENDS
+from approxkmv.words import counted
 
 # What is said of a model's texts, and of long ones.
 FACTS = ["model", "label", "corpus", "layers", "heads", "texts_used", "texts_too_short", "texts_cut", "paper_bound"]
@@ -36,9 +37,9 @@ def sentences(tables: Path, facts: dict[str, Any]) -> list[str]:
         first = f"{facts['label']}: n = {facts['lengths'][0]:,} to {facts['lengths'][-1]:,} on {facts['corpus']}"
         return [first, *_beside(facts), *facts["texts_missing"], *growth_sentences(tables, facts)]
     heads = facts["layers"] * facts["heads"]
-    counted = {"too short": facts["texts_too_short"], "cut": facts["texts_cut"]}
-    aside = ", ".join(f"{count} {what}" for what, count in counted.items() if count)
-    first = f"{facts['label']}: {facts['texts_used']} texts of {facts['corpus']}" + (aside and f" ({aside})")
+    lost = {"too short": facts["texts_too_short"], "cut": facts["texts_cut"]}
+    aside = ", ".join(f"{count} {what}" for what, count in lost.items() if count)
+    first = f"{facts['label']}: {counted(facts['texts_used'], 'text')} of {facts['corpus']}" + (aside and f" ({aside})")
     found = []
     for before in masks_of(facts, "largest_ratio"):
         within, median, largest, layer, head = (
@@ -95,7 +96,7 @@ def growth_sentences(tables: Path, facts: dict[str, Any]) -> list[str]:
         out.append(
             f"{where}at n = {length:,} tokens c is {sizes}, against {facts['paper_bound']:g}; "
             f"from n = {start:,} its trend is: {trends}; "
-            f"its exponent is above {FLAT:g} on {flat} heads, above {FAST:g} on {fast}"
+            f"its exponent is above {FLAT:g} on {counted(flat, 'head')}, above {FAST:g} on {fast}"
         )
     return out
 
@@ -103,8 +104,10 @@ def growth_sentences(tables: Path, facts: dict[str, Any]) -> list[str]:
 def _counted(found: Any, words: Sequence[str]) -> str:
     """`small on 40 heads, undecided on 2`."""
     counts = found.value_counts()
-    parts = [f"{word} on {counts[word]}" for word in words if word in counts]
-    return ", ".join([f"{parts[0]} heads", *parts[1:]])
+    (first, *others) = [word for word in words if word in counts]
+    return ", ".join(
+        [f"{first} on {counted(counts[first], 'head')}", *(f"{word} on {counts[word]}" for word in others)]
+    )
 
 
 def _growth(tables: Path, facts: dict[str, Any]) -> Any:

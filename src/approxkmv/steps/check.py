@@ -15,6 +15,7 @@ from approxkmv.errors import SourceError, TableError
 from approxkmv.models.sources import HubSource, ModelSource, PathSource, parse_source
 from approxkmv.progress import LOG, Times, step
 from approxkmv.steps.texts import read_shard, write_texts
+from approxkmv.words import counted
 
 # Texts of the checkout that this package runs from.
 TEXTS = Path(__file__).resolve().parents[3] / "data" / "squad" / "dev-v1.1.jsonl.xz"
@@ -104,9 +105,9 @@ def _bytes(size: Size) -> int:
 
 def plan(source: ModelSource, size: Size | None, tokens: list[int], cores: int) -> list[str]:
     """How long a check takes, with how much memory and disk; for a model of unknown size per head."""
-    lines = [f"{len(tokens)} text{'s' * (len(tokens) > 1)} of about {sum(tokens) // len(tokens)} tokens"]
+    lines = [f"{counted(len(tokens), 'text')} of about {sum(tokens) // len(tokens)} tokens"]
     per_head = PER_ENTRY * sum(n * n for n in tokens) / cores
-    on = f"with {cores} thread{'s' * (cores > 1)}"
+    on = f"with {counted(cores, 'thread')}"
     if size is None:
         download = _download(source)
         return [
