@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from approxkmv.figures.style import draw_points, headline, label_ends, logarithmic_ticks, short
 from approxkmv.figures.sweep_table import conditions, count_of, looks, new_panels, of_what, read_sweep, save, select
+from approxkmv.words import counted
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -59,7 +61,7 @@ def draw(table: Path, output_stem: Path, target: float = 0.10) -> list[Path]:
     headline(figure, f"Figure 5: {finding(frame, target)}")
     for axis, named in zip(axes, ends, strict=True):
         label_ends(axis, named)
-    more = f"; {left_out} slower ones are in the table only" if left_out else ""
+    more = f"; {counted(left_out, 'slower line')} in the table only" if left_out else ""
     note = f"Methods that reach the target somewhere, at most {MOST} in a panel{more}. "
     note += "Hollow: target missed; dashed: trivial; bands: quartiles of the times"
     return save(figure, axes, output_stem, note)
@@ -85,14 +87,16 @@ def finding(frame: pd.DataFrame, target: float = 0.10) -> str:
         best = max(winners, key=winners.count)
         times = " to ".join(dict.fromkeys(short(end(ratios)) for end in (min, max)))
         words = (
-            f"the best approximate method is faster than the fastest exact one on "
-            f"{count_of(len(winners), len(workloads), 'workload')} at the longest n, {times} times; "
-            f"it is {best} on {count_of(winners.count(best), len(workloads), 'workload')}"
+            f"the best approximate method is faster than the fastest exact one{_on(len(winners), workloads)} at the "
+            f"longest n, {times} times; it is {best}{_on(winners.count(best), workloads)}"
         )
-    trivially = (
-        f"; a trivial method is faster still on {count_of(beaten, len(workloads), 'workload')}" if beaten else ""
-    )
+    trivially = f"; a trivial method is faster still{_on(beaten, workloads)}" if beaten else ""
     return f"at an error of {target:g} {of_what(frame)} {words}{trivially}"
+
+
+def _on(count: int, workloads: Sequence[Any]) -> str:
+    """On how many of the workloads; nothing where there is one."""
+    return f" on {count_of(count, len(workloads), 'workload')}" if len(workloads) > 1 else ""
 
 
 def _ratios(some: pd.DataFrame, method: str, target: float) -> pd.DataFrame:
