@@ -104,3 +104,10 @@ def test_tables_of_the_race_follow_from_new_tables_of_sweeps(monkeypatch, tmp_pa
 def test_captions_of_the_report_are_what_docutils_reads(path: Path):
     docutils = pytest.importorskip("docutils.core")
     docutils.publish_doctree(path.read_text(), settings_overrides={"halt_level": 2, "report_level": 5})
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))], ids=lambda path: path.stem)
+def test_no_line_begins_with_the_mark_of_a_number(path):
+    # In Markdown a comment at the start of a line ends the paragraph, and its line is not read as Markdown.
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if line.startswith("<!-- number")] == []
