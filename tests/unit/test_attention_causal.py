@@ -6,7 +6,8 @@ import torch
 
 from approxkmv.attention import UnavailableError, get, methods
 from approxkmv.attention.blocks import approxkmv as ours
-from approxkmv.attention.causal import causal_attention, causal_sums, exact_sums, merged
+from approxkmv.attention.blocks import local_expansion
+from approxkmv.attention.causal import add_sums, causal_attention, causal_sums, exact_sums
 from approxkmv.errors import InputError
 
 CAUSAL = [name for name in methods() if get(name).causal is not None]
@@ -47,7 +48,7 @@ OF_SUMS = {"approxkmv-paper", "kdeformer", "hyperattention", "vkde-lsh", "hnsw",
 
 def test_the_wanted_methods_have_causal_forms():
     exact = {name for name in methods() if get(name).exact}
-    assert exact | {"mean", "uniform", "knn", "approxkmv"} | CHOOSING | OF_SUMS == set(CAUSAL)
+    assert exact | {"mean", "uniform", "knn", "approxkmv", "local-expansion"} | CHOOSING | OF_SUMS == set(CAUSAL)
 
 
 @pytest.mark.parametrize("name", CAUSAL)
@@ -225,7 +226,8 @@ def test_merging_does_not_overflow():
     """Two parts whose logs lie 500 apart, where the exponential of either difference overflows or vanishes."""
     q, k, v = heads(6, 4, 2)
     one, other = exact_sums(300 * q, k, v), exact_sums(300 * q, -k, v)
-    numerators, row_sums, _ = merged(one, other)
+    add_sums(one, other)
+    numerators, row_sums, _ = one
     right = (300 * q.double() @ torch.cat([k, -k]).double().mT).softmax(1) @ torch.cat([v, v]).double()
     # Logits of some hundreds in float32 are known to about 1e-4.
     assert (numerators / row_sums.unsqueeze(1) - right).abs().max() < 1e-2
@@ -233,7 +235,49 @@ def test_merging_does_not_overflow():
 
 def test_refusals_are_one_line():
     q, k, v = (t[None] for t in heads(20, 4, 1))
-    with pytest.raises(UnavailableError, match=r"^method local-expansion has no causal form: query i would"):
-        get("local-expansion").attend_causally(q, k, v)
+    with pytest.raises(UnavailableError, match=r"^method clustered has no causal form: query i would"):
+        get("clustered").attend_causally(q, k, v)
     with pytest.raises(InputError, match="a key for each query: q has 10 rows, but k 20"):
         get("exact-sdpa").attend_causally(q[:, :10], k, v)
+
+
+@pytest.fixture
+def small_triangles(monkeypatch):
+    """local-expansion with squares from 128 keys on, where a user has them from 2,048 on."""
+    monkeypatch.setattr(local_expansion, "EXACT_BELOW", 128)
+
+
+SQUARES = {"block": 32, "near": 32, "directions": 8}
+
+
+@pytest.mark.parametrize("products", ["float32", "bfloat16"])
+@pytest.mark.parametrize("d_v", [1, 2, 24])
+def test_local_expansion_of_squares_approaches_the_exact_answer(small_triangles, products, d_v):
+    """Its error falls with the near keys, to rounding; zero or the mean of the values would err far more."""
+    q, k, v = heads(1100, 9, d_v, spread=0.7)
+    right = exact(q, k, v)
+    errors = []
+    for near in (8, 32, 60):
+        given = {**SQUARES, "near": near, "products": products}
+        out = get("local-expansion").attend_causally(q, k, v, scale=1.0, seed=3, **given)
+        errors.append(float((out.double() - right).norm() / right.norm()))
+    means = v.double().cumsum(0) / torch.arange(1, 1101).unsqueeze(1)
+    assert errors[0] < 0.6 * float((means - right).norm() / right.norm())
+    assert errors[2] < errors[0]
+    whole = get("local-expansion").attend_causally(q, k, v, scale=1.0, seed=3, near=600, products=products)
+    assert float((whole.double() - right).norm() / right.norm()) < (1e-5 if products == "float32" else 0.01)
+
+
+@pytest.mark.parametrize("d_v", [2, 24])
+def test_squares_of_local_expansion_see_no_later_key(small_triangles, d_v):
+    """Other keys and values from 512 on, and NaN from the last triangle on (a square of NaN raises an exception)."""
+    q, k, v = (t[None] for t in heads(1024, 8, d_v))
+    given = {**get("local-expansion").defaults, **SQUARES, "scale": 0.4, "seed": 1}
+    causal = get("local-expansion").causal
+    before = causal(q, k, v, **given)
+    moved = causal(q, k, v + 10, **given)
+    assert float((moved - before - 10).abs().max()) < 0.05  # bfloat16 triangles round values of about ten to 0.03
+    k[:, 896:], v[:, 896:] = torch.nan, torch.nan
+    assert torch.equal(before[0, :896], causal(q, k, v, **given)[0, :896])
+    k[:, 512:], v[:, 512:] = 5.0, 1e6
+    assert torch.equal(before[0, :512], causal(q, k, v, **given)[0, :512])

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch.nn.functional import pad
 
 from approxkmv.attention.kernels.exponentials import exp_
 from approxkmv.compute.counting import count
@@ -36,17 +37,33 @@ def exact_sums(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, is_causal: 
     return weights @ v, weights.sum(1), logs
 
 
-def merged(one: Sums, other: Sums) -> Sums:
-    """The sums over the keys of both, for the same queries, relative to the larger of their logs."""
-    logs = torch.maximum(one[2], other[2])
-    fades = [exp_(part[2] - logs) for part in (one, other)]
-    numerators = sum(part[0] * fade.unsqueeze(1) for part, fade in zip((one, other), fades, strict=True))
-    row_sums = sum(part[1] * fade for part, fade in zip((one, other), fades, strict=True))
-    return numerators, row_sums, logs  # type: ignore[return-value]
+def flash_triangle(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, low: torch.dtype) -> Sums:
+    """The causal sums on a CPU by torch's flash attention with products of dtype `low`; row sums are 1."""
+    count(kernel_evaluations=len(q) * len(k))
+    width, d_v = max(q.shape[1], v.shape[1]), v.shape[1]
+    q, k, v = (pad(t, (0, width - t.shape[1])).to(low)[None, None] for t in (q, k, v))
+    out, logs = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=1.0)
+    return out[0, 0, :, :d_v].float(), torch.ones(out.shape[2]), logs.reshape(-1)
+
+
+def add_sums(here: Sums, other: Sums) -> None:
+    """Add the sums over other keys, for the same queries, in place, relative to the larger of their logs."""
+    numerators, row_sums, logs = here
+    highest = torch.maximum(logs, other[2])
+    fade, other_fade = exp_(logs - highest), exp_(other[2] - highest)
+    numerators.mul_(fade.unsqueeze(1)).addcmul_(other[0], other_fade.unsqueeze(1))
+    row_sums.mul_(fade).addcmul_(other[1], other_fade)
+    logs.copy_(highest)
 
 
 def causal_sums(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator, sums: SumsOfKeys, exact_below: int
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    generator: torch.Generator,
+    sums: SumsOfKeys,
+    exact_below: int,
+    triangle: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Sums] | None = None,
 ) -> Sums:
     """Sums over the keys up to each query's own, with the squares below the diagonal computed by `sums`.
 
@@ -54,15 +71,27 @@ def causal_sums(
         q, k, v: (n, d), (n, d), (n, d_v) float32, the queries scaled.
         sums: if it is unbiased, so are these sums; its logs must refer to the given keys, not to shifted ones.
         exact_below: triangles of at most this many queries are exact.
+        triangle: f(q, k, v), their exact sums, in place of `exact_sums`.
     """
     n = len(q)
-    if n <= max(1, exact_below):
-        return exact_sums(q, k, v, is_causal=True)
-    half = n // 2
-    first = causal_sums(q[:half], k[:half], v[:half], generator, sums, exact_below)
-    square = sums(q[half:], k[:half], v[:half], generator)
-    second = merged(causal_sums(q[half:], k[half:], v[half:], generator, sums, exact_below), square)
-    return tuple(torch.cat(parts) for parts in zip(first, second, strict=True))  # type: ignore[return-value]
+    numerators, row_sums, logs = v.new_empty(n, v.shape[1]), v.new_empty(n), v.new_empty(n)
+
+    def fill(first: int, last: int) -> None:
+        here = slice(first, last)
+        if last - first <= max(1, exact_below):
+            rows = q[here], k[here], v[here]
+            exact = triangle(*rows) if triangle is not None else exact_sums(*rows, is_causal=True)
+            numerators[here], row_sums[here], logs[here] = exact
+            return
+        middle = first + (last - first) // 2
+        fill(first, middle)
+        before, here = slice(first, middle), slice(middle, last)
+        square = sums(q[here], k[before], v[before], generator)
+        fill(middle, last)
+        add_sums((numerators[here], row_sums[here], logs[here]), square)
+
+    fill(0, n)
+    return numerators, row_sums, logs
 
 
 def causal_attention(

@@ -6,6 +6,7 @@ Cost: n d (near + n / block), up to constants. The expansion itself is in `expan
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,11 +16,15 @@ from approxkmv.attention.blocks.expansion import Clustering, expand, in_one_bloc
 from approxkmv.attention.blocks.grouping import block_size
 from approxkmv.attention.blocks.near_keys import sums_of_keys
 from approxkmv.attention.blocks.reach import stand_apart, with_keys_apart
+from approxkmv.attention.causal import Sums, causal_answers, causal_sums, flash_triangle
 from approxkmv.attention.contract import Method, UnavailableError, per_batch
 from approxkmv.attention.exact import fused as exact_fused
 from approxkmv.compute.counting import count
 from approxkmv.compute.threads import over_threads
 from approxkmv.compute.trial import fastest
+
+# Triangles of the causal mask of at most this many queries are exact: below it, the library's attention is faster.
+EXACT_BELOW = 2048
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,7 @@ class Parameters(Clustering):
     products: str = "fastest"
 
 
-def attend(
+def answers(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -38,36 +43,35 @@ def attend(
     parameters: Parameters,
     *,
     scale: float,
-) -> torch.Tensor:
-    """The method for one batch entry on a CPU: float32 q (n_q, d), k (n_k, d), v (n_k, d_v) to (n_q, d_v)."""
-    near = parameters.near
-    parameters = replace(parameters, block=block_size(parameters.block, len(q), len(k)))
-    if near >= len(k) or parameters.block == 1:
-        return exact_fused.attend(q, k, v, scale)
+    with_own_keys: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Answers (n_q, d_v), logs of the row sums (n_q,) for keys less their mean, and which rows are lost (n_q,), if any.
+
+    For float32 q (n_q, d), k (n_k, d), v (n_k, d_v) on a CPU; lost rows must be computed exactly, as must those that
+    are not finite. with_own_keys: key i is query i's own (as many keys as queries), and is summed exactly.
+    """
     loops = block_loops()
     apart = stand_apart(q, k, scale)
+    out, logs = torch.empty(len(q), v.shape[1]), torch.empty(len(q))
+    near = parameters.near
     if loops is not None and parameters.directions == 0 and not len(apart) and in_one_block(q, k, scale, near):
-        out = torch.empty(len(q), v.shape[1])
         inputs, room = of_one_block(q, k, v, generator.initial_seed(), scale, near)
-        own = len(q) == len(k)
-        number = loops.answers_of_one_block(own, *inputs, *room, out.numpy())
-        count(kernel_evaluations=len(k) + (len(q) + 1) * number + len(q) * (1 + own))
-        return exact_fused.exactly_where_lost(out, None, q, k, v, scale)
+        number = loops.answers_of_one_block(with_own_keys, *inputs, *room, out.numpy(), logs.numpy())
+        count(kernel_evaluations=len(k) + (len(q) + 1) * number + len(q) * (1 + with_own_keys))
+        return out, logs, None
     low = torch.bfloat16 if parameters.products == "bfloat16" else torch.float32
     if low == torch.bfloat16 and q.shape[1] % 2:
         q, k = (torch.nn.functional.pad(t, (0, 1)) for t in (q, k))
     e = expand(q, k, v, generator, apart, parameters, scale=scale, low=low)
     sums, scales = sums_of_keys(e.blocks, k, e.mean, v, e.chosen, e.ends, None, low, e.rounded)
-    with_own_keys = len(q) == len(k)
     seen = e.seen(k if with_own_keys else None)
     lost = e.lost(sums[:, 0], scales, seen)
     if loops is not None and not len(apart):
-        out = torch.empty(len(q), v.shape[1])
         rows = sums, scales, seen.log_weight, seen.value, seen.own_log, seen.own_share, seen.own_share_seen
         given: list[Any] = [e.blocks.queries, e.blocks.starts, e.blocks.sizes, e.tilted]
-        given += [t.numpy() for t in (*rows, v.contiguous(), out)]
+        given += [t.numpy() for t in (*rows, v.contiguous(), out, logs)]
         over_threads(lambda first, last: loops.expanded_answers(first, last, *given), len(e.blocks))
-        return exact_fused.exactly_where_lost(out, lost, q, k, v, scale)
+        return out, logs, lost
     scale_of_row = e.blocks.of_rows(scales)
     weight = (seen.log_weight - scale_of_row).exp_()
     # Exactly, instead of its share of the far key.
@@ -81,8 +85,16 @@ def attend(
         numerators += counted.unsqueeze(1) * e.blocks.in_rows(v)
     row_sums = sums[:, 0] + weight + added - weight * seen.own_share_seen
     rest = (e.blocks.of_queries(t) for t in (numerators, row_sums, scale_of_row))
-    numerators, row_sums, _ = with_keys_apart(tuple(rest), apart, q, k, v, e.mean, scale)  # type: ignore[arg-type]
-    return exact_fused.exactly_where_lost(numerators / row_sums.unsqueeze(1), lost, q, k, v, scale)
+    numerators, row_sums, scale_of_row = with_keys_apart(tuple(rest), apart, q, k, v, e.mean, scale)  # type: ignore[arg-type]
+    return numerators / row_sums.unsqueeze(1), scale_of_row + row_sums.log(), lost
+
+
+def _chosen(given: dict[str, Any]) -> Parameters:
+    """The parameters, with the dtype of products that a trial found faster if none is given."""
+    parameters = Parameters(**given)
+    if parameters.products != "fastest":
+        return parameters
+    return replace(parameters, products=fastest("attention.blocks.trials.products", "float32", "bfloat16"))
 
 
 def _local_expansion(
@@ -100,20 +112,48 @@ def _local_expansion(
         return local_expansion_cuda.attend(q, k, v, scale=scale, seed=seed, **given)
     if q.device.type != "cpu":
         raise UnavailableError(f"local-expansion has no kernel for the device {q.device}")
-    parameters = Parameters(**given)
-    if parameters.products == "fastest":
-        products = fastest("attention.blocks.trials.products", "float32", "bfloat16")
-        parameters = replace(parameters, products=products)
+    parameters = _chosen(given)
+    parameters = replace(parameters, block=block_size(parameters.block, q.shape[1], k.shape[1]))
 
     def single(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        return attend(q, k, v, generator, parameters, scale=scale)
+        if parameters.near >= len(k) or parameters.block == 1:
+            return exact_fused.attend(q, k, v, scale)
+        out, _, lost = answers(q, k, v, generator, parameters, scale=scale, with_own_keys=len(q) == len(k))
+        return exact_fused.exactly_where_lost(out, lost, q, k, v, scale)
 
     return per_batch(single, q, k, v, seed, around_mean=True)
+
+
+def _causal(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, seed: int, **given: Any
+) -> torch.Tensor:
+    if q.device.type != "cpu":
+        raise UnavailableError(f"the causal form of local-expansion runs on a CPU only, not on {q.device.type}")
+    parameters = _chosen(given)
+    triangle = partial(flash_triangle, low=getattr(torch, parameters.products))
+
+    def square(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator) -> Sums:
+        # Less this square's mean only: the mean of all values would include later ones.
+        mean = v.mean(0)
+        # Query i and key i of a square belong to different tokens.
+        out, logs, lost = answers(q, k, v - mean, generator, parameters, scale=1.0, with_own_keys=False)
+        if lost is not None:
+            out[lost] = torch.nan
+        # The logs refer to centred keys, whose mean is the same within one set of keys but not across two.
+        return out.add_(mean), torch.ones(len(q)), logs + q @ k.mean(0)
+
+    def single(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        q = q * scale
+        sums = causal_sums(q, k, v, generator, square, max(EXACT_BELOW, 2 * parameters.near), triangle)
+        return causal_answers(*sums[:2], q, k, v)
+
+    return per_batch(single, q, k, v, seed)
 
 
 method = Method(
     name="local-expansion",
     compute=_local_expansion,
+    causal=_causal,
     summary="near keys exactly, far keys expanded around the centre of a block of queries",
     defaults=asdict(Parameters()),
     may_be_zero=frozenset({"directions"}),

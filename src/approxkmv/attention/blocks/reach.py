@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from approxkmv.attention.blocks.compiled import block_loops
-from approxkmv.attention.causal import Sums, exact_sums, merged
+from approxkmv.attention.causal import Sums, add_sums, exact_sums
 
 # Keys whose logits vary more over the queries than those of other keys by this factor, and by this many nats, stand
 # apart; on some heads and on GloVe no key varies over twice as much as the others.
@@ -90,6 +90,8 @@ def without(points: torch.Tensor, rows: np.ndarray) -> torch.Tensor:
 def with_keys_apart(
     rest: Sums, apart: np.ndarray, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mean: torch.Tensor, scale: float
 ) -> Sums:
-    """Add the sums over the keys that stand apart to those over the other keys, taken less `mean`."""
-    keys = torch.from_numpy(apart)
-    return merged(rest, exact_sums(q * scale, k[keys] - mean, v[keys])) if len(keys) else rest
+    """Add the sums over the keys that stand apart to those over the other keys, taken less `mean`, in place."""
+    if len(apart):
+        keys = torch.from_numpy(apart)
+        add_sums(rest, exact_sums(q * scale, k[keys] - mean, v[keys]))
+    return rest

@@ -137,11 +137,12 @@ def see(
 
 @cached_njit(fastmath=FLAGS, nogil=True)
 def expanded_answers(
-    low, high, queries, starts, sizes, tilted, sums, scales, log_weight, far_value, own_log, own_share, own_seen, v, out
+    low, high, queries, starts, sizes, tilted, sums, scales, log_weight, far_value, own_log, own_share, own_seen, v,
+    out, logs
 ):  # fmt: skip
     """Outputs (n, d_v) of the queries in blocks low to high - 1: heavy keys, far key, and own key instead of its share.
 
-    NaN where an exponential would overflow float32.
+    logs (n,) receives the logs of their row sums. NaN where an exponential would overflow float32.
     """
     width = far_value.shape[1]
     for b in range(low, high):
@@ -157,7 +158,9 @@ def expanded_answers(
                 continue
             weight = fading(log_weight[row] - scale)
             own = fading(own_log[row] - scale) if mine else f32(0.0)
-            share = f32(1.0) / (sums[row, 0] + weight + own - (weight * own_seen[row] if mine else f32(0.0)))
+            row_sum = sums[row, 0] + weight + own - (weight * own_seen[row] if mine else f32(0.0))
+            logs[query] = scale + np.log(row_sum)
+            share = f32(1.0) / row_sum
             counted = own - weight * (own_seen[row] if tilted else own_share[row]) if mine else f32(0.0)
             # The difference of the own key's two shares goes to the far value: a row's weights add up to one.
             left = weight if tilted or not mine else weight * (f32(1.0) - own_seen[row] + own_share[row])

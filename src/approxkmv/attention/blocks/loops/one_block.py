@@ -91,10 +91,11 @@ def _see_in_one_block(with_own_keys, block, far, keys, deltas, k, logs, weights)
 
 
 @cached_njit(nogil=True)
-def answers_of_one_block(with_own_keys, q, scale, k, v, kept, begin, step, tilts, deltas, logs, weights, out):
-    """`local_expansion.attend` for one block of all queries and no axes, into out (n_q, d_v). Returns the near count.
+def answers_of_one_block(with_own_keys, q, scale, k, v, kept, begin, step, tilts, deltas, logs, weights, out, row_logs):
+    """`local_expansion.answers` for one block of all queries and no axes, into out (n_q, d_v) and row_logs (n_q,).
 
-    With few keys, separate calls from Python would take longer than their work; the same functions are called.
+    Returns the number of near keys. With few keys, separate calls from Python would take longer than their work; the
+    same functions are called.
     """
     block, keys, far = _expand_one_block(q, scale, k, v, kept, begin, step, tilts, deltas, logs, weights)
     queries, starts, sizes, _ = block
@@ -104,7 +105,8 @@ def answers_of_one_block(with_own_keys, q, scale, k, v, kept, begin, step, tilts
     seen = _see_in_one_block(with_own_keys, block, far, keys, deltas, k, logs, weights)
     log_weight, value, own_log, own_share, own_seen = seen
     expanded_answers(
-        0, 1, queries, starts, sizes, tilts > 0, sums, scales, log_weight, value, own_log, own_share, own_seen, v, out
+        0, 1, queries, starts, sizes, tilts > 0, sums, scales, log_weight, value, own_log, own_share, own_seen, v, out,
+        row_logs,
     )  # fmt: skip
     return len(chosen)
 
