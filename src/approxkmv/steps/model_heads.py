@@ -25,6 +25,8 @@ def capture_heads(
 ) -> None:
     """Write q, k, v (heads, tokens, d) of the corpus's first document to `out`, and of its second to `tuning_out`.
 
+    A document that is too short is followed by every second one after it, so that the two share no text.
+
     Args:
         location: of the model. tokens: the length of each text. heads: (layer, head) pairs, counted from 0.
     Raises:
@@ -45,11 +47,18 @@ def capture_heads(
                 f"capture.heads asks for layer {layer}, head {head}, but the model has {model.n_layers} layers of "
                 f"{model.n_heads} heads, counted from 0"
             )
-    for document, path in zip(documents, (out, tuning_out), strict=False):
-        ids = model.tokenizer(document.context, verbose=False)["input_ids"][:tokens]
-        if len(ids) < tokens:
+    for first, path in enumerate((out, tuning_out)):
+        text, names, ids = "", [], []
+        for document in documents[first::2]:
+            text += ("\n\n" if text else "") + document.context
+            names.append(document.name)
+            ids = model.tokenizer(text, verbose=False)["input_ids"][:tokens]
+            if len(ids) == tokens:
+                break
+        else:
             raise ConfigError(
-                f"{document.name!r} of corpus {corpus.name} has {len(ids)} tokens, but {tokens} are needed"
+                f"{', '.join(map(repr, names))} of corpus {corpus.name} have {len(ids)} tokens together, but {tokens} "
+                "are needed"
             )
         captured = model.capture([ids], values=True)[0]
         scales = {float(captured.scales[layer]) for layer, _ in heads}
@@ -62,7 +71,7 @@ def capture_heads(
         metadata = {
             "scale": repr(scales.pop()),
             "heads": " ".join(f"{layer}.{head}" for layer, head in heads),
-            "text": document.name,
+            "text": "; ".join(names),
         }
         with written_whole(path) as temporary:
             save_file(tensors, temporary, metadata=metadata)
