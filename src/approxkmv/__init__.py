@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from approxkmv.kmv.algorithm import approx_kmv as approx_kmv
     from approxkmv.kmv.attention_product import approx_attention as approx_attention
     from approxkmv.kmv.eigenvalue import top_eigenvalue as top_eigenvalue
+    from approxkmv.operator.kernel_operator import KernelOperator as KernelOperator
     from approxkmv.statistics import AttentionStatistics as AttentionStatistics
     from approxkmv.statistics import OrderRatios as OrderRatios
     from approxkmv.statistics import attention_statistics as attention_statistics
@@ -38,6 +39,7 @@ _HOME = {
     "KMVResult": "approxkmv.kmv.algorithm",
     "approx_attention": "approxkmv.kmv.attention_product",
     "top_eigenvalue": "approxkmv.kmv.eigenvalue",
+    "KernelOperator": "approxkmv.operator.kernel_operator",
 }
 
 __all__ = sorted(_HOME)

@@ -17,6 +17,7 @@ kernels
 statistics kmv search
 models
 corpora results attention
+operator
 sweep
 perplexity
 config

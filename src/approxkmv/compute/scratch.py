@@ -8,7 +8,7 @@ import threading
 import torch
 
 _buffers = threading.local()
-# Set by tests: fills scratch with NaN, so that reading before writing shows.
+# Set by tests: fills scratch with NaN, or -1, so that reading before writing shows.
 _POISONED = False
 
 
@@ -25,5 +25,5 @@ def scratch(name: str, *shape: int, dtype: torch.dtype = torch.float32) -> torch
     if key not in held or held[key].numel() < size:
         held[key] = torch.empty(size, dtype=dtype)
     if _POISONED:
-        held[key].fill_(torch.nan)
+        held[key].fill_(torch.nan if dtype.is_floating_point else -1)
     return held[key][:size].view(shape)

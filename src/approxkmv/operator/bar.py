@@ -1,0 +1,82 @@
+"""How far an approximate product is off, from a random sample of its rows computed exactly."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import torch
+
+Rows = Callable[[torch.Tensor], torch.Tensor]
+"""Rows (some, m) of the product, computed exactly."""
+
+# With contributions spread over fewer rows than this (their participation ratio), the sample does not tell their sum.
+LEAST_SPREAD = 12.0
+
+
+@dataclass(frozen=True)
+class ErrorBar:
+    """Estimates of Frobenius norms over all rows."""
+
+    error: float
+    """Of Kx - y."""
+    bound: float | None
+    """The error's upper confidence bound, None if the sample does not give one."""
+    answer: float
+    """Of Kx."""
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """Probabilities with which rows are drawn, with replacement."""
+
+    probabilities: torch.Tensor
+
+    def draw(self, number: int, generator: torch.Generator) -> torch.Tensor:
+        return torch.multinomial(self.probabilities, number, replacement=True, generator=generator)
+
+
+def proposal(far: torch.Tensor, known: torch.Tensor) -> Proposal:
+    """Half uniform over the rows that are not known, half in proportion to the square of their predicted far sum.
+
+    Args:
+        far: (n_q,) predicted sizes of the rows' far sums. known: indices of rows that are never drawn.
+    """
+    uniform = torch.ones_like(far, dtype=torch.float64)
+    uniform[known] = 0
+    squares = far.double().square() * uniform
+    largest = squares.sum()
+    shares = squares / largest if 0 < float(largest) < math.inf else uniform / uniform.sum()
+    return Proposal((0.5 * uniform / uniform.sum() + 0.5 * shares).float().cpu())
+
+
+def error_bar(y: torch.Tensor, exact: torch.Tensor, rows: torch.Tensor, drawn_by: Proposal, doubt: float) -> ErrorBar:
+    """The error of y (n_q, m), from rows drawn by a proposal and their exact values (some, m).
+
+    The bound fails with a probability of about `doubt` if what the sample sees is what there is: the contributions
+    |Kx - y|_i^2 / p_i of the drawn rows have a finite variance to which no rarely drawn rows add much. It is the mean's
+    upper limit by a Cornish-Fisher expansion, which allows for skewness. Where few rows make up the sum, which is how
+    errors concentrated in rows that are rarely drawn show if they show at all, or where no error is seen, there is no
+    bound.
+    """
+    p = drawn_by.probabilities.double()[rows.cpu()]
+    exact, seen = exact.double().cpu(), y[rows].double().cpu()
+    contributions = (exact - seen).square().sum(1) / p
+    mean, limit = float(contributions.mean()), _upper(contributions, doubt)
+    spread = float(contributions.sum() ** 2 / contributions.square().sum().clamp_min(1e-300))
+    # The norm of the answer is that of y, corrected by the sample.
+    corrections = (exact.square() - seen.square()).sum(1) / p
+    squared = float(y.double().square().sum()) + float(corrections.mean())
+    answer = math.sqrt(max(0.0, squared))
+    bound = math.sqrt(limit) if mean > 0 and spread >= LEAST_SPREAD else None
+    return ErrorBar(math.sqrt(mean), bound, answer)
+
+
+def _upper(values: torch.Tensor, doubt: float) -> float:
+    z, n = NormalDist().inv_cdf(1 - doubt), len(values)
+    centred = values - values.mean()
+    variance = float(centred.square().mean()) * n / max(1, n - 1)
+    skew = float(centred.pow(3).mean()) / variance if variance > 0 else 0.0
+    return float(values.mean()) + z * math.sqrt(variance / n) + max(0.0, skew) * (1 + 2 * z * z) / (6 * n)

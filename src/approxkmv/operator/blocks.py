@@ -1,0 +1,290 @@
+"""Blocks of queries: near keys exactly, far keys to first order around the block's centre, for x of any signs.
+
+For q = c + delta in a block with centre c and covariance V of its deltas, K_ij = 2^(-|q|^2/2) 2^(c.k - |k|^2/2)
+2^(delta.k). Over Gaussian deltas the best fit of 2^(delta.k) of first order is 2^(ln 2 k'Vk/2) (1 + ln 2 delta.k), so
+a key has the weight w_j = 2^(c.k - |k|^2/2 + ln 2 k'Vk/2), which ranks the keys. The `near` highest of a block are
+summed exactly for each of its queries; of the others only the sums of w x and w x k are kept. The weighted mean m of
+the far keys, which does not depend on x, goes into the exponent: 2^(delta.k) = 2^(delta.m) 2^(delta.(k - m)), the
+second factor to first order. So the product is linear in x, and its transpose is as cheap.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from approxkmv.attention.blocks.expansion import METRIC_POWER, principal_axes
+from approxkmv.attention.blocks.grouping import block_size
+from approxkmv.attention.blocks.k_means import k_means
+from approxkmv.attention.blocks.near_keys import SAMPLED_KEYS, as_numbers, rank_of_bar
+from approxkmv.compute.counting import count
+from approxkmv.compute.threads import over_threads
+from approxkmv.operator.exact import loops_for, room, weigh
+from approxkmv.operator.points import Points, key_side, parts_of, query_side, side_by_side
+
+# Leading axes along which queries are clustered and blocks have second moments; Lloyd's iterations, on so many queries
+# per block: as in `attention.blocks`.
+_AXES, _ITERATIONS, _SAMPLED = 48, 3, 16
+# Queries per block are the root of their number over this: far and near keys then cost about the same.
+_PER_ROOT = 2.0
+# Blocks whose weights of all keys are in memory at once.
+STRIP = 64
+# oneDNN compiles a kernel for each shape of a bfloat16 product, so shapes should repeat.
+_SHAPES = {torch.bfloat16: 128}
+_LN2 = math.log(2)
+# Sizes of x within this factor of each other do not change which keys are near; the least that counts, of their mean.
+_EVEN, _LEAST_SIZE = 1.5, 1e-3
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What depends on the number of near keys, but not on x: their least log weights, and moments of the far keys."""
+
+    near: int
+    thresholds: torch.Tensor
+    """(blocks,) base 2."""
+    totals: torch.Tensor
+    """(blocks,) sum of the far keys' weights over 2^threshold."""
+    means: torch.Tensor
+    """(blocks, d) their weighted mean."""
+
+
+@dataclass(frozen=True)
+class Keys:
+    """The keys as products take them, one row of zeros behind them, and what ranks them; shared by all blocks."""
+
+    side: torch.Tensor
+    """(n_k + 1, width): `key_side` and a row of zeros."""
+    features: torch.Tensor
+    """(n_k, width), whose products with `Blocks.ranks` are log2 of the keys' weights."""
+    axes: torch.Tensor
+    """(d, axes) along which blocks have second moments."""
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Queries in blocks, made once for queries and keys; exponents are of the dtype of `keys`, sums of the points'."""
+
+    points: Points
+    keys: Keys
+    order: torch.Tensor
+    """(rows,) the queries block by block, and"""
+    of_row: torch.Tensor
+    """(rows,) their blocks."""
+    sizes: torch.Tensor
+    """(blocks,) how many queries each block has."""
+    centres: torch.Tensor
+    """(blocks, d)"""
+    variances: torch.Tensor
+    """(blocks, axes)"""
+    sizes_of_x: torch.Tensor | None = None
+    """(n_k,) by which keys are ranked besides their weights, or None."""
+
+    def __len__(self) -> int:
+        return len(self.centres)
+
+    @cached_property
+    def deltas(self) -> torch.Tensor:
+        """(rows, d) of each query from its block's centre."""
+        return self.points.queries[self.order] - self.centres[self.of_row]
+
+    @cached_property
+    def side(self) -> torch.Tensor:
+        """(rows, width): `query_side` of each row."""
+        return query_side(self.points, self.order, self.keys.side.dtype)
+
+    @cached_property
+    def ranks(self) -> torch.Tensor:
+        """(blocks, width): see `Keys.features`."""
+        low = self.keys.side.dtype
+        ones = [torch.ones_like(half[:, 0]) for half in parts_of(self.centres[:, :1], low)]
+        return side_by_side(self.centres.to(low), *ones, (0.5 * _LN2 * self.variances).to(low))
+
+    def of_queries(self, queries: torch.Tensor) -> Blocks:
+        """The blocks of these queries with no others in them."""
+        place = torch.empty_like(self.order)
+        place[self.order] = torch.arange(len(self.order), device=self.order.device)
+        rows = place[queries].sort().values
+        chosen, of_row, sizes = self.of_row[rows].unique(return_inverse=True, return_counts=True)
+        parts = self.order[rows], of_row, sizes, self.centres[chosen], self.variances[chosen]
+        return Blocks(self.points, self.keys, *parts, self.sizes_of_x)
+
+    def ranked_by(self, x: torch.Tensor) -> Blocks:
+        """The same blocks, whose near keys are those with the highest weight times size in x (n_k, m)."""
+        sizes = x.norm(dim=1)
+        sizes = (sizes / sizes.square().mean().sqrt()).clamp_min(_LEAST_SIZE)
+        if float(sizes.max()) < _EVEN * float(sizes.min()):
+            return self
+        halves = self.points.key_halves - sizes.log2()
+        keys = Keys(
+            self.keys.side, _features(self.points, halves, self.keys.axes, self.keys.side.dtype), self.keys.axes
+        )
+        return replace(self, keys=keys, sizes_of_x=sizes)
+
+    def plan(self, near: int) -> Plan:
+        """The plan for about `near` near keys per block."""
+        n_k, d = self.points.keys.shape
+        thresholds, totals = self.centres.new_empty(2, len(self))
+        means = self.centres.new_empty(len(self), d)
+        unit = torch.cat([torch.ones_like(self.points.keys[:, :1]), self.points.keys], 1)
+        rank = rank_of_bar(n_k, near, 0)
+        for at in range(0, len(self), STRIP):
+            here = slice(at, at + STRIP)
+            logs = self._logs(here)
+            thresholds[here] = _ranked(logs[:, ::SAMPLED_KEYS].to(means.dtype), rank)
+            weights, _, _ = self._split(logs, thresholds[here])
+            moments = weights @ unit
+            totals[here] = moments[:, 0]
+            means[here] = moments[:, 1:] / moments[:, :1].clamp_min(1e-30)
+        return Plan(near, thresholds, totals, means)
+
+    def _logs(self, strip: slice) -> torch.Tensor:
+        ranks, features = self.ranks[strip], self.keys.features
+        count(kernel_evaluations=len(ranks) * len(features))
+        return torch.mm(ranks, features.mT, out=room("logs", len(ranks), len(features), like=features))
+
+    def _split(self, logs: torch.Tensor, thresholds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+        """Weights (strip, n_k) of the far keys over 2^threshold, 0 for near keys; near keys of each block, how many.
+
+        The row of near keys goes on with n_k, the row of zeros, up to a multiple.
+        """
+        n_k, multiple = logs.shape[1], _SHAPES.get(logs.dtype, 1)
+        weights = room("weights", *logs.shape, like=thresholds)
+        loops = loops_for(logs)
+        if loops is not None:
+            near = room("near", len(logs), n_k + multiple, like=self.order)
+            counts = np.empty(len(logs), np.int64)
+            given = as_numbers(logs), thresholds.numpy(), multiple, weights.numpy(), near.numpy(), counts
+            over_threads(lambda low, high: loops.split_keys(low, high, *given), len(logs))
+            return weights, near, counts.tolist()
+        torch.sub(logs, thresholds.unsqueeze(1), out=weights)
+        is_near = weights >= 0
+        weights.exp2_().masked_fill_(is_near, 0)
+        found = is_near.sum(1)
+        near = torch.full((len(logs), int(found.max()) + multiple), n_k, device=logs.device)
+        block, key = is_near.nonzero(as_tuple=True)
+        near[block, torch.arange(len(key), device=key.device) - (found.cumsum(0) - found)[block]] = key
+        return weights, near, (found + -found % multiple).tolist()
+
+    def factors(self, plan: Plan) -> torch.Tensor:
+        """(rows,) 2^threshold as each row sees it: times the plan's totals, the sum of its far entries of K."""
+        mean = plan.means
+        # The second order of the mean's own factor is already in its weight.
+        second = 0.5 * _LN2 * (self.variances * (mean @ self.keys.axes).square()).sum(1)
+        logs = (self.deltas * mean[self.of_row]).sum(1) + (plan.thresholds - second)[self.of_row]
+        # No entry of K is above 1, however far from its block's centre a query is.
+        return (logs - self.points.query_halves[self.order]).clamp_max_(0.0).exp2_()
+
+    def far_weights(self, plan: Plan) -> torch.Tensor:
+        """(n_q,) the sum of each query's far entries of K."""
+        out = torch.empty_like(self.points.query_halves)
+        out[self.order] = self.factors(plan) * plan.totals[self.of_row]
+        return out
+
+    def products(self, plan: Plan, x: torch.Tensor | None, y: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+        """Kx (rows, m) for x (n_k, m) and K^T y (n_k, m) for y (rows, m), without columns where None is given.
+
+        Rows are in the order of the blocks.
+        """
+        keys = self.points.keys
+        n_k, d = keys.shape
+        x = keys.new_zeros(n_k, 0) if x is None else x
+        y = keys.new_zeros(len(self.order), 0) if y is None else y
+        width, height = x.shape[1], y.shape[1]
+        factors, mean = self.factors(plan).unsqueeze(1), plan.means
+        # The columns of x, and the products of each with the coordinates of the keys
+        even = x if self.sizes_of_x is None else x / self.sizes_of_x.unsqueeze(1)
+        sources = torch.cat([even, *(even[:, c : c + 1] * keys for c in range(width))], 1)
+        of_near = torch.cat([x, x.new_zeros(1, width)]).mT.contiguous()
+        forward, backward = keys.new_empty(width, len(self.order)), keys.new_zeros(n_k + 1, height)
+        rows_of_y = y.mT.contiguous()
+        weighted = factors * y
+        end = 0
+        for at in range(0, len(self), STRIP):
+            strip = slice(at, at + STRIP)
+            weights, near, counts = self._split(self._logs(strip), plan.thresholds[strip])
+            sizes = self.sizes[strip].tolist()
+            begin, end = end, end + sum(sizes)
+            here = slice(begin, end)
+            block, deltas = self.of_row[here] - at, self.deltas[here]
+            if width:
+                moments = weights @ sources
+                for c in range(width):
+                    total = moments[:, c : c + 1]
+                    first = moments[:, width + c * d : width + (c + 1) * d] - total * mean[strip]
+                    far = total[block, 0] + _LN2 * (first[block] * deltas).sum(1)
+                    torch.mul(far, factors[here, 0], out=forward[c, here])
+            if height:
+                given = keys.new_zeros(len(counts), height, 1 + d)
+                for c in range(height):
+                    column = weighted[here, c : c + 1]
+                    given[:, c, 1:].index_add_(0, block, _LN2 * column * deltas)
+                    given[:, c, 0].index_add_(0, block, column[:, 0])
+                given[:, :, 0] -= (given[:, :, 1:] * mean[strip].unsqueeze(1)).sum(2)
+                for c in range(height):
+                    seen = weights.mT @ given[:, c]
+                    far = seen[:, 0] + (seen[:, 1:] * keys).sum(1)
+                    backward[:n_k, c] += far if self.sizes_of_x is None else far / self.sizes_of_x
+            for i, (size, number) in enumerate(zip(sizes, counts, strict=True)):
+                listed, some = near[i, :number], slice(begin, begin + size)
+                begin += size
+                left = self.side[some]
+                right = room("near keys", number, left.shape[1], like=left)
+                torch.index_select(self.keys.side, 0, listed, out=right)
+                count(kernel_evaluations=size * number)
+                if width:
+                    logs = torch.mm(left, right.mT, out=room("tile", size, number, like=left))
+                    weigh(logs, of_near[:, listed], forward[:, some])
+                if height:
+                    logs = torch.mm(right, left.mT, out=room("tile", number, size, like=left))
+                    sums = keys.new_zeros(height, number)
+                    weigh(logs, rows_of_y[:, some], sums)
+                    backward.index_add_(0, listed, sums.mT)
+        return forward.mT, backward[:n_k]
+
+
+def _features(points: Points, halves: torch.Tensor, axes: torch.Tensor, low: torch.dtype) -> torch.Tensor:
+    squares = (points.keys @ axes).square()
+    return side_by_side(points.keys.to(low), *parts_of(-halves, low), squares.to(low))
+
+
+def _ranked(values: torch.Tensor, rank: int) -> torch.Tensor:
+    """(rows,) the number with this rank, from below, in each row of values."""
+    if values.device.type == "cpu":
+        return torch.from_numpy(np.partition(values.numpy(), rank, axis=1)[:, rank].copy())
+    return values.kthvalue(rank + 1, 1).values
+
+
+def make_blocks(points: Points, low: torch.dtype, seed: int, block: int | None = None) -> Blocks:
+    """Cluster the queries into blocks of about `block` of them; None lets their number decide."""
+    n_q, n_k = len(points.queries), len(points.keys)
+    usual = max(1, round(max(n_q, n_k) ** 0.5 / _PER_ROOT))
+    size = block or block_size(usual, n_q, n_k)
+    axes, spread = principal_axes(points.keys, min(_AXES, points.keys.shape[1]))
+    # Clustering runs on the CPU: it takes a small part of the time of a product.
+    coordinates = (points.queries @ (axes * spread.pow(METRIC_POWER).clamp_min(1e-15))).float().cpu()
+    generator = torch.Generator().manual_seed(seed)
+    clusters = max(1, -(-n_q // size))
+    labels = torch.zeros(n_q, dtype=torch.int64)
+    if clusters > 1:
+        labels = k_means(coordinates, clusters, _ITERATIONS, _SAMPLED, generator)
+    device = points.queries.device
+    _, of_query, sizes = labels.to(device).unique(return_inverse=True, return_counts=True)
+    order = of_query.argsort(stable=True)
+    of_row = of_query[order]
+    queries = points.queries[order]
+
+    def means(of_rows: torch.Tensor) -> torch.Tensor:
+        sums = of_rows.new_zeros(len(sizes), of_rows.shape[1]).index_add_(0, of_row, of_rows)
+        return sums / sizes.unsqueeze(1)
+
+    centres = means(queries)
+    variances = means(((queries - centres[of_row]) @ axes).square())
+    features = _features(points, points.key_halves, axes, low)
+    side = key_side(points, low)
+    keys = Keys(torch.cat([side, torch.zeros_like(side[:1])]), features, axes)
+    return Blocks(points, keys, order, of_row, sizes, centres, variances)

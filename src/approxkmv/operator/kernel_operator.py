@@ -1,0 +1,447 @@
+"""KernelOperator: products with a Gaussian kernel matrix to within a given error, which is checked."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from approxkmv.arrays import Array, as_float64
+from approxkmv.attention.exact.naive import free_bytes
+from approxkmv.compute.counting import count, counting
+from approxkmv.compute.torch_state import plain_torch
+from approxkmv.compute.trial import fastest
+from approxkmv.errors import InputError, UnavailableError
+from approxkmv.kmv import inputs
+from approxkmv.operator import exact
+from approxkmv.operator.bar import ErrorBar, error_bar, proposal
+from approxkmv.operator.blocks import STRIP, Blocks, Plan, make_blocks
+from approxkmv.operator.pilot import Pilot, cost_of_blocks, drawn, near_for, pilot_rows
+from approxkmv.operator.points import Points, in_units
+
+if TYPE_CHECKING:
+    from scipy.sparse.linalg import LinearOperator
+
+METHODS = ("auto", "exact", "blocks")
+RELATIVE_TO = ("Kx", "x")
+CONFIDENCE = 0.95
+# Rows that the error bar draws: at least, and one in so many of all, up to a limit.
+_BAR_ROWS, _ONE_IN, _MOST_BAR_ROWS = 128, 100, 384
+# The error at which settings aim, relative to epsilon: the bound is above the error, and the pilot is noisy.
+_AIM = 0.8
+# How often a product that misses epsilon is made again with twice as many near keys, before it is made exactly.
+_ATTEMPTS = 3
+# Near keys per block of the plan that predicts the sizes of rows.
+_PREDICTING = 256
+# With fewer pairs or queries the exact product takes less time than choosing.
+_LEAST_PAIRS, _LEAST_QUERIES = 3_000_000, 100
+# Below this epsilon the rounding of float32 could show.
+_FLOAT32 = 1e-5
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the last product did, and how far it is off."""
+
+    method: str
+    """"zero" or "constant" where that trivial answer meets epsilon, "blocks" or "exact"."""
+    reason: str
+    """Why, in words."""
+    error: float
+    """Estimate of |Kx - y|, relative to |Kx| or |x|; with several columns all norms are Frobenius norms."""
+    bound: float | None
+    """Its upper bound at `confidence`; None: unknown, since few rows make up what the sample saw, or none."""
+    confidence: float
+    relative_to: str
+    epsilon: float
+    fell_back: bool
+    """Whether the product was made exactly because blocks would not meet epsilon for less."""
+    near: int | None
+    """Near keys per block."""
+    blocks: int | None
+    exponents: str
+    """The format of exponents: float32, bfloat16 or float64."""
+    kernel_evaluations: int
+    """All of them: pilot, product (of every attempt) and error bar."""
+    pilot_evaluations: int
+    seconds: dict[str, float]
+    """Of preparation (made once), pilot, product and error bar."""
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the bound is at most epsilon; None where it is unknown."""
+        return None if self.bound is None else self.bound <= self.epsilon
+
+
+class KernelOperator:
+    """The matrix K_ij = exp(-|q_i - k_j|^2 / (2 sigma^2)) as an operator: K @ x to within epsilon, with an error bar.
+
+    >>> import torch
+    >>> generator = torch.Generator().manual_seed(0)
+    >>> queries, keys, x = (torch.randn(n, d, generator=generator) for n, d in ((3000, 8), (4000, 8), (4000, 1)))
+    >>> K = KernelOperator(queries, keys, sigma=2.0, epsilon=0.1, seed=0)
+    >>> y = K @ x
+    >>> tuple(y.shape), K.last.method, K.last.met
+    ((3000, 1), 'exact', True)
+
+    Blocks of near-by queries share a list of near keys, which are summed exactly for each query; the other keys are
+    seen from the block's centre, to first order. The result is deterministic given the seed, and biased: the error
+    is measured, not averaged away. A pilot on a few rows, in which at most 2 % of K is evaluated, finds how many near
+    keys epsilon takes, or that the exact product is cheaper. Then rows that did not tune anything are drawn, half
+    uniformly and half in proportion to the square of their predicted far sums, and computed exactly: they give
+    `last.error` and `last.bound`. If the bound exceeds epsilon the product is made again with more near keys, and at
+    last exactly.
+
+    `last.bound` holds with the stated confidence, 95 %, under one assumption: what the sample sees is what there is.
+    That is, no few rows carry much of the squared error while the proposal rarely draws them. Where the sample itself
+    shows such rows, or no error at all, the bound is unknown (None). Clustering, what ranks the keys and predicted
+    sizes are made once and used for every x.
+
+    Args:
+        queries: (n_q, d). keys: (n_k, d). Torch tensors (on a CPU or CUDA) or NumPy arrays, of one kind.
+        sigma: the bandwidth.
+        epsilon: the error, |Kx - y|_2 <= epsilon |Kx|_2, below 1; or epsilon |x|_2 with relative_to="x".
+        method: "auto", "exact" (in bfloat16 if a trial found that faster here and epsilon allows it), or "blocks",
+            which never falls back.
+        seed: of everything random; None draws one.
+    Attributes:
+        last: a Report of the last product. shape: (n_q, n_k).
+    Raises:
+        InputError: shapes, kinds or devices that do not fit, a value that is not finite, sigma or epsilon out of
+        range, too little memory.
+    Source: the idea is that of Indyk, Kapralov, Sheth & Wagner (ICLR 2025): heavy entries exactly, the others
+    approximately; `approx_kmv` is their algorithm as printed.
+    """
+
+    def __init__(
+        self,
+        queries: Array,
+        keys: Array,
+        sigma: float,
+        epsilon: float = 0.05,
+        relative_to: str = "Kx",
+        method: str = "auto",
+        seed: int | None = None,
+    ) -> None:
+        self.epsilon = inputs.positive(epsilon, "epsilon")
+        self.relative_to = inputs.choice(relative_to, "relative_to", RELATIVE_TO)
+        if relative_to == "Kx" and epsilon >= 1:
+            raise InputError(f"epsilon is {epsilon!r}: relative to Kx it must be below 1, the error of y = 0")
+        self.method = inputs.choice(method, "method", METHODS)
+        width = inputs.positive(sigma, "sigma")
+        q, k = _points(queries, keys)
+        self.shape = len(q), len(k)
+        self._numpy = isinstance(queries, np.ndarray)
+        self._answers = torch.float64 if torch.float64 in (q.dtype, k.dtype) else torch.float32
+        self._same = queries is keys or (q.shape == k.shape and bool((q == k).all()))
+        self._seed = int(inputs.seed_sequence(seed).generate_state(1, np.uint64)[0] >> 1)
+        points = in_units(q, k, width, torch.float64)
+        largest = float(max(points.query_halves.max(), points.key_halves.max()))
+        if not largest < 1e12:
+            raise InputError(f"the points lie more than a million bandwidths apart at sigma = {sigma!r}: rescale them")
+        # In float32 exponents err by about this much.
+        coarse = max(2.0**-22 * largest, _FLOAT32) <= self.epsilon / 4
+        self._points = points.to(torch.float32) if coarse else points
+        self._exact_points = points
+        self._low = _exponents(self._points)
+        self._prepared: tuple[Blocks, torch.Tensor] | None = None
+        self._plans: dict[int, Plan] = {}
+        self._products = 0
+        self.last: Report | None = None
+
+    @plain_torch()
+    def __matmul__(self, x: Array) -> Array:
+        """Kx for x (n_k,) or (n_k, m): (n_q,) or (n_q, m), of the points' kind, float64 if they or one of them are."""
+        values, back = self._columns(x)
+        with counting() as counts:
+            y, report = self._product(values)
+        self.last = replace(report, kernel_evaluations=counts.kernel_evaluations)
+        return back(y)
+
+    @plain_torch()
+    def as_linear_operator(self) -> LinearOperator:
+        """The operator with frozen settings and near keys as a scipy LinearOperator, for its solvers.
+
+        A matrix of its own, close to K: linear in x and, where queries and keys are the same, made symmetric as the
+        mean with its transpose, both up to rounding (1e-6 in float32), which eigensolvers and conjugate gradients
+        need. It may have small negative eigenvalues. The settings are those of the last product, so make one with a
+        vector like those to come; without one, those that epsilon takes for a vector of ones. Products have no error
+        bar. After an exact last product it is K itself.
+
+        Raises:
+            UnavailableError: scipy is not installed.
+        """
+        try:
+            from scipy.sparse.linalg import LinearOperator
+        except ImportError as error:
+            raise UnavailableError("as_linear_operator needs scipy: pip install scipy") from error
+        if self.last is None:
+            ones = torch.ones(self.shape[1], dtype=torch.float64, device=self._points.keys.device)
+            self @ (ones.numpy() if self._numpy else ones)
+        near = self.last.near if self.last is not None else None
+        kept = self._points.keys.dtype
+        if near is None:
+            turned = Points(self._points.keys, self._points.queries)
+
+            def product(x: torch.Tensor | None, y: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+                forward = None if x is None else exact.product(self._points, x, kept)
+                return forward, None if y is None else exact.product(turned, y, kept)
+
+        else:
+            blocks, _ = self._blocks()
+            plan = self._plan(blocks, near)
+
+            def product(x: torch.Tensor | None, y: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+                seen, backward = blocks.products(plan, x, None if y is None else y[blocks.order])
+                forward = torch.empty_like(seen)
+                forward[blocks.order] = seen
+                return forward, backward
+
+        mean = self._same and near is not None
+
+        @plain_torch()
+        def apply(values: np.ndarray, transposed: bool) -> np.ndarray:
+            given = torch.from_numpy(np.ascontiguousarray(values)).to(self._points.keys).reshape(len(values), -1)
+            forward, backward = product(
+                given if mean or not transposed else None, given if mean or transposed else None
+            )
+            out = backward if transposed else forward
+            if mean and forward is not None and backward is not None:
+                out = 0.5 * (forward + backward)
+            return out.cpu().numpy().reshape(-1, *values.shape[1:])  # type: ignore[union-attr]
+
+        def forward(x: np.ndarray) -> np.ndarray:
+            return apply(x, False)
+
+        def backward(y: np.ndarray) -> np.ndarray:
+            return apply(y, True)
+
+        dtype = np.dtype(str(kept)[6:])
+        return LinearOperator(
+            self.shape, matvec=forward, rmatvec=backward, matmat=forward, rmatmat=backward, dtype=dtype
+        )
+
+    def _columns(self, x: Array) -> tuple[torch.Tensor, Any]:
+        if isinstance(x, np.ndarray) != self._numpy:
+            raise InputError("x and the points are of different kinds: give torch tensors or NumPy arrays for both")
+        values = as_float64(x, "x")
+        n_k = self.shape[1]
+        if values.ndim not in (1, 2) or len(values) != n_k or 0 in values.shape:
+            raise InputError(f"x has shape {tuple(values.shape)}: it needs one row per key, ({n_k},) or ({n_k}, m)")
+        if values.device != self._points.keys.device:
+            raise InputError(f"x is on {values.device}, the points are on {self._points.keys.device}: move one of them")
+        if not float(values.abs().max()) < 1e30:
+            raise InputError("x has an entry of 1e30 or more: scale it down")
+
+        def back(y: torch.Tensor) -> Array:
+            shaped = (y[:, 0] if values.ndim == 1 else y).to(self._answers)
+            return shaped.numpy() if self._numpy else shaped
+
+        return values if values.ndim == 2 else values.unsqueeze(1), back
+
+    def _blocks(self) -> tuple[Blocks, torch.Tensor]:
+        """The blocks, and predicted sizes of the rows' far sums; made once."""
+        if self._prepared is None:
+            n_k = self.shape[1]
+            # Weights and logs of a strip of blocks, and lists of their near keys
+            needed, free = STRIP * n_k * 20 + 8 * self._points.keys.numel() * 4, free_bytes(self._points.keys.device)
+            if needed > free:
+                raise InputError(f"{n_k} keys need {needed >> 20} MiB, and {free >> 20} MiB are free: give fewer keys")
+            blocks = make_blocks(self._points, self._low, self._seed)
+            self._prepared = blocks, blocks.far_weights(self._plan(blocks, min(_PREDICTING, max(1, n_k // 4))))
+        return self._prepared
+
+    def _plan(self, blocks: Blocks, near: int) -> Plan:
+        if blocks.sizes_of_x is not None:
+            return blocks.plan(near)
+        if near not in self._plans:
+            self._plans[near] = blocks.plan(near)
+        return self._plans[near]
+
+    def _product(self, x64: torch.Tensor) -> tuple[torch.Tensor, Report]:
+        """y (n_q, m) and its report, in which all evaluations are still those of the pilot."""
+        generator = torch.Generator().manual_seed(self._seed + self._products)
+        self._products += 1
+        seconds: dict[str, float] = {}
+        clock = _Clock(seconds, x64.device)
+        n_q, n_k = self.shape
+        x = x64.to(self._points.keys.dtype)
+        if not bool(x.any()):
+            return x.new_zeros(n_q, x.shape[1]), self._report("zero", "x is 0", ErrorBar(0.0, 0.0, 0.0), 1.0, seconds)
+        with clock("preparation"):
+            blocks, far = (None, x.new_ones(n_q))
+            large = n_q * n_k >= _LEAST_PAIRS and n_q >= _LEAST_QUERIES
+            if self.method == "blocks" or (self.method == "auto" and large):
+                blocks, far = self._blocks()
+        with clock("pilot"), counting() as tuning:
+            by = proposal(far, torch.empty(0, dtype=torch.int64))
+            rows = by.draw(pilot_rows(n_q), generator).to(x.device)
+            pilot = drawn(by, rows, exact.product(self._points, x, self._points.keys.dtype, rows))
+            scale = float(x.norm()) if self.relative_to == "x" else pilot.norm(pilot.exact)
+            target = self.epsilon * scale
+            choices = self._choices(pilot, blocks, x, target)
+        y = x.new_zeros(n_q, x.shape[1])
+        for attempt, choice in enumerate(choices):
+            with clock("product"):
+                y = self._made(choice, x)
+            # Known exactly, and never drawn again.
+            y[rows] = pilot.exact
+            with clock("error bar"):
+                bar = self._bar(x64, y, far, rows, generator, (1 - CONFIDENCE) * 0.5 ** (attempt + 1), choice)
+            norm = float(x.norm()) if self.relative_to == "x" else bar.answer
+            if bar.bound is not None and bar.bound <= self.epsilon * norm:
+                break
+        report = self._report(choice.method, choice.reason, bar, norm, seconds)
+        return y, replace(
+            report,
+            fell_back=choice.fell_back,
+            near=choice.near,
+            blocks=len(blocks) if blocks is not None and choice.near else None,
+            exponents=str(choice.low)[6:],
+            pilot_evaluations=tuning.kernel_evaluations,
+        )
+
+    def _choices(self, pilot: Pilot, blocks: Blocks | None, x: torch.Tensor, target: float) -> list[_Choice]:
+        """What to try, in this order, until epsilon is met."""
+        full = self._points.keys.dtype
+        found: list[_Choice] = []
+        aim = _AIM * target
+        if self.method == "auto":
+            if pilot.norm(pilot.exact) <= aim:
+                found.append(_Choice("zero", "y = 0 meets epsilon", full))
+            elif pilot.norm(pilot.exact - pilot.constant) <= aim:
+                found.append(_Choice("constant", "the mean of the answer meets epsilon", full, constant=pilot.constant))
+        in_low = _Choice("exact", "", self._low)
+        if self._low != full:
+            error = pilot.norm(exact.product(self._points, x, self._low, pilot.rows) - pilot.exact)
+            in_low = replace(in_low, low=self._low if error <= 0.5 * aim else full)
+        reason, near = "asked for", None
+        if blocks is not None:
+            ranked = blocks.ranked_by(x)
+            most = float("inf") if self.method == "blocks" else float(np.prod(self.shape))
+            near, reason = near_for(pilot, ranked, x, aim, target / self.epsilon, most)
+            if self.method == "blocks" and near is None:
+                near = self.shape[1] // 4
+            for more in range(_ATTEMPTS):
+                if (
+                    near is not None
+                    and near << more < self.shape[1] / 2
+                    and cost_of_blocks(ranked, near << more) < most
+                ):
+                    found.append(_Choice("blocks", reason, self._low, near=near << more, blocks=ranked))
+        elif self.method != "exact":
+            reason = "there are so few pairs that exact is cheaper"
+        if self.method != "blocks":
+            worse = self.method == "auto" and blocks is not None
+            why = f"blocks cannot meet epsilon for less than the exact product: {reason}" if worse else reason
+            found.append(replace(in_low, reason=why, fell_back=worse))
+            if in_low.low != full:
+                found.append(replace(found[-1], low=full))
+        return found
+
+    def _made(self, choice: _Choice, x: torch.Tensor) -> torch.Tensor:
+        y = x.new_zeros(self.shape[0], x.shape[1])
+        if choice.constant is not None:
+            y += choice.constant
+        elif choice.blocks is not None:
+            plan = self._plan(choice.blocks, choice.near or 1)
+            y[choice.blocks.order] = choice.blocks.products(plan, x)[0]
+        elif choice.method == "exact":
+            y = exact.product(self._points, x, choice.low)
+        return y
+
+    def _bar(
+        self,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        far: torch.Tensor,
+        known: torch.Tensor,
+        generator: torch.Generator,
+        doubt: float,
+        choice: _Choice,
+    ) -> ErrorBar:
+        n_q = self.shape[0]
+        if len(known.unique()) == n_q:
+            return ErrorBar(0.0, 0.0, float(y.norm()))
+        by = proposal(far if choice.near else y.norm(dim=1), known)
+        number = max(_BAR_ROWS, min(_MOST_BAR_ROWS, n_q // _ONE_IN))
+        kept = self._points.keys.dtype
+        # The reference has more digits than what it judges: those of float64, or distances by differences.
+        rounding = choice.method == "exact" and choice.low == kept
+        rows = by.draw(_BAR_ROWS if rounding else number, generator).to(x.device)
+        distinct, place = rows.unique(return_inverse=True)
+        if rounding and kept == torch.float64:
+            queries, keys = self._exact_points.queries[distinct], self._exact_points.keys
+            distances = torch.cdist(queries, keys, compute_mode="donot_use_mm_for_euclid_dist")
+            values = (-0.5 * distances.square()).exp2_() @ x
+            count(kernel_evaluations=distances.numel())
+        else:
+            points = self._exact_points if rounding else self._points
+            values = exact.product(points, x.to(points.keys.dtype), points.keys.dtype, distinct)
+        return error_bar(y, values[place], rows, by, doubt)
+
+    def _report(self, method: str, reason: str, bar: ErrorBar, norm: float, seconds: dict[str, float]) -> Report:
+        def relative(value: float) -> float:
+            return value / norm if norm > 0 else 0.0 if value == 0 else float("inf")
+
+        bound = None if bar.bound is None else relative(bar.bound)
+        known = relative(bar.error), bound, CONFIDENCE, self.relative_to, self.epsilon
+        return Report(method, reason, *known, False, None, None, str(self._points.keys.dtype)[6:], 0, 0, seconds)
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """A way of making a product."""
+
+    method: str
+    reason: str
+    low: torch.dtype
+    near: int | None = None
+    blocks: Blocks | None = None
+    constant: torch.Tensor | None = None
+    fell_back: bool = False
+
+
+class _Clock:
+    """Adds up the seconds of parts, by name."""
+
+    def __init__(self, seconds: dict[str, float], device: torch.device) -> None:
+        self._seconds, self._device = seconds, device
+
+    def __call__(self, part: str) -> _Clock:
+        self._part = part
+        return self
+
+    def __enter__(self) -> None:
+        self._began = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self._seconds[self._part] = self._seconds.get(self._part, 0.0) + time.perf_counter() - self._began
+
+
+def _points(queries: Array, keys: Array) -> tuple[torch.Tensor, torch.Tensor]:
+    inputs.same_kind(queries, "queries", keys, "keys")
+    for array, name in ((queries, "queries"), (keys, "keys")):
+        inputs.matrix(array, name)
+    q, k = (
+        torch.from_numpy(np.ascontiguousarray(t)) if isinstance(t, np.ndarray) else t.detach() for t in (queries, keys)
+    )
+    if q.shape[1] != k.shape[1]:
+        raise InputError(f"queries {tuple(q.shape)} and keys {tuple(k.shape)} differ in width d")
+    if q.device != k.device:
+        raise InputError(f"queries are on {q.device} and keys on {k.device}: move one of them")
+    return q, k
+
+
+def _exponents(points: Points) -> torch.dtype:
+    """The format of exponents where not every digit counts."""
+    if points.keys.dtype != torch.float32:
+        return points.keys.dtype
+    if points.keys.device.type == "cuda":
+        return torch.bfloat16
+    return getattr(torch, fastest("operator.trials.exponents", "float32", "bfloat16"))

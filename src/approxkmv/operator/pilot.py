@@ -1,0 +1,110 @@
+"""From epsilon to settings: a pilot on a few rows, and what each way of computing a product costs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from approxkmv.operator.bar import Proposal
+from approxkmv.operator.blocks import Blocks
+
+# The pilot evaluates at most this share of the kernel, in at most so many rows.
+SHARE, _ROWS = 0.02, 96
+# Rows with which a pilot can be wrong by a factor, but not by a power of ten.
+_LEAST_ROWS = 4
+# Near keys per block that are tried, until one meets the error.
+_FIRST, _STEP = 128, 4
+# Measured on a Xeon with AMX, at n = 16,384 to 32,768, relative to a pair of the exact product: a pair of a query and a
+# near key, a pair of a centre and a key, what is done once for a block.
+_NEAR, _FAR, _BLOCK = 2.5, 6.0, 50_000.0
+
+
+@dataclass(frozen=True)
+class Pilot:
+    """Rows drawn for tuning, their exact values, and the errors of candidates on them."""
+
+    rows: torch.Tensor
+    exact: torch.Tensor
+    """(rows, m)"""
+    weights: torch.Tensor
+    """(rows,) one over their number and their probability: weighted sums over them estimate sums over all rows."""
+
+    def norm(self, values: torch.Tensor) -> float:
+        """Estimate of the Frobenius norm over all rows from values (rows, m)."""
+        return math.sqrt(float((values.square().sum(1).double() * self.weights).sum()))
+
+    @property
+    def constant(self) -> torch.Tensor:
+        """(m,) the mean of the answer."""
+        weights = (self.weights / self.weights.sum()).to(self.exact.dtype)
+        return weights @ self.exact
+
+
+def pilot_rows(n_q: int) -> int:
+    """How many rows leave room in the budget for a few settings, each of which takes about three rows' evaluations."""
+    return max(_LEAST_ROWS, min(_ROWS, int(SHARE * n_q / 10)))
+
+
+def drawn(proposal: Proposal, rows: torch.Tensor, exact: torch.Tensor) -> Pilot:
+    weights = 1.0 / (len(rows) * proposal.probabilities.double()[rows.cpu()])
+    return Pilot(rows, exact, weights.to(exact.device))
+
+
+def cost_of_blocks(blocks: Blocks, near: int) -> float:
+    """In evaluations of the exact product that take as long."""
+    n_q, n_k = len(blocks.order), len(blocks.points.keys)
+    passes = 1.0 if blocks.sizes_of_x is None else 1.5
+    return _NEAR * n_q * near + len(blocks) * (_FAR * passes * n_k + _BLOCK)
+
+
+def near_for(
+    pilot: Pilot, blocks: Blocks, x: torch.Tensor, target: float, scale: float, most: float
+) -> tuple[int | None, str]:
+    """The least number of near keys with which the pilot's error is at most `target`, and what the pilot found.
+
+    None if every number that costs less than `most` misses it. The error falls about as a power of the number, which is
+    interpolated between those tried. scale: the norm that errors are told relative to.
+    """
+    few = blocks.of_queries(pilot.rows)
+    place = torch.empty_like(blocks.order)
+    place[few.order] = torch.arange(len(few.order), device=place.device)
+    place = place[pilot.rows]
+    n_q, n_k = len(blocks.order), len(blocks.points.keys)
+    spent, budget = len(pilot.rows) * n_k, SHARE * n_q * n_k
+    tried: list[tuple[int, float]] = []
+    near = _FIRST
+    while near < n_k / 2 and cost_of_blocks(blocks, near) < most:
+        spent += 2 * len(few) * n_k + len(pilot.rows) * near
+        if tried and spent > budget:
+            break
+        y = few.products(few.plan(near), x)[0][place]
+        tried.append((near, pilot.norm(y - pilot.exact)))
+        if tried[-1][1] <= target:
+            break
+        near *= _STEP
+    if not tried:
+        return None, "blocks would cost more than the exact product"
+    error = tried[-1][1] / scale if scale > 0 else math.inf
+    found = f"in the pilot the error was {error:.2g} with {tried[-1][0]} near keys per block"
+    chosen = _interpolated(tried, target)
+    if chosen is None or chosen >= n_k / 2 or cost_of_blocks(blocks, chosen) >= most:
+        return None, found
+    return chosen, found
+
+
+def _interpolated(tried: list[tuple[int, float]], target: float) -> int | None:
+    """The number of near keys for the target by the power law through the last two tried, in steps of 64."""
+    near, error = tried[-1]
+    if len(tried) == 1 or error <= 0:
+        return near if error <= target else None
+    before, higher = tried[-2]
+    power = math.log(higher / error) / math.log(near / before) if error < higher else 0.0
+    if error > target:
+        if power < 0.05:
+            return None
+        near = int(near * (error / target) ** (1 / power)) if (error / target) ** (1 / power) < 1e6 else 10**12
+    elif power > 0:
+        near = int(before * (higher / target) ** (1 / power))
+    return 64 * math.ceil(near / 64)

@@ -1,0 +1,304 @@
+"""KernelOperator: the exact product, blocks against it in every form, the choice of settings, and the error bar."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from approxkmv import KernelOperator
+from approxkmv.compute import scratch
+from approxkmv.compute.counting import counting
+from approxkmv.operator import exact
+from approxkmv.operator import kernel_operator as module
+from approxkmv.operator.blocks import make_blocks
+from approxkmv.operator.points import in_units
+
+
+def clustered(n: int, d: int, seed: int, centres: int = 20, width: float = 0.7) -> torch.Tensor:
+    """Points (n, d) around a few centres, float32."""
+    generator = torch.Generator().manual_seed(seed)
+    middles = torch.randn(centres, d, generator=torch.Generator().manual_seed(99))
+    labels = torch.randint(0, centres, (n,), generator=generator)
+    return middles[labels] + width * torch.randn(n, d, generator=generator)
+
+
+def reference(queries: torch.Tensor, keys: torch.Tensor, x: torch.Tensor, sigma: float) -> torch.Tensor:
+    distances = torch.cdist(queries.double(), keys.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    return torch.exp(-distances.square() / (2 * sigma**2)) @ x.double()
+
+
+def relative(y, truth: torch.Tensor) -> float:
+    return float((torch.as_tensor(y).double() - truth).norm() / truth.norm())
+
+
+def signs(n: int, seed: int = 5) -> torch.Tensor:
+    return torch.randint(0, 2, (n,), generator=torch.Generator().manual_seed(seed)) * 2.0 - 1
+
+
+Q, K_, SIGMA = clustered(1200, 10, 1), clustered(1500, 10, 2), 1.5
+# bfloat16 rounds an exponent of size up to 16 by up to 1/32, in both directions.
+LOW = [(torch.float32, 1e-5), (torch.float64, 1e-12), (torch.bfloat16, 0.02)]
+
+
+@pytest.mark.parametrize(("low", "tolerance"), LOW)
+@pytest.mark.parametrize("columns", [1, 3, 12])
+def test_the_exact_product_in_every_precision(low, tolerance, columns, monkeypatch):
+    monkeypatch.setattr(scratch, "_POISONED", True)
+    kept = torch.float64 if low == torch.float64 else torch.float32
+    x = torch.randn(len(K_), columns, generator=torch.Generator().manual_seed(3)).to(kept)
+    with counting() as counts:
+        y = exact.product(in_units(Q, K_, SIGMA, kept), x, low)
+    assert relative(y, reference(Q, K_, x, SIGMA)) < tolerance
+    assert counts.kernel_evaluations == len(Q) * len(K_)
+
+
+def test_the_exact_product_without_compiled_loops(monkeypatch):
+    monkeypatch.setattr(exact, "loops_for", lambda logs: None)
+    x = signs(len(K_)).unsqueeze(1)
+    for low, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.02)):
+        y = exact.product(in_units(Q, K_, SIGMA, torch.float32), x, low)
+        assert relative(y, reference(Q, K_, x, SIGMA)) < tolerance
+
+
+def of_blocks(low: torch.dtype, near: int, x: torch.Tensor, ranked: bool = False):
+    kept = torch.float64 if low == torch.float64 else torch.float32
+    blocks = make_blocks(in_units(Q, K_, SIGMA, kept), low, 0)
+    if ranked:
+        blocks = blocks.ranked_by(x.to(kept))
+    y = torch.zeros(len(Q), x.shape[1], dtype=kept)
+    y[blocks.order] = blocks.products(blocks.plan(near), x.to(kept))[0]
+    return y
+
+
+@pytest.mark.parametrize("ranked", [False, True])
+def test_blocks_have_an_error_that_falls_with_the_number_of_near_keys(ranked, monkeypatch):
+    monkeypatch.setattr(scratch, "_POISONED", True)
+    x = torch.stack([signs(len(K_)), torch.ones(len(K_)), K_[:, 0] ** 3], 1)
+    truth = reference(Q, K_, x, SIGMA)
+    errors = [
+        [relative(y, t) for y, t in zip(of_blocks(torch.bfloat16, near, x, ranked).mT, truth.mT, strict=True)]
+        for near in (16, 128, 600)
+    ]
+    assert (np.diff(errors, axis=0) < 0).all()
+    # Dropping the far keys would leave nearly all of the answer to ones out.
+    assert errors[0][1] < 0.2
+    assert max(errors[-1]) < 0.03
+
+
+@pytest.mark.parametrize("ranked", [False, True])
+def test_blocks_are_the_same_in_every_form(ranked, monkeypatch):
+    x = torch.stack([signs(len(K_)), K_[:, 0] ** 3], 1)
+    expected = of_blocks(torch.float64, 100, x, ranked)
+    # Near keys are chosen by rounded exponents: a few keys at the threshold are near in one form and far in another.
+    assert relative(of_blocks(torch.float32, 100, x, ranked), expected) < 1e-3
+    assert relative(of_blocks(torch.bfloat16, 100, x, ranked), expected) < 0.05
+    compiled = of_blocks(torch.float32, 100, x, ranked)
+    monkeypatch.setattr(exact, "loops_for", lambda logs: None)
+    monkeypatch.setattr("approxkmv.operator.blocks.loops_for", lambda logs: None)
+    assert relative(of_blocks(torch.float32, 100, x, ranked), compiled.double()) < 1e-4
+
+
+def test_the_transposed_product_of_blocks_is_the_transpose():
+    blocks = make_blocks(in_units(Q, K_, SIGMA, torch.float64), torch.float64, 0)
+    plan = blocks.plan(100)
+    generator = torch.Generator().manual_seed(4)
+    x, y = (torch.randn(n, 2, generator=generator, dtype=torch.float64) for n in (len(K_), len(Q)))
+    forward, backward = blocks.products(plan, x, y)
+    assert torch.allclose(y.mT @ forward, backward.mT @ x, rtol=1e-10)
+
+
+def test_a_far_outlier_among_the_queries_neither_overflows_nor_hides_the_others():
+    queries = torch.cat([Q, torch.full((1, 10), 1e3)])
+    x = torch.ones(len(K_))
+    K = KernelOperator(queries, K_, SIGMA, 0.05, method="blocks", seed=0)
+    y = K @ x
+    assert relative(y, reference(queries, K_, x, SIGMA)) < 0.05
+    assert float(y[-1]) < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["torch32", "torch64", "numpy32", "numpy64"])
+def test_products_come_back_in_the_callers_kind_and_shape(kind):
+    dtype = torch.float64 if kind.endswith("64") else torch.float32
+    q, k, x = (t.to(dtype) for t in (Q, K_, signs(len(K_))))
+    if kind.startswith("numpy"):
+        q, k, x = (t.numpy() for t in (q, k, x))
+    K = KernelOperator(q, k, SIGMA, 1e-3, seed=0)
+    one, two = K @ x, K @ x.reshape(-1, 1)
+    assert type(one) is type(q)
+    assert one.dtype == q.dtype
+    assert tuple(one.shape) == (len(Q),)
+    assert tuple(two.shape) == (len(Q), 1)
+    assert K.last.method == "exact"
+    assert relative(one, reference(Q, K_, signs(len(K_)), SIGMA)) < 1e-3
+    assert K.last.met
+
+
+def test_a_tiny_epsilon_is_met_in_float64():
+    K = KernelOperator(Q, K_, SIGMA, 1e-9, seed=0)
+    x = signs(len(K_))
+    assert relative((K @ x), reference(Q, K_, x, SIGMA)) < 1e-7  # the answer is returned in float32
+    assert K.last.exponents == "float64"
+    assert K.last.bound < 1e-9
+
+
+def test_asymmetric_keys_of_an_attention_head_are_one_more_case():
+    from approxkmv import reduce_attention
+
+    q, k = 2 * clustered(2500, 16, 3), 2 * clustered(2600, 16, 4)
+    reduced = reduce_attention(q, k)
+    v = torch.randn(len(k), 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    K = KernelOperator(reduced.queries, reduced.keys, reduced.sigma, 0.05, method="blocks", seed=0)
+    sums = K @ torch.cat([v, torch.ones_like(v[:, :1])], 1)
+    attention = torch.softmax(q.double() @ k.double().mT / 4, 1) @ v
+    assert relative(sums[:, :3] / sums[:, 3:], attention) < 0.15
+
+
+def test_trivial_answers_are_tried_first():
+    q, k = clustered(3000, 10, 1), clustered(3000, 10, 2)
+    K = KernelOperator(q, k, 0.6, 0.5, relative_to="x", seed=0)
+    y = K @ signs(3000)
+    assert K.last.method == "zero"
+    assert K.last.met
+    assert 0 < int((y != 0).sum()) <= 96  # rows of the pilot are known
+    wide = KernelOperator(q, k, 50.0, 0.05, seed=0)
+    y = wide @ torch.ones(3000)
+    assert wide.last.method == "constant"
+    assert wide.last.met
+    assert relative(y, reference(q, k, torch.ones(3000), 50.0)) < 0.05
+
+
+def test_blocks_are_chosen_where_they_pay_and_exact_where_not():
+    q, k = clustered(6000, 10, 1), clustered(6000, 10, 2)
+    K = KernelOperator(q, k, SIGMA, 0.1, seed=0)
+    y = K @ torch.ones(len(k))
+    assert K.last.method == "blocks"
+    assert K.last.met
+    assert K.last.kernel_evaluations < 0.2 * 6000**2
+    assert K.last.pilot_evaluations < 0.02 * 6000**2
+    assert relative(y, reference(q, k, torch.ones(len(k)), SIGMA)) < 0.1
+    strict = KernelOperator(q, k, SIGMA, 1e-3, seed=0)
+    y = strict @ signs(len(k))
+    assert strict.last.method == "exact"
+    assert strict.last.fell_back
+    assert "blocks cannot meet epsilon" in strict.last.reason
+    assert strict.last.pilot_evaluations < 0.02 * 6000**2
+
+
+def test_answers_repeat_with_the_seed_and_preparation_is_made_once():
+    q, k, x = clustered(6000, 10, 1), clustered(6000, 10, 2), torch.ones(6000)
+    first, second = (KernelOperator(q, k, SIGMA, 0.1, seed=3) for _ in range(2))
+    assert torch.equal(first @ x, second @ x)
+    once = first.last.seconds["preparation"]
+    first @ x
+    assert first.last.seconds["preparation"] < 0.2 * once
+    assert first._prepared is not None
+
+
+def test_no_x_is_lost_where_it_is_zero():
+    K = KernelOperator(Q, K_, SIGMA, 0.05, seed=0)
+    assert not (K @ torch.zeros(len(K_))).any()
+    assert K.last.method == "zero"
+    assert K.last.met
+    assert module.CONFIDENCE == 0.95
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("same", [True, False])
+@pytest.mark.parametrize("method", ["blocks", "exact"])
+def test_the_linear_operator_is_linear_and_has_its_transpose(dtype, same, method):
+    points = K_.numpy().astype(dtype)
+    queries = points if same else Q.numpy().astype(dtype)
+    # So small an epsilon takes float64.
+    epsilon = 0.1 if dtype == np.float32 else 1e-6
+    K = KernelOperator(queries, points, SIGMA, epsilon, method=method, seed=0)
+    A = K.as_linear_operator()
+    assert A.dtype == dtype
+    random = np.random.default_rng(0)
+    x, z = (random.standard_normal(len(points)).astype(dtype) for _ in range(2))
+    y = random.standard_normal(len(queries)).astype(dtype)
+    size = np.linalg.norm(A @ np.abs(x)) + np.linalg.norm(A @ np.abs(z))
+    assert np.linalg.norm(A @ (2 * x + z) - 2 * (A @ x) - A @ z) < 1e-6 * size
+    forward, backward = float(y.astype(float) @ (A @ x)), float((A.T @ y).astype(float) @ x)
+    assert abs(forward - backward) < 1e-6 * np.linalg.norm(y) * np.linalg.norm(A @ np.abs(x))
+    if same:
+        assert np.linalg.norm(A @ x - A.T @ x) < 1e-6 * np.linalg.norm(A @ np.abs(x))
+    truth = reference(torch.from_numpy(queries), torch.from_numpy(points), torch.from_numpy(x), SIGMA)
+    assert relative(A @ x, truth) < 0.3
+    assert (A @ np.stack([x, z], 1)).shape == (len(queries), 2)
+
+
+def test_eigenvalues_of_the_linear_operator():
+    from scipy.sparse.linalg import eigsh
+
+    points = clustered(3000, 10, 1).numpy()
+    K = KernelOperator(points, points, SIGMA, 0.02, method="blocks", seed=0)
+    found = eigsh(K.as_linear_operator(), k=5, return_eigenvectors=False)
+    full = reference(torch.from_numpy(points), torch.from_numpy(points), torch.eye(3000), SIGMA).numpy()
+    expected = np.linalg.eigvalsh(full)[-5:]
+    assert np.abs(np.sort(found) / expected - 1).max() < 0.02
+
+
+def test_kernel_ridge_regression_by_conjugate_gradients():
+    from scipy.sparse.linalg import LinearOperator, cg
+
+    points = clustered(3000, 10, 1).numpy()
+    values = np.sin(points[:, 0]) + 0.1 * np.random.default_rng(0).standard_normal(3000)
+    ridge = 30.0
+    A = KernelOperator(points, points, SIGMA, 0.02, method="blocks", seed=0).as_linear_operator()
+    shifted = LinearOperator(A.shape, matvec=lambda x: A @ x + ridge * x, dtype=np.float64)
+    weights, failed = cg(shifted, values, rtol=1e-4)
+    assert failed == 0
+    full = reference(torch.from_numpy(points), torch.from_numpy(points), torch.eye(3000), SIGMA).numpy()
+    exactly = np.linalg.solve(full + ridge * np.eye(3000), values)
+    fit, expected = full @ weights, full @ exactly
+    assert np.linalg.norm(fit - expected) < 0.1 * np.linalg.norm(expected)
+
+
+def bar_case(case: int):
+    """An operator's own report on a random problem, and the true error: (error, bound or None)."""
+    random = torch.Generator().manual_seed(1000 + case)
+    d, n = (4, 8, 16)[case % 3], 2000
+    q, k = clustered(n, d, case, 5 + case % 20), clustered(n, d, case + 1, 5 + case % 20)
+    if case % 5 == 0:  # norms with a heavy tail
+        q *= 1 / torch.rand(n, 1, generator=random).clamp_min(0.05) ** 0.5
+    sigma = (0.5, 0.7, 1.0)[case // 3 % 3] * d**0.5 / 2
+    x = (torch.ones(n), signs(n, case), k[:, 0], torch.randn(n, generator=random) ** 3)[case // 2 % 4]
+    K = KernelOperator(q, k, sigma, 0.1, method="blocks", seed=case)
+    truth = reference(q, k, x, sigma)
+    return K, K @ x, truth, x
+
+
+@pytest.mark.slow
+def test_the_error_is_below_its_bound_in_at_least_465_of_500_cases():
+    """If the bound failed in 5 % of all cases, 500 would have fewer than 465 good ones with a probability of 2 %."""
+    good, ratios, unknown = 0, [], 0
+    for case in range(450):
+        K, y, truth, _ = bar_case(case)
+        error = relative(y, truth)
+        good += K.last.bound is None or error <= K.last.bound
+        unknown += K.last.bound is None
+        if K.last.bound is not None:
+            ratios.append(K.last.bound / error)
+    # All of the error in 0.1 % of the rows, which no proposal knows.
+    for case in range(450, 500):
+        good += planted(case)
+    assert good >= 465
+    assert np.median(ratios) <= 1.5
+    assert unknown <= 45
+
+
+def planted(case: int) -> bool:
+    from approxkmv.operator.bar import error_bar, proposal
+
+    generator = torch.Generator().manual_seed(case)
+    n = 4000
+    truth = torch.rand(n, 1, generator=generator, dtype=torch.float64)
+    y = truth.clone()
+    wrong = torch.randperm(n, generator=generator)[: n // 1000]
+    y[wrong] += torch.randn(len(wrong), 1, generator=generator, dtype=torch.float64)
+    far = torch.rand(n, generator=generator)
+    by = proposal(far, torch.empty(0, dtype=torch.int64))
+    rows = by.draw(128, generator)
+    bar = error_bar(y, truth[rows], rows, by, 0.025)
+    return bar.bound is None or bar.bound >= float((y - truth).norm())
