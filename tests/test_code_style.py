@@ -28,6 +28,7 @@ def test_is_clean(command):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_the_workflow_has_no_lint_but_one_that_is_left_aside():
     # All rules run in the one environment from which Snakemake is started. A `conda:` in each would promise what
     # `--sdm conda` cannot make: environment.yml installs this folder, and the copies made of it lie elsewhere.

@@ -285,6 +285,7 @@ def test_a_corpus_whose_hash_differs(project: Project):
     assert "SHA-256" in only_line(output)
 
 
+@pytest.mark.slow
 def test_a_wheel_whose_hash_differs_is_deleted(project: Project, monkeypatch):
     """pip sees one folder, with a wheel that is not the one that the configuration names."""
     folder = project.folder / "wheels"

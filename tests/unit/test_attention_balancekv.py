@@ -50,7 +50,9 @@ def test_signs_by_hand(gamma):
         assert found[b].tolist() == by_hand(k[here], v[here], uniform[b], gamma).tolist()
 
 
-@pytest.mark.parametrize(("levels", "read"), [(1, 200), (3, 200), (3, 137)])
+@pytest.mark.parametrize(
+    ("levels", "read"), [(1, 200), *(pytest.param(3, read, marks=pytest.mark.slow) for read in (200, 137))]
+)
 def test_numerators_and_row_sums_are_unbiased(levels, read):
     """20 combinations of 40 queries over 400 seeds, each within 4.5 standard errors; by chance one of three misses that
     with a probability below 9e-4, and the seeds are fixed."""
@@ -71,6 +73,7 @@ def test_numerators_and_row_sums_are_unbiased(levels, read):
     assert 4.5 * float(error[0, 2]) < 0.06 * float(right[:, 2].sum())
 
 
+@pytest.mark.slow
 def test_halves_balance_better_than_random_ones():
     """The mean square of the difference between both halves' sums, over queries that the walk has never seen."""
     q, k, v = heads(100, 256, d=4, spread=0.5)

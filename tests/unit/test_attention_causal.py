@@ -154,6 +154,7 @@ def within(found, right):
     return float(((found.mean(0) - right).abs() / error.clamp_min(1e-12)).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", ["flat"])
 def test_causal_knn_is_unbiased(index):
     """30 combinations of the rows after the first block over 120 seeds, within 4.5 standard errors (2e-4 by chance)."""
@@ -173,6 +174,7 @@ def test_causal_knn_is_unbiased(index):
     assert within(*(torch.einsum("cnw,...nw->...c", signs, t) for t in (found, right))) < 4.5
 
 
+@pytest.mark.slow
 def test_causal_sums_of_approxkmv_are_unbiased():
     """Row sums and numerators of 30 combinations over 120 seeds, within 4.5 standard errors (2e-4 by chance).
 

@@ -171,6 +171,7 @@ def all_estimates(monkeypatch):
     monkeypatch.setattr("approxkmv.attention.blocks.reach._OFF", 1e9)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("all_estimates")
 @pytest.mark.parametrize("d_v", [1, 2, 5])
 @pytest.mark.parametrize("keys", ["as many", "fewer", "the queries"])

@@ -105,6 +105,7 @@ def test_numerators_and_row_sums_are_unbiased(name):
     assert float(error[0, -1]) * 4.5 < 0.03 * 200
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sums", "few", "many"),
     [

@@ -113,6 +113,7 @@ def test_error_falls_as_one_over_the_root_of_the_samples():
     assert 3.0 < float((few - right).norm() / (many - right).norm()) < 5.3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["exact", "sampled"])
 def test_additive_and_multiplicative_bounds(head):
     """Hoeffding's and Chernoff's bounds, for all entries at once, at delta 0.01 and five seeds each."""
@@ -210,6 +211,7 @@ def exact_gradients(q, k, v, gradient, scale):
     return torch.autograd.grad(exact_answer, given, gradient.double())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["exact", "sampled"])
 def test_gradients_are_unbiased(head):
     """20 combinations of the entries of each gradient over 200 seeds, each within 4.5 standard errors."""

@@ -40,7 +40,7 @@ def row_sums(found, log_sum):
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize(("top", "base", "epsilon"), [(4, 8, 0.3), (20, 3, 0.5)])
+@pytest.mark.parametrize(("top", "base", "epsilon"), [pytest.param(4, 8, 0.3, marks=pytest.mark.slow), (20, 3, 0.5)])
 def test_numerators_and_row_sums_are_unbiased(top, base, epsilon, causal):
     """30 combinations of the rows over 400 seeds, each within 4.5 standard errors.
 

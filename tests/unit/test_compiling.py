@@ -109,12 +109,14 @@ def test_damaged_code_is_made_again(package: Path, damage: str):
         assert ask(package) == ["4.0", "4.0", "2"]
 
 
+@pytest.mark.slow
 def test_without_a_writable_place_nothing_is_kept(package: Path):
     (package.parent / "cache").write_text("a file where the folder would be")
     assert ask(package) == ["4.0", "4.0", "0"]
     assert ask(package) == ["4.0", "4.0", "0"]
 
 
+@pytest.mark.slow
 def test_code_that_nobody_loaded_for_long_goes(package: Path):
     ask(package)
     old, loaded = kept(package)

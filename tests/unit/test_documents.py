@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.slow
 def test_tables_in_documents_are_those_of_the_reference_results():
     done = subprocess.run(
         [sys.executable, "benchmarks/into_documents.py", "--check"], cwd=ROOT, capture_output=True, text=True
@@ -50,6 +51,7 @@ def test_documents_are_short_and_their_tables_narrow(name, most):
     assert len(prose.split()) <= most
 
 
+@pytest.mark.slow
 def test_tables_of_the_race_follow_from_new_tables_of_sweeps(monkeypatch, tmp_path):
     """Tiny sweeps of two studies, one causal; the others are not measured."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")

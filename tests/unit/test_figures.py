@@ -269,7 +269,11 @@ def tables(folder, model: str, layers: int, heads: int, bound: float = 4.6) -> N
     (folder / f"overview_{model}.json").write_text(json.dumps(facts))
 
 
-@pytest.mark.parametrize(("layers", "heads"), [(1, 1), (6, 12), (30, 9), pytest.param(48, 40, marks=pytest.mark.slow)])
+# Layers and heads.
+SHAPES = [(1, 1), *(pytest.param(*shape, marks=pytest.mark.slow) for shape in ((6, 12), (30, 9)))]
+
+
+@pytest.mark.parametrize(("layers", "heads"), [*SHAPES, pytest.param(48, 40, marks=pytest.mark.slow)])
 def test_any_grid_is_drawn_and_no_cell_text_leaves_its_cell(tmp_path, figures, layers, heads):
     tables(tmp_path, "m", layers, heads)
     for name in ("max_ratios", "order_ratios"):
@@ -347,7 +351,7 @@ def growth_tables(folder, layers: int, heads: int, masked: bool) -> None:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize(("layers", "heads"), [(1, 1), (6, 12), (30, 9)])
+@pytest.mark.parametrize(("layers", "heads"), SHAPES)
 def test_growth_is_drawn_with_its_verdicts_and_nothing_overlapping(tmp_path, figures, layers, heads, masked):
     tables(tmp_path, "m", layers, heads)
     facts = json.loads((tmp_path / "overview_m.json").read_text()) | {"label": "all-MiniLM-L6-v2 (BERT, 6 × 12 heads)"}
@@ -387,7 +391,7 @@ def attention_tables(folder: Path, layers: int, heads: int, masked: bool) -> Non
 
 @pytest.mark.parametrize("left_out", [[], ["the logits' cap of 50 in 30 of 30 layers"]])
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize(("layers", "heads"), [(1, 1), (6, 12), (30, 9)])
+@pytest.mark.parametrize(("layers", "heads"), SHAPES)
 def test_rows_of_the_softmax_are_drawn_with_nothing_overlapping(tmp_path, figures, layers, heads, masked, left_out):
     tables(tmp_path, "m", layers, heads)
     facts = json.loads((tmp_path / "overview_m.json").read_text()) | {"label": "all-MiniLM-L6-v2 (BERT, 6 × 12 heads)"}
@@ -463,6 +467,7 @@ def test_a_label_is_drawn_as_it_is_written_and_is_no_mathematics(tmp_path, figur
     assert not caplog.messages
 
 
+@pytest.mark.slow
 def test_characters_that_the_font_does_not_have_are_named(tmp_path, caplog, recwarn):
     tables(tmp_path, "m", 2, 3)
     facts = json.loads((tmp_path / "overview_m.json").read_text()) | {"label": "模型 BERT"}

@@ -111,6 +111,7 @@ def test_every_rule_names_its_own_command():
                 assert re.findall(r'package\(\s*"(\w+)"', rule) == [command[1].replace("-", "_")], rule
 
 
+@pytest.mark.slow
 def test_the_lists_of_all_rules_cost_less_than_a_second():
     code = (
         "import sys, time; from approxkmv.imports import command_files; start = time.process_time();"

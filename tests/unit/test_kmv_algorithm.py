@@ -279,6 +279,7 @@ def test_costs_add_up():
     assert reused.phases["heavy"].kernel_evaluations == 0
 
 
+@pytest.mark.slow
 def test_memory_is_bounded_and_too_little_is_refused_with_the_least():
     case = background(1024, d=8)
     x = np.random.default_rng(10).standard_normal(1024)

@@ -56,6 +56,7 @@ def test_estimates_of_row_sums_are_unbiased(kind):
     assert 4.5 * error.max() < 0.125
 
 
+@pytest.mark.slow
 def test_levels_keep_their_relative_error():
     """Each estimate fails with probability 0.1 at most, by the theorem.
 
@@ -125,6 +126,7 @@ def test_probabilities_are_of_column_norms_and_values():
     assert np.all(found.log_row_sums >= logits.max(1))
 
 
+@pytest.mark.slow
 def test_with_estimated_densities_and_huge_logits():
     q, k, v = case()
     _, right = parts(q, k, v, 0.5)

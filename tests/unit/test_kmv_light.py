@@ -93,6 +93,7 @@ def test_counts_are_binomial(repetitions, n):
     assert counts.max() <= repetitions
 
 
+@pytest.mark.slow
 def test_single_survivors_have_the_law_of_the_counts():
     """Both ways of drawing one row's samples: same mean and variance of the average, and of the number of samples."""
     values = np.random.default_rng(3).standard_normal(30)
@@ -229,6 +230,7 @@ def test_small_budgets_are_sampled_pair_by_pair():
     assert (score**2).mean() == pytest.approx(1.0, rel=0.15)
 
 
+@pytest.mark.slow
 def test_the_median_errs_less_than_one_average():
     """Of m averages, each nearly normal, the median's variance is pi / (2 m) of one's; m = 10 ln n."""
     case = background(60)

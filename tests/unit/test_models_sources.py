@@ -224,6 +224,7 @@ def test_a_complete_destination_is_used_again_and_another_source_replaces_it(ind
     assert not (destination / "adapter_config.json").exists()
 
 
+@pytest.mark.slow
 def test_a_hash_that_is_not_configured_is_said_once_with_the_line_to_write(index, tmp_path, caplog):
     digest = write_wheel(index, FILES)
     with caplog.at_level("INFO", logger="approxkmv"):
@@ -261,6 +262,7 @@ def test_a_wheel_with_another_hash_is_never_used(index, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["wheels"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("files", "says"),
     [
@@ -397,6 +399,7 @@ def test_parsing_needs_neither_transformers_nor_the_hub():
     assert run.stdout == "[]\n"
 
 
+@pytest.mark.slow
 def test_what_was_fetched_is_written_down(index, tmp_path):
     digest = write_wheel(index, FILES)
     fetch(parse_source(SOURCE), tmp_path / "tiny")
@@ -634,6 +637,7 @@ class QuietFiles(http.server.SimpleHTTPRequestHandler):
         pass
 
 
+@pytest.mark.slow
 def test_the_download_from_a_hub_shows_its_bar_on_a_terminal_alone(hub, tmp_path):
     Hub.files = {"config.json": b"{}", "model.safetensors": bytes(300_000)}
     command = [sys.executable, "-c", FETCH, f"hub:somebody/tiny@{Hub.commit}", "unused"]
@@ -653,6 +657,7 @@ def test_of_a_hub_revision_only_safe_files_at_the_top_are_downloaded(hub):
     assert (folder / "model.safetensors").read_bytes() == b"weights"
 
 
+@pytest.mark.slow
 def test_a_hub_repository_that_cannot_be_used_is_one_line(hub):
     Hub.files = {"config.json": b"{}", "pytorch_model.bin": b"pickle"}
     for source, says in (

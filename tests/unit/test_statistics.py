@@ -347,6 +347,7 @@ def test_freshly_compiled_and_cached_code_give_the_same_bytes(tmp_path: Path):
     assert run() == fresh
 
 
+@pytest.mark.slow
 def test_the_statistics_have_the_same_bytes_on_any_number_of_threads():
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.randn(7, 120, 16, generator=generator) for _ in range(2))

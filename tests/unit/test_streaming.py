@@ -224,6 +224,7 @@ def test_several_heads_equal_each_alone_and_kinds_of_array_agree():
             assert one.mean_keys == other.mean_keys
 
 
+@pytest.mark.slow
 def test_nothing_of_size_n_squared_is_held():
     q, k = random_head(3, 3000, 4, 0.5)
     length_statistics(q[:100], k[:100])

@@ -445,6 +445,7 @@ def test_same_settings_same_errors(vectors, tmp_path):
     assert of_a == of_b
 
 
+@pytest.mark.slow
 def test_figures_are_drawn_from_the_table_alone(vectors, tmp_path):
     pytest.importorskip("matplotlib")
     from approxkmv.figures import crossover, error_vs_time, speedup
@@ -460,6 +461,7 @@ def test_figures_are_drawn_from_the_table_alone(vectors, tmp_path):
             module.draw(tmp_path / "missing.csv", stem)
 
 
+@pytest.mark.slow
 def test_tables_from_before_rows_were_counted_can_be_drawn(vectors, tmp_path, monkeypatch):
     pandas, _ = pytest.importorskip("pandas"), pytest.importorskip("matplotlib")
     from approxkmv.figures import speedup

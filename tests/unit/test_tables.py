@@ -235,6 +235,7 @@ def test_texts_that_reach_no_prefix_are_one_line_that_says_what_to_change(tmp_pa
         measure_growth(study, name, tmp_path / "texts.parquet", tmp_path, tmp_path / "tables")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("causal", [False, True])
 def test_figures_draw_both_masks_of_a_causal_model(tmp_path, monkeypatch, causal):
     from matplotlib.backends.backend_agg import FigureCanvasAgg

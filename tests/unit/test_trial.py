@@ -213,6 +213,7 @@ def test_products_follow_the_trial(products):
     assert torch.equal(out, get("local-expansion")(q, k, v, products=products, **given))
 
 
+@pytest.mark.slow
 def test_a_sweep_records_what_was_decided(machine, tmp_path):
     """On any machine: the trials are real, their times those of the test's clock, which stands still."""
     import numpy as np
