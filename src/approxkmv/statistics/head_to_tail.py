@@ -6,7 +6,7 @@ import numpy as np
 
 from approxkmv.compute.compiling import cached_njit
 from approxkmv.statistics.exponential import exp_and_sum
-from approxkmv.statistics.selection import heapify, select_largest, sift_down, sift_up
+from approxkmv.statistics.selection import append_above, heapify, select_largest, sift_down, sift_up, sum_of, sum_up_to
 
 # Columns that are read together: two cache lines of a row.
 STRIP = 16
@@ -16,22 +16,6 @@ SLACK = 3
 TOO_LARGE = 1e250
 
 
-@cached_njit(nogil=True, fastmath={"reassoc", "nsz"}, forceinline=True)
-def _sum(values: np.ndarray, size: int) -> float:
-    total = 0.0
-    for j in range(size):
-        total += values[j]
-    return total
-
-
-@cached_njit(nogil=True, fastmath={"reassoc", "nsz"}, forceinline=True)
-def _sum_up_to(values: np.ndarray, size: int, bound: float) -> float:
-    total = 0.0
-    for j in range(size):
-        total += values[j] if values[j] <= bound else 0.0
-    return total
-
-
 @cached_njit(nogil=True)
 def _largest(log_values: np.ndarray, stop: int, causal: bool) -> float:
     largest = log_values[0, 0]
@@ -39,26 +23,6 @@ def _largest(log_values: np.ndarray, stop: int, causal: bool) -> float:
         for j in range(i + 1 if causal else stop):
             largest = max(largest, log_values[i, j])
     return largest
-
-
-@cached_njit(nogil=True)
-def _append_above(values: np.ndarray, size: int, bound: float, out: np.ndarray, count: int) -> int:
-    """Append the values above `bound` to out[count:]; returns the new count. They are rare: 32 are tested at once."""
-    whole = size - size % 32
-    for start in range(0, whole, 32):
-        hits = 0
-        for j in range(start, start + 32):
-            hits += values[j] > bound
-        if hits > 0:
-            for j in range(start, start + 32):
-                if values[j] > bound:
-                    out[count] = values[j]
-                    count += 1
-    for j in range(whole, size):
-        if values[j] > bound:
-            out[count] = values[j]
-            count += 1
-    return count
 
 
 @cached_njit(nogil=True)
@@ -158,8 +122,8 @@ def ratios_of_prefixes(log_values: np.ndarray, first: int, causal: bool, out: np
         for i in range(start, stop):
             t = i - start
             old_size = rest_size
-            new_size = _append_above(rows_exp[t], i + 1, bound, rest, rest_size)
-            far += _sum_up_to(rows_exp[t], i + 1, bound)
+            new_size = append_above(rows_exp[t], i + 1, bound, 0.0, rest, rest_size)
+            far += sum_up_to(rows_exp[t], rows_exp[t], i + 1, bound)
             if not causal:
                 far += column_far[t]
                 for j in range(counts[t]):
@@ -184,7 +148,7 @@ def ratios_of_prefixes(log_values: np.ndarray, first: int, causal: bool, out: np
                 rest_size += head_size
                 if rest_size > n:
                     select_largest(rest, rest_size, n)
-                    far += _sum(rest[n:], rest_size - n)
+                    far += sum_of(rest, n, rest_size)
                     rest_size = n
                     bound = rest[0]
                     for j in range(1, n):
@@ -220,12 +184,12 @@ def ratios_of_prefixes(log_values: np.ndarray, first: int, causal: bool, out: np
                 if head_size + rest_size > SLACK * n:
                     keep = n - head_size
                     select_largest(rest, rest_size, keep)
-                    far += _sum(rest[keep:], rest_size - keep)
+                    far += sum_of(rest, keep, rest_size)
                     rest_size = keep
                     bound = head[0]
                     for j in range(keep):
                         bound = min(bound, rest[j])
                     heapify(rest, rest_size, -1.0)
-            out[i + 1 - first] = (far + _sum(rest, rest_size)) / _sum(head, head_size)
+            out[i + 1 - first] = (far + sum_of(rest, 0, rest_size)) / sum_of(head, 0, head_size)
         start = stop
         width = STRIP

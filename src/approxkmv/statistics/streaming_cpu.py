@@ -12,6 +12,7 @@ from approxkmv.errors import NonFiniteError
 from approxkmv.statistics.entries import SHARES
 from approxkmv.statistics.exponential import exp_and_sum
 from approxkmv.statistics.largest import Largest
+from approxkmv.statistics.selection import SEED, append_above, next_state, partition, sum_of, sum_up_to
 
 _SHARES = np.array(SHARES)
 
@@ -59,42 +60,6 @@ def _row_maximum(values: np.ndarray, size: int) -> float:
     return largest
 
 
-@cached_njit(nogil=True, fastmath={"reassoc", "nsz"}, forceinline=True)
-def _sum(values: np.ndarray, start: int, stop: int) -> float:
-    total = 0.0
-    for j in range(start, stop):
-        total += values[j]
-    return total
-
-
-@cached_njit(nogil=True, fastmath={"reassoc", "nsz"}, forceinline=True)
-def _sum_where_at_most(weights: np.ndarray, values: np.ndarray, size: int, limit: float) -> float:
-    total = 0.0
-    for j in range(size):
-        total += weights[j] if values[j] <= limit else 0.0
-    return total
-
-
-@cached_njit(nogil=True)
-def _append_above(values: np.ndarray, size: int, limit: float, shift: float, out: np.ndarray, count: int) -> int:
-    """Append values - shift where values > limit to out; returns their count. They are rare: 32 are tested at once."""
-    whole = size - size % 32
-    for start in range(0, whole, 32):
-        hits = 0
-        for j in range(start, start + 32):
-            hits += values[j] > limit
-        if hits > 0:
-            for j in range(start, start + 32):
-                if values[j] > limit:
-                    out[count] = values[j] - shift
-                    count += 1
-    for j in range(whole, size):
-        if values[j] > limit:
-            out[count] = values[j] - shift
-            count += 1
-    return count
-
-
 @cached_njit(nogil=True)
 def keys_holding(weights: np.ndarray, size: int, goal: float) -> int:
     """How many of the largest weights[:size] are needed for a sum of `goal`; those come first afterwards.
@@ -103,27 +68,13 @@ def keys_holding(weights: np.ndarray, size: int, goal: float) -> int:
     """
     low, high = 0, size
     before = 0.0
-    state = np.uint64(88172645463325252)
+    state = SEED
     while high - low > 1:
-        state ^= state << np.uint64(13)
-        state ^= state >> np.uint64(7)
-        state ^= state << np.uint64(17)
-        pivot = weights[low + np.int64(state % np.uint64(high - low))]
-        left, right = low, high - 1
-        while left <= right:
-            while weights[left] > pivot:
-                left += 1
-            while weights[right] < pivot:
-                right -= 1
-            if left <= right:
-                swap = weights[left]
-                weights[left] = weights[right]
-                weights[right] = swap
-                left += 1
-                right -= 1
+        state = next_state(state)
+        left, right = partition(weights, low, high - 1, weights[low + np.int64(state % np.uint64(high - low))])
         # [low, right] >= pivot, (right, left) == pivot, [left, high) <= pivot.
-        upper = before + _sum(weights, low, right + 1)
-        middle = upper + _sum(weights, right + 1, left)
+        upper = before + sum_of(weights, low, right + 1)
+        middle = upper + sum_of(weights, right + 1, left)
         if upper >= goal:
             high = right + 1
         elif middle >= goal:
@@ -223,19 +174,19 @@ def _rows(
         logits = values[row, spans[row, 0] : spans[row, 1]]
         largest = _row_maximum(logits, size)
         total = exp_and_sum(logits, size, largest, weights)
-        if not (np.isfinite(largest) and np.isfinite(_sum(logits, 0, size))):
+        if not (np.isfinite(largest) and np.isfinite(sum_of(logits, 0, size))):
             return -1 - row, 0, 0, far, far
         shift = largest + math.log(total)
         rest = total
         if largest > bound:
-            rest = _sum_where_at_most(weights, logits, size, bound)
-            count = _append_above(logits, size, bound, 0.0, out, count)
+            rest = sum_up_to(weights, logits, size, bound)
+            count = append_above(logits, size, bound, 0.0, out, count)
         if rest > 0.0:
             far = _log_add(far, math.log(rest) + largest)
         rest = total
         if largest > bound_softmax + shift:
-            rest = _sum_where_at_most(weights, logits, size, bound_softmax + shift)
-            others = _append_above(logits, size, bound_softmax + shift, shift, out_softmax, others)
+            rest = sum_up_to(weights, logits, size, bound_softmax + shift)
+            others = append_above(logits, size, bound_softmax + shift, shift, out_softmax, others)
         if rest > 0.0:
             far_softmax = _log_add(far_softmax, math.log(rest) + largest - shift)
         count_keys(weights, size, total, shares, counts[row])
