@@ -106,7 +106,7 @@ def test_a_methods_module_is_in_the_sweeps_list():
 
 def test_every_rule_names_its_own_command():
     for path in RULES.glob("*.smk"):
-        for rule in re.split(r"^(?:rule|checkpoint) ", path.read_text(), flags=re.M)[1:]:
+        for rule in re.split(r"^ *(?:rule|checkpoint)\b", path.read_text(), flags=re.M)[1:]:
             if command := re.search(r"approxkmv ([\w-]+)", rule):
                 assert re.findall(r'package\(\s*"(\w+)"', rule) == [command[1].replace("-", "_")], rule
 

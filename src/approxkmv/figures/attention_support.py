@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from approxkmv.figures.heatmap import draw_heatmap, grid, is_wide, new_panels
+from approxkmv.figures.heatmap import Scale, draw_heatmap, grid, is_wide, new_panels
 from approxkmv.figures.style import as_written, entries, footnote, save, short
 from approxkmv.results.tables import masks_of, model_tables, read_heads, read_overview
 from approxkmv.words import counted
 
-TICKS = (1, 3, 10, 30, 100, 300)
+SUPPORT = Scale(1.0, 512.0, (1, 3, 10, 30, 100, 300), "keys, mean over rows and texts")
+SHARE = Scale(0.0, 1.0, (0, 0.25, 0.5, 0.75, 1), "share, mean over rows and texts", linear=True)
 
 
 def draw(tables: Path, model: str, stem: Path) -> list[Path]:
@@ -37,21 +38,8 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
     for i, before in enumerate(masks):
         first, second = panels[2 * i : 2 * i + 2]
         over = f"{entries(before, facts)}{', and what is named below' if before and beside else ''}"
-        support, mass = grid(table, f"{before}support"), grid(table, f"{before}first_mass")
-        draw_heatmap(
-            figure, first, support, low=1.0, high=512.0, ticks=TICKS, bound=None, label="keys, mean over rows and texts"
-        )
-        draw_heatmap(
-            figure,
-            second,
-            mass,
-            low=0.0,
-            high=1.0,
-            ticks=(0, 0.25, 0.5, 0.75, 1),
-            bound=None,
-            label="share, mean over rows and texts",
-            linear=True,
-        )
+        draw_heatmap(figure, first, grid(table, f"{before}support"), SUPPORT)
+        draw_heatmap(figure, second, grid(table, f"{before}first_mass"), SHARE)
         first.set_title(f"effective support\n{over}", fontsize=8, loc="left")
         second.set_title(f"weight on the first token\n{over}", fontsize=8, loc="left")
     footnote(figure, f"the model has {', '.join(facts['left_out'])}" if beside else "")

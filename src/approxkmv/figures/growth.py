@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from approxkmv.figures.heatmap import draw_heatmap, grid, is_wide, new_panels
+from approxkmv.figures.heatmap import Scale, draw_heatmap, grid, is_wide, new_panels
 from approxkmv.figures.style import as_written, entries, footnote, not_in_kernel, save
 from approxkmv.results.tables import facts_of, masks_of, model_tables, read_heads, read_overview
 from approxkmv.statistics.growth import SIZES, TRENDS, in_words
@@ -40,7 +40,9 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
         + ", ".join(f"{mark} {trend}" for trend, mark in MARKS.items())
         + f"; outlined: c(n) above {bound:g} (dashed: undecided)",
     )
-    low, high = _scale(np.concatenate([table[f"{before}exponent"] for before in masks]))
+    low, high = _limits(np.concatenate([table[f"{before}exponent"] for before in masks]))
+    ticks = np.arange(low, high + 0.1, 0.5).tolist()
+    scale = Scale(low, high, ticks, "exponent of c(n), from n/2 to n", linear=True)
     for axes, before in zip(panels, masks, strict=True):
         large, undecided = (_cells(table, f"{before}size", word) for word in SIZES[1:])
         before_them = np.full(values.shape, "", dtype=object)
@@ -49,13 +51,8 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
             figure,
             axes,
             grid(table, f"{before}exponent"),
-            low=low,
-            high=high,
-            ticks=np.arange(low, high + 0.1, 0.5).tolist(),
-            bound=None,
-            label="exponent of c(n), from n/2 to n",
+            scale,
             write=two_decimals,
-            linear=True,
             outlined=large,
             dashed=undecided,
             before=before_them,
@@ -74,7 +71,7 @@ def _cells(table: pd.DataFrame, column: str, word: str) -> np.ndarray:
     return grid(table.assign(chosen=(table[column] == word).astype(float)), "chosen") == 1
 
 
-def _scale(exponents: np.ndarray) -> tuple[float, float]:
+def _limits(exponents: np.ndarray) -> tuple[float, float]:
     """Limits in steps of a half that hold all but one in fifty exponents at either end, at least 0 to 1."""
     low, high = np.nanquantile(exponents, (0.02, 0.98)) if np.isfinite(exponents).any() else (0.0, 1.0)
     return min(0.0, float(np.floor(2 * low) / 2)), max(1.0, float(np.ceil(2 * high) / 2))

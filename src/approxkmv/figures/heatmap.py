@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +17,18 @@ if TYPE_CHECKING:
 
 CELL_WIDTH = 0.46
 CELL_HEIGHT = 0.27
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The colours of values from low to high: by logarithm or linearly, with ticks, a label and perhaps a bound."""
+
+    low: float
+    high: float
+    ticks: Sequence[float]
+    label: str
+    bound: float | None = None
+    linear: bool = False
 
 
 def grid(table: pd.DataFrame, column: str) -> np.ndarray:
@@ -54,19 +67,14 @@ def draw_heatmap(
     figure: Figure,
     axes: Axes,
     values: np.ndarray,
+    scale: Scale,
     *,
-    low: float,
-    high: float,
-    ticks: Sequence[float],
-    bound: float | None,
-    label: str,
     write: Callable[[float], str] = short,
-    linear: bool = False,
     outlined: np.ndarray | None = None,
     dashed: np.ndarray | None = None,
     before: np.ndarray | None = None,
 ) -> None:
-    """Colour by logarithm (or linearly) between low and high, write each value, and outline the cells above `bound`.
+    """Colour by the scale, write each value, and outline the cells above the scale's bound.
 
     `outlined` and `dashed` (layers, heads) select the cells to outline instead; `before` has marks to write before
     the values.
@@ -74,7 +82,8 @@ def draw_heatmap(
     from matplotlib.colors import LogNorm, Normalize
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-    norm = Normalize(low, high) if linear else LogNorm(low, high)
+    low, high, bound = scale.low, scale.high, scale.bound
+    norm = Normalize(low, high) if scale.linear else LogNorm(low, high)
     if outlined is None:
         outlined = values > bound if bound is not None else np.zeros(values.shape, dtype=bool)
     shown = np.clip(values, low, high)
@@ -97,11 +106,11 @@ def draw_heatmap(
     for spine in axes.spines.values():
         spine.set_visible(False)
     bar = figure.colorbar(image, ax=axes, shrink=min(1.0, 3.2 / size_of(values)[1]), pad=0.02, extend="both")
-    bar.ax.yaxis.set_major_locator(FixedLocator(list(ticks)))
+    bar.ax.yaxis.set_major_locator(FixedLocator(list(scale.ticks)))
     bar.ax.yaxis.set_minor_locator(NullLocator())
     bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
     bar.ax.tick_params(labelsize=7)
-    bar.set_label(label, fontsize=8)
+    bar.set_label(scale.label, fontsize=8)
     if bound is not None and low < bound < high:
         bar.ax.axhline(bound, color="white", linewidth=3.2)
         bar.ax.axhline(bound, color="black", linewidth=1.6)

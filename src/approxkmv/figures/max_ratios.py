@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from approxkmv.figures.heatmap import draw_heatmap, grid, is_wide, new_panels
+from approxkmv.figures.heatmap import Scale, draw_heatmap, grid, is_wide, new_panels
 from approxkmv.figures.style import as_written, entries, footnote, not_in_kernel, save, short
 from approxkmv.results.tables import masks_of, model_tables, read_heads, read_overview
 from approxkmv.words import counted
@@ -32,18 +32,9 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
         f"Head-to-tail ratio c, the largest over prefixes and {counted(facts['texts_used'], 'text')} of "
         f"{facts['corpus']}; outlined: above the paper's bound {bound:g}",
     )
+    scale = Scale(0.05, 100.0, (0.1, 0.3, 1, 3, 10, 30, 100), "largest c over texts and prefixes", bound)
     for axes, before in zip(panels, masks, strict=True):
-        draw_heatmap(
-            figure,
-            axes,
-            grid(table, f"{before}max_ratio"),
-            low=0.05,
-            high=100.0,
-            ticks=(0.1, 0.3, 1, 3, 10, 30, 100),
-            bound=bound,
-            label="largest c over texts and prefixes",
-            write=near,
-        )
+        draw_heatmap(figure, axes, grid(table, f"{before}max_ratio"), scale, write=near)
         axes.set_title(
             f"{entries(before, facts)}: {counted(above[before], 'head')} above {bound:g}", fontsize=8, loc="left"
         )

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from approxkmv.figures.heatmap import draw_heatmap, grid, is_wide, new_panels
+from approxkmv.figures.heatmap import Scale, draw_heatmap, grid, is_wide, new_panels
 from approxkmv.figures.style import as_written, entries, footnote, not_in_kernel, save, short
 from approxkmv.results.tables import masks_of, model_tables, read_heads, read_overview
 from approxkmv.words import counted
 
 # One scale for both ratios and all models, so that a colour means the same everywhere. A ratio is at least 1.
-SCALE: dict[str, Any] = {"low": 1.0, "high": 1000.0, "ticks": (1, 3, 10, 30, 100, 300, 1000)}
+SCALE = Scale(1.0, 1000.0, (1, 3, 10, 30, 100, 300, 1000), "median over texts")
 # "About 1", and "about 20 or less for most heads".
 NEXT, DOUBLE = 1.05, 20.0
 WORDS = {"next": "$K_{(n)}\\,/\\,K_{(n+1)}$", "double": "$K_{(n)}\\,/\\,K_{(2n)}$"}
@@ -39,8 +39,8 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
     )
     for axes, (before, which) in zip(panels, shown, strict=True):
         of = grid(table, f"{before}median_{which}_ratio")
-        bound = DOUBLE if which == "double" else None
-        draw_heatmap(figure, axes, of, **SCALE, bound=bound, label="median over texts", write=_WRITE[which])
+        scale = replace(SCALE, bound=DOUBLE) if which == "double" else SCALE
+        draw_heatmap(figure, axes, of, scale, write=_WRITE[which])
         near = int((table[f"{before}median_next_ratio"] <= NEXT).sum())
         about = f"{WORDS['next']} is at most {NEXT:g} in {counted(near, 'head')}"
         count = (
@@ -59,7 +59,7 @@ def near_one(value: float) -> str:
 
 def up_to_the_scale(value: float) -> str:
     """A ratio in a cell; beyond the scale only that it is."""
-    return short(value) if not value > SCALE["high"] else f">{SCALE['high']:.0f}"
+    return short(value) if not value > SCALE.high else f">{SCALE.high:.0f}"
 
 
 _WRITE = {"next": near_one, "double": up_to_the_scale}
