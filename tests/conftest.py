@@ -13,7 +13,7 @@ if processes := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
 
 
 # Cases of a parametrised test that are quick.
-FEW = 4
+FEW = 3
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

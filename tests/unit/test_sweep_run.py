@@ -290,7 +290,7 @@ def test_what_a_sweep_depends_on_makes_it_start_anew(vectors, tmp_path, monkeypa
     elif changed == "machine":
         monkeypatch.setattr(run_module, "machine", lambda device: {"processor": "another"})
     else:
-        monkeypatch.setattr(partial, "_code", lambda: {"sweep/run.py": "edited"})
+        monkeypatch.setattr(partial, "digest_of", lambda files: "edited")
     said = []
     run_sweep(asked, tmp_path / "sweep.csv", {}, say=said.append)
     assert said[0].endswith(f"is from a run with other {changed}: the run starts over")
