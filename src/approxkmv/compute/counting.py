@@ -55,7 +55,7 @@ def counting() -> Iterator[Counts]:
 
 @contextmanager
 def not_counting() -> Iterator[None]:
-    """Whoever counts does not see the work inside the block."""
+    """Leave the work inside the block out of every count."""
     watching = _watching[:]
     _watching.clear()
     try:

@@ -32,6 +32,6 @@ def compiled_loops(module: str, trial: str | None = None) -> ModuleType | None:
 
 
 def has_bfloat16_instructions() -> bool:
-    """Whether loops may use bfloat16 instructions: without them the process would be killed: no trial can tell."""
+    """Whether loops may use bfloat16 instructions. No trial can find out: without them the process would be killed."""
     supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
     return bool(supported and supported())

@@ -26,7 +26,8 @@ Runs = Mapping[str, Callable[[], object]]
 """What to time for each form."""
 
 clock = time.perf_counter
-# At least, and at most if they take no longer than this: other processes disturb short runs the most.
+# At least this many rounds, and more, up to the second number, only within these seconds: other processes disturb
+# short runs the most.
 _ROUNDS, _MOST_ROUNDS, _SECONDS = 3, 20, 0.1
 # The first form, the plainest, stays unless another takes less than this share of its time: near a tie, noise decides.
 _CLEARLY_FASTER = 0.9
@@ -52,7 +53,7 @@ def fastest(question: str, *forms: str) -> str:
     """The fastest of the forms by a trial of under a second, the first of them unless another is clearly faster.
 
     The trial is made once for a processor, a number of threads, versions and sources, and kept in `cache_folder`. Where
-    nothing can be kept there is none, since processes would decide differently: the form is then the first.
+    nothing can be kept no trial is made, since processes might decide differently: the first form is used.
 
     Args:
         question: module and function that returns `Runs`, such as "attention.blocks.trials.products".
@@ -133,7 +134,7 @@ def _measure(question: str) -> dict[str, float]:
             begun = clock()
         if turn > _ROUNDS and clock() - begun > _SECONDS:
             break
-        # In another order each time: with a busy processor's slices in step, one form would always be interrupted.
+        # Shuffled: in a fixed order, a busy processor's time slices could always interrupt the same form.
         for form in order.sample(sorted(runs), len(runs)):
             best = min(seconds.values(), default=0.0)
             if turn > 1 and not seconds.get(form, float("inf")) <= max(_HOPELESS * best, _INTERRUPTED):

@@ -91,7 +91,7 @@ def corpus_entry(config: Configuration, name: str) -> CorpusEntry:
 
 def entry_of(study: Study, model: str) -> ModelEntry:
     """A model of a study. Raises ConfigError for an unknown name."""
-    known(model, study.models, f"the model asked of study {study.name} is")
+    known(model, study.models, f"study {study.name} is asked for the model")
     return study.models[model]
 
 

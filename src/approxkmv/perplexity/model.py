@@ -18,7 +18,7 @@ from approxkmv.models.tokenizer import load_tokenizer
 from approxkmv.perplexity.replacement import REPLACED, Replacement, replaced
 from approxkmv.sweep.measure import running_out_of_memory
 
-_ROWS = 512  # of the logits, which have one column per token of the vocabulary, widened to float32 at a time
+_ROWS = 512  # rows of logits, which have a column per token of the vocabulary, widened to float32 at a time
 
 
 @dataclass(frozen=True)

@@ -163,7 +163,7 @@ def read_overview(path: Path, *names: str) -> dict[str, Any]:
         check_keys(path, facts, masked)
     for name, kind in (("lengths", int), ("texts_missing", str), ("left_out", str)):
         if name in names and not all(type(item) is kind for item in facts[name]):
-            raise TableError(f"{path}: {name} must hold items of {kind.__name__} alone: delete it and run again")
+            raise TableError(f"{path}: {name} must hold only items of type {kind.__name__}: delete it and run again")
     if "lengths" in names and not facts["lengths"]:
         raise TableError(f"{path} names no lengths: delete it and run again")
     return facts

@@ -24,8 +24,8 @@ def measure_attention(model: str, activations: Path, out: Path, times: Times | N
     Columns: means over the rows of the softmax of entropy (nats), support (its exponential), keys_90 and keys_99 (the
     fewest keys that hold these shares), first_mass and sink_mass (on the first token and on the learned sink) and
     largest_weight; column_norm and stable_rank of its matrix (see AttentionStatistics). They are of the softmax of
-    scale q k^T over every key; where a layer has a mask, cap, bias or sink they are there again as masked_..., with all
-    of these, as the model computes it.
+    scale q k^T over every key; where a layer has a mask, cap, bias or sink they are repeated with the prefix masked_,
+    with all of these, as the model computes it.
     """
     times = Times() if times is None else times
     shard = read_activations(activations)

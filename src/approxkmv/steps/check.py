@@ -19,7 +19,7 @@ from approxkmv.words import counted
 
 # Texts of the checkout that this package runs from.
 TEXTS = Path(__file__).resolve().parents[3] / "data" / "squad" / "dev-v1.1.jsonl.xz"
-# Queries and keys that lie on the disk at a time.
+# The queries and keys on disk at any time take at most this many bytes.
 SHARD_BYTES = 1 << 30
 # Bytes of memory that Python and its libraries take.
 LIBRARIES = 800 << 20
@@ -37,7 +37,7 @@ class Size:
     """Of a head."""
     positions: int
     weights: int
-    """Bytes of its files of weights."""
+    """Bytes of its weight files."""
 
 
 def study_of_one(source: str, text: Path | None, contexts: int) -> Study:
@@ -59,7 +59,7 @@ def study_of_one(source: str, text: Path | None, contexts: int) -> Study:
 
 
 def name_of(source: ModelSource) -> str:
-    """A name for a model that can stand in those of files: the last part of its source that says something."""
+    """A name for a model that is fit for file names: the last part of its source."""
     if isinstance(source, PathSource):
         last = source.path.resolve().name.removesuffix(".gguf")
     elif isinstance(source, HubSource):
@@ -88,7 +88,7 @@ def size_of(folder: Path) -> Size | None:
 
 
 def tokens_of(texts: Path, study: Study, size: Size | None) -> list[int]:
-    """How many tokens each text will have, roughly: English has three for four words."""
+    """How many tokens each text will have, roughly: English text has about four tokens for three words."""
     limit = min(study.max_tokens, size.positions if size else study.max_tokens)
     return [min(limit, 2 + len(passage.text.split()) * 4 // 3) for passage in read_shard(texts, 0, 1 << 40)]
 
@@ -127,7 +127,7 @@ def plan(source: ModelSource, size: Size | None, tokens: list[int], cores: int) 
 
 
 def _download(source: ModelSource) -> int | None:
-    """Bytes of a hub model's weights, by the hub; None where it is not to be had."""
+    """Bytes of a hub model's weights, according to the hub; None if it does not say."""
     if not isinstance(source, HubSource):
         return None
     from huggingface_hub import HfApi
@@ -187,7 +187,7 @@ def refuse_others(out: Path, name: str) -> None:
 
 
 def _measure(study: Study, name: str, work: Path) -> dict[str, Any]:
-    # Imported here, since they take seconds and mistakes are to be named at once.
+    # Imported here, since they take seconds, and mistakes should be reported at once.
     import torch
 
     from approxkmv.files import write_json

@@ -14,8 +14,8 @@ from approxkmv.models.folders import is_running
 from approxkmv.results.locations import origin, read_location
 from approxkmv.results.shards import origin_of, shard_count
 
-# What the workflow writes for each model of a study, for each one on long texts, and for each other part of it; beside
-# a table its hash.
+# What the workflow writes for each model of a study, for each model on long texts, and for each other part; a table
+# has its hash beside it.
 OF_MODEL = [
     *("tables/heads_{}.csv*", "tables/context_scaling_{}.csv*", "tables/overview_{}.json*"),
     *("figures/max_ratios_{}.p*", "figures/order_ratios_{}.p*"),

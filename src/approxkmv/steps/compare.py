@@ -34,9 +34,9 @@ ABOUT_ONE = 1.05
 def compare(tables: Path, models: Sequence[str], out: Path) -> pd.DataFrame:
     """Write and return paper_comparison.csv: claim, criterion, paper, model, entries, ours, holds.
 
-    entries is `all`, which the paper's claims are about, and of a causal model again `causal` (with windows or chunks:
-    `masked`): the same criterion over the entries that the model uses, of which the paper says nothing, so that its
-    column is empty there.
+    entries is `all`, which the paper's claims are about; a causal model has further rows with `causal` (`masked` if it
+    has windows or chunks): the same criterion over the entries that the model uses. The paper says nothing about these,
+    so its column is empty there.
     """
     rows = []
     for model in models:
@@ -58,7 +58,7 @@ def compare(tables: Path, models: Sequence[str], out: Path) -> pd.DataFrame:
 def claims(overview: Mapping, heads: pd.DataFrame, scaling: pd.DataFrame, before: str = "") -> list[dict]:
     """The paper's claims for one model; each row says by which criterion it is judged.
 
-    `before` is in front of the tables' columns: "" for all entries, MASKED for those that a causal model uses.
+    `before` is the prefix of the tables' columns: "" for all entries, MASKED for those that a causal model uses.
     """
     bound = overview["paper_bound"]
     n_heads = len(heads)

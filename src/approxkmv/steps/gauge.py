@@ -23,7 +23,7 @@ def measure_gauge(study: Study, model_name: str, location: Path, texts: Path, ta
 
     Columns: layer, head, tokens, t (0: the limit, the matrix A itself), ratio (c at full length), participation,
     and as log10 largest_row, norm (|K|_2), zero_for_ones, sufficient, bound (see Gauge); mean_error. The column of
-    values is the head's first; all entries count, as in the paper, of a causal model as well.
+    values is the head's first; all entries count, as in the paper, also for a causal model.
     """
     model = load_model(study, location)
     limit = study.max_tokens if model.max_positions is None else min(study.max_tokens, model.max_positions)

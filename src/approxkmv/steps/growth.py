@@ -26,8 +26,8 @@ def measure_growth(study: Study, model: str, texts: Path, statistics: Path, tabl
     its interval; see there), size (of c at `length` against the model's bound) and trend (of c from `start` to
     `length`). growth_curves: per layer, head and prefix, texts, ratio (the geometric mean over texts) and
     adjusted_ratio: the same at the shortest prefix, and from each prefix to the next the mean factor of those texts
-    that reach both, since the texts that reach long prefixes are not those that make up the short ones. Of a causal
-    model both have each column again as masked_...
+    that reach both, since the texts that reach long prefixes are not those that make up the short ones. For a causal
+    model each column of both is repeated with the prefix masked_.
     """
     if study.lengths:
         (values,) = read_shards(statistics, shard_count(texts, study.shard_contexts), "lengths.parquet")

@@ -16,11 +16,11 @@ from approxkmv.errors import TableError
 from approxkmv.files import unpacked_limit, written_whole
 
 MANIFEST = "manifest.json"
-# A study's folder, and what of it is packed. Nothing in it is run or unpickled.
+# The parts of a study's folder that are packed. Nothing in them is run or unpickled.
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 MEMBER = re.compile(r"tables/[\w.-]+\.(csv|json)|figures/[\w.-]+\.png")
 MOST_FILES = 2000
-# What damaged bytes raise, by where they are.
+# What damaged bytes raise, depending on where they are.
 UNREADABLE = (zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, lzma.LZMAError, EOFError)
 
 
@@ -44,7 +44,7 @@ def pack(results: Path, out: Path) -> int:
 
 
 def take(package: Path, into: Path | None) -> list[str]:
-    """Check a package, and unpack it to INTO/STUDY if `into` is given; returns what to say of it.
+    """Check a package, and unpack it to INTO/STUDY if `into` is given; returns what to say about it.
 
     Raises TableError for a file that is no such package, is damaged, holds more or less than its manifest says, has a
     table that cannot be read or no provenance, and if the folder exists.

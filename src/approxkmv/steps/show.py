@@ -1,4 +1,4 @@
-"""The last words of a run: where the figures are, and the few numbers that matter."""
+"""What a run prints at its end: where the figures are, and the few numbers that matter."""
 
 from __future__ import annotations
 

@@ -18,9 +18,9 @@ from approxkmv.results.shards import write_shard
 from approxkmv.results.tables import MASKED
 from approxkmv.statistics import HeadStatistics, head_statistics, unmasked_and_masked_statistics
 
-# One value per context and head, beside where it is; for a model with masks each is repeated with the prefix MASKED.
+# One value per context and head; for a model with masks each is repeated with the prefix MASKED.
 PLACE = {"context": "int32", "layer": "int16", "head": "int16"}
-# Fields of HeadStatistics that are written as they are, beside what is taken of c at all prefixes.
+# Fields of HeadStatistics that are written unchanged, besides those derived from c at all prefixes.
 TAKEN = ("log_next", "log_double", "softmax_ratio", "tail_exponent", "column_exponent")
 VALUES = {"max_ratio": "float64", "max_prefix": "int32", "last_ratio": "float64", **dict.fromkeys(TAKEN, "float64")}
 

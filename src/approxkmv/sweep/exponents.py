@@ -9,7 +9,7 @@ from typing import Any
 from approxkmv.slopes import log_log_line
 from approxkmv.sweep.table import COLUMNS, Row
 
-# What identifies a profile: everything in a row but n and what was measured there.
+# The columns that identify a profile: all of a row but n and what was measured at it.
 PROFILE = (
     *("workload", "batch", "columns", "d", "d_v", "device", "dtype"),
     *("method", "kind", "relative_to", "target"),

@@ -1,4 +1,4 @@
-"""What the rows of one cell of a sweep say together: which reach their target, and how much faster than exact they are.
+"""Comparisons within one cell of a sweep: which rows reach their target, and how much faster than exact they are.
 
 A cell is a workload at one n, batch and choice of columns. The exact row that the others are compared with is the
 fastest whose own error is at most half the target, whatever its precision; the ratios to the fastest exact row of each

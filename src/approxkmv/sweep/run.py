@@ -280,7 +280,7 @@ def run_sweep(
     workloads = [_here(workload, settings) for workload in settings.workloads]
     wanted = [case for workload in workloads for case in cases(workload)]
     for case in wanted:
-        # Now, rather than after hours of other cases
+        # Now, not after hours of other cases
         check_case(case)
     inputs = [file_sha256(file) for workload in workloads for file in files(workload)]
     identity = {"settings": settings.as_dict(), "inputs": inputs, "machine": machine(settings.device)}
@@ -303,7 +303,7 @@ def run_sweep(
     add_exponents(rows, exponents)
     record = {
         "started": started.isoformat(timespec="seconds"),
-        # Over all cases, whichever run measured them
+        # Over all cases, including those that earlier runs measured
         "seconds": sum(case["seconds"] for case in kept.cases),
         "cases_of_earlier_runs": [_conditions(case) for case in wanted[:earlier]],
         "settings": settings.as_dict(),
