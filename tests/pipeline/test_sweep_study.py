@@ -137,3 +137,19 @@ def test_a_study_without_a_sweep_says_so(project: Project):
     code, output = project.approxkmv("sweep", "--out", "out.csv")
     assert code == 2
     assert "study tiny has no sweep" in output
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_study_for_a_gpu_stops_before_its_first_job_without_one(sweeper: Project):
+    config = sweeper.read()
+    config["sweeps"]["little"]["device"] = "cuda"
+    sweeper.write(config)
+    code, output = sweeper.snakemake()
+    assert code == 2
+    said = [line for line in output.splitlines() if line.startswith("approxkmv: ")]
+    assert said == ["approxkmv: study tiny asks for device cuda, but there is none here: set device to cpu"]
+    # Nothing was fetched or captured.
+    assert not (sweeper.results / "logs").exists()
+    # A dry run starts nothing.
+    assert sweeper.snakemake("-n", "--quiet", "host")[0] == 0

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from approxkmv.attention import get
 from approxkmv.attention.blocks.light_keys import MOST_PARTS
@@ -451,3 +452,35 @@ def test_no_kernel_spills_registers(name, d, d_v, dtype, tmp_path):
     print(f"\n{name} {dtype} d={d} d_v={d_v}: {registers} registers, {made.metadata.shared} bytes of shared memory")
     assert stack == 0
     assert "cp.async" in made.asm["ptx"]
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operations that are at least one kernel each on a GPU: all but views and allocations."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        free = func.is_view or func.overloadpacket.__name__ in ("empty", "empty_like", "new_empty", "_unsafe_view")
+        self.count += not free
+        return func(*args, **(kwargs or {}))
+
+
+def test_kernels_per_call(monkeypatch):
+    """They do not depend on sizes, and docs/gpu.md says how many there are."""
+    document = (Path(__file__).parents[2] / "docs" / "gpu.md").read_text()
+    q, k, v = self_attention(d=16, d_v=1)
+    first, one = torch.zeros(1, dtype=torch.int64), {"scale": 0.4, "iterations": 3, "sampled": 3, "near": 30}
+
+    def listed(q, *others):
+        return q[..., :1], q[..., 0], q[..., 0]
+
+    monkeypatch.setattr(kernels, "listed", listed)
+    for block, label in ((160, "one block"), (20, "blocks")):
+        with Launches() as local:
+            cuda.steps(q, k, v, first, block=block, products=torch.bfloat16, **one)
+        points = torch.zeros(1, -(-160 // block), 16, dtype=torch.float64)
+        with Launches() as sampling:
+            ours.steps(q, k, v, first, points, block=block, samples=16, with_own_keys=True, **one)
+        # The Triton kernel: once over near keys, in `approxkmv` once more over the sample.
+        line = f"| {label} | {local.count + 1} | {sampling.count + 2} |"
+        assert line in document, f"docs/gpu.md lacks the line {line}"

@@ -28,6 +28,7 @@ from approxkmv.steps.cleaning import (
     remove_damaged,
     remove_half_written,
 )
+from approxkmv.steps.devices import check_device
 from approxkmv.results.shards import shard_count
 
 

@@ -12,6 +12,7 @@ from approxkmv.corpora.sources import parse_corpus
 from approxkmv.errors import ConfigError, SourceError, TableError
 from approxkmv.models.fetching import check_wheel, locate
 from approxkmv.models.sources import PathSource, parse_source
+from approxkmv.steps.devices import check_device
 from approxkmv.sweep.workloads import cases, check_case
 
 
@@ -43,7 +44,7 @@ def check_study(config: Configuration, study: Study) -> list[str]:
         lines.append(f"  complexity: n = {', '.join(map(str, study.complexity.sizes))}")
     if study.perplexity:
         lines.append(f"  perplexity of {study.perplexity.model} with {', '.join(study.perplexity.methods)}")
-    _check_device(study)
+    check_device(study)
     for folder in (Path("results") / study.name, Path(config.cache) / "models"):
         _check_writable(folder)
     return lines
@@ -78,12 +79,3 @@ def _check_writable(folder: Path) -> None:
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         what = "may not be written to" if there.is_dir() else "is not a folder"
         raise TableError(f"cannot write {folder}: {there} {what}")
-
-
-def _check_device(study: Study) -> None:
-    asked = [study.device, *(part.device for part in (study.sweep, study.perplexity) if part)]
-    if any(device.startswith("cuda") for device in asked):
-        import torch
-
-        if not torch.cuda.is_available():
-            raise ConfigError(f"study {study.name} asks for device cuda, but there is none here: set device to cpu")

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from approxkmv.config import ModelEntry, Study
-from approxkmv.errors import ConfigError
 from approxkmv.models import ModelLocation, fetch, parse_source
 from approxkmv.results.locations import read_location, write_location
+from approxkmv.steps.devices import check_device
 
 if TYPE_CHECKING:
     from approxkmv.models import CapturableModel
@@ -25,12 +25,9 @@ def fetch_model(entry: ModelEntry, cache: Path, out: Path) -> ModelLocation:
 
 def load_model(study: Study, location: Path) -> CapturableModel:
     """The model at a location as the study runs it. Raises ConfigError for a device that does not exist."""
-    import torch
-
     from approxkmv.models import CapturableModel
 
-    if study.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"study {study.name} asks for device cuda, but there is none here: set device to cpu")
+    check_device(study)
     return CapturableModel.load(
         read_location(location),
         dtype=study.dtype,

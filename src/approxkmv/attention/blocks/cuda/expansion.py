@@ -66,6 +66,12 @@ class Tiles:
     def of(cls, labels: torch.Tensor, clusters: int) -> Tiles:
         """Tiles for labels (batch, n) below `clusters`."""
         batch, n = labels.shape
+        number = most_tiles(n, clusters)
+        if clusters == 1:
+            rows = torch.arange(number * TILE, device=labels.device, dtype=torch.int32)
+            queries = rows.masked_fill_(rows >= n, -1).expand(batch, -1).contiguous()
+            none = queries.new_zeros(batch, number)
+            return cls(labels, labels.new_full((batch, 1), n).float(), queries.view(batch, number, TILE), none)
         place = torch.arange(n, device=labels.device)
         # Two bytes sort in a quarter of the passes of eight.
         short = labels.to(torch.int16 if clusters < 2**15 else torch.int32)
@@ -76,7 +82,6 @@ class Tiles:
         tiles = (counts + TILE - 1) // TILE
         ends = tiles.cumsum(1)
         row = (TILE * (ends - tiles) - starts).gather(1, ordered.long()) + place
-        number = most_tiles(n, clusters)
         queries = torch.full((batch, number * TILE), -1, dtype=torch.int32, device=labels.device)
         queries.scatter_(1, row, order.int())
         each = torch.arange(number, device=labels.device).expand(batch, -1).contiguous()

@@ -1,0 +1,412 @@
+"""Check and time everything that runs on a GPU, in stages that a limited time can be cut into.
+
+    PYTHONPATH=src python benchmarks/gpu.py --out results/gpu [--stages 0-7] [--minutes 8] [--commit SHA] [--interpret]
+
+Needs torch, NumPy and Triton. Each stage is a process with a limit of its own. A row is appended to OUT/rows.jsonl, and
+on the disk, as soon as it is known; what has a row there is not done again, so the same command goes on where an
+earlier one ended. A stage whose limit exceeds what is left of the minutes waits for the next command. Exit code 0: all
+stages are finished; 3: some wait for the next command; 1: one failed. --interpret runs each stage on small inputs on a
+CPU, which shows that they run and nothing about their speed.
+
+0 the machine and its ceilings; 1 kernels against float64; 2 graphs; 3 exact attention; 4 the paper's Figure 5; 5 our
+methods at n = 131,072; 6 sharper inputs; 7 statistics of one long head.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+# Seconds after which a stage is stopped: 20 minutes together.
+LIMITS = {0: 60, 1: 150, 2: 90, 3: 120, 4: 210, 5: 230, 6: 240, 7: 90}
+# Longest lengths, and those of the sweeps.
+FULL = {"long": 131_072, "width": 64, "figure": (4096, 8192, 16384), "split": (8192,), "batch": 8, "ceiling": 8192}
+SMALL = {"long": 192, "width": 16, "figure": (96,), "split": (64,), "batch": 2, "ceiling": 32}
+EXACT = ("exact-naive", "exact-sdpa", "exact-sdpa-bf16", "exact-fused")
+SWEPT = (*EXACT, "mean", "uniform", "own-key", "kdeformer", "hyperattention", "local-expansion", "approxkmv")
+
+
+class Rows:
+    """Rows of one stage, in a file that holds those of all."""
+
+    def __init__(self, path: Path, stage: int) -> None:
+        self.path, self.stage = path, stage
+        if path.exists() and not path.read_bytes().endswith(b"\n"):
+            # A row that was cut off must not spoil the next one.
+            with path.open("a", encoding="utf-8") as file:
+                file.write("\n")
+        self.known = {row["what"] for row in read_rows(path) if row["stage"] == stage}
+
+    def add(self, what: str, **row: Any) -> None:
+        """Append a row and have it on the disk."""
+        line = json.dumps({"stage": self.stage, "what": what, **row}, default=str)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.known.add(what)
+        print(line, flush=True)
+
+    def without(self, whats: list[str]) -> Iterator[str]:
+        """Those of which there is no row yet."""
+        return (what for what in whats if what not in self.known)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file; a last line that was cut off counts as none."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+def timed(runs: dict[str, Callable[[int], object]], repeats: int = 9) -> dict[str, dict[str, Any]]:
+    """By name: quartiles of the device's seconds and the median of the host's, or the reason why there are none."""
+    import torch
+
+    from approxkmv.sweep.measure import host_seconds, interleaved_seconds, quartiles
+
+    device = torch.device("cuda")
+    seconds, failures = interleaved_seconds(runs, device, "wall", 2, repeats, 1)
+    found: dict[str, dict[str, Any]] = {name: {"reason": reason} for name, reason in failures.items()}
+    for name, taken in seconds.items():
+        low, middle, high = quartiles(taken)
+        found[name] = {"seconds_q1": low, "seconds": middle, "seconds_q3": high}
+        found[name]["host_seconds"] = host_seconds(runs[name], device, 3, 1)
+    return found
+
+
+def machine_and_ceilings(rows: Rows, sizes: dict[str, Any], given: argparse.Namespace) -> None:
+    """Stage 0."""
+    import torch
+
+    from approxkmv.sweep.measure import machine
+
+    try:
+        said = subprocess.run(["nvidia-smi"], capture_output=True, text=True, check=False).stdout
+    except OSError as error:
+        said = str(error)
+    found: dict[str, Any] = {"machine": machine("cuda"), "commit": given.commit, "nvidia-smi": said}
+    n = sizes["ceiling"]
+    numbers = torch.randn(n * n, device="cuda")
+    squares = {kind: numbers.view(n, n).to(kind) for kind in (torch.bfloat16, torch.float32)}
+    small = torch.ones(8, device="cuda")
+    graph, nodes = torch.cuda.CUDAGraph(), 200
+    small.add_(1)
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        for _ in range(nodes):
+            small.add_(1)
+    runs = {
+        "copy": lambda _: numbers.clone(),
+        "bfloat16 product": lambda _: squares[torch.bfloat16] @ squares[torch.bfloat16],
+        "float32 product": lambda _: squares[torch.float32] @ squares[torch.float32],
+        "graph": lambda _: graph.replay(),
+    }
+    seconds = {name: one["seconds"] for name, one in timed(runs).items()}
+    found["ceilings"] = {
+        "copy_bytes_per_second": 8 * n * n / seconds["copy"],
+        "bfloat16_flops": 2 * n**3 / seconds["bfloat16 product"],
+        "float32_flops": 2 * n**3 / seconds["float32 product"],
+        "seconds_per_graph_node": seconds["graph"] / nodes,
+    }
+    (given.out / "machine.json").write_text(json.dumps(found, indent=2, default=str), encoding="utf-8")
+    rows.add("machine", **found)
+
+
+def kernels(rows: Rows, sizes: dict[str, Any], given: argparse.Namespace) -> None:
+    """Stage 1: kernels against float64, small and at the longest length, where 256 rows are compared."""
+    import check_kernels
+    import torch
+
+    from approxkmv.attention.kernels import triton as triton_kernels
+
+    check_kernels.DEVICE = "cuda"
+    checks = [check_kernels.check_tiles]
+    if not given.interpret:  # a test of its own runs the others in the interpreter
+        checks += [check_kernels.check_exact, check_kernels.check_listed, check_kernels.check_local_expansion]
+        checks += [check_kernels.check_approxkmv, check_kernels.check_errors]
+    for name in rows.without([check.__name__ for check in checks]):
+        try:
+            getattr(check_kernels, name)()
+            rows.add(name, holds=True)
+        except AssertionError as error:
+            rows.add(name, holds=False, reason=str(error))
+    n, d = sizes["long"], sizes["width"]
+    for what in rows.without([f"exact {kind} d_v={d_v}" for kind in ("bfloat16", "float32") for d_v in (1, d)]):
+        _, kind, width = what.split()
+        q, k, v = (t.to("cuda") for t in heads(n, d, int(width[4:])))
+        q, k, v = (t.to(getattr(torch, kind)) for t in (q, k, v))
+        out = triton_kernels.exact(q, k, v, d**-0.5)
+        some = torch.linspace(0, n - 1, min(n, 256), device="cuda").long()
+        right = (d**-0.5 * q[:, some].double() @ k.double().mT).softmax(2) @ v.double()
+        gap = out[:, some].double() - right
+        # float32 products are three of tf32, which the interpreter does not imitate.
+        rows.add(what, n=n, error=float(gap.norm() / v.double().norm() * (n / len(some)) ** 0.5))
+
+
+def heads(n: int, d: int, d_v: int, seed: int = 0) -> tuple[Any, Any, Any]:
+    """Queries and keys (1, n, d) around common centres, as tokens are, and values (1, n, d_v) that follow the keys."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(max(1, n // 64), d, generator=generator)
+    labels = torch.randint(len(centres), (2, n), generator=generator)
+    q, k = (centres[labels[i]] + 0.7 * torch.randn(n, d, generator=generator) for i in range(2))
+    v = k[:, :d_v] + 0.5 * torch.randn(n, d_v, generator=generator)
+    return q[None], k[None], v[None]
+
+
+def graphs(rows: Rows, sizes: dict[str, Any], given: argparse.Namespace) -> None:
+    """Stage 2: a replay equals an eager run, and no graph is recorded while settings alternate."""
+    import check_kernels
+    import torch
+
+    from approxkmv.attention import get
+    from approxkmv.attention.kernels import cuda_graphs
+
+    for _ in rows.without(["replays"]):
+        check_kernels.DEVICE = "cuda"
+        q, k, v = (t.to("cuda") for t in heads(sizes["figure"][0], sizes["width"], 1))
+        gaps = {}
+        method = get("local-expansion")
+        parameters = method.parameters({"block": 32, "near": 16, "products": "float32"})
+        run = partial(method.compute, q, k, v, scale=sizes["width"] ** -0.5, **parameters)
+        # k-means adds in any order: a rounding may move a query to another cluster.
+        with check_kernels.labelled_by(check_kernels.rolled):
+            answers = [run(seed=seed) for seed in range(3)]
+            has_graphs, cuda_graphs._has_graphs = cuda_graphs._has_graphs, lambda device: False
+            for seed, answer in enumerate(answers):
+                gaps[seed] = float((run(seed=seed) - answer).abs().max())
+            cuda_graphs._has_graphs = has_graphs
+        before = cuda_graphs.recordings()
+        for seed in range(3):
+            run(seed=seed)
+        recorded = cuda_graphs.recordings() - before
+        rows.add("replays", largest_gap=max(gaps.values()), recorded_again=recorded, holds=recorded == 0)
+        torch.cuda.synchronize()
+
+
+def exact(rows: Rows, sizes: dict[str, Any], given: argparse.Namespace) -> None:
+    """Stage 3: the exact rows, with the backend that torch's attention ran on."""
+    import torch
+
+    from approxkmv.attention import UnavailableError, get
+    from approxkmv.attention.exact import sdpa
+
+    long, d = sizes["long"], sizes["width"]
+    shapes = {
+        f"n={sizes['figure'][-1]} batch={sizes['batch']} d=100 d_v=1": (sizes["figure"][-1], sizes["batch"], 100, 1),
+        f"n={long} batch=1 d={d} d_v=1": (long, 1, d, 1),
+        f"n={long} batch=1 d={d} d_v={d}": (long, 1, d, d),
+    }
+    wanted = [f"{shape} {kind}" for shape in shapes for kind in ("bfloat16", "float32")]
+    for what in rows.without(wanted):
+        shape, kind = what.rsplit(" ", 1)
+        n, batch, width, d_v = shapes[shape]
+        tensors = [t.expand(batch, -1, -1).to("cuda", getattr(torch, kind)).contiguous() for t in heads(n, width, d_v)]
+        runs, refused = {}, {}
+        for name in EXACT:
+            if name == "exact-naive" and n == long:
+                continue
+            method = get(name)
+            run = partial(method.compute, *tensors, scale=width**-0.5, seed=0, **method.defaults)
+            try:
+                run()
+                runs[name] = lambda _, run=run: run()
+            except (UnavailableError, torch.OutOfMemoryError) as error:
+                refused[name] = str(error).splitlines()[0]
+        backends = {str(key[0]) + str(key[3]): backend for key, backend in sdpa._fastest.items()}
+        rows.add(what, times=timed(runs, 5), refused=refused, backends=backends)
+
+
+def swept(rows: Rows, workload: str, n: int, batch: int, given: argparse.Namespace) -> None:
+    """One case of a sweep, by the sweep itself."""
+    import csv
+
+    from approxkmv.sweep import SweepSettings, run_sweep
+
+    parameters = {
+        "local-expansion": [{"block": 32, "near": 16}],
+        "approxkmv": [{"block": 32, "near": 16, "samples": 8}],
+    }
+    few = {"parameters": parameters, "seeds": [0], "tuning_seeds": [9], "inputs": 1, "repeats": 1, "warmups": 1}
+    small = {**few, "methods": ["exact-naive", "exact-sdpa", "mean", *parameters]}
+    settings = {
+        "device": "cuda",
+        "dtype": "bfloat16",
+        "methods": list(SWEPT),
+        "workloads": [{"name": workload, "lengths": [n], "batches": [batch]}],
+        **(small if given.interpret else {}),
+    }
+    table = given.out / f"{workload}-{n}-{batch}.csv"
+    run_sweep(SweepSettings.from_mapping(settings), table, {"made by": "benchmarks/gpu.py", "commit": given.commit})
+    with table.open(encoding="utf-8") as file:
+        rows.add(f"{workload} n={n} batch={batch}", rows=list(csv.DictReader(file)))
+
+
+def figure5(rows: Rows, sizes: dict[str, Any], given: argparse.Namespace) -> None:
+    """Stage 4."""
+    for n in sizes["figure"]:
+        for _ in rows.without([f"glove-paper n={n} batch={sizes['batch']}"]):
+            swept(rows, "glove-paper", n, sizes["batch"], given)
+
+
+def ours(rows: Rows, sizes: dict[str, Any], given: argparse.Namespace) -> None:
+    """Stage 5: settings of our methods at the longest length, the cheap ones first, until one errs by 0.05 or less."""
+    import torch
+
+    from approxkmv.attention import UnavailableError, get
+    from approxkmv.sweep.measure import errors
+
+    n, d = sizes["long"], sizes["width"]
+    wide = [t.to("cuda") for t in heads(n, d, 1)]
+    right = get("exact-fused")(*wide).double()
+    tensors = [t.bfloat16() for t in wide]
+    baseline = partial(get("exact-sdpa").compute, *tensors, scale=d**-0.5, seed=0, backend="fastest")
+    baseline()
+    earlier = {row["what"]: row for row in read_rows(rows.path) if row["stage"] == rows.stage}
+    grids = {name: get(name).grid for name in ("local-expansion", "approxkmv")}
+    if given.interpret:
+        grids = {"local-expansion": [{"block": 32, "near": 16}], "approxkmv": [{"block": 64, "near": 16, "samples": 8}]}
+    for name, grid in grids.items():
+        method = get(name)
+        for setting in grid:
+            parameters = method.parameters(setting)
+            what = f"{name} {json.dumps(setting)}"
+            run = partial(method.compute, *tensors, scale=d**-0.5, seed=0, **parameters)
+            if what not in rows.known:
+                try:
+                    error = errors(run(), right, tensors[2])[0]
+                    times = timed({what: lambda _, run=run: run(), "exact-sdpa": lambda _: baseline()}, 5)
+                    earlier[what] = {"n": n, "error": error, "times": times}
+                except (UnavailableError, torch.OutOfMemoryError) as refusal:
+                    earlier[what] = {"n": n, "reason": str(refusal).splitlines()[0]}
+                rows.add(what, **{key: earlier[what][key] for key in earlier[what] if key not in ("stage", "what")})
+            if earlier[what].get("error", 1.0) <= 0.05:
+                break
+    for _ in rows.without(["profile"]):
+        method = get("local-expansion")
+        run = partial(method.compute, *tensors, scale=d**-0.5, seed=0, **method.parameters(grids["local-expansion"][0]))
+        run()
+        with torch.profiler.profile() as profile:
+            run()
+            torch.cuda.synchronize()
+        rows.add("profile", kernels=profile.key_averages().table(sort_by="cuda_time_total", row_limit=60))
+
+
+def sharper(rows: Rows, sizes: dict[str, Any], given: argparse.Namespace) -> None:
+    """Stage 6."""
+    for workload, lengths in (("glove-sharp", sizes["figure"]), ("glove-split", sizes["split"])):
+        for n in lengths:
+            for _ in rows.without([f"{workload} n={n} batch=1"]):
+                swept(rows, workload, n, 1, given)
+
+
+def statistics(rows: Rows, sizes: dict[str, Any], given: argparse.Namespace) -> None:
+    """Stage 7: statistics of one long head, as they are called."""
+    import torch
+
+    from approxkmv.statistics.streaming import length_statistics
+
+    lengths = [n for n in (sizes["long"] // 8, sizes["long"] // 4, sizes["long"] // 2, sizes["long"]) if n > 32]
+    for what in rows.without([f"length_statistics n={n}" for n in lengths]):
+        n = int(what.split("=")[1])
+        q, k, _ = (t[0].to("cuda") for t in heads(n, sizes["width"], 1))
+        taken = []
+        for _ in range(1 if given.interpret else 3):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            found = length_statistics(q, k)[0][0]
+            taken.append(time.perf_counter() - start)
+        rows.add(what, seconds=min(taken), ratio=found.ratio, log_next=found.log_next, log_double=found.log_double)
+
+
+STAGES = (machine_and_ceilings, kernels, graphs, exact, figure5, ours, sharper, statistics)
+
+
+def chosen(text: str) -> list[int]:
+    """0-7 or 1,4,5 as numbers of stages."""
+    found: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        found += range(int(first), int(last or first) + 1)
+    if not found or not set(found) <= set(LIMITS):
+        raise ValueError
+    return sorted(set(found))
+
+
+def one_stage(stage: int, given: argparse.Namespace) -> None:
+    """A stage, in this process."""
+    sys.path[:0] = [str(ROOT / "tests" / "gpu")]
+    if given.interpret:
+        import mock_cuda
+
+        mock_cuda.install()
+    import torch
+
+    rows = Rows(given.out / "rows.jsonl", stage)
+    start = time.perf_counter()
+    with torch.inference_mode():
+        STAGES[stage](rows, SMALL if given.interpret else FULL, given)
+    rows.add("finished", seconds=time.perf_counter() - start)
+
+
+def main() -> int:
+    """Run the stages that are not finished and fit into the time."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder of the rows, also of those of earlier commands")
+    parser.add_argument("--stages", type=chosen, default=list(LIMITS), help="as 0-7 or 1,4; default all")
+    parser.add_argument("--minutes", type=float, default=8.0, help="no stage starts that may end later")
+    parser.add_argument("--commit", help="of these files, where git does not say")
+    parser.add_argument("--interpret", action="store_true", help="small inputs on a CPU")
+    parser.add_argument("--one", type=int, choices=list(LIMITS), help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
+    if given.one is not None:
+        one_stage(given.one, given)
+        return 0
+    if not given.interpret:
+        import torch
+
+        if not torch.cuda.is_available():
+            print("gpu: torch finds no CUDA device; --interpret runs the stages small on a CPU", file=sys.stderr)
+            return 2
+    end = time.monotonic() + 60 * given.minutes
+    environment = {**os.environ, **({"TRITON_INTERPRET": "1"} if given.interpret else {})}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
+    waiting, failed = [], []
+    for stage in given.stages:
+        if "finished" in Rows(given.out / "rows.jsonl", stage).known:
+            continue
+        if time.monotonic() + LIMITS[stage] > end:
+            waiting.append(stage)
+            continue
+        command = [sys.executable, str(Path(__file__).resolve()), "--one", str(stage), "--out", str(given.out)]
+        command += ["--interpret"] * given.interpret + (["--commit", given.commit] if given.commit else [])
+        try:
+            done = subprocess.run(command, env=environment, cwd=ROOT, check=False, timeout=LIMITS[stage]).returncode
+        except subprocess.TimeoutExpired:
+            done = None
+        if done != 0:
+            failed.append(stage)
+            print(f"gpu: stage {stage} {'ran out of its time' if done is None else 'failed'}", file=sys.stderr)
+    if waiting:
+        print(f"gpu: stages {waiting} do not fit into this command: run it again", file=sys.stderr)
+    return 1 if failed else 3 if waiting else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,63 @@
+"""benchmarks/gpu.py on a CPU: every stage runs, finished ones are skipped, and time that is too short is not begun."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.slow
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
+
+
+def gpu(out, *words):
+    command = [sys.executable, SCRIPT, "--out", out, *words]
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1300, check=False)
+
+
+def rows(out):
+    return [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
+
+
+def test_every_stage_in_the_interpreter(tmp_path):
+    done = gpu(tmp_path, "--interpret", "--minutes", "22", "--commit", "abc")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = rows(tmp_path)
+    assert [row["stage"] for row in found if row["what"] == "finished"] == list(range(8))
+    machine = json.loads((tmp_path / "machine.json").read_text())
+    assert machine["commit"] == "abc"
+    assert all(value > 0 for value in machine["ceilings"].values())
+    assert all(row["holds"] for row in found if "holds" in row)
+    assert all(row["error"] < 0.1 for row in found if "error" in row)
+    exact = [row["times"] for row in found if row["stage"] == 3 and "times" in row]
+    assert all(one["seconds"] > 0 and one["host_seconds"] > 0 for times in exact for one in times.values())
+    swept = [row for one in found if one["stage"] in (4, 6) for row in one.get("rows", ())]
+    assert {row["status"] for row in swept} <= {"ok", "unreached"}
+    # A second command with these rows has nothing to do; one with a cut-off row does that again.
+    assert gpu(tmp_path, "--interpret").returncode == 0
+    assert rows(tmp_path) == found
+    kept = [row for row in found if row["stage"] != 7]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept) + '{"stage": 7, "wh')
+    assert gpu(tmp_path, "--interpret").returncode == 0
+    assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == len(found) + 1
+
+
+def test_a_stage_that_may_not_end_in_time_waits(tmp_path):
+    done = gpu(tmp_path, "--interpret", "--minutes", "0.5")
+    assert done.returncode == 3
+    assert "do not fit into this command" in done.stderr
+    assert not (tmp_path / "rows.jsonl").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_gpu_one_line_says_so(tmp_path):
+    done = gpu(tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "--interpret" in done.stderr
