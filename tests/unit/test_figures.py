@@ -14,7 +14,8 @@ import pytest
 
 from approxkmv.errors import ConfigError, TableError
 from approxkmv.figures import catalogue, context_scaling, length_scaling
-from approxkmv.figures.style import COLOURS, short
+from approxkmv.figures.order_ratios import up_to_the_scale
+from approxkmv.figures.style import COLOURS, near, short
 from approxkmv.statistics.entries import CAUSAL, OWN_MASK
 
 REFERENCE = Path(__file__).resolve().parents[2] / "results" / "reference"
@@ -477,3 +478,8 @@ def test_characters_that_the_font_does_not_have_are_named(tmp_path, caplog, recw
     assert [message.split()[:2] for message in caplog.messages] == [["max_ratios:", "型"]]
     assert "模" in caplog.text
     assert not [str(warning.message) for warning in recwarn if "Glyph" in str(warning.message)]
+
+
+def test_a_cell_near_the_bound_says_on_which_side_it_is():
+    assert [near(4.6)(value) for value in (4.5, 4.58, 4.62, 57.8, 0.001)] == ["4.50", "4.58", "4.62", "58", "<.01"]
+    assert [up_to_the_scale(value) for value in (1.92, 20.3, 1e9)] == ["1.9", "20.30", ">1000"]

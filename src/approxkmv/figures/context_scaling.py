@@ -105,7 +105,8 @@ def draw(tables: Path, models: Sequence[str], stem: Path) -> list[Path]:
     headline(
         figure,
         f"Figure 4: the largest c over layers and heads {title}",
-        f"{details}Mean and standard deviation over texts",
+        details,
+        "Mean and standard deviation over texts",
     )
     label_ends(top, ends)
     return save(figure, stem)
@@ -132,7 +133,7 @@ def _from_to(found: Sequence[tuple[str, pd.Series, pd.Series]]) -> tuple[str, st
     up = sum(last["mean"] > first["mean"] for _, first, last in found)
     return (
         f"grows with the length in {up} of {len(found)} models",
-        f"{start} at the shortest prefix, {end} at the longest that {ENOUGH_TEXTS} texts reach. ",
+        f"{start} at the shortest prefix, {end} at the longest that {ENOUGH_TEXTS} texts reach",
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from approxkmv.figures.heatmap import Scale, draw_heatmap, grid, is_wide, new_panels
-from approxkmv.figures.style import as_written, entries, footnote, not_in_kernel, save, short
+from approxkmv.figures.style import as_written, entries, footnote, near, not_in_kernel, save, short
 from approxkmv.results.tables import masks_of, model_tables, read_heads, read_overview
 from approxkmv.words import counted
 
@@ -19,9 +19,6 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
     values = grid(table, "max_ratio")
     bound = facts["paper_bound"]
 
-    def near(value: float) -> str:
-        return f"{value:.2f}" if abs(value / bound - 1) < 0.05 else short(value)
-
     above = {before: int((table[f"{before}max_ratio"] > bound).sum()) for before in masks}
     largest = table.nlargest(1, "max_ratio").iloc[0]
     figure, panels = new_panels(
@@ -34,7 +31,7 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
     )
     scale = Scale(0.05, 100.0, (0.1, 0.3, 1, 3, 10, 30, 100), "largest c over texts and prefixes", bound)
     for axes, before in zip(panels, masks, strict=True):
-        draw_heatmap(figure, axes, grid(table, f"{before}max_ratio"), scale, write=near)
+        draw_heatmap(figure, axes, grid(table, f"{before}max_ratio"), scale, write=near(bound))
         axes.set_title(
             f"{entries(before, facts)}: {counted(above[before], 'head')} above {bound:g}", fontsize=8, loc="left"
         )

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from approxkmv.figures.heatmap import Scale, draw_heatmap, grid, is_wide, new_panels
-from approxkmv.figures.style import as_written, entries, footnote, not_in_kernel, save, short
+from approxkmv.figures.style import as_written, entries, footnote, near, not_in_kernel, save
 from approxkmv.results.tables import masks_of, model_tables, read_heads, read_overview
 from approxkmv.words import counted
 
@@ -41,8 +41,8 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
         of = grid(table, f"{before}median_{which}_ratio")
         scale = replace(SCALE, bound=DOUBLE) if which == "double" else SCALE
         draw_heatmap(figure, axes, of, scale, write=_WRITE[which])
-        near = int((table[f"{before}median_next_ratio"] <= NEXT).sum())
-        about = f"{WORDS['next']} is at most {NEXT:g} in {counted(near, 'head')}"
+        close = int((table[f"{before}median_next_ratio"] <= NEXT).sum())
+        about = f"{WORDS['next']} is at most {NEXT:g} in {counted(close, 'head')}"
         count = (
             about if which == "next" else f"{WORDS['double']} is at most {DOUBLE:g} in {counted(small[before], 'head')}"
         )
@@ -58,8 +58,8 @@ def near_one(value: float) -> str:
 
 
 def up_to_the_scale(value: float) -> str:
-    """A ratio in a cell; beyond the scale only that it is."""
-    return short(value) if not value > SCALE.high else f">{SCALE.high:.0f}"
+    """A ratio in a cell, exact near the paper's bound; beyond the scale only that it is."""
+    return near(DOUBLE)(value) if not value > SCALE.high else f">{SCALE.high:.0f}"
 
 
 _WRITE = {"next": near_one, "double": up_to_the_scale}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -203,6 +203,11 @@ def legend_below(figure: Figure, text: str, **options: Any) -> None:
 def wrapped(text: str, width: int) -> str:
     """The text in lines of at most `width` characters."""
     return "\n".join(textwrap.wrap(text, width))
+
+
+def near(bound: float) -> Callable[[float], str]:
+    """`short`, but with two decimals near a bound, so that the side on which a value lies can be read."""
+    return lambda value: f"{value:.2f}" if abs(value / bound - 1) < 0.05 else short(value)
 
 
 def short(value: float) -> str:
