@@ -188,3 +188,20 @@ def test_every_statistic_of_the_explorer_is_a_column_of_some_table():
     for one in STATISTICS:
         for kind, column in one.tables:
             assert kind == "attention" or column in columns[kind]
+
+
+def test_the_verdict_of_a_sweep_is_who_won_it(tmp_path):
+    tables = tmp_path / "tables"
+    shutil.copytree(REFERENCE / "figure5" / "tables", tables)
+    texts = Tags(drawn(tables, tmp_path / "index.html")).texts
+    (sentence,) = [text for text in texts if text.startswith("At an error")]
+    assert "exact" in sentence
+    assert not [text for text in texts if "No heads were measured" in text]
+
+
+def test_parameters_of_methods_are_for_reading(tmp_path):
+    page = drawn(REFERENCE / "perplexity" / "tables", tmp_path / "index.html")
+    texts = Tags(page).texts
+    assert "backend fastest" in texts
+    assert not [text for text in texts if text.startswith("{")]
+    assert any("No heads were measured" in text for text in texts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import json
 import re
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from approxkmv.errors import TableError
 from approxkmv.files import read_json, read_table, write_text
 from approxkmv.page.contents import ASSETS, CAPTIONS, FIGURES
 from approxkmv.page.heads import explorer, of_model
-from approxkmv.page.verdict import holds, is_on_long_texts, measured, sentences
+from approxkmv.page.verdict import holds, is_on_long_texts, measured, sentences, sweep_sentence
 
 CLAIMS = dict.fromkeys(("claim", "criterion", "model", "entries", "holds"), "text") | {"ours": "number"}
 
@@ -55,6 +56,7 @@ def write_page(tables: Path, figures: Path, out: Path, title: str, models: Colle
     text = environment.get_template("page.html.j2").render(
         title=title,
         verdicts=verdicts,
+        sweep=sweep_sentence(tables),
         claims=_claims(claims, {facts["model"]: facts["label"] for facts in every}),
         explorer=explorer(shown) if shown else None,
         figures=list(_figures(tables, figures, [facts["model"] for facts in every])),
@@ -127,7 +129,19 @@ def _perplexities(path: Path) -> list[dict[str, Any]]:
     numbers = ("tokens", "perplexity", "exact_perplexity", "seconds", "exact_seconds")
     words = ("model", "method", "parameters")
     rows = read_table(path, dict.fromkeys(words, "text") | dict.fromkeys(numbers, "number")).to_dict("records")
-    return [{name: row[name] for name in words} | {name: f"{row[name]:,.4g}" for name in numbers} for row in rows]
+    return [
+        {"model": row["model"], "method": row["method"], "parameters": _parameters(row["parameters"])}
+        | {name: f"{row[name]:,.4g}" for name in numbers}
+        for row in rows
+    ]
+
+
+def _parameters(text: str) -> str:
+    """A method's parameters as a table has them, for reading: `block 256, samples 16`."""
+    try:
+        return ", ".join(f"{name} {value}" for name, value in json.loads(text).items())
+    except (ValueError, AttributeError):
+        return text
 
 
 def _records(tables: Path) -> list[dict[str, Any]]:

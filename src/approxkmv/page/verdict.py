@@ -101,6 +101,17 @@ def growth_sentences(tables: Path, facts: dict[str, Any]) -> list[str]:
     return out
 
 
+def sweep_sentence(tables: Path) -> str:
+    """Who won the sweep, where the folder has one; else nothing."""
+    if not (tables / "sweep.csv").is_file():
+        return ""
+    # Imported here, since they import torch, which takes longer than the rest.
+    from approxkmv.figures.speedup import finding
+    from approxkmv.figures.sweep_table import read_sweep
+
+    return finding(read_sweep(tables / "sweep.csv"))
+
+
 def _counted(found: Any, words: Sequence[str]) -> str:
     """`small on 40 heads, undecided on 2`."""
     counts = found.value_counts()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from approxkmv.errors import TableError
-from approxkmv.page.verdict import measured, sentences
+from approxkmv.page.verdict import measured, sentences, sweep_sentence
 from approxkmv.steps.cleaning import leftovers, study_in
 
 
@@ -22,12 +22,8 @@ def lines(results: Path) -> list[str]:
     for facts in measured(results / "tables", models, lengths):
         first, *rest = sentences(results / "tables", facts)
         out += [first, *(f"  {line}" for line in rest)]
-    if (results / "tables" / "sweep.csv").is_file():
-        # Here, since they import torch, which takes longer than the rest.
-        from approxkmv.figures.speedup import finding
-        from approxkmv.figures.sweep_table import read_sweep
-
-        out.append(f"sweep: {finding(read_sweep(results / 'tables' / 'sweep.csv'))}")
+    if won := sweep_sentence(results / "tables"):
+        out.append(f"sweep: {won}")
     if left := leftovers(results):
         names = ", ".join(str(path.relative_to(results)) for path in left[:3])
         more = f" and {len(left) - 3} more" if len(left) > 3 else ""
