@@ -12,6 +12,13 @@ from approxkmv.config import corpus_of, entry_of, load_config, model_of
 from approxkmv.progress import LOG, Times, log_to, step
 from approxkmv.words import counted
 
+Shards = Annotated[Path, typer.Option("--statistics", help="Folder with the shards' Parquet and CSV files.")]
+Texts = Annotated[Path, typer.Option("--texts", help="Parquet file from `approxkmv texts`.")]
+Activations = Annotated[Path, typer.Option("--activations", help="safetensors file from `approxkmv extract`.")]
+Location = Annotated[Path, typer.Option("--location", help="JSON file from `approxkmv fetch`.")]
+OutFolder = Annotated[Path, typer.Option("--out", help="Folder for the model's tables.")]
+Tables = Annotated[Path, typer.Option("--tables", help="Folder of the models' tables.")]
+
 
 @app.command()
 def fetch(
@@ -61,8 +68,8 @@ def texts(
 @app.command()
 def extract(
     model: Model,
-    location: Annotated[Path, typer.Option("--location", help="JSON file from `approxkmv fetch`.")],
-    texts: Annotated[Path, typer.Option("--texts", help="Parquet file from `approxkmv texts`.")],
+    location: Location,
+    texts: Texts,
     shard: Annotated[int, typer.Option("--shard", min=0, help="Which shard of the texts, counted from 0.")],
     out: Annotated[Path, typer.Option("--out", help="safetensors file to write: queries and keys.")],
     contexts_out: Annotated[Path, typer.Option("--contexts-out", help="CSV file to write: how each text was used.")],
@@ -90,7 +97,7 @@ def extract(
 @app.command()
 def statistics(
     model: Model,
-    activations: Annotated[Path, typer.Option("--activations", help="safetensors file from `approxkmv extract`.")],
+    activations: Activations,
     heads_out: Annotated[Path, typer.Option("--heads-out", help="Parquet file to write: per text, layer and head.")],
     prefixes_out: Annotated[Path, typer.Option("--prefixes-out", help="Parquet file to write: c at given prefixes.")],
     config: Config = CONFIG,
@@ -115,7 +122,7 @@ def statistics(
 @app.command()
 def attention(
     model: Model,
-    activations: Annotated[Path, typer.Option("--activations", help="safetensors file from `approxkmv extract`.")],
+    activations: Activations,
     out: Annotated[Path, typer.Option("--out", help="Parquet file to write: per text, layer and head.")],
     config: Config = CONFIG,
     study: StudyName = None,
@@ -138,9 +145,9 @@ def attention(
 @app.command("attention-table")
 def attention_table(
     model: Model,
-    statistics: Annotated[Path, typer.Option("--statistics", help="Folder with the shards' Parquet and CSV files.")],
-    texts: Annotated[Path, typer.Option("--texts", help="Parquet file from `approxkmv texts`; gives the shard count.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder for the model's tables.")],
+    statistics: Shards,
+    texts: Texts,
+    out: OutFolder,
     config: Config = CONFIG,
     study: StudyName = None,
     log: Log = None,
@@ -161,9 +168,9 @@ def attention_table(
 @app.command()
 def summary(
     model: Model,
-    statistics: Annotated[Path, typer.Option("--statistics", help="Folder with the shards' Parquet and CSV files.")],
-    texts: Annotated[Path, typer.Option("--texts", help="Parquet file from `approxkmv texts`; gives the shard count.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder for the model's tables.")],
+    statistics: Shards,
+    texts: Texts,
+    out: OutFolder,
     config: Config = CONFIG,
     study: StudyName = None,
     log: Log = None,
@@ -185,7 +192,7 @@ def summary(
 @app.command()
 def readings(
     model: Model,
-    activations: Annotated[Path, typer.Option("--activations", help="safetensors file from `approxkmv extract`.")],
+    activations: Activations,
     texts: Annotated[Path, typer.Option("--texts", help="Parquet file from `approxkmv texts`; gives their number.")],
     out: Annotated[Path, typer.Option("--out", help="Parquet file to write: per text, layer, head and reading.")],
     config: Config = CONFIG,
@@ -208,9 +215,9 @@ def readings(
 @app.command("readings-table")
 def readings_table(
     model: Model,
-    statistics: Annotated[Path, typer.Option("--statistics", help="Folder with the shards' Parquet and CSV files.")],
-    texts: Annotated[Path, typer.Option("--texts", help="Parquet file from `approxkmv texts`; gives the shard count.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder for the model's tables.")],
+    statistics: Shards,
+    texts: Texts,
+    out: OutFolder,
     config: Config = CONFIG,
     study: StudyName = None,
     log: Log = None,
@@ -230,8 +237,8 @@ def readings_table(
 @app.command()
 def gauge(
     model: Model,
-    location: Annotated[Path, typer.Option("--location", help="JSON file from `approxkmv fetch`.")],
-    texts: Annotated[Path, typer.Option("--texts", help="Parquet file from `approxkmv texts`.")],
+    location: Location,
+    texts: Texts,
     tables: Annotated[Path, typer.Option("--tables", help="Folder of the model's tables; one more is written there.")],
     config: Config = CONFIG,
     study: StudyName = None,
@@ -253,8 +260,8 @@ def gauge(
 @app.command()
 def growth(
     model: Model,
-    statistics: Annotated[Path, typer.Option("--statistics", help="Folder with the shards' Parquet and CSV files.")],
-    texts: Annotated[Path, typer.Option("--texts", help="Parquet file from `approxkmv texts`; gives the shard count.")],
+    statistics: Shards,
+    texts: Texts,
     tables: Annotated[Path, typer.Option("--tables", help="Folder of the model's tables; two more are written there.")],
     config: Config = CONFIG,
     study: StudyName = None,
@@ -278,7 +285,7 @@ def growth(
 @app.command()
 def lengths(
     model: Model,
-    activations: Annotated[Path, typer.Option("--activations", help="safetensors file from `approxkmv extract`.")],
+    activations: Activations,
     contexts: Annotated[Path, typer.Option("--contexts", help="CSV file from `approxkmv extract`.")],
     out: Annotated[Path, typer.Option("--out", help="Parquet file to write: per text, layer, head and length.")],
     config: Config = CONFIG,
@@ -306,9 +313,9 @@ def lengths(
 @app.command("length-scaling")
 def length_scaling(
     model: Model,
-    statistics: Annotated[Path, typer.Option("--statistics", help="Folder with the shards' Parquet and CSV files.")],
-    texts: Annotated[Path, typer.Option("--texts", help="Parquet file from `approxkmv texts`; gives the shard count.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder for the model's tables.")],
+    statistics: Shards,
+    texts: Texts,
+    out: OutFolder,
     config: Config = CONFIG,
     study: StudyName = None,
     log: Log = None,
@@ -330,7 +337,7 @@ def length_scaling(
 
 @app.command()
 def compare(
-    tables: Annotated[Path, typer.Option("--tables", help="Folder of the models' tables.")],
+    tables: Tables,
     out: Annotated[Path, typer.Option("--out", help="CSV file to write.")],
     config: Config = CONFIG,
     study: StudyName = None,
@@ -350,7 +357,7 @@ def compare(
 @app.command()
 def figure(
     name: Annotated[str, typer.Argument(help="Name of a figure, such as max_ratios or context_scaling.")],
-    tables: Annotated[Path, typer.Option("--tables", help="Folder of the models' tables.")],
+    tables: Tables,
     stem: Annotated[Path, typer.Option("--out", help="Path without a suffix: OUT.pdf and OUT.png are written.")],
     models: Annotated[
         list[str] | None, typer.Option("--model", help="A model; repeat the option for context_scaling.")
