@@ -319,19 +319,34 @@ def statistics(rows: Rows, sizes: dict[str, Any], given: argparse.Namespace) -> 
     """Stage 7: statistics of one long head, as they are called."""
     import torch
 
+    from approxkmv import attention_statistics
+    from approxkmv.statistics.largest_cuda import largest_of
     from approxkmv.statistics.streaming import length_statistics
 
+    def c_alone(q: torch.Tensor, k: torch.Tensor) -> tuple[float, ...]:
+        scale = q.shape[1] ** -0.5
+        return largest_of(q, k, scale, -0.5 * scale * q.double().square().sum(1)).finish()
+
+    def ratios(q: torch.Tensor, k: torch.Tensor) -> tuple[float, ...]:
+        found = attention_statistics(q, k)
+        return tuple(float(value) for value in (found.ratio, found.log_next, found.log_double, found.softmax_ratio))
+
+    def everything(q: torch.Tensor, k: torch.Tensor) -> object:
+        return length_statistics(q, k)[0][0]
+
+    forms = {"c and order ratios": c_alone, "attention_statistics": ratios, "length_statistics": everything}
     lengths = [n for n in (sizes["long"] // 8, sizes["long"] // 4, sizes["long"] // 2, sizes["long"]) if n > 32]
-    for what in rows.without([f"length_statistics n={n}" for n in lengths]):
-        n = int(what.split("=")[1])
+    for what in rows.without([f"{form} n={n}" for form in forms for n in lengths]):
+        form, n = what.split(" n=")[0], int(what.split("=")[1])
         q, k, _ = (t[0].to("cuda") for t in heads(n, sizes["width"], 1))
         taken = []
         for _ in range(1 if given.interpret else 3):
             torch.cuda.synchronize()
             start = time.perf_counter()
-            found = length_statistics(q, k)[0][0]
+            found = forms[form](q, k)
+            torch.cuda.synchronize()
             taken.append(time.perf_counter() - start)
-        rows.add(what, seconds=min(taken), ratio=found.ratio, log_next=found.log_next, log_double=found.log_double)
+        rows.add(what, seconds=min(taken), found=found)
 
 
 STAGES = (machine_and_ceilings, kernels, graphs, exact, figure5, ours, sharper, statistics)

@@ -439,19 +439,49 @@ def test_the_widest_inputs_fit_on_the_chip(name, dtype):
 @pytest.mark.parametrize(("d", "d_v"), [(64, 1), (64, 64), (100, 1), (100, 100)])
 def test_no_kernel_spills_registers(name, d, d_v, dtype, tmp_path):
     """A spill takes a stack. docs/gpu.md has the registers: run with -s to see them."""
+    made = compiled_for_an_h100(name, d, d_v, dtype)
+    registers, stack = registers_of(made, tmp_path)
+    print(f"\n{name} {dtype} d={d} d_v={d_v}: {registers} registers, {made.metadata.shared} bytes of shared memory")
+    assert stack == 0
+    assert "cp.async" in made.asm["ptx"]
+
+
+@compiles
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [64, 128])
+def test_the_kernel_of_statistics_spills_no_registers(width, tmp_path):
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from approxkmv.statistics import largest_cuda as largest
+
+    kernel = largest._strip_kernel
+    constants = {"LISTS": largest._LISTS, "LENGTH": 0, "BM": largest._ROWS, "BN": largest._KEYS, "BD": width}
+    constants |= {"WIDEN": False}
+    parts = ("qh_pointer", "qm_pointer", "kh_pointer", "km_pointer")
+    types = {**dict.fromkeys(parts, "*bf16"), "shift_pointer": "*fp32", "far_pointer": "*fp64"}
+    types |= {"count_pointer": "*i32", "place_pointer": "*i64", "scale": "fp32", "margin": "fp32"}
+    signature = {argument: types.get(argument, "i32") for argument in kernel.arg_names}
+    signature |= dict.fromkeys(constants, "constexpr")
+    attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if "pointer" in name}
+    made = triton.compile(ASTSource(kernel, signature, constants, attributes), target=GPUTarget("cuda", 90, 32))
+    registers, stack = registers_of(made, tmp_path)
+    print(f"\nstatistics, width {width}: {registers} registers, {made.metadata.shared} bytes of shared memory")
+    assert stack == 0
+    assert made.metadata.shared <= SHARED
+
+
+def registers_of(made, folder):
+    """Registers of a thread, and bytes of its stack."""
     from triton import knobs
 
     disassembler = Path(knobs.nvidia.cuobjdump.path)
     if not disassembler.is_file():
         pytest.skip("Triton came without cuobjdump, which reads the registers of a compiled kernel")
-    made = compiled_for_an_h100(name, d, d_v, dtype)
-    binary = tmp_path / "kernel.cubin"
+    binary = folder / "kernel.cubin"
     binary.write_bytes(made.asm["cubin"])
     said = subprocess.run([disassembler, "-res-usage", binary], capture_output=True, text=True, check=True).stdout
-    registers, stack = (int(x) for x in re.search(r"REG:(\d+) STACK:(\d+)", said).groups())
-    print(f"\n{name} {dtype} d={d} d_v={d_v}: {registers} registers, {made.metadata.shared} bytes of shared memory")
-    assert stack == 0
-    assert "cp.async" in made.asm["ptx"]
+    return tuple(int(x) for x in re.search(r"REG:(\d+) STACK:(\d+)", said).groups())
 
 
 class Launches(TorchDispatchMode):

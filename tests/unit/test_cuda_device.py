@@ -116,3 +116,42 @@ def test_what_a_gpu_refuses_the_mock_refuses(tmp_path):
     done = in_mock(script, *WRONG)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [error.__name__ for error in WRONG.values()]
+
+
+STATISTICS = """
+import mock_cuda, torch
+from approxkmv import attention_statistics
+from approxkmv.statistics.streaming import length_statistics
+mock_cuda.install()
+from approxkmv.statistics import largest_cuda
+
+generator = torch.Generator().manual_seed(0)
+launched = []
+for n, d, size in ((150, 64, 1.0), (190, 100, 1.5), (131, 20, 3.0), (140, 16, 0.0)):
+    q, k = (size * torch.randn(n, d, generator=generator) for _ in range(2))
+    right = length_statistics(q, k)[0][0]
+    before = mock_cuda.MODE.launches
+    found = attention_statistics(q.to("cuda"), k.to("cuda"))
+    gaps = float(found.ratio) / right.ratio - 1, float(found.softmax_ratio) / right.softmax_ratio - 1
+    # Which of n^2 equal entries is where does not matter.
+    orders = float(found.log_next) - right.log_next, float(found.log_double) - right.log_double
+    print(n, d, size, *gaps, *orders, mock_cuda.MODE.launches - before)
+    assert max(map(abs, gaps)) < 1e-6
+    assert max(map(abs, orders)) < 1e-6
+    assert mock_cuda.MODE.launches > before
+    everything = length_statistics(q.to("cuda"), k.to("cuda"))[0][0]
+    assert abs(everything.ratio / right.ratio - 1) < 1e-6
+    assert everything.mean_keys == right.mean_keys or size == 0.0
+    own = attention_statistics(q, k)
+    for name in ("entropy", "largest_weight", "first_mass", "keys_per_share", "column_norm", "stable_rank"):
+        here, there = getattr(own, name), getattr(found, name).cpu()
+        assert torch.allclose(here.double(), there.double(), rtol=1e-5, atol=1e-5), name
+"""
+
+
+def test_statistics_are_those_of_the_cpu(tmp_path):
+    """c, order ratios and softmax c by the kernel, to 1e-6 of the CPU's float64, also where all entries are equal."""
+    script = tmp_path / "compare.py"
+    script.write_text(STATISTICS)
+    done = in_mock(script)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cached_property
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -145,6 +146,11 @@ class AttentionStatistics:
         """(heads, 4): c of K, c of D^-1 A, log K_(n)/K_(n+1), log K_(n)/K_(2n)."""
         logits = self._logits
         n_k = logits.k.shape[1]
+        if logits.q.device.type == "cuda" and logits.plain and find_spec("triton"):
+            from approxkmv.statistics.largest_cuda import largest_of
+
+            given = zip(logits.q, logits.k, -logits.row_terms, -self._log_sums, strict=True)
+            return self._table_of([(largest_of(q, k, 1.0, a), largest_of(q, k, 1.0, b)) for q, k, a, b in given])
         heads = [(Largest(n_k, logits.q.device), Largest(n_k, logits.q.device)) for _ in logits.q]
         for group, rows in logits.pieces(n_k, 2 * TILE):
             for tile in logits.tiles(group, rows, n_k):
@@ -153,9 +159,14 @@ class AttentionStatistics:
                     shifts = logits.row_terms[head, rows], self._log_sums[head, rows]
                     for target, shift in zip(heads[head], shifts, strict=True):
                         target.add_strip(strip - shift.unsqueeze(1))
+        return self._table_of(heads)
+
+    def _table_of(self, heads: Sequence[tuple[Largest, Largest]]) -> torch.Tensor:
         found = [(kernel.finish(), softmax.finish()) for kernel, softmax in heads]
         return torch.tensor(
-            [[k[0], p[0], k[1] - k[2], k[1] - k[3]] for k, p in found], dtype=torch.float64, device=logits.q.device
+            [[k[0], p[0], k[1] - k[2], k[1] - k[3]] for k, p in found],
+            dtype=torch.float64,
+            device=self._logits.q.device,
         ).reshape(-1, 4)
 
     @property

@@ -44,6 +44,11 @@ class Logits:
     """The leading dimensions."""
 
     @property
+    def plain(self) -> bool:
+        """Whether a logit is a product alone."""
+        return self.softcap is None and self.bias is None and self.seen is None and self.spans is None
+
+    @property
     def hidden(self) -> float:
         """What replaces a hidden logit in a tile."""
         return HIDDEN[self.q.dtype]

@@ -63,12 +63,19 @@ class Inputs:
     def head_to_tail(self, say: Callable[[str], None]) -> float | None:
         """c of the first input's kernel, over all entries.
 
-        None if that takes too long, if the kernel is not square, or if numba, which it needs, does not work.
+        On CUDA it is computed there. None if that takes too long, if the kernel is not square, or if numba, which a CPU
+        needs for it, does not work.
         """
         p = self.problem("evaluation", 0)
-        if self.case.n > _LONGEST_KERNEL or p.q.shape[1] != p.k.shape[1] or not numba_works():
+        square, on_cuda = p.q.shape[1] == p.k.shape[1], p.q.device.type == "cuda"
+        if not square or not (on_cuda or (self.case.n <= _LONGEST_KERNEL and numba_works())):
             return None
         try:
+            if on_cuda:
+                from approxkmv.statistics.largest_cuda import largest_of
+
+                q, k = p.q[0].float(), p.k[0].float()
+                return largest_of(q, k, p.scale, -0.5 * p.scale * q.double().square().sum(1)).finish()[0]
             from approxkmv.statistics.streaming import length_statistics
 
             return length_statistics(p.q[0].float().cpu(), p.k[0].float().cpu(), p.scale)[0][0].ratio
