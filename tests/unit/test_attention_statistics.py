@@ -40,6 +40,16 @@ def entries(q, k, *, scale=None, seen=None, bias=None, softcap=None, sinks=None)
     return log_p[..., :-1], log_p[..., -1], x - 0.5 * scale * q.square().sum(-1, keepdim=True)
 
 
+def entropy_of(log_p):
+    """(..., n): sum - p log p, relative to itself also where one p rounds to 1; 0 for a row without weights."""
+    top, place = log_p.max(-1, keepdim=True)
+    below = top - log_p
+    others = (-below).exp().scatter(-1, place, 0.0)
+    moment = (others * below).nan_to_num(nan=0.0).sum(-1)
+    found = others.sum(-1).log1p() + moment / (1.0 + others.sum(-1))
+    return found.where(top[..., 0] > -torch.inf, 0.0)
+
+
 def ratios(logs):
     """c and the order ratios of a head's entries: those that exist are sorted."""
     n = logs.shape[-1]
@@ -52,7 +62,7 @@ def reference(q, k, **options):
     """Everything by its definition."""
     log_p, log_sink, log_k = entries(q, k, **options)
     p, sink = log_p.exp(), log_sink.exp()
-    entropy = torch.special.entr(p).sum(-1) + torch.special.entr(sink)
+    entropy = entropy_of(torch.cat([log_p, log_sink.unsqueeze(-1)], -1))
     exists = p.sum(-1) + sink > 0
     kept = torch.where(exists, entropy, torch.nan)
     c, following, double = ratios(log_k)
@@ -80,8 +90,8 @@ def agree(found, wanted, tolerance, names=(*PER_ROW, *PER_HEAD)):
         got, right = torch.as_tensor(getattr(found, name)), wanted[name]
         assert got.dtype == torch.float64
         assert got.shape == right.shape, name
-        # Relative, and absolute for what is an exponential or logarithm near 0: c without a tail, a ratio of ties.
-        torch.testing.assert_close(got, right, rtol=tolerance, atol=tolerance if name.startswith("log") else 1e-12)
+        # Relative; absolute for logarithms, which are near 0 where entries are almost equal, and where float64 ends.
+        torch.testing.assert_close(got, right, rtol=tolerance, atol=tolerance if name.startswith("log") else 1e-290)
     torch.testing.assert_close(torch.as_tensor(found.stable_rank), wanted["stable_rank"], rtol=0.01, atol=0)
 
 
@@ -112,6 +122,28 @@ HEADS = {
 def test_everything_by_its_definition(name, dtype):
     q, k = HEADS[name]
     agree(attention_statistics(q, k, dtype=dtype), reference(q, k), SINGLE if dtype == "float32" else DOUBLE)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("sink", [None, -40.0, 50.0])
+@pytest.mark.parametrize("place", [0, 300, 599])
+def test_entropy_of_a_row_that_one_key_holds_is_relative_to_itself(place, sink, dtype):
+    # One logit above 599 others by 1 to 60: entropies down to 1e-23.
+    gaps = torch.linspace(1.0, 60.0, 9)
+    bias = torch.full((9, 600), -30.0)
+    bias[:, place] += gaps
+    bias[:, 7] -= 1.0
+    found = attention_statistics(
+        torch.zeros(9, 1),
+        torch.zeros(600, 1),
+        bias=bias,
+        sinks=None if sink is None else torch.tensor(sink),
+        dtype=dtype,
+    )
+    logits = bias.double() if sink is None else torch.cat([bias, torch.full((9, 1), sink)], 1).double()
+    torch.testing.assert_close(
+        found.entropy, entropy_of(logits), rtol=SINGLE if dtype == "float32" else DOUBLE, atol=0.0
+    )
 
 
 @pytest.mark.parametrize("largest", [100.0, 1e4])
@@ -257,7 +289,7 @@ def test_loops_and_plain_torch_agree(name):
     tile[5] = -1e30
     sums = []
     for form in (rows, row_loops):
-        found = rows.RowSums(torch.full((700,), -5e29, dtype=torch.float64), *torch.zeros(2, 700, dtype=torch.float64))
+        found = rows.RowSums.of_no_keys(torch.full((700,), -5e29, dtype=torch.float64))
         for part in tile.clone().split(300, 1):
             form.add_tile(part.contiguous(), found)
         sums.append(found)
@@ -388,6 +420,8 @@ def test_memory_grows_with_n_and_not_its_square():
         ({"mask": torch.ones(5, 6, dtype=torch.bool)}, "mask has shape"),
         ({"mask": torch.ones(6, 3, dtype=torch.long)}, "mask of whole numbers"),
         ({"mask": torch.full((6, 2), 7)}, "mask of whole numbers"),
+        ({"k": torch.ones(2, 2, 2, 4), "mask": torch.tensor([[1, 0], [1, 1]] * 3)}, "whole numbers 0 and 1"),
+        ({"k": torch.ones(2, 2, 2, 4), "mask": np.ones((6, 2), np.uint8)}, "whole numbers 0 and 1"),
         ({"bias": torch.ones(6)[:5]}, "bias has shape"),
         ({"bias": torch.full((6, 6), torch.nan)}, "bias holds a NaN"),
         ({"bias": torch.full((6, 6), -torch.inf)}, "hide keys with mask"),

@@ -42,27 +42,28 @@ class AttentionStatistics:
         heads, n_q = logits.q.shape[:2]
         # Below any logit, and above hidden ones.
         largest = logits.row_terms.new_full((heads * n_q,), logits.hidden / 2)
-        sums = plain_rows.RowSums(largest, torch.zeros_like(largest), torch.zeros_like(largest))
+        sums = plain_rows.RowSums.of_no_keys(largest)
         form = self._form()
         for group, rows in logits.pieces(KEYS, TILE, per_thread=True):
             here = sums[group.start * n_q + rows.start : (group.stop - 1) * n_q + rows.stop]
             for tile in logits.tiles(group, rows, KEYS):
                 form.add_tile(tile.flatten(0, 1), here)
-        seen = sums.total > 0
-        top, total, moment = sums.largest, sums.total, sums.moment
+        seen = sums.others >= 0
+        top, others, moment = sums.largest, sums.others, sums.moment
         if sinks is not None:
             sink = sinks.reshape(-1)
             top = torch.maximum(top, sink)
             fade, own = torch.exp(sums.largest - top), torch.exp(sink - top)
-            moment = fade * (moment + (top - sums.largest).where(seen, 0.0) * total) + own * (top - sink)
-            total = fade * total + own
+            moment = fade * (moment + (top - sums.largest).where(seen, 0.0) * (others + 1.0)) + own * (top - sink)
+            others = torch.where(sink > sums.largest, fade * (others + 1.0), others + own)
         # Empty rows get an infinite sum, so that each of their weights is 0.
-        self._exists = (total > 0).view(heads, n_q)
-        log_sums = torch.where(total > 0, top + total.log(), math.inf)
+        exists = others >= 0
+        self._exists = exists.view(heads, n_q)
+        log_sums = torch.where(exists, top + others.log1p(), math.inf)
         self._log_sums = log_sums.view(heads, n_q)
         peaks = torch.where(seen, sums.largest - log_sums, -math.inf).view(heads, n_q).amax(1)
         self._log_largest = torch.where(peaks > -math.inf, peaks, 0.0)
-        self._entropy = torch.where(total > 0, total.log() + moment / total, 0.0).view(heads, n_q)
+        self._entropy = torch.where(exists, others.log1p() + moment / (others + 1.0), 0.0).view(heads, n_q)
         self._largest = torch.where(seen, torch.exp(sums.largest - log_sums), 0.0).view(heads, n_q)
         self._sink = torch.zeros_like(self._largest) if sinks is None else torch.exp(sinks - self._log_sums)
 
@@ -249,14 +250,15 @@ def attention_statistics(
         scale: the factor of the logits, above 0; None means 1/sqrt(d).
         mask: "none"; "causal"; an integer w, the window of the last w keys including the query's own; a boolean array
             that broadcasts to (..., n_q, n_k), True for visible keys; or integers (n_q, 2), the first visible key of
-            each query and the end of the visible ones, as in `Captured.spans`.
+            each query and the end of the visible ones, as in `Captured.spans`. For two keys integers that are all 0
+            or 1 could mean either, and are refused.
         bias: added to the logits, broadcasts to (..., n_q, n_k).
         softcap: the cap of the logits, applied before the bias.
         sinks: one more logit per row, belonging to no key: broadcasts to (...), one per head, or is (..., n_q).
         shares: between 0 and 1, of `keys_per_share`.
         dtype: of the products, float32 or float64. In float32 statistics are within 1e-5 of float64, relative to
-            the larger of 1 and the value, for scale |q| |k| up to 30 (larger logits are rounded in proportion); in
-            float64 within 1e-6 up to 10^4.
+            the value (`log_next` and `log_double` absolutely, `stable_rank` to 1 %), for scale |q| |k| up to 30 (larger
+            logits are rounded in proportion); in float64 within 1e-6 up to 10^4.
     Returns:
         AttentionStatistics.
     Raises:

@@ -212,6 +212,10 @@ def _masks(mask: Any, shape: tuple[int, ...], device: torch.device) -> tuple[np.
             "a window of at least 1 key, a boolean array, or whole numbers (n_q, 2) from and before which keys are seen"
         )
     spans = mask.detach().cpu().numpy().astype(np.int64)
+    if n_k == 2 and spans.shape == (n_q, 2) and n_q and spans.min() >= 0 and spans.max() <= 1:
+        raise InputError(
+            "mask has whole numbers 0 and 1 for 2 keys, which may be spans or tell seen keys: give a boolean array"
+        )
     if spans.shape != (n_q, 2) or spans.min(initial=0) < 0 or spans.max(initial=0) > n_k:
         raise InputError(f"mask of whole numbers has shape {spans.shape}: spans are ({n_q}, 2), each from 0 to {n_k}")
     return spans, None

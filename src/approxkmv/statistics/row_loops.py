@@ -20,7 +20,7 @@ def add_tile(tile: torch.Tensor, sums: RowSums) -> None:
     """As rows.add_tile."""
     # torch's maximum is vectorised and numba's is not.
     tops = tile.amax(1).numpy()
-    given = tile.numpy(), tops, sums.largest.numpy(), sums.total.numpy(), sums.moment.numpy()
+    given = tile.numpy(), tops, sums.largest.numpy(), sums.others.numpy(), sums.moment.numpy()
     over_threads(lambda low, high: _add_rows(low, high, *given), len(tile))
 
 
@@ -53,21 +53,21 @@ def _add_gram(low, high, weights, x, out):
 
 
 @cached_njit(nogil=True, fastmath=FLAGS)
-def _add_rows(low, high, tile, tops, largest, total, moment):
+def _add_rows(low, high, tile, tops, largest, others, moment):
     width = tile.shape[1]
     for i in range(low, high):
         line = tile[i]
         if tops[i] >= largest[i]:
             rise = tops[i] - largest[i]
             fade = np.exp(-rise)
-            moment[i] = fade * (moment[i] + rise * total[i])
+            moment[i] = fade * (moment[i] + rise * (others[i] + 1.0))
             largest[i] = tops[i]
             # The largest are counted separately: beside them a float32 sum would lose the digits of small weights.
             ties = 0
             for j in range(width):
                 ties += line[j] == tops[i]
                 line[j] = line[j] if line[j] < tops[i] else tops[i] - f32(100.0)
-            total[i] = fade * total[i] + ties
+            others[i] = fade * (others[i] + 1.0) + (ties - 1)
         top = f32(largest[i])
         weights = f32(0.0)
         moments = f32(0.0)
@@ -76,7 +76,7 @@ def _add_rows(low, high, tile, tops, largest, total, moment):
             weight = exp(below) if below > LOWEST else f32(0.0)
             weights += weight
             moments += weight * below
-        total[i] += weights
+        others[i] += weights
         moment[i] -= moments
 
 

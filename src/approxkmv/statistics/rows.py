@@ -15,27 +15,34 @@ class RowSums:
     """The largest logit of each row so far, and sums relative to it; float64."""
 
     largest: torch.Tensor
-    total: torch.Tensor
-    """The sum of w = exp(logit - largest)."""
+    others: torch.Tensor
+    """The sum of w = exp(logit - largest) less one largest, which is 1 and would hide small ones; -1 of no keys."""
     moment: torch.Tensor
     """The sum of w (largest - logit)."""
 
+    @classmethod
+    def of_no_keys(cls, largest: torch.Tensor) -> RowSums:
+        return cls(largest, torch.full_like(largest, -1.0), torch.zeros_like(largest))
+
     def __getitem__(self, rows: slice) -> RowSums:
-        return RowSums(self.largest[rows], self.total[rows], self.moment[rows])
+        return RowSums(self.largest[rows], self.others[rows], self.moment[rows])
 
 
 def add_tile(tile: torch.Tensor, sums: RowSums) -> None:
     """Add a tile (rows, keys), which may be overwritten; hidden logits are far below `largest` from the start."""
-    largest = torch.maximum(sums.largest, tile.amax(1).double())
+    tops, places = tile.max(1, keepdim=True)
+    rises = tops[:, 0].double() > sums.largest
+    largest = torch.where(rises, tops[:, 0].double(), sums.largest)
     rise = largest - sums.largest
     fade = torch.exp(-rise)
-    # Rescale the earlier sums, since the largest logit has risen by `rise`.
-    sums.moment.add_(sums.total * rise).mul_(fade)
-    sums.total.mul_(fade)
+    # Rescale the earlier sums, since the largest logit has risen by `rise`, and take it out of the new one.
+    sums.moment.add_((sums.others + 1.0) * rise).mul_(fade)
+    sums.others.copy_(torch.where(rises, fade * (sums.others + 1.0), sums.others))
     sums.largest.copy_(largest)
     below = tile - largest.to(tile.dtype).unsqueeze(1)
     weights = below.exp()
-    sums.total.add_(weights.sum(1, dtype=torch.float64))
+    weights.scatter_(1, places, weights.gather(1, places).masked_fill_(rises.unsqueeze(1), 0.0))
+    sums.others.add_(weights.sum(1, dtype=torch.float64))
     sums.moment.sub_(weights.mul_(below).sum(1, dtype=torch.float64))
 
 
