@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from approxkmv.kmv.algorithm import KMVResult as KMVResult
     from approxkmv.kmv.algorithm import approx_kmv as approx_kmv
     from approxkmv.kmv.attention_product import approx_attention as approx_attention
-    from approxkmv.kmv.eigenvalue import top_eigenvalue as top_eigenvalue
+    from approxkmv.operator.eigenvalue import top_eigenvalue as top_eigenvalue
     from approxkmv.operator.kernel_operator import KernelOperator as KernelOperator
     from approxkmv.statistics import AttentionStatistics as AttentionStatistics
     from approxkmv.statistics import OrderRatios as OrderRatios
@@ -38,7 +38,7 @@ _HOME = {
     "approx_kmv": "approxkmv.kmv.algorithm",
     "KMVResult": "approxkmv.kmv.algorithm",
     "approx_attention": "approxkmv.kmv.attention_product",
-    "top_eigenvalue": "approxkmv.kmv.eigenvalue",
+    "top_eigenvalue": "approxkmv.operator.eigenvalue",
     "KernelOperator": "approxkmv.operator.kernel_operator",
 }
 

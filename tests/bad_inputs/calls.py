@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from approxkmv import (
+    KernelOperator,
     approx_attention,
     approx_kmv,
     attention_statistics,
@@ -295,6 +296,29 @@ EIGENVALUES: dict[str, dict[str, Any]] = {
     "a negative seed": {"seed": -1},
     "an unknown density": {"density": "guess"},
 }
+OF_POINTS = {what: change for what, change in POINTS.items() if change.keys() <= {"queries", "keys", "sigma", "seed"}}
+OPERATORS: dict[str, dict[str, Any]] = {
+    "an epsilon of 1": {"epsilon": 1.0},
+    "an epsilon of 0": {"epsilon": 0.0},
+    "an epsilon that is NaN": {"epsilon": NAN},
+    "an error relative to y": {"relative_to": "y"},
+    "an unknown method": {"method": "fast"},
+    "keys far apart": {"sigma": 1e-9},
+    "half a seed": {"seed": 0.5},
+    "x of another length": {"x": points(29)},
+    "x of three dimensions": {"x": points(30, 2, 2)},
+    "no column of x": {"x": points(30, 0)},
+    "x in words": {"x": "ones"},
+    "a NaN in x": {"x": holding(NAN, 30)},
+    "an enormous x": {"x": holding(1e31, 30)},
+    "x of another kind": {"x": np.ones(30)},
+}
+
+
+def a_kernel_product(x: Any, **arguments: Any) -> Any:
+    return KernelOperator(**arguments) @ x
+
+
 CONSTANTS: dict[str, dict[str, Any]] = {
     "a factor of 0": {"table_factor": 0.0},
     "a negative factor": {"repetition_factor": -1.0},
@@ -349,7 +373,8 @@ CASES = [
         lambda: without(attention_arguments, "epsilon")() | {"samples": 5},
         ATTENTION | {"no sample": {"samples": 0}, "half a sample": {"samples": 0.5}},
     ),
-    *cases("top_eigenvalue", eigenvalue, square_points, EIGENVALUES),
+    *cases("top_eigenvalue", eigenvalue, square_points, EIGENVALUES | {"an unknown method": {"method": "exact"}}),
+    *cases("KernelOperator", a_kernel_product, a_product, OF_POINTS | OPERATORS),
     *cases("PaperConstants", PaperConstants, dict, CONSTANTS),
     *cases(
         "knn_attention",

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from approxkmv import (
+    KernelOperator,
     approx_attention,
     approx_kmv,
     attention_statistics,
@@ -76,6 +77,9 @@ NUMERIC = {
     "both masks": lambda q, k, v, scale=None: unmasked_and_masked_statistics(q, k, 10, scale),
     "length_statistics": lambda q, k, v, scale=None: length_statistics(q, k, scale, causal=True),
     "approx_kmv": of_kmv,
+    "KernelOperator": lambda q, k, v, scale=None: (
+        KernelOperator(q[0], k[0], 1.0 if scale is None else scale**-0.5, method="blocks", seed=1) @ v[0]
+    ),
     "approx_attention": lambda q, k, v, scale=None: approx_attention(q, k, v, 0.5, scale=scale, seed=1),
     "top_eigenvalue": lambda q, k, v, scale=None: top_eigenvalue(k[0], 1.0, 0.5, seed=1, iterations=2).value,
     "spectral_attention": of_spectral_attention,

@@ -29,6 +29,7 @@ STEPS = {
     "compare": "approxkmv.steps.compare",
     "page": "approxkmv.steps.page",
     "complexity": "approxkmv.steps.complexity",
+    "operator": "approxkmv.steps.operator",
     "model_heads": "approxkmv.steps.model_heads",
     "sweep": "approxkmv.sweep.run",
     "perplexity": "approxkmv.steps.perplexity",

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from approxkmv import KernelOperator
+from approxkmv import KernelOperator, top_eigenvalue
 from approxkmv.compute import scratch
 from approxkmv.compute.counting import counting
+from approxkmv.errors import InputError
 from approxkmv.operator import exact
 from approxkmv.operator import kernel_operator as module
 from approxkmv.operator.blocks import make_blocks
@@ -302,3 +303,26 @@ def planted(case: int) -> bool:
     rows = by.draw(128, generator)
     bar = error_bar(y, truth[rows], rows, by, 0.025)
     return bar.bound is None or bar.bound >= float((y - truth).norm())
+
+
+def test_the_practical_power_method_finds_the_top_eigenvalue():
+    points = clustered(2500, 10, 1)
+    found = top_eigenvalue(points, SIGMA, 0.1, method="practical", seed=0)
+    full = reference(points, points, torch.eye(2500), SIGMA).numpy()
+    top = np.linalg.eigvalsh(full)[-1]
+    assert abs(found.value / top - 1) < 0.1
+    vector = found.vector.numpy()
+    assert vector @ full @ vector > 0.9 * top
+    assert found.kernel_evaluations < 2 * found.iterations * 2500**2
+    with pytest.raises(InputError, match="has no option 'alpha'"):
+        top_eigenvalue(points, SIGMA, 0.1, method="practical", alpha=0.5)
+
+
+def test_sums_of_rows_are_the_densities_of_scikit_learn():
+    neighbors = pytest.importorskip("sklearn.neighbors")
+    queries, points = clustered(1000, 6, 1), clustered(20_000, 6, 2)
+    K = KernelOperator(queries, points, 0.8, 0.05, seed=0)
+    density = (K @ torch.ones(len(points))) / (len(points) * (2 * np.pi * 0.8**2) ** 3)
+    exactly = neighbors.KernelDensity(bandwidth=0.8, rtol=1e-8).fit(points.numpy()).score_samples(queries.numpy())
+    assert K.last.met
+    assert relative(density, torch.from_numpy(np.exp(exactly))) < 0.05

@@ -155,6 +155,7 @@ def study_figures(kind):
     names = [f"{figure}_{model}" for figure in per_model for model in MODELS]
     names += ["context_scaling"] if MODELS and not STUDY.lengths else []
     names += ["complexity"] if STUDY.complexity else []
+    names += ["operator"] if STUDY.operator else []
     names += ["speedup", "error_vs_time", "crossover"] if STUDY.sweep else []
     return [f"{RESULTS}/figures/{name}.{kind}" for name in names]
 

@@ -154,3 +154,22 @@ def perplexity(
             say=lambda line: LOG.info("  %s", line),
             require_all=method is not None,
         )
+
+
+@app.command()
+def operator(
+    out: Annotated[Path, typer.Option("--out", help="CSV file to write: errors and times.")],
+    config: Config = CONFIG,
+    study: StudyName = None,
+    log: Log = None,
+) -> None:
+    """Time products of KernelOperator on word vectors beside exact products.
+
+    Example: approxkmv operator --study operator --out operator.csv
+    """
+    chosen = asked(config, study, log)
+    with step("operator   kernel products"):
+        from approxkmv.provenance import describe
+        from approxkmv.steps.operator import write
+
+        write(chosen, Path(load_config(config).cache), out, describe())

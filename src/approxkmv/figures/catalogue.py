@@ -18,6 +18,7 @@ PER_STUDY = ("context_scaling",)
 # Those whose draw takes (table, stem), with the table's name.
 PER_TABLE = {
     "complexity": "complexity.csv",
+    "operator": "operator.csv",
     "speedup": "sweep.csv",
     "error_vs_time": "sweep.csv",
     "crossover": "sweep.csv",

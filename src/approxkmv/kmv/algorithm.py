@@ -76,7 +76,8 @@ def approx_kmv(
     allowed the error epsilon |x|_2 / sqrt(n_q), so that n_q rows together stay within epsilon |x|_2.
 
     At sizes that fit on a computer the printed budgets exceed the number of pairs: `kernel_evaluations` is far above
-    n_q n_k, each row is evaluated once, and the counts of its samples are drawn. See `PaperConstants`.
+    n_q n_k, each row is evaluated once, and the counts of its samples are drawn. See `PaperConstants`. For use
+    there is `approxkmv.KernelOperator`: products that are faster than exact ones, with an error that is measured.
 
     Args:
         queries: (n_q, d). keys: (n_k, d). x: (n_k,), any signs. Torch tensors or NumPy arrays, of one kind.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +13,15 @@ from approxkmv.attention.exact.naive import free_bytes
 from approxkmv.compute.counting import count, counting
 from approxkmv.compute.torch_state import plain_torch
 from approxkmv.compute.trial import fastest
-from approxkmv.errors import InputError, UnavailableError
+from approxkmv.errors import InputError
 from approxkmv.kmv import inputs
 from approxkmv.operator import exact
 from approxkmv.operator.bar import ErrorBar, error_bar, proposal
 from approxkmv.operator.blocks import STRIP, Blocks, Plan, make_blocks
+from approxkmv.operator.linear import of_blocks, of_points
 from approxkmv.operator.pilot import Pilot, cost_of_blocks, drawn, near_for, pilot_rows
 from approxkmv.operator.points import Points, in_units
+from approxkmv.operator.report import Clock, Report
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
@@ -40,40 +41,6 @@ _PREDICTING = 256
 _LEAST_PAIRS, _LEAST_QUERIES = 3_000_000, 100
 # Below this epsilon the rounding of float32 could show.
 _FLOAT32 = 1e-5
-
-
-@dataclass(frozen=True)
-class Report:
-    """What the last product did, and how far it is off."""
-
-    method: str
-    """"zero" or "constant" where that trivial answer meets epsilon, "blocks" or "exact"."""
-    reason: str
-    """Why, in words."""
-    error: float
-    """Estimate of |Kx - y|, relative to |Kx| or |x|; with several columns all norms are Frobenius norms."""
-    bound: float | None
-    """Its upper bound at `confidence`; None: unknown, since few rows make up what the sample saw, or none."""
-    confidence: float
-    relative_to: str
-    epsilon: float
-    fell_back: bool
-    """Whether the product was made exactly because blocks would not meet epsilon for less."""
-    near: int | None
-    """Near keys per block."""
-    blocks: int | None
-    exponents: str
-    """The format of exponents: float32, bfloat16 or float64."""
-    kernel_evaluations: int
-    """All of them: pilot, product (of every attempt) and error bar."""
-    pilot_evaluations: int
-    seconds: dict[str, float]
-    """Of preparation (made once), pilot, product and error bar."""
-
-    @property
-    def met(self) -> bool | None:
-        """Whether the bound is at most epsilon; None where it is unknown."""
-        return None if self.bound is None else self.bound <= self.epsilon
 
 
 class KernelOperator:
@@ -174,55 +141,14 @@ class KernelOperator:
         Raises:
             UnavailableError: scipy is not installed.
         """
-        try:
-            from scipy.sparse.linalg import LinearOperator
-        except ImportError as error:
-            raise UnavailableError("as_linear_operator needs scipy: pip install scipy") from error
         if self.last is None:
             ones = torch.ones(self.shape[1], dtype=torch.float64, device=self._points.keys.device)
             self @ (ones.numpy() if self._numpy else ones)
         near = self.last.near if self.last is not None else None
-        kept = self._points.keys.dtype
         if near is None:
-            turned = Points(self._points.keys, self._points.queries)
-
-            def product(x: torch.Tensor | None, y: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-                forward = None if x is None else exact.product(self._points, x, kept)
-                return forward, None if y is None else exact.product(turned, y, kept)
-
-        else:
-            blocks, _ = self._blocks()
-            plan = self._plan(blocks, near)
-
-            def product(x: torch.Tensor | None, y: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-                seen, backward = blocks.products(plan, x, None if y is None else y[blocks.order])
-                forward = torch.empty_like(seen)
-                forward[blocks.order] = seen
-                return forward, backward
-
-        mean = self._same and near is not None
-
-        @plain_torch()
-        def apply(values: np.ndarray, transposed: bool) -> np.ndarray:
-            given = torch.from_numpy(np.ascontiguousarray(values)).to(self._points.keys).reshape(len(values), -1)
-            forward, backward = product(
-                given if mean or not transposed else None, given if mean or transposed else None
-            )
-            out = backward if transposed else forward
-            if mean and forward is not None and backward is not None:
-                out = 0.5 * (forward + backward)
-            return out.cpu().numpy().reshape(-1, *values.shape[1:])  # type: ignore[union-attr]
-
-        def forward(x: np.ndarray) -> np.ndarray:
-            return apply(x, False)
-
-        def backward(y: np.ndarray) -> np.ndarray:
-            return apply(y, True)
-
-        dtype = np.dtype(str(kept)[6:])
-        return LinearOperator(
-            self.shape, matvec=forward, rmatvec=backward, matmat=forward, rmatmat=backward, dtype=dtype
-        )
+            return of_points(self._points)
+        blocks, _ = self._blocks()
+        return of_blocks(blocks, self._plan(blocks, near), self._same)
 
     def _columns(self, x: Array) -> tuple[torch.Tensor, Any]:
         if isinstance(x, np.ndarray) != self._numpy:
@@ -266,7 +192,7 @@ class KernelOperator:
         generator = torch.Generator().manual_seed(self._seed + self._products)
         self._products += 1
         seconds: dict[str, float] = {}
-        clock = _Clock(seconds, x64.device)
+        clock = Clock(seconds, x64.device)
         n_q, n_k = self.shape
         x = x64.to(self._points.keys.dtype)
         if not bool(x.any()):
@@ -403,25 +329,6 @@ class _Choice:
     blocks: Blocks | None = None
     constant: torch.Tensor | None = None
     fell_back: bool = False
-
-
-class _Clock:
-    """Adds up the seconds of parts, by name."""
-
-    def __init__(self, seconds: dict[str, float], device: torch.device) -> None:
-        self._seconds, self._device = seconds, device
-
-    def __call__(self, part: str) -> _Clock:
-        self._part = part
-        return self
-
-    def __enter__(self) -> None:
-        self._began = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        self._seconds[self._part] = self._seconds.get(self._part, 0.0) + time.perf_counter() - self._began
 
 
 def _points(queries: Array, keys: Array) -> tuple[torch.Tensor, torch.Tensor]:

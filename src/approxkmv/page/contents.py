@@ -45,6 +45,7 @@ FIGURES = {
         "speedup": ("Speed at equal error (Figure 5)", METHODS, "sweep", SWEEP),
         "error_vs_time": ("Error against time", METHODS, "sweep", SWEEP),
         "crossover": ("Where methods overtake exact attention", METHODS, "sweep", SWEEP),
+        "operator": ("Kernel products: error against time", METHODS, "operator", ("operator.csv",)),
         "complexity": ("Cost of ApproxKMV as printed", METHODS, "complexity", ("complexity.csv",)),
     }.items()
 }

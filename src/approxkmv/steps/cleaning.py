@@ -31,6 +31,7 @@ OF_GROWTH = [
 OF_MODELS = ["tables/paper_comparison.csv*", "figures/context_scaling.p*"]
 OF_PART = {
     "complexity": ["tables/complexity.*", "tables/complexity_fits.csv*", "figures/complexity.p*"],
+    "operator": ["tables/operator.*", "figures/operator.p*"],
     "sweep": [
         *("tables/sweep.*", "tables/sweep_exponents.csv*", "sweep/*", "figures/speedup.p*", "figures/error_vs_time.p*"),
         "figures/crossover.p*",

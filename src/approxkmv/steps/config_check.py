@@ -42,6 +42,11 @@ def check_study(config: Configuration, study: Study) -> list[str]:
         lines.append(f"  sweep {study.sweep_name}: {', '.join(workload.name for workload in study.sweep.workloads)}")
     if study.complexity:
         lines.append(f"  complexity: n = {', '.join(map(str, study.complexity.sizes))}")
+    if study.operator:
+        path = study.operator.path
+        if path and not path.startswith("npm:") and not Path(path).is_file():
+            raise ConfigError(f"studies.{study.name}.operator: the word vectors {path} do not exist")
+        lines.append(f"  operator: epsilon = {', '.join(map(str, study.operator.epsilons))}")
     if study.perplexity:
         lines.append(f"  perplexity of {study.perplexity.model} with {', '.join(study.perplexity.methods)}")
     check_device(study)

@@ -13,6 +13,7 @@ from approxkmv.kmv import inputs
 from approxkmv.kmv.algorithm import approx_kmv
 from approxkmv.kmv.costs import Tally
 from approxkmv.kmv.heavy import HeavyKeys
+from approxkmv.operator.kernel_operator import KernelOperator
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ def top_eigenvalue(
     sigma: float,
     epsilon: float,
     *,
+    method: str = "printed",
     seed: int | None = None,
     iterations: int | None = None,
     **options: object,
@@ -51,10 +53,14 @@ def top_eigenvalue(
     overlaps it by at least 1/sqrt(n). The sets S_i are found once and reused in every step. Half of epsilon goes to
     the number of steps, a quarter to the noise.
 
+    With method="practical" the products are those of `KernelOperator`, each to within a quarter of epsilon relative to
+    Kx by its error bar, and the steps end as soon as |Kx - value x| is at most a quarter of epsilon of the value.
+
     Args:
         points: (n, d). sigma: the bandwidth. epsilon: relative error, below 1. seed: for a reproducible answer.
-        iterations: power steps; None means ceil(ln(n / epsilon) / epsilon) + 1.
-        options: passed to approx_kmv (alpha, gamma, family, density, constants, memory).
+        method: "printed" (products of approx_kmv) or "practical".
+        iterations: power steps, at most so many if practical; None means ceil(ln(n / epsilon) / epsilon) + 1.
+        options: passed to approx_kmv (alpha, gamma, family, density, constants, memory); none if practical.
     Returns:
         An EigenvalueResult.
     Raises:
@@ -71,6 +77,10 @@ def top_eigenvalue(
     inputs.count(steps, "iterations")
     seeds = inputs.seed_sequence(seed).generate_state(steps, np.uint64)
 
+    if inputs.choice(method, "method", ("printed", "practical")) == "practical":
+        if options:
+            raise InputError(f"the practical method has no option {sorted(options)[0]!r}: leave it out")
+        return _practical(points, matrix, sigma, error, steps, seed)
     x = np.full(n, 1.0 / math.sqrt(n))
     best, vector = 0.0, x
     heavy: HeavyKeys | None = None
@@ -106,3 +116,24 @@ def top_eigenvalue(
         distinct_evaluations=total.distinct_evaluations,
         hash_evaluations=total.hash_evaluations,
     )
+
+
+def _practical(
+    points: Array, matrix: np.ndarray, sigma: float, error: float, steps: int, seed: int | None
+) -> EigenvalueResult:
+    """The power method with products of KernelOperator."""
+    operator = KernelOperator(matrix, matrix, sigma, error / 4.0, seed=seed)
+    x = np.full(len(matrix), 1.0 / math.sqrt(len(matrix)))
+    best, vector, taken, evaluations = 0.0, x, 0, 0
+    for _ in range(steps):
+        y = np.asarray(operator @ x)
+        assert operator.last is not None
+        taken, evaluations = taken + 1, evaluations + operator.last.kernel_evaluations
+        quotient = float(x @ y)
+        if quotient > best:
+            best, vector = quotient, x
+        if np.linalg.norm(y - quotient * x) <= error / 4.0 * quotient:
+            break
+        x = np.maximum(y, 0.0)
+        x /= np.linalg.norm(x)
+    return EigenvalueResult(best, inputs.back_to_kind(points)(vector), taken, evaluations, evaluations, 0)

@@ -1,0 +1,67 @@
+"""Error against time of kernel products, one panel an x, at the greatest n of each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from approxkmv.errors import TableError
+from approxkmv.figures.style import COLOURS, MARKERS, headline, legend_below, logarithmic_ticks, new_figure, save
+from approxkmv.files import read_table
+
+_NUMBERS = ("n", "seconds", "error")
+_TITLES = {"ones": "x = 1", "smooth": "x = k·u", "signs": "x = ±1"}
+# The operator's own rows, and the rows of trivial answers, which take no time.
+_OPERATOR, _TRIVIAL = "KernelOperator", ("zero", "mean")
+# The rounding errors of exact rows would stretch the axis over six decades.
+_LEAST = 1e-3
+
+
+def draw(table_path: Path, output_stem: Path) -> list[Path]:
+    """Draw the table of the study `operator` as PDF and PNG. Raises TableError if it is missing or of another kind."""
+    kinds = dict.fromkeys(_NUMBERS, "number") | dict.fromkeys(("x", "method"), "text")
+    table = read_table(Path(table_path), kinds)
+    found = [kind for kind in _TITLES if kind in set(table["x"])]
+    if not found:
+        raise TableError(f"{table_path} has none of the x {', '.join(_TITLES)}: delete it and run again")
+    figure = new_figure(3.6 * len(found) + 0.6, 4.4)
+    axes = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
+    methods = [name for name in dict.fromkeys(table["method"]) if name not in _TRIVIAL]
+    looks = dict(zip(methods, zip(COLOURS, MARKERS, strict=False), strict=False))
+    gains = []
+    for axis, kind in zip(axes, found, strict=True):
+        rows = table[table["x"] == kind]
+        n = int(rows["n"].max())
+        rows = rows[rows["n"] == n]
+        for method, (colour, marker) in looks.items():
+            points = rows[rows["method"] == method].sort_values("seconds")
+            line = "-" if method == _OPERATOR else "none"
+            axis.plot(
+                points["seconds"],
+                points["error"].clip(lower=_LEAST),
+                linestyle=line,
+                marker=marker,
+                color=colour,
+                label=method,
+            )
+        for name in _TRIVIAL:
+            trivial = rows[rows["method"] == name]
+            if len(trivial) and trivial["error"].iloc[0] < 0.99:
+                axis.axhline(trivial["error"].iloc[0], color="0.7", lw=0.8, label=f"{name} of the answer")
+        ours, exact = rows[rows["method"] == _OPERATOR], rows[rows["error"] < _LEAST]
+        if len(ours) and len(exact):
+            gains.append(exact["seconds"].min() / ours["seconds"].min())
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.set_title(f"{_TITLES[kind]}, n = {n:,}", fontsize=9, loc="left")
+        axis.set_xlabel("time in seconds", fontsize=8)
+        for ticks in (axis.xaxis, axis.yaxis):
+            logarithmic_ticks(ticks)
+    axes[0].set_ylabel("error relative to Kx", fontsize=8)
+    finding = "Kernel products to within an error, against exact ones"
+    if gains:
+        finding = (
+            f"At the largest epsilon products are {min(gains):.2g} to {max(gains):.2g} times as fast as exact ones"
+        )
+    headline(figure, finding)
+    legend_below(figure, "", handles=axes[0].get_legend_handles_labels()[0], ncols=3)
+    return save(figure, Path(output_stem))
