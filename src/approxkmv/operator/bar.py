@@ -13,7 +13,7 @@ Rows = Callable[[torch.Tensor], torch.Tensor]
 """Rows (some, m) of the product, computed exactly."""
 
 # With contributions spread over fewer rows than this (their participation ratio), the sample does not tell their sum.
-LEAST_SPREAD = 12.0
+LEAST_SPREAD = 16.0
 
 
 @dataclass(frozen=True)
@@ -38,18 +38,19 @@ class Proposal:
         return torch.multinomial(self.probabilities, number, replacement=True, generator=generator)
 
 
-def proposal(far: torch.Tensor, known: torch.Tensor) -> Proposal:
-    """Half uniform over the rows that are not known, half in proportion to the square of their predicted far sum.
+def proposal(doubts: torch.Tensor, known: torch.Tensor) -> Proposal:
+    """A mixture: a third uniform over the rows that are not known, a third in proportion to their doubts, and a third
+    to the squares of these.
 
     Args:
-        far: (n_q,) predicted sizes of the rows' far sums. known: indices of rows that are never drawn.
+        doubts: (n_q,) predicted sizes of the rows' errors. known: indices of rows that are never drawn.
     """
-    uniform = torch.ones_like(far, dtype=torch.float64)
+    uniform = torch.ones_like(doubts, dtype=torch.float64)
     uniform[known] = 0
-    squares = far.double().square() * uniform
-    largest = squares.sum()
-    shares = squares / largest if 0 < float(largest) < math.inf else uniform / uniform.sum()
-    return Proposal((0.5 * uniform / uniform.sum() + 0.5 * shares).float().cpu())
+    sizes = (doubts.double() * uniform).nan_to_num(0.0, 0.0, 0.0)
+    parts = [uniform, sizes, sizes.square()]
+    shares = [part / part.sum() if float(part.sum()) > 0 else uniform / uniform.sum() for part in parts]
+    return Proposal((sum(shares) / 3).float().cpu())
 
 
 def error_bar(y: torch.Tensor, exact: torch.Tensor, rows: torch.Tensor, drawn_by: Proposal, doubt: float) -> ErrorBar:

@@ -36,6 +36,10 @@ STRIP = 64
 # oneDNN compiles a kernel for each shape of a bfloat16 product, so shapes should repeat.
 _SHAPES = {torch.bfloat16: 128}
 _LN2 = math.log(2)
+# Queries whose exponents vary more than this around those of their block, in nats squared, and this many times more
+# than the median query's, are blocks of their own, where the product is exact; at most one in so many, the farthest.
+_REACH, _TIMES, _ONE_IN = 2.0, 3.0, 32
+_MOST_NATS = 30.0
 # Sizes of x within this factor of each other do not change which keys are near; the least that counts, of their mean.
 _EVEN, _LEAST_SIZE = 1.5, 1e-3
 
@@ -179,10 +183,14 @@ class Blocks:
         # No entry of K is above 1, however far from its block's centre a query is.
         return (logs - self.points.query_halves[self.order]).clamp_max_(0.0).exp2_()
 
-    def far_weights(self, plan: Plan) -> torch.Tensor:
-        """(n_q,) the sum of each query's far entries of K."""
+    def doubts(self, plan: Plan) -> torch.Tensor:
+        """(n_q,) predicted sizes of errors: of each query's far sum, times how much its exponents vary around it.
+
+        The powers of exponents whose variance is v, in nats, vary by sqrt(e^v - 1) relative to their mean.
+        """
+        nats = _variances(self.deltas @ self.keys.axes, self.points.keys @ self.keys.axes)
         out = torch.empty_like(self.points.query_halves)
-        out[self.order] = self.factors(plan) * plan.totals[self.of_row]
+        out[self.order] = self.factors(plan) * plan.totals[self.of_row] * nats.clamp_max(_MOST_NATS).expm1().sqrt()
         return out
 
     def products(self, plan: Plan, x: torch.Tensor | None, y: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
@@ -272,6 +280,8 @@ def make_blocks(points: Points, low: torch.dtype, seed: int, block: int | None =
     labels = torch.zeros(n_q, dtype=torch.int64)
     if clusters > 1:
         labels = k_means(coordinates, clusters, _ITERATIONS, _SAMPLED, generator)
+        apart = _out_of_reach(coordinates, labels, points, axes.cpu(), spread.cpu())
+        labels[apart] = clusters + torch.arange(len(apart))
     device = points.queries.device
     _, of_query, sizes = labels.to(device).unique(return_inverse=True, return_counts=True)
     order = of_query.argsort(stable=True)
@@ -288,3 +298,22 @@ def make_blocks(points: Points, low: torch.dtype, seed: int, block: int | None =
     side = key_side(points, low)
     keys = Keys(torch.cat([side, torch.zeros_like(side[:1])]), features, axes)
     return Blocks(points, keys, order, of_row, sizes, centres, variances)
+
+
+def _variances(deltas: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """(rows,) of the exponents' changes, in nats, over the keys (n_k, axes), for the deltas (rows, axes)."""
+    return _LN2**2 * (deltas.square() @ keys.var(0))
+
+
+def _out_of_reach(
+    coordinates: torch.Tensor, labels: torch.Tensor, points: Points, axes: torch.Tensor, spread: torch.Tensor
+) -> torch.Tensor:
+    """The queries for which their cluster's centre says least."""
+    counts = torch.bincount(labels).clamp_min(1).unsqueeze(1)
+    means = coordinates.new_zeros(len(counts), coordinates.shape[1]).index_add_(0, labels, coordinates) / counts
+    deltas = (coordinates - means[labels]) / spread.float().pow(METRIC_POWER).clamp_min(1e-15)
+    nats = _variances(deltas, points.keys.cpu().float() @ axes.float())
+    bar = max(_REACH, _TIMES * float(nats.median()))
+    apart = (nats > bar).nonzero()[:, 0]
+    most = len(labels) // _ONE_IN
+    return apart if len(apart) <= most else nats.topk(most).indices
