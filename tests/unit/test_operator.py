@@ -175,7 +175,8 @@ def test_blocks_are_chosen_where_they_pay_and_exact_where_not():
     y = K @ torch.ones(len(k))
     assert K.last.method == "blocks"
     assert K.last.met
-    assert K.last.kernel_evaluations < 0.2 * 6000**2
+    # Two plans of 160 to 350 blocks, near keys, and 256 rows of the error bar
+    assert K.last.kernel_evaluations < 0.4 * 6000**2
     assert K.last.pilot_evaluations < 0.02 * 6000**2
     assert relative(y, reference(q, k, torch.ones(len(k)), SIGMA)) < 0.1
     strict = KernelOperator(q, k, SIGMA, 1e-3, seed=0)
