@@ -20,7 +20,7 @@ corpora results attention
 operator
 sweep
 perplexity
-config
+config integrations
 figures
 page
 steps

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from approxkmv.cli.app import CONFIG, Config, Log, StudyName, app, asked
-from approxkmv.config import Perplexity, corpus_entry, load_config, model_of, read_as
+from approxkmv.config import Configuration, Perplexity, PlanKeys, Study, corpus_entry, load_config, model_of, read_as
 from approxkmv.errors import ConfigError
 from approxkmv.files import check_writable
 from approxkmv.progress import LOG, log_to, step
 
+if TYPE_CHECKING:
+    from approxkmv.perplexity.model import CausalModel
+
 DEFAULTS = {name: key.default for name, key in Perplexity.model_fields.items()}
+PLAN = {name: key.default for name, key in PlanKeys.model_fields.items()}
+Location = Annotated[
+    Path | None,
+    typer.Option("--location", help="JSON file from `approxkmv fetch`; without it the model is fetched."),
+]
 
 
 @app.command("model-heads")
@@ -79,6 +87,74 @@ def sweep(
 
 
 @app.command()
+def plan(
+    out: Annotated[Path, typer.Option("--out", help="JSON file to write.")],
+    model: Annotated[str | None, typer.Option("--model", help="A model; without it, the study's perplexity.")] = None,
+    target: Annotated[
+        float, typer.Option("--target", help="With --model: the largest error of a head, relative to its answer.")
+    ] = PLAN["target"],
+    tokens: Annotated[int, typer.Option("--tokens", help="With --model: length of the calibration text.")] = PLAN[
+        "tokens"
+    ],
+    corpus: Annotated[str, typer.Option("--corpus", help="With --model: the corpus of that text.")] = "moby-dick",
+    location: Location = None,
+    config: Config = CONFIG,
+    study: StudyName = None,
+    log: Log = None,
+) -> None:
+    """Measure, head by head, which attention method is fastest within an error: exact attention where none is.
+
+    Example: approxkmv plan --model smollm2-135m --target 0.05 --out plan.json
+    """
+    log_to(log)
+    checked = load_config(config)
+    if model is not None:
+        given = {"plan": {"target": target, "tokens": tokens}, "methods": {"exact-sdpa": [{}]}}
+        settings = read_as(Perplexity, given | {"model": model, "corpus": corpus}, "options")
+    else:
+        settings = _perplexity_of(asked(config, study, log), "--model")
+    if settings.plan is None:
+        raise ConfigError("the study's perplexity has no plan: give --model, or add plan: {} to it")
+    chosen = corpus_entry(checked, settings.corpus)
+    check_writable(out)
+    with step(f"plan       {settings.model}"):
+        from approxkmv.corpora import read_corpus
+        from approxkmv.perplexity.plan import write_plan
+        from approxkmv.perplexity.planning import make_plan
+        from approxkmv.provenance import describe
+
+        documents = [document.context for document in reversed(read_corpus(chosen.source, chosen.sha256))]
+        causal = _causal_model(checked, settings, location)
+        ids = causal.tokens(documents, settings.plan.tokens)
+        made = make_plan(causal, ids, settings.plan.target, lambda line: LOG.info("  %s", line))
+        write_plan(out, made, describe(settings.model_dump()))
+        for name, heads in made.heads_by_method().items():
+            LOG.info("  %s: %s heads", name, heads)
+
+
+def _perplexity_of(study: Study, option: str) -> Perplexity:
+    if study.perplexity is None:
+        raise ConfigError(f"study {study.name} has no perplexity: give {option}, or name methods in the study")
+    return study.perplexity
+
+
+def _causal_model(config: Configuration, settings: Perplexity, location: Path | None) -> CausalModel:
+    """The model, fetched unless its location is given."""
+    from approxkmv.models import fetch as find
+    from approxkmv.models import parse_source
+    from approxkmv.perplexity.model import CausalModel
+    from approxkmv.results.locations import read_location
+
+    entry = model_of(config, settings.model)
+    if location is not None:
+        found = read_location(location)
+    else:
+        cache = Path(config.cache) / "models" / entry.name
+        found = find(parse_source(entry.source), cache, sha256=entry.sha256, files=dict(entry.files))
+    return CausalModel.load(found, dtype=settings.dtype, device=settings.device)
+
+
+@app.command()
 def perplexity(
     out: Annotated[
         Path, typer.Option("--out", "--output", help="CSV file to write; a JSON record is written next to it.")
@@ -100,10 +176,10 @@ def perplexity(
         str, typer.Option("--parameters", help="With --method: its parameters as a JSON object; defaults for the rest.")
     ] = "{}",
     seed: Annotated[int, typer.Option("--seed", help="With --method: its seed.")] = DEFAULTS["seed"],
-    location: Annotated[
-        Path | None,
-        typer.Option("--location", help="JSON file from `approxkmv fetch`; without it the model is fetched."),
+    plan: Annotated[
+        Path | None, typer.Option("--plan", help="A file from `approxkmv plan`, run beside the methods.")
     ] = None,
+    location: Location = None,
     config: Config = CONFIG,
     study: StudyName = None,
     log: Log = None,
@@ -114,39 +190,31 @@ def perplexity(
     """
     log_to(log)
     checked = load_config(config)
+    options: dict[str, Any] = {"model": model, "corpus": corpus, "layers": layers, "seed": seed}
     if method is not None:
         from approxkmv.perplexity.settings import from_options
 
-        given = {"model": model, "corpus": corpus, "layers": layers, "seed": seed}
-        settings = read_as(Perplexity, given | from_options(tokens, method, parameters), "options")
+        settings = read_as(Perplexity, options | from_options(tokens, method, parameters), "options")
+    elif plan is not None and asked(config, study, log).perplexity is None:
+        exact = {"exact-sdpa": [{}], "exact-sdpa-bf16": [{}]}
+        settings = read_as(Perplexity, options | from_options(tokens, "", "{}") | {"methods": exact}, "options")
     else:
-        named = asked(config, study, log)
-        if named.perplexity is None:
-            raise ConfigError(f"study {named.name} has no perplexity: give --method, or name methods in the study")
-        settings = named.perplexity
+        settings = _perplexity_of(asked(config, study, log), "--method")
     entry, chosen = model_of(checked, settings.model), corpus_entry(checked, settings.corpus)
     check_writable(out, out.with_suffix(".json"))
     with step(f"perplexity {entry.name}"):
-        from approxkmv.models import fetch as find
-        from approxkmv.models import parse_source
-        from approxkmv.perplexity.model import CausalModel
+        from approxkmv.perplexity.plan import read_plan
         from approxkmv.perplexity.settings import chosen_methods
         from approxkmv.provenance import describe
-        from approxkmv.results.locations import read_location
         from approxkmv.steps.perplexity import measure_perplexity
 
-        methods = chosen_methods(settings.methods)
-        if location is not None:
-            found = read_location(location)
-        else:
-            cache = Path(checked.cache) / "models" / entry.name
-            found = find(parse_source(entry.source), cache, sha256=entry.sha256, files=dict(entry.files))
         measure_perplexity(
-            CausalModel.load(found, dtype=settings.dtype, device=settings.device),
+            _causal_model(checked, settings, location),
             entry.name,
             chosen,
             tokens=settings.tokens,
-            methods=methods,
+            methods=chosen_methods(settings.methods),
+            plan=read_plan(plan) if plan else None,
             layers=settings.layers,
             seed=settings.seed,
             out=out,

@@ -1,6 +1,6 @@
 """The configuration: its keys, how config.yaml is read and checked, and what a step needs from it."""
 
-from approxkmv.config.keys import Configuration, Perplexity
+from approxkmv.config.keys import Configuration, Perplexity, PlanKeys
 from approxkmv.config.paths import relocate
 from approxkmv.config.reading import checked, load_config, read_as, settings_file
 from approxkmv.config.study import CorpusEntry, ModelEntry, Study, corpus_entry, corpus_of, entry_of, model_of, study_of
@@ -10,6 +10,7 @@ __all__ = [
     "CorpusEntry",
     "ModelEntry",
     "Perplexity",
+    "PlanKeys",
     "Study",
     "checked",
     "corpus_entry",

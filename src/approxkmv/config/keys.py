@@ -100,6 +100,15 @@ class OperatorStudy(Section):
     """Also time KeOps, where it is installed and compiles, up to this n; null does not."""
 
 
+class PlanKeys(Section):
+    """A plan: the fastest method within an error for each head, measured on text of its own."""
+
+    target: Annotated[float, above(0, 1)] = 0.05
+    """Largest error of a head, relative to its answer."""
+    tokens: Length = 4096
+    """Length of the calibration text: the corpus's documents from the last one backwards."""
+
+
 class Perplexity(Section):
     """Perplexity of a causal language model, with its own attention and with attention methods in its place."""
 
@@ -111,6 +120,8 @@ class Perplexity(Section):
     """Lengths of the text, in the model's tokens."""
     methods: Annotated[Mapping[str, ParameterSets], at_least_one()]
     """Parameter sets by method; each method needs a causal form, and {} means its defaults."""
+    plan: PlanKeys | None = None
+    """Measure a plan, and its perplexity beside the methods'; null makes none."""
     layers: str = "all"
     """Layers whose attention is replaced, counted from 0: all, or numbers and ranges such as 0,5-9."""
     seed: Seed = 0

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -25,11 +26,18 @@ REPLACED = "approxkmv_replaced"
 _SEEDS = 1009
 
 
+class OfLayers(Protocol):
+    """Attention that may differ from layer to layer, such as a plan's."""
+
+    def of_layer(self, layer: int) -> Callable[..., torch.Tensor]:
+        """f(q, k, v, *, scale, seed): causal attention of (heads, n, d), (heads, n, d), (heads, n, d_v)."""
+
+
 @dataclass
 class Replacement:
     """Computes the attention of some layers and times it."""
 
-    method: Method | None
+    method: Method | OfLayers | None
     """None: the model's own attention, which is only timed."""
     parameters: dict[str, Any]
     layers: Collection[int]
@@ -42,6 +50,13 @@ class Replacement:
     """Queries of all calls and heads."""
     recomputed_rows: int = field(default=0, init=False)
     """Queries whose approximate answer was lost and recomputed exactly."""
+
+    def attention(self, layer: int) -> Callable[..., torch.Tensor]:
+        """See `OfLayers`. Raises UnavailableError for a method without a causal form."""
+        assert self.method is not None
+        if isinstance(self.method, Method):
+            return partial(self.method.causal_form(), **self.parameters)
+        return self.method.of_layer(layer)
 
 
 _current: ContextVar[Replacement | None] = ContextVar("replacement", default=None)
@@ -72,21 +87,17 @@ def _attend(
         start = _now(query.device)
         out = sdpa_attention_forward(module, query, key, value, attention_mask, **options)[0]
     else:
-        _refuse_what_no_method_does(module, query, key, attention_mask, options)
-        scaling = options.get("scaling")
-        given = {
-            "scale": query.shape[-1] ** -0.5 if scaling is None else float(scaling),
-            "seed": _SEEDS * current.seed + int(module.layer_idx),  # type: ignore[arg-type]
-            **current.parameters,
-        }
-        attend = current.method.causal_form()
+        refuse_what_no_method_does(module, query, key, attention_mask, options)
+        layer = int(module.layer_idx)  # type: ignore[arg-type]
+        given = {"scale": scale_of(query, options), "seed": _SEEDS * current.seed + layer}
+        attend = current.attention(layer)
         if not current.calls:
             start = _now(query.device)
-            attend(*_heads(query, key, value), **given)
+            attend(*heads(query, key, value), **given)
             current.warm_up_seconds = _now(query.device) - start
         start = _now(query.device)
         with counting() as counts:
-            out = attend(*_heads(query, key, value), **given).unsqueeze(0).transpose(1, 2).contiguous()
+            out = attend(*heads(query, key, value), **given).unsqueeze(0).transpose(1, 2).contiguous()
         current.rows += query.shape[1] * query.shape[2]
         current.recomputed_rows += counts.recomputed_rows
     current.seconds += _now(query.device) - start
@@ -94,18 +105,24 @@ def _attend(
     return out, None
 
 
-def _heads(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> list[torch.Tensor]:
-    """(heads, n, width) of each; a key head shared by several query heads is repeated for each."""
+def scale_of(query: torch.Tensor, options: Mapping[str, Any]) -> float:
+    """The factor of the logits that the layer hands over, or that of its head's width."""
+    scaling = options.get("scaling")
+    return float(query.shape[-1] ** -0.5 if scaling is None else scaling)
+
+
+def heads(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> list[torch.Tensor]:
+    """(heads, n, width) of each, of the first text; a key head shared by several query heads is repeated for each."""
     repeats = query.shape[1] // key.shape[1]
     return [query[0], key[0].repeat_interleave(repeats, 0), value[0].repeat_interleave(repeats, 0)]
 
 
-def _refuse_what_no_method_does(
+def refuse_what_no_method_does(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     mask: torch.Tensor | None,
-    options: dict[str, Any],
+    options: Mapping[str, Any],
 ) -> None:
     """Raise CaptureError unless the layer is softmax attention of each token to all before it, in a single text."""
     name = f"layer {getattr(module, 'layer_idx', '?')} ({type(module).__name__})"

@@ -5,19 +5,32 @@ from __future__ import annotations
 import importlib.metadata
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from approxkmv.attention import Method, UnavailableError
 from approxkmv.config import CorpusEntry
 from approxkmv.corpora import read_corpus
-from approxkmv.errors import NonFiniteError
+from approxkmv.errors import InputError, NonFiniteError
 from approxkmv.files import check_writable, write_csv, write_json
 from approxkmv.partial import PartialTable
 from approxkmv.perplexity.layers import parse_layers
 from approxkmv.perplexity.model import CausalModel, Perplexity
-from approxkmv.perplexity.replacement import Replacement
+from approxkmv.perplexity.plan import Plan
+from approxkmv.perplexity.replacement import OfLayers, Replacement
 from approxkmv.sweep.measure import machine, running_out_of_memory
+
+
+@dataclass(frozen=True)
+class Run:
+    """What computes the attention of one row of the table, under which name."""
+
+    name: str
+    shown: dict[str, Any]
+    """Its parameters, for the table."""
+    method: Method | OfLayers | None
+    parameters: dict[str, Any] = field(default_factory=dict)
 
 
 def measure_perplexity(
@@ -27,6 +40,7 @@ def measure_perplexity(
     *,
     tokens: Sequence[int],
     methods: Sequence[tuple[Method, dict[str, Any]]],
+    plan: Plan | None = None,
     layers: str,
     seed: int,
     out: Path,
@@ -42,30 +56,37 @@ def measure_perplexity(
     Args:
         name: of the model, for the table. corpus: its documents are joined, starting with the first.
         tokens: lengths; each text is the beginning of the longest. methods: as returned by chosen_methods.
-        layers: "all", or such as 0,5-9. seed: of the methods.
+        plan: runs as one more method. layers: "all", or such as 0,5-9. seed: of the methods.
         record: how it was made, from provenance.describe. say: receives a line for each row.
         require_all: whether a method that cannot run is an error; if not, its row gives the reason.
     Raises:
-        TableError: a file cannot be written. InputError: layers or lengths that the model does not have.
+        TableError: a file cannot be written. InputError: layers or lengths that the model does not have, or a plan for
+        other weights.
         NonFiniteError: the model's own logits are not finite. UnavailableError, CaptureError: as above.
     """
     import pandas as pd
 
     check_writable(out, out.with_suffix(".json"))
+    if plan is not None and plan.model != model.identity():
+        raise InputError(f"the plan is for other weights than those of {name}: make it again with approxkmv plan")
     wanted, lengths = parse_layers(layers, model.n_layers), sorted(set(tokens))
     for count in lengths:
         model.check_length(count)
     documents = [document.context for document in read_corpus(corpus.source, corpus.sha256)]
     ids = model.tokens(documents, lengths[-1])
     asked = {"methods": [(method.name, parameters) for method, parameters in methods], "layers": wanted, "seed": seed}
+    asked["plan"] = asdict(plan) if plan else None
     asked |= {"name": name, "corpus": corpus.name, "tokens": lengths, "require_all": require_all}
     here = {**machine(str(model.device)), "transformers": importlib.metadata.version("transformers")}
     identity = {"settings": asked, "model": model.identity(), "text": ids, "machine": here}
     partial = PartialTable(out, identity, say)
     earlier = len(partial.cases)
+    runs = [Run(method.name, parameters, method, parameters) for method, parameters in methods]
+    if plan is not None:
+        runs.append(Run("plan", {"target": plan.target, "tokens": plan.tokens, "heads": plan.heads_by_method()}, plan))
     for count in lengths[earlier:]:
         common = {"model": name, "corpus": corpus.name, "tokens": count, "layers": len(wanted), "seed": seed}
-        rows = _rows_of_length(model, ids[:count], methods, wanted, seed, say, require_all)
+        rows = _rows_of_length(model, ids[:count], runs, wanted, seed, say, require_all)
         partial.add({"rows": [common | row for row in rows]})
     columns = ["model", "corpus", "tokens", "method", "parameters", "layers", "seed", "perplexity", "exact_perplexity"]
     columns += ["ratio", "seconds", "exact_seconds", "attention_seconds", "exact_attention_seconds", "recomputed_share"]
@@ -78,26 +99,23 @@ def measure_perplexity(
 def _rows_of_length(
     model: CausalModel,
     text: Sequence[int],
-    methods: Sequence[tuple[Method, dict[str, Any]]],
+    runs: Sequence[Run],
     layers: Sequence[int],
     seed: int,
     say: Callable[[str], None],
     require_all: bool,
 ) -> list[dict[str, Any]]:
-    """The measurements on one text, a row for each method and setting."""
+    """The measurements on one text, a row for each run."""
 
-    def run(method: Method | None, parameters: dict[str, Any]) -> Perplexity:
-        what = method.name if method else "the model itself"
-        with running_out_of_memory(f"{what}, at {len(text):,} tokens,"):
-            return model.perplexity(text, Replacement(method, parameters, layers, seed))
+    def measured(run: Run) -> Perplexity:
+        with running_out_of_memory(f"{run.name}, at {len(text):,} tokens,"):
+            return model.perplexity(text, Replacement(run.method, run.parameters, layers, seed))
 
-    named: list[dict[str, Any]] = [
-        {"method": method.name, "parameters": json.dumps(parameters)} for method, parameters in methods
-    ]
+    named: list[dict[str, Any]] = [{"method": run.name, "parameters": json.dumps(run.shown)} for run in runs]
     try:
         # The first run of a length also allocates its memory, and does not count.
         for _ in range(2):
-            exact = run(None, {})
+            exact = measured(Run("the model itself", {}, None))
     except UnavailableError as error:
         if require_all:
             raise
@@ -105,19 +123,19 @@ def _rows_of_length(
         return [row | {"unavailable": str(error)} for row in named]
     say(f"n = {len(text):,}: exact perplexity {exact.perplexity:.4g} in {exact.seconds:.1f} s")
     rows = []
-    for row, (method, parameters) in zip(named, methods, strict=True):
+    for row, run in zip(named, runs, strict=True):
         row |= {
             "exact_perplexity": exact.perplexity,
             "exact_seconds": exact.seconds,
             "exact_attention_seconds": exact.attention_seconds,
         }
         try:
-            found = run(method, parameters)
+            found = measured(run)
         except (UnavailableError, NonFiniteError) as error:
             if require_all:
                 raise
             rows.append(row | {"unavailable": str(error)})
-            say(f"n = {len(text):,}: {method.name}: {error}")
+            say(f"n = {len(text):,}: {run.name}: {error}")
             continue
         rows.append(
             row

@@ -1,0 +1,1 @@
+"""Attention methods and plans inside other libraries."""

@@ -1,0 +1,105 @@
+"""A plan: which method and setting computes each head of a language model, exact attention where none is faster."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from approxkmv.attention import Method, get
+from approxkmv.errors import InputError
+from approxkmv.files import read_json, write_json
+
+
+@dataclass(frozen=True)
+class HeadPlan:
+    """One head's method, with what was measured on the calibration text."""
+
+    method: str
+    parameters: dict[str, Any]
+    error: float
+    """|out - exact|_2 / |exact|_2, the largest over seeds."""
+    seconds: float
+    exact: str
+    """The fastest exact method, and its seconds; both times are CPU seconds of one thread, or a GPU's."""
+    exact_seconds: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Use read_plan, or `planning.make_plan`."""
+
+    model: str
+    """Identifies the files of the weights."""
+    target: float
+    """The largest error of a head, relative to its answer."""
+    tokens: int
+    """The length of the calibration text."""
+    layers: tuple[tuple[HeadPlan, ...], ...]
+    machine: dict[str, Any]
+
+    def of_layer(self, layer: int) -> Callable[..., torch.Tensor]:
+        """f(q, k, v, *, scale, seed): causal attention of (heads, n, d), (heads, n, d), (heads, n, d_v)."""
+        groups = self._groups[layer]
+
+        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, seed: int) -> torch.Tensor:
+            if len(groups) == 1:
+                method, parameters, _ = groups[0]
+                return method.causal_form()(q, k, v, scale=scale, seed=seed, **parameters)
+            out = torch.empty(*q.shape[:2], v.shape[2], dtype=v.dtype, device=v.device)
+            for method, parameters, heads in groups:
+                some = (t[heads] for t in (q, k, v))
+                out[heads] = method.causal_form()(*some, scale=scale, seed=seed, **parameters)
+            return out
+
+        return attend
+
+    @cached_property
+    def _groups(self) -> list[list[tuple[Method, dict[str, Any], list[int]]]]:
+        """For each layer its methods with their parameters and heads."""
+        layers = []
+        for heads in self.layers:
+            same: dict[tuple[str, str], list[int]] = defaultdict(list)
+            for number, head in enumerate(heads):
+                same[head.method, json.dumps(head.parameters, sort_keys=True)].append(number)
+            layers.append([(get(name), json.loads(given), numbers) for (name, given), numbers in same.items()])
+        return layers
+
+    def heads_by_method(self) -> dict[str, int]:
+        """How many heads each method computes."""
+        return dict(Counter(head.method for heads in self.layers for head in heads).most_common())
+
+    def check_shape(self, layers: int, heads: int) -> None:
+        """Raise InputError unless the plan is for a model of so many layers and heads."""
+        if len(self.layers) != layers or any(len(of_layer) != heads for of_layer in self.layers):
+            raise InputError(
+                f"the plan is for {len(self.layers)} layers of {len(self.layers[0])} heads, but the model has {layers} "
+                f"layers of {heads}"
+            )
+
+
+def write_plan(path: Path, plan: Plan, record: dict[str, Any]) -> None:
+    """Write a plan as JSON, with the record of how it was made. Raises TableError if that fails."""
+    write_json(path, asdict(plan) | {"provenance": record})
+
+
+def read_plan(path: Path) -> Plan:
+    """The plan in a file of write_plan. Raises TableError or InputError for a file that is not one."""
+    keys = {"model": str, "target": float, "tokens": int, "layers": list, "machine": dict}
+    found = read_json(path, keys)
+    try:
+        layers = tuple(tuple(HeadPlan(**head) for head in heads) for heads in found["layers"])
+        if not layers or not all(layers):
+            raise InputError(f"{path} names no heads")
+        for head in (head for heads in layers for head in heads):
+            get(head.method).causal_form()
+            get(head.method).parameters(head.parameters)
+    except (TypeError, AttributeError) as error:
+        raise InputError(f"{path} is not a plan: {error}") from error
+    return Plan(**{name: found[name] for name in keys} | {"layers": layers})

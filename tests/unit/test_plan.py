@@ -1,0 +1,171 @@
+"""Plans: the fastest method within an error for each head, in a file, and in a model of transformers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+import transformers
+
+from approxkmv.attention import get
+from approxkmv.errors import InputError, TableError
+from approxkmv.integrations import transformers as fast
+from approxkmv.models import ModelLocation
+from approxkmv.models.loading import quiet
+from approxkmv.perplexity import planning
+from approxkmv.perplexity.model import CausalModel
+from approxkmv.perplexity.plan import HeadPlan, Plan, read_plan, write_plan
+from approxkmv.perplexity.planning import best, make_plan
+from approxkmv.perplexity.replacement import Replacement
+
+IDS = torch.randint(3, 90, (400,), generator=torch.Generator().manual_seed(0)).tolist()
+
+
+@pytest.fixture(scope="module")
+def location(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama")
+    with quiet():
+        config = transformers.LlamaConfig(
+            vocab_size=90, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=600,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        with torch.no_grad():
+            for tensor in model.parameters():
+                if tensor.ndim == 2:
+                    tensor.normal_(0.0, 1.5 * tensor.shape[-1] ** -0.5)
+        model.save_pretrained(folder)
+    return ModelLocation(folder)
+
+
+@pytest.fixture(scope="module")
+def model(location):
+    return CausalModel.load(location)
+
+
+def head(method, **parameters):
+    return HeadPlan(method, get(method).parameters(parameters), 0.0, 1.0, "exact-sdpa", 1.0)
+
+
+def plan_of(layers, model="any"):
+    return Plan(model, 0.05, 100, layers, {})
+
+
+MIXED = plan_of(
+    (
+        (head("exact-sdpa"), head("mean"), head("exact-sdpa"), head("mean")),
+        (head("exact-sdpa-bf16"), head("exact-sdpa"), head("exact-sdpa"), head("local-expansion")),
+    )
+)
+EXACT = plan_of(((head("exact-sdpa"),) * 4,) * 2)
+
+
+def test_each_head_is_computed_by_its_method():
+    q, k, v = torch.randn(3, 4, 50, 8, generator=torch.Generator().manual_seed(1))
+    out = MIXED.of_layer(0)(q, k, v, scale=0.3, seed=5)
+    for number, name in enumerate(("exact-sdpa", "mean", "exact-sdpa", "mean")):
+        one = slice(number, number + 1)
+        assert torch.allclose(out[one], get(name).attend_causally(q[one], k[one], v[one], scale=0.3), atol=1e-6)
+    assert MIXED.heads_by_method() == {"exact-sdpa": 4, "mean": 2, "exact-sdpa-bf16": 1, "local-expansion": 1}
+
+
+def test_a_plan_survives_its_file_and_damage_is_one_line(tmp_path):
+    path = tmp_path / "plan.json"
+    write_plan(path, MIXED, {"made": "here"})
+    assert read_plan(path) == MIXED
+    whole = json.loads(path.read_text())
+    whole["layers"][0][0]["method"] = "exact-sdap"
+    wrong = [("layers", [[{"method": "mean"}]]), ("layers", [3]), ("layers", []), ("layers", whole["layers"])]
+    for key, value in wrong:
+        path.write_text(json.dumps({**whole, key: value}))
+        with pytest.raises(InputError) as caught:
+            read_plan(path)
+        assert "\n" not in str(caught.value)
+    path.write_text("{}")
+    with pytest.raises(TableError):
+        read_plan(path)
+
+
+def test_the_fastest_method_within_the_error_is_chosen(monkeypatch):
+    """Given seconds and errors by name: too slow, too far off, and within both; exact in half precision if allowed."""
+    given = {"exact-sdpa-bf16": (0.01, 4.0), "exact-sdpa": (0.0, 8.0), "local-expansion": (0.03, 3.0)}
+    monkeypatch.setattr(planning, "METHODS", ("local-expansion",))
+    monkeypatch.setattr(planning, "_measured", lambda method, *rest: (*given[method.name], 0.0))
+    assert best((None,) * 4, None, 0.05).method == "local-expansion"
+    given["local-expansion"] = (0.045, 3.0)
+    assert best((None,) * 4, None, 0.05).method == "exact-sdpa-bf16"
+    given["local-expansion"] = (0.03, 3.9)
+    assert best((None,) * 4, None, 0.05).method == "exact-sdpa-bf16"
+    found = best((None,) * 4, None, 0.015)
+    assert (found.method, found.exact_seconds) == ("exact-sdpa", 8.0)
+
+
+def test_a_made_plan_keeps_the_answers_of_another_text(model, monkeypatch):
+    """With exact attention declared slow, every head gets a method, and perplexity on other text stays within 5 %."""
+    measured = planning._measured
+
+    def slow(method, *rest):
+        error, seconds, recomputed = measured(method, *rest)
+        return error, seconds + (60.0 if method.exact else 0.0), recomputed
+
+    monkeypatch.setattr(planning, "_measured", slow)
+    said = []
+    plan = make_plan(model, IDS[:300], 0.05, said.append)
+    assert len(said) == 2
+    assert plan.model == model.identity()
+    assert not any(name.startswith("exact") for name in plan.heads_by_method())
+    assert all(head.error <= 0.04 for heads in plan.layers for head in heads)
+    other = [(7 * i) % 87 + 3 for i in IDS]
+    own = model.perplexity(other, Replacement(None, {}, range(2), 0)).perplexity
+    assert model.perplexity(other, Replacement(plan, {}, range(2), 0)).perplexity == pytest.approx(own, rel=0.05)
+    with pytest.raises(InputError, match="target is 2"):
+        make_plan(model, IDS, 2, said.append)
+
+
+@pytest.fixture
+def ordinary(location):
+    with quiet():
+        return transformers.AutoModelForCausalLM.from_pretrained(location.folder).eval()
+
+
+def logits(model, ids, **more):
+    with torch.inference_mode():
+        return model(torch.tensor(ids), **more).logits
+
+
+def test_a_plan_in_a_model_of_transformers_and_back(ordinary):
+    before, implementation = logits(ordinary, [IDS]), ordinary.config._attn_implementation
+    fast.use_plan(ordinary, EXACT)
+    assert torch.allclose(logits(ordinary, [IDS]), before, atol=1e-4)
+    fast.use_plan(ordinary, MIXED)
+    assert not torch.allclose(logits(ordinary, [IDS]), before, atol=1e-2)
+    fast.restore(ordinary)
+    assert ordinary.config._attn_implementation == implementation
+    assert torch.equal(logits(ordinary, [IDS]), before)
+    with pytest.raises(InputError, match="has no plan"):
+        fast.restore(ordinary)
+
+
+def test_several_padded_or_continued_texts_are_computed_as_before(ordinary):
+    """Where no method applies, the answers of a plan of means are the model's own."""
+    means = plan_of(((head("mean"),) * 4,) * 2)
+    two, mask = [IDS[:30], IDS[30:60]], torch.ones(2, 30, dtype=torch.long)
+    mask[1, :7] = 0
+    plain = [logits(ordinary, two), logits(ordinary, two, attention_mask=mask)]
+    with torch.inference_mode():
+        past = ordinary(torch.tensor([IDS[:20]]), use_cache=True).past_key_values
+    plain.append(logits(ordinary, [IDS[20:21]], past_key_values=past))
+    fast.use_plan(ordinary, means)
+    past.crop(-1)
+    found = [logits(ordinary, two), logits(ordinary, two, attention_mask=mask)]
+    found.append(logits(ordinary, [IDS[20:21]], past_key_values=past))
+    for one, other in zip(plain, found, strict=True):
+        assert torch.allclose(one, other, atol=1e-4)
+
+
+def test_a_plan_for_another_shape_is_refused(ordinary):
+    with pytest.raises(InputError, match="the plan is for 1 layers of 4 heads, but the model has 2 layers of 4"):
+        fast.use_plan(ordinary, dataclasses.replace(EXACT, layers=EXACT.layers[:1]))
