@@ -16,6 +16,7 @@ rule model_heads:
     params:
         config=lambda wildcards: SETTINGS,
         capture=escape(str(CAPTURE)),
+        rotary_scaling=escape(str(STUDY.rotary_scaling)),
         corpus=escape(str(CAPTURED)),
         identity=identity_of(CAPTURED.source) if CAPTURE else "",
     shell:

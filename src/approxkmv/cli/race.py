@@ -48,7 +48,9 @@ def model_heads(
         from approxkmv.steps.model_heads import capture_heads
 
         corpus = corpus_entry(load_config(config), captured.corpus)
-        capture_heads(read_location(location), corpus, captured.tokens, captured.heads, out, tuning_out)
+        where = read_location(location)
+        scaling = chosen.rotary_scaling
+        capture_heads(where, corpus, captured.tokens, captured.heads, out, tuning_out, scaling)
 
 
 @app.command()

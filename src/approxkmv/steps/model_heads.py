@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,6 +23,7 @@ def capture_heads(
     heads: Sequence[tuple[int, int]],
     out: Path,
     tuning_out: Path,
+    rotary_scaling: Mapping[str, Any] | None = None,
 ) -> None:
     """Write q, k, v (heads, tokens, d) of the corpus's first document to `out`, and of its second to `tuning_out`.
 
@@ -29,6 +31,7 @@ def capture_heads(
 
     Args:
         location: of the model. tokens: the length of each text. heads: (layer, head) pairs, counted from 0.
+        rotary_scaling: see CapturableModel.load.
     Raises:
         ConfigError: a document that is too short, a head that the model does not have. InputError: more tokens than the
         model has positions, or heads of layers with different scales.
@@ -38,7 +41,7 @@ def capture_heads(
     documents = read_corpus(corpus.source, corpus.sha256)
     if len(documents) < 2:
         raise ConfigError(f"corpus {corpus.name} has one document; a sweep needs a second one for tuning")
-    model = CapturableModel.load(location)
+    model = CapturableModel.load(location, rotary_scaling=rotary_scaling)
     for what in ([model.mask] if model.has_own_masks else []) + [*model.left_out]:
         LOG.info("a sweep over heads of this model leaves out what its attention has: %s", what)
     for layer, head in heads:
