@@ -287,11 +287,32 @@ def perplexity() -> str:
             given = json.loads(row["parameters"])
             chosen = ("block", "near", "top", "samples", "exact_below")
             settings = ", ".join(f"{name} {given[name]:,}" for name in chosen if name in given)
+            if row["method"] == "plan":
+                settings = ", ".join(f"{name} {number}" for name, number in given["heads"].items())
             found = [f"{row[name]:.{digits}f}" for name, digits in (("perplexity", 2), ("attention_seconds", 1))]
             lines.append({"tokens": "", "method": row["method"], "settings": settings})
             lines[-1] |= dict(zip(("perplexity", "s"), found, strict=True))
     about = machine(path.with_suffix(".json"))
-    return f"{markdown(pd.DataFrame(lines))}\n\ns: seconds in attention. Wall time, all threads of {about}.\n"
+    return (
+        f"{_plan_wins(table)}\n\n{markdown(pd.DataFrame(lines))}\n\ns: seconds in attention; of a plan, how many heads "
+        f"each method computes. Wall time, all threads of {about}.\n"
+    )
+
+
+def _plan_wins(table: pd.DataFrame) -> str:
+    """Which row is fastest end to end at the longest text among those whose perplexity is within 1 %, and the plan's."""
+    rows = table[(table["tokens"] == table["tokens"].max()) & ((table["ratio"] - 1).abs() <= 0.01)]
+    best = rows.loc[rows["seconds"].idxmin()]
+    exact = rows[rows["method"].str.startswith("exact")]["seconds"].min()
+    text = (
+        f"At {best['tokens']:,} tokens the fastest whole pass with a perplexity within 1 % of the model's own is that of "
+        f"`{best['method']}`, {best['seconds']:.1f} s."
+    )
+    plan = rows[rows["method"] == "plan"]
+    if len(plan):
+        text += f" The plan takes {plan['seconds'].iloc[0]:.1f} s, {exact / plan['seconds'].iloc[0]:.2f} times the speed of"
+        text += f" the fastest exact row ({exact:.1f} s)."
+    return text
 
 
 def _count(table: pd.DataFrame) -> tuple[int, int]:
