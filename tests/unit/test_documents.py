@@ -82,7 +82,7 @@ def test_tables_of_the_race_follow_from_new_tables_of_sweeps(monkeypatch, tmp_pa
         assert reference.machine(tmp_path / "rows" / "tables" / "sweep.json") in won
         assert "few queries" in race.answer()
         # Three lengths and three targets of one workload, of three studies that are one, and of the causal one
-        assert "| local-expansion | 9 |" in race.counts()
+        assert "| local-expansion | 18 |" in race.counts()
         assert "| hyperattention | 18 |" in race.counts()
         # Where every key is near, a method is exact attention, and wins nothing however fast it is.
         table = race._sweep("rows")

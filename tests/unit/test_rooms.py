@@ -9,7 +9,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parents[2] / "src" / "approxkmv"
 # From the bottom up; rooms of one line do not know each other.
 LAYERS = """
-errors lazy imports
+errors lazy imports words
 files arrays yaml_text slopes typed
 provenance progress lock
 compute partial

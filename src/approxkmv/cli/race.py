@@ -49,7 +49,7 @@ def model_heads(
 
         corpus = corpus_entry(load_config(config), captured.corpus)
         where = read_location(location)
-        scaling = chosen.rotary_scaling
+        scaling = dict(chosen.rotary_scaling) if chosen.rotary_scaling else None
         capture_heads(where, corpus, captured.tokens, captured.heads, out, tuning_out, scaling)
 
 
