@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -192,14 +192,15 @@ def perplexity(
     """
     log_to(log)
     checked = load_config(config)
-    options: dict[str, Any] = {"model": model, "corpus": corpus, "layers": layers, "seed": seed}
-    if method is not None:
+    study_keys = None if method is not None else asked(config, study, log).perplexity
+    if method is not None or (plan is not None and study_keys is None):
         from approxkmv.perplexity.settings import from_options
 
-        settings = read_as(Perplexity, options | from_options(tokens, method, parameters), "options")
-    elif plan is not None and asked(config, study, log).perplexity is None:
-        exact = {"exact-sdpa": [{}], "exact-sdpa-bf16": [{}]}
-        settings = read_as(Perplexity, options | from_options(tokens, "", "{}") | {"methods": exact}, "options")
+        given = from_options(tokens, method or "exact-sdpa", parameters)
+        if method is None:
+            given["methods"] = {name: [{}] for name in ("exact-sdpa", "exact-sdpa-bf16")}
+        options = {"model": model, "corpus": corpus, "layers": layers, "seed": seed}
+        settings = read_as(Perplexity, options | given, "options")
     else:
         settings = _perplexity_of(asked(config, study, log), "--method")
     entry, chosen = model_of(checked, settings.model), corpus_entry(checked, settings.corpus)

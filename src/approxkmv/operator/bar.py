@@ -50,7 +50,7 @@ def proposal(doubts: torch.Tensor, known: torch.Tensor) -> Proposal:
     sizes = (doubts.double() * uniform).nan_to_num(0.0, 0.0, 0.0)
     parts = [uniform, sizes, sizes.square()]
     shares = [part / part.sum() if float(part.sum()) > 0 else uniform / uniform.sum() for part in parts]
-    return Proposal((sum(shares) / 3).float().cpu())
+    return Proposal(torch.stack(shares).mean(0).float().cpu())
 
 
 def error_bar(y: torch.Tensor, exact: torch.Tensor, rows: torch.Tensor, drawn_by: Proposal, doubt: float) -> ErrorBar:
