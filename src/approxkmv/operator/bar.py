@@ -26,6 +26,8 @@ class ErrorBar:
     """The error's upper confidence bound, None if the sample does not give one."""
     answer: float
     """Of Kx."""
+    least_answer: float
+    """Its lower confidence bound."""
 
 
 @dataclass(frozen=True)
@@ -70,9 +72,11 @@ def error_bar(y: torch.Tensor, exact: torch.Tensor, rows: torch.Tensor, drawn_by
     # The norm of the answer is that of y, corrected by the sample.
     corrections = (exact.square() - seen.square()).sum(1) / p
     squared = float(y.double().square().sum()) + float(corrections.mean())
-    answer = math.sqrt(max(0.0, squared))
     bound = math.sqrt(limit) if mean > 0 and spread >= LEAST_SPREAD else None
-    return ErrorBar(math.sqrt(mean), bound, answer)
+    # By the triangle inequality, or by the sample where that says more.
+    size = float(y.double().norm())
+    least = max(0.0, size - (bound or size), math.sqrt(max(0.0, size**2 - _upper(-corrections, doubt))))
+    return ErrorBar(math.sqrt(mean), bound, math.sqrt(max(0.0, squared)), least)
 
 
 def _upper(values: torch.Tensor, doubt: float) -> float:

@@ -19,7 +19,8 @@ class Report:
     error: float
     """Estimate of |Kx - y|, relative to |Kx| or |x|; with several columns all norms are Frobenius norms."""
     bound: float | None
-    """Its upper bound at `confidence`; None: unknown, since few rows make up what the sample saw, or none."""
+    """Its upper bound at `confidence`; None: unknown, since few rows make up what the sample saw, or none, or since
+    |Kx| may be 0."""
     confidence: float
     relative_to: str
     epsilon: float
