@@ -199,7 +199,9 @@ class KernelOperator:
         n_q, n_k = self.shape
         x = x64.to(self._points.keys.dtype)
         if not bool(x.any()):
-            return x.new_zeros(n_q, x.shape[1]), self._report("zero", "x is 0", ErrorBar(0.0, 0.0, 0.0, 0.0), (1.0, 1.0), seconds)
+            return x.new_zeros(n_q, x.shape[1]), self._report(
+                "zero", "x is 0", ErrorBar(0.0, 0.0, 0.0, 0.0), (1.0, 1.0), seconds
+            )
         with clock("preparation"):
             blocks, doubts = (None, x.new_ones(n_q))
             large = n_q * n_k >= _LEAST_PAIRS and n_q >= _LEAST_QUERIES
