@@ -13,7 +13,7 @@ from reference import REFERENCE, machine, markdown
 from scipy.special import stdtrit
 
 from approxkmv.figures.crossover import crossover
-from approxkmv.figures.sweep_table import of_what, read_sweep
+from approxkmv.figures.sweep_table import contenders, of_what, read_sweep
 from approxkmv.slopes import log_log_line
 from approxkmv.statistics.growth import PAPER_BOUND
 from approxkmv.sweep.exponents import fit_exponent
@@ -29,7 +29,6 @@ ASKED = {
 # A cell is counted once, in whichever study comes first.
 CELL = ["workload", "n", "batch", "columns", "mask", "target"]
 # Computes every score: what a choice of keys can reach, not a way to be fast.
-ORACLE = "top-k"
 _NOT_YET = "Not measured yet: `snakemake --cores all --config study={}`.\n"
 
 
@@ -66,13 +65,9 @@ def _named(workload: str) -> str:
 
 
 def _raced(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows of methods that could win: within the target, neither trivial nor the oracle, with an exact row to beat.
-
-    A row that evaluates every pair is exact attention by another name.
-    """
-    kept = table["kind"].eq("approximate") & table["times_faster"].notna() & table["method"].ne(ORACLE)
-    pairs = table["batch"] * table["n"] * table["queries"].fillna(table["n"])
-    return table[kept & table["reached"].eq("yes") & (table["kernel_evaluations"] < pairs)]
+    """The rows that could win: of `contenders`, within the target, with an exact row to beat."""
+    able = contenders(table)
+    return able[able["times_faster"].notna() & able["reached"].eq("yes")]
 
 
 def _mark(row: Any) -> str:

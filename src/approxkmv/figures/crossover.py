@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.patches import Rectangle
 
 from approxkmv.figures.style import headline, new_figure, save
-from approxkmv.figures.sweep_table import conditions, count_of, looks, of_what, read_sweep, select
+from approxkmv.figures.sweep_table import conditions, contenders, count_of, looks, of_what, read_sweep, select
 from approxkmv.slopes import log_log_line
 
 _FARTHEST = 2.0**24
@@ -49,13 +49,15 @@ def draw(table: Path, output_stem: Path, target: float = 0.10) -> list[Path]:
     frame = read_sweep(table)
     workloads = conditions(frame)
     kinds = dict(zip(frame["method"], frame["kind"], strict=True))
-    methods = [m for m in looks(frame) if kinds[m] != "exact"]
+    able = contenders(frame)
+    methods = [m for m in looks(frame) if kinds[m] == "trivial" or m in set(able["method"])]
     found: dict[tuple[int, int], tuple[float, str]] = {}
     for column, workload in enumerate(workloads):
         some = workload.rows(frame)
         for row, method in enumerate(methods):
             line = select(some, method, target)
             line = line[line["reached"].eq("yes") & line["times_faster"].notna()].drop_duplicates("n")
+            line = line[line["kind"].eq("trivial") | line.index.isin(able.index)]
             n, how = crossover(*line[["n", "times_faster"]].to_numpy(np.float64).T)
             found[row, column] = n, how if len(line) else "missed"
     rows = {"measured": list(range(len(methods)))}

@@ -8,7 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from approxkmv.figures.style import draw_points, headline, label_ends, logarithmic_ticks, short
-from approxkmv.figures.sweep_table import conditions, count_of, looks, new_panels, of_what, read_sweep, save, select
+from approxkmv.figures.sweep_table import (
+    conditions,
+    contenders,
+    count_of,
+    looks,
+    new_panels,
+    of_what,
+    read_sweep,
+    save,
+    select,
+)
 from approxkmv.words import counted
 
 if TYPE_CHECKING:
@@ -77,7 +87,7 @@ def finding(frame: pd.DataFrame, target: float = 0.10) -> str:
         some = workload.rows(frame)
         some = some[(some["n"] == some["n"].max()) & (some["reached"] == "yes")]
         some = some[(some["target"] - target).abs() < 1e-9].sort_values("times_faster", ascending=False)
-        approximate, trivial = (some[some["kind"] == kind].head(1) for kind in ("approximate", "trivial"))
+        approximate, trivial = (rows.head(1) for rows in (contenders(some), some[some["kind"] == "trivial"]))
         if (approximate["times_faster"] > 1).any():
             ratios += approximate["times_faster"].tolist()
             winners += approximate["method"].tolist()

@@ -45,6 +45,8 @@ METHODS = (
     *("knn", "hnsw", "vamana", "balancekv", "vattention", "top-k", "mean", "uniform", "own-key"),
     *("exact-fused", "exact-sdpa", "exact-naive", "exact-sdpa-bf16"),
 )
+# Shows what a choice of keys can reach.
+ORACLE = "top-k"
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,18 @@ def select(frame: pd.DataFrame, method: str, target: float) -> pd.DataFrame:
     if not some.empty and some["kind"].iloc[0] != "exact":
         some = some[(some["target"] - target).abs() < 1e-9]
     return some.sort_values("n")
+
+
+def contenders(frame: pd.DataFrame) -> pd.DataFrame:
+    """The approximate rows that can win.
+
+    Not the oracle's, which computes every score, nor one that evaluates every pair: exact attention by another name.
+    """
+    import pandas as pd
+
+    queries, evaluations = (pd.to_numeric(frame[name]) for name in ("queries", "kernel_evaluations"))
+    whole = evaluations >= frame["batch"] * frame["n"] * queries.fillna(frame["n"])
+    return frame[frame["kind"].eq("approximate") & frame["method"].ne(ORACLE) & ~whole]
 
 
 def looks(frame: pd.DataFrame) -> dict[str, Look]:
