@@ -126,10 +126,12 @@ class KernelOperator:
     def __matmul__(self, x: Array) -> Array:
         """Kx for x (n_k,) or (n_k, m): (n_q,) or (n_q, m), of the points' kind, float64 if they or one of them are."""
         values, back = self._columns(x)
+        # Squares of very small or large entries would leave float32.
+        size = float(values.abs().max()) or 1.0
         with counting() as counts:
-            y, report = self._product(values)
+            y, report = self._product(values / size)
         self.last = replace(report, kernel_evaluations=counts.kernel_evaluations)
-        return back(y)
+        return back(y.double() * size)
 
     @plain_torch()
     def as_linear_operator(self) -> LinearOperator:

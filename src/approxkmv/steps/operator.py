@@ -7,14 +7,12 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 import torch
 
-from approxkmv.config import Study
-from approxkmv.config.keys import OperatorStudy
 from approxkmv.errors import ConfigError, one_line
 from approxkmv.files import write_csv, write_json
 from approxkmv.operator import exact
@@ -22,6 +20,10 @@ from approxkmv.operator.kernel_operator import KernelOperator
 from approxkmv.operator.points import Points, in_units, key_side, query_side
 from approxkmv.progress import LOG
 from approxkmv.sweep.word_vectors import fetch_vectors, word_vectors
+
+if TYPE_CHECKING:
+    from approxkmv.config import Study
+    from approxkmv.config.keys import OperatorStudy
 
 # The side of a tile of the plain product, and seconds after which a product is not timed again.
 _TILE, _SECONDS = 512, 10.0
