@@ -145,7 +145,7 @@ def of_methods() -> list[Case]:
     found += cases("a causal method", get("exact-sdpa").attend_causally, of_a_method, causal)
     found += cases(
         "a method without a causal form",
-        get("local-expansion").attend_causally,
+        get("own-key").attend_causally,
         lambda: of_a_method() | {"k": points(2, 20, 4), "v": points(2, 20, 3)},
         {"asked for it": {}},
     )

@@ -145,7 +145,7 @@ CHANGES: list[tuple[str, str, Any]] = [
     ("an unknown corpus of perplexity", "studies.tiny.perplexity.corpus", "n"),
     ("an unknown method of perplexity", "studies.tiny.perplexity.methods", {"unifrom": [{}]}),
     ("an unknown parameter of perplexity", "studies.tiny.perplexity.methods", {"hyperattention": [{"sample": 1}]}),
-    ("a method without a causal form", "studies.tiny.perplexity.methods", {"local-expansion": [{}]}),
+    ("a method without a causal form", "studies.tiny.perplexity.methods", {"own-key": [{}]}),
     ("an unknown parameter of a sweep", "sweeps.s.parameters", {"uniform": [{"sample": 1}]}),
     ("parameters of an unknown method", "sweeps.s.parameters", {"unifrom": [{}]}),
     # Sources and files

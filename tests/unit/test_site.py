@@ -67,6 +67,6 @@ def test_the_notebook_runs(monkeypatch, tmp_path):
 @pytest.mark.slow
 def test_the_examples_on_your_own_queries_and_keys_run(monkeypatch, tmp_path):
     examples = re.findall(r"^```python\n(.*?)^```$", (DOCS / "python.md").read_text(encoding="utf-8"), re.S | re.M)
-    assert len(examples) == 3
-    # The last needs a model's folder; the notebook has it with one.
+    assert len(examples) == 4
+    # The last two need a model; the notebook and the tests of plans have them with one.
     exec("".join(examples[:2]), {})
