@@ -32,7 +32,8 @@ def use_plan(model: PreTrainedModel, plan: str | Path | Plan) -> None:
     """Let the plan compute the attention of `model`, until `restore`.
 
     A call is the plan's where it is causal attention of one whole text; others, such as those for one token after a
-    prompt, for several texts or for padded ones, are computed by torch's scaled_dot_product_attention as before.
+    prompt, for several texts or for padded ones, are computed by torch's scaled_dot_product_attention as before. Only
+    the numbers of layers and heads are compared: a plan's errors hold for the weights that it names.
 
     Args:
         model: a causal language model whose attention uses transformers' attention interface. plan: a file of

@@ -16,8 +16,8 @@ SHARE, _ROWS = 0.02, 96
 _LEAST_ROWS = 4
 # Near keys per block that are tried, until one meets the error.
 _FIRST, _STEP = 128, 4
-# Measured on a Xeon with AMX, at n = 16,384 to 32,768, relative to a pair of the exact product: a pair of a query and a
-# near key, a pair of a centre and a key, what is done once for a block.
+# Rough times relative to a pair of the exact product, from a busy Xeon with AMX at n = 16,384 to 32,768: a pair of a
+# query and a near key, a pair of a centre and a key, what is done once for a block.
 _NEAR, _FAR, _BLOCK = 2.5, 6.0, 50_000.0
 
 
