@@ -166,6 +166,12 @@ def test_several_padded_or_continued_texts_are_computed_as_before(ordinary):
         assert torch.allclose(one, other, atol=1e-4)
 
 
+def test_values_of_zero_are_no_traceback():
+    q, k, v = torch.randn(1, 40, 8), torch.randn(1, 40, 8), torch.zeros(1, 40, 8)
+    found = best((q, k, v, 0.3), torch.zeros(1, 40, 8), 0.05)
+    assert found.error == 0
+
+
 def test_a_plan_for_another_shape_is_refused(ordinary):
     with pytest.raises(InputError, match="the plan is for 1 layers of 4 heads, but the model has 2 layers of 4"):
         fast.use_plan(ordinary, dataclasses.replace(EXACT, layers=EXACT.layers[:1]))

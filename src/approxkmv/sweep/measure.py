@@ -67,7 +67,10 @@ def errors(out: torch.Tensor, exact: torch.Tensor, v: torch.Tensor) -> tuple[flo
     exact = exact.double()
     gap = float((out.double() - exact).norm())
     rows = (exact.shape[1] / v.shape[1]) ** 0.5
-    return gap / (rows * float(v.double().norm())), gap / float(exact.norm())
+    sizes = rows * float(v.double().norm()), float(exact.norm())
+    # Values of 0 have an answer of 0, which a method gives or misses by an infinite factor.
+    of_v, of_answer = (gap / size if size else (float("inf") if gap else 0.0) for size in sizes)
+    return of_v, of_answer
 
 
 def summary(values: Sequence[float]) -> dict[str, float]:
