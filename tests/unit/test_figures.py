@@ -232,6 +232,22 @@ def test_the_mask_and_what_is_not_in_the_kernel_stand_in_every_figure_of_a_model
         assert ("windows of 512 and 1,024 keys" in words) == (models[-1] == MODELS[1] and name != "gauge")
 
 
+def test_what_evaluates_every_pair_wins_nothing_in_a_title():
+    """The oracle beats exact attention with few queries, and computes every score."""
+    from approxkmv.figures.speedup import finding
+    from approxkmv.figures.sweep_table import contenders, read_sweep
+
+    table = read_sweep(REFERENCE / "few" / "tables" / "sweep.csv")
+    oracle = table[(table["method"] == "top-k") & (table["times_faster"] > 1)]
+    assert len(oracle)
+    assert contenders(oracle).empty
+    assert "top-k" not in finding(table)
+    able = contenders(table)
+    pairs = table["batch"] * table["n"] * table["queries"].fillna(table["n"])
+    assert contenders(able.assign(kernel_evaluations=pairs)).empty
+    assert len(contenders(able)) == len(able) > 0
+
+
 def test_the_reference_figures_are_all_figures():
     names = {*catalogue.PER_MODEL, *catalogue.PER_STUDY, *catalogue.PER_TABLE}
     assert {name for _, name, _ in [*OF_THE_REFERENCE, *OF_FAMILIES]} == names

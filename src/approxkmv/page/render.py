@@ -139,8 +139,11 @@ def _perplexities(path: Path) -> list[dict[str, Any]]:
 def _parameters(text: str) -> str:
     """A method's parameters as a table has them, for reading: `block 256, samples 16`."""
     try:
-        return ", ".join(f"{name} {value}" for name, value in json.loads(text).items())
-    except (ValueError, AttributeError):
+        given = json.loads(text)
+        # A plan's parameters end with how many heads each method computes.
+        heads = given.pop("heads", {})
+        return ", ".join(f"{name} {value}" for name, value in (given | heads).items())
+    except (ValueError, AttributeError, TypeError):
         return text
 
 
