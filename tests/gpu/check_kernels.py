@@ -17,6 +17,7 @@ import torch
 
 from approxkmv.attention.blocks.cuda import approxkmv as approxkmv_cuda
 from approxkmv.attention.blocks.cuda import expansion as expansion_cuda
+from approxkmv.attention.blocks.cuda import fused
 from approxkmv.attention.blocks.cuda import local_expansion as local_expansion_cuda
 from approxkmv.attention.kernels import cuda_graphs
 from approxkmv.attention.kernels import triton as triton_kernels
@@ -252,6 +253,81 @@ def check_errors():
         assert one < 1.5 * mean
 
 
+@contextmanager
+def replaced(**given):
+    """Other functions of `fused` for a while."""
+    originals = {name: getattr(fused, name) for name in given}
+    for name, other in given.items():
+        setattr(fused, name, other)
+    try:
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(fused, name, original)
+
+
+def check_fused():
+    """In bfloat16, with all keys in the sample, what the method is in float64 on the same clusters.
+
+    The ranking is rounded, and keys within 0.001 of the threshold may be near or far.
+    """
+    first = torch.full((1,), 3, device=DEVICE)
+    shapes = ((150, 170, 20, 1, 16, 40), (90, 100, 100, 5, 32, 20), (90, 90, 20, 1, 32, 20), (70, 70, 24, 4, 70, 9))
+    for dtype in (torch.float32, torch.bfloat16):
+        for n_q, n_k, d, d_v, block, near in shapes:
+            q, k, v = inputs(2, n_q, n_k, d, d_v, dtype, n_q)
+            clusters = -(-n_q // block)
+            spread = k.float().var(1, correction=0, keepdim=True)
+            labels = expansion_cuda.labels_of_queries(q.float(), spread, first, clusters, 2, 8)
+            right = plain_local_expansion(q, k, v, d**-0.5, labels, near)
+
+            def given(q, s, weight, centres, step, kind, labels=labels):
+                return labels[:, ::step].to(kind)
+
+            with replaced(nearest=given, listing=lambda near, n_k: (1, near + 1, 64)):
+                out, lost = fused.steps(q, k, v, first, scale=d**-0.5, block=block, near=near, iterations=2, sampled=8)
+            found = gap(out, right, v)
+            print(f"fused {dtype}, {n_q} x {n_k}, d {d}, d_v {d_v}, blocks of {block}: {found:.2e}")
+            assert found < 5e-3
+            assert out.dtype == dtype
+            assert int(lost) == 0
+
+
+def check_fused_extremes():
+    """Equal logits, a key a hundred times as long, lists that are too short for all near keys, own keys that count."""
+    from approxkmv.compute.counting import counting
+
+    q, k, v = inputs(2, 150, 150, 20, 1, torch.bfloat16, 3)
+    given = {"scale": 20**-0.5, "seed": 0, "products": "bfloat16", "directions": 0, "iterations": 2, "sampled": 8}
+    given |= {"block": 16, "near": 20}
+
+    def compared(q, k, v):
+        with counting() as counts:
+            out = local_expansion_cuda.attend(q, k, v, **given)
+        return gap(out, exact(q, k, v, given["scale"]), v), counts.recomputed_rows
+
+    equal = compared(torch.zeros_like(q), k, v)
+    k_long = k.clone()
+    k_long[:, 17] *= 100
+    with replaced(listing=lambda near, n_k: (1, near, 8)):
+        short = compared(q, k, v)
+    print(f"fused, equal logits: {equal}, a long key: {compared(q, k_long, v)}, short lists: {short}")
+    # bfloat16 keeps 8 bits of an answer.
+    assert equal[0] < 4e-3
+    assert equal[1] == 0
+    assert compared(q, k_long, v)[0] < 0.05
+    assert short[0] < 4e-3
+    assert short[1] == 300
+    # K = Q: a query's own key, near or far, counts once, or the error would be several times that of the plain form.
+    q = 1.5 * q
+    own, recomputed = compared(q, q, v)
+    right = exact(q, q, v, given["scale"])
+    plain = gap(local_expansion_cuda.attend(q, q, v, **(given | {"products": "float32"})), right, v)
+    print(f"fused, own keys: {own}, {recomputed} rows recomputed; plain {plain}")
+    assert own < 1.3 * plain
+    assert recomputed == 0
+
+
 def rolled(q, spread, first, clusters, *_):
     """Clusters of the queries that depend on `first` and on nothing that is rounded."""
     return ((torch.arange(q.shape[1], device=q.device) + first) % clusters).expand(len(q), -1)
@@ -423,6 +499,7 @@ def main(table=None, *dtypes):
     if not INTERPRETED and not torch.cuda.is_available():
         sys.exit("check_kernels: torch finds no CUDA device; set TRITON_INTERPRET=1 to check in the interpreter")
     checks = [check_exact, check_listed, check_tiles, check_local_expansion, check_approxkmv, check_errors]
+    checks += [check_fused, check_fused_extremes]
     if not INTERPRETED:
         checks += [check_graphs] + [check_second_device] * (torch.cuda.device_count() > 1)
     for check in checks:

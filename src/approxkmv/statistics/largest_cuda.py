@@ -16,8 +16,10 @@ from approxkmv.statistics.largest import Largest
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _LOG2_E = 1.4426950408889634
-# Lists, each with a counter of its own
+# Lists, each with a counter of its own: tiles take them in turn, so that they fill evenly.
 _LISTS = 64
+# Programs that keep a GPU busy: a step of few rows is cut into pieces of the keys.
+_PROGRAMS = 1024
 _ROWS, _KEYS = 64, 64
 # Rows of the first step, in float64 throughout, which give the first bound
 _FIRST = 64
@@ -35,11 +37,12 @@ def _dot(a, b, acc, WIDEN: tl.constexpr):
 @triton.jit
 def _strip_kernel(
     qh_pointer, qm_pointer, kh_pointer, km_pointer, shift_pointer, far_pointer, count_pointer, place_pointer,
-    first, last, n_k, capacity, scale, margin,
+    first, last, n_k, piece, capacity, scale, margin,
     LISTS: tl.constexpr, LENGTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
     WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """Rows first to last - 1 of x = scale q.k + shift, relative to the bound, in powers of two."""
+    """Rows first to last - 1 of x = scale q.k + shift, relative to the bound, in powers of two; a piece of the keys."""
+    begin = tl.program_id(1) * piece
     rows = first + tl.program_id(0) * BM + tl.arange(0, BM)
     along = tl.arange(0, BD)
     here = rows < last
@@ -48,9 +51,9 @@ def _strip_kernel(
     qm = tl.load(qm_pointer + at, mask=here[:, None], other=0.0)
     shift = tl.load(shift_pointer + rows, mask=here, other=-1e30)
     far = tl.zeros((BM,), tl.float64)
-    for start in range(0, n_k if LENGTH == 0 else LENGTH, BN):
-        keys = start + tl.arange(0, BN)
-        # Keys are padded to whole tiles.
+    for start in range(0, piece if LENGTH == 0 else LENGTH, BN):
+        keys = begin + start + tl.arange(0, BN)
+        # Keys are padded to whole pieces.
         of_keys = keys[:, None].to(tl.int64) * BD + along[None, :]
         kh = tl.load(kh_pointer + of_keys)
         km = tl.load(km_pointer + of_keys)
@@ -58,17 +61,17 @@ def _strip_kernel(
         x = _dot(qh, tl.trans(km), x, WIDEN)
         x = _dot(qm, tl.trans(kh), x, WIDEN)
         x = x * scale + shift[:, None]
-        if start + BN > n_k:
+        if begin + start + BN > n_k:
             x = tl.where(keys[None, :] < n_k, x, -1e30)
         above = x > margin
         far += tl.sum(tl.where(above, 0.0, tl.exp2(x)), 1).to(tl.float64)
         if tl.max(x) > margin:
             # Rare once the bound is known: an atomic for each
-            part = tl.program_id(0) % LISTS
+            part = (tl.program_id(0) + (begin + start) // BN) % LISTS
             where = rows[:, None].to(tl.int64) * n_k + keys[None, :]
             place = tl.atomic_add(count_pointer + part + tl.zeros((BM, BN), tl.int32), 1, mask=above, sem="relaxed")
             tl.store(place_pointer + part.to(tl.int64) * capacity + place, where, mask=above & (place < capacity))
-    tl.store(far_pointer + rows, far, mask=here)
+    tl.store(far_pointer + tl.program_id(1) * (last - first) + rows - first, far, mask=here)
 
 
 def _split(x: torch.Tensor, rows: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -88,13 +91,15 @@ def largest_of(q: torch.Tensor, k: torch.Tensor, scale: float, row_terms: torch.
     if done == n_q:
         return found
     width = max(16, triton.next_power_of_2(d))
-    padded = -(-n_k // _KEYS) * _KEYS
+    # Pieces of whole tiles, of which one step or another takes 1, 2, 4, ... at a time
+    most = 2 ** max(0, min(_PROGRAMS, n_k // (8 * _KEYS)).bit_length() - 1)
+    shortest = -(-n_k // (most * _KEYS)) * _KEYS
+    padded = most * shortest
     queries, keys = _split(q, n_q, width), _split(k, padded, width)
     # A row fits into one list, so that a step of one row always does.
     capacity = max(n_k, 32 * n_k // _LISTS)
     places = torch.empty(_LISTS, capacity, dtype=torch.int64, device=device)
     counts = torch.zeros(_LISTS, dtype=torch.int32, device=device)
-    far = torch.empty(n_q, dtype=torch.float64, device=device)
     longest = scale * float(q64.square().sum(1).max().sqrt() * k64.square().sum(1).max().sqrt())
     step = done
     while done < n_q:
@@ -103,11 +108,17 @@ def largest_of(q: torch.Tensor, k: torch.Tensor, scale: float, row_terms: torch.
         shift = (row_terms - bound) * _LOG2_E
         # Rounding of the three products and of the shift, in powers of two: far above what they can be.
         margin = _LOG2_E * 2.0**-15 * longest + 2.0**-20 * float(shift.abs().max()) + 1e-3
+        programs = triton.cdiv(last - done, _ROWS)
+        pieces = most
+        while pieces > 1 and pieces * programs > _PROGRAMS:
+            pieces //= 2
+        piece = padded // pieces
+        far = torch.empty(pieces, last - done, dtype=torch.float64, device=device)
         with torch.cuda.device(device):
-            _strip_kernel[(triton.cdiv(last - done, _ROWS),)](
-                *queries, *keys, shift.float(), far, counts, places, done, last, n_k, capacity, scale * _LOG2_E,
-                -margin, LISTS=_LISTS, LENGTH=padded if _INTERPRETED else 0, BM=_ROWS, BN=_KEYS, BD=width,
-                WIDEN=_INTERPRETED,
+            _strip_kernel[(programs, pieces)](
+                *queries, *keys, shift.float(), far, counts, places, done, last, n_k, piece, capacity,
+                scale * _LOG2_E, -margin, LISTS=_LISTS, LENGTH=piece if _INTERPRETED else 0, BM=_ROWS, BN=_KEYS,
+                BD=width, WIDEN=_INTERPRETED,
             )  # fmt: skip
         listed = counts.tolist()
         if max(listed) > capacity:
@@ -117,6 +128,6 @@ def largest_of(q: torch.Tensor, k: torch.Tensor, scale: float, row_terms: torch.
         exact = [
             (q64[some // n_k] * k64[some % n_k]).sum(1) * scale + row_terms[some // n_k] for some in at.split(_ENTRIES)
         ]
-        found.add(torch.cat(exact), far[done:last].sum().log() + bound)
+        found.add(torch.cat(exact), far.sum().log() + bound)
         done, step = last, min(4 * step, _MOST_ROWS)
     return found

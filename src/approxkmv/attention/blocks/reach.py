@@ -40,6 +40,11 @@ def most_variance(far_keys: int) -> float:
     return min(REACH, math.log(_OFF**2 * far_keys))
 
 
+def most_off(far_keys: int) -> float:
+    """The log of how far a sum over this many far keys may be off, as a multiple of a row's: see `beyond_reach`."""
+    return math.log(_OFF * far_keys**0.5)
+
+
 def beyond_reach(variances: torch.Tensor, known: torch.Tensor, far_log: torch.Tensor, far_keys: int) -> torch.Tensor:
     """(rows,) whether a row is out of reach of its block: its sum is expected to be off by more than _OFF times itself.
 
@@ -52,7 +57,7 @@ def beyond_reach(variances: torch.Tensor, known: torch.Tensor, far_log: torch.Te
     """
     share = torch.nn.functional.logsigmoid(far_log - known)
     # NaN counts as lost.
-    return ~(share + 0.5 * variances <= math.log(_OFF * far_keys**0.5)) | (variances > REACH)
+    return ~(share + 0.5 * variances <= most_off(far_keys)) | (variances > REACH)
 
 
 def _sample(points: torch.Tensor) -> torch.Tensor:

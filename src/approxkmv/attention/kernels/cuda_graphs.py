@@ -6,9 +6,11 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+T = TypeVar("T", torch.Tensor, tuple[torch.Tensor, ...])
 
 # More than the settings of all grids together, since their runs alternate: with fewer, each would find its graph
 # evicted. Apart from its copy of the inputs a graph is small, since all graphs share their memory.
@@ -21,8 +23,8 @@ class _Graph:
 
     inputs: list[torch.Tensor]
     """The tensors from which a replay reads its inputs."""
-    replay: Callable[[], torch.Tensor]
-    """The answer, in memory that the next replay of any graph overwrites."""
+    replay: Callable[[], Any]
+    """The answer, a tensor or some, in memory that the next replay of any graph overwrites."""
     pool: Any
 
 
@@ -41,9 +43,7 @@ def _recording_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def _record(
-    work: Callable[[], torch.Tensor], device: torch.device, pool: Any
-) -> tuple[Callable[[], torch.Tensor], Any]:
+def _record(work: Callable[[], Any], device: torch.device, pool: Any) -> tuple[Callable[[], Any], Any]:
     """Record `work` as a graph with memory from `pool` (None: its own pool); returns its replay and its pool."""
     stream = _recording_stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
@@ -56,14 +56,14 @@ def _record(
     with torch.cuda.graph(graph, pool=pool, stream=stream):
         out = work()
 
-    def replay() -> torch.Tensor:
+    def replay() -> Any:
         graph.replay()
         return out
 
     return replay, graph.pool()
 
 
-def _graph_of(steps: Callable[..., torch.Tensor], inputs: Sequence[torch.Tensor], given: Mapping[str, Any]) -> _Graph:
+def _graph_of(steps: Callable[..., Any], inputs: Sequence[torch.Tensor], given: Mapping[str, Any]) -> _Graph:
     """The graph for inputs of these shapes and dtype, recorded unless it is among the most recently used."""
     global _recordings
     device = inputs[0].device
@@ -88,10 +88,8 @@ def _has_graphs(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def replayed(
-    steps: Callable[..., torch.Tensor], inputs: Sequence[torch.Tensor], given: Mapping[str, Any]
-) -> torch.Tensor:
-    """steps(*inputs, **given), through a graph if the inputs are on CUDA.
+def replayed(steps: Callable[..., T], inputs: Sequence[torch.Tensor], given: Mapping[str, Any]) -> T:
+    """steps(*inputs, **given), a tensor or a tuple of tensors, through a graph if the inputs are on CUDA.
 
     steps must have no size or branch that depends on the contents of the inputs, and must not draw random numbers.
     Replay on one stream at a time, since graphs share their memory.
@@ -101,4 +99,5 @@ def replayed(
     graph = _graph_of(steps, inputs, given)
     for mine, theirs in zip(graph.inputs, inputs, strict=True):
         mine.copy_(theirs)
-    return graph.replay().clone()
+    found = graph.replay()
+    return tuple(t.clone() for t in found) if isinstance(found, tuple) else found.clone()  # type: ignore[return-value]

@@ -16,6 +16,8 @@ from approxkmv.attention.kernels import triton as triton_kernels
 from approxkmv.attention.kernels.triton import TILE
 from approxkmv.compute.counting import count
 
+# Keys whose median spread is the usual one
+_SAMPLED_KEYS = 2048
 # Logits of rows that are made exactly, at a time
 _EXACT_LOGITS = 2**27
 
@@ -61,6 +63,8 @@ class Tiles:
     """(batch, tiles, TILE) int32 the queries of each tile, all of one cluster; -1 where there is none."""
     clusters: torch.Tensor
     """(batch, tiles) int32 the cluster of each tile."""
+    ends: torch.Tensor
+    """(batch, clusters) int64 the tile after the last of each cluster."""
 
     @classmethod
     def of(cls, labels: torch.Tensor, clusters: int) -> Tiles:
@@ -71,7 +75,8 @@ class Tiles:
             rows = torch.arange(number * TILE, device=labels.device, dtype=torch.int32)
             queries = rows.masked_fill_(rows >= n, -1).expand(batch, -1).contiguous()
             none = queries.new_zeros(batch, number)
-            return cls(labels, labels.new_full((batch, 1), n).float(), queries.view(batch, number, TILE), none)
+            ends = labels.new_full((batch, 1), number)
+            return cls(labels, labels.new_full((batch, 1), n).float(), queries.view(batch, number, TILE), none, ends)
         place = torch.arange(n, device=labels.device)
         # Two bytes sort in a quarter of the passes of eight.
         short = labels.to(torch.int16 if clusters < 2**15 else torch.int32)
@@ -86,7 +91,7 @@ class Tiles:
         queries.scatter_(1, row, order.int())
         each = torch.arange(number, device=labels.device).expand(batch, -1).contiguous()
         of_tile = torch.searchsorted(ends, each, right=True).clamp_max_(clusters - 1)
-        return cls(labels, counts.float(), queries.view(batch, number, TILE), of_tile.int())
+        return cls(labels, counts.float(), queries.view(batch, number, TILE), of_tile.int(), ends)
 
     def of_queries(self, per_cluster: torch.Tensor) -> torch.Tensor:
         """(batch, clusters, ...) to (batch, n, ...)."""
@@ -110,7 +115,8 @@ class Tiles:
 def stand_apart(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """(batch, n_k) whether a key stands apart from the others, as in `reach.stand_apart`."""
     spreads = (keys.square() * queries.var(1, correction=0, keepdim=True)).sum(2)
-    usual = spreads.median(1, keepdim=True).values
+    # Of a sample: a GPU finds the median of one long row with a single block of threads.
+    usual = spreads[:, :: max(1, keys.shape[1] // _SAMPLED_KEYS)].median(1, keepdim=True).values
     apart = spreads > (APART**2 * usual).clamp_min(APART_NATS**2)
     return apart & (apart.sum(1, keepdim=True) <= keys.shape[1] / 16)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from approxkmv.attention.blocks.cuda import fused
 from approxkmv.attention.blocks.cuda.expansion import (
     TILE,
     count_clustering,
@@ -93,19 +94,24 @@ def attend(
         count(kernel_evaluations=batch * n_q * n_k)
         return triton_kernels.exact(q, k, v, scale)
     blocks = -(-n_q // block)
-    # All keys at the centres; near keys, the far key and the own key for each query, in as many tiles as there may be
-    own = n_q if n_q == n_k else 0
-    count(kernel_evaluations=batch * (blocks * n_k + TILE * most_tiles(n_q, blocks) * near + n_q + own))
-    count_clustering(batch, n_q, blocks, iterations, sampled)
     given: dict[str, Any] = {
         "scale": scale,
         "block": block,
         "near": near,
         "iterations": iterations,
         "sampled": sampled,
-        "products": torch.float32 if products == "float32" else torch.bfloat16,
     }
     first = torch.full((1,), seed % block, device=q.device)
+    count_clustering(batch, n_q, blocks, iterations, sampled)
+    if products != "float32" and fused.fits(n_q, n_k, q.shape[2], v.shape[2], near):
+        count(kernel_evaluations=fused.evaluations(batch, n_q, n_k, blocks, near))
+        with triton_kernels.on_device(q.device):
+            out, lost = cuda_graphs.replayed(fused.steps, [q, k, v, first], given)
+            return exactly_where_lost(out, q, k, v, scale) if int(lost) else out
+    given["products"] = torch.float32 if products == "float32" else torch.bfloat16
+    # All keys at the centres; near keys, the far key and the own key for each query, in as many tiles as there may be
+    own = n_q if n_q == n_k else 0
+    count(kernel_evaluations=batch * (blocks * n_k + TILE * most_tiles(n_q, blocks) * near + n_q + own))
     with triton_kernels.on_device(q.device):
         out = cuda_graphs.replayed(steps, [q, k, v, first], given)
         return exactly_where_lost(out, q, k, v, scale).to(v.dtype)
