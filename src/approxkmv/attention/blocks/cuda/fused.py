@@ -104,7 +104,7 @@ def nearest(
     clusters, points = centres.shape[1], len(range(0, n, step))
     labels = torch.empty(batch, points, dtype=dtype, device=q.device)
     kernels.nearest_kernel[(triton.cdiv(points, 128), batch)](
-        q, s.query_mean, weight, centres, centres.square().sum(2), labels, n, points, step, clusters,
+        q, s.query_mean, weight, centres.bfloat16(), centres.square().sum(2), labels, n, points, step, clusters,
         LENGTH=clusters if _INTERPRETED else 0, D=d, BM=128, BN=64, BD=_widths(d, 1)["BD"], WIDEN=_INTERPRETED,
         num_warps=8,
     )  # fmt: skip

@@ -37,7 +37,7 @@ def nearest_kernel(
             other=0.0,
         )
         norm = tl.load(norm_pointer + entry * clusters + some, mask=real, other=float("inf"))
-        gap = norm[None, :] - 2.0 * _dot(q, tl.trans(centre.to(tl.bfloat16)), "ieee", WIDEN)
+        gap = norm[None, :] - 2.0 * _dot(q, tl.trans(centre), "ieee", WIDEN)
         closest = tl.min(gap, 1)
         # The first of equals, as argmin
         at = tl.min(tl.where(gap == closest[:, None], some[None, :], 2147483647), 1)
