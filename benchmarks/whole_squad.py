@@ -1,7 +1,8 @@
-"""Cost of SQuAD's whole development set for a model of BERT-base's shape: python benchmarks/whole_squad.py
+"""Cost of SQuAD's contexts for a model of BERT-base's shape: python benchmarks/whole_squad.py [--contexts NUMBER]
 
 A random model of 12 x 12 heads and 110 million parameters, with the vocabulary of the default study's BERT, goes
-through the pipeline with all 2,067 contexts, in a folder of its own. Writes results/benchmarks/whole_squad.csv (a row
+through the pipeline with all 2,067 contexts of the development set, or with that many spread over it, in a folder of
+its own; each is read in all ways, as in the study `paper`. Writes results/benchmarks/whole_squad.csv (a row
 per step: jobs, their total seconds, and the seconds during which at least one ran) and .json (the total time, the peak
 memory of all processes together, and the peak size of activations on disk).
 """
@@ -31,7 +32,10 @@ from approxkmv.steps.fetch import fetch_model
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = Path("results/benchmarks/whole_squad.csv")
-STEPS = ("extract", "statistics", "summary", "growth")
+MODEL = "bert-shape"
+# Steps that read every text, and those that make tables of what they found.
+PER_TEXT = ("extract", "statistics", "attention", "readings")
+STEPS = (*PER_TEXT, "summary", "attention_table", "readings_table", "growth", "gauge")
 GIGABYTE = 1e9
 
 
@@ -50,18 +54,18 @@ def random_bert(folder: Path) -> None:
 
 
 def configure(folder: Path, contexts: int | None) -> None:
-    """The run's configuration: this many contexts, or all, and everything else as in the study `paper`."""
+    """The run's configuration: this many contexts, or all, and everything else as in `paper`: readings of each."""
     config = yaml.safe_load((ROOT / "config.yaml").read_text(encoding="utf-8"))
     corpus = config["corpora"]["squad-dev"]
     corpus["source"] = f"path:{ROOT / corpus['source'].removeprefix('path:')}"
     study = config["studies"]["paper"] | {
-        "models": ["bert-shape"],
+        "models": [MODEL],
         "corpus": "squad-dev",
         "contexts": contexts,
     }
     new = {
         "study": "whole",
-        "models": {"bert-shape": {"source": f"path:{folder / 'model'}"}},
+        "models": {MODEL: {"source": f"path:{folder / 'model'}"}},
         "corpora": {"squad-dev": corpus},
         "studies": {"whole": study},
     }
@@ -109,11 +113,11 @@ def watched(command: list[str], folder: Path) -> dict[str, float]:
 
 
 def of_logs(folder: Path) -> pd.DataFrame:
-    """A row per step, from the log lines of its jobs."""
+    """A row per step, from the log lines of its jobs: STEP_MODEL.log, or STEP_MODEL_SHARD.log for each shard."""
     rows = []
     for step in STEPS:
         spans = []
-        for path in sorted(folder.glob(f"{step}_*.log")):
+        for path in sorted(folder.glob(f"{step}_{MODEL}*.log")):
             line = path.read_text(encoding="utf-8").strip().splitlines()[-1]
             end = datetime.fromisoformat(line[:23].replace(",", "."))
             found = re.search(r" (\d+\.\d) s(  |$)", line)
