@@ -33,19 +33,36 @@ def test_attention_is_the_same_at_every_t_and_c_is_not(t):
     np.testing.assert_allclose(moved.log_bound[:, 0], found.log_bound[:, 1], atol=1e-9)
 
 
+def attention(q: torch.Tensor, k: torch.Tensor, seen: torch.Tensor | None = None) -> torch.Tensor:
+    logits = q @ k.mT / np.sqrt(D)
+    return torch.softmax(logits if seen is None else logits.masked_fill(~seen, -torch.inf), -1)
+
+
+CAUSAL = torch.ones(N, N).tril().bool()
+# Of each query the eight keys before it and its own, as in a layer with a window.
+WINDOW = CAUSAL & ~CAUSAL.tril(-9)
+
+
+@pytest.mark.parametrize("mask", [None, CAUSAL, WINDOW], ids=["all", "causal", "window"])
 @pytest.mark.parametrize("t", [0.125, 1.0, 8.0])
-def test_every_column_is_what_its_words_say_of_the_matrix_itself(t):
+def test_every_column_is_what_its_words_say_of_the_matrix_itself(t, mask):
     q, k, v = heads(1)
-    found = gauge(q, k, v, factors=[t])
-    matrix = log_kernel(t * q, k / t).exp()
+    found = gauge(q, k, v, factors=[t], mask=mask)
+    seen = torch.ones(N, N).bool() if mask is None else mask
+    matrix = log_kernel(t * q, k / t).exp() * seen
     sums = matrix.sum(-1)
     np.testing.assert_allclose(found.participation[:, 0], sums.sum(-1) ** 2 / sums.square().sum(-1), rtol=1e-9)
     np.testing.assert_allclose(np.exp(found.log_largest_row[:, 0]), sums.amax(-1), rtol=1e-9)
     np.testing.assert_allclose(np.exp(found.log_norm[:, 0]), torch.linalg.matrix_norm(matrix, 2), rtol=1e-4)
     np.testing.assert_allclose(np.exp(found.log_zero_for_ones[:, 0]), sums.norm(dim=-1) / np.sqrt(N), rtol=1e-9)
-    np.testing.assert_allclose(found.ratio[:, 0], head_statistics(t * q, k / t, N).ratios[..., -1], rtol=1e-8)
+    largest = matrix.flatten(1).sort(descending=True).values
+    np.testing.assert_allclose(found.ratio[:, 0], largest[:, N:].sum(-1) / largest[:, :N].sum(-1), rtol=1e-8)
+    if mask is None:
+        np.testing.assert_allclose(found.ratio[:, 0], head_statistics(t * q, k / t, N).ratios[..., -1], rtol=1e-8)
     out = (matrix @ v[..., None])[..., 0] / sums
-    error = (v.mean(-1, keepdim=True) - out).norm(dim=-1) / v.norm(dim=-1)
+    torch.testing.assert_close(out, (attention(q, k, seen) @ v[..., None])[..., 0], rtol=1e-9, atol=1e-12)
+    mean = (seen.double() / seen.sum(-1, keepdim=True) @ v[..., None])[..., 0]
+    error = (mean - out).norm(dim=-1) / v.norm(dim=-1)
     np.testing.assert_allclose(found.mean_error, error, rtol=1e-9)
 
 
@@ -93,16 +110,19 @@ def spread(rows: np.ndarray, out: np.ndarray, v: np.ndarray, epsilon: float, gen
     return largest
 
 
+@pytest.mark.parametrize("mask", [None, CAUSAL], ids=["all", "causal"])
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("size", [0.3, 1.0, 2.0])
-def test_the_error_that_attention_bears_lies_between_half_the_bound_and_the_bound(seed, size):
+def test_the_error_that_attention_bears_lies_between_half_the_bound_and_the_bound(seed, size, mask):
     q, k, v = heads(seed, size)
-    found = gauge(q, k, v)
+    found = gauge(q, k, v, mask=mask)
     generator = np.random.default_rng(seed)
-    out = (torch.softmax(q @ k.mT / np.sqrt(D), -1) @ v[..., None])[..., 0].numpy()
+    out = (attention(q, k, mask) @ v[..., None])[..., 0].numpy()
     for head in range(HEADS):
         for place, t in enumerate(FACTORS):
-            log_rows = log_kernel(t * q[head], k[head] / t).logsumexp(-1).numpy()
+            log_values = log_kernel(t * q[head], k[head] / t)
+            log_values = log_values if mask is None else log_values.masked_fill(~mask, -torch.inf)
+            log_rows = log_values.logsumexp(-1).numpy()
             mine, column = out[head], v[head].numpy()
             # Row sums and errors relative to the smallest row: some kernels are 0 in float64.
             with np.errstate(over="ignore"):
@@ -187,3 +207,10 @@ def test_a_column_of_another_shape_or_of_zeros_is_refused():
         gauge(q, k, v[:, :-1])
     with pytest.raises(InputError, match="not 0"):
         gauge(q, k, torch.zeros_like(v))
+
+
+def test_a_mask_of_another_shape_or_with_a_row_without_keys_is_refused():
+    q, k, v = heads()
+    for mask in (CAUSAL[:-1], CAUSAL.tril(-1)):
+        with pytest.raises(InputError, match="at least one key"):
+            gauge(q, k, v, mask=mask)

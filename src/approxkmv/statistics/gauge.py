@@ -43,11 +43,20 @@ class Gauge:
     limit_participation: np.ndarray
     """(heads,)"""
     mean_error: np.ndarray
-    """(heads,): |mean(v) - out|_2 / |v|_2, the error of the answer that does not look at queries and keys."""
+    """(heads,): |mean(v) - out|_2 / |v|_2, the mean being over the keys that a query sees: the error of the answer that
+    does not look at queries and keys."""
 
 
 @plain_torch()
-def gauge(q: Array, k: Array, v: Array, scale: float | None = None, factors: Sequence[float] = FACTORS) -> Gauge:
+def gauge(
+    q: Array,
+    k: Array,
+    v: Array,
+    scale: float | None = None,
+    factors: Sequence[float] = FACTORS,
+    *,
+    mask: torch.Tensor | None = None,
+) -> Gauge:
     """How c, the row sums, |K|_2 and the error that attention tolerates change with t, at which attention is the same.
 
     >>> g = gauge(torch.randn(12, 80, 64), torch.randn(12, 80, 64), torch.randn(12, 80))
@@ -57,8 +66,9 @@ def gauge(q: Array, k: Array, v: Array, scale: float | None = None, factors: Seq
     Args:
         q, k: (heads, n, d) queries and keys. v: (heads, n) a column of values.
         scale: the factor of the logits; None means 1/sqrt(d). factors: the values of t.
+        mask: (n, n) bool, True for the entries of K that exist, some in each row; None takes all.
     Raises:
-        InputError: shapes that do not fit, non-finite values, a bad scale, a column of zeros.
+        InputError: shapes that do not fit, non-finite values, a bad scale, a column of zeros, a row without entries.
     Source: docs/math.md, "The gauge".
     """
     queries, keys, _ = queries_and_keys(q, k)
@@ -66,12 +76,19 @@ def gauge(q: Array, k: Array, v: Array, scale: float | None = None, factors: Seq
     s = resolve_scale(scale, queries.shape[-1])
     if column.shape != keys.shape[:-1] or not bool((column != 0).any(-1).all()):
         raise InputError(f"v is {tuple(column.shape)}: it must be one column per head, {tuple(keys.shape[:-1])}, not 0")
-    logits = s * (queries @ keys.mT)
+    n = keys.shape[-2]
+    seen = torch.ones(n, n, dtype=torch.bool) if mask is None else mask
+    if seen.shape != (queries.shape[-2], n) or not bool(seen.any(-1).all()):
+        raise InputError(
+            f"mask is {tuple(seen.shape)}: it must be ({queries.shape[-2]}, {n}), at least one key in each row"
+        )
+    seen = seen.to(queries.device)
+    logits = (s * (queries @ keys.mT)).masked_fill(~seen, -torch.inf)
     out = (logits.softmax(-1) @ column[..., None])[..., 0]
     size = column.norm(dim=-1)
     # |out_i| / |v|, and what one row may cost (docs/math.md).
     share = out.abs() / size[:, None]
-    root = math.sqrt(keys.shape[-2])
+    root = math.sqrt(n)
     row_cost = (1.0 + root * share + TOLERANCE * root).log()
     largest_cost = (1.0 + root * share.amax(-1) + TOLERANCE * root).log()
     parts = []
@@ -91,7 +108,8 @@ def gauge(q: Array, k: Array, v: Array, scale: float | None = None, factors: Seq
                 (allowed - row_cost).amin(-1),
             ]
         )
-    mean_error = (column.mean(-1, keepdim=True) - out).norm(dim=-1) / size
+    mean = (seen.to(column.dtype) @ column[..., None])[..., 0] / seen.sum(-1)
+    mean_error = (mean - out).norm(dim=-1) / size
     limit = head_to_tail(logits), participation(logits.logsumexp(-1)), mean_error
     columns = (torch.stack(column, -1) for column in zip(*parts, strict=True))
     return Gauge(*(np.asarray(part.cpu()) for part in (*columns, *limit)))

@@ -15,15 +15,17 @@ from approxkmv.progress import progress
 from approxkmv.results.tables import gauge_table
 from approxkmv.statistics.gauge import FACTORS, Gauge, gauge
 from approxkmv.steps.fetch import load_model
+from approxkmv.steps.statistics import seen_by
 from approxkmv.steps.texts import TEXTS
 
 
 def measure_gauge(study: Study, model_name: str, location: Path, texts: Path, tables: Path) -> pd.DataFrame:
     """Write and return gauge_MODEL.csv: a row per layer, head and factor t, of the study's longest text.
 
-    Columns: layer, head, tokens, t (0: the limit, the matrix A itself), ratio (c at full length), participation,
-    and as log10 largest_row, norm (|K|_2), zero_for_ones, sufficient, bound (see Gauge); mean_error. The column of
-    values is the head's first; all entries count, as in the paper, also for a causal model.
+    Columns: layer, head, tokens, entries, t (0: the limit, the matrix A itself), ratio (c at full length),
+    participation, and as log10 largest_row, norm (|K|_2), zero_for_ones, sufficient, bound (see Gauge); mean_error. The
+    column of values is the head's first. Entries are those that the model's attention uses, since what it tolerates
+    depends on its rows: `all`, `causal`, or `masked` for a model with masks of its own.
     """
     model = load_model(study, location)
     limit = study.max_tokens if model.max_positions is None else min(study.max_tokens, model.max_positions)
@@ -32,14 +34,16 @@ def measure_gauge(study: Study, model_name: str, location: Path, texts: Path, ta
         raise ConfigError(f"model {model_name}: no text has min_tokens {study.min_tokens}: lower it")
     captured = model.capture([ids], values=True)[0]
     assert captured.values is not None
+    entries = "masked" if model.has_own_masks else "causal" if model.is_causal else "all"
     parts = []
     with progress(total=model.n_layers, unit="layer", title=f"gauge      {model_name}") as bar:
         for layer, (q, k, v) in enumerate(zip(captured.queries, captured.keys, captured.values, strict=True)):
-            found = gauge(q, k, v[..., 0], float(captured.scales[layer]))
-            parts.append(_rows(found).assign(layer=layer, tokens=len(ids)))
+            seen = seen_by(captured.spans[layer])
+            found = gauge(q, k, v[..., 0], float(captured.scales[layer]), mask=seen)
+            parts.append(_rows(found).assign(layer=layer, tokens=len(ids), entries=entries))
             bar.update(1)
     table = pd.concat(parts, ignore_index=True)
-    place = ["layer", "head", "tokens", "t"]
+    place = ["layer", "head", "tokens", "entries", "t"]
     table = table[[*place, *(name for name in table if name not in place)]]
     write_csv(gauge_table(tables, model_name), table)
     return table
