@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from reference import REFERENCE, machine, markdown
+from reference import REFERENCE, machine, markdown, number
 from scipy.special import stdtrit
 
 from approxkmv.figures.crossover import crossover
@@ -24,11 +24,11 @@ ASKED = {
     "long": "one value column",
     "columns": "all value columns of a head",
     "causal": "all value columns, with the mask of a language model",
+    "causal-long": "all value columns, with that mask; rotary positions scaled beyond the trained length",
     "few": "the last queries only",
 }
 # A cell is counted once, in whichever study comes first.
 CELL = ["workload", "n", "batch", "columns", "mask", "target"]
-# Computes every score: what a choice of keys can reach, not a way to be fast.
 _NOT_YET = "Not measured yet: `snakemake --cores all --config study={}`.\n"
 
 
@@ -75,8 +75,17 @@ def _mark(row: Any) -> str:
 
 
 def _trivial(rows: pd.DataFrame) -> bool:
-    """Whether a trivial method reaches the target of these rows, of one cell, which then says little about others."""
-    return bool((rows["kind"].eq("trivial") & rows["reached"].eq("yes")).any())
+    """Whether a trivial method reaches the target of these rows, of one cell, which then says little about others.
+
+    Where the study leaves `uniform` out, what that reaches at the longest n of another study counts.
+    """
+    reached = rows["kind"].eq("trivial") & rows["reached"].eq("yes")
+    if reached.any() or rows["method"].eq("uniform").any():
+        return bool(reached.any())
+    every = pd.concat(_studies().values(), ignore_index=True)
+    same = [name for name in CELL if name != "n"]
+    found = every[every["method"].eq("uniform") & every[same].eq(rows.iloc[0][same]).all(axis=1)]
+    return bool(found[found["n"] == found["n"].max()]["reached"].eq("yes").any())
 
 
 def _winner(rows: pd.DataFrame) -> str:
@@ -136,8 +145,30 @@ def passing() -> str:
     return (
         f"{markdown(pd.DataFrame(lines).fillna(''))}\n\nThe n from which a method is faster, at error 0.1: ≤ where it "
         "is so at the shortest n measured, ~ where a line through the last lengths says so, – where it misses the "
-        "error, is never faster or has no such form.\n"
+        f"error, is never faster or has no such form.{_foretold()}\n"
     )
+
+
+def _foretold(target: float = 0.1) -> str:
+    """Which lengths extrapolated in `causal` lie on the wrong side of the n of `causal-long`, where it is measured."""
+    tables = [table for study in ("causal", "causal-long") if (table := _sweep(study)) is not None]
+    if len(tables) < 2:
+        return ""
+    short, long = (table[table["target"] == target] for table in tables)
+    checked, wrong = 0, []
+    for (workload, method, at), rows in long.groupby(["workload", "method", "n"], sort=False):
+        before = _raced(short[(short["workload"] == workload) & (short["method"] == method)]).sort_values("n")
+        n, how = crossover(*before[["n", "times_faster"]].to_numpy(np.float64).T)
+        if how != "extrapolated":
+            continue
+        checked += 1
+        times = _raced(rows)["times_faster"]
+        if (n <= at) != (times > 1).any():
+            found = f"{times.iloc[0]:.2f} times as fast" if len(times) else "the error is missed"
+            wrong.append(f"`{method}` on {_named(workload)} (~ {float(f'{n:.2g}'):,.0f}, but {found} at {at:,})")
+    said = f" `causal-long`, with scaled rotary positions, checks {checked} of the lengths marked ~ in `causal`; "
+    said += f"right: {checked - len(wrong)}" + f"; wrong: {', '.join(wrong)}" * bool(wrong)
+    return f"{said}."
 
 
 def _passes(rows: pd.DataFrame, shortest: int) -> str:
@@ -153,7 +184,7 @@ def _passes(rows: pd.DataFrame, shortest: int) -> str:
 def costs() -> str:
     """What an answer costs: exact attention in either precision, and the fastest method at the middle target."""
     lines = []
-    for study in ("long", "columns", "causal"):
+    for study in ("long", "columns", "causal", "causal-long"):
         table = _sweep(study)
         if table is None:
             lines.append({"workload": f"study {study}", "n": "not measured yet"})
@@ -185,14 +216,14 @@ def costs() -> str:
 
 def _quartiles(row: Any) -> str:
     low, middle, high = (1000 * row[name] for name in ("seconds_q1", "seconds", "seconds_q3"))
-    return f"{middle:.3g} ({low:.3g} to {high:.3g})"
+    return f"{number(middle)} ({number(low)} to {number(high)})"
 
 
 def _milliseconds(exact: pd.DataFrame, error: str) -> str:
     if exact.empty:
         return "–"
     row = exact.loc[exact["seconds"].idxmin()]
-    return f"{1000 * row['seconds']:.3g} ms [{row[f'{error}_p95']:.1g}]"
+    return f"{number(1000 * row['seconds'])} ms [{row[f'{error}_p95']:.1g}]"
 
 
 def rising() -> str:
@@ -290,33 +321,50 @@ def perplexity() -> str:
     about = machine(path.with_suffix(".json"))
     return (
         f"{_plan_wins(table)}\n\n{markdown(pd.DataFrame(lines))}\n\ns: seconds in attention; of a plan, how many heads "
-        f"each method computes. Wall time, all threads of {about}.\n"
+        f"each method computes. Wall time of one pass, all threads of {about}.\n"
     )
 
 
 def _plan_wins(table: pd.DataFrame) -> str:
     """What is fastest end to end at the longest text with a perplexity within 1 % of the model's own, and the plan."""
-    rows = table[(table["tokens"] == table["tokens"].max()) & ((table["ratio"] - 1).abs() <= 0.01)]
-    best = rows.loc[rows["seconds"].idxmin()]
+    longest = table[table["tokens"] == table["tokens"].max()]
+    planned = longest["method"] == "plan"
+    rows = longest[~planned & ((longest["ratio"] - 1).abs() <= 0.01)]
+    best, exact = (some.loc[some["seconds"].idxmin()] for some in (rows, rows[rows["method"].str.startswith("exact")]))
     text = (
-        f"At {best['tokens']:,} tokens the fastest whole pass with a perplexity within 1 % of the model's own is that "
-        f"of `{best['method']}`, {best['seconds']:.1f} s."
+        f"At {best['tokens']:,} tokens the fastest whole pass of one method with a perplexity within 1 % of the "
+        f"model's own is that of `{best['method']}`, {best['seconds']:.1f} s."
     )
-    plan = rows[rows["method"] == "plan"]["seconds"]
-    if len(plan):
-        exact = rows[rows["method"].str.startswith("exact")]["seconds"].min()
-        text += (
-            f" The plan takes {plan.iloc[0]:.1f} s, {exact / plan.iloc[0]:.2f} times the speed of the fastest exact "
-            f"row ({exact:.1f} s)."
-        )
+    for _, plan in longest[planned].iterrows():
+        asked = json.loads(plan["parameters"])
+        names, total = sorted(asked["heads"]), sum(asked["heads"].values())
+        text += f" On another text of {asked['tokens']:,} tokens `plan` found"
+        if all(name.startswith("exact") for name in names):
+            text += (
+                f" exact attention to be the best choice for every one of {total} heads (`{'`, `'.join(names)}`): no "
+                f"method wins within an error of {asked['target']:g} there, and the plan's pass ({plan['seconds']:.1f} "
+                "s) is exact attention again."
+            )
+            # The same computation twice.
+            twice = table[table["method"].isin(["plan", *names])] if len(names) == 1 else table[:0]
+            seconds = twice.pivot(index="tokens", columns="method", values="attention_seconds")
+            pairs = [f"{row['plan']:.1f} and {row[names[0]]:.1f} s at {n:,} tokens" for n, row in seconds.iterrows()]
+            text += f" How rough the time of one pass is: in attention the two took {', '.join(pairs)}." * bool(pairs)
+        else:
+            faster = total - sum(asked["heads"][name] for name in names if name.startswith("exact"))
+            text += (
+                f" a faster method for {faster} of {total} heads; with it a pass takes {plan['seconds']:.1f} s, at "
+                f"{exact['seconds'] / plan['seconds']:.2f} times the speed of `{exact['method']}` and "
+                f"{plan['ratio']:.3f} times the model's own perplexity."
+            )
     return text
 
 
-def _count(table: pd.DataFrame) -> tuple[int, int]:
-    """Distinct cells, and how many of them a method that reaches the error is faster than exact in."""
-    asked = table[table["target"].notna()].drop_duplicates(CELL)
-    won = _raced(table)
-    return len(asked), len(won[won["times_faster"] > 1].drop_duplicates(CELL))
+def _count(table: pd.DataFrame) -> tuple[int, int, int]:
+    """Distinct cells, in how many a method that reaches the error beats exact attention, in how many of those † too."""
+    cells = [rows for _, rows in table[table["target"].notna()].groupby(CELL, dropna=False)]
+    won = [rows for rows in cells if (_raced(rows)["times_faster"] > 1).any()]
+    return len(cells), len(won), sum(map(_trivial, won))
 
 
 def _largest(tables: list[pd.DataFrame]) -> Any:
@@ -350,16 +398,18 @@ def answer() -> str:
     """What a practitioner should do, as far as the reference sweeps say."""
     studies = _studies()
     places = {"rows": "one value column and few keys", "long": "one value column", "columns": "all value columns"}
-    places |= {"causal": "all columns and the mask of a language model", "few": "few queries"}
+    places |= {"causal": "all columns and the mask of a language model"}
+    places |= {"causal-long": "that mask on longer texts with scaled rotary positions", "few": "few queries"}
     one = next(iter(studies))
     said = [f"One thread of {_on(one)}, errors {of_what(studies[one])}."]
     for study, table in studies.items():
-        asked, won = _count(table)
+        asked, won, trivially = _count(table)
         best = _largest([table])
         said.append(f"With {places[study]} some method is faster than exact attention in {won} of {asked} cells")
+        said[-1] += f", {trivially} of them within a trivial method's reach" if trivially else ""
         said[-1] += "." if best is None else f"; at best {_gain(best, of_what(table))}."
         if study == "causal" and won == 0:
-            said.append("**In a language model take exact attention.**")
+            said.append(f"**In a language model take exact attention up to {table['n'].max():,} keys.**")
     missing = [study for study in places if study not in studies]
     if missing:
         said.append(f"Not measured yet: {' and '.join(places[study] for study in missing)}.")
@@ -370,16 +420,20 @@ def answer() -> str:
 
 def claim() -> str:
     """One sentence on speed in a model, with denominator, precision, error and machine: of all heads, not the best."""
-    columns, causal = _sweep("columns"), _sweep("causal")
+    columns = _sweep("columns")
+    masked = {"causal": "", "causal-long": " with scaled rotary positions"}
+    tables = {study: table for study in masked if (table := _sweep(study)) is not None}
     assert columns is not None
     _, exact, _ = measured = _of_heads(columns)
     said = (
         f"On one thread of {_on('columns')}, with all value columns and the 95th "
         f"percentile of the error over seeds within the target, some method is "
-        f"faster than the fastest exact attention (`{'`, `'.join(sorted(exact))}`) {_said(measured, columns)}"
+        f"faster than the fastest exact attention (`{'`, `'.join(sorted(exact))}`), and no trivial one reaches the "
+        f"target, {_said(measured, columns)}"
     )
-    masked = "this is not measured yet" if causal is None else _said(_of_heads(causal), causal)
-    return f"{said}; with the mask of a language model {masked}."
+    parts = [f"{_said(_of_heads(table), table)}{masked[study]}" for study, table in tables.items()]
+    found = ", and ".join(parts) or "this is not measured yet"
+    return f"{said}; with the mask of a language model {found}."
 
 
 def _of_heads(table: pd.DataFrame) -> tuple[pd.DataFrame, set[str], list[float]]:
@@ -388,14 +442,15 @@ def _of_heads(table: pd.DataFrame) -> tuple[pd.DataFrame, set[str], list[float]]
     of_models = asked["workload"].str.startswith("model-qk")
     heads = asked[of_models] if of_models.any() else asked
     targets = sorted(heads["target"].unique())
-    heads = heads[(heads["n"] == heads["n"].max()) & (heads["target"] == targets[len(targets) // 2])]
+    heads = heads[(heads["n"] == heads["n"].max()) & (heads["target"] == targets[(len(targets) - 1) // 2])]
     best = [_raced(rows)["times_faster"].max() for _, rows in heads.groupby("workload") if not _trivial(rows)]
     return heads, set(heads["fastest_exact"].dropna()), [gain for gain in best if gain > 1]
 
 
 def _said(measured: tuple[pd.DataFrame, set[str], list[float]], table: pd.DataFrame) -> str:
     heads, _, gains = measured
-    how = f" ({min(gains):.1f} to {max(gains):.1f} times)" if gains else ""
+    ends = dict.fromkeys(f"{end(gains):.1f}" for end in (min, max)) if gains else []
+    how = f" ({' to '.join(ends)} times)" if gains else ""
     return (
         f"on {len(gains)} of {heads['workload'].nunique()} heads{how} at n = {heads['n'].max():,} and "
         f"{heads['target'].max():g} {of_what(table)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -100,6 +101,89 @@ def test_tables_of_the_race_follow_from_new_tables_of_sweeps(monkeypatch, tmp_pa
             assert max(line.count(" | ") + 1 for line in make().splitlines()) <= 8
     finally:
         race._sweep.cache_clear()
+
+
+PASSES = [
+    # method, parameters, ratio of perplexities, seconds
+    ("exact-sdpa", "{}", 1.0, 20.0),
+    ("exact-sdpa-bf16", "{}", 1.0, 10.0),
+    ("local-expansion", "{}", 1.2, 5.0),
+]
+
+
+@pytest.mark.parametrize(
+    ("heads", "says", "says_not"),
+    [
+        (
+            {"exact-sdpa-bf16": 270},
+            ["every one of 270 heads", "no method wins within an error of 0.05"],
+            "the speed of",
+        ),
+        ({"exact-sdpa": 1, "local-expansion": 269}, ["269 of 270 heads", "1.25 times the speed of"], "no method wins"),
+    ],
+)
+def test_a_plan_that_is_all_exact_is_not_said_to_win(monkeypatch, heads, says, says_not):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import pandas as pd
+    from race import _plan_wins
+
+    plan = ("plan", json.dumps({"target": 0.05, "tokens": 64, "heads": heads}), 1.001, 8.0)
+    rows = [(tokens, *row, row[3] / 2) for tokens in (32, 64) for row in (*PASSES, plan)]
+    names = ["tokens", "method", "parameters", "ratio", "seconds", "attention_seconds"]
+    text = _plan_wins(pd.DataFrame(rows, columns=names))
+    # Neither the plan, which is no method, nor one whose perplexity is 20 % higher.
+    assert "is that of `exact-sdpa-bf16`, 10.0 s" in text
+    assert [words for words in says if words not in text] == []
+    assert says_not not in text
+    assert ("took 4.0 and 5.0 s at 32 tokens" in text) == (len(heads) == 1)
+
+
+def raced(workload, n, method, times, reached="yes", kind="approximate"):
+    """A row of a sweep, as far as the race reads it."""
+    row = {"workload": workload, "n": n, "method": method, "kind": kind, "reached": reached, "times_faster": times}
+    row |= {"batch": 1, "columns": "all", "mask": "causal", "target": 0.1, "queries": None, "kernel_evaluations": 1.0}
+    return row | {"tuning_inputs": "apart"}
+
+
+@pytest.fixture
+def two_sweeps(monkeypatch):
+    """The race over two short causal sweeps, the second at one long n and without `uniform`."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import pandas as pd
+    import race
+
+    short = [raced("model-qk-0", n, "approxkmv", n / 8192) for n in (1024, 2048, 4096)]
+    short += [raced("model-qk-0", n, "balancekv", n / 131072) for n in (1024, 2048, 4096)]
+    short += [raced("model-qk-0", n, "uniform", 0.5, "yes" if n == 4096 else "no", "trivial") for n in (2048, 4096)]
+    short += [raced("model-qk-2", n, "uniform", 0.5, "no" if n == 4096 else "yes", "trivial") for n in (2048, 4096)]
+    long = [raced("model-qk-0", 32768, name, 2.0) for name in ("approxkmv", "balancekv")]
+    long += [raced("model-qk-2", 32768, "approxkmv", 2.0)]
+    tables = {"causal": pd.DataFrame(short), "causal-long": pd.DataFrame(long)}
+    monkeypatch.setattr(race, "_sweep", tables.get)
+    return race, tables
+
+
+def test_extrapolated_lengths_are_held_against_what_was_measured(two_sweeps):
+    race, tables = two_sweeps
+    # One crosses at 8,192 by the line and is faster at 32,768; the other was to cross at 131,072 only.
+    wrong = "checks 2 of the lengths marked ~ in `causal`; right: 1; wrong: `balancekv` on head 0 (~ 130,000, but 2.00"
+    assert wrong in race._foretold()
+    tables["causal-long"].loc[0, "reached"] = "no"
+    assert "`approxkmv` on head 0 (~ 8,200, but the error is missed at 32,768)" in race._foretold()
+    del tables["causal-long"]
+    assert race._foretold() == ""
+
+
+def test_a_gain_is_trivial_if_uniform_reaches_the_error_in_another_study(two_sweeps):
+    race, tables = two_sweeps
+    long = tables["causal-long"]
+    heads = dict(list(long.groupby("workload")))
+    # Only at the longest n: with few keys a sample may be nearly all of them.
+    assert {name: race._trivial(rows) for name, rows in heads.items()} == {"model-qk-0": True, "model-qk-2": False}
+    assert race._count(long) == (2, 2, 1)
+    # A study that runs `uniform` speaks for itself.
+    missed = heads["model-qk-0"].assign(method="uniform", kind="trivial", reached="no")
+    assert not race._trivial(missed)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "workflow" / "report").glob("*.rst")), ids=lambda path: path.stem)
