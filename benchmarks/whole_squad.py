@@ -3,7 +3,8 @@
 A random model of 12 x 12 heads and 110 million parameters, with the vocabulary of the default study's BERT, goes
 through the pipeline with all 2,067 contexts of the development set, or with that many spread over it, in a folder of
 its own; each is read in all ways, as in the study `paper`. Writes results/benchmarks/whole_squad.csv (a row
-per step: jobs, their total seconds, and the seconds during which at least one ran) and .json (the total time, the peak
+per step: jobs, their total seconds, the seconds during which at least one ran, and the processor's, which other work on
+the machine hardly changes) and .json (the total time, the peak
 memory of all processes together, and the peak size of activations on disk).
 """
 
@@ -83,33 +84,40 @@ def size(folder: Path) -> int:
     return total
 
 
-def watched(command: list[str], folder: Path) -> dict[str, float]:
-    """Run a command; its seconds, and its peak memory and activations, sampled twice a second."""
+def watched(command: list[str], folder: Path) -> tuple[dict[str, float], dict[str, float]]:
+    """Run a command; its seconds, its peak memory and activations, sampled twice a second, and each step's CPU time."""
     start = time.perf_counter()
     # The rules use this Python's commands.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     process = subprocess.Popen(command, cwd=folder, env=os.environ | {"PATH": path})
     root = psutil.Process(process.pid)
     memory = disk = largest = 0
+    # Of each process the step and the seconds of the processor so far; the last half second is missed.
+    used: dict[int, tuple[str, float]] = {}
     while process.poll() is None:
         found = []
         for one in [root, *root.children(recursive=True)]:
             try:
                 # Pages shared with others are counted once for each: an upper bound.
                 found.append(one.memory_info().rss)
+                words, spent = one.cmdline(), one.cpu_times()
             except psutil.Error:
                 continue
+            for step in STEPS:
+                if step.replace("_", "-") in words and MODEL in words:
+                    used[one.pid] = step, spent.user + spent.system
         memory, largest = max(memory, sum(found)), max([largest, *found])
         disk = max(disk, size(folder / "results" / "whole" / "activations"))
         time.sleep(0.5)
     if process.returncode:
         sys.exit(f"whole_squad: the run ended with code {process.returncode}")
+    processor = {step: sum(spent for name, spent in used.values() if name == step) for step in STEPS}
     return {
         "seconds": time.perf_counter() - start,
         "memory_of_all_processes_gb": memory / GIGABYTE,
         "memory_of_the_largest_process_gb": largest / GIGABYTE,
         "activations_gb": disk / GIGABYTE,
-    }
+    }, processor
 
 
 def of_logs(folder: Path) -> pd.DataFrame:
@@ -146,8 +154,9 @@ def main() -> None:
         random_bert(folder / "model")
         configure(folder, contexts)
         snakemake = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--cores", "all"]
-        found = watched(snakemake, folder)
+        found, processor = watched(snakemake, folder)
         table = of_logs(folder / "results" / "whole" / "logs")
+    table["processor"] = table["step"].map(processor)
     write_csv(OUT, table)
     write_json(OUT.with_suffix(".json"), describe({"contexts": contexts or 2067, "heads": 144}) | {"measured": found})
     print(table.to_string(index=False))
