@@ -199,6 +199,24 @@ def test_every_table_and_figure_of_a_study_is_known_to_the_search_for_leftovers(
     assert results_of(results) == set(leftovers(results))
 
 
+@pytest.mark.parametrize(
+    ("study", "part", "left"),
+    [
+        ("perplexity", {}, []),
+        ("perplexity", {"plan": None}, ["plan.json"]),
+        ("complexity", {}, ["perplexity.csv", "plan.json"]),
+    ],
+)
+def test_the_plan_of_an_earlier_study_is_left_over(tmp_path: Path, study: str, part: dict[str, None], left: list[str]):
+    config = yaml.safe_load((ROOT / "config.yaml").read_text())
+    config["studies"]["perplexity"]["perplexity"] |= part
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config | {"study": study}))
+    (tmp_path / "tables").mkdir()
+    for name in ("perplexity.csv", "plan.json"):
+        (tmp_path / "tables" / name).touch()
+    assert [path.name for path in leftovers(tmp_path)] == left
+
+
 KILLED_BEFORE_CLEANING = """
 import os, signal, sys
 from snakemake.cli import main

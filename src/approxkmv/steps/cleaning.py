@@ -38,6 +38,7 @@ OF_PART = {
     ],
     "perplexity": ["tables/perplexity.*"],
 }
+OF_PLAN = ["tables/plan.json*"]
 SHARDS = ["statistics/{}/*", "activations/{}/*"]
 
 
@@ -138,11 +139,13 @@ def leftovers(results: Path) -> list[Path]:
         *OF_GROWTH,
         *SHARDS,
         *OF_MODELS,
+        *OF_PLAN,
         *(name for names in OF_PART.values() for name in names),
     ]
     wanted = OF_LONG_TEXTS if study.lengths else OF_MODEL
     kept = [pattern.format(model) for model in study.models for pattern in (*wanted, *OF_GROWTH, *SHARDS)]
     kept += OF_MODELS if study.models and not study.lengths else []
+    kept += OF_PLAN if study.perplexity and study.perplexity.plan else []
     kept += [pattern for part, names in OF_PART.items() if getattr(study, part) for pattern in names]
     found = {path for pattern in every for path in results.glob(pattern.format("*"))}
     found -= {path for pattern in kept for path in results.glob(pattern)}
