@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 from findings import FAMILIES, NUMBERS
 from findings import TABLES as OF_FINDINGS
+from gpu_tables import TABLES as OF_A_GPU
 from race import NUMBERS as NUMBERS_OF_THE_RACE
 from race import TABLES as OF_THE_RACE
 from reference import REFERENCE, ROOT, machine, markdown
@@ -230,6 +231,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "reliability": reliability,
     **OF_FINDINGS,
     **OF_THE_RACE,
+    **OF_A_GPU,
 }
 
 

@@ -255,8 +255,9 @@ def check_errors():
 
 @contextmanager
 def replaced(**given):
-    """Other functions of `fused` for a while."""
+    """Other functions of `fused` for a while; graphs recorded with the original ones would not notice."""
     originals = {name: getattr(fused, name) for name in given}
+    cuda_graphs._graphs.clear()
     for name, other in given.items():
         setattr(fused, name, other)
     try:
@@ -264,6 +265,7 @@ def replaced(**given):
     finally:
         for name, original in originals.items():
             setattr(fused, name, original)
+        cuda_graphs._graphs.clear()
 
 
 def check_fused():

@@ -107,7 +107,7 @@ OF_THE_REFERENCE = [
     ("embedded", "context_scaling", MODELS),
     *[
         (study, name, [])
-        for study in ("embedded", "long", "rows", "causal-long")
+        for study in ("embedded", "long", "rows", "causal-long", "gpu")
         for name in ("speedup", "error_vs_time", "crossover")
     ],
     ("lengths", "length_scaling", ["smollm2-135m"]),

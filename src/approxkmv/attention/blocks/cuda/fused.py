@@ -180,6 +180,7 @@ def steps(
     piece = triton.cdiv(triton.cdiv(n_k, parts), 64) * 64
     parts = triton.cdiv(n_k, piece)
     warps = 8 if rows == 64 and widths["BD"] > 64 else 4
+    tile = 32 if rows > 16 and widths["BD"] > 64 else 64
     # Four programs on a multiprocessor rather than two or three: faster although a few numbers are spilled.
     few_registers = {} if _INTERPRETED or max(d, d_v) > 64 < d_v else {"maxnreg": 128}
 
@@ -208,7 +209,7 @@ def steps(
     kernels.far_kernel[(parts, groups, batch)](
         ranks, pairs, apart, v, s.value_mean, bound, counts, lists, totals, values, keys, tilts,
         clusters, n_k, piece, room,
-        PIECE=piece if _INTERPRETED else 0, W=wide, BM=rows, BN=64, WIDEN=_INTERPRETED, num_warps=warps, **widths,
+        PIECE=piece if _INTERPRETED else 0, W=wide, BM=rows, BN=tile, WIDEN=_INTERPRETED, num_warps=warps, **widths,
     )  # fmt: skip
     far_log = empty(batch, clusters)
     kernels.finish_kernel[(clusters, batch)](

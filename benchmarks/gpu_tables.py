@@ -1,0 +1,236 @@
+"""The reference results of a GPU, from a folder that benchmarks/gpu.py filled, and the tables of docs/gpu.md.
+
+    python benchmarks/gpu_tables.py OUT [--earlier OUT]
+
+--earlier: the rows of an earlier commit, with which the predictions are compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from reference import REFERENCE, markdown, number
+
+from approxkmv.files import write_text
+from approxkmv.sweep.exponents import EXPONENT_COLUMNS, evaluation_exponents
+from approxkmv.sweep.table import COLUMNS, write_rows
+
+FOLDER = REFERENCE / "gpu"
+LONG = 131_072
+TARGETS = (0.15, 0.10, 0.05)
+_NOT_YET = "Not measured yet.\n"
+# What the review of the earlier code predicted, in ms: what, n, its row, and the name there.
+_FIGURE = "n=16384 batch=8 d=100 d_v=1 bfloat16"
+_PREDICTED = (
+    ("`exact-naive`, n = 16,384, batch 8, d = 100, one column, bfloat16", "20", _FIGURE, "exact-naive"),
+    ("`exact-sdpa`, the same", "2 to 2.5", _FIGURE, "exact-sdpa"),
+    ("`exact-fused`, the same", "1.2 to 1.4", _FIGURE, "exact-fused"),
+    ("`exact-sdpa`, n = 131,072, d = 64", "8 to 11", f"n={LONG} batch=1 d=64 d_v=1 bfloat16", "exact-sdpa"),
+    ("`exact-fused`, the same, one column", "8.5 to 10", f"n={LONG} batch=1 d=64 d_v=1 bfloat16", "exact-fused"),
+    ("`local-expansion`, blocks of 512, 64 near keys, the same", "2.1", '{"block": 512, "near": 64}', ""),
+    ("`local-expansion`, blocks of 128, 512 near keys, the same", "5.2", '{"block": 128, "near": 512}', ""),
+    ("`approxkmv`, blocks of 96, 512 near keys, the same", "11.8", '{"block": 96, "near": 512, "samples": 64}', ""),
+    ("c of one head, the same", "60", f"c and order ratios n={LONG}", ""),
+)
+
+
+def _rows(name: str = "rows") -> list[dict[str, Any]]:
+    path = FOLDER / f"{name}.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def _milliseconds(rows: list[dict[str, Any]], what: str, name: str) -> str:
+    for row in rows:
+        if row["what"].endswith(what):
+            times = row.get("times", {})
+            # Our own stands first, before the exact row that it is timed beside.
+            one = times.get(name) or next(iter(times.values()), row)
+            return number(1e3 * one["seconds"])
+    return "–"
+
+
+def about() -> str:
+    """The machine and the commit."""
+    path = FOLDER / "machine.json"
+    if not path.exists():
+        return "Nothing here has been measured yet: no GPU was at hand.\n"
+    found = json.loads(path.read_text(encoding="utf-8"))
+    machine, ceilings = found["machine"], found["ceilings"]
+    finished = sum(row["seconds"] for row in _rows() if row["what"] == "finished")
+    return (
+        f"Measured on one {machine['gpu']}: torch {machine['torch']}, Triton {machine['triton']}, NumPy "
+        f"{machine['numpy']}; commit {found['commit']}; all stages together {finished / 60:.1f} minutes. Its "
+        f"ceilings: {ceilings['copy_bytes_per_second'] / 1e12:.1f} TB/s in a copy, "
+        f"{ceilings['bfloat16_flops'] / 1e12:.0f} TFLOP/s in bfloat16, {ceilings['float32_flops'] / 1e12:.0f} in float32, "
+        f"{1e6 * ceilings['seconds_per_graph_node']:.2f} us a node of a CUDA graph.\n"
+    )
+
+
+def checks() -> str:
+    """What held against float64, and what did not."""
+    found = [row for row in _rows() if "holds" in row]
+    failed = [row["what"] for row in found if not row["holds"]]
+    errors = [row["error"] for row in _rows() if row["stage"] == 1 and "error" in row]
+    if not found:
+        return _NOT_YET
+    return (
+        f"Of {len(found)} checks {len(found) - len(failed)} hold"
+        + (f"; not: {', '.join(f'`{name}`' for name in failed)}" if failed else "")
+        + f". Exact kernels at n = {LONG:,} err by at most {number(max(errors))} |v|.\n"
+    )
+
+
+def predicted() -> str:
+    """Predicted and measured, before the fused form and with it."""
+    earlier, now = _rows("earlier"), _rows()
+    if not now:
+        return _NOT_YET
+    lines = []
+    for what, expected, row, name in _PREDICTED:
+        one_column = [r for r in now if "d_v=64" not in r["what"] or row.startswith("n=")]
+        lines.append((what, expected, _milliseconds(earlier, row, name), _milliseconds(one_column, row, name)))
+    columns = ["what", "predicted for an H100, ms", "the code of the prediction, ms", "now, ms"]
+    return f"{markdown(pd.DataFrame(lines, columns=columns))}\n"
+
+
+def figure5() -> str:
+    """The paper's Figure 5: the naive product, the fastest exact attention, the mean, and ours."""
+    path = FOLDER / "tables" / "sweep.csv"
+    if not path.exists():
+        return _NOT_YET
+    table = pd.read_csv(path)
+    lines = []
+    for (workload, n), rows in table.groupby(["workload", "n"], sort=False):
+        exact = rows[rows["kind"] == "exact"]
+        naive = exact.loc[exact["method"] == "exact-naive", "seconds"].iloc[0]
+        for target in TARGETS:
+            some = rows[(rows["target"] == target) & (rows["relative_to"] == "values")]
+            ours = some[some["method"] == "local-expansion"].iloc[0]
+            if workload == "glove-paper" and target != TARGETS[1]:
+                continue
+            reached = "" if ours["reached"] == "yes" else " (not reached)"
+            mean = some[some["method"] == "mean"].iloc[0]
+            lines.append(
+                {
+                    "workload": f"`{workload}`, batch {rows['batch'].iloc[0]}",
+                    "n": f"{n:,}",
+                    "error asked": f"{target:g}",
+                    "fastest exact, ms": f"{1e3 * exact['seconds'].min():.3g} (`{ours['fastest_exact']}`)",
+                    "`mean` errs by": number(mean["error_v_p95"]),
+                    "`local-expansion` errs by": f"{number(ours['error_v_p95'])}{reached}",
+                    "ms": f"{1e3 * ours['seconds']:.3g}",
+                    "times faster than the fastest exact": f"{ours['times_faster']:.2g}",
+                    "than `exact-naive`": f"{naive / ours['seconds']:.3g}",
+                }
+            )
+    return f"{markdown(pd.DataFrame(lines))}\n"
+
+
+def long() -> str:
+    """The cheapest setting at the longest length for each error."""
+    rows = [row for row in _rows() if row["stage"] == 5 and "times" in row]
+    if not rows:
+        return _NOT_YET
+    lines = []
+    for start in dict.fromkeys(row["what"].split(" {")[0] for row in rows):
+        method, columns = start.split(" d_v=")
+        for target in TARGETS:
+            some = [row for row in rows if row["what"].startswith(f"{start} {{") and row["error"] <= target]
+            if not some:
+                best = min((row for row in rows if row["what"].startswith(start)), key=lambda row: row["error"])
+                lines.append((f"`{method}`", columns, f"{target:g}", *_of_setting(best, " (not reached)")))
+                continue
+            fastest = min(some, key=lambda row: next(iter(row["times"].values()))["seconds"])
+            lines.append((f"`{method}`", columns, f"{target:g}", *_of_setting(fastest, "")))
+    errors = ["errs by, of \\|v\\|", "of the answer"]
+    columns = ["method", "columns", "error asked", *errors, "setting", "ms", "times faster"]
+    zero = {row["what"].split(" {")[0].split("=")[1]: row["error"] / row["error_of_answer"] for row in rows}
+    nothing = ", ".join(f"{number(size)} with {wide} columns" for wide, size in zero.items())
+    return f"{markdown(pd.DataFrame(lines, columns=columns))}\n\nAn answer of 0 would err by {nothing} (of |v|).\n"
+
+
+def _of_setting(row: dict[str, Any], note: str) -> tuple[str, ...]:
+    ours, exact = row["times"].values()
+    setting = "{" + row["what"].split(" {")[1]
+    return (
+        number(row["error"]) + note,
+        number(row["error_of_answer"]),
+        f"`{setting}`",
+        number(1e3 * ours["seconds"]),
+        f"{exact['seconds'] / ours['seconds']:.2g}",
+    )
+
+
+def statistics() -> str:
+    """Seconds of the statistics of one head."""
+    rows = [row for row in _rows() if row["stage"] == 7 and "seconds" in row and " n=" in row["what"]]
+    if not rows:
+        return _NOT_YET
+    table = pd.DataFrame([(*row["what"].split(" n="), row["seconds"]) for row in rows], columns=["what", "n", "s"])
+    wide = table.pivot(index="what", columns="n", values="s").reindex(columns=table["n"].unique())
+    wide = wide.loc[table["what"].unique()].map(lambda s: f"{s:.3g}")
+    wide.columns = [f"n = {int(n):,}, s" for n in wide.columns]
+    return f"{markdown(wide.reset_index())}\n"
+
+
+def collect(out: Path, earlier: Path | None) -> None:
+    """Copy what a GPU measured into the reference results; the cases of its sweeps become one table."""
+    rows = [json.loads(line) for line in (out / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
+    swept = [_typed(row) for one in rows for row in one.get("rows", ())]
+    exponents = evaluation_exponents(swept)
+    (FOLDER / "tables").mkdir(parents=True, exist_ok=True)
+    write_rows(FOLDER / "tables" / "sweep.csv", swept, COLUMNS)
+    write_rows(FOLDER / "tables" / "sweep_exponents.csv", exponents, EXPONENT_COLUMNS)
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(out.glob("glove-*.json"))]
+    whole = records[0] | {"seconds": sum(one["seconds"] for one in records)}
+    whole["settings"]["workloads"] = [workload for one in records for workload in one["settings"]["workloads"]]
+    checked = [check for one in records for check in one["reference"]["error_against_float64"]]
+    whole["reference"]["error_against_float64"] = checked
+    write_text(FOLDER / "tables" / "sweep.json", json.dumps(whole, indent=2))
+    machine = json.loads((out / "machine.json").read_text(encoding="utf-8"))
+    write_text(FOLDER / "machine.json", json.dumps({**machine, "nvidia-smi": None}, indent=2))
+    _write_rows("rows", rows)
+    if earlier is not None:
+        lines = (earlier / "rows.jsonl").read_text(encoding="utf-8").splitlines()
+        _write_rows("earlier", [json.loads(line) for line in lines])
+
+
+def _typed(row: dict[str, str]) -> dict[str, Any]:
+    """A row of a CSV file with numbers where there are numbers, and without what is empty."""
+    found: dict[str, Any] = {}
+    for key, value in row.items():
+        if not value:
+            continue
+        try:
+            found[key] = value if key == "parameters" else json.loads(value)
+        except json.JSONDecodeError:
+            found[key] = value
+    return found
+
+
+def _write_rows(name: str, rows: list[dict[str, Any]]) -> None:
+    short = [{key: value for key, value in row.items() if key not in ("rows", "nvidia-smi")} for row in rows]
+    write_text(FOLDER / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in short))
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "gpu-about": about,
+    "gpu-checks": checks,
+    "gpu-predicted": predicted,
+    "gpu-figure5": figure5,
+    "gpu-long": long,
+    "gpu-statistics": statistics,
+}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--earlier", type=Path)
+    arguments = parser.parse_args()
+    collect(arguments.out, arguments.earlier)
