@@ -29,7 +29,7 @@ def check_kernels(interpret: str, timeout: int) -> None:
 
 @pytest.mark.slow
 def test_kernels_in_the_interpreter():
-    check_kernels("1", 150)
+    check_kernels("1", 300)
 
 
 @pytest.mark.gpu
