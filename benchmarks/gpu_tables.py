@@ -67,7 +67,8 @@ def about() -> str:
         f"{machine['numpy']}; commit {found['commit']}; all stages together {finished / 60:.1f} minutes. Its "
         f"ceilings: {ceilings['copy_bytes_per_second'] / 1e12:.1f} TB/s in a copy, "
         f"{ceilings['bfloat16_flops'] / 1e12:.0f} TFLOP/s in bfloat16, "
-        f"{ceilings['float32_flops'] / 1e12:.0f} in float32, {1e6 * ceilings['seconds_per_graph_node']:.2f} us a node of a CUDA graph.\n"
+        f"{ceilings['float32_flops'] / 1e12:.0f} in float32, "
+        f"{1e6 * ceilings['seconds_per_graph_node']:.2f} us a node of a CUDA graph.\n"
     )
 
 
