@@ -87,7 +87,7 @@ def test_tables_of_the_race_follow_from_new_tables_of_sweeps(monkeypatch, tmp_pa
         assert "| hyperattention | 18 |" in race.counts()
         # Where every key is near, a method is exact attention, and wins nothing however fast it is.
         table = race._sweep("rows")
-        approximate = table[table["kind"] == "approximate"].assign(reached="yes", times_faster=9.0)
+        approximate = table[table["kind"] == "approximate"].assign(reached="yes", times_faster=9.0, error_exact_p95=0.1)
         pairs = approximate["n"] ** 2
         assert len(race._raced(approximate.assign(kernel_evaluations=pairs - 1))) == len(approximate)
         assert race._raced(approximate.assign(kernel_evaluations=pairs)).empty
@@ -141,7 +141,15 @@ def test_a_plan_that_is_all_exact_is_not_said_to_win(monkeypatch, heads, says, s
 def raced(workload, n, method, times, reached="yes", kind="approximate"):
     """A row of a sweep, as far as the race reads it."""
     row = {"workload": workload, "n": n, "method": method, "kind": kind, "reached": reached, "times_faster": times}
-    row |= {"batch": 1, "columns": "all", "mask": "causal", "target": 0.1, "queries": None, "kernel_evaluations": 1.0}
+    row |= {
+        "batch": 1,
+        "columns": "all",
+        "error_exact_p95": 0.05,
+        "mask": "causal",
+        "target": 0.1,
+        "queries": None,
+        "kernel_evaluations": 1.0,
+    }
     return row | {"tuning_inputs": "apart"}
 
 

@@ -246,6 +246,8 @@ def test_what_evaluates_every_pair_wins_nothing_in_a_title():
     pairs = table["batch"] * table["n"] * table["queries"].fillna(table["n"])
     assert contenders(able.assign(kernel_evaluations=pairs)).empty
     assert len(contenders(able)) == len(able) > 0
+    # With a mask fewer evaluations than n² are every pair; the answer says so.
+    assert contenders(able.assign(error_exact_p95=1e-6)).empty
 
 
 def test_the_reference_figures_are_all_figures():
