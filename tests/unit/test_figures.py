@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 from approxkmv.errors import ConfigError, TableError
 from approxkmv.figures import catalogue, context_scaling, length_scaling
@@ -100,16 +101,14 @@ def test_texts_that_overlap_or_are_cut_are_found():
 
 
 MODELS = ["minilm-l6", "smollm2-135m"]
+SWEEPS = ("embedded", "long", "rows", "columns", "causal", "causal-long", "few", "figure5", "gpu")
 OF_THE_REFERENCE = [
+    *[("articles", name, [model]) for name in ("growth", "growth_curves") for model in MODELS],
     *[("embedded", name, [model]) for name in ("max_ratios", "order_ratios") for model in MODELS],
     *[("embedded", name, [model]) for name in ("growth", "growth_curves", "readings", "gauge") for model in MODELS],
     *[("lengths", name, ["smollm2-135m"]) for name in ("growth", "growth_curves")],
     ("embedded", "context_scaling", MODELS),
-    *[
-        (study, name, [])
-        for study in ("embedded", "long", "rows", "causal-long", "gpu")
-        for name in ("speedup", "error_vs_time", "crossover")
-    ],
+    *[(study, name, []) for study in SWEEPS for name in ("speedup", "error_vs_time", "crossover")],
     ("lengths", "length_scaling", ["smollm2-135m"]),
     ("complexity", "complexity", []),
     ("operator", "operator", []),
@@ -132,17 +131,57 @@ def test_the_reference_figures_can_be_read(tmp_path, figures, study, name, model
     assert unlike_formats(figures[0]) == []
     assert told_apart_by_colour_alone(figures[0]) == []
     assert without_words(figures[0]) == []
+    assert joined_though_hollow(figures[0]) == []
+    assert of_no_entry(figures[0]) == []
+    # The picture beside the table is of today's code, as far as its title tells.
+    kept = REFERENCE / study / "figures" / f"{'_'.join([name, *models] if len(models) == 1 else [name])}.png"
+    if study != "families":
+        assert Image.open(kept).text["Title"] == " ".join(figures[0].get_suptitle().split())
+
+
+def test_every_reference_figure_is_looked_at():
+    drawn = {
+        f"{study}/{'_'.join([name, *models] if len(models) == 1 else [name])}"
+        for study, name, models in OF_THE_REFERENCE
+    }
+    assert {f"{path.parts[-3]}/{path.stem}" for path in REFERENCE.glob("*/figures/*.png")} == drawn
+
+
+def joined_though_hollow(figure: Any) -> list[tuple[float, float]]:
+    """Hollow points, of too few texts or with too large an error, through which a line goes."""
+    found = []
+    for axes in figure.axes:
+        lines = {line: set(zip(*np.asarray(line.get_data(), dtype=float).tolist(), strict=True)) for line in axes.lines}
+        hollow = [
+            points
+            for line, points in lines.items()
+            if line.get_markerfacecolor() == "white" and line.get_marker() != "None"
+        ]
+        joined = [points for line, points in lines.items() if line.get_linestyle() != "None" and len(points) > 1]
+        found += [point for some in hollow for point in some if any(point in points for points in joined)]
+    return found
+
+
+def of_no_entry(figure: Any) -> list[str]:
+    """Markers drawn that no entry of a legend has: on an edge, too, they must tell whose they are."""
+    legends = [*figure.legends, *(axes.get_legend() for axes in figure.axes if axes.get_legend())]
+    known = {str(handle.get_marker()) for legend in legends for handle in legend.legend_handles}
+    drawn = {str(line.get_marker()) for axes in figure.axes for line in axes.lines}
+    return sorted(drawn - known - {"None", "|", "_"}) if known else []
 
 
 def unlike_formats(figure: Any) -> list[list[str]]:
-    """Axes whose tick labels mix plain numbers with powers of ten, or have an exponent in computer notation."""
-    wrong = []
-    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
+    """Axes of one name whose tick labels mix plain numbers with powers of ten, or are written as computers do."""
+    named: dict[str, list[str]] = {}
+    for number, axis in enumerate(axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
         labels = [label.get_text() for label in axis.get_ticklabels() if label.get_text()]
-        powers = [r"^{" in label for label in labels]
-        if len(set(powers)) > 1 or any("e+" in label or "e-0" in label for label in labels):
-            wrong.append(labels)
-    return wrong
+        named.setdefault(axis.get_label_text() or str(number), []).extend(labels)
+    return [
+        labels
+        for labels in named.values()
+        if len({r"^{" in label for label in labels if label[:1].isdigit() or label[:1] == "$"}) > 1
+        or any("e+" in label or "e-0" in label or (label[:1] == "-" and label[1:2].isdigit()) for label in labels)
+    ]
 
 
 def told_apart_by_colour_alone(figure: Any) -> list[tuple[str, str]]:
@@ -200,7 +239,8 @@ def test_every_method_has_a_look_of_its_own():
 
     frame = pd.DataFrame({"method": [*METHODS, "new"], "kind": "approximate"})
     found = list(looks(frame).values())
-    assert len({(look.color, look.marker) for look in found}) == len(found) == len(METHODS) + 1
+    # By shape alone: points that no line joins have nothing else.
+    assert len({look.marker for look in found}) == len(found) == len(METHODS) + 1
     seen = [as_seen_without_green(look.color) for look in found]
     assert all(np.linalg.norm(one - other) > 25 for one, other in itertools.pairwise(seen))
     # A table with fewer methods draws them as one with all does.
@@ -248,6 +288,42 @@ def test_what_evaluates_every_pair_wins_nothing_in_a_title():
     assert len(contenders(able)) == len(able) > 0
     # With a mask fewer evaluations than n² are every pair; the answer says so.
     assert contenders(able.assign(error_exact_p95=1e-6)).empty
+
+
+def test_a_title_names_all_that_win_on_as_many_workloads_and_no_cell_is_empty(tmp_path, figures):
+    catalogue.draw("crossover", REFERENCE / "columns" / "tables", [], tmp_path / "x")
+    title = " ".join(figures[0].get_suptitle().split())
+    assert "approxkmv and local-expansion become faster than exact attention on 2 of 3 workloads" in title
+    catalogue.draw("crossover", REFERENCE / "figure5" / "tables", [], tmp_path / "x")
+    assert "all 3 approximate methods become faster" in " ".join(figures[1].get_suptitle().split())
+    catalogue.draw("crossover", REFERENCE / "few" / "tables", [], tmp_path / "x")
+    for figure in figures:
+        cells = [text.get_text() for text in figure.axes[0].texts]
+        assert len(cells) == len(figure.axes[0].get_xticks()) * len(figure.axes[0].get_yticks())
+        assert all(cells)
+        assert "nan" not in cells
+    # What computes every score reaches the error, and does not miss it.
+    assert "every pair: reached by computing every score" in " ".join(figures[2].get_suptitle().split())
+
+
+def test_few_queries_are_named_and_so_is_what_does_not_count(tmp_path, figures):
+    for name in ("speedup", "error_vs_time"):
+        catalogue.draw(name, REFERENCE / "few" / "tables", [], tmp_path / name)
+    labels = {axes.get_xlabel() for axes in figures[0].axes}
+    assert labels == {f"n, keys (queries: {count})" for count in (1, 16, 256)}
+    for figure in figures:
+        words = " ".join(" ".join(word for word, _ in drawn_texts(figure)).split())
+        assert "not counted where every score is computed: local-expansion, top-k" in words
+
+
+def test_a_ratio_beyond_the_axis_is_marked_and_said(tmp_path, figures):
+    catalogue.draw("readings", REFERENCE / "embedded" / "tables", MODELS[1:], tmp_path / "x")
+    axes = figures[0].axes[0]
+    (beyond,) = [line for line in axes.lines if not line.get_clip_on()]
+    (entry,) = [line for line in axes.lines if line.get_label().startswith("unscaled")]
+    assert (beyond.get_marker(), beyond.get_color()) == (entry.get_marker(), entry.get_color())
+    assert entry.get_ydata()[0] > axes.get_ylim()[1]
+    assert "points on the upper edge: beyond the axis" in figures[0].get_suptitle()
 
 
 def test_the_reference_figures_are_all_figures():
@@ -501,4 +577,4 @@ def test_characters_that_the_font_does_not_have_are_named(tmp_path, caplog, recw
 
 def test_a_cell_near_the_bound_says_on_which_side_it_is():
     assert [near(4.6)(value) for value in (4.5, 4.58, 4.62, 57.8, 0.001)] == ["4.50", "4.58", "4.62", "58", "<.01"]
-    assert [up_to_the_scale(value) for value in (1.92, 20.3, 1e9)] == ["1.9", "20.30", ">1000"]
+    assert [up_to_the_scale(value) for value in (1.92, 20.3, 1e9)] == ["1.9", "20.30", ">1,000"]

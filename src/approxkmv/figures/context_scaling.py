@@ -87,7 +87,9 @@ def draw(tables: Path, models: Sequence[str], stem: Path) -> list[Path]:
     top.annotate(
         f"the paper's bound {highest:g}" if lowest == highest else f"the paper's bounds {lowest:g} to {highest:g}",
         (1.0, highest),
+        (0, 2),
         xycoords=("axes fraction", "data"),
+        textcoords="offset points",
         ha="right",
         va="bottom",
         fontsize=7.5,

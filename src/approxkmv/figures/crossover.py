@@ -43,33 +43,34 @@ def crossover(n: np.ndarray, ratio: np.ndarray) -> tuple[float, str]:
 def draw(table: Path, output_stem: Path, target: float = 0.10) -> list[Path]:
     """Write for each workload and method the n from which it is faster than the fastest exact one, as PDF and PNG.
 
-    Measured crossings are on the left, extrapolated ones, which nothing confirms, on the right. Only rows that reach
-    the target on other inputs count. Raises TableError when the table is missing or not from a sweep.
+    Extrapolated crossings, which nothing confirms, stand apart, below the measured ones. Only rows that reach the
+    target on other inputs count. Raises TableError when the table is missing or not from a sweep.
     """
     frame = read_sweep(table)
     workloads = conditions(frame)
     kinds = dict(zip(frame["method"], frame["kind"], strict=True))
     able = contenders(frame)
-    methods = [m for m in looks(frame) if kinds[m] == "trivial" or m in set(able["method"])]
+    methods = [method for method in looks(frame) if kinds[method] != "exact"]
     found: dict[tuple[int, int], tuple[float, str]] = {}
     for column, workload in enumerate(workloads):
         some = workload.rows(frame)
         for row, method in enumerate(methods):
             line = select(some, method, target)
-            line = line[line["reached"].eq("yes") & line["times_faster"].notna()].drop_duplicates("n")
-            line = line[line["kind"].eq("trivial") | line.index.isin(able.index)]
+            held = line[line["reached"].eq("yes") & line["times_faster"].notna()].drop_duplicates("n")
+            line = held[held["kind"].eq("trivial") | held.index.isin(able.index)]
             n, how = crossover(*line[["n", "times_faster"]].to_numpy(np.float64).T)
-            found[row, column] = n, how if len(line) else "missed"
+            found[row, column] = n, how if len(line) else "every pair" if len(held) else "missed"
     rows = {"measured": list(range(len(methods)))}
     if extrapolated := sorted({row for (row, _), (_, how) in found.items() if how == "extrapolated"}):
         rows["extrapolated"] = extrapolated
     lines = sum(map(len, rows.values()))
-    figure = new_figure(max(6.0, 2.0 + 0.85 * len(workloads)), 2.2 + 0.24 * lines + 0.3 * len(rows))
+    figure = new_figure(max(6.0, 2.0 + 0.95 * len(workloads)), 2.2 + 0.24 * lines + 0.3 * len(rows))
     panels = figure.subplots(len(rows), 1, squeeze=False, sharex=True, height_ratios=list(map(len, rows.values())))
     for axes, (side, shown) in zip(panels.ravel(), rows.items(), strict=True):
         for (row, column), (n, how) in found.items():
-            if (how == "extrapolated") == (side == "extrapolated"):
-                axes.text(column, shown.index(row), _words(n, how), ha="center", va="center", fontsize=7)
+            if how == "extrapolated" or side == "measured":
+                words = _words(n, how) if how != "extrapolated" or side == how else "not yet"
+                axes.text(column, shown.index(row), words, ha="center", va="center", fontsize=7)
             if how in ("measured", "below") and side == "measured":
                 cell: dict[str, Any] = {"facecolor": "#DCEBF5", "edgecolor": "#0072B2", "linewidth": 0.8}
                 axes.add_patch(Rectangle((column - 0.46, row - 0.42), 0.92, 0.84, zorder=0, **cell))
@@ -78,6 +79,9 @@ def draw(table: Path, output_stem: Path, target: float = 0.10) -> list[Path]:
         axes.set_yticks(range(len(shown)), [methods[row] for row in shown], fontsize=7.5)
         axes.set_xticks(range(len(workloads)), [workload.workload for workload in workloads], fontsize=7.5)
         axes.tick_params(length=0)
+        # Rows are far from their names.
+        for row in range(1, len(shown)):
+            axes.axhline(row - 0.5, color="0.9", linewidth=0.6, zorder=0)
         axes.set_title(_TITLES[side], fontsize=8, loc="left")
         axes.set_ylabel("method", fontsize=8)
         for spine in axes.spines.values():
@@ -87,16 +91,22 @@ def draw(table: Path, output_stem: Path, target: float = 0.10) -> list[Path]:
     crossed = {
         row: sum(found[row, c][1] in ("measured", "below") for c in range(len(workloads))) for row in approximate
     }
-    best = max(crossed, key=lambda row: crossed[row], default=None)
-    finding = "no approximate method becomes faster than exact attention within the lengths measured"
-    if best is not None and crossed[best]:
-        where = count_of(crossed[best], len(workloads), "workload")
-        finding = f"{methods[best]} becomes faster than exact attention on {where}"
-        finding += ", the most of the approximate methods" if len(approximate) > 1 else ""
+    most = max(crossed.values(), default=0)
+    best = [methods[row] for row in approximate if crossed[row] == most]
+    finding = "no approximate method becomes faster than exact attention"
+    if most:
+        where = count_of(most, len(workloads), "workload")
+        who = f"{' and '.join(best)} become{'s' if len(best) == 1 else ''}"
+        if len(best) > 2:
+            of = "all" if len(best) == len(approximate) else f"{len(best)} of"
+            who = f"{of} {len(approximate)} approximate methods become"
+        finding = f"{who} faster than exact attention on {where}"
+        finding += ", no other approximate method on as many" if len(best) < len(approximate) else ""
+    texts = [text for axes in panels.ravel() for text in axes.texts]
     headline(
         figure,
         f"At an error of {target:g} {of_what(frame)}, with n up to {int(frame['n'].max()):,}, {finding}",
-        "≤: faster at every n that reaches the error; slower: at the longest such n; missed: at every n",
+        "; ".join(words for word, words in _NOTES.items() if any(text.get_text().startswith(word) for text in texts)),
         "Workloads: " + "; ".join(sorted({workload.title.partition(", ")[2] for workload in workloads})),
     )
     return save(figure, output_stem)
@@ -104,13 +114,20 @@ def draw(table: Path, output_stem: Path, target: float = 0.10) -> list[Path]:
 
 _TITLES = {
     "measured": "faster than the fastest exact method from n =",
-    "extrapolated": "extrapolated from the last three n, not measured",
+    "extrapolated": "extrapolated from the last lengths that reach the error, not measured",
+}
+_NOTES = {
+    "≤": "≤: faster at every n that reaches the error",
+    "slower": "slower: at the longest n that reaches it",
+    "not yet": "not yet: slower, but catching up",
+    "missed": "missed: the error at every n",
+    "every pair": "every pair: reached by computing every score",
 }
 
 
 def _words(n: float, how: str) -> str:
-    if how in ("never", "missed"):
-        return "slower" if how == "never" else "missed"
+    if how in ("never", "missed", "every pair"):
+        return "slower" if how == "never" else how
     if how == "extrapolated":
         return f"{float(f'{n:.2g}'):,.0f}"
     return f"{'≤ ' if how == 'below' else ''}{n:,.0f}"

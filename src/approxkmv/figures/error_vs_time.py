@@ -4,8 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from approxkmv.figures.style import headline, logarithmic_ticks
-from approxkmv.figures.sweep_table import conditions, contenders, count_of, looks, new_panels, of_what, read_sweep, save
+from approxkmv.figures.style import draw_points, headline, logarithmic_ticks
+from approxkmv.figures.sweep_table import (
+    conditions,
+    contenders,
+    count_of,
+    looks,
+    new_panels,
+    of_what,
+    read_sweep,
+    save,
+    uncounted,
+)
 
 # The error at which the title names the fastest.
 TARGET = 0.10
@@ -34,9 +44,7 @@ def draw(table: Path, output_stem: Path, n: int | None = None) -> list[Path]:
             error, high = (points[f"{frame.attrs['error']}_{name}"].clip(lower=1e-3) for name in ("median", "p95"))
             line = drawn.linestyle if points["kind"].iloc[0] == "approximate" else "none"
             style = {"color": drawn.color, "marker": drawn.marker, "markersize": 4.5, "linestyle": line}
-            axis.plot(points["seconds"], error, linewidth=1, label=method, **style)
-            missed = points["reached"] == "no"
-            axis.plot(points["seconds"][missed], error[missed], **(style | {"mfc": "white", "linestyle": "none"}))
+            draw_points(axis, points["seconds"], error, points["reached"] != "no", linewidth=1, label=method, **style)
             axis.errorbar(
                 points["seconds"],
                 error,
@@ -66,4 +74,5 @@ def draw(table: Path, output_stem: Path, n: int | None = None) -> list[Path]:
         finding += count_of(winners.count(best), len(workloads), "workload")
     headline(figure, f"At a median error of at most {TARGET:g} {of_what(frame)}, {finding}")
     note = "Bars: quartiles of the time, error up to its 95th percentile; errors below 0.001 are drawn there; "
-    return save(figure, axes, output_stem, note + "grey lines: targets; hollow: missed")
+    note += "grey lines: targets; hollow: the 95th percentile misses the target" + uncounted(frame)
+    return save(figure, axes, output_stem, note)

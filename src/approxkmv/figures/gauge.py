@@ -47,6 +47,7 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
     factors = factors[factors > 0]
     tokens = int(table["tokens"].iloc[0])
     figure = new_figure(8.6, 6.6)
+    beyond = False
     for axes, (column, title) in zip(figure.subplots(2, 2, sharex=True).ravel(), PANELS, strict=True):
         groups = table.groupby("t")[column]
         for (share, name), colour, marker, line in zip(HEADS, COLOURS, MARKERS, LINES, strict=False):
@@ -62,8 +63,9 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
             # The margin of an axis over hundreds of decades would be a dozen decades.
             axes.set_ylim(max(axes.get_ylim()[0], 1e-4), 2 * float(np.nanmax(values)))
             logarithmic_ticks(axes.yaxis)
-            for (share, _), colour in zip(HEADS, COLOURS, strict=False):
-                mark_beyond(axes, factors, groups.quantile(share).loc[factors], color=colour, markersize=5)
+            for (share, _), colour, marker in zip(HEADS, COLOURS, MARKERS, strict=False):
+                along = groups.quantile(share).loc[factors]
+                beyond |= mark_beyond(axes, factors, along, color=colour, marker=marker, markersize=4)
         axes.xaxis.set_major_locator(FixedLocator(factors.tolist()))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
@@ -83,6 +85,6 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
         f"{facts['label']}: {enough or 'none'} of {len(best)} heads have a t at which attention tolerates the error "
         "that a cost below n² needs",
         f"One text of {tokens:,} tokens, all entries; dotted: c = {facts['paper_bound']:g} and the error needed; "
-        "points at the left: the limit t → 0, the matrix A itself; triangles at an edge: beyond the axis",
+        "points at the left: the limit t → 0, the matrix A itself" + "; points on an edge: beyond the axis" * beyond,
     )
     return save(figure, stem)

@@ -55,13 +55,13 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
         for i, (_, row) in enumerate(typical(growth, before).iterrows()):
             own = curves[(curves["layer"] == row["layer"]) & (curves["head"] == row["head"])].set_index("prefix")
             c, solid = own[f"{before}adjusted_ratio"], own[f"{before}texts"] >= ENOUGH_TEXTS
-            style: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "markersize": 4.5}
-            marker = MARKERS[i % len(MARKERS)]
+            style: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+            style["markersize"] = 4.5
             name = (
                 f"layer {row['layer']}, head {row['head']}: {row[f'{before}size']}, {row[f'{before}trend']}, "
                 f"exponent {two_decimals(row[f'{before}exponent'])}"
             )
-            draw_points(axes, c.index, c, solid, label=name, linestyle="none", marker=marker, **style)
+            draw_points(axes, c.index, c, solid, label=name, linestyle="none", **style)
             octave = np.array([row[f"{before}start"], row[f"{before}length"]])
             middle = np.log(c.reindex(octave)).mean()
             line = np.exp(middle + row[f"{before}exponent"] * (np.log(octave) - np.log(octave).mean()))
@@ -90,7 +90,7 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
             fontsize=7,
             loc="upper center",
             bbox_to_anchor=(0.5, -0.14),
-            title=f"triangles on the axis: c below {axes.get_ylim()[0]:.1g}" if below else "",
+            title=f"points on the axis: c below {axes.get_ylim()[0]:.1g}" if below else "",
             title_fontsize=7,
         )
     for axes, c, style in drawn:

@@ -108,7 +108,7 @@ def draw_heatmap(
     bar = figure.colorbar(image, ax=axes, shrink=min(1.0, 3.2 / size_of(values)[1]), pad=0.02, extend="both")
     bar.ax.yaxis.set_major_locator(FixedLocator(list(scale.ticks)))
     bar.ax.yaxis.set_minor_locator(NullLocator())
-    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,g}".replace("-", "−")))
     bar.ax.tick_params(labelsize=7)
     bar.set_label(scale.label, fontsize=8)
     if bound is not None and low < bound < high:

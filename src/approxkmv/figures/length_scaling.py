@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # Which heads are drawn, as quantiles over a model's heads.
-HEADS = ((0.5, "median head"), (0.9, "90th of 100 heads"), (1.0, "largest head"))
+HEADS = ((0.5, "median head"), (0.9, "90th percentile of heads"), (1.0, "largest head"))
 # The longest label, in characters, of which two fit side by side.
 LONGEST_IN_TWO_COLUMNS = 60
 PANELS = (
@@ -57,6 +57,7 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
     masks = masks_of(table, "ratio")
     texts = table.groupby("length")["texts"].min()
     lengths = np.sort(table["length"].unique())
+    beyond = False
     for axes, (column, title) in zip(panels, PANELS, strict=True):
         drawn = []
         for before, line in zip(masks, LINES, strict=False):
@@ -66,13 +67,13 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
                 which = f", {facts['mask']}" if before else ""
                 style = {"color": colour, "marker": marker, "linestyle": line, "markersize": 4 if not before else 3}
                 draw_points(axes, lengths, values, texts >= ENOUGH_TEXTS, label=name + which, **style)
-                drawn.append((values, colour))
+                drawn.append((values, style))
         if column == "keys_90_mean":
             axes.plot(lengths, lengths, color="#777777", linewidth=0.8)
             axes.annotate("all n", (lengths[0], lengths[0]), (2, 9), textcoords="offset points", fontsize=7)
         _scales(axes, lengths, LOWEST.get(column, 1.0))
-        for values, colour in drawn:
-            mark_beyond(axes, lengths, values, color=colour, markersize=5)
+        for values, style in drawn:
+            beyond |= mark_beyond(axes, lengths, values, **style)
         axes.set_ylabel(title, fontsize=8.5)
     for axes in panels[2:]:
         name_of_lengths(axes, "length n in tokens", texts)
@@ -87,8 +88,9 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
         f"{facts['label']}: from n = {lengths[0]:,} to {lengths[-1]:,} c(n) goes from {growth[0]} in the median head, "
         f"from {growth[1]} in the largest",
         f"{facts['layers'] * facts['heads']} heads on "
-        f"{'one long text' if count == 1 else f'{count} long texts (medians)'} of {facts['corpus']}; "
-        "triangles at an edge: beyond the axis",
+        f"{'one long text' if count == 1 else f'{count} long texts (medians)'} of {facts['corpus']}"
+        + "; points on an edge: beyond the axis"
+        * beyond,
     )
     return save(figure, stem)
 

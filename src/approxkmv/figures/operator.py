@@ -28,6 +28,7 @@ def draw(table_path: Path, output_stem: Path) -> list[Path]:
     methods = [name for name in dict.fromkeys(table["method"]) if name not in _TRIVIAL]
     looks = dict(zip(methods, zip(COLOURS, MARKERS, strict=False), strict=False))
     gains = []
+    least = table["error"].min() < _LEAST
     for axis, kind in zip(axes, found, strict=True):
         rows = table[table["x"] == kind]
         n = int(rows["n"].max())
@@ -63,5 +64,6 @@ def draw(table_path: Path, output_stem: Path) -> list[Path]:
             "exact one"
         )
     headline(figure, finding)
-    legend_below(figure, "", handles=axes[0].get_legend_handles_labels()[0], ncols=3)
+    note = f"KernelOperator: a point for each epsilon; errors below {_LEAST:g} are drawn there" if least else ""
+    legend_below(figure, note, handles=axes[0].get_legend_handles_labels()[0], ncols=3)
     return save(figure, Path(output_stem))

@@ -59,7 +59,7 @@ def near_one(value: float) -> str:
 
 def up_to_the_scale(value: float) -> str:
     """A ratio in a cell, exact near the paper's bound; beyond the scale only that it is."""
-    return near(DOUBLE)(value) if not value > SCALE.high else f">{SCALE.high:.0f}"
+    return near(DOUBLE)(value) if not value > SCALE.high else f">{SCALE.high:,.0f}"
 
 
 _WRITE = {"next": near_one, "double": up_to_the_scale}

@@ -12,6 +12,7 @@ from approxkmv.figures.style import (
     footnote,
     headline,
     logarithmic_ticks,
+    mark_beyond,
     new_figure,
     not_in_kernel,
     save,
@@ -21,7 +22,7 @@ from approxkmv.results.tables import MASKED, model_tables, read_overview, readin
 
 COLUMNS = dict.fromkeys(("reading", "entries"), "text")
 COLUMNS |= dict.fromkeys(("largest_ratio", "median_double", "heads_within_bound", "heads"), "number")
-# Beyond it a ratio is drawn at the edge: underflows make it infinite.
+# The highest limit of the axis: underflows make a ratio infinite.
 LARGEST = 1e6
 # "About 20 or less for most heads."
 DOUBLE = 20.0
@@ -34,8 +35,8 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
     facts = as_written(read_overview(model_tables(tables, model).overview, "label", "paper_bound"))
     names = readings_tables(tables, model)
     table, path = read_table(names.readings, COLUMNS), read_table(names.path, {**COLUMNS, "power": "number"})
-    for one in (table, path):
-        one["median_double"] = one["median_double"].clip(upper=LARGEST)
+    highest = 1.5 * max(100.0, table["median_double"].max(), path["median_double"].max())
+    beyond = False
     kinds = sorted(table["entries"].unique(), key=lambda kind: kind != "all")
     figure = new_figure(1.2 + 4.2 * len(kinds), 4.4)
     panels = figure.subplots(1, len(kinds), squeeze=False, sharey=True).ravel()
@@ -44,21 +45,19 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
         line = path[path["entries"] == kind].sort_values("power")
         axes.plot(line["largest_ratio"], line["median_double"], color="#888888", linewidth=1.0, zorder=1)
         own = table[table["entries"] == kind]
-        for i, row in enumerate(own.itertuples()):
-            axes.plot(
-                row.largest_ratio,
-                row.median_double,
-                color=COLOURS[i % len(COLOURS)],
-                marker=MARKERS[i % len(MARKERS)],
-                markersize=7,
-                linewidth=0,
-                alpha=0.85,
-                label=f"{row.reading} ({row.heads_within_bound} of {row.heads})",
-            )
+        styles = [
+            {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 7, "alpha": 0.85}
+            for i in range(len(own))
+        ]
+        for row, style in zip(own.itertuples(), styles, strict=True):
+            label = f"{row.reading} ({row.heads_within_bound} of {row.heads})"
+            axes.plot(row.largest_ratio, row.median_double, linewidth=0, label=label, **style)
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_xlim(min(0.3, 0.7 * own["largest_ratio"].min()), max(10.0, 1.5 * own["largest_ratio"].max()))
-        axes.set_ylim(0.8, 1.5 * max(100.0, table["median_double"].max(), path["median_double"].max()))
+        axes.set_ylim(0.8, min(LARGEST, highest))
+        for row, style in zip(own.itertuples(), styles, strict=True):
+            beyond |= mark_beyond(axes, [row.largest_ratio], [row.median_double], **style)
         low, bottom = axes.get_xlim()[0], axes.get_ylim()[0]
         axes.add_patch(
             Rectangle(
@@ -75,7 +74,7 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
         for axis in (axes.xaxis, axes.yaxis):
             logarithmic_ticks(axis)
         axes.set_xlabel("largest c over heads and texts")
-        axes.set_title(entries("" if kind == "all" else MASKED, facts), fontsize=8, loc="left")
+        axes.set_title(entries("" if kind == "all" else MASKED, facts), fontsize=8, loc="left", pad=9)
         axes.legend(
             frameon=False,
             fontsize=7,
@@ -90,9 +89,12 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
     names_inside = {kind: ", ".join(inside.loc[inside["entries"] == kind, "reading"]) or "no reading" for kind in kinds}
     headline(
         figure,
-        f"{facts['label']}: the paper's numbers (c at most {bound:g}, the ratio at most {DOUBLE:g}) come out under "
-        + " and ".join(f"{names_inside[kind]} ({entries('' if kind == 'all' else MASKED, facts)})" for kind in kinds),
-        "Readings of the definition; line: scales up to 1; hatched: the paper's numbers",
+        f"{facts['label']}: the paper's numbers (c at most {bound:g}, the ratio at most {DOUBLE:g}) come out "
+        + "; ".join(
+            f"under {names_inside[kind]} ({entries('' if kind == 'all' else MASKED, facts)})" for kind in kinds
+        ),
+        "Readings of the definition; line: scales up to 1; hatched: the paper's numbers"
+        + "; points on the upper edge: beyond the axis" * beyond,
     )
     footnote(figure, not_in_kernel(facts))
     return save(figure, stem)

@@ -18,6 +18,7 @@ from approxkmv.figures.sweep_table import (
     read_sweep,
     save,
     select,
+    uncounted,
 )
 from approxkmv.words import counted
 
@@ -63,7 +64,9 @@ def draw(table: Path, output_stem: Path, target: float = 0.10) -> list[Path]:
         axis.set_xticks(sorted(some["n"].unique())[:: max(1, -(-some["n"].nunique() // 4))])
         axis.set_xticks([], minor=True)
         axis.set_title(workload.title, fontsize=8, loc="left")
-        axis.set_xlabel("n, queries and keys", fontsize=8)
+        few = some.loc[some["queries"].notna() & (some["queries"] != some["n"]), "queries"].unique()
+        of = f"keys (queries: {', '.join(f'{count:,.0f}' for count in few)})" if len(few) else "queries and keys"
+        axis.set_xlabel(f"n, {of}", fontsize=8)
         axis.set_ylabel("times faster than the fastest exact", fontsize=8)
         logarithmic_ticks(axis.yaxis)
         last = {m: lines[m].iloc[-1]["times_faster"] for m in shown}
@@ -73,7 +76,7 @@ def draw(table: Path, output_stem: Path, target: float = 0.10) -> list[Path]:
         label_ends(axis, named)
     more = f"; {counted(left_out, 'slower line')} in the table only" if left_out else ""
     note = f"Methods that reach the target somewhere, at most {MOST} in a panel{more}. "
-    note += "Hollow: target missed; dashed: trivial; bands: quartiles of the times"
+    note += "Hollow: target missed; dashed: trivial; bands: quartiles of the times" + uncounted(frame)
     return save(figure, axes, output_stem, note)
 
 

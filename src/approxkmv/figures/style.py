@@ -24,10 +24,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Okabe and Ito's colours (the yellow, too light for lines, replaced), in an order in which neighbours also differ to
-# those who do not see red from green. Colour is never alone: entry i has the marker and the line style i too. The
-# numbers of colours and markers have no common divisor, so that entries of one colour have different markers.
+# those who do not see red from green. Colour is never alone: entry i has the marker and the line style i too. Markers
+# that resemble each other are far apart, and all can be hollow.
 COLOURS = ("#0072B2", "#E69F00", "#000000", "#CC79A7", "#D55E00", "#009E73", "#56B4E9", "#882255")
-MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*", "h", "<", ">", "p", "d")
+MARKERS = (
+    *("o", "s", "D", "^", "v", "P", "X", "*", "<", ">", "d", "p", (4, 1, 0), r"$\spadesuit$", r"$\clubsuit$", "h"),
+    (6, 1, 0),
+)
 LINES = ("-", "--", "-.", ":")
 # The line of the paper's bound, always dotted and named.
 BOUND = "#A00000"
@@ -57,14 +60,15 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def save(figure: Figure, stem: Path) -> list[Path]:
-    """Write STEM.pdf and STEM.png without timestamps; log the characters that the font lacks."""
+    """Write STEM.pdf and STEM.png, which know their title but not when; log the characters that the font lacks."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     FigureCanvasAgg(figure)
     if missing := missing_glyphs(figure):
         LOG.info("  %s: %s drawn as boxes, since the font lacks them", stem.name, " ".join(missing))
     paths = []
-    for suffix, metadata in ((".pdf", {"CreationDate": None}), (".png", {"Software": None})):
+    title = {"Title": " ".join(figure.get_suptitle().split())}
+    for suffix, metadata in ((".pdf", title | {"CreationDate": None}), (".png", title | {"Software": None})):
         path = Path(f"{stem}{suffix}")
         with written_whole(path) as temporary, warnings.catch_warnings():
             # Already logged above, in one line.
@@ -118,14 +122,18 @@ def draw_points(axes: Axes, x: Any, y: Any, solid: Any, **style: Any) -> None:
     axes.plot(x[~solid], y[~solid], **hollow)
 
 
-def mark_beyond(axes: Axes, x: Any, y: Any, **style: Any) -> None:
-    """Mark points that lie outside the axes of y, whose limits are final, by triangles at their edge."""
+def mark_beyond(axes: Axes, x: Any, y: Any, **style: Any) -> bool:
+    """Mark points that lie outside the axes of y, whose limits are final, on their edge. Whether there are any.
+
+    `style` has the points' own colour and marker: a triangle of one colour could be any entry's to some readers.
+    """
     x, y = np.asarray(x), np.asarray(y, dtype=np.float64)
     low, high = axes.get_ylim()
-    for beyond, place, marker in ((y < low, 0.0, "v"), (y > high, 1.0, "^")):
+    for beyond, place in ((y < low, 0.0), (y > high, 1.0)):
         if beyond.any():
             at = {"transform": axes.get_xaxis_transform(), "clip_on": False, "linestyle": "none", "zorder": 5}
-            axes.plot(x[beyond], np.full(beyond.sum(), place), marker=marker, **(style | at))
+            axes.plot(x[beyond], np.full(beyond.sum(), place), **(style | at))
+    return bool(((y < low) | (y > high)).any())
 
 
 def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]], size: float = 7.5) -> None:
@@ -165,10 +173,16 @@ def logarithmic_ticks(axis: Axis) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     low, high = sorted(axis.get_view_interval())
-    powers = high > 300 * low and (low < 9e-4 or high > 9e4)
+    # Not for seconds and errors: panels side by side would have unlike labels.
+    powers = high > 300 * low and (low < 9e-6 or high > 9e4)
     steps = (1.0,) if high > 300 * low else (1.0, 3.0) if high > 30 * low else (1.0, 2.0, 5.0)
     axis.set_major_locator(LogLocator(subs=steps, numticks=20))
-    axis.set_major_formatter(FuncFormatter(lambda x, _: f"$10^{{{round(math.log10(x))}}}$" if powers else f"{x:,.10g}"))
+    plain = "{:,.10f}"
+    axis.set_major_formatter(
+        FuncFormatter(
+            lambda x, _: f"$10^{{{round(math.log10(x))}}}$" if powers else plain.format(x).rstrip("0").rstrip(".")
+        )
+    )
     axis.set_minor_formatter(NullFormatter())
 
 
