@@ -56,6 +56,8 @@ def draw(table: Path, output_stem: Path, target: float = 0.10) -> list[Path]:
             line, drawn = lines[method], asdict(look[method])
             band = {"where": line["held"], "color": drawn["color"], "alpha": 0.15, "linewidth": 0}
             axis.fill_between(line.index, line["times_faster_q1"], line["times_faster_q3"], **band)
+            if len(line) == 1:  # which has no band
+                axis.vlines(line.index, line["times_faster_q1"], line["times_faster_q3"], color=drawn["color"])
             draw_points(axis, line.index, line["times_faster"], line["held"], linewidth=1.3, markersize=4.5, **drawn)
         axis.axhline(1, color="0.4", linewidth=0.8)
         axis.set_yscale("log")
