@@ -135,7 +135,7 @@ def tolerances() -> str:
             rows = _errors(model, best)
             lines.append(
                 {
-                    "model": SHORT[model],
+                    "model": f"{SHORT[model]}, {rows['entries'].iloc[0]}",
                     "t": "best of each head" if best else "1",
                     "log₁₀ ε that suffices": _tenths(rows["log10_sufficient"].median()),
                     "log₁₀ ε*: median": _tenths(rows["log10_bound"].median()),
@@ -305,6 +305,7 @@ NUMBERS: dict[str, Callable[[], str]] = {
             ("largest", lambda rows: number(rows["ratio"].max())),
             ("rows", lambda rows: f"{rows['participation'].median():.0f}"),
             ("tokens", lambda rows: f"{rows['tokens'].iloc[0]:,}"),
+            ("entries", lambda rows: rows["entries"].iloc[0]),
         )
     },
     **{

@@ -166,6 +166,15 @@ def test_no_gauge_bears_more_than_the_largest_weights_allow(size):
     np.testing.assert_allclose(gauge(same, same, v, factors=[1.0]).log_bound[:, 0], allowed.amin(-1).log(), atol=1e-9)
 
 
+@pytest.mark.parametrize("size", [0.01, 1.0])
+def test_with_a_causal_mask_the_first_query_s_only_key_limits_the_error(size):
+    q, k, v = heads(6, size)
+    most = np.log(TOLERANCE / (1 + TOLERANCE * np.sqrt(N)))
+    assert (gauge(q, k, v, mask=CAUSAL).log_bound <= most).all()
+    # Equal keys without a mask bear more: the limit is the mask's.
+    assert size == 1.0 or (gauge(q, 0 * k, v).log_bound > most).any()
+
+
 def test_errors_spread_over_all_rows_are_borne_up_to_the_root_mean_square_of_the_largest_weights():
     for seed, size in ((0, 0.3), (1, 1.0), (2, 2.0)):
         q, k, v = heads(seed, size)

@@ -24,7 +24,7 @@ from approxkmv.figures.style import (
 from approxkmv.files import read_table
 from approxkmv.results.tables import gauge_table, model_tables, read_overview
 
-COLUMNS = {"layer": "whole", "head": "whole", "tokens": "whole", "t": "number"}
+COLUMNS = {"layer": "whole", "head": "whole", "tokens": "whole", "entries": "text", "t": "number"}
 COLUMNS |= dict.fromkeys(("ratio", "participation", "log10_largest_row", "log10_norm", "log10_bound"), "number")
 # n^1.89 / epsilon^2 < n^2 needs epsilon above n to this power, before constants and logarithms.
 NEEDED_POWER = -0.055
@@ -46,6 +46,7 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
     factors = np.sort(table["t"].unique())
     factors = factors[factors > 0]
     tokens = int(table["tokens"].iloc[0])
+    over = "all entries" if table["entries"].iloc[0] == "all" else facts["mask"]
     figure = new_figure(8.6, 6.6)
     beyond = False
     for axes, (column, title) in zip(figure.subplots(2, 2, sharex=True).ravel(), PANELS, strict=True):
@@ -84,7 +85,7 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
         figure,
         f"{facts['label']}: {enough or 'none'} of {len(best)} heads have a t at which attention tolerates the error "
         "that a cost below n² needs",
-        f"One text of {tokens:,} tokens, all entries; dotted: c = {facts['paper_bound']:g} and the error needed; "
+        f"One text of {tokens:,} tokens, {over}; dotted: c = {facts['paper_bound']:g} and the error needed; "
         "points at the left: the limit t → 0, the matrix A itself" + "; points on an edge: beyond the axis" * beyond,
     )
     return save(figure, stem)
