@@ -11,6 +11,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -20,6 +21,9 @@ from gpu_tables import TABLES as OF_A_GPU
 from race import NUMBERS as NUMBERS_OF_THE_RACE
 from race import TABLES as OF_THE_RACE
 from reference import REFERENCE, ROOT, machine, markdown
+from whole_squad import STEPS
+
+from approxkmv.config import load_config, study_of
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MARKED = re.compile(r"(<!-- table: ([a-z0-9-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -141,21 +145,41 @@ def whole_squad() -> str:
     path = REFERENCE / "benchmarks" / "whole_squad.csv"
     table = pd.read_csv(path)
     record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    contexts = record["settings"]["contexts"]
     shown = pd.DataFrame(
         {
             "step": table["step"],
             "jobs": table["jobs"],
-            "minutes": (table["running"] / 60).map("{:.1f}".format),
+            "processor, s": table["processor"].map("{:.0f}".format),
+            "per context, s": (table["processor"] / contexts).map("{:.2f}".format),
         }
     )
     found = record["measured"]
     return (
-        f"{markdown(shown)}\n\n{record['settings']['contexts']:,} contexts in {found['seconds'] / 60:.1f} minutes; "
+        f"{markdown(shown)}\n\n{contexts:,} contexts; "
         f"peak memory {found['memory_of_all_processes_gb']:.1f} GB of all processes together and "
         f"{found['memory_of_the_largest_process_gb']:.1f} GB of the largest one; "
         f"activations on disk at most {found['activations_gb']:.1f} GB. "
-        f"{machine(path.with_suffix('.json'))}, `python benchmarks/whole_squad.py`.\n"
+        f"{machine(path.with_suffix('.json'))}, `{record['command']}`.\n"
     )
+
+
+def predicted(study: str) -> str:
+    """How long a study of the paper's models takes by the times of whole_squad(), in words.
+
+    Two are encoders; GPT's masked statistics are over a second kind of entries, for which as much again is counted.
+    """
+    path = REFERENCE / "benchmarks" / "whole_squad.csv"
+    made_of = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["settings"]["contexts"]
+    seconds = pd.read_csv(path).set_index("step")["processor"] / made_of
+    config = load_config(ROOT / "config.yaml")
+    asked = study_of(config, study)
+    # SQuAD 1.1 has 18,896 contexts for training and 2,067 for development.
+    contexts = {"squad-dev": 2_067, "squad": 20_963}[asked.corpus.name]
+    counts = dict.fromkeys(STEPS, contexts) | {"readings": asked.readings_texts or contexts}
+    kinds = dict.fromkeys(STEPS, len(asked.models) + 1) | {"extract": len(asked.models)}
+    hours = sum(seconds[step] * counts[step] * kinds[step] for step in STEPS) / 3600
+    return f"about {hours:.2g} hours of one core"
 
 
 def families() -> str:
@@ -233,12 +257,14 @@ TABLES: dict[str, Callable[[], str]] = {
     **OF_THE_RACE,
     **OF_A_GPU,
 }
+TIMES = {f"time-{study}": partial(predicted, study) for study in ("paper", "paper-dev")}
 
 
 def filled(text: str) -> str:
     """The document with every marked table and number regenerated."""
     text = MARKED.sub(lambda found: found[1] + TABLES[found[2]]() + found[3], text)
-    return NUMBERED.sub(lambda found: found[1] + (NUMBERS | NUMBERS_OF_THE_RACE)[found[2]]() + found[3], text)
+    numbers = NUMBERS | NUMBERS_OF_THE_RACE | TIMES
+    return NUMBERED.sub(lambda found: found[1] + numbers[found[2]]() + found[3], text)
 
 
 def main() -> int:

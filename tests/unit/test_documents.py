@@ -43,6 +43,17 @@ def test_a_sentence_can_be_edited_and_a_number_in_it_cannot(monkeypatch):
     assert filled(wrong) == text
 
 
+def test_what_the_paper_s_studies_say_that_they_take_follows_from_measured_times(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from into_documents import predicted
+
+    from approxkmv.config import load_config, study_of
+
+    config = load_config(ROOT / "config.yaml")
+    for study in ("paper", "paper-dev"):
+        assert study_of(config, study).takes == predicted(study)
+
+
 @pytest.mark.parametrize(("name", "most"), [("findings", 1500), ("methods", 2500)])
 def test_documents_are_short_and_their_tables_narrow(name, most):
     text = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
