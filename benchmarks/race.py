@@ -51,13 +51,30 @@ def _about(study: str) -> str:
     """Where and how a study was run; the sentence under each of its tables."""
     record, table = _record(study), _sweep(study)
     assert table is not None
-    threads = record["settings"]["threads"]
     shared = "; * inputs shared with tuning" if table["tuning_inputs"].eq("shared").any() else ""
     return (
         f"`{study}` ({ASKED.get(study, 'batches of 8')}): errors {of_what(table)}; "
-        f"{'one thread' if threads == 1 else 'all threads'} on {machine(REFERENCE / study / 'tables' / 'sweep.json')}; "
-        f"{record['seconds'] / 60:.0f} minutes{shared}."
+        f"{_clocked(record)} on {machine(REFERENCE / study / 'tables' / 'sweep.json')}; "
+        f"{record['seconds'] / 60:.0f} minutes{shared}{_one_input(record, table)}."
     )
+
+
+def _clocked(record: Any) -> str:
+    threads = "one thread" if record["settings"]["threads"] == 1 else "all threads"
+    return f"{threads}, {'its processor' if record['settings']['clock'] == 'cpu' else 'wall'} time,"
+
+
+def _one_input(record: Any, table: pd.DataFrame) -> str:
+    """Says so where a capture is no longer than the longest n: all seeds then see one input of each head."""
+    capture = record["settings"].get("capture") or {}
+    longest = table.loc[table["workload"].str.startswith("model-qk"), "n"].max()
+    return f"; of heads at n = {longest:,} one input" if capture.get("tokens") == longest else ""
+
+
+def _everywhere() -> str:
+    """The machine and the clock of all these studies."""
+    said = dict.fromkeys(f"{_clocked(_record(study))} on {_on(study)}" for study in _studies())
+    return f"Times: {'; '.join(said)}."
 
 
 def _named(workload: str) -> str:
@@ -68,6 +85,17 @@ def _raced(table: pd.DataFrame) -> pd.DataFrame:
     """The rows that could win: of `contenders`, within the target, with an exact row to beat."""
     able = contenders(table)
     return able[able["times_faster"].notna() & able["reached"].eq("yes")]
+
+
+def _won(table: pd.DataFrame) -> pd.DataFrame:
+    """Those that are faster than exact attention beyond the noise: by the first quartile of the gain too."""
+    raced = _raced(table)
+    return raced[raced["times_faster_q1"] > 1]
+
+
+def _apart(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows with a target whose inputs are not those of tuning: what is counted."""
+    return table[table["target"].notna() & table["tuning_inputs"].eq("apart")]
 
 
 def _mark(row: Any) -> str:
@@ -90,14 +118,13 @@ def _trivial(rows: pd.DataFrame) -> bool:
 
 def _winner(rows: pd.DataFrame) -> str:
     """The fastest method of one cell and its gain with quartiles, or the exact row that none beats."""
-    fastest = _raced(rows)
-    fastest = fastest[fastest["times_faster"] > 1]
+    fastest = _won(rows)
     if fastest.empty:
         names = rows["fastest_exact"].dropna()
         return (names.iloc[0] if len(names) else "–") + " †" * _trivial(rows)
     row = fastest.loc[fastest["times_faster"].idxmax()]
     return (
-        f"**{row['method']}** {row['times_faster']:.1f}{_mark(row)} "
+        f"**{row['method']}** {row['times_faster']:.1f} "
         f"({row['times_faster_q1']:.1f} to {row['times_faster_q3']:.1f}){' †' * _trivial(rows)}"
     )
 
@@ -117,7 +144,7 @@ def winners() -> str:
         for (workload, n), rows in longest.groupby(["workload", "n"], sort=False):
             mean = rows[f"mean_{error}"].dropna() if f"mean_{error}" in rows else []
             line = {
-                "workload": _named(workload),
+                "workload": _named(workload) + _mark(rows.iloc[0]),
                 "n": f"{n:,}",
                 "mean errs": f"{mean.iloc[0]:.2f}" if len(mean) else "–",
             }
@@ -144,41 +171,23 @@ def passing() -> str:
             lines.append(line)
     return (
         f"{markdown(pd.DataFrame(lines).fillna(''))}\n\nThe n from which a method is faster, at error 0.1: ≤ where it "
-        "is so at the shortest n measured, ~ where a line through the last lengths says so, – where it misses the "
-        f"error, is never faster or has no such form.{_foretold()}\n"
+        "is so at the shortest n measured, > where it is not yet at the longest, – where it misses the error at the "
+        f"longest n or has no such form. {_everywhere()}\n"
     )
 
 
-def _foretold(target: float = 0.1) -> str:
-    """Which lengths extrapolated in `causal` lie on the wrong side of the n of `causal-long`, where it is measured."""
-    tables = [table for study in ("causal", "causal-long") if (table := _sweep(study)) is not None]
-    if len(tables) < 2:
-        return ""
-    short, long = (table[table["target"] == target] for table in tables)
-    checked, wrong = 0, []
-    for (workload, method, at), rows in long.groupby(["workload", "method", "n"], sort=False):
-        before = _raced(short[(short["workload"] == workload) & (short["method"] == method)]).sort_values("n")
-        n, how = crossover(*before[["n", "times_faster"]].to_numpy(np.float64).T)
-        if how != "extrapolated":
-            continue
-        checked += 1
-        times = _raced(rows)["times_faster"]
-        if (n <= at) != (times > 1).any():
-            found = f"{times.iloc[0]:.2f} times as fast" if len(times) else "the error is missed"
-            wrong.append(f"`{method}` on {_named(workload)} (~ {float(f'{n:.2g}'):,.0f}, but {found} at {at:,})")
-    said = f" `causal-long`, with scaled rotary positions, checks {checked} of the lengths marked ~ in `causal`; "
-    said += f"right: {checked - len(wrong)}" + f"; wrong: {', '.join(wrong)}" * bool(wrong)
-    return f"{said}."
-
-
 def _passes(rows: pd.DataFrame, shortest: int) -> str:
+    longest = rows["n"].max()
     rows = _raced(rows).sort_values("n")
-    n, how = crossover(*rows[["n", "times_faster"]].to_numpy(np.float64).T) if len(rows) else (0.0, "never")
+    if rows.empty or rows["n"].iloc[-1] < longest:
+        return "–"
+    n, how = crossover(*rows[["n", "times_faster"]].to_numpy(np.float64).T)
     mark = "*" if rows["tuning_inputs"].eq("shared").any() else ""
-    signs = {"below": "≤ " if n == shortest else "", "measured": "", "extrapolated": "~ "}
+    if how not in ("below", "measured"):
+        return f"> {longest:,}{mark}"
     # Between two lengths no more than two digits are known.
     n = n if how == "below" else float(f"{n:.2g}")
-    return f"{signs[how]}{n:,.0f}{mark}" if how in signs else "–"
+    return f"{'≤ ' if how == 'below' and n == shortest else ''}{n:,.0f}{mark}"
 
 
 def costs() -> str:
@@ -198,19 +207,20 @@ def costs() -> str:
             best = raced.loc[raced["seconds"].idxmin()] if len(raced) else None
             lines.append(
                 {
-                    "workload": f"{_named(workload)} ({study})",
+                    "workload": f"{_named(workload)}{_mark(rows.iloc[0])} ({study})",
                     "n": f"{n:,}",
                     "exact, float32": _milliseconds(exact[~half], table.attrs["error"]),
                     "exact, bfloat16": _milliseconds(exact[half], table.attrs["error"]),
-                    f"fastest at {target:g}": "–" if best is None else best["method"] + _mark(best),
+                    f"fastest at {target:g}": "–" if best is None else best["method"],
                     "ms": "–" if best is None else _quartiles(best),
                     "error, of the answer": "–" if best is None else f"{best['error_exact_p95']:.3f}",
-                    "of |v|": "–" if best is None else f"{best['error_v_p95']:.3f}",
+                    "of the values": "–" if best is None else f"{best['error_v_p95']:.3f}",
                 }
             )
     return (
         f"{markdown(pd.DataFrame(lines).fillna(''))}\n\nMedians with quartiles, the exact rows with their own error in "
-        "brackets; errors are 95th percentiles over seeds and inputs.\n"
+        "brackets; errors are 95th percentiles over seeds and over inputs, where there is more than one. "
+        f"{_everywhere()}\n"
     )
 
 
@@ -252,33 +262,31 @@ def rising() -> str:
                     "rises": "yes" if slope - half > 0 else "no" if slope + half < 0 else "undecided",
                 }
             )
-    return f"{markdown(pd.DataFrame(lines).fillna(''))}\n"
+    return f"{markdown(pd.DataFrame(lines).fillna(''))}\n\n{_everywhere()}\n"
 
 
 def counts() -> str:
     """In how many distinct cells each method reaches the error, beats exact attention, and is the first of all."""
-    tables = list(_studies().values())
-    table = pd.concat(tables, ignore_index=True)
-    table = table[table["kind"] != "exact"].drop_duplicates([*CELL, "method"])
+    table = _apart(pd.concat(_studies().values(), ignore_index=True)).drop_duplicates([*CELL, "method"])
     raced = _raced(table)
     first = raced.loc[raced.groupby(CELL, dropna=False)["times_faster"].idxmax()] if len(raced) else raced
     lines = []
     for method, rows in table.groupby("method", sort=False):
-        timed, trivial = rows[rows["target"].notna()], rows["kind"].iloc[0] == "trivial"
-        reached = timed[timed["reached"] == "yes"]
+        trivial = rows["kind"].iloc[0] == "trivial"
+        reached = rows[rows["reached"] == "yes"]
         mine = reached if trivial else raced[raced["method"] == method]
         lines.append(
             {
                 "method": method,
-                "cells": len(timed),
+                "cells": len(rows),
                 "error reached": len(reached),
-                "faster than exact": int((mine["times_faster"] > 1).sum()),
+                "faster than exact": int((mine["times_faster_q1"] > 1).sum()),
                 "than exact in float32": int((mine["times_faster_float32"] > 1).sum()),
-                "the fastest, and faster": int(((first["method"] == method) & (first["times_faster"] > 1)).sum()),
+                "the fastest, and faster": int(((first["method"] == method) & (first["times_faster_q1"] > 1)).sum()),
                 "largest gain": f"{mine['times_faster'].max():.1f}" if len(mine) else "–",
             }
         )
-    return markdown(pd.DataFrame(lines)) + "\n"
+    return f"{markdown(pd.DataFrame(lines))}\n\nFaster: beyond the quartiles of the times. {_everywhere()}\n"
 
 
 def figure5() -> str:
@@ -362,8 +370,8 @@ def _plan_wins(table: pd.DataFrame) -> str:
 
 def _count(table: pd.DataFrame) -> tuple[int, int, int]:
     """Distinct cells, in how many a method that reaches the error beats exact attention, in how many of those † too."""
-    cells = [rows for _, rows in table[table["target"].notna()].groupby(CELL, dropna=False)]
-    won = [rows for rows in cells if (_raced(rows)["times_faster"] > 1).any()]
+    cells = [rows for _, rows in _apart(table).groupby(CELL, dropna=False)]
+    won = [rows for rows in cells if len(_won(rows))]
     return len(cells), len(won), sum(map(_trivial, won))
 
 
@@ -371,8 +379,8 @@ def _largest(tables: list[pd.DataFrame]) -> Any:
     """The largest gain on inputs other than those of tuning where no trivial method reaches the target, or None."""
     best = None
     for table in tables:
-        for _, rows in table[table["target"].notna()].groupby(CELL, dropna=False):
-            raced = _raced(rows[rows["tuning_inputs"] == "apart"])
+        for _, rows in _apart(table).groupby(CELL, dropna=False):
+            raced = _won(rows)
             raced = raced[raced["times_faster"] > (1 if best is None else best["times_faster"])]
             if len(raced) and not _trivial(rows):
                 best = raced.loc[raced["times_faster"].idxmax()]
@@ -400,16 +408,20 @@ def answer() -> str:
     places = {"rows": "one value column and few keys", "long": "one value column", "columns": "all value columns"}
     places |= {"causal": "all columns and the mask of a language model"}
     places |= {"causal-long": "that mask on longer texts with scaled rotary positions", "few": "few queries"}
-    one = next(iter(studies))
-    said = [f"One thread of {_on(one)}, errors {of_what(studies[one])}."]
+    one, seen = next(iter(studies)), pd.DataFrame()
+    causal = studies.get("causal")
+    said = [f"One thread of {_on(one)}, errors {of_what(studies[one])}; each cell (workload, n and error) counts once."]
+    if causal is not None and _count(causal)[1] == 0:
+        said.insert(0, f"**In a language model take exact attention up to {causal['n'].max():,} keys.**")
     for study, table in studies.items():
-        asked, won, trivially = _count(table)
+        known = seen[CELL].drop_duplicates() if len(seen) else table[:0][CELL]
+        new = table.merge(known, how="left", on=CELL, indicator="known")["known"].eq("left_only").to_numpy()
+        seen = pd.concat([seen, table])
+        asked, won, trivially = _count(table[new])
         best = _largest([table])
         said.append(f"With {places[study]} some method is faster than exact attention in {won} of {asked} cells")
         said[-1] += f", {trivially} of them within a trivial method's reach" if trivially else ""
         said[-1] += "." if best is None else f"; at best {_gain(best, of_what(table))}."
-        if study == "causal" and won == 0:
-            said.append(f"**In a language model take exact attention up to {table['n'].max():,} keys.**")
     missing = [study for study in places if study not in studies]
     if missing:
         said.append(f"Not measured yet: {' and '.join(places[study] for study in missing)}.")
@@ -428,12 +440,16 @@ def claim() -> str:
     said = (
         f"On one thread of {_on('columns')}, with all value columns and the 95th "
         f"percentile of the error over seeds within the target, some method is "
-        f"faster than the fastest exact attention (`{'`, `'.join(sorted(exact))}`), and no trivial one reaches the "
+        f"faster than the fastest exact attention ({_with_precision(exact)}), and no trivial one reaches the "
         f"target, {_said(measured, columns)}"
     )
     parts = [f"{_said(_of_heads(table), table)}{masked[study]}" for study, table in tables.items()]
     found = ", and ".join(parts) or "this is not measured yet"
     return f"{said}; with the mask of a language model {found}."
+
+
+def _with_precision(exact: set[str]) -> str:
+    return ", ".join(f"`{name}`, in {'bfloat16' if name.endswith('-bf16') else 'float32'}" for name in sorted(exact))
 
 
 def _of_heads(table: pd.DataFrame) -> tuple[pd.DataFrame, set[str], list[float]]:
@@ -443,7 +459,7 @@ def _of_heads(table: pd.DataFrame) -> tuple[pd.DataFrame, set[str], list[float]]
     heads = asked[of_models] if of_models.any() else asked
     targets = sorted(heads["target"].unique())
     heads = heads[(heads["n"] == heads["n"].max()) & (heads["target"] == targets[(len(targets) - 1) // 2])]
-    best = [_raced(rows)["times_faster"].max() for _, rows in heads.groupby("workload") if not _trivial(rows)]
+    best = [_won(rows)["times_faster"].max() for _, rows in heads.groupby("workload") if not _trivial(rows)]
     return heads, set(heads["fastest_exact"].dropna()), [gain for gain in best if gain > 1]
 
 
