@@ -80,7 +80,16 @@ def _draw_exponents(axes: Axes, fits: pd.DataFrame) -> None:
             row = rows.loc[name]
             y = -(place * height + offset)
             spread = [[row["exponent"] - row["exponent_low"]], [row["exponent_high"] - row["exponent"]]]
-            axes.errorbar(row["exponent"], y, xerr=np.maximum(spread, 0.0), fmt=marker, color=colour, ms=4.5, capsize=2)
+            axes.errorbar(
+                row["exponent"],
+                y,
+                xerr=np.maximum(spread, 0.0),
+                marker=marker,
+                ls="none",
+                color=colour,
+                ms=4.5,
+                capsize=2,
+            )
             axes.annotate(
                 _power(row["log10_crossing"]), (1.0, y), xycoords=("axes fraction", "data"), fontsize=8, va="center"
             )

@@ -63,12 +63,12 @@ def draw(tables: Path, models: Sequence[str], stem: Path) -> list[Path]:
             linewidth=0,
         )
         draw_points(top, prefix, table["mean"], solid, label=facts["label"], markersize=5, **style)
-        ends.append((prefix.iloc[-1], table["mean"].iloc[-1], _short(facts["label"]), style["color"]))
+        ends.append((prefix.iloc[-1], table["mean"].iloc[-1], _short(facts["label"]), str(style["color"])))
         if MASKED in masks_of(table, "mean"):
             # Mean only: two bands per model would overlap.
             masked = table[f"{MASKED}mean"]
             draw_points(top, prefix, masked, solid, markersize=3.5, linestyle="--", **style)
-            ends.append((prefix.iloc[-1], masked.iloc[-1], f"{_short(facts['label'])}, masked", style["color"]))
+            ends.append((prefix.iloc[-1], masked.iloc[-1], f"{_short(facts['label'])}, masked", str(style["color"])))
         bottom.plot(prefix, table["contexts"], markersize=3.5, **style)
         bounds.append(facts["paper_bound"])
         if solid.any():

@@ -175,7 +175,7 @@ def logarithmic_ticks(axis: Axis) -> None:
     low, high = sorted(axis.get_view_interval())
     # Not for seconds and errors: panels side by side would have unlike labels.
     powers = high > 300 * low and (low < 9e-6 or high > 9e4)
-    steps = (1.0,) if high > 300 * low else (1.0, 3.0) if high > 30 * low else (1.0, 2.0, 5.0)
+    steps: tuple[float, ...] = (1.0,) if high > 300 * low else (1.0, 3.0) if high > 30 * low else (1.0, 2.0, 5.0)
     # Within a factor of four those would give an axis one or two numbers.
     steps = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0) if high < 4 * low else steps
     axis.set_major_locator(LogLocator(subs=steps, numticks=20))
