@@ -118,6 +118,7 @@ OF_THE_REFERENCE = [
 FAMILIES = sorted(path.stem.removeprefix("overview_") for path in REFERENCE.glob("families/tables/overview_*.json"))
 OF_FAMILIES = [
     ("families", "context_scaling", FAMILIES),
+    *[("families", "gauge", [model]) for model in FAMILIES],
     *[("families", "attention_support", [model]) for model in FAMILIES],
 ]
 

@@ -24,7 +24,7 @@ from approxkmv.figures.style import (
 from approxkmv.files import read_table
 from approxkmv.results.tables import gauge_table, model_tables, read_overview
 
-COLUMNS = {"layer": "whole", "head": "whole", "tokens": "whole", "entries": "text", "t": "number"}
+COLUMNS = {"layer": "whole", "head": "whole", "tokens": "whole", "t": "number"}
 COLUMNS |= dict.fromkeys(("ratio", "participation", "log10_largest_row", "log10_norm", "log10_bound"), "number")
 # n^1.89 / epsilon^2 < n^2 needs epsilon above n to this power, before constants and logarithms.
 NEEDED_POWER = -0.055
@@ -46,7 +46,8 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
     factors = np.sort(table["t"].unique())
     factors = factors[factors > 0]
     tokens = int(table["tokens"].iloc[0])
-    over = "all entries" if table["entries"].iloc[0] == "all" else facts["mask"]
+    # Older tables lack the column: they are over all entries.
+    over = "all entries" if "entries" not in table or table["entries"].iloc[0] == "all" else facts["mask"]
     figure = new_figure(8.6, 6.6)
     beyond = False
     for axes, (column, title) in zip(figure.subplots(2, 2, sharex=True).ravel(), PANELS, strict=True):
