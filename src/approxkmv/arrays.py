@@ -29,12 +29,20 @@ def as_float64(array: Array, name: str) -> torch.Tensor:
     elif isinstance(array, torch.Tensor):
         if array.is_complex():
             raise InputError(f"{name} has dtype {array.dtype}: give real numbers")
-        tensor = array.detach().to(torch.float64)
+        tensor = _dense(array, name).detach().to(torch.float64)
     else:
         raise InputError(f"{name} is a {type(array).__name__}: give a torch tensor or a NumPy array")
     if not math.isfinite(_largest(tensor)):
         raise InputError(f"{name} holds a NaN or an infinity: remove it before asking for kernel values")
     return tensor
+
+
+def _dense(tensor: torch.Tensor, name: str) -> torch.Tensor:
+    """The tensor with signs written out. Raises InputError for one without numbers, or that is not dense."""
+    if tensor.layout != torch.strided or tensor.is_meta:
+        kind = "a meta tensor, without numbers" if tensor.is_meta else f"stored as {tensor.layout}"
+        raise InputError(f"{name} is {kind}: give a dense tensor")
+    return tensor.resolve_neg()
 
 
 def _largest(tensor: torch.Tensor) -> float:
@@ -108,8 +116,8 @@ def as_batches(
         if isinstance(array, np.ndarray) and array.dtype not in (np.float16, np.float32, np.float64):
             raise InputError(f"{name} has dtype {array.dtype}: give float16, float32 or float64")
     tensors = [
-        torch.from_numpy(np.ascontiguousarray(array)) if isinstance(array, np.ndarray) else array
-        for array in given.values()
+        torch.from_numpy(np.ascontiguousarray(array)) if isinstance(array, np.ndarray) else _dense(array, name)
+        for name, array in given.items()
     ]
     for name, tensor in zip(given, tensors, strict=True):
         if tensor.dtype not in DTYPES:
@@ -126,7 +134,8 @@ def as_batches(
     leading, dtype = tensors[0].shape[:-1], tensors[0].dtype
     tensors = _with_heads_repeated(*tensors)
     compute = dtype if dtype in (torch.float32, torch.bfloat16) else torch.float32
-    flat = [tensor.reshape(-1, *tensor.shape[-2:]).to(compute) for tensor in tensors]
+    # In order: torch's flash attention reads beyond, or refuses, rows that are not.
+    flat = [tensor.reshape(-1, *tensor.shape[-2:]).to(compute).contiguous() for tensor in tensors]
 
     def back(answer: torch.Tensor) -> Array:
         shaped = answer.to(dtype).reshape(*leading, answer.shape[-1])

@@ -174,7 +174,7 @@ def _read_csv(path: Path) -> pd.DataFrame:
         raise ValueError("a column occurs twice")
     for row in rows:
         if len(row) != len(names):
-            raise ValueError(f"line {rows.line_num} has {len(row)} fieldsbut the first line {len(names)}")
+            raise ValueError(f"line {rows.line_num} has {len(row)} fields, but the first line {len(names)}")
     return pd.read_csv(io.StringIO(text))
 
 

@@ -178,6 +178,11 @@ FOLDERS: list[tuple[str, Callable[[Path], None], str]] = [
     ("adapter beside a model", content("adapter_config.json", b"{}"), "adapter_config.json"),
     ("code of its own", change(CONFIG, auto_map={"AutoModel": "modeling_x.X"}), "auto_map"),
     ("tokenizer's code", change(TOKENIZER, auto_map={"AutoTokenizer": ["x.X", None]}), "auto_map"),
+    (
+        "a weight under two names",
+        extra_weight("encoder.layer.0.attention.self.query.weight", 32, 32, prefix="bert."),
+        "before its name and without",
+    ),
     ("extra norm in a layer", extra_weight("encoder.layer.0.extra_norm.weight", 32), "extra_norm"),
     ("extra bias in a layer", extra_weight(f"bert.{LAYER}.query.more_bias", 32, prefix="bert."), "more_bias"),
     ("FP8 scale", extra_weight(f"{LAYER}.query.weight_scale_inv", 1, 1), "weight_scale_inv"),

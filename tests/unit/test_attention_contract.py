@@ -55,6 +55,50 @@ def test_shape_type_and_finite(name, n_q, n_k, d, d_v, dtype):
         assert float((out.float() - same).norm()) < 2**-7 * float(same.norm())
 
 
+def rearranged(t, how):
+    """The same numbers, with rows that do not lie in order."""
+    if how == "transposed":
+        return t.mT.contiguous().mT
+    if how == "stepped":
+        return torch.stack([t, torch.full_like(t, torch.nan)], -1).flatten(-2)[..., ::2]
+    return t[:, :1].expand_as(t)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("name", methods())
+def test_the_order_of_numbers_in_memory_changes_nothing(name, causal):
+    """Library calls that assume rows one after the other would read what lies beside them."""
+    method = get(name)
+    if causal and method.causal is None:
+        pytest.skip("no causal form")
+    run = method.attend_causally if causal else method
+    for dtype in (torch.float32, torch.bfloat16):
+        tensors = inputs(160, 160, 16, 16, dtype=dtype)
+        right = run(*tensors, seed=3)
+        for how in ("transposed", "stepped"):
+            for place in range(3):
+                strided = [rearranged(t, how) if i == place else t for i, t in enumerate(tensors)]
+                assert torch.equal(run(*strided, seed=3), right), (how, place, dtype)
+    q, k, v = inputs(40, 40, 16, 1)
+    assert torch.equal(
+        run(q, k, rearranged(v, "expanded"), seed=3), run(q, k, rearranged(v, "expanded").clone(), seed=3)
+    )
+
+
+@pytest.mark.parametrize("kind", ["sparse", "meta"])
+def test_tensors_that_hold_no_numbers_in_order_are_refused(kind):
+    from approxkmv import attention_statistics, head_to_tail_ratios
+
+    q, k, v = inputs(8, 8, 4, 4, batch=1)
+    odd = q.to_sparse() if kind == "sparse" else q.to("meta")
+    for call in (lambda: get("exact-sdpa")(odd, k, v), lambda: attention_statistics(odd[0], k[0])):
+        with pytest.raises(InputError, match="give a dense tensor"):
+            call()
+    with pytest.raises(InputError, match="give a dense tensor"):
+        head_to_tail_ratios(odd[0] if kind == "meta" else q[0].to_sparse(), k[0])
+    assert torch.equal(get("approxkmv")(torch._neg_view(-q), k, v), get("approxkmv")(q, k, v))
+
+
 def gap_to_the_means(method, **parameters):
     """Distance from exact attention, relative to the distance of the values' mean, where that is a fair rival.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -328,3 +330,15 @@ def test_sums_of_rows_are_the_densities_of_scikit_learn():
     exactly = neighbors.KernelDensity(bandwidth=0.8, rtol=1e-8).fit(points.numpy()).score_samples(queries.numpy())
     assert K.last.met
     assert relative(density, torch.from_numpy(np.exp(exactly))) < 0.05
+
+
+def test_a_table_that_cannot_be_written_is_found_first(monkeypatch, tmp_path):
+    from approxkmv.config import load_config, study_of
+    from approxkmv.errors import TableError
+    from approxkmv.steps import operator as step
+
+    study = study_of(load_config(Path(__file__).parents[2] / "config.yaml"), "operator")
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(step, "fetch_vectors", lambda *_: pytest.fail("fetched before the output was tried"))
+    with pytest.raises(TableError, match="cannot"):
+        step.write(study, tmp_path, tmp_path / "file" / "operator.csv", {})

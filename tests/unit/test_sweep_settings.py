@@ -1,6 +1,7 @@
 """Settings of a sweep from dictionaries, and the one-line error for each mistake."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -138,3 +139,15 @@ def test_a_record_does_not_overwrite_the_settings(tmp_path):
     with pytest.raises(ConfigError, match="would overwrite its settings"):
         sweep(out=tmp_path / "sweep.csv", settings=settings)
     assert json.loads(settings.read_text()) == GOOD
+
+
+def test_a_home_folder_is_found_wherever_a_path_is_read(monkeypatch, tmp_path):
+    from approxkmv.config.reading import checked
+    from approxkmv.yaml_text import read_yaml
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    given = {"name": "glove-split", "lengths": [64], "path": "~/v.npy", "tuning_path": None}
+    settings = SweepSettings.from_mapping({"workloads": [given]})
+    assert settings.workloads[0].path == str(tmp_path / "v.npy")
+    config = read_yaml(Path(__file__).parents[2] / "config.yaml") | {"cache": "~/cache"}
+    assert checked(config).cache == str(tmp_path / "cache")

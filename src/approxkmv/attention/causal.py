@@ -44,7 +44,8 @@ def flash_triangle(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, low: torch
     first = v[:1]
     v = v - first
     width, d_v = max(q.shape[1], v.shape[1]), v.shape[1]
-    q, k, v = (pad(t, (0, width - t.shape[1])).to(low)[None, None] for t in (q, k, v))
+    # The kernel takes rows for contiguous.
+    q, k, v = (pad(t, (0, width - t.shape[1])).to(low).contiguous()[None, None] for t in (q, k, v))
     out, logs = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=1.0)
     return out[0, 0, :, :d_v].float() + first, torch.ones(out.shape[2]), logs.reshape(-1)
 

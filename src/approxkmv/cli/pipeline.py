@@ -9,6 +9,7 @@ import typer
 
 from approxkmv.cli.app import CONFIG, Config, Log, Model, StudyName, app, asked
 from approxkmv.config import corpus_of, entry_of, load_config, model_of
+from approxkmv.files import check_writable
 from approxkmv.progress import LOG, Times, log_to, step
 from approxkmv.words import counted
 
@@ -388,6 +389,7 @@ def complexity(
     Example: approxkmv complexity --study complexity --counts-out complexity.csv --fits-out complexity_fits.csv
     """
     chosen = asked(config, study, log)
+    check_writable(counts_out, fits_out)
     with step("complexity of ApproxKMV as printed"):
         from approxkmv.provenance import describe
         from approxkmv.steps.complexity import count

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +34,7 @@ def load_config(path: Path) -> Configuration:
 def checked(value: Any) -> Configuration:
     """A configuration with its defaults. Raises ConfigError, which names the wrong key and the closest valid one."""
     config = read_as(Configuration, value)
+    config = config.model_copy(update={"cache": os.path.expanduser(config.cache)})
     known(config.study, config.studies, "study is")
     for name, study in config.studies.items():
         for model in study.models:

@@ -191,7 +191,7 @@ def _csv(data: bytes, name: str) -> list[Document]:
         for row in filter(None, reader):
             where = f"{name}, line {reader.line_num}"
             if len(row) != len(header):
-                raise SourceError(f"{where}, has {len(row)} fieldsbut the first line has {len(header)}")
+                raise SourceError(f"{where}, has {len(row)} fields, but the first line has {len(header)}")
             documents.append(document_of({key: row[header.index(key)] for key in used}, where))
     except csv.Error as error:
         raise SourceError(f"{name}, line {reader.line_num}, is not CSV: {error}") from error

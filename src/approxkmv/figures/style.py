@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import textwrap
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +60,14 @@ def new_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
+@contextmanager
+def _silent_about_glyphs() -> Iterator[None]:
+    """`save` says in one line which characters the font lacks."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")
+        yield
+
+
 def save(figure: Figure, stem: Path) -> list[Path]:
     """Write STEM.pdf and STEM.png, which know their title but not when; log the characters that the font lacks."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -70,9 +79,7 @@ def save(figure: Figure, stem: Path) -> list[Path]:
     title = {"Title": " ".join(figure.get_suptitle().split())}
     for suffix, metadata in ((".pdf", title | {"CreationDate": None}), (".png", title | {"Software": None})):
         path = Path(f"{stem}{suffix}")
-        with written_whole(path) as temporary, warnings.catch_warnings():
-            # Already logged above, in one line.
-            warnings.filterwarnings("ignore", "Glyph .* missing")
+        with written_whole(path) as temporary, _silent_about_glyphs():
             figure.savefig(temporary, dpi=160, metadata=metadata)
         paths.append(path)
     return paths
@@ -144,7 +151,8 @@ def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]], size: 
     if not ends:
         return
     figure: Any = axes.get_figure()
-    figure.draw_without_rendering()
+    with _silent_about_glyphs():
+        figure.draw_without_rendering()
     height = axes.bbox.height / figure.dpi * 72
     places = axes.transAxes.inverted().transform(axes.transData.transform([(x, y) for x, y, *_ in ends]))[:, 1]
     order = np.argsort(places)

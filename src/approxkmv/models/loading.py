@@ -183,6 +183,9 @@ def _load(kind: Any, location: ModelLocation, dtype: torch.dtype, attention: str
             f"{missing[0]}: they would be random, so the model is not used"
         )
     shapes = {} if location.gguf_file else weight_shapes(location.folder, name_of(location))
+    prefix = f"{model.base_model_prefix}."
+    if twice := sorted(key for key in shapes if prefix + key in shapes):
+        raise SourceError(f"{name_of(location)}: {twice[0]} is in the file with {prefix} before its name and without")
     unknown = sorted(key for key in info["unexpected_keys"] if _matters(model, key, shapes))
     if unknown:
         raise SourceError(

@@ -44,7 +44,7 @@ def check_study(config: Configuration, study: Study) -> list[str]:
         lines.append(f"  complexity: n = {', '.join(map(str, study.complexity.sizes))}")
     if study.operator:
         path = study.operator.path
-        if path and not path.startswith("npm:") and not Path(path).is_file():
+        if path and not path.startswith("npm:") and not Path(path).expanduser().is_file():
             raise ConfigError(f"studies.{study.name}.operator: the word vectors {path} do not exist")
         lines.append(f"  operator: epsilon = {', '.join(map(str, study.operator.epsilons))}")
     if study.perplexity:

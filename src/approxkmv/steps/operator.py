@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import pandas as pd
 import torch
 
 from approxkmv.errors import ConfigError, one_line
-from approxkmv.files import write_csv, write_json
+from approxkmv.files import check_writable, write_csv, write_json
 from approxkmv.operator import exact
 from approxkmv.operator.kernel_operator import KernelOperator
 from approxkmv.operator.points import Points, in_units, key_side, query_side
@@ -147,7 +148,8 @@ def write(study: Study, cache: Path, out: Path, provenance: dict[str, Any]) -> N
     settings = study.operator
     if settings is None:
         raise ConfigError(f"study {study.name} has no operator part: add `operator: {{}}` to it")
-    path = settings.path
+    check_writable(out, out.with_suffix(".json"))
+    path = settings.path and os.path.expanduser(settings.path)
     if path is not None and path.startswith("npm:"):
         path = str(fetch_vectors(path, settings.sha256, cache / "vectors"))
     vectors = word_vectors(path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -237,14 +236,13 @@ def _errors_and_counts(inputs: Inputs, method: Method, seeds: Sequence[int], par
 
 
 def _here(workload: WorkloadSettings, settings: SweepSettings) -> WorkloadSettings:
-    """The workload with local paths to its files: fetched before anything is timed, with ~ expanded."""
+    """The workload with local paths to its files, fetched before anything is timed."""
     path = workload.path
     if workload.name == "model-qk" and path is None:
         raise ConfigError("workload model-qk: path is missing; give the capture of a model (.safetensors)")
     if path is not None and path.startswith("npm:"):
         path = str(fetch_vectors(path, workload.sha256, Path(settings.cache or "cache") / "vectors"))
-    paths = [one and os.path.expanduser(one) for one in (path, workload.tuning_path)]
-    return replace(workload, path=paths[0], tuning_path=paths[1])
+    return replace(workload, path=path)
 
 
 def run_sweep(

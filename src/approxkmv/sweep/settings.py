@@ -5,6 +5,7 @@ Standard-library dataclasses, checked without pydantic: a sweep runs on machines
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from itertools import product
@@ -101,6 +102,9 @@ class WorkloadSettings:
 
     def __post_init__(self) -> None:
         _check(self, f"workload {self.name}")
+        for name in ("path", "tuning_path"):
+            if getattr(self, name):
+                object.__setattr__(self, name, os.path.expanduser(getattr(self, name)))
         if self.queries is not None and self.causal:
             raise ConfigError(f"workload {self.name}: a causal workload has a query for each key: leave out queries")
         if max(self.queries or (0,)) > min(self.lengths):
