@@ -12,6 +12,7 @@ import pandas as pd
 from reference import REFERENCE, machine, markdown, number
 from scipy.special import stdtrit
 
+from approxkmv.attention.blocks.local_expansion import EXACT_BELOW
 from approxkmv.figures.crossover import crossover
 from approxkmv.figures.sweep_table import contenders, of_what, read_sweep
 from approxkmv.slopes import log_log_line
@@ -324,12 +325,13 @@ def perplexity() -> str:
             if row["method"] == "plan":
                 settings = ", ".join(f"{name} {number}" for name, number in given["heads"].items())
             found = [f"{row[name]:.{digits}f}" for name, digits in (("perplexity", 2), ("attention_seconds", 1))]
-            lines.append({"tokens": "", "method": row["method"], "settings": settings})
+            exact = given.get("exact_below", 0) >= tokens or (row["method"], tokens) == ("local-expansion", EXACT_BELOW)
+            lines.append({"tokens": "", "method": row["method"] + " ‡" * exact, "settings": settings})
             lines[-1] |= dict(zip(("perplexity", "s"), found, strict=True))
     about = machine(path.with_suffix(".json"))
     return (
         f"{_plan_wins(table)}\n\n{markdown(pd.DataFrame(lines))}\n\ns: seconds in attention; of a plan, how many heads "
-        f"each method computes. Wall time of one pass, all threads of {about}.\n"
+        f"each method computes; ‡: exact at this length. Wall time of one pass, all threads of {about}.\n"
     )
 
 

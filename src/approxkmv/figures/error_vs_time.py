@@ -61,7 +61,7 @@ def draw(table: Path, output_stem: Path, n: int | None = None) -> list[Path]:
         able = contenders(some)
         held = able[able[f"{frame.attrs['error']}_median"] <= TARGET]
         fastest = held.sort_values("seconds").head(1)
-        winners += list(fastest.loc[fastest["times_faster"] > 1, "method"])
+        winners += list(fastest.loc[fastest["times_faster_q1"] > 1, "method"])
         axis.set_title(f"{workload.title}\nn = {length:,}", fontsize=8, loc="left")
         axis.set_xlabel("time in seconds", fontsize=8)
         axis.set_ylabel(f"median error, {of_what(frame)}", fontsize=8)

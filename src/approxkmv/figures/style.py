@@ -187,12 +187,17 @@ def logarithmic_ticks(axis: Axis) -> None:
     # Within a factor of four those would give an axis one or two numbers.
     steps = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0) if high < 4 * low else steps
     axis.set_major_locator(LogLocator(subs=steps, numticks=20))
-    plain = "{:,.10f}"
-    axis.set_major_formatter(
-        FuncFormatter(
-            lambda x, _: f"$10^{{{round(math.log10(x))}}}$" if powers else plain.format(x).rstrip("0").rstrip(".")
-        )
-    )
+    extreme = low < 9e-6 or high > 9e6
+
+    def shown(x: float, _: object) -> str:
+        power = math.floor(math.log10(x) + 1e-9)
+        if powers:
+            return f"$10^{{{power}}}$"
+        if extreme:
+            return f"${10 ** (math.log10(x) - power):.2g}\\times10^{{{power}}}$"
+        return f"{x:,.10f}".rstrip("0").rstrip(".")
+
+    axis.set_major_formatter(FuncFormatter(shown))
     axis.set_minor_formatter(NullFormatter())
 
 
