@@ -310,29 +310,35 @@ def figure5() -> str:
 
 
 def perplexity() -> str:
-    """Perplexity with a method in place of a model's attention, and the seconds of the attention alone."""
+    """Perplexity with a method in place of a model's attention, and the attention's seconds: median and quartiles."""
     path = REFERENCE / "perplexity" / "tables" / "perplexity.csv"
     table = pd.read_csv(path)
     lines = []
     for tokens, rows in table.groupby("tokens"):
         first = rows.iloc[0]
         lines.append({"tokens": f"{tokens:,}", "method": "the model's own", "settings": ""})
-        lines[-1] |= {"perplexity": f"{first['exact_perplexity']:.2f}", "s": f"{first['exact_attention_seconds']:.1f}"}
+        lines[-1] |= {"perplexity": f"{first['exact_perplexity']:.2f}", "s": _seconds(first, "exact_attention_")}
         for _, row in rows.iterrows():
             given = json.loads(row["parameters"])
             chosen = ("block", "near", "top", "samples", "exact_below")
             settings = ", ".join(f"{name} {given[name]:,}" for name in chosen if name in given)
             if row["method"] == "plan":
                 settings = ", ".join(f"{name} {number}" for name, number in given["heads"].items())
-            found = [f"{row[name]:.{digits}f}" for name, digits in (("perplexity", 2), ("attention_seconds", 1))]
             exact = given.get("exact_below", 0) >= tokens or (row["method"], tokens) == ("local-expansion", EXACT_BELOW)
             lines.append({"tokens": "", "method": row["method"] + " ‡" * exact, "settings": settings})
-            lines[-1] |= dict(zip(("perplexity", "s"), found, strict=True))
+            lines[-1] |= {"perplexity": f"{row['perplexity']:.2f}", "s": _seconds(row, "attention_")}
     about = machine(path.with_suffix(".json"))
     return (
-        f"{_plan_wins(table)}\n\n{markdown(pd.DataFrame(lines))}\n\ns: seconds in attention; of a plan, how many heads "
-        f"each method computes; ‡: exact at this length. Wall time of one pass, all threads of {about}.\n"
+        f"{_plan_wins(table)}\n\n{markdown(pd.DataFrame(lines))}\n\ns: seconds in attention, median and quartiles of "
+        f"{table['repeats'].iloc[0]:.0f} interleaved passes; of a plan, how many heads each method computes; ‡: exact "
+        f"at this length. Wall time, all threads of {about}.\n"
     )
+
+
+def _seconds(row: Any, prefix: str = "") -> str:
+    """Median and quartiles, such as "4.3 (4.2–4.5)"."""
+    median, first, third = (f"{row[f'{prefix}seconds{end}']:.1f}" for end in ("", "_q1", "_q3"))
+    return f"{median} ({first}–{third})"
 
 
 def _plan_wins(table: pd.DataFrame) -> str:
@@ -343,7 +349,7 @@ def _plan_wins(table: pd.DataFrame) -> str:
     best, exact = (some.loc[some["seconds"].idxmin()] for some in (rows, rows[rows["method"].str.startswith("exact")]))
     text = (
         f"At {best['tokens']:,} tokens the fastest whole pass of one method with a perplexity within 1 % of the "
-        f"model's own is that of `{best['method']}`, {best['seconds']:.1f} s."
+        f"model's own is that of `{best['method']}`, {_seconds(best)} s."
     )
     for _, plan in longest[planned].iterrows():
         asked = json.loads(plan["parameters"])
@@ -352,18 +358,13 @@ def _plan_wins(table: pd.DataFrame) -> str:
         if all(name.startswith("exact") for name in names):
             text += (
                 f" exact attention to be the best choice for every one of {total} heads (`{'`, `'.join(names)}`): no "
-                f"method wins within an error of {asked['target']:g} there, and the plan's pass ({plan['seconds']:.1f} "
-                "s) is exact attention again."
+                f"method wins within an error of {asked['target']:g} there, and the plan's pass "
+                f"({_seconds(plan)} s) is exact attention again."
             )
-            # The same computation twice.
-            twice = table[table["method"].isin(["plan", *names])] if len(names) == 1 else table[:0]
-            seconds = twice.pivot(index="tokens", columns="method", values="attention_seconds")
-            pairs = [f"{row['plan']:.1f} and {row[names[0]]:.1f} s at {n:,} tokens" for n, row in seconds.iterrows()]
-            text += f" How rough the time of one pass is: in attention the two took {', '.join(pairs)}." * bool(pairs)
         else:
             faster = total - sum(asked["heads"][name] for name in names if name.startswith("exact"))
             text += (
-                f" a faster method for {faster} of {total} heads; with it a pass takes {plan['seconds']:.1f} s, at "
+                f" a faster method for {faster} of {total} heads; with it a pass takes {_seconds(plan)} s, at "
                 f"{exact['seconds'] / plan['seconds']:.2f} times the speed of `{exact['method']}` and "
                 f"{plan['ratio']:.3f} times the model's own perplexity."
             )

@@ -187,6 +187,7 @@ def test_the_table_has_a_row_for_each_setting_and_names_what_cannot_run(model, t
         methods=chosen_methods({"approxkmv": [{}, {"near": 16}], "knn": [{}]}),
         layers="0,2",
         seed=0,
+        repeats=2,
         out=out,
         record={"made": "here"},
         say=lambda line: None,
@@ -201,6 +202,12 @@ def test_the_table_has_a_row_for_each_setting_and_names_what_cannot_run(model, t
     assert json.loads(out.with_suffix(".json").read_text()) == {"made": "here", "tokens_of_earlier_runs": []}
     # A row out of its block's reach is no fault: few are, with 16 near keys of 300 as well.
     assert table["recomputed_share"].dropna().between(0, 0.1).tolist() == [True] * 4
+    ran = table[table["ratio"].notna()]
+    for name in ("seconds", "exact_seconds", "attention_seconds", "exact_attention_seconds"):
+        # Two passes differ, so each quartile is half way between one of them and the median.
+        assert (ran[f"{name}_q1"] < ran[name]).all()
+        assert (ran[f"{name}_q3"] - ran[name]).to_numpy() == pytest.approx((ran[name] - ran[f"{name}_q1"]).to_numpy())
+    assert ran["repeats"].tolist() == [2] * 4
     # 30 tokens lie below what the recursion computes exactly.
     assert table["ratio"][0] == pytest.approx(1, abs=1e-5)
 
@@ -235,7 +242,7 @@ def asked(tmp_path):
     text.write_text("some words")
     corpus = {"name": "words", "source": f"path:{text}", "label": "words"}
     given = {"corpus": corpus, "tokens": [30, 200], "methods": {"approxkmv": [{}]}}
-    return given | {"layers": "0,2", "seed": 0, "require_all": False}
+    return given | {"layers": "0,2", "seed": 0, "repeats": 1, "require_all": False}
 
 
 def measure(model, asked, out, **more):

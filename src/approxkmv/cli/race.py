@@ -220,6 +220,7 @@ def perplexity(
             plan=read_plan(plan) if plan else None,
             layers=settings.layers,
             seed=settings.seed,
+            repeats=settings.repeats,
             out=out,
             record=describe(settings.model_dump()),
             say=lambda line: LOG.info("  %s", line),

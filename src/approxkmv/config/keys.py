@@ -126,6 +126,8 @@ class Perplexity(Section):
     """Layers whose attention is replaced, counted from 0: all, or numbers and ranges such as 0,5-9."""
     seed: Seed = 0
     """Seed of the methods."""
+    repeats: Count = 1
+    """Interleaved passes of every method over a text, of which the median time is taken."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Floating-point type of the forward pass."""
     device: Literal["cpu", "cuda"] = "cpu"

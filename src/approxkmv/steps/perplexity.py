@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from approxkmv.attention import Method, UnavailableError
 from approxkmv.config import CorpusEntry
 from approxkmv.corpora import read_corpus
@@ -43,6 +45,7 @@ def measure_perplexity(
     plan: Plan | None = None,
     layers: str,
     seed: int,
+    repeats: int,
     out: Path,
     record: dict[str, Any],
     say: Callable[[str], None],
@@ -57,6 +60,7 @@ def measure_perplexity(
         name: of the model, for the table. corpus: its documents are joined, starting with the first.
         tokens: lengths; each text is the beginning of the longest. methods: as returned by chosen_methods.
         plan: runs as one more method. layers: "all", or such as 0,5-9. seed: of the methods.
+        repeats: interleaved passes of each, of which median and quartiles of the times are taken.
         record: how it was made, from provenance.describe. say: receives a line for each row.
         require_all: whether a method that cannot run is an error; if not, its row gives the reason.
     Raises:
@@ -75,6 +79,7 @@ def measure_perplexity(
     documents = [document.context for document in read_corpus(corpus.source, corpus.sha256)]
     ids = model.tokens(documents, lengths[-1])
     asked = {"methods": [(method.name, parameters) for method, parameters in methods], "layers": wanted, "seed": seed}
+    asked["repeats"] = repeats
     asked["plan"] = asdict(plan) if plan else None
     asked |= {"name": name, "corpus": corpus.name, "tokens": lengths, "require_all": require_all}
     here = {**machine(str(model.device)), "transformers": importlib.metadata.version("transformers")}
@@ -86,11 +91,12 @@ def measure_perplexity(
         runs.append(Run("plan", {"target": plan.target, "tokens": plan.tokens, "heads": plan.heads_by_method()}, plan))
     for count in lengths[earlier:]:
         common = {"model": name, "corpus": corpus.name, "tokens": count, "layers": len(wanted), "seed": seed}
-        rows = _rows_of_length(model, ids[:count], runs, wanted, seed, say, require_all)
+        rows = _rows_of_length(model, ids[:count], runs, wanted, seed, repeats, say, require_all)
         partial.add({"rows": [common | row for row in rows]})
     columns = ["model", "corpus", "tokens", "method", "parameters", "layers", "seed", "perplexity", "exact_perplexity"]
-    columns += ["ratio", "seconds", "exact_seconds", "attention_seconds", "exact_attention_seconds", "recomputed_share"]
-    columns += ["unavailable"]
+    times = ("seconds", "exact_seconds", "attention_seconds", "exact_attention_seconds")
+    columns += ["ratio", *(f"{name}{part}" for name in times for part in ("_q1", "", "_q3")), "repeats"]
+    columns += ["recomputed_share", "unavailable"]
     write_csv(out, pd.DataFrame([row for case in partial.cases for row in case["rows"]], columns=columns))
     write_json(out.with_suffix(".json"), record | {"tokens_of_earlier_runs": lengths[:earlier]})
     partial.remove()
@@ -102,6 +108,7 @@ def _rows_of_length(
     runs: Sequence[Run],
     layers: Sequence[int],
     seed: int,
+    repeats: int,
     say: Callable[[str], None],
     require_all: bool,
 ) -> list[dict[str, Any]]:
@@ -109,47 +116,53 @@ def _rows_of_length(
 
     def measured(run: Run) -> Perplexity:
         with running_out_of_memory(f"{run.name}, at {len(text):,} tokens,"):
-            return model.perplexity(text, Replacement(run.method, run.parameters, layers, seed))
+            found = model.perplexity(text, Replacement(run.method, run.parameters, layers, seed))
+        words = f"{run.name} {json.dumps(run.shown)} perplexity" if run.method else "exact perplexity"
+        say(f"n = {len(text):,}: {words} {found.perplexity:.4g} in {found.seconds:.1f} s")
+        return found
 
-    named: list[dict[str, Any]] = [{"method": run.name, "parameters": json.dumps(run.shown)} for run in runs]
+    itself = Run("the model itself", {}, None)
+    reasons: dict[int, str] = {}
+    exact: list[Perplexity] = []
+    passes: list[list[Perplexity]] = [[] for _ in runs]
     try:
-        # The first run of a length also allocates its memory, and does not count.
-        for _ in range(2):
-            exact = measured(Run("the model itself", {}, None))
+        # The first pass of a length also allocates its memory, and does not count.
+        measured(itself)
+        for _ in range(repeats):
+            exact.append(measured(itself))
+            for number, run in enumerate(runs):
+                if number in reasons:
+                    continue
+                try:
+                    passes[number].append(measured(run))
+                except (UnavailableError, NonFiniteError) as error:
+                    if require_all:
+                        raise
+                    reasons[number] = str(error)
+                    say(f"n = {len(text):,}: {run.name}: {error}")
     except UnavailableError as error:
         if require_all:
             raise
         say(f"n = {len(text):,}: {error}")
-        return [row | {"unavailable": str(error)} for row in named]
-    say(f"n = {len(text):,}: exact perplexity {exact.perplexity:.4g} in {exact.seconds:.1f} s")
+        reasons = dict.fromkeys(range(len(runs)), str(error))
     rows = []
-    for row, run in zip(named, runs, strict=True):
-        row |= {
-            "exact_perplexity": exact.perplexity,
-            "exact_seconds": exact.seconds,
-            "exact_attention_seconds": exact.attention_seconds,
-        }
-        try:
-            found = measured(run)
-        except (UnavailableError, NonFiniteError) as error:
-            if require_all:
-                raise
-            rows.append(row | {"unavailable": str(error)})
-            say(f"n = {len(text):,}: {run.name}: {error}")
+    for number, run in enumerate(runs):
+        row: dict[str, Any] = {"method": run.name, "parameters": json.dumps(run.shown)}
+        if exact:
+            row |= {"exact_perplexity": exact[0].perplexity} | _times("exact_", exact)
+        if number in reasons:
+            rows.append(row | {"unavailable": reasons[number]})
             continue
-        rows.append(
-            row
-            | {
-                "perplexity": found.perplexity,
-                "ratio": found.perplexity / exact.perplexity,
-                "seconds": found.seconds,
-                "attention_seconds": found.attention_seconds,
-                "recomputed_share": found.recomputed_share,
-                "unavailable": "",
-            }
-        )
-        say(
-            f"n = {len(text):,}: {row['method']} {row['parameters']} perplexity {found.perplexity:.4g} in "
-            f"{found.seconds:.1f} s"
-        )
+        found = passes[number][0]
+        row |= {"perplexity": found.perplexity, "ratio": found.perplexity / exact[0].perplexity, "repeats": repeats}
+        rows.append(row | _times("", passes[number]) | {"recomputed_share": found.recomputed_share, "unavailable": ""})
     return rows
+
+
+def _times(prefix: str, passes: Sequence[Perplexity]) -> dict[str, float]:
+    """Median and quartiles of the seconds of some passes."""
+    found: dict[str, float] = {}
+    for name in ("seconds", "attention_seconds"):
+        quartiles = np.quantile([getattr(one, name) for one in passes], (0.25, 0.5, 0.75)).tolist()
+        found |= {f"{prefix}{name}{end}": value for end, value in zip(("_q1", "", "_q3"), quartiles, strict=True)}
+    return found
