@@ -56,7 +56,7 @@ def _about(study: str) -> str:
     return (
         f"`{study}` ({ASKED.get(study, 'batches of 8')}): errors {of_what(table)}; "
         f"{_clocked(record)} on {machine(REFERENCE / study / 'tables' / 'sweep.json')}; "
-        f"{record['seconds'] / 60:.0f} minutes{shared}{_one_input(record, table)}."
+        f"{record['seconds'] / 60:.1f} minutes{shared}{_one_input(record, table)}."
     )
 
 
@@ -336,8 +336,8 @@ def perplexity() -> str:
 
 
 def _seconds(row: Any, prefix: str = "") -> str:
-    """Median and quartiles, such as "4.3 (4.2–4.5)"."""
-    median, first, third = (f"{row[f'{prefix}seconds{end}']:.1f}" for end in ("", "_q1", "_q3"))
+    """Median and quartiles, such as "4.31 (4.22–4.52)"."""
+    median, first, third = (f"{row[f'{prefix}seconds{end}']:.3g}" for end in ("", "_q1", "_q3"))
     return f"{median} ({first}–{third})"
 
 

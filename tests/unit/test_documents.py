@@ -152,7 +152,7 @@ def test_a_plan_that_is_all_exact_is_not_said_to_win(monkeypatch, heads, says, s
     names = ["tokens", "method", "parameters", "ratio", "seconds", "seconds_q1", "seconds_q3"]
     text = _plan_wins(pd.DataFrame(rows, columns=names))
     # Neither the plan, which is no method, nor one whose perplexity is 20 % higher.
-    assert "is that of `exact-sdpa-bf16`, 10.0 (9.5–11.0) s" in text
+    assert "is that of `exact-sdpa-bf16`, 10 (9.5–11) s" in text
     assert [words for words in says if words not in text] == []
     assert says_not not in text
 
