@@ -151,7 +151,7 @@ def long() -> str:
     errors = ["errs by, of \\|v\\|", "of the answer"]
     columns = ["method", "columns", "error asked", *errors, "setting", "ms", "times faster"]
     zero = {row["what"].split(" {")[0].split("=")[1]: row["error"] / row["error_of_answer"] for row in rows}
-    nothing = ", ".join(f"{number(size)} with {wide} columns" for wide, size in zero.items())
+    nothing = ", ".join(f"{number(size)} with {wide} column{'' if wide == '1' else 's'}" for wide, size in zero.items())
     return f"{markdown(pd.DataFrame(lines, columns=columns))}\n\nAn answer of 0 would err by {nothing} (of |v|).\n"
 
 

@@ -182,6 +182,21 @@ def predicted(study: str) -> str:
     return f"about {hours:.2g} hours of one core"
 
 
+def takes(study: str) -> str:
+    """How long a study takes, in words: predicted, by the steps of its reference run, or not known."""
+    if study in PREDICTED:
+        return predicted(study)
+    path = REFERENCE / "benchmarks" / "study_times.csv"
+    seconds = pd.read_csv(path, index_col="study")["seconds"]
+    if study not in seconds:
+        return "not timed"
+    cores = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["machine"]["cores"]
+    took = seconds[study]
+    span = f"{took / 60:.0f} minutes" if took < 5400 else f"{took / 3600:.1f} hours"
+    span = f"{took} seconds" if took < 100 else span
+    return f"about {span} on {cores} cores"
+
+
 def families() -> str:
     """c of every model of the study families; for a causal model also over the entries that its attention uses."""
     folder = REFERENCE / "families"
@@ -257,7 +272,9 @@ TABLES: dict[str, Callable[[], str]] = {
     **OF_THE_RACE,
     **OF_A_GPU,
 }
-TIMES = {f"time-{study}": partial(predicted, study) for study in ("paper", "paper-dev")}
+PREDICTED = ("paper", "paper-dev")
+STUDIES = load_config(ROOT / "config.yaml").studies
+TIMES = {f"time-{study}": partial(takes, study) for study in STUDIES}
 
 
 def filled(text: str) -> str:

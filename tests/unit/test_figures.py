@@ -309,7 +309,27 @@ def test_a_title_names_all_that_win_on_as_many_workloads_and_no_cell_is_empty(tm
         assert all(cells)
         assert "nan" not in cells
     # What computes every score reaches the error, and does not miss it.
-    assert "every pair: reached by computing every score" in " ".join(figures[2].get_suptitle().split())
+    words = " ".join(" ".join(word for word, _ in drawn_texts(figures[2])).split())
+    assert "every pair: reached by computing every score" in words
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "said"), [("error_v_p95", 1.0, "missed"), ("seconds_q3", 1e3, "as fast"), ("", 0, "≤")]
+)
+def test_what_misses_the_error_or_is_within_the_noise_at_the_longest_n_overtakes_nothing(
+    tmp_path, figures, column, value, said
+):
+    table = pd.read_csv(REFERENCE / "figure5" / "tables" / "sweep.csv")
+    last = (table["method"] == "local-expansion") & (table["n"] == table["n"].max())
+    assert last.any()
+    if column:
+        table.loc[last, column] = value
+    table.to_csv(tmp_path / "sweep.csv", index=False)
+    catalogue.draw("crossover", tmp_path, [], tmp_path / "x")
+    axes = figures[0].axes[0]
+    row = [label.get_text() for label in axes.get_yticklabels()].index("local-expansion")
+    (cell,) = [text.get_text() for text in axes.texts if text.get_position() == (0, row)]
+    assert cell.startswith(said)
 
 
 def test_few_queries_are_named_and_so_is_what_does_not_count(tmp_path, figures):

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.patches import Rectangle
 
-from approxkmv.figures.style import headline, new_figure, save
+from approxkmv.figures.style import footnote, headline, new_figure, save
 from approxkmv.figures.sweep_table import conditions, contenders, count_of, looks, of_what, read_sweep, select
 from approxkmv.slopes import log_log_line
 
@@ -44,7 +44,8 @@ def draw(table: Path, output_stem: Path, target: float = 0.10) -> list[Path]:
     """Write for each workload and method the n from which it is faster than the fastest exact one, as PDF and PNG.
 
     Extrapolated crossings, which nothing confirms, stand apart, below the measured ones. Only rows that reach the
-    target on other inputs count. Raises TableError when the table is missing or not from a sweep.
+    target on other inputs count, of methods that reach it at the longest n; a gain there within the quartiles of the
+    times is none. Raises TableError when the table is missing or not from a sweep.
     """
     frame = read_sweep(table)
     workloads = conditions(frame)
@@ -59,7 +60,12 @@ def draw(table: Path, output_stem: Path, target: float = 0.10) -> list[Path]:
             held = line[line["reached"].eq("yes") & line["times_faster"].notna()].drop_duplicates("n")
             line = held[held["kind"].eq("trivial") | held.index.isin(able.index)]
             n, how = crossover(*line[["n", "times_faster"]].to_numpy(np.float64).T)
-            found[row, column] = n, how if len(line) else "every pair" if len(held) else "missed"
+            last = line[line["n"] == some["n"].max()]
+            if last.empty:
+                how = "every pair" if (held["n"] == some["n"].max()).any() else "missed"
+            elif how in ("measured", "below") and not (last["times_faster_q1"] > 1).any():
+                how = "as fast"
+            found[row, column] = n, how
     rows = {"measured": list(range(len(methods)))}
     if extrapolated := sorted({row for (row, _), (_, how) in found.items() if how == "extrapolated"}):
         rows["extrapolated"] = extrapolated
@@ -103,12 +109,10 @@ def draw(table: Path, output_stem: Path, target: float = 0.10) -> list[Path]:
         finding = f"{who} faster than exact attention on {where}"
         finding += ", no other approximate method on as many" if len(best) < len(approximate) else ""
     texts = [text for axes in panels.ravel() for text in axes.texts]
-    headline(
-        figure,
-        f"At an error of {target:g} {of_what(frame)}, with n up to {int(frame['n'].max()):,}, {finding}",
-        "; ".join(words for word, words in _NOTES.items() if any(text.get_text().startswith(word) for text in texts)),
-        "Workloads: " + "; ".join(sorted({workload.title.partition(", ")[2] for workload in workloads})),
-    )
+    headline(figure, f"At an error of {target:g} {of_what(frame)}, with n up to {int(frame['n'].max()):,}, {finding}")
+    notes = [words for word, words in _NOTES.items() if any(text.get_text().startswith(word) for text in texts)]
+    notes += sorted({workload.title.partition(", ")[2] for workload in workloads})
+    footnote(figure, "; ".join(notes))
     return save(figure, output_stem)
 
 
@@ -118,15 +122,16 @@ _TITLES = {
 }
 _NOTES = {
     "≤": "≤: faster at every n that reaches the error",
-    "slower": "slower: at the longest n that reaches it",
+    "as fast": "as fast: within the quartiles of the times",
+    "slower": "slower: at the longest n",
     "not yet": "not yet: slower, but catching up",
-    "missed": "missed: the error at every n",
+    "missed": "missed: the error, at the longest n",
     "every pair": "every pair: reached by computing every score",
 }
 
 
 def _words(n: float, how: str) -> str:
-    if how in ("never", "missed", "every pair"):
+    if how in ("never", "missed", "every pair", "as fast"):
         return "slower" if how == "never" else how
     if how == "extrapolated":
         return f"{float(f'{n:.2g}'):,.0f}"
