@@ -55,7 +55,9 @@ def did_you_mean(word: object, words: Iterable[str], there: str, cutoff: float) 
 
 def one_line(error: BaseException) -> str:
     """The first non-blank line of an error's text, with the next one if it ends in a colon; or the error's type."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # The text of a missing key is the key alone.
+    text = f"there is no {error}" if isinstance(error, KeyError) else str(error)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     if len(lines) > 1 and lines[0].endswith(":"):
         return f"{lines[0]} {lines[1]}"
     return lines[0] if lines else type(error).__name__

@@ -133,7 +133,11 @@ def is_damaged(path: Path) -> bool:
 
 
 Columns: TypeAlias = Mapping[str, str]
-"""Column names and what each holds: "whole" (integers of at least 0), "number", "yes or no", "text" or "anything"."""
+"""Column names and what each holds: "whole" (integers of at least 0), "number" (NaN too), "at least 0" (finite),
+"at least 0 or empty", "yes or no", "text" or "anything"."""
+ROUNDING = 1e-6
+"""How far below 0 a computed number of at least 0 may be."""
+IN_WORDS = {"whole": "whole numbers of at least 0", "number": "numbers"}
 
 
 def read_table(path: Path, columns: Columns | None = None, empty: bool = False) -> pd.DataFrame:
@@ -191,19 +195,22 @@ def check_columns(path: Path, table: pd.DataFrame, columns: Columns) -> None:
         good = {
             "whole": types.is_integer_dtype(values) and bool((values >= 0).all()) if numbers else False,
             "number": numbers,
+            "at least 0": numbers and bool(values.between(-ROUNDING, math.inf, inclusive="left").all()),
+            "at least 0 or empty": numbers and not bool((values < -ROUNDING).any()),
             "yes or no": types.is_bool_dtype(values),
             "text": all(isinstance(value, str) for value in values),
         }
         # The columns of a table without rows have no meaningful types.
         if len(values) and not good.get(what, True):
-            wanted = {"whole": "whole numbers of at least 0", "number": "numbers", "text": "text"}.get(what, what)
-            raise TableError(f"{path}: column {name} must hold {wanted}: delete the file and run again")
+            wanted = f"numbers of {what}" if what.startswith("at least") else IN_WORDS.get(what, what)
+            raise TableError(f"{path} is damaged: column {name} must hold {wanted}: delete it and run again")
 
 
 def read_json(path: Path, keys: Mapping[str, type] | None = None) -> dict[str, Any]:
     """Read a JSON object that an earlier step wrote, and check that it has the given keys, each of its type.
 
-    float means any finite number. Raises TableError when the file is missing, truncated or of another shape.
+    float means any finite number; numbers are at least 0. Raises TableError when the file is missing, truncated or of
+    another shape.
     """
 
     def refuse(word: str) -> float:
@@ -222,15 +229,17 @@ def read_json(path: Path, keys: Mapping[str, type] | None = None) -> dict[str, A
 
 
 def check_keys(path: Path, value: Mapping[str, Any], keys: Mapping[str, type]) -> None:
-    """Raise TableError unless the object read from `path` has these keys, each of its type."""
+    """Raise TableError unless the object read from `path` has these keys, each of its type, numbers at least 0."""
     for key, kind in keys.items():
         if key not in value:
             raise TableError(f"{path} lacks {key}: delete it and run again")
         found = value[key]
         good = type(found) in ((int, float) if kind is float else (kind,))
+        number = kind in (int, float)
         # JSON's 1e999 parses as infinity.
-        if not good or found in (math.inf, -math.inf):
-            raise TableError(f"{path}: {key} is {reprlib.repr(found)}, not a {kind.__name__}: delete it and run again")
+        if not good or (number and not 0 <= found < math.inf):
+            what = f"{kind.__name__}{' of at least 0' if number else ''}"
+            raise TableError(f"{path}: {key} is {reprlib.repr(found)}, not a {what}: delete it and run again")
 
 
 def unpacked_limit(archive: Path) -> int:

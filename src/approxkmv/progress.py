@@ -78,6 +78,7 @@ def is_of_memory(error: BaseException) -> bool:
     words = [
         *("can't allocate memory", "not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED"),
         *("could not create a primitive", "failed to map segment", "Cannot allocate memory"),
+        *("bad_alloc", "can't start new thread"),
     ]
     # safetensors has an exception of its own, which is neither of the two.
     speaks = isinstance(error, (RuntimeError, ImportError)) or type(error).__name__ == "SafetensorError"

@@ -165,6 +165,26 @@ def pieces_alone(folder: Path) -> None:
     write(folder, "tokenizer_config.json", {"tokenizer_class": "XLMRobertaTokenizer"})
 
 
+def stored_elsewhere(file: str) -> Callable[[Path], None]:
+    """The file is a link to what was removed since."""
+
+    def make(folder: Path) -> None:
+        (folder / file).unlink(missing_ok=True)
+        (folder / file).symlink_to(folder.parent / "removed" / file)
+
+    return make
+
+
+def rotary_type(**parameters: object) -> Callable[[Path], None]:
+    def make(folder: Path) -> None:
+        from models_support import save_small
+
+        save_small(folder, "llama")
+        change(CONFIG, rope_parameters=parameters)(folder)
+
+    return make
+
+
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 12345\n"
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer_config.json"
 LAYER = "encoder.layer.0.attention.self"
@@ -191,6 +211,24 @@ FOLDERS: list[tuple[str, Callable[[Path], None], str]] = [
     ("bias of each head", extra_weight(f"{LAYER}.bias", 1, 4, 40, 40), f"{LAYER}.bias"),
     ("weights in whole numbers", in_whole_numbers, f"{LAYER}.query.weight"),
     ("rotary embedding of its own", replaced(own_rotary), "rotary_emb.inv_freq"),
+    ("weight beside the model and its heads", extra_weight("q_norm.weight", 32, prefix="bert."), "first q_norm.weight"),
+    ("weights that are a link to nowhere", stored_elsewhere(WEIGHTS), f"{WEIGHTS} is a link to"),
+    ("configuration that is a link to nowhere", stored_elsewhere(CONFIG), f"{CONFIG} is a link to"),
+    ("vocabulary that is a link to nowhere", stored_elsewhere("vocab.txt"), "vocab.txt is a link to"),
+    ("link to a folder that is nowhere", replaced(lambda f: f.symlink_to("removed")), "model is a link to removed"),
+    (
+        "weights that are a folder",
+        lambda f: (f / WEIGHTS).unlink() or (f / WEIGHTS).mkdir(),
+        f"{WEIGHTS} is not a file",
+    ),
+    (
+        "unknown rotary embedding",
+        replaced(rotary_type(rope_type="spiral", factor=2.0)),
+        "'spiral', but transformers has",
+    ),
+    ("old name of an unknown rotary embedding", replaced(rotary_type(type="spiral")), "'spiral', but transformers has"),
+    ("rotary embedding of a number", replaced(rotary_type(rope_type=3, rope_theta=1e4)), "type 3, but transformers"),
+    ("rotary embedding without its factor", replaced(rotary_type(rope_type="linear")), "factor"),
     ("mask buffer that is a bias", extra_weight(f"{LAYER}.bias", 32), f"{LAYER}.bias"),
     ("fewer layers than its configuration", change(CONFIG, num_hidden_layers=4), "would be random"),
     ("no query in a layer", without("layer.1.attention.self.query"), "would be random"),

@@ -158,6 +158,34 @@ def cells(change: Callable[[list[str]], list[str]], row: int = 1) -> Callable[[b
     return lines(changed)
 
 
+# A column of each table that is drawn or read, which has no number below 0.
+MEASURED = {
+    "max_ratios": "max_ratio",
+    "order_ratios": "median_double_ratio",
+    "attention_support": "support",
+    "context_scaling": "mean",
+    "length_scaling": "softmax_ratio",
+    "complexity": "total",
+    **dict.fromkeys(("speedup", "error_vs_time", "crossover"), "seconds"),
+    "compare": "max_ratio",
+    "compare's lengths": "mean",
+}
+# Of these, some may lack a number.
+MEASURED_IN_PART = {"growth_curves": "adjusted_ratio", "readings": "largest_ratio", "readings' path": "median_double"}
+MEASURED_IN_PART |= {"compare's readings": "median_double", "speedup": "error_v_p95"}
+
+
+def cell(column: str, value: str) -> Callable[[bytes], bytes]:
+    """Another value in the first row of a column."""
+
+    def changed(found: list[str]) -> list[str]:
+        row = found[1].split(",")
+        row[found[0].split(",").index(column)] = value
+        return [found[0], ",".join(row), *found[2:]]
+
+    return lines(changed)
+
+
 # A hash finds these; without one nothing could.
 WITH_HASH: dict[str, Callable[[bytes], bytes]] = {
     "cut behind a line": lines(lambda found: found[:-1]),
@@ -202,6 +230,7 @@ OF_RECORDS: dict[str, Callable[[bytes], bytes]] = {
     "nested 100,000 deep": lambda data: b"[" * 100_000,
     "NaN for a number": lambda data: data.replace(b'"heads": 3', b'"heads": NaN'),
     "a number of 6,000 digits": lambda data: data.replace(b'"heads": 3', b'"heads": ' + b"9" * 6000),
+    "a negative number": lambda data: data.replace(b"4.6", b"-4.6").replace(b'"texts_used": 2', b'"texts_used": -2'),
     "a text for a number": lambda data: data.replace(b'"texts_used": 2', b'"texts_used": "two"').replace(
         b"4.6", b'"4.6"'
     ),
@@ -231,6 +260,8 @@ OF_COLUMNS: dict[str, Callable[[pd.DataFrame], pd.DataFrame]] = {
     "a column missing": lambda table: table.iloc[:, :-1],
     "texts for numbers": lambda table: table.astype({table.columns[0]: str}),
     "negative numbers for a place": lambda table: table.assign(**{table.columns[0]: -1}),
+    "a negative number": lambda table: table.assign(**{table.columns[-1]: -1.5}),
+    "no number": lambda table: table.assign(**{table.columns[-1]: np.nan}),
 }
 
 
@@ -282,6 +313,12 @@ CASES = [
         case(f"{r}: {d}", run, r, READERS[r], OF_HEADS[d], False)
         for r in ("max_ratios", "growth", "growth_curves", "attention_support", "length_scaling", "compare")
         for d in OF_HEADS
+    ),
+    *(
+        case(f"{r}: {value} in {column}", run, r, READERS[r], cell(column, value), False)
+        for columns_of, values in ((MEASURED, ("-1.5", "nan", "inf")), (MEASURED_IN_PART, ("-1.5", "-inf")))
+        for r, column in columns_of.items()
+        for value in values
     ),
     *(case(f"{r}'s record: {d}", run, r, RECORDS[r], OF_RECORDS[d], False) for r in RECORDS for d in OF_RECORDS),
     *(case(f"{r}, a shard: {d}", run, r, SHARDS[r], OF_SHARDS[d], False) for r in SHARDS for d in OF_SHARDS),

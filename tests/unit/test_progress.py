@@ -104,10 +104,12 @@ def raising(error: Exception) -> Callable[[], None]:
         raising(RuntimeError("could not create a primitive")),
         raising(ImportError("libtorch_cpu.so: failed to map segment from shared object")),
         raising(RuntimeError("unable to mmap 335 bytes from file <model.safetensors>: Cannot allocate memory (12)")),
+        raising(RuntimeError("std::bad_alloc")),
+        raising(RuntimeError("can't start new thread")),
         raising(SafetensorError("Cannot allocate memory (os error 12)")),
         read_with_too_little,
     ],
-    ids=["numpy", "torch", "system", "cuda", "onednn", "library", "weights", "header", "in place of"],
+    ids=["numpy", "torch", "system", "cuda", "onednn", "library", "weights", "c++", "thread", "header", "in place of"],
 )
 def test_too_little_memory_is_one_line_that_says_what_to_lower(monkeypatch, capsys, log, command):
     monkeypatch.setattr(cli, "app", command)

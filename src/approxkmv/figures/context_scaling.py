@@ -29,7 +29,7 @@ from approxkmv.results.tables import MASKED, masks_of, model_tables, read_overvi
 from approxkmv.statistics.growth import ENOUGH_TEXTS
 
 PLACE = {"prefix": "whole", "contexts": "whole"}
-VALUES = {"mean": "number", "std": "number", "min": "number"}
+VALUES = dict.fromkeys(("mean", "std", "min"), "at least 0")
 # The longest label, in characters, of which two fit side by side.
 LONGEST_IN_TWO_COLUMNS = 45
 

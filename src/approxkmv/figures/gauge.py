@@ -24,8 +24,9 @@ from approxkmv.figures.style import (
 from approxkmv.files import read_table
 from approxkmv.results.tables import gauge_table, model_tables, read_overview
 
-COLUMNS = {"layer": "whole", "head": "whole", "tokens": "whole", "t": "number"}
-COLUMNS |= dict.fromkeys(("ratio", "participation", "log10_largest_row", "log10_norm", "log10_bound"), "number")
+COLUMNS = {"layer": "whole", "head": "whole", "tokens": "whole", "t": "at least 0"}
+COLUMNS |= dict.fromkeys(("ratio", "participation"), "at least 0")
+COLUMNS |= dict.fromkeys(("log10_largest_row", "log10_norm", "log10_bound"), "number")
 # n^1.89 / epsilon^2 < n^2 needs epsilon above n to this power, before constants and logarithms.
 NEEDED_POWER = -0.055
 HEADS = ((0.5, "median head"), (0.9, "90th percentile of heads"), (1.0, "largest head"))

@@ -44,7 +44,9 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
     names = model_tables(tables, model)
     facts = as_written(read_overview(facts_of(tables, model), "label", "layers", "heads", "paper_bound"))
     growth = read_heads(names.growth, facts, COLUMNS)
-    curves = read_heads(names.curves, facts, {"texts": "whole", "adjusted_ratio": "number"}, along="prefix")
+    curves = read_heads(
+        names.curves, facts, {"texts": "whole", "adjusted_ratio": "at least 0 or empty"}, along="prefix"
+    )
     masks = masks_of(growth, "exponent")
     figure = new_figure(0.6 + 4.4 * len(masks), 5.4)
     panels = figure.subplots(1, len(masks), squeeze=False, sharey=True).ravel()

@@ -49,7 +49,7 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
     """Write STEM.pdf and STEM.png from the length table and facts of one model."""
     names = length_tables(tables, model)
     facts = as_written(read_overview(names.facts, "label", "layers", "heads", "texts_used", "corpus"))
-    table = read_heads(names.scaling, facts, {column: "number" for column, _ in PANELS}, along="length")
+    table = read_heads(names.scaling, facts, {column: "at least 0" for column, _ in PANELS}, along="length")
     # For both masks.
     check_columns(names.scaling, table, {"texts": "whole"})
     figure = new_figure(8.6, 7.0)

@@ -14,7 +14,7 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
     """From the per-head table and the overview of one model, write STEM.pdf and STEM.png; masked too if available."""
     names = model_tables(tables, model)
     facts = as_written(read_overview(names.overview, "label", "layers", "heads", "texts_used", "corpus", "paper_bound"))
-    table = read_heads(names.heads, facts, {"max_ratio": "number"})
+    table = read_heads(names.heads, facts, {"max_ratio": "at least 0"})
     masks = masks_of(table, "max_ratio")
     values = grid(table, "max_ratio")
     bound = facts["paper_bound"]

@@ -18,7 +18,7 @@ _LEAST = 1e-3
 
 def draw(table_path: Path, output_stem: Path) -> list[Path]:
     """Draw the table of the study `operator` as PDF and PNG. Raises TableError if it is missing or of another kind."""
-    kinds = dict.fromkeys(_NUMBERS, "number") | dict.fromkeys(("x", "method"), "text")
+    kinds = dict.fromkeys(_NUMBERS, "at least 0") | dict.fromkeys(("x", "method"), "text")
     table = read_table(Path(table_path), kinds)
     found = [kind for kind in _TITLES if kind in set(table["x"])]
     if not found:

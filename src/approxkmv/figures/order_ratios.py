@@ -25,7 +25,7 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
     """
     names = model_tables(tables, model)
     facts = as_written(read_overview(names.overview, "label", "layers", "heads", "texts_used", "corpus"))
-    table = read_heads(names.heads, facts, {"median_next_ratio": "number", "median_double_ratio": "number"})
+    table = read_heads(names.heads, facts, dict.fromkeys(("median_next_ratio", "median_double_ratio"), "at least 0"))
     masks = masks_of(table, "median_next_ratio")
     values = grid(table, "median_next_ratio")
     shown = [(before, "double") for before in masks] if len(masks) > 1 else [("", "next"), ("", "double")]

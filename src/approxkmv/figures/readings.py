@@ -21,7 +21,8 @@ from approxkmv.files import read_table
 from approxkmv.results.tables import MASKED, model_tables, read_overview, readings_tables
 
 COLUMNS = dict.fromkeys(("reading", "entries"), "text")
-COLUMNS |= dict.fromkeys(("largest_ratio", "median_double", "heads_within_bound", "heads"), "number")
+COLUMNS |= dict.fromkeys(("largest_ratio", "median_double"), "at least 0 or empty")
+COLUMNS |= dict.fromkeys(("heads_within_bound", "heads"), "whole")
 # The highest limit of the axis: underflows make a ratio infinite.
 LARGEST = 1e6
 # "About 20 or less for most heads."
@@ -34,7 +35,7 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
 
     facts = as_written(read_overview(model_tables(tables, model).overview, "label", "paper_bound"))
     names = readings_tables(tables, model)
-    table, path = read_table(names.readings, COLUMNS), read_table(names.path, {**COLUMNS, "power": "number"})
+    table, path = read_table(names.readings, COLUMNS), read_table(names.path, {**COLUMNS, "power": "at least 0"})
     highest = 1.5 * max(100.0, table["median_double"].max(), path["median_double"].max())
     beyond = False
     kinds = sorted(table["entries"].unique(), key=lambda kind: kind != "all")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,12 +33,16 @@ NOT_DRAWN = (
     ),
     *("times_faster_q1", "times_faster", "times_faster_q3", "times_faster_float32", "times_faster_bfloat16"),
 )
+# What every row that could run has.
+MEASURED = (
+    *("seconds_q1", "seconds", "seconds_q3"),
+    *(f"{error}_{name}" for error in ERRORS.values() for name in ("median", "p95")),
+)
 # Contents of the columns that are drawn, in every row: a row that could not run has no parameters.
 DRAWN = {
     **dict.fromkeys(("workload", "columns", "method", "kind", "status"), "text"),
     **dict.fromkeys(("n", "batch"), "whole"),
-    **dict.fromkeys(("target", "seconds_q1", "seconds", "seconds_q3"), "number"),
-    **dict.fromkeys((f"{error}_{name}" for error in ERRORS.values() for name in ("median", "p95")), "number"),
+    **dict.fromkeys(("target", *MEASURED), "at least 0 or empty"),
 }
 # The order in which methods take their looks: they are the same in every figure and table.
 METHODS = (
@@ -95,9 +100,11 @@ def read_sweep(table: Path) -> pd.DataFrame:
     the table is missing, truncated or not from a sweep.
     """
     frame = read_table(table, {name: DRAWN.get(name, "anything") for name in COLUMNS if name not in NOT_DRAWN})
-    timed = frame["seconds"].notna()
-    if not timed.any() or not (frame.loc[timed, "seconds"] > 0).all() or not (frame["n"] > 0).all():
-        raise TableError(f"{table}: rows need a length and times above 0: delete it and run the sweep again")
+    # A row of another status could not run.
+    found = frame.loc[frame["status"].isin(("ok", "unreached")), list(MEASURED)]
+    timed = found["seconds"].between(0, math.inf, inclusive="neither")
+    if found.empty or found.isna().any(axis=None) or not timed.all() or not (frame["n"] > 0).all():
+        raise TableError(f"{table}: rows need a length, times above 0 and errors: delete it and run the sweep again")
     rows = [{str(name): value for name, value in row.items()} for row in frame.to_dict("records")]
     add_ratios(rows)
     frame = type(frame)(rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -44,12 +45,19 @@ def refuse_adapter(folder: Path, name: str) -> None:
 
 
 def refuse_pointers(folder: Path, name: str) -> None:
-    """Raise SourceError if large files are still Git LFS pointers."""
-    for path in sorted(folder.iterdir()):
-        if path.suffix in WANTED_SUFFIXES and path.is_file() and starts_with(path, LFS_POINTER):
+    """Raise SourceError if files are Git LFS pointers or links to nowhere."""
+    for path in sorted(path for path in folder.iterdir() if path.suffix in WANTED_SUFFIXES):
+        refuse_broken_link(path, name)
+        if path.is_file() and starts_with(path, LFS_POINTER):
             raise SourceError(
                 f"{name}: {path.name} is a Git LFS pointer instead of the file: run `git lfs pull` in its folder"
             )
+
+
+def refuse_broken_link(path: Path, name: str) -> None:
+    """Raise SourceError for a symbolic link to something that does not exist."""
+    if path.is_symlink() and not path.exists():
+        raise SourceError(f"{name}: {path.name} is a link to {os.readlink(path)}, which does not exist: copy it there")
 
 
 def starts_with(path: Path, magic: bytes) -> bool:
@@ -106,6 +114,8 @@ def _weights(folder: Path, name: str) -> Iterator[tuple[str, Any]]:
 def _weight_files(folder: Path, name: str) -> list[Path]:
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
+    if (folder / WEIGHTS).exists():
+        raise SourceError(f"{name}: {WEIGHTS} is not a file: replace it with the file that it should be")
     if not (folder / INDEX).is_file():
         there = sorted(path.name for path in folder.glob("*.safetensors"))
         raise SourceError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shutil
 import stat
@@ -14,7 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from approxkmv.errors import SourceError, one_line
 from approxkmv.files import file_sha256, unpacked_limit
-from approxkmv.models.checking import GGUF_MAGIC, refuse_adapter, refuse_pointers, starts_with
+from approxkmv.models.checking import GGUF_MAGIC, refuse_adapter, refuse_broken_link, refuse_pointers, starts_with
 from approxkmv.models.folders import compare, complete, file_hashes, files
 from approxkmv.models.sources import WANTED_SUFFIXES, HubSource, ModelLocation, ModelSource, PathSource, PypiSource
 from approxkmv.progress import LOG, on_terminal
@@ -73,6 +74,7 @@ def locate(source: PathSource, expected: Mapping[str, str]) -> ModelLocation:
     Raises SourceError: no loadable weights, or a file whose hash differs from the expected one.
     """
     path = source.path
+    refuse_broken_link(path, str(source))
     if path.is_dir():
         location = loadable(path, str(source))
     elif not path.is_file():
@@ -127,8 +129,24 @@ def _fetch_hub(source: HubSource, expected: Mapping[str, str]) -> ModelLocation:
         pinned = HubSource(source.repository, Path(folder).name)
         LOG.info("  %s is not pinned, since branches and tags move: write %s to keep this one", source, pinned)
     location = loadable(Path(folder), str(source))
+    for path in sorted(location.folder.iterdir()):
+        if path.suffix in WANTED_SUFFIXES and path.is_symlink() and not _is_as_named(path.resolve()):
+            raise SourceError(
+                f"{source}: {path.name} in the hub's cache is not what was downloaded: delete {path.resolve()}, and it "
+                "will be downloaded again"
+            )
     _check_files(location.folder, expected, str(source))
     return location
+
+
+def _is_as_named(blob: Path) -> bool:
+    """Whether a file in the hub's cache has the hash that is its name: SHA-256 or, if small, git's or plain SHA-1."""
+    if re.fullmatch("[0-9a-f]{64}", blob.name):
+        return file_sha256(blob) == blob.name
+    if re.fullmatch("[0-9a-f]{40}", blob.name):
+        data = blob.read_bytes()
+        return blob.name in {hashlib.sha1(head + data).hexdigest() for head in (b"blob %d\0" % len(data), b"")}
+    return True
 
 
 def _fetch_wheel(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -12,12 +13,13 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from approxkmv.errors import SourceError
+from approxkmv.errors import SourceError, one_line
 from approxkmv.files import file_sha256
 from approxkmv.models.sources import ModelLocation
 
 RECORD = "source.json"
-"""Written last into a fetched folder: the source, and the hashes of what it was made from and of every file."""
+"""Written last into a fetched folder: the source, the hashes of what it was made from and of every file, and size and
+times of each file."""
 
 
 def complete(
@@ -38,7 +40,7 @@ def complete(
         made_from = fill(folder)
         files = file_hashes(folder)
         compare(files | made_from, hashes, source)
-        record = {"source": source, "made_from": made_from, "sha256": files}
+        record = {"source": source, "made_from": made_from, "sha256": files, "seen": stamps(folder)}
         (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
     return ModelLocation(destination)
 
@@ -55,6 +57,27 @@ def _is_complete(destination: Path, source: str, hashes: Mapping[str, str]) -> b
         )
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return False
+
+
+def unchanged(folder: Path) -> str:
+    """Identifies the content of a folder that `complete` filled, after checking that it has not been edited since.
+
+    A file whose size and times are those of its record is not hashed again.
+
+    Raises:
+        SourceError: a file was changed, added or removed, or the record cannot be read.
+    """
+    try:
+        record = json.loads((folder / RECORD).read_text())
+        hashes, seen, now = record["sha256"], record.get("seen", {}), stamps(folder)
+        newer = {name for name in now.keys() & hashes if now[name] != seen.get(name)}
+        edited = set(now) ^ set(hashes) | {name for name in newer if file_sha256(folder / name) != hashes[name]}
+        content = json.dumps([record["source"], record["made_from"], hashes], sort_keys=True)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise SourceError(f"{folder}: what was fetched cannot be checked ({one_line(error)})") from error
+    if edited:
+        raise SourceError(f"{folder}: {min(edited)} is not what was fetched: it was changed, added or removed")
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 @contextlib.contextmanager
@@ -123,8 +146,18 @@ def compare(found: Mapping[str, str], expected: Mapping[str, str], name: str) ->
 
 def file_hashes(folder: Path) -> dict[str, str]:
     """Hashes of all files but the record, by path inside the folder."""
+    return {name: file_sha256(path) for name, path in _recorded(folder).items()}
+
+
+def stamps(folder: Path) -> dict[str, list[int]]:
+    """Size and times of all files but the record: any write changes one, and only the second can be set at will."""
+    found = {name: path.stat() for name, path in _recorded(folder).items()}
+    return {name: [about.st_size, about.st_mtime_ns, about.st_ctime_ns] for name, about in found.items()}
+
+
+def _recorded(folder: Path) -> dict[str, Path]:
     paths = {path.relative_to(folder).as_posix(): path for path in sorted(files(folder))}
-    return {name: file_sha256(path) for name, path in paths.items() if name != RECORD}
+    return {name: path for name, path in paths.items() if name != RECORD}
 
 
 def files(folder: Path) -> Iterator[Path]:

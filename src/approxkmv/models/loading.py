@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from transformers.utils import logging
 
 from approxkmv.errors import CaptureError, SourceError, one_line
 from approxkmv.models.checking import check_folder, rotary_frequencies, weight_shapes, whole_numbers
+from approxkmv.models.rotary import refuse_unknown_types
 from approxkmv.models.sources import ModelLocation
 from approxkmv.progress import on_terminal
 
@@ -34,6 +36,9 @@ from approxkmv.progress import on_terminal
 AFTER_ATTENTION = re.compile(r"(^|\.)pooler\.")
 # Saved by older releases of transformers but now computed by the classes: not weights.
 COMPUTED = re.compile(r"(^|\.)(position_ids|token_type_ids|inv_freq|masked_bias)$")
+# Heads that other libraries save beside the model, of values (TRL) and of embeddings (ColBERT), and one that has this
+# name in files alone (GPT-NeoX).
+OTHER_HEADS = ("v_head", "linear", "embed_out")
 HEADS = (
     MODEL_FOR_PRETRAINING_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -107,6 +112,7 @@ def load_config(location: ModelLocation) -> Any:
         limit = MAX_LAYERS if size == "num_hidden_layers" else 2**31
         if isinstance(value, int) and not 0 < value < limit:
             raise SourceError(f"{name_of(location)}: its configuration says {size} is {value}: correct config.json")
+    refuse_unknown_types(config, name_of(location))
     return config
 
 
@@ -186,7 +192,9 @@ def _load(kind: Any, location: ModelLocation, dtype: torch.dtype, attention: str
     prefix = f"{model.base_model_prefix}."
     if twice := sorted(key for key in shapes if prefix + key in shapes):
         raise SourceError(f"{name_of(location)}: {twice[0]} is in the file with {prefix} before its name and without")
-    unknown = sorted(key for key in info["unexpected_keys"] if _matters(model, key, shapes))
+    # Building the classes with heads takes seconds.
+    is_head = functools.cache(functools.partial(_is_head, model.config))
+    unknown = sorted(key for key in info["unexpected_keys"] if _matters(model, key, shapes, is_head))
     if unknown:
         raise SourceError(
             f"{name_of(location)}: {len(unknown)} weights in the file do not belong to {type(model).__name__}, first "
@@ -227,24 +235,25 @@ def _random(model: Any, key: str) -> bool:
     return "Sinusoidal" not in type(model.get_submodule(key.rpartition(".")[0])).__name__
 
 
-def _matters(model: Any, key: str, shapes: dict[str, list[int]]) -> bool:
-    """Whether a weight in the file that the model's class does not know affects what the model computes.
+def _matters(model: Any, key: str, shapes: dict[str, list[int]], is_head: Callable[[str], bool]) -> bool:
+    """Whether a weight in the file that the model's class does not know may affect what the model computes.
 
-    Those of a head do not: they lie outside the prefix of the model's own weights (bert. or model.) or, if there is
-    none, under a name that a class of the same architecture uses for its head.
+    Those of a head do not: they lie outside the prefix of the model's own weights (bert. or model.), under a name that
+    a class of the same architecture, or a library that trains such heads, uses for its head.
     """
     shape = shapes.get(key, [])
     # One number for all heads; a learned bias has one per head.
     causal_mask = key.endswith(".bias") and shape[:-2] == [1, 1] and shape[-1] == shape[-2]
     if AFTER_ATTENTION.search(key) or COMPUTED.search(key) or causal_mask:
         return False
-    prefix = f"{model.base_model_prefix}."
     part = key.partition(".")[0]
-    if key.startswith(prefix) or part in _parts(model):
+    if key.startswith(f"{model.base_model_prefix}.") or part in _parts(model):
         return True
-    if any(other.startswith(prefix) for other in shapes):
-        return False
-    return not any(part in _parts(head) for head in _with_heads(model.config))
+    return not is_head(part)
+
+
+def _is_head(config: Any, part: str) -> bool:
+    return part in OTHER_HEADS or any(part in _parts(head) for head in _with_heads(config))
 
 
 def _parts(model: Any) -> set[str]:

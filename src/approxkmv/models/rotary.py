@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from approxkmv.errors import CaptureError
+from approxkmv.errors import CaptureError, SourceError
 
 
 def scale_rotary(config: Any, method: str, factor: float) -> None:
@@ -42,6 +42,20 @@ def scaled_positions(config: Any) -> int | None:
     return None if original is None else int(original * rotary["factor"])
 
 
+def refuse_unknown_types(config: Any, name: str) -> None:
+    """Raise SourceError for a type of rotary embedding that transformers does not have; `name` is that of the model."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    known = ("default", *ROPE_INIT_FUNCTIONS)
+    for part in _parts(config):
+        # That of images, which are refused as such.
+        if (kind := part.get("rope_type", "default")) not in (*known, "axial"):
+            raise SourceError(
+                f"{name}: its configuration has rotary embeddings of the type {kind!r}, but transformers has "
+                f"{', '.join(known)}: correct rope_type in config.json"
+            )
+
+
 def length_that_changes(config: Any) -> int | None:
     """The number of tokens beyond which the rotary embedding depends on the text's length; None if it never does.
 
@@ -49,14 +63,16 @@ def length_that_changes(config: Any) -> int | None:
     transformers chooses by the longest text of a batch; dynamic scaling changes with every length beyond the model's
     positions.
     """
-    text = config.get_text_config()
-    rotary = getattr(text, "rope_parameters", None)
-    if not isinstance(rotary, dict):
-        return None
-    # If layers are of several kinds, the parameters are keyed by kind.
-    parts = [rotary] if "rope_type" in rotary else [part for part in rotary.values() if isinstance(part, dict)]
-    kinds = {str(part.get("rope_type")): part for part in parts}
+    kinds = {str(part.get("rope_type")): part for part in _parts(config)}
     lengths = [kinds["longrope"]["original_max_position_embeddings"]] if "longrope" in kinds else []
     if any("dynamic" in kind for kind in kinds):
-        lengths.append(text.max_position_embeddings)
+        lengths.append(config.get_text_config().max_position_embeddings)
     return min(lengths, default=None)
+
+
+def _parts(config: Any) -> list[dict[str, Any]]:
+    """The parameters of the rotary embeddings: one dict or, if layers are of several kinds, one for each; or none."""
+    rotary = getattr(config.get_text_config(), "rope_parameters", None)
+    if not isinstance(rotary, dict):
+        return []
+    return [rotary] if "rope_type" in rotary else [part for part in rotary.values() if isinstance(part, dict)]

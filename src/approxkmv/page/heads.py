@@ -164,16 +164,19 @@ def of_model(tables: Path, facts: dict[str, Any]) -> tuple[dict[str, Any], list[
 def _read(kind: str, path: Path, facts: dict[str, Any]) -> pd.DataFrame:
     along = {"curves": "prefix", "lengths": "length"}.get(kind)
     if kind == "readings":
-        return read_table(path, {"layer": "whole", "head": "whole", "reading": "text", "entries": "text"})
-    columns = {column: "number" for one in STATISTICS for of, column in one.tables if of == kind}
+        words = dict.fromkeys(("reading", "entries"), "text")
+        numbers = dict.fromkeys(OF_READINGS.values(), "at least 0 or empty")
+        return read_table(path, {"layer": "whole", "head": "whole"} | words | numbers)
+    columns = {column: "at least 0" for one in STATISTICS for of, column in one.tables if of == kind}
     if kind == "heads":
         # Older tables have no softmax.
         columns.pop("median_softmax_ratio")
     if kind == "growth":
         columns |= {"size": "text", "trend": "text", "length": "whole", "start": "whole"}
-        columns |= {f"{column}_{end}": "number" for column in ("ratio", "exponent") for end in ("low", "high")}
+        for column, what in (("ratio", "at least 0 or empty"), ("exponent", "number")):
+            columns |= dict.fromkeys((column, f"{column}_low", f"{column}_high"), what)
     if kind == "curves":
-        columns = {"texts": "whole", "adjusted_ratio": "number"}
+        columns = {"texts": "whole", "adjusted_ratio": "at least 0 or empty"}
     table = read_heads(path, facts, columns, along=along).sort_values(["layer", "head"], kind="stable")
     if kind == "lengths":
         # At the longest length alone, as the table of heads.

@@ -128,7 +128,9 @@ def _perplexities(path: Path) -> list[dict[str, Any]]:
         return []
     numbers = ("tokens", "perplexity", "exact_perplexity", "seconds", "exact_seconds")
     words = ("model", "method", "parameters")
-    rows = read_table(path, dict.fromkeys(words, "text") | dict.fromkeys(numbers, "number")).to_dict("records")
+    rows = read_table(path, dict.fromkeys(words, "text") | dict.fromkeys(numbers, "at least 0 or empty")).to_dict(
+        "records"
+    )
     return [
         {"model": row["model"], "method": row["method"], "parameters": _parameters(row["parameters"])}
         | {name: f"{row[name]:,.4g}" for name in numbers}

