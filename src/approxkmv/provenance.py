@@ -22,6 +22,8 @@ PACKAGES = (
     "snakemake",
     "triton",
     "faiss-cpu",
+    "scikit-learn",
+    "pykeops",
 )
 
 

@@ -3,9 +3,11 @@
 For q = c + delta in a block with centre c and covariance V of its deltas, K_ij = 2^(-|q|^2/2) 2^(c.k - |k|^2/2)
 2^(delta.k). Over Gaussian deltas the best fit of 2^(delta.k) of first order is 2^(ln 2 k'Vk/2) (1 + ln 2 delta.k), so
 a key has the weight w_j = 2^(c.k - |k|^2/2 + ln 2 k'Vk/2), which ranks the keys. The `near` highest of a block are
-summed exactly for each of its queries; of the others only the sums of w x and w x k are kept. The weighted mean m of
-the far keys, which does not depend on x, goes into the exponent: 2^(delta.k) = 2^(delta.m) 2^(delta.(k - m)), the
-second factor to first order. So the product is linear in x, and its transpose is as cheap.
+summed exactly for each of its queries; of the others only the sums of w x and w x k are kept. What does not depend on x
+goes into the exponent: 2^(delta.k) = 2^(delta.m) 2^(ln 2 (delta'C delta - tr VC)/2) 2^(delta.(k - m)), where m and C
+are the weighted mean and covariance of the far keys, and the last factor is taken to first order. The second makes up
+for what the weights assume of all queries of a block alike. So the product is linear in x, and its transpose is as
+cheap.
 """
 
 from __future__ import annotations
@@ -29,8 +31,14 @@ from approxkmv.operator.points import Points, key_side, parts_of, query_side, si
 # Leading axes along which queries are clustered and blocks have second moments; Lloyd's iterations, on so many queries
 # per block: as in `attention.blocks`.
 _AXES, _ITERATIONS, _SAMPLED = 48, 3, 16
-# Queries per block are the root of their number over this: far and near keys then cost about the same.
-_PER_ROOT = 2.0
+# Queries per block are the root of their number times the first of these for which the exponents of the median query
+# vary by at most so much around its block's, in nats squared, or the last: large blocks do where many dimensions make
+# all distances alike.
+_PER_ROOT, _VARY = (3.0, 1.2, 0.5), 1.0
+# Limit of log2 of a second-order factor: farther out the far keys are hardly Gaussian.
+_MOST_BENT = 2.0
+# Near keys of the plan, and keys, from which each block's covariance is estimated; along so many axes in full.
+PREDICTING, _OF_COVARIANCE, _FULL_AXES = 256, 8192, 128
 # Blocks whose weights of all keys are in memory at once.
 STRIP = 64
 # oneDNN compiles a kernel for each shape of a bfloat16 product, so shapes should repeat.
@@ -55,6 +63,8 @@ class Plan:
     """(blocks,) sum of the far keys' weights over 2^threshold."""
     means: torch.Tensor
     """(blocks, d) their weighted mean."""
+    factors: torch.Tensor
+    """(rows,) 2^threshold as each row sees it: times the totals, the sum of its far entries of K."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +95,8 @@ class Blocks:
     """(blocks, d)"""
     variances: torch.Tensor
     """(blocks, axes)"""
+    bends: torch.Tensor
+    """(rows,) log2 of the second-order factor of each row's far keys."""
     sizes_of_x: torch.Tensor | None = None
     """(n_k,) by which keys are ranked besides their weights, or None."""
 
@@ -114,7 +126,7 @@ class Blocks:
         place[self.order] = torch.arange(len(self.order), device=self.order.device)
         rows = place[queries].sort().values
         chosen, of_row, sizes = self.of_row[rows].unique(return_inverse=True, return_counts=True)
-        parts = self.order[rows], of_row, sizes, self.centres[chosen], self.variances[chosen]
+        parts = self.order[rows], of_row, sizes, self.centres[chosen], self.variances[chosen], self.bends[rows]
         return Blocks(self.points, self.keys, *parts, self.sizes_of_x)
 
     def ranked_by(self, x: torch.Tensor) -> Blocks:
@@ -144,7 +156,7 @@ class Blocks:
             moments = weights @ unit
             totals[here] = moments[:, 0]
             means[here] = moments[:, 1:] / moments[:, :1].clamp_min(1e-30)
-        return Plan(near, thresholds, totals, means)
+        return Plan(near, thresholds, totals, means, self._factors(thresholds, means))
 
     def _logs(self, strip: slice) -> torch.Tensor:
         ranks, features = self.ranks[strip], self.keys.features
@@ -174,14 +186,40 @@ class Blocks:
         near[block, torch.arange(len(key), device=key.device) - (found.cumsum(0) - found)[block]] = key
         return weights, near, (found + -found % multiple).tolist()
 
-    def factors(self, plan: Plan) -> torch.Tensor:
-        """(rows,) 2^threshold as each row sees it: times the plan's totals, the sum of its far entries of K."""
-        mean = plan.means
+    def _factors(self, thresholds: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
         # The second order of the mean's own factor is already in its weight.
         second = 0.5 * _LN2 * (self.variances * (mean @ self.keys.axes).square()).sum(1)
-        logs = (self.deltas * mean[self.of_row]).sum(1) + (plan.thresholds - second)[self.of_row]
+        logs = (self.deltas * mean[self.of_row]).sum(1) + (thresholds - second)[self.of_row] + self.bends
         # No entry of K is above 1, however far from its block's centre a query is.
         return (logs - self.points.query_halves[self.order]).clamp_max_(0.0).exp2_()
+
+    def second_order(self, plan: Plan) -> torch.Tensor:
+        """(rows,) ln 2 (delta'C delta - tr VC)/2 of each row; see `bends`.
+
+        C is the covariance of a sample of the block's far keys along the leading axes of all keys; along the others the
+        variances of all keys stand for it.
+        """
+        keys = self.points.keys
+        n_k, d = keys.shape
+        full, spread = principal_axes(keys, d)
+        along, deltas = keys[:: -(-n_k // _OF_COVARIANCE)] @ full[:, :_FULL_AXES], self.deltas @ full
+        # The weights assume the block's variances V along the axes of its second moments.
+        assumed = self.keys.axes.mT @ full[:, :_FULL_AXES]
+        out = deltas[:, _FULL_AXES:].square() @ spread[_FULL_AXES:]
+        deltas = deltas[:, :_FULL_AXES].contiguous()
+        ends = self.sizes.cumsum(0).tolist()
+        for at in range(0, len(self), STRIP):
+            weights = self._split(self._logs(slice(at, at + STRIP)), plan.thresholds[at : at + STRIP])[0]
+            weights = weights[:, :: -(-n_k // _OF_COVARIANCE)]
+            weights = weights / weights.sum(1, keepdim=True).clamp_min(1e-30)
+            for b, shares in enumerate(weights, at):
+                mean = shares @ along
+                covariance = (along * shares.unsqueeze(1)).mT @ along - torch.outer(mean, mean)
+                own = slice(ends[b] - int(self.sizes[b]), ends[b])
+                some = deltas[own]
+                out[own] += ((some @ covariance) * some).sum(1)
+                out[own] -= self.variances[b] @ ((assumed @ covariance) * assumed).sum(1)
+        return out.mul_(0.5 * _LN2).clamp_(-_MOST_BENT, _MOST_BENT)
 
     def doubts(self, plan: Plan) -> torch.Tensor:
         """(n_q,) predicted sizes of errors: of each query's far sum, times how much its exponents vary around it.
@@ -190,7 +228,7 @@ class Blocks:
         """
         nats = _variances(self.deltas @ self.keys.axes, self.points.keys @ self.keys.axes)
         out = torch.empty_like(self.points.query_halves)
-        out[self.order] = self.factors(plan) * plan.totals[self.of_row] * nats.clamp_max(_MOST_NATS).expm1().sqrt()
+        out[self.order] = plan.factors * plan.totals[self.of_row] * nats.clamp_max(_MOST_NATS).expm1().sqrt()
         return out
 
     def products(self, plan: Plan, x: torch.Tensor | None, y: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
@@ -203,7 +241,7 @@ class Blocks:
         x = keys.new_zeros(n_k, 0) if x is None else x
         y = keys.new_zeros(len(self.order), 0) if y is None else y
         width, height = x.shape[1], y.shape[1]
-        factors, mean = self.factors(plan).unsqueeze(1), plan.means
+        factors, mean = plan.factors.unsqueeze(1), plan.means
         # The columns of x, and the products of each with the coordinates of the keys
         even = x if self.sizes_of_x is None else x / self.sizes_of_x.unsqueeze(1)
         sources = torch.cat([even, *(even[:, c : c + 1] * keys for c in range(width))], 1)
@@ -270,17 +308,18 @@ def _ranked(values: torch.Tensor, rank: int) -> torch.Tensor:
 def make_blocks(points: Points, low: torch.dtype, seed: int, block: int | None = None) -> Blocks:
     """Cluster the queries into blocks of about `block` of them; None lets their number decide."""
     n_q, n_k = len(points.queries), len(points.keys)
-    usual = max(1, round(max(n_q, n_k) ** 0.5 / _PER_ROOT))
-    size = block or block_size(usual, n_q, n_k)
     axes, spread = principal_axes(points.keys, min(_AXES, points.keys.shape[1]))
     # Clustering runs on the CPU: it takes a small part of the time of a product.
     coordinates = (points.queries @ (axes * spread.pow(METRIC_POWER).clamp_min(1e-15))).float().cpu()
-    generator = torch.Generator().manual_seed(seed)
-    clusters = max(1, -(-n_q // size))
-    labels = torch.zeros(n_q, dtype=torch.int64)
+    for times in _PER_ROOT:
+        usual = max(1, round(max(n_q, n_k) ** 0.5 * times))
+        clusters = max(1, -(-n_q // (block or block_size(usual, n_q, n_k))))
+        labels = k_means(coordinates, clusters, _ITERATIONS, _SAMPLED, torch.Generator().manual_seed(seed))
+        nats = _around_clusters(coordinates, labels, points, axes.cpu(), spread.cpu())
+        if block or float(nats.median()) <= _VARY:
+            break
     if clusters > 1:
-        labels = k_means(coordinates, clusters, _ITERATIONS, _SAMPLED, generator)
-        apart = _out_of_reach(coordinates, labels, points, axes.cpu(), spread.cpu())
+        apart = _out_of_reach(nats)
         labels[apart] = clusters + torch.arange(len(apart))
     device = points.queries.device
     _, of_query, sizes = labels.to(device).unique(return_inverse=True, return_counts=True)
@@ -297,7 +336,8 @@ def make_blocks(points: Points, low: torch.dtype, seed: int, block: int | None =
     features = _features(points, points.key_halves, axes, low)
     side = key_side(points, low)
     keys = Keys(torch.cat([side, torch.zeros_like(side[:1])]), features, axes)
-    return Blocks(points, keys, order, of_row, sizes, centres, variances)
+    blocks = Blocks(points, keys, order, of_row, sizes, centres, variances, torch.zeros_like(points.query_halves))
+    return replace(blocks, bends=blocks.second_order(blocks.plan(min(PREDICTING, max(1, n_k // 4)))))
 
 
 def _variances(deltas: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
@@ -305,15 +345,19 @@ def _variances(deltas: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     return _LN2**2 * (deltas.square() @ keys.var(0))
 
 
-def _out_of_reach(
+def _around_clusters(
     coordinates: torch.Tensor, labels: torch.Tensor, points: Points, axes: torch.Tensor, spread: torch.Tensor
 ) -> torch.Tensor:
-    """The queries for which their cluster's centre says least."""
+    """(n_q,) how much each query's exponents vary around those of its cluster's centre, in nats squared."""
     counts = torch.bincount(labels).clamp_min(1).unsqueeze(1)
     means = coordinates.new_zeros(len(counts), coordinates.shape[1]).index_add_(0, labels, coordinates) / counts
     deltas = (coordinates - means[labels]) / spread.float().pow(METRIC_POWER).clamp_min(1e-15)
-    nats = _variances(deltas, points.keys.cpu().float() @ axes.float())
+    return _variances(deltas, points.keys.cpu().float() @ axes.float())
+
+
+def _out_of_reach(nats: torch.Tensor) -> torch.Tensor:
+    """The queries for which their cluster's centre says least."""
     bar = max(_REACH, _TIMES * float(nats.median()))
     apart = (nats > bar).nonzero()[:, 0]
-    most = len(labels) // _ONE_IN
+    most = len(nats) // _ONE_IN
     return apart if len(apart) <= most else nats.topk(most).indices

@@ -17,7 +17,7 @@ from approxkmv.errors import InputError
 from approxkmv.kmv import inputs
 from approxkmv.operator import exact
 from approxkmv.operator.bar import ErrorBar, error_bar, proposal
-from approxkmv.operator.blocks import STRIP, Blocks, Plan, make_blocks
+from approxkmv.operator.blocks import PREDICTING, STRIP, Blocks, Plan, make_blocks
 from approxkmv.operator.linear import of_blocks, of_points
 from approxkmv.operator.pilot import Pilot, cost_of_blocks, drawn, near_for, pilot_rows
 from approxkmv.operator.points import Points, in_units
@@ -37,8 +37,6 @@ _AIM = 0.8
 _NOMINAL = 0.02
 # How often a product that misses epsilon is made again with twice as many near keys, before it is made exactly.
 _ATTEMPTS = 3
-# Near keys per block of the plan that predicts the sizes of rows.
-_PREDICTING = 256
 # With fewer pairs or queries the exact product takes less time than choosing.
 _LEAST_PAIRS, _LEAST_QUERIES = 3_000_000, 100
 # Below this epsilon the rounding of float32 could show.
@@ -182,7 +180,7 @@ class KernelOperator:
             if needed > free:
                 raise InputError(f"{n_k} keys need {needed >> 20} MiB, and {free >> 20} MiB are free: give fewer keys")
             blocks = make_blocks(self._points, self._low, self._seed)
-            self._prepared = blocks, blocks.doubts(self._plan(blocks, min(_PREDICTING, max(1, n_k // 4))))
+            self._prepared = blocks, blocks.doubts(self._plan(blocks, min(PREDICTING, max(1, n_k // 4))))
         return self._prepared
 
     def _plan(self, blocks: Blocks, near: int) -> Plan:
@@ -251,11 +249,11 @@ class KernelOperator:
         if self._low != full:
             error = pilot.norm(exact.product(self._points, x, self._low, pilot.rows) - pilot.exact)
             in_low = replace(in_low, low=self._low if error <= 0.5 * aim else full)
-        reason, near = "asked for", None
+        reason, near, made = "asked for", None, None
         if blocks is not None:
             ranked = blocks.ranked_by(x)
             most = float("inf") if self.method == "blocks" else float(np.prod(self.shape))
-            near, reason = near_for(pilot, ranked, x, aim, target / self.epsilon, most)
+            near, reason, made = near_for(pilot, ranked, self._plan, x, aim, target / self.epsilon, most)
             if self.method == "blocks" and near is None:
                 near = self.shape[1] // 4
             for more in range(_ATTEMPTS):
@@ -264,7 +262,8 @@ class KernelOperator:
                     and near << more < self.shape[1] / 2
                     and cost_of_blocks(ranked, near << more) < most
                 ):
-                    found.append(_Choice("blocks", reason, self._low, near=near << more, blocks=ranked))
+                    found.append(_Choice("blocks", reason, self._low, near=near << more, blocks=ranked, made=made))
+                    made = None
         elif self.method != "exact":
             reason = "there are so few pairs that exact is cheaper"
         if self.method != "blocks":
@@ -276,6 +275,8 @@ class KernelOperator:
         return found
 
     def _made(self, choice: _Choice, x: torch.Tensor) -> torch.Tensor:
+        if choice.made is not None:
+            return choice.made
         y = x.new_zeros(self.shape[0], x.shape[1])
         if choice.constant is not None:
             y += choice.constant
@@ -340,6 +341,8 @@ class _Choice:
     near: int | None = None
     blocks: Blocks | None = None
     constant: torch.Tensor | None = None
+    made: torch.Tensor | None = None
+    """The product, where the pilot has made it."""
     fell_back: bool = False
 
 

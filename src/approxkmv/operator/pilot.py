@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from approxkmv.operator.bar import Proposal
-from approxkmv.operator.blocks import Blocks
+from approxkmv.operator.blocks import Blocks, Plan
 
 # The pilot evaluates at most this share of the kernel, in at most so many rows.
 SHARE, _ROWS = 0.02, 96
@@ -60,38 +61,53 @@ def cost_of_blocks(blocks: Blocks, near: int) -> float:
 
 
 def near_for(
-    pilot: Pilot, blocks: Blocks, x: torch.Tensor, target: float, scale: float, most: float
-) -> tuple[int | None, str]:
+    pilot: Pilot,
+    blocks: Blocks,
+    plan_of: Callable[[Blocks, int], Plan],
+    x: torch.Tensor,
+    target: float,
+    scale: float,
+    most: float,
+) -> tuple[int | None, str, torch.Tensor | None]:
     """The least number of near keys with which the pilot's error is at most `target`, and what the pilot found.
 
-    None if every number that costs less than `most` misses it. The error falls about as a power of the number, which is
-    interpolated between those tried. scale: the norm that errors are told relative to.
+    The number is None if every one that costs less than `most` misses it. The error falls about as a power of the
+    number, which is interpolated between those tried. Where the budget lets it, the first is tried on all rows, and if
+    it does, its product is the third result. scale: the norm that errors are told relative to.
     """
-    few = blocks.of_queries(pilot.rows)
-    place = torch.empty_like(blocks.order)
-    place[few.order] = torch.arange(len(few.order), device=place.device)
-    place = place[pilot.rows]
     n_q, n_k = len(blocks.order), len(blocks.points.keys)
-    spent, budget = len(pilot.rows) * n_k, SHARE * n_q * n_k
+    budget = SHARE * n_q * n_k
     tried: list[tuple[int, float]] = []
-    near = _FIRST
+    near, few, place = _FIRST, None, pilot.rows
+    whole = len(blocks) * n_k + n_q * near + 2 * len(pilot.rows) * n_k <= budget
+    spent = len(pilot.rows) * n_k
     while near < n_k / 2 and cost_of_blocks(blocks, near) < most:
-        spent += 2 * len(few) * n_k + len(pilot.rows) * near
-        if tried and spent > budget:
-            break
-        y = few.products(few.plan(near), x)[0][place]
-        tried.append((near, pilot.norm(y - pilot.exact)))
+        if whole and not tried:
+            y = torch.empty(n_q, x.shape[1], dtype=x.dtype, device=x.device)
+            y[blocks.order] = blocks.products(plan_of(blocks, near), x)[0]
+            spent += len(blocks) * n_k + n_q * near
+        else:
+            if few is None:
+                few = blocks.of_queries(pilot.rows)
+                place = torch.empty_like(blocks.order)
+                place[few.order] = torch.arange(len(few.order), device=place.device)
+                place = place[pilot.rows]
+            spent += 2 * len(few) * n_k + len(pilot.rows) * near
+            if tried and spent > budget:
+                break
+            y = few.products(few.plan(near), x)[0]
+        tried.append((near, pilot.norm(y[place] - pilot.exact)))
         if tried[-1][1] <= target:
             break
         near *= _STEP
     if not tried:
-        return None, "blocks would cost more than the exact product"
+        return None, "blocks would cost more than the exact product", None
     error = tried[-1][1] / scale if scale > 0 else math.inf
     found = f"in the pilot the error was {error:.2g} with {tried[-1][0]} near keys per block"
     chosen = _interpolated(tried, target)
     if chosen is None or chosen >= n_k / 2 or cost_of_blocks(blocks, chosen) >= most:
-        return None, found
-    return chosen, found
+        return None, found, None
+    return chosen, found, y if whole and len(tried) == 1 else None
 
 
 def _interpolated(tried: list[tuple[int, float]], target: float) -> int | None:

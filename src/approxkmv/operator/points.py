@@ -32,6 +32,11 @@ class Points:
         """(n_k,) |k|^2 / 2."""
         return 0.5 * self.keys.square().sum(1)
 
+    @cached_property
+    def key_sides(self) -> dict[torch.dtype, torch.Tensor]:
+        """What `key_side` has made, by dtype."""
+        return {}
+
     def to(self, dtype: torch.dtype) -> Points:
         return self if dtype == self.keys.dtype else Points(self.queries.to(dtype), self.keys.to(dtype))
 
@@ -68,5 +73,7 @@ def query_side(points: Points, rows: torch.Tensor | slice, dtype: torch.dtype) -
 
 def key_side(points: Points, dtype: torch.dtype) -> torch.Tensor:
     """(n_k, width): see `query_side`."""
-    halves = parts_of(-points.key_halves, dtype)
-    return side_by_side(points.keys.to(dtype), *halves, *map(torch.ones_like, halves))
+    if dtype not in points.key_sides:
+        halves = parts_of(-points.key_halves, dtype)
+        points.key_sides[dtype] = side_by_side(points.keys.to(dtype), *halves, *map(torch.ones_like, halves))
+    return points.key_sides[dtype]

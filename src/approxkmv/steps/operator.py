@@ -81,7 +81,7 @@ def _case(settings: OperatorStudy, kind: str, n: int, vectors: np.ndarray) -> li
         "exact, float32": lambda: exact.product(points, column, torch.float32)[:, 0],
         "exact, bfloat16": lambda: exact.product(points, column, torch.bfloat16)[:, 0],
     }
-    keops = _keops(queries, keys, x, settings.sigma) if n <= (settings.keops or 0) else None
+    keops = _keops(queries, keys, x, settings) if n <= (settings.keops or 0) else None
     if keops is not None:
         products["KeOps"] = keops
     names = {f"KernelOperator, {e:g}": e for e in settings.epsilons}
@@ -123,17 +123,20 @@ _OF_OPERATOR = ("epsilon", "bound", "way", "near", "evaluated", "preparation")
 COLUMNS = ("x", "n", "method", "seconds", "error", "times_faster", "times_best_exact", *_OF_OPERATOR)
 
 
-def _keops(queries: np.ndarray, keys: np.ndarray, x: np.ndarray, sigma: float) -> Product | None:
+def _keops(queries: np.ndarray, keys: np.ndarray, x: np.ndarray, settings: OperatorStudy) -> Product | None:
     """The product by KeOps, compiled; or None, logging why, where it does not run."""
     try:
         from pykeops.numpy import LazyTensor
+        from threadpoolctl import threadpool_limits
 
-        unit = np.float32(2**-0.5 / sigma)
+        unit = np.float32(2**-0.5 / settings.sigma)
         q, k = LazyTensor(queries[:, None] * unit), LazyTensor(keys[None] * unit)
         kernel, column = (-((q - k) ** 2).sum(-1)).exp(), x[:, None]
 
         def product() -> np.ndarray:
-            return (kernel @ column)[:, 0]
+            # It does not know of torch's number of threads.
+            with threadpool_limits(settings.threads):
+                return (kernel @ column)[:, 0]
 
         few = (-((LazyTensor(queries[:8, None]) - LazyTensor(keys[None, :8])) ** 2).sum(-1)).exp() @ column[:8]
         assert np.isfinite(few).all()
