@@ -193,7 +193,7 @@ def takes(study: str) -> str:
     cores = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["machine"]["cores"]
     took = seconds[study]
     span = f"{took / 60:.0f} minutes" if took < 5400 else f"{took / 3600:.1f} hours"
-    span = f"{took} seconds" if took < 100 else span
+    span = f"{round(took, -1)} seconds" if took < 100 else span
     return f"about {span} on {cores} cores"
 
 
