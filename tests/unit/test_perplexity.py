@@ -19,14 +19,14 @@ from approxkmv import cli
 from approxkmv.attention import UnavailableError, get
 from approxkmv.attention.blocks import approxkmv as approxkmv_module
 from approxkmv.compute.counting import count
-from approxkmv.config import CorpusEntry, checked, study_of
+from approxkmv.config import CorpusEntry, Perplexity, checked, study_of
 from approxkmv.errors import CaptureError, ConfigError, InputError, TableError
 from approxkmv.models import ModelLocation
 from approxkmv.models.loading import quiet
 from approxkmv.perplexity.layers import parse_layers
 from approxkmv.perplexity.model import CausalModel
 from approxkmv.perplexity.replacement import Replacement
-from approxkmv.perplexity.settings import chosen_methods, from_options
+from approxkmv.perplexity.settings import from_options
 from approxkmv.steps.perplexity import measure_perplexity
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -173,21 +173,22 @@ def test_layers_as_a_person_writes_them():
             parse_layers(wrong, 6)
 
 
+def settings(keys):
+    return Perplexity(model="llama", corpus="words", **keys)
+
+
 def test_the_table_has_a_row_for_each_setting_and_names_what_cannot_run(model, tmp_path, monkeypatch):
     monkeypatch.setattr(model, "tokens", lambda documents, count: IDS[:count])
     monkeypatch.setitem(sys.modules, "faiss", None)
     text = tmp_path / "text.txt"
     text.write_text("some words")
     out = tmp_path / "perplexity.csv"
+    methods = {"approxkmv": [{}, {"near": 16}], "knn": [{}]}
     measure_perplexity(
         model,
         "llama",
         CorpusEntry(name="words", source=f"path:{text}", label="words"),
-        tokens=[300, 30],
-        methods=chosen_methods({"approxkmv": [{}, {"near": 16}], "knn": [{}]}),
-        layers="0,2",
-        seed=0,
-        repeats=2,
+        settings({"tokens": [300, 30], "methods": methods, "layers": "0,2", "repeats": 2}),
         out=out,
         record={"made": "here"},
         say=lambda line: None,
@@ -216,11 +217,10 @@ KILLED = """
 import json, os, signal, sys, torch
 from pathlib import Path
 torch.set_num_threads(1)
-from approxkmv.config import CorpusEntry
+from approxkmv.config import CorpusEntry, Perplexity
 from approxkmv.models import ModelLocation
 from approxkmv.perplexity.model import CausalModel
 from approxkmv.steps.perplexity import measure_perplexity
-from approxkmv.perplexity.settings import chosen_methods
 
 def say(line):
     print(line, flush=True)
@@ -229,9 +229,9 @@ def say(line):
 
 CausalModel.tokens = lambda self, documents, count: json.loads(sys.argv[3])[:count]
 given = json.loads(sys.argv[4])
-given["methods"] = chosen_methods(given["methods"])
+settings = Perplexity(model="llama", corpus="words", **given.pop("settings"))
 model, corpus = CausalModel.load(ModelLocation(Path(sys.argv[1]))), CorpusEntry(**given.pop("corpus"))
-measure_perplexity(model, "llama", corpus, out=Path(sys.argv[2]), record={}, say=say, **given)
+measure_perplexity(model, "llama", corpus, settings, out=Path(sys.argv[2]), record={}, say=say, **given)
 """
 
 
@@ -241,15 +241,18 @@ def asked(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("some words")
     corpus = {"name": "words", "source": f"path:{text}", "label": "words"}
-    given = {"corpus": corpus, "tokens": [30, 200], "methods": {"approxkmv": [{}]}}
-    return given | {"layers": "0,2", "seed": 0, "repeats": 1, "require_all": False}
+    given = {"tokens": [30, 200], "methods": {"approxkmv": [{}]}, "layers": "0,2"}
+    return {"corpus": corpus, "settings": given, "require_all": False}
+
+
+def asked_for(asked, **keys):
+    return asked | {"settings": asked["settings"] | keys}
 
 
 def measure(model, asked, out, **more):
     given = {**asked, "record": {}, "say": lambda line: None, **more}
     corpus = CorpusEntry(**given.pop("corpus"))
-    methods = chosen_methods(given.pop("methods"))
-    measure_perplexity(model, "llama", corpus, out=out, methods=methods, **given)
+    measure_perplexity(model, "llama", corpus, settings(given.pop("settings")), out=out, **given)
     return pd.read_csv(out)
 
 
@@ -295,7 +298,7 @@ def test_what_is_no_number_is_not_reported(model, asked, tmp_path, monkeypatch):
     monkeypatch.setattr(model, "tokens", lambda documents, count: IDS[:count])
     broken = replace(get("approxkmv"), causal=lambda q, k, v, **_: v * torch.nan)
     monkeypatch.setattr(approxkmv_module, "method", broken)
-    table = measure(model, asked | {"tokens": [30]}, tmp_path / "p.csv")
+    table = measure(model, asked_for(asked, tokens=[30]), tmp_path / "p.csv")
     assert table["perplexity"].isna().all()
     assert "logits of LlamaForCausalLM are not finite" in table["unavailable"][0]
 
@@ -309,7 +312,7 @@ def test_rows_made_again_are_reported(model, asked, tmp_path, monkeypatch):
         return right.causal(q, k, v, **given)
 
     monkeypatch.setattr(approxkmv_module, "method", replace(right, causal=repaired))
-    table = measure(model, asked | {"tokens": [30]}, tmp_path / "p.csv")
+    table = measure(model, asked_for(asked, tokens=[30]), tmp_path / "p.csv")
     assert table["recomputed_share"].tolist() == [0.5]
 
 
@@ -323,7 +326,7 @@ def test_outputs_and_lengths_are_checked_first(model, asked, tmp_path, monkeypat
         with pytest.raises(TableError, match="cannot write"):
             measure(model, asked, out)
     with pytest.raises(InputError, match="the text has 5000 tokens: give 2 to 1200"):
-        measure(model, asked | {"tokens": [30, 5000]}, tmp_path / "p.csv")
+        measure(model, asked_for(asked, tokens=[30, 5000]), tmp_path / "p.csv")
 
 
 def test_options_become_settings_or_one_line():

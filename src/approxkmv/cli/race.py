@@ -157,7 +157,7 @@ def _causal_model(config: Configuration, settings: Perplexity, location: Path | 
 
 
 @app.command()
-def perplexity(
+def perplexity(  # noqa: PLR0913 - one argument for each option of the command line
     out: Annotated[
         Path, typer.Option("--out", "--output", help="CSV file to write; a JSON record is written next to it.")
     ],
@@ -207,7 +207,6 @@ def perplexity(
     check_writable(out, out.with_suffix(".json"))
     with step(f"perplexity {entry.name}"):
         from approxkmv.perplexity.plan import read_plan
-        from approxkmv.perplexity.settings import chosen_methods
         from approxkmv.provenance import describe
         from approxkmv.steps.perplexity import measure_perplexity
 
@@ -215,12 +214,8 @@ def perplexity(
             _causal_model(checked, settings, location),
             entry.name,
             chosen,
-            tokens=settings.tokens,
-            methods=chosen_methods(settings.methods),
+            settings,
             plan=read_plan(plan) if plan else None,
-            layers=settings.layers,
-            seed=settings.seed,
-            repeats=settings.repeats,
             out=out,
             record=describe(settings.model_dump()),
             say=lambda line: LOG.info("  %s", line),

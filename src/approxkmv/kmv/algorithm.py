@@ -46,7 +46,7 @@ class KMVResult:
     """Additive error of every row (with probability 0.99), in the unit of y."""
 
 
-def approx_kmv(
+def approx_kmv(  # noqa: PLR0913 - each is an input of the algorithm as the paper prints it, or how to run it
     queries: Array,
     keys: Array,
     x: Array,
@@ -165,14 +165,14 @@ def run_parts(
     constants: PaperConstants,
     source: np.random.SeedSequence,
     memory: int,
-    counts_only: bool = False,
     all_rows: int | None = None,
 ) -> tuple[Split, LightSum]:
     """Lines 3 and 5 of Algorithm 3: split x and sum the light keys, dividing epsilon among the errors.
 
     "Scale down epsilon by 2": half of it goes to the samples. The other half, which the proof reserves for y_H, covers
     what the proof neglects or absorbs: a quarter for H_2, a quarter for the buckets below the density floor.
-    `all_rows` is the number of rows that share the error, if the kernel holds only a sample of them.
+    `all_rows` is the number of rows that share the error, if the kernel holds only a sample of them; light keys are then
+    counted, not drawn.
     """
     rest = (1.0 - 1.0 / constants.epsilon_divisor) / 2.0
     # |x|_2^2 = n_k here, so n_q rows with this error add up to epsilon |x|_2.
@@ -188,7 +188,7 @@ def run_parts(
         constants=constants,
         source=source,
         memory=memory,
-        counts_only=counts_only,
+        counts_only=all_rows is not None,
     )
     return parts, light
 

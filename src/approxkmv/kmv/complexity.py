@@ -145,7 +145,6 @@ def _measure(
             constants=replace(constants, subtract_rounded=rounded),
             source=source,
             memory=memory,
-            counts_only=True,
             all_rows=n,
         )
         for rounded, source in zip((True, False), light_source.spawn(2), strict=True)

@@ -58,10 +58,10 @@ class VamanaGraph:
         padded = _padded(queries)
         keys, distances = np.full((n_q, count), -1, np.int64), np.full((n_q, count), np.inf, np.float32)
         steps, evaluations = np.zeros(n_q, np.int64), np.zeros(n_q, np.int64)
-        graph = self.points, self.neighbours, self.degrees, self.start
         out = keys, distances, steps, evaluations
         loops = _loops()
-        over_threads(lambda low, high: loops.search_all(low, high, *graph, padded, max(beam, count), *out), n_q)
+        graph = loops.Graph(self.points, self.neighbours, self.degrees, self.start)
+        over_threads(lambda low, high: loops.search_all(low, high, graph, padded, max(beam, count), *out), n_q)
         report(other_products=int(evaluations.sum()))
         found = (torch.from_numpy(array) for array in (keys, np.sqrt(distances), steps, evaluations))
         return Found(*found)

@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numba import njit
 
 from approxkmv.compute.compiling import cached_njit
 
 _FLAGS = {"reassoc", "contract", "nsz"}
+
+
+class Graph(NamedTuple):
+    """The fields of `vamana.VamanaGraph`."""
+
+    points: np.ndarray
+    neighbours: np.ndarray
+    degrees: np.ndarray
+    start: int
+
+
+class Beam(NamedTuple):
+    """The candidates of a search, nearest first: keys, their squared distances, and which are expanded."""
+
+    keys: np.ndarray
+    distances: np.ndarray
+    expanded: np.ndarray
 
 
 @njit(fastmath=_FLAGS, nogil=True, inline="always")
@@ -44,13 +63,14 @@ def prune(points, candidates, distances, count, bar, out):
 
 
 @cached_njit(fastmath=_FLAGS, nogil=True)
-def beam_search(points, neighbours, degrees, start, queries, query, stamps, stamp, keys, distances, expanded, trail):
-    """Search from `start` for row `query`, with as many candidates as `keys` has room for.
+def beam_search(graph, queries, query, stamps, stamp, held, trail):
+    """Search from the start of a Graph for row `query`, with as many candidates as the Beam `held` has room for.
 
-    keys, distances and expanded hold the candidates, nearest first; stamps (n,) marks visited points with `stamp`;
-    trail receives the expanded points in order, as many as fit. Returns the number of candidates, of expanded points
-    and of distances computed.
+    stamps (n,) marks visited points with `stamp`; trail receives the expanded points in order, as many as fit. Returns
+    the number of candidates, of expanded points and of distances computed.
     """
+    points, neighbours, degrees, start = graph
+    keys, distances, expanded = held
     beam = len(keys)
     keys[0] = start
     distances[0] = _squared(queries, query, points, start)
@@ -104,20 +124,17 @@ def insert_all(points, order, neighbours, degrees, beam, bar):
     n = len(points)
     degree = neighbours.shape[1]
     stamps = np.full(n, -1, np.int64)
-    keys = np.empty(beam, np.int64)
-    distances = np.empty(beam, np.float32)
-    expanded = np.empty(beam, np.bool_)
+    searched = Beam(np.empty(beam, np.int64), np.empty(beam, np.float32), np.empty(beam, np.bool_))
     trail = np.empty(8 * beam, np.int64)
     gap = np.empty(8 * beam, np.float32)
     kept = np.empty(degree, np.int64)
     others = np.empty(degree + 1, np.int64)
     gaps = np.empty(degree + 1, np.float32)
     total = 0
+    graph = Graph(points, neighbours, degrees, order[0])
     for turn in range(1, n):
         point = order[turn]
-        _, steps, evaluations = beam_search(
-            points, neighbours, degrees, order[0], points, point, stamps, turn, keys, distances, expanded, trail
-        )
+        _, steps, evaluations = beam_search(graph, points, point, stamps, turn, searched, trail)
         # The whole path is a candidate: the points near its start become the long links.
         count = min(steps, len(trail))
         for i in range(count):
@@ -151,17 +168,13 @@ def insert_all(points, order, neighbours, degrees, beam, bar):
 
 
 @cached_njit(fastmath=_FLAGS, nogil=True)
-def search_all(low, high, points, neighbours, degrees, start, queries, beam, found, distances, steps, evaluations):
+def search_all(low, high, graph, queries, beam, found, distances, steps, evaluations):
     """Fill rows low to high - 1 of found (n_q, count), -1 if fewer were found, and distances, steps and evaluations."""
-    stamps = np.full(len(points), -1, np.int64)
-    keys = np.empty(beam, np.int64)
-    held = np.empty(beam, np.float32)
-    expanded = np.empty(beam, np.bool_)
+    stamps = np.full(len(graph.points), -1, np.int64)
+    held = Beam(np.empty(beam, np.int64), np.empty(beam, np.float32), np.empty(beam, np.bool_))
     trail = np.empty(0, np.int64)
     for i in range(low, high):
-        count, steps[i], evaluations[i] = beam_search(
-            points, neighbours, degrees, start, queries, i, stamps, i, keys, held, expanded, trail
-        )
+        count, steps[i], evaluations[i] = beam_search(graph, queries, i, stamps, i, held, trail)
         for j in range(min(count, found.shape[1])):
-            found[i, j] = keys[j]
-            distances[i, j] = held[j]
+            found[i, j] = held.keys[j]
+            distances[i, j] = held.distances[j]

@@ -13,6 +13,7 @@ import numpy as np
 
 from approxkmv.attention import Method, UnavailableError
 from approxkmv.config import CorpusEntry
+from approxkmv.config import Perplexity as Settings
 from approxkmv.corpora import read_corpus
 from approxkmv.errors import InputError, NonFiniteError
 from approxkmv.files import check_writable, write_csv, write_json
@@ -21,6 +22,7 @@ from approxkmv.perplexity.layers import parse_layers
 from approxkmv.perplexity.model import CausalModel, Perplexity
 from approxkmv.perplexity.plan import Plan
 from approxkmv.perplexity.replacement import OfLayers, Replacement
+from approxkmv.perplexity.settings import chosen_methods
 from approxkmv.sweep.measure import machine, running_out_of_memory
 
 
@@ -39,13 +41,9 @@ def measure_perplexity(
     model: CausalModel,
     name: str,
     corpus: CorpusEntry,
+    settings: Settings,
     *,
-    tokens: Sequence[int],
-    methods: Sequence[tuple[Method, dict[str, Any]]],
     plan: Plan | None = None,
-    layers: str,
-    seed: int,
-    repeats: int,
     out: Path,
     record: dict[str, Any],
     say: Callable[[str], None],
@@ -58,22 +56,22 @@ def measure_perplexity(
 
     Args:
         name: of the model, for the table. corpus: its documents are joined, starting with the first.
-        tokens: lengths; each text is the beginning of the longest. methods: as returned by chosen_methods.
-        plan: runs as one more method. layers: "all", or such as 0,5-9. seed: of the methods.
-        repeats: interleaved passes of each, of which median and quartiles of the times are taken.
-        record: how it was made, from provenance.describe. say: receives a line for each row.
+        settings: its tokens, methods, layers, seed and repeats count; each text is the beginning of the longest.
+        plan: runs as one more method. record: how it was made, from provenance.describe.
+        say: receives a line for each row.
         require_all: whether a method that cannot run is an error; if not, its row gives the reason.
     Raises:
-        TableError: a file cannot be written. InputError: layers or lengths that the model does not have, or a plan for
-        other weights.
-        NonFiniteError: the model's own logits are not finite. UnavailableError, CaptureError: as above.
+        TableError: a file cannot be written. InputError: layers or lengths that the model does not have, a plan for
+        other weights, or as chosen_methods. NonFiniteError: the model's own logits are not finite. UnavailableError,
+        CaptureError: as above.
     """
     import pandas as pd
 
     check_writable(out, out.with_suffix(".json"))
     if plan is not None and plan.model != model.identity():
         raise InputError(f"the plan is for other weights than those of {name}: make it again with approxkmv plan")
-    wanted, lengths = parse_layers(layers, model.n_layers), sorted(set(tokens))
+    methods, seed, repeats = chosen_methods(settings.methods), settings.seed, settings.repeats
+    wanted, lengths = parse_layers(settings.layers, model.n_layers), sorted(set(settings.tokens))
     for count in lengths:
         model.check_length(count)
     documents = [document.context for document in read_corpus(corpus.source, corpus.sha256)]

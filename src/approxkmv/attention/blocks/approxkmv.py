@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from approxkmv.attention.blocks.arrays import KeyArrays, ScaledSums
 from approxkmv.attention.blocks.compiled import block_loops
 from approxkmv.attention.blocks.expansion import Clustering, expand, in_one_block, of_one_block
 from approxkmv.attention.blocks.grouping import block_size, project
@@ -71,10 +72,10 @@ def sums(
         and in_one_block(q, k, scale, parameters.near)
     ):
         out = torch.empty(len(q), d_v + 3)
-        inputs, room = of_one_block(q, k, v, generator.initial_seed(), scale, parameters.near)
+        one = of_one_block(q, k, v, generator.initial_seed(), scale, parameters.near)
         points = torch.rand(samples, generator=generator, dtype=torch.float64).numpy()
-        given = [*inputs, np.float32(CONTROLLED), points, *room, out.numpy()]
-        number = loops.controlled_sums_of_one_block(with_own_keys, *given)
+        limit = np.float32(CONTROLLED)
+        number = loops.controlled_sums_of_one_block(with_own_keys, one, limit, points, out.numpy())
         count(kernel_evaluations=len(k) + (len(q) + 1) * (number + samples) + len(q) * (1 + with_own_keys))
         return out[:, : d_v + 1], out[:, d_v + 1], out[:, d_v + 2]
     # bfloat16 sums of the control variate would introduce a bias.
@@ -101,14 +102,10 @@ def sums(
     # The control variate: the far key's sums, less the same sums over the sample, where this reduces the noise.
     if loops is not None:
         out = torch.empty(len(q), d_v + 3)
-        given = [blocks.starts, blocks.sizes, blocks.queries, blocks.rows, blocks.labels]
-        given += [*(t.numpy() for t in (heavy, scales, estimate, estimate_scales, blocks.row_variances))]
-        given += [np.float32(CONTROLLED), sample.ends, sample.keys, sample.logs, sample.control]
-        parts = (
-            *(blocks.deltas, k.contiguous(), e.mean, v.contiguous(), seen.value, e.far_axes),
-            *(seen.log_weight, seen.own_log, seen.own_share, seen.own_share_seen, out),
-        )
-        given += [t.numpy() for t in parts]
+        near = ScaledSums(heavy.numpy(), scales.numpy())
+        draws = sample, ScaledSums(estimate.numpy(), estimate_scales.numpy())
+        keys = KeyArrays(k.contiguous().numpy(), e.mean.numpy(), v.contiguous().numpy())
+        given = blocks.arrays, near, draws, np.float32(CONTROLLED), keys, seen.arrays, out.numpy()
         over_threads(lambda first, last: loops.controlled_sums(first, last, with_own_keys, *given), len(blocks))
         return finished(out)
     means, tilts = sampled_moments(e, sample, k, v)

@@ -8,12 +8,13 @@ weight, form one far key per block, to first order in delta in the weights and, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from functools import cached_property
 
 import numpy as np
 import torch
 
+from approxkmv.attention.blocks.arrays import FarArrays, OneBlock, SeenArrays, Threshold
 from approxkmv.attention.blocks.compiled import block_loops
 from approxkmv.attention.blocks.grouping import Blocks, make_blocks, project
 from approxkmv.attention.blocks.k_means import k_means
@@ -56,12 +57,19 @@ class Seen:
     """(rows,) of the far key."""
     value: torch.Tensor
     """Of the far key: (rows, d_v) where it is tilted, or (blocks, d_v)."""
+    axes: torch.Tensor
+    """(blocks, 1 + tilts, d) `far_axes` of the expansion."""
     own_log: torch.Tensor
     """(rows,) q_i.(k_i - mean), -inf if the key is near or does not exist."""
     own_share: torch.Tensor
     """(rows,) the key's part of the far key's weight, as seen from the block's centre, and"""
     own_share_seen: torch.Tensor
     """(rows,) to first order in the row's distance from the centre; both 0 if the key is near or does not exist."""
+
+    @cached_property
+    def arrays(self) -> SeenArrays:
+        """For the compiled loops."""
+        return SeenArrays(*(getattr(self, field.name).numpy() for field in fields(self)))
 
 
 @dataclass(frozen=True)
@@ -103,6 +111,12 @@ class Expansion:
         """Whether the far value is of first order in the row's distance from the centre, not the block's mean."""
         return self.far_axes.shape[1] > 1
 
+    @cached_property
+    def arrays(self) -> FarArrays:
+        """For the compiled loops."""
+        rest = self.thresholds, self.total, self.far_log, self.far_value, self.far_axes
+        return FarArrays(as_numbers(self.logs), as_numbers(self.weights), *(t.numpy() for t in rest))
+
     def _own_apart(self, k: torch.Tensor | None) -> np.ndarray:
         return self.apart if k is not None else self.apart[:0]
 
@@ -123,15 +137,9 @@ class Expansion:
         if loops is not None:
             whole = torch.empty(4, rows)
             value = torch.empty(rows, d_v) if self.tilted else self.far_value
-            out = Seen(whole[0], value, whole[1], whole[2], whole[3])
-            given = [blocks.queries, blocks.starts, blocks.sizes, as_numbers(self.logs), as_numbers(self.weights)]
+            out = Seen(whole[0], value, self.far_axes, whole[1], whole[2], whole[3])
             keys = self.mean.unsqueeze(0) if k is None else k.contiguous()
-            parts = (
-                *(self.thresholds, self.total, self.far_log, self.far_value, self.far_axes),
-                *(blocks.centres, blocks.deltas, keys, self.mean),
-                *(out.log_weight, out.value, out.own_log, out.own_share, out.own_share_seen),
-            )
-            given += [t.numpy() for t in parts]
+            given = blocks.arrays, self.arrays, keys.numpy(), self.mean.numpy(), out.arrays
             over_threads(lambda first, last: loops.see(first, last, k is not None, *given), len(blocks))
             out.own_log[torch.from_numpy(blocks.rows[self._own_apart(k)])] = -torch.inf
             return out
@@ -149,7 +157,7 @@ class Expansion:
             log[at[torch.from_numpy(self._own_apart(k))]] = -torch.inf
             lean[at] = (deltas * (keys - self.far_axes[of_query, 0])).sum(1)
             share[at] = self.weights[of_query, 0, each].float() / self.total[of_query] * light
-        return Seen(log_weight, value, log, share, share * (1 + lean))
+        return Seen(log_weight, value, self.far_axes, log, share, share * (1 + lean))
 
 
 @dataclass(frozen=True)
@@ -265,15 +273,15 @@ def expand(
 
 def of_one_block(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seed: int, scale: float, near: int
-) -> tuple[list[Any], list[np.ndarray]]:
+) -> OneBlock:
     """Inputs and scratch of the compiled loops for one block of all queries without axes."""
     n_k, d_v = v.shape
     tilts = d_v if d_v <= TILTED_COLUMNS else 0
     first = seed % SAMPLED_KEYS
     arrays = [t.contiguous().numpy() for t in (q, k, v)]
-    inputs = [arrays[0], np.float32(scale), arrays[1], arrays[2], rank_of_bar(n_k, near, first), first, SAMPLED_KEYS]
+    threshold = Threshold(rank_of_bar(n_k, near, first), first, SAMPLED_KEYS)
     room = scratch("deltas", *q.shape), scratch("logs", 1, n_k), scratch("weights", 1, 1 + tilts, n_k)
-    return [*inputs, tilts], [t.numpy() for t in room]
+    return OneBlock(arrays[0], np.float32(scale), *arrays[1:], threshold, tilts, *(t.numpy() for t in room))
 
 
 def in_one_block(q: torch.Tensor, k: torch.Tensor, scale: float, near: int) -> bool:

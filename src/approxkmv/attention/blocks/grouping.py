@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property
 
 import numpy as np
 import torch
 
+from approxkmv.attention.blocks.arrays import BlockArrays
 from approxkmv.attention.blocks.compiled import block_loops
 from approxkmv.attention.blocks.reach import variances_of, without
 from approxkmv.compute.scratch import scratch
@@ -38,6 +40,11 @@ class Blocks:
 
     def __len__(self) -> int:
         return len(self.sizes)
+
+    @cached_property
+    def arrays(self) -> BlockArrays:
+        """For the compiled loops."""
+        return BlockArrays(*(np.asarray(getattr(self, field.name)) for field in fields(self)))
 
     def of_rows(self, per_block: torch.Tensor) -> torch.Tensor:
         """Repeat (blocks, ...) for each row of each block."""
@@ -83,12 +90,11 @@ def make_blocks(
     number = len(starts)
     deltas = scratch("deltas", len(queries), q.shape[1])
     if loops is not None:
-        centres, variances = q.new_empty(number, q.shape[1]), q.new_empty(number, points.shape[1])
-        row_variances = q.new_empty(len(queries))
+        variances = q.new_empty(number, points.shape[1])
+        blocks = Blocks(*grouped, q.new_empty(number, q.shape[1]), deltas, variances, q.new_empty(len(queries)))
         given = q.contiguous().numpy(), np.float32(scale), points.numpy(), importance.numpy()
-        written = (t.numpy() for t in (deltas, centres, variances, row_variances))
-        loops.centre_blocks(*given, queries, starts, sizes, *written)
-        return Blocks(*grouped, centres, deltas, variances, row_variances)
+        loops.centre_blocks(*given, blocks.arrays)
+        return blocks
     of_query = torch.from_numpy(block_of)
     counts = torch.bincount(of_query).unsqueeze(1)
 

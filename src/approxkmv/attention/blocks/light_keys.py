@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 
+from approxkmv.attention.blocks.arrays import Sample, ScaledSums
 from approxkmv.attention.blocks.compiled import block_loops
 from approxkmv.attention.blocks.expansion import Expansion
 from approxkmv.compute.threads import over_threads
@@ -41,8 +40,7 @@ def predicted_deviation(
     loops = block_loops()
     if loops is not None:
         out = torch.empty(len(e.blocks), dtype=torch.float64)
-        tensors = (heavy, scales, log_weight, e.blocks.row_variances, out)
-        given = e.blocks.starts, e.blocks.sizes, *(t.numpy() for t in tensors)
+        given = e.blocks.arrays, ScaledSums(heavy.numpy(), scales.numpy()), log_weight.numpy(), out.numpy()
         over_threads(lambda first, last: loops.far_deviations(first, last, *given), len(e.blocks))
         return out
     # A row whose sums overflowed float32 is recomputed exactly at the end; until then it counts as all light keys.
@@ -51,23 +49,6 @@ def predicted_deviation(
     # Padded rows have no variance.
     predicted = share.square() * (s.exp() - 1 - s)
     return torch.from_numpy(np.add.reduceat(predicted.double().numpy(), e.blocks.starts) / e.blocks.sizes).sqrt()
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Independent light keys (m,), block by block."""
-
-    keys: np.ndarray
-    ends: np.ndarray
-    """Those of block b are keys[ends[b-1]:ends[b]]."""
-    logs: np.ndarray
-    """(m,) logarithm of 1 / (counts p), where p is the key's probability: the weight of exp(q.k)."""
-    control: np.ndarray
-    """(m,) w / (sum(w) counts p), the weight of the key in the sums of the control variate."""
-
-    def blocks(self) -> torch.Tensor:
-        """(m,) the block of each."""
-        return torch.from_numpy(np.searchsorted(self.ends, np.arange(len(self.keys)), side="right"))
 
 
 def draw(e: Expansion, counts: np.ndarray, generator: torch.Generator) -> Sample:
@@ -82,10 +63,10 @@ def draw(e: Expansion, counts: np.ndarray, generator: torch.Generator) -> Sample
     keys = np.empty(len(points), np.int64)
     loops = block_loops()
     if loops is not None:
-        logs, control = np.empty(len(keys), np.float32), np.empty(len(keys), np.float32)
-        given = ends, e.ends, e.chosen, e.weights.numpy(), e.total.numpy(), points, keys, logs, control
+        sample = Sample(keys, ends, np.empty(len(keys), np.float32), np.empty(len(keys), np.float32))
+        given = e.chosen, e.ends, e.weights.numpy(), e.total.numpy(), points, sample
         over_threads(lambda first, last: loops.draw_light(first, last, *given), blocks)
-        return Sample(keys, ends, logs, control)
+        return sample
     # Without light keys there is nothing to draw: take any key, with weight 0.
     with np.errstate(divide="ignore"):
         even = 1.0 / (n_k - np.diff(e.ends, prepend=0)).astype(np.float64)
@@ -117,7 +98,7 @@ def sampled_moments(
     For one and the values, (blocks, 1 + d_v); for the distances from the far key and, if the far values are tilted, for
     these times each value, (blocks, 1 or 1 + d_v, d).
     """
-    number, keys, of_draw = len(e.blocks), torch.from_numpy(sample.keys), sample.blocks()
+    number, keys, of_draw = len(e.blocks), torch.from_numpy(sample.keys), torch.from_numpy(sample.blocks())
     control, values = torch.from_numpy(sample.control).unsqueeze(1), v[keys]
     weighed = torch.cat([control, control * values], 1)
     means = torch.zeros(number, weighed.shape[1]).index_add_(0, of_draw, weighed)
@@ -131,7 +112,7 @@ def sampled_moments(
 def sampled_own(e: Expansion, sample: Sample) -> torch.Tensor:
     """Per row, the sum of 1 / (counts p) over its block's draws of the row's own key; its mean is one."""
     blocks, keys = e.blocks, torch.from_numpy(sample.keys)
-    met = torch.from_numpy(blocks.labels)[keys] == sample.blocks()
+    met = torch.from_numpy(blocks.labels)[keys] == torch.from_numpy(sample.blocks())
     rows = torch.from_numpy(blocks.rows)[keys[met]]
     return torch.zeros(len(blocks.deltas)).index_add_(0, rows, torch.from_numpy(sample.logs)[met].exp())
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from approxkmv.attention.blocks.arrays import ScaledSums
 from approxkmv.attention.blocks.compiled import block_loops
 from approxkmv.attention.blocks.expansion import Clustering, expand, in_one_block, of_one_block
 from approxkmv.attention.blocks.grouping import block_size
@@ -55,8 +56,8 @@ def answers(
     out, logs = torch.empty(len(q), v.shape[1]), torch.empty(len(q))
     near = parameters.near
     if loops is not None and parameters.directions == 0 and not len(apart) and in_one_block(q, k, scale, near):
-        inputs, room = of_one_block(q, k, v, generator.initial_seed(), scale, near)
-        number = loops.answers_of_one_block(with_own_keys, *inputs, *room, out.numpy(), logs.numpy())
+        one = of_one_block(q, k, v, generator.initial_seed(), scale, near)
+        number = loops.answers_of_one_block(with_own_keys, one, out.numpy(), logs.numpy())
         count(kernel_evaluations=len(k) + (len(q) + 1) * number + len(q) * (1 + with_own_keys))
         return out, logs, None
     low = torch.bfloat16 if parameters.products == "bfloat16" else torch.float32
@@ -67,9 +68,8 @@ def answers(
     seen = e.seen(k if with_own_keys else None)
     lost = e.lost(sums[:, 0], scales, seen)
     if loops is not None and not len(apart):
-        rows = sums, scales, seen.log_weight, seen.value, seen.own_log, seen.own_share, seen.own_share_seen
-        given: list[Any] = [e.blocks.queries, e.blocks.starts, e.blocks.sizes, e.tilted]
-        given += [t.numpy() for t in (*rows, v.contiguous(), out, logs)]
+        near_keys = ScaledSums(sums.numpy(), scales.numpy())
+        given = e.tilted, e.blocks.arrays, near_keys, seen.arrays, v.contiguous().numpy(), out.numpy(), logs.numpy()
         over_threads(lambda first, last: loops.expanded_answers(first, last, *given), len(e.blocks))
         return out, logs, lost
     scale_of_row = e.blocks.of_rows(scales)

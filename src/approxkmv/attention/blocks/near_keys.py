@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from approxkmv.attention.blocks.arrays import KeyArrays, ScaledSums, Threshold, WeightSums
 from approxkmv.attention.blocks.compiled import block_loops
 from approxkmv.attention.blocks.grouping import Blocks
 from approxkmv.compute.counting import count
@@ -53,12 +54,12 @@ def choose_keys(
         totals, values = torch.empty(blocks), torch.empty(blocks, tilts)
         counts, columns = np.empty(blocks, np.int64), v.mT.contiguous().numpy()
         bits = as_numbers(logs)
-        given = bits, kept, first, SAMPLED_KEYS, columns, as_numbers(weights), counts
-        written = highest.numpy(), thresholds.numpy(), totals.numpy(), values.numpy()
-        over_threads(lambda low, high: loops.fill_weights(low, high, *given, *written), blocks)
+        found = WeightSums(highest.numpy(), thresholds.numpy(), totals.numpy(), values.numpy())
+        given = bits, Threshold(kept, first, SAMPLED_KEYS), columns, as_numbers(weights), counts, found
+        over_threads(lambda low, high: loops.fill_weights(low, high, *given), blocks)
         ends = counts.cumsum()
         chosen = np.empty(ends[-1], np.int64)
-        over_threads(lambda low, high: loops.list_near(low, high, bits, written[1], ends, chosen), blocks)
+        over_threads(lambda low, high: loops.list_near(low, high, bits, found.thresholds, ends, chosen), blocks)
         return highest, thresholds, chosen, ends, totals, values
     sample = logs[:, first::SAMPLED_KEYS].float()
     thresholds = torch.from_numpy(np.partition(sample.numpy(), kept, axis=1)[:, kept].copy())
@@ -98,15 +99,16 @@ def sums_of_keys(
     if extra is None:
         extra = torch.zeros(len(chosen))
     if loops is not None:
-        given = [t.contiguous().numpy() for t in (k, mean, v, extra, blocks.centres, scales, sums)]
-        fixed = blocks.deltas.numpy(), blocks.starts, blocks.sizes, chosen, ends
+        arrays = KeyArrays(*(t.contiguous().numpy() for t in (k, mean, v)))
+        out = ScaledSums(sums.numpy(), scales.numpy())
         few = d_v <= loops.FEW_COLUMNS
         bits = None
         if rounded is not None and has_bfloat16_instructions():
             question = FEW_COLUMNS if few else MANY_COLUMNS
             bits = as_numbers(rounded) if fastest(question, "float32", "bfloat16") == "bfloat16" else None
+        given = blocks.arrays, chosen, ends, extra.contiguous().numpy(), arrays, bits, out
         loop = loops.sums_of_keys if few else loops.wide_sums_of_keys
-        over_threads(lambda first, last: loop(first, last, *fixed, *given, bits), number)
+        over_threads(lambda first, last: loop(first, last, *given), number)
         return sums, scales
     step = _KEYS_OF_BFLOAT16 if low == torch.bfloat16 else 1
     indices = torch.from_numpy(chosen)

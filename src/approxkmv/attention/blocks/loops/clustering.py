@@ -93,12 +93,14 @@ def group(labels, multiple):
 
 
 @cached_njit(fastmath=FLAGS, nogil=True)
-def centre_blocks(q, scale, points, importance, queries, starts, sizes, deltas, centres, variances, row_variances):
-    """Fill deltas (rows, d), centres (blocks, d), variances (blocks, r) and row_variances (rows,), block after block.
+def centre_blocks(q, scale, points, importance, blocks):
+    """Fill deltas, centres, variances and row_variances of blocks (a BlockArrays), block after block.
 
     q (n, d) times scale are the queries, from which centres and deltas are computed. variances and row_variances are
     computed from points (n, r): per block along each axis, and per row over the axes weighted by importance (r,).
     """
+    queries, starts, sizes = blocks.queries, blocks.starts, blocks.sizes
+    centres, deltas, variances, row_variances = blocks.centres, blocks.deltas, blocks.variances, blocks.row_variances
     d = q.shape[1]
     r = points.shape[1]
     middle = np.empty(r, np.float32)

@@ -11,18 +11,17 @@ _LARGEST = 80.0  # larger exponents overflow float32 together with what they are
 
 
 @cached_njit(fastmath=FLAGS, nogil=True)
-def fill_weights(
-    low, high, logs, kept, begin, step, columns, weights, counts, highest, thresholds, totals, values
-):  # fmt: skip
+def fill_weights(low, high, logs, threshold, columns, weights, counts, found):
     """Blocks low to high - 1: weights = exp(logs - highest), or 0 for near keys, which are counted in counts.
 
-    highest (blocks,) receives the largest log of a key that is not near, or the threshold if all are near.
+    Fills found, a WeightSums; its `highest` is the largest log of a key that is not near, or the threshold if all are.
 
-    A key is near if its log (blocks, n) is at least the block's threshold: the log of ascending rank `kept` among
-    those of every step-th key, starting at key `begin`. weights (blocks, 1 + tilts, n) holds the weights, then their
-    products with the value columns (tilts, n); totals (blocks,) and values (blocks, tilts) are their sums. logs and
-    weights are float32, or bfloat16 as bits.
+    A key is near if its log (blocks, n) is at least the block's threshold: see `Threshold`. weights (blocks, 1 + tilts, n)
+    holds the weights, then their products with the value columns (tilts, n). logs and weights are float32, or bfloat16
+    as bits.
     """
+    kept, begin, step = threshold
+    highest, thresholds, totals, values = found
     n = logs.shape[1]
     sample = np.empty((n - begin + step - 1) // step, np.float32)
     for b in range(low, high):
@@ -100,11 +99,11 @@ def list_near(low, high, logs, thresholds, ends, chosen):
 
 
 @cached_njit(fastmath=FLAGS, nogil=True)
-def see(
-    low, high, with_own_keys, queries, starts, sizes, logs, weights, thresholds, totals, far_log, far_value, far_axes,
-    centres, deltas, k, mean, log_weight, value, own_log, own_share, own_seen
-):  # fmt: skip
-    """Fill in the far key and own key as seen by the rows of blocks low to high - 1: see `expansion.Seen`."""
+def see(low, high, with_own_keys, blocks, far, k, mean, seen):
+    """Fill in the far key and own key as seen by the rows of blocks low to high - 1: seen, a SeenArrays."""
+    queries, starts, sizes, centres, deltas = blocks.queries, blocks.starts, blocks.sizes, blocks.centres, blocks.deltas
+    logs, weights, thresholds, totals, far_log, far_value, far_axes = far
+    log_weight, value, _, own_log, own_share, own_seen = seen
     d = deltas.shape[1]
     for b in range(low, high):
         for row in range(starts[b], starts[b] + sizes[b]):
@@ -136,14 +135,14 @@ def see(
 
 
 @cached_njit(fastmath=FLAGS, nogil=True)
-def expanded_answers(
-    low, high, queries, starts, sizes, tilted, sums, scales, log_weight, far_value, own_log, own_share, own_seen, v,
-    out, logs
-):  # fmt: skip
-    """Outputs (n, d_v) of the queries in blocks low to high - 1: heavy keys, far key, and own key instead of its share.
+def expanded_answers(low, high, tilted, blocks, near, seen, v, out, logs):
+    """Outputs (n, d_v) of the queries in blocks low to high - 1: near keys, far key, and own key instead of its share.
 
-    logs (n,) receives the logs of their row sums. NaN where an exponential would overflow float32.
+    near: ScaledSums. logs (n,) receives the logs of their row sums. NaN where an exponential would overflow float32.
     """
+    queries, starts, sizes = blocks.queries, blocks.starts, blocks.sizes
+    sums, scales = near
+    log_weight, far_value, _, own_log, own_share, own_seen = seen
     width = far_value.shape[1]
     for b in range(low, high):
         scale = scales[b]

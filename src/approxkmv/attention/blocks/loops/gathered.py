@@ -134,14 +134,16 @@ def _add_tile(logits, span, pairs, j, totals):
 
 
 @cached_njit(fastmath=FLAGS, nogil=True)
-def sums_of_keys(low, high, deltas, starts, sizes, chosen, ends, k, mean, v, extra, centres, scales, sums, rounded):
+def sums_of_keys(low, high, blocks, chosen, ends, extra, keys, rounded, out):
     """Sums of exp(q.(k - mean) + extra) [1, v] over the chosen keys of blocks low to high - 1, for their queries.
 
-    q is its block's centre plus its row of deltas (rows, d); chosen[ends[b-1]:ends[b]] are the keys of block b. sums
-    (rows, 1 + d_v) receives the row sums and the numerators, divided by exp(scales) of their block; scales (blocks,) is
-    filled too. rounded: None, or k - mean (n, d) in bfloat16 as bits, d even; products of deltas and keys are then
-    bfloat16, those of centres and keys are not.
+    q is its block's centre plus its row of deltas (rows, d); chosen[ends[b-1]:ends[b]] are the keys of block b. out, a
+    ScaledSums, receives the sums and the scales. rounded: None, or k - mean (n, d) in bfloat16 as bits, d even;
+    products of deltas and keys are then bfloat16, those of centres and keys are not.
     """
+    starts, sizes, centres, deltas = blocks.starts, blocks.sizes, blocks.centres, blocks.deltas
+    k, mean, v = keys
+    sums, scales = out
     width = v.shape[1]
     panel = _empty_panel(rounded, k.shape[1])
     lanes = _lanes(rounded)
@@ -177,10 +179,11 @@ def sums_of_keys(low, high, deltas, starts, sizes, chosen, ends, k, mean, v, ext
 
 
 @cached_njit(fastmath=FLAGS, nogil=True)
-def wide_sums_of_keys(
-    low, high, deltas, starts, sizes, chosen, ends, k, mean, v, extra, centres, scales, sums, rounded
-):  # fmt: skip
+def wide_sums_of_keys(low, high, blocks, chosen, ends, extra, keys, rounded, out):
     """Like sums_of_keys, for many columns of v: their sums are also products of tiles, over _BATCH keys at a time."""
+    starts, sizes, centres, deltas = blocks.starts, blocks.sizes, blocks.centres, blocks.deltas
+    k, mean, v = keys
+    sums, scales = out
     width = v.shape[1]
     panel = _empty_panel(rounded, k.shape[1])
     lanes = _lanes(rounded)

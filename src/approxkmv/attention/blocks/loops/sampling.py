@@ -11,11 +11,13 @@ _CHUNK = 64  # keys per partial sum of weights: the search finds the chunk first
 
 
 @cached_njit(fastmath=FLAGS, nogil=True)
-def far_deviations(low, high, starts, sizes, heavy, scales, log_weight, variances, out):
+def far_deviations(low, high, blocks, near, log_weight, out):
     """Per block, the root of the mean over its rows of share^2 (exp(s) - 1 - s), with s the row's variance, at most 10.
 
-    share is the far part of a row's sum: exp(log_weight) relative to that plus heavy[:, 0] exp(scale of the block).
+    share is the far part of a row's sum: exp(log_weight) relative to that plus its near keys' sum (near: ScaledSums).
     """
+    starts, sizes, variances = blocks.starts, blocks.sizes, blocks.row_variances
+    heavy, scales = near
     for b in range(low, high):
         total = 0.0
         for row in range(starts[b], starts[b] + sizes[b]):
@@ -29,11 +31,13 @@ def far_deviations(low, high, starts, sizes, heavy, scales, log_weight, variance
 
 
 @cached_njit(fastmath=FLAGS, nogil=True)
-def draw_light(low, high, draw_ends, ends, chosen, weights, totals, points, keys, logs, control):
+def draw_light(low, high, chosen, ends, weights, totals, points, sample):
     """Draw light keys for blocks low to high - 1, with the two weights of each: see `light_keys.draw`.
 
-    points (m,) are uniform random numbers, up to draw_ends[b] for block b; each selects one key.
+    points (m,) are uniform random numbers, up to sample.ends[b] for block b; each selects one key. chosen and ends are
+    the near keys.
     """
+    keys, draw_ends, logs, control = sample
     n = weights.shape[2]
     chunks = (n + _CHUNK - 1) // _CHUNK
     heights = np.empty(chunks)
@@ -96,18 +100,20 @@ def draw_light(low, high, draw_ends, ends, chosen, weights, totals, points, keys
 
 
 @cached_njit(fastmath=FLAGS, nogil=True)
-def controlled_sums(
-    low, high, with_own_keys, starts, sizes, queries, rows, labels, heavy, scales, estimate, estimate_scales, variances,
-    limit, ends, keys, logs, control, deltas, k, mean, v, far_value, far_axes, log_weight, own_log, own_share, own_seen,
-    out
-):  # fmt: skip
+def controlled_sums(low, high, with_own_keys, blocks, near, draws, limit, keys, seen, out):
     """Numerators, parts, row sum and log (n, d_v + 3) of each query in blocks low to high - 1, by the control variate.
 
-    For every row: heavy keys + estimate over the sample + far key - far key over the sample, with the own key (log
-    own_log, -inf for none) exact instead of its share. Parts: the same terms added without signs. The sample of block
-    b is keys[ends[b-1]:ends[b]], with weights exp(logs) and `control`; far_axes and the rest come from `Expansion` and
-    `Seen`. Every row is a query.
+    For every row: near keys + estimate over the sample + far key - far key over the sample, with the own key (log
+    own_log, -inf for none) exact instead of its share. Parts: the same terms added without signs. near: ScaledSums;
+    draws: the Sample and its ScaledSums, the estimate. limit: the variance from which a row's far key is not used.
+    Every row is a query.
     """
+    starts, sizes, queries, rows, labels = blocks.starts, blocks.sizes, blocks.queries, blocks.rows, blocks.labels
+    deltas, variances = blocks.deltas, blocks.row_variances
+    heavy, scales = near
+    (drawn, ends, logs, control), (estimate, estimate_scales) = draws
+    k, mean, v = keys
+    log_weight, far_value, far_axes, own_log, own_share, own_seen = seen
     d, width = k.shape[1], v.shape[1]
     tilts = far_axes.shape[1]
     means = np.empty(1 + width, np.float32)
@@ -118,7 +124,7 @@ def controlled_sums(
         leans[:] = f32(0.0)
         own_drawn[: sizes[b]] = f32(0.0)
         for t in range(ends[b - 1] if b > 0 else 0, ends[b]):
-            key = keys[t]
+            key = drawn[t]
             weight = control[t]
             means[0] += weight
             for c in range(width):
@@ -158,10 +164,10 @@ def controlled_sums(
                 value = heavy[row, 1 + c] * exact + estimate[row, 1 + c] * light
                 value += weight * (far - sampled)
                 if mine:
-                    seen = own_seen[row] * v[query, c]
+                    held = own_seen[row] * v[query, c]
                     if tilts == 1:
-                        seen += (own_share[row] - own_seen[row]) * (v[query, c] - far)
-                    value += left * (own * v[query, c] - weight * seen)
+                        held += (own_share[row] - own_seen[row]) * (v[query, c] - far)
+                    value += left * (own * v[query, c] - weight * held)
                 out[query, c] = value
             out[query, width] = parts
             out[query, width + 1] = row_sum
