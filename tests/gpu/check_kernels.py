@@ -19,6 +19,7 @@ from approxkmv.attention.blocks.cuda import approxkmv as approxkmv_cuda
 from approxkmv.attention.blocks.cuda import expansion as expansion_cuda
 from approxkmv.attention.blocks.cuda import fused
 from approxkmv.attention.blocks.cuda import local_expansion as local_expansion_cuda
+from approxkmv.attention.blocks.expansion import Clustering
 from approxkmv.attention.kernels import cuda_graphs
 from approxkmv.attention.kernels import triton as triton_kernels
 
@@ -210,9 +211,8 @@ def check_local_expansion():
         right = plain_local_expansion(q, k, v, d**-0.5, labels, near)
         for dtype in (torch.float32, torch.bfloat16):
             with labelled_by(lambda *_, labels=labels: labels):
-                out = local_expansion_cuda.steps(
-                    q, k, v, first, scale=d**-0.5, block=block, near=near, iterations=2, sampled=8, products=dtype
-                )
+                clustering = Clustering(block=block, near=near, iterations=2, sampled=8)
+                out = local_expansion_cuda.steps(q, k, v, first, clustering, scale=d**-0.5, products=dtype)
             found = gap(out, right, v)
             print(f"local expansion, products {dtype}, {n_q} x {n_k}, d {d}, d_v {d_v}, blocks of {block}: {found:.2e}")
             # Rounded, the ranking may take other near keys.
@@ -287,7 +287,8 @@ def check_fused():
                 return labels[:, ::step].to(kind)
 
             with replaced(nearest=given, listing=lambda near, n_k: (1, near + 1, 64)):
-                out, lost = fused.steps(q, k, v, first, scale=d**-0.5, block=block, near=near, iterations=2, sampled=8)
+                clustering = Clustering(block=block, near=near, iterations=2, sampled=8)
+                out, lost = fused.steps(q, k, v, first, clustering, scale=d**-0.5)
             found = gap(out, right, v)
             print(f"fused {dtype}, {n_q} x {n_k}, d {d}, d_v {d_v}, blocks of {block}: {found:.2e}")
             assert found < 5e-3
@@ -356,7 +357,8 @@ def check_graphs():
         for (seed, m), answer in answers.items():
             q, k, v = problems[seed % INPUTS]
             first = torch.full((1,), seed, device=DEVICE)
-            right = local_expansion_cuda.steps(q, k, v, first, scale=0.3, near=m, products=torch.float32, **given)
+            clustering = Clustering(near=m, **given)
+            right = local_expansion_cuda.steps(q, k, v, first, clustering, scale=0.3, products=torch.float32)
             assert gap(answer, right.double(), v) < LARGEST[torch.float32]
         assert gap(answers[0, 20], answers[INPUTS, 20].double(), problems[0][2]) > LARGEST[torch.float32]
     cuda_graphs._graphs.clear()

@@ -9,6 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from approxkmv.attention import get
+from approxkmv.attention.blocks.expansion import Clustering
 from approxkmv.attention.blocks.light_keys import MOST_PARTS
 from approxkmv.attention.contract import UnavailableError
 from approxkmv.compute.counting import counting
@@ -194,9 +195,11 @@ def test_numerators_and_row_sums_are_unbiased(keys, d_v):
     log_sum = (logits - OURS["scale"] * q[0].double() @ k[0].double().mean(0).unsqueeze(1)).logsumexp(1)
     right = torch.cat([torch.ones(n_q, 1).double(), logits.softmax(1) @ v[0].double()], 1)
     found = []
+    rest = {name: OURS[name] for name in ("scale", "samples")}
+    clustering = Clustering(**{name: value for name, value in OURS.items() if name not in rest})
     for seed in range(200):
         random = ours.random_inputs(q, OURS["block"], OURS["samples"], torch.Generator().manual_seed(seed))
-        numerators, row_sums, logs = ours.sums(q, k, v, *random, with_own_keys=n_q == n_k, **OURS)
+        numerators, row_sums, logs = ours.sums(q, k, v, *random, clustering, with_own_keys=n_q == n_k, **rest)
         both = torch.cat([row_sums.unsqueeze(2), numerators[..., :-1]], 2)[0].double()
         found.append(both * (logs[0].double() - log_sum).exp().unsqueeze(1))
     found = torch.stack(found)
@@ -437,24 +440,12 @@ def compiled_for_an_h100(name, d, d_v, dtype):
 
 def compiled_of_the_fused_form(name, d, d_v):
     """A kernel as `fused.steps` launches it on bfloat16 inputs in many clusters."""
-    widths = fused._widths(d, d_v)
-    wide, width = -(-d // 16) * 16, widths["BD"]
-    tiles = {"BN": 64, "BD": width, "WIDEN": False}
-    few = {} if max(d, d_v) > 64 < d_v else {"maxnreg": 128}
-    constants, launch = {
-        "nearest_kernel": ({"LENGTH": 0, "D": d, "BM": 128, **tiles}, {"num_warps": 8}),
-        "centres_kernel": ({"LENGTH": 0, "D": d, "BM": kernels.TILE, "BD": width}, {}),
-        "keys_kernel": ({"D": d, "W": wide, "BN": 64, "BD": width}, {}),
-        "sample_kernel": ({"W": wide, "BM": 64, **tiles}, {}),
-        "threshold_kernel": ({"ROOM": fused._SAMPLE}, {"num_warps": 8}),
-        "far_kernel": (
-            {"PIECE": 0, "W": wide, "BM": 64, **widths, **tiles, "BN": 32 if width > 64 else 64},
-            {"num_warps": 8 if width > 64 else 4},
-        ),
-        "finish_kernel": ({"LENGTH": 0, **widths}, {}),
-        "rows_kernel": ({"LENGTH": 0, "OWN": True, "BM": kernels.TILE, **widths, **tiles, "BN": 32}, few),
-    }[name]
     kernel = getattr(of_clusters, name)
+    sizes = {"LENGTH": 0, "PIECE": 0, "OWN": True, "ROOM": fused._SAMPLE}
+    given = {key: value for key, value in sizes.items() if key in kernel.arg_names}
+    given |= fused.launches(d, d_v, clusters=64, near=512)[name]
+    constants = {key: value for key, value in given.items() if key in kernel.arg_names}
+    launch = {key: value for key, value in given.items() if key not in constants}
     types = dict.fromkeys(("q_pointer", "k_pointer", "v_pointer", "out_pointer"), "*bf16")
     types |= {"centre_pointer": "*bf16"} if name == "nearest_kernel" else {}
     numbers = [argument for argument in kernel.arg_names if "pointer" not in argument]
@@ -551,7 +542,7 @@ def test_kernels_per_call(monkeypatch):
     """They do not depend on sizes, and docs/gpu.md says how many there are."""
     document = (Path(__file__).parents[2] / "docs" / "gpu.md").read_text()
     q, k, v = self_attention(d=16, d_v=1)
-    first, one = torch.zeros(1, dtype=torch.int64), {"scale": 0.4, "iterations": 3, "sampled": 3, "near": 30}
+    first = torch.zeros(1, dtype=torch.int64)
 
     def listed(q, *others):
         return q[..., :1], q[..., 0], q[..., 0]
@@ -573,14 +564,15 @@ def test_kernels_per_call(monkeypatch):
     monkeypatch.setattr(fused, "nearest", nearest)
     monkeypatch.setattr(kernels, "listed", listed)
     for block, label in ((160, "one block"), (20, "blocks")):
+        one = {"clustering": Clustering(block=block, near=30, iterations=3, sampled=3), "scale": 0.4}
         with Launches() as few:
             Kernel.launched = 0
-            fused.steps(q, k, v, first, block=block, **one)
+            fused.steps(q, k, v, first, **one)
         with Launches() as local:
-            cuda.steps(q, k, v, first, block=block, products=torch.float32, **one)
+            cuda.steps(q, k, v, first, products=torch.float32, **one)
         points = torch.zeros(1, -(-160 // block), 16, dtype=torch.float64)
         with Launches() as sampling:
-            ours.steps(q, k, v, first, points, block=block, samples=16, with_own_keys=True, **one)
+            ours.steps(q, k, v, first, points, samples=16, with_own_keys=True, **one)
         # The Triton kernels: those of the fused form; once over near keys, in `approxkmv` once more over the sample.
         line = f"| {label} | {few.count + Kernel.launched} | {local.count + 1} | {sampling.count + 2} |"
         assert line in document, f"docs/gpu.md lacks the line {line}"

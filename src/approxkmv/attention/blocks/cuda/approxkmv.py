@@ -6,6 +6,7 @@ float32, since rounding them would introduce a bias.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from approxkmv.attention.blocks.cuda.expansion import (
     product,
     sums_of_keys,
 )
+from approxkmv.attention.blocks.expansion import Clustering
 from approxkmv.attention.blocks.grouping import block_size
 from approxkmv.attention.blocks.light_keys import CONTROLLED, LEAST_SAMPLES, trusted
 from approxkmv.attention.blocks.reach import beyond_reach
@@ -56,17 +58,18 @@ def sums(
     v: torch.Tensor,
     first: torch.Tensor,
     points: torch.Tensor,
+    clustering: Clustering,
     *,
+    scale: float,
     samples: int,
     with_own_keys: bool,
-    **parameters: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Numerators (batch, n_q, d_v + 1), row sums (batch, n_q) and logs (batch, n_q), as on a CPU.
 
     Numerators and row sums are divided by exp(log). first and points: see `random_inputs`. with_own_keys: key i is
     query i's own and is summed exactly.
     """
-    e = expand(q, k, v, first, products=torch.float32, **parameters)
+    e = expand(q, k, v, first, clustering, scale=scale, products=torch.float32)
     batch, clusters = e.chosen.shape[:2]
     n_k, d_v = v.shape[1:]
     room = points.shape[2]
@@ -143,21 +146,19 @@ def attend(
     *,
     scale: float,
     seed: int,
-    block: int,
-    near: int,
     samples: int,
-    directions: int,
-    iterations: int,
-    sampled: int,
+    **given: int,
 ) -> torch.Tensor:
     """ApproxKMV of q (batch, n_q, d), k (batch, n_k, d), v (batch, n_k, d_v) on their device, without gradients.
 
-    `directions` is ignored, since all axes fit.
+    given: a `Clustering`, whose directions are ignored, since all axes fit.
     """
     batch, n_q, _ = q.shape
     n_k = k.shape[1]
-    # No block is larger than all queries together.
-    block = min(block_size(block, n_q, n_k), n_q)
+    # No block is larger than all queries together; directions, which are not used, must not tell graphs apart.
+    clustering = Clustering(**given)
+    block, near = min(block_size(clustering.block, n_q, n_k), n_q), clustering.near
+    clustering = replace(clustering, block=block, directions=0)
     if near >= n_k or (block == 1 and n_q < n_k):
         count(kernel_evaluations=batch * n_q * n_k)
         return triton_kernels.exact(q, k, v, scale)
@@ -166,16 +167,9 @@ def attend(
     _, blocks, room = points.shape
     own = n_q if n_q == n_k else 0
     count(kernel_evaluations=batch * (blocks * n_k + TILE * most_tiles(n_q, blocks) * (near + room) + n_q + own))
-    count_clustering(batch, n_q, blocks, iterations, sampled)
-    given = {
-        "scale": scale,
-        "block": block,
-        "near": near,
-        "samples": samples,
-        "with_own_keys": n_q == n_k,
-        "iterations": iterations,
-        "sampled": sampled,
-    }
+    count_clustering(batch, n_q, blocks, clustering.iterations, clustering.sampled)
+    own_keys = n_q == n_k
+    settings = {"clustering": clustering, "scale": scale, "samples": samples, "with_own_keys": own_keys}
     with triton_kernels.on_device(q.device):
-        out = cuda_graphs.replayed(steps, [q, k, v, first, points], given)
+        out = cuda_graphs.replayed(steps, [q, k, v, first, points], settings)
         return exactly_where_lost(out, q, k, v, scale).to(v.dtype)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from approxkmv.attention.blocks.expansion import METRIC_POWER, TILTED_COLUMNS
+from approxkmv.attention.blocks.expansion import METRIC_POWER, TILTED_COLUMNS, Clustering
 from approxkmv.attention.blocks.reach import APART, APART_NATS
 from approxkmv.attention.kernels import triton as triton_kernels
 from approxkmv.attention.kernels.triton import TILE
@@ -197,15 +197,12 @@ def expand(
     k: torch.Tensor,
     v: torch.Tensor,
     first: torch.Tensor,
+    clustering: Clustering,
     *,
     scale: float,
-    block: int,
-    near: int,
-    iterations: int,
-    sampled: int,
     products: torch.dtype,
 ) -> Expansion:
-    """Cluster q (batch, n_q, d), choose each cluster's `near` keys of k (batch, n_k, d) and sum the others.
+    """Cluster q (batch, n_q, d), choose each cluster's near keys of k (batch, n_k, d) and sum the others.
 
     first (1,) is the query from which k-means takes its first centres; `products` the type of matrix products.
     """
@@ -215,11 +212,12 @@ def expand(
     queries = triton_kernels.widened(q.float() * scale, 16)
     values = v.float()
     d = keys.shape[2]
-    clusters = -(-n // block)
+    clusters = -(-n // clustering.block)
     apart = stand_apart(queries, keys)
     spread = keys.square().masked_fill(apart.unsqueeze(2), 0.0).sum(1, keepdim=True)
     spread = spread / (n_k - apart.sum(1)).view(-1, 1, 1)
-    tiles = Tiles.of(labels_of_queries(queries, spread, first, clusters, iterations, sampled), clusters)
+    labels = labels_of_queries(queries, spread, first, clusters, clustering.iterations, clustering.sampled)
+    tiles = Tiles.of(labels, clusters)
     centres = tiles.means(queries)
     deltas = queries - tiles.of_queries(centres)
     variances = tiles.means(deltas.square())
@@ -227,6 +225,7 @@ def expand(
     rank = torch.cat([centres, 0.5 * variances], 2).to(products)
     logs = product(rank, torch.cat([keys, keys.square()], 2).to(products).mT)
     # Keys apart are near to every cluster, since a centre does not represent its queries on them.
+    near = clustering.near
     best = logs.masked_fill_(apart.unsqueeze(1), torch.inf).topk(near + 1, 2)
     # Relative to the highest far key: relative to a near one, all weights might vanish.
     chosen, highest = best.indices[..., :near], best.values[..., near:]
@@ -272,7 +271,8 @@ def exactly_where_lost(
     """
     lost = ~out.isfinite().all(2)
     if bool(lost.any()):
-        count(recomputed_rows=int(lost.sum()))
+        again = int(lost.sum())
+        count(kernel_evaluations=again * k.shape[1], recomputed_rows=again)
         for entry in lost.any(1).nonzero().flatten().tolist():
             keys, values = k[entry].float(), v[entry].float()
             for rows in lost[entry].nonzero().flatten().split(max(1, _EXACT_LOGITS // len(keys))):

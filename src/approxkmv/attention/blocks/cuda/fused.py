@@ -7,11 +7,13 @@ spreads come from samples too: centring by any point changes no answer.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from approxkmv.attention.blocks.cuda import kernels
 from approxkmv.attention.blocks.cuda.expansion import METRIC_POWER, TILE, TILTED_COLUMNS, Tiles, most_tiles
+from approxkmv.attention.blocks.expansion import Clustering
 from approxkmv.attention.blocks.reach import APART, APART_NATS, REACH, most_off
 from approxkmv.attention.kernels.triton import _INTERPRETED, triton
 
@@ -87,12 +89,33 @@ def _sampled(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) ->
     return _Sampled(mean, variance, key_mean.squeeze(1), spread, bar, _some(v).mean(1))
 
 
-def _widths(d: int, d_v: int) -> dict[str, int]:
+def clustering_launches(d: int) -> dict[str, dict[str, Any]]:
+    """What `launches` has of the kernels that cluster the queries."""
+    width = max(16, triton.next_power_of_2(d))
     return {
-        "D": d,
-        "D_V": d_v,
-        "BD": max(16, triton.next_power_of_2(d)),
-        "BV": 1 if d_v == 1 else max(16, triton.next_power_of_2(d_v)),
+        "nearest_kernel": {"D": d, "BM": 128, "BN": 64, "BD": width, "WIDEN": _INTERPRETED, "num_warps": 8},
+        "centres_kernel": {"D": d, "BM": TILE, "BD": width},
+    }
+
+
+def launches(d: int, d_v: int, clusters: int, near: int) -> dict[str, dict[str, Any]]:
+    """Constants and options of each kernel, by its name, but for those that say how long the inputs are."""
+    width = max(16, triton.next_power_of_2(d))
+    widths = {"D": d, "D_V": d_v, "BD": width, "BV": 1 if d_v == 1 else max(16, triton.next_power_of_2(d_v))}
+    # Rows of whole 16 columns can be loaded 16 bytes at a time.
+    pairs = {"W": -(-d // 16) * 16, "BD": width}
+    rows = min(64, max(16, triton.next_power_of_2(clusters)))
+    widen = {"WIDEN": _INTERPRETED}
+    far = {"BN": 32 if rows > 16 and width > 64 else 64, "num_warps": 8 if rows == 64 and width > 64 else 4}
+    # Four programs on a multiprocessor rather than two or three: faster although a few numbers are spilled.
+    few_registers = {} if _INTERPRETED or max(d, d_v) > 64 < d_v else {"maxnreg": 128}
+    return clustering_launches(d) | {
+        "keys_kernel": {"D": d, "BN": 64, **pairs},
+        "sample_kernel": {"BM": rows, "BN": 64, **pairs, **widen},
+        "threshold_kernel": {"num_warps": 8},
+        "far_kernel": {"BM": rows, **widths, **pairs, **widen, **far},
+        "finish_kernel": widths,
+        "rows_kernel": {"BM": TILE, "BN": 16 if near <= 32 else 32, **widths, **widen, **few_registers},
     }
 
 
@@ -105,8 +128,7 @@ def nearest(
     labels = torch.empty(batch, points, dtype=dtype, device=q.device)
     kernels.nearest_kernel[(triton.cdiv(points, 128), batch)](
         q, s.query_mean, weight, centres.bfloat16(), centres.square().sum(2), labels, n, points, step, clusters,
-        LENGTH=clusters if _INTERPRETED else 0, D=d, BM=128, BN=64, BD=_widths(d, 1)["BD"], WIDEN=_INTERPRETED,
-        num_warps=8,
+        LENGTH=clusters if _INTERPRETED else 0, **clustering_launches(d)["nearest_kernel"],
     )  # fmt: skip
     return labels
 
@@ -139,7 +161,8 @@ def tiles_and_centres(
     centres, variances = torch.empty_like(centres), torch.empty_like(centres)
     kernels.centres_kernel[(clusters, batch)](
         q, tiles.queries, tiles.ends, centres, variances, n, tiles.queries.shape[1], clusters, scale,
-        _TILES_OF_A_CENTRE, LENGTH=_TILES_OF_A_CENTRE if _INTERPRETED else 0, D=d, BM=TILE, BD=_widths(d, 1)["BD"],
+        _TILES_OF_A_CENTRE,
+        LENGTH=_TILES_OF_A_CENTRE if _INTERPRETED else 0, **clustering_launches(d)["centres_kernel"],
     )  # fmt: skip
     return tiles, centres, variances
 
@@ -149,12 +172,9 @@ def steps(
     k: torch.Tensor,
     v: torch.Tensor,
     first: torch.Tensor,
+    clustering: Clustering,
     *,
     scale: float,
-    block: int,
-    near: int,
-    iterations: int,
-    sampled: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The method, without sizes or branches that depend on the data: (batch, n_q, d_v), NaN where lost; the lost rows'
     number (1,).
@@ -163,43 +183,38 @@ def steps(
     """
     batch, n_q, d = q.shape
     n_k, d_v = v.shape[1:]
-    clusters = -(-n_q // block)
+    near, clusters = clustering.near, -(-n_q // clustering.block)
     s = _sampled(q, k, v, scale)
-    tiles, centres, variances = tiles_and_centres(q, s, first, scale, clusters, iterations, sampled)
+    tiles, centres, variances = tiles_and_centres(
+        q, s, first, scale, clusters, clustering.iterations, clustering.sampled
+    )
     stride, rank, room = listing(near, n_k)
     sample = n_k // stride
 
-    widths = _widths(d, d_v)
-    # Rows of whole 16 columns can be loaded 16 bytes at a time.
-    wide = -(-d // 16) * 16
-    both = {"W": wide, "BD": widths["BD"]}
-    rows = min(64, max(16, triton.next_power_of_2(clusters)))
+    launched = launches(d, d_v, clusters, near)
+    wide, rows = launched["far_kernel"]["W"], launched["far_kernel"]["BM"]
     groups = triton.cdiv(clusters, rows)
     # Pieces of the keys, so that even one cluster keeps the whole GPU busy
     parts = max(1, min(_PROGRAMS // (groups * batch), n_k // 512))
     piece = triton.cdiv(triton.cdiv(n_k, parts), 64) * 64
     parts = triton.cdiv(n_k, piece)
-    warps = 8 if rows == 64 and widths["BD"] > 64 else 4
-    tile = 32 if rows > 16 and widths["BD"] > 64 else 64
-    # Four programs on a multiprocessor rather than two or three: faster although a few numbers are spilled.
-    few_registers = {} if _INTERPRETED or max(d, d_v) > 64 < d_v else {"maxnreg": 128}
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(*shape, dtype=dtype, device=q.device)
 
     pairs, apart = empty(batch, n_k, 2 * wide, dtype=torch.bfloat16), empty(batch, n_k)
     kernels.keys_kernel[(triton.cdiv(n_k, 64), batch)](
-        k, s.key_mean, s.query_variance, s.bar, pairs, apart, n_k, D=d, BN=64, **both
+        k, s.key_mean, s.query_variance, s.bar, pairs, apart, n_k, **launched["keys_kernel"]
     )
     ranks = torch.zeros(batch, clusters, 2, wide, dtype=torch.bfloat16, device=q.device)
     ranks[:, :, 0, :d] = centres
     ranks[:, :, 1, :d] = 0.5 * variances
     logs, bound = empty(batch, clusters, sample), empty(batch, clusters)
     kernels.sample_kernel[(triton.cdiv(sample, 64), groups, batch)](
-        ranks, pairs, apart, logs, clusters, n_k, sample, stride, BM=rows, BN=64, WIDEN=_INTERPRETED, **both
+        ranks, pairs, apart, logs, clusters, n_k, sample, stride, **launched["sample_kernel"]
     )
     kernels.threshold_kernel[(batch * clusters,)](
-        logs, bound, sample, rank, ROOM=triton.next_power_of_2(sample), num_warps=8
+        logs, bound, sample, rank, ROOM=triton.next_power_of_2(sample), **launched["threshold_kernel"]
     )
     counts = torch.zeros(batch * clusters + 1, dtype=torch.int32, device=q.device)
     lost = counts[-1:]
@@ -209,19 +224,18 @@ def steps(
     kernels.far_kernel[(parts, groups, batch)](
         ranks, pairs, apart, v, s.value_mean, bound, counts, lists, totals, values, keys, tilts,
         clusters, n_k, piece, room,
-        PIECE=piece if _INTERPRETED else 0, W=wide, BM=rows, BN=tile, WIDEN=_INTERPRETED, num_warps=warps, **widths,
+        PIECE=piece if _INTERPRETED else 0, **launched["far_kernel"],
     )  # fmt: skip
     far_log = empty(batch, clusters)
     kernels.finish_kernel[(clusters, batch)](
         variances, bound, counts, totals, values, keys, tilts, far_log, clusters, parts, room,
-        LENGTH=parts if _INTERPRETED else 0, **widths,
+        LENGTH=parts if _INTERPRETED else 0, **launched["finish_kernel"],
     )  # fmt: skip
     out = empty(batch, n_q, d_v, dtype=v.dtype)
     kernels.rows_kernel[(tiles.queries.shape[1], batch)](
         q, tiles.queries, tiles.clusters, k, v, s.key_mean, s.value_mean, s.key_spread,
         counts, lists, bound, centres, variances, totals, values, keys, tilts, far_log, out, lost,
         n_q, n_k, room, clusters, scale, REACH, most_off(n_k - near),
-        LENGTH=room if _INTERPRETED else 0, OWN=n_q == n_k, BM=TILE, BN=16 if near <= 32 else 32,
-        WIDEN=_INTERPRETED, **widths, **few_registers,
+        LENGTH=room if _INTERPRETED else 0, OWN=n_q == n_k, **launched["rows_kernel"],
     )  # fmt: skip
     return out, lost

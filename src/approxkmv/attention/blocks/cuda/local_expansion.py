@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from approxkmv.attention.blocks.cuda.expansion import (
     most_tiles,
     sums_of_keys,
 )
+from approxkmv.attention.blocks.expansion import Clustering
 from approxkmv.attention.blocks.grouping import block_size
 from approxkmv.attention.blocks.reach import beyond_reach
 from approxkmv.attention.kernels import cuda_graphs
@@ -30,9 +32,10 @@ def steps(
     k: torch.Tensor,
     v: torch.Tensor,
     first: torch.Tensor,
+    clustering: Clustering,
     *,
+    scale: float,
     products: torch.dtype,
-    **parameters: Any,
 ) -> torch.Tensor:
     """The method, without sizes or branches that depend on the data: float32 (batch, n_q, d_v), NaN where lost.
 
@@ -40,7 +43,7 @@ def steps(
     """
     # Centred values keep a common offset out of the rounded products.
     mean = v.float().mean(1, keepdim=True)
-    e = expand(q, k, v - mean, first, products=products, **parameters)
+    e = expand(q, k, v - mean, first, clustering, scale=scale, products=products)
     numerators, row_sums, scales = sums_of_keys(e, e.chosen, None, products)
     shift = torch.maximum(scales, e.log_weight)
     own = e.own_keys() if q.shape[1] == k.shape[1] else None
@@ -76,42 +79,35 @@ def attend(
     scale: float,
     seed: int,
     products: str,
-    block: int,
-    near: int,
-    directions: int,
-    iterations: int,
-    sampled: int,
+    **given: int,
 ) -> torch.Tensor:
     """Local expansion of q (batch, n_q, d), k (batch, n_k, d), v (batch, n_k, d_v) on their device, without gradients.
 
-    The seed shifts the queries that k-means starts from; `directions` is ignored, since all axes are used.
+    The seed shifts the queries that k-means starts from. given: a `Clustering`, whose directions are ignored, since all
+    axes are used.
     """
     batch, n_q, _ = q.shape
     n_k = k.shape[1]
-    # No block is larger than all queries together.
-    block = min(block_size(block, n_q, n_k), n_q)
+    # No block is larger than all queries together; directions, which are not used, must not tell graphs apart.
+    clustering = Clustering(**given)
+    block, near = min(block_size(clustering.block, n_q, n_k), n_q), clustering.near
+    clustering = replace(clustering, block=block, directions=0)
     if near >= n_k or (block == 1 and n_q < n_k):
         count(kernel_evaluations=batch * n_q * n_k)
         return triton_kernels.exact(q, k, v, scale)
     blocks = -(-n_q // block)
-    given: dict[str, Any] = {
-        "scale": scale,
-        "block": block,
-        "near": near,
-        "iterations": iterations,
-        "sampled": sampled,
-    }
+    settings: dict[str, Any] = {"clustering": clustering, "scale": scale}
     first = torch.full((1,), seed % block, device=q.device)
-    count_clustering(batch, n_q, blocks, iterations, sampled)
+    count_clustering(batch, n_q, blocks, clustering.iterations, clustering.sampled)
     if products != "float32" and fused.fits(n_q, n_k, q.shape[2], v.shape[2], near):
         count(kernel_evaluations=fused.evaluations(batch, n_q, n_k, blocks, near))
         with triton_kernels.on_device(q.device):
-            out, lost = cuda_graphs.replayed(fused.steps, [q, k, v, first], given)
+            out, lost = cuda_graphs.replayed(fused.steps, [q, k, v, first], settings)
             return exactly_where_lost(out, q, k, v, scale) if int(lost) else out
-    given["products"] = torch.float32 if products == "float32" else torch.bfloat16
+    settings["products"] = torch.float32 if products == "float32" else torch.bfloat16
     # All keys at the centres; near keys, the far key and the own key for each query, in as many tiles as there may be
     own = n_q if n_q == n_k else 0
     count(kernel_evaluations=batch * (blocks * n_k + TILE * most_tiles(n_q, blocks) * near + n_q + own))
     with triton_kernels.on_device(q.device):
-        out = cuda_graphs.replayed(steps, [q, k, v, first], given)
+        out = cuda_graphs.replayed(steps, [q, k, v, first], settings)
         return exactly_where_lost(out, q, k, v, scale).to(v.dtype)
