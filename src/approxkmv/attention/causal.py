@@ -25,10 +25,16 @@ SumsOfKeys = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Generator
 """f(q, k, v, generator) for scaled float32 q (n_q, d), k (n_k, d), v (n_k, d_v), every query attending to every key."""
 
 
+def pairs_seen(n: int) -> int:
+    """The pairs that the mask leaves of n queries and keys: the others are no evaluations."""
+    return n * (n + 1) // 2
+
+
 def exact_sums(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, is_causal: bool = False) -> Sums:
     """The sums of exp(q k^T) for scaled queries; if is_causal, over keys j <= i only for query i."""
     logits = q @ k.mT
-    count(kernel_evaluations=logits.numel())
+    seen = pairs_seen(len(q)) if is_causal else logits.numel()
+    count(kernel_evaluations=seen, other_products=logits.numel() - seen)
     if is_causal:
         future = torch.ones(logits.shape, dtype=torch.bool, device=q.device).triu_(1)
         logits.masked_fill_(future, -torch.inf)
@@ -39,7 +45,7 @@ def exact_sums(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, is_causal: 
 
 def flash_triangle(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, low: torch.dtype) -> Sums:
     """The causal sums on a CPU by torch's flash attention with products of dtype `low`; row sums are 1."""
-    count(kernel_evaluations=len(q) * len(k))
+    count(kernel_evaluations=pairs_seen(len(q)))
     # Rounding must not depend on a common offset; the first value is seen by every row.
     first = v[:1]
     v = v - first
@@ -117,7 +123,7 @@ def causal_answers(
     """The quotients (n, d_v); a row whose estimated sum is not positive is computed exactly."""
     out = numerators / row_sums.unsqueeze(1)
     lost = (~((row_sums > 0) & out.isfinite().all(1))).nonzero().squeeze(1)
-    count(recomputed_rows=len(lost))
+    count(kernel_evaluations=int((lost + 1).sum()), recomputed_rows=len(lost))
     for i in lost.tolist():
         out[i] = (k[: i + 1] @ q[i]).softmax(0) @ v[: i + 1]
     return out

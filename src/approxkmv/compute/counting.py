@@ -13,8 +13,9 @@ class Counts:
 
     A kernel evaluation is one exponential of an inner product of a query, or of the centre of a block of queries, with
     a key, or with a point that represents many keys (a centroid). Other inner products only choose or place points:
-    distances in k-means and searches, projections of a hash. Padding counts if it is computed. Sums over evaluations
-    (products with values, moments of far keys) do not count.
+    distances in k-means and searches, projections of a hash. Padding counts if it is computed. A pair that a
+    causal mask hides is no evaluation; if its product is made, that is another product. Sums over evaluations (products
+    with values, moments of far keys) do not count.
 
     A recomputed row is a query whose approximate answer was lost (beyond the method's reach, or beyond float32) and was
     replaced by the exact one. An exact method recomputes none.

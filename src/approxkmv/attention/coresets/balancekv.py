@@ -134,10 +134,13 @@ def attend(
             keys, values, logs = k[chosen], v[chosen], k.new_zeros(len(chosen))
             logs[sink : sink + len(kept)] = weights
         logits = torch.addmm(logs, some, keys.mT)
-        count(kernel_evaluations=logits.numel())
+        later = 0
         if is_causal:
             at = torch.arange(first, end, device=k.device)
             logits.masked_fill_(chosen > at.unsqueeze(1), -torch.inf)
+            # Among the rows' own keys, and among first keys that are kept for all rows
+            later = len(some) * (len(some) - 1) // 2 + len(some) * max(0, sink - end)
+        count(kernel_evaluations=logits.numel() - later, other_products=later)
         parts.append(softmax(logits) @ values)
     return torch.cat(parts)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from approxkmv.attention.causal import pairs_seen
 from approxkmv.attention.contract import Method, UnavailableError
 from approxkmv.attention.kernels.exponentials import LOWEST, flushed_
 from approxkmv.compute.counting import count
@@ -52,14 +53,16 @@ def _exact_naive(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, seed: int, is_causal: bool = False
 ) -> torch.Tensor:
     # The logits and their softmax, both float32, are alive at the same time.
-    needed = 8 * q.shape[0] * q.shape[1] * k.shape[1]
+    pairs = q.shape[0] * q.shape[1] * k.shape[1]
+    needed = 8 * pairs
     free = free_bytes(q.device)
     if needed > free:
         raise UnavailableError(
             f"exact-naive stores the {q.shape[1]} x {k.shape[1]} matrix {q.shape[0]} times: "
             f"{needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free"
         )
-    count(kernel_evaluations=q.shape[0] * q.shape[1] * k.shape[1])
+    seen = q.shape[0] * pairs_seen(q.shape[1]) if is_causal else pairs
+    count(kernel_evaluations=seen, other_products=pairs - seen)
     logits = scale * q.float() @ k.float().mT
     if is_causal:
         logits.masked_fill_(torch.ones(logits.shape[1:], dtype=torch.bool, device=q.device).triu_(1), -torch.inf)

@@ -12,6 +12,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from approxkmv.attention.causal import pairs_seen
 from approxkmv.attention.contract import Method, UnavailableError
 from approxkmv.compute.counting import count
 from approxkmv.errors import one_line
@@ -101,7 +102,7 @@ def attend(
         backend = choose_backend(q, k, v, scale)
     elif backend not in _BACKENDS:
         raise UnavailableError(f"exact-sdpa has no backend {backend!r}; it has: {', '.join(_BACKENDS)}")
-    count(kernel_evaluations=q.shape[0] * q.shape[1] * k.shape[1])
+    count(kernel_evaluations=q.shape[0] * (pairs_seen(q.shape[1]) if is_causal else q.shape[1] * k.shape[1]))
     try:
         # One that was tried needs no filter of warnings, which would be timed.
         with nullcontext() if chosen else _without_warnings():

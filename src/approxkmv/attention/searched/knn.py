@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from approxkmv.attention.causal import pairs_seen
 from approxkmv.attention.contract import Method, per_batch
 from approxkmv.attention.exact import fused as exact_fused
 from approxkmv.attention.kernels.exponentials import softmax
@@ -94,6 +95,7 @@ def _causal_block(
     """Rows first to last - 1 of causal attention: their own keys and the best of the earlier ones, then the tail."""
     some, own = q[first:last], torch.arange(first, last, device=q.device)
     logits = (some @ k[first:last].mT).masked_fill_(own > own.unsqueeze(1), -torch.inf)
+    count(other_products=logits.numel() - pairs_seen(last - first))
     keys = own.expand(last - first, -1)
     floor = torch.full((last - first,), -torch.inf, device=q.device)
     if first:

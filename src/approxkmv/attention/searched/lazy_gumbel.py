@@ -122,7 +122,8 @@ def sample_rows(
         game = torch.repeat_interleave(torch.arange(games, device=q.device), points)
         where = torch.rand(len(game), generator=generator, device=q.device, dtype=torch.float64)
         drawn = (where * population).long().clamp_max(max(population - 1, 0))
-        column = torch.where(logits > -torch.inf, members, population).clamp_max(population)
+        real = logits > -torch.inf
+        column = torch.where(real, members, population).clamp_max(population)
         marks[: len(logits)].scatter_(1, column, True)
         is_tail = ~marks[game // samples, drawn]
         marks[: len(logits)].scatter_(1, column, False)
@@ -131,7 +132,7 @@ def sample_rows(
         # The height of a point above the head's winner, both measured from S_min: an exponential variable.
         height = torch.empty(len(game), device=q.device).exponential_(generator=generator)
         lead = products_of_pairs(q, k, row + i, drawn) - floor[here][row] + height
-        count(kernel_evaluations=logits.numel(), other_products=len(game))
+        count(kernel_evaluations=int(real.sum()), other_products=len(game))
         game, drawn, lead = (t[lead > 0] for t in (game, drawn, lead))
         best = torch.zeros(games, device=q.device).scatter_reduce_(0, game, lead, "amax")
         wins = lead == best[game]

@@ -42,7 +42,8 @@ def attend(
         if is_causal:
             scores.masked_fill_(torch.ones_like(scores, dtype=torch.bool).triu_(first + 1), -torch.inf)
         best, keys = scores.topk(min(parameters.top, n_k), 1, sorted=False)
-        count(kernel_evaluations=best.numel(), other_products=scores.numel() - best.numel())
+        seen = sum(min(parameters.top, i + 1) for i in range(first, n_k)) if is_causal else best.numel()
+        count(kernel_evaluations=seen, other_products=scores.numel() - seen)
         parts.append(torch.nn.functional.embedding_bag(keys, v[:n_k], per_sample_weights=softmax(best), mode="sum"))
     return torch.cat(parts)
 

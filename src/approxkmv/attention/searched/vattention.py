@@ -92,7 +92,8 @@ def _rows(
     chosen = ranks.topk(min(n_k, p.sink + p.window + p.top), 1, sorted=False).indices
     heavy = logits.gather(1, chosen)
     shift = heavy.amax(1)
-    rest = (at + 1 if causal else torch.full_like(at, n_k)) - (heavy > -torch.inf).sum(1)
+    seen = (heavy > -torch.inf).sum(1)
+    rest = (at + 1 if causal else torch.full_like(at, n_k)) - seen
     heavy = exp_(heavy - shift.unsqueeze(1))
     logits.scatter_(1, chosen, -torch.inf)
 
@@ -120,8 +121,8 @@ def _rows(
     # The sampled pairs alone: a few rows may need many keys.
     rows, drawn_keys = sampled.nonzero(as_tuple=True)
     light = exp_(columns[rows, drawn_keys] - shift[rows]).mul_((rest / number.clamp_min(1))[rows])
-    evaluations = heavy.numel() + base.numel() + light.numel()
-    count(kernel_evaluations=evaluations, other_products=max(0, logits.numel() - evaluations))
+    evaluations = int(seen.sum()) + int(is_light.sum()) + len(light)
+    count(kernel_evaluations=evaluations, other_products=logits.numel() - evaluations)
 
     bag = torch.nn.functional.embedding_bag
     numerators = bag(chosen, v, per_sample_weights=heavy, mode="sum").addmm_(base, v[: p.base])
