@@ -81,3 +81,12 @@ def finished(inputs: Path, commands: Path, tmp_path_factory: pytest.TempPathFact
     copy = whole.with_name(f"finished-{os.environ.get('PYTEST_XDIST_WORKER', 'alone')}")
     shutil.copytree(whole, copy, symlinks=True)
     return Project(copy, commands), (copy / "output").read_text()
+
+
+@pytest.fixture
+def copied(finished: tuple[Project, str], tmp_path: Path) -> Project:
+    """A finished study of a test's own, which may change it."""
+    whole = finished[0].folder.with_name("finished")
+    folder = whole.with_name(f"finished-{tmp_path.name}")
+    shutil.copytree(whole, folder, symlinks=True)
+    return Project(folder, finished[0].commands)

@@ -8,20 +8,24 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from small_project import ROOT, Project, environment
 
 
 class Terminal:
-    """Snakemake on a terminal of its own."""
+    """Snakemake on a terminal of its own, with the commands as installed or with fast ones."""
 
-    def __init__(self, project: Project, *arguments: str) -> None:
+    def __init__(self, project: Project, commands: Path | None = None) -> None:
         reader, writer = pty.openpty()
-        command = [sys.executable, "-m", "snakemake", "--cores", "1", "--snakefile", str(ROOT / "Snakefile")]
+        start = [sys.executable, "-m", "snakemake"] if commands is None else [str(commands / "snakemake")]
+        path = environment()["PATH"] if commands is None else f"{commands}{os.pathsep}{environment()['PATH']}"
         output = {"stdin": subprocess.DEVNULL, "stdout": writer, "stderr": writer}
-        whole = [*command, "--profile", str(ROOT / "profiles" / "default"), *arguments]
-        self.process = subprocess.Popen(whole, cwd=project.folder, env=environment(), start_new_session=True, **output)
+        command = [*start, "--cores", "1", "--snakefile", str(ROOT / "Snakefile")]
+        command += ["--profile", str(ROOT / "profiles" / "default")]
+        given = environment() | {"PATH": path}
+        self.process = subprocess.Popen(command, cwd=project.folder, env=given, start_new_session=True, **output)
         os.close(writer)
         self.reader, self.said = reader, ""
 
@@ -50,7 +54,7 @@ def test_a_run_says_how_far_it_is_and_when_it_is_stopped_and_that_it_is_up_to_da
     assert "study tiny takes about a minute" in said
     assert said.rstrip().endswith("stopped; run again to continue"), said
     assert "Traceback" not in said
-    second = Terminal(project)
+    second = Terminal(project, project.commands)
     said = second.read()
     assert second.process.wait() == 0, said
     # The first steps are done, and what the models need is fetched before the rest.
@@ -58,7 +62,7 @@ def test_a_run_says_how_far_it_is_and_when_it_is_stopped_and_that_it_is_up_to_da
     last = lines[-1]
     assert "page: results/tiny/index.html" in last
     assert any(line.startswith("  c is at most 4.6") for line in lines)
-    third = Terminal(project)
+    third = Terminal(project, project.commands)
     again = third.read()
     assert third.process.wait() == 0, again
     assert "study tiny is up to date" in again
