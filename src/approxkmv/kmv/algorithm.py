@@ -171,8 +171,8 @@ def run_parts(
 
     "Scale down epsilon by 2": half of it goes to the samples. The other half, which the proof reserves for y_H, covers
     what the proof neglects or absorbs: a quarter for H_2, a quarter for the buckets below the density floor.
-    `all_rows` is the number of rows that share the error, if the kernel holds only a sample of them; light keys are then
-    counted, not drawn.
+    `all_rows` is the number of rows that share the error, if the kernel holds only a sample of them: light keys are
+    then counted, not drawn.
     """
     rest = (1.0 - 1.0 / constants.epsilon_divisor) / 2.0
     # |x|_2^2 = n_k here, so n_q rows with this error add up to epsilon |x|_2.

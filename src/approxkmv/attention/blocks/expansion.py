@@ -271,9 +271,7 @@ def expand(
     )
 
 
-def of_one_block(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seed: int, scale: float, near: int
-) -> OneBlock:
+def of_one_block(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seed: int, scale: float, near: int) -> OneBlock:
     """Inputs and scratch of the compiled loops for one block of all queries without axes."""
     n_k, d_v = v.shape
     tilts = d_v if d_v <= TILTED_COLUMNS else 0

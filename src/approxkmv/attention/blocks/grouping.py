@@ -86,7 +86,7 @@ def make_blocks(
     """
     loops = block_loops()
     grouped: Grouped = (loops.group if loops is not None else _group)(labels.numpy(), multiple)
-    queries, rows, block_of, starts, sizes = grouped
+    queries, rows, block_of, starts, _ = grouped
     number = len(starts)
     deltas = scratch("deltas", len(queries), q.shape[1])
     if loops is not None:

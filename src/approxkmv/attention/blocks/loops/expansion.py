@@ -16,9 +16,9 @@ def fill_weights(low, high, logs, threshold, columns, weights, counts, found):
 
     Fills found, a WeightSums; its `highest` is the largest log of a key that is not near, or the threshold if all are.
 
-    A key is near if its log (blocks, n) is at least the block's threshold: see `Threshold`. weights (blocks, 1 + tilts, n)
-    holds the weights, then their products with the value columns (tilts, n). logs and weights are float32, or bfloat16
-    as bits.
+    A key is near if its log (blocks, n) is at least the block's threshold: see `Threshold`. weights holds the weights,
+    then their products with the value columns (tilts, n): (blocks, 1 + tilts, n). logs and weights are float32, or
+    bfloat16 as bits.
     """
     kept, begin, step = threshold
     highest, thresholds, totals, values = found
