@@ -199,7 +199,9 @@ def test_numerators_and_row_sums_are_unbiased(keys, d_v):
     clustering = Clustering(**{name: value for name, value in OURS.items() if name not in rest})
     for seed in range(200):
         random = ours.random_inputs(q, OURS["block"], OURS["samples"], torch.Generator().manual_seed(seed))
-        numerators, row_sums, logs = ours.sums(q, k, v, *random, clustering, with_own_keys=n_q == n_k, **rest)
+        numerators, row_sums, logs = ours.sums(
+            q, k, v, *random, clustering=clustering, with_own_keys=n_q == n_k, **rest
+        )
         both = torch.cat([row_sums.unsqueeze(2), numerators[..., :-1]], 2)[0].double()
         found.append(both * (logs[0].double() - log_sum).exp().unsqueeze(1))
     found = torch.stack(found)

@@ -276,10 +276,11 @@ def of_one_block(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seed: int, s
     n_k, d_v = v.shape
     tilts = d_v if d_v <= TILTED_COLUMNS else 0
     first = seed % SAMPLED_KEYS
-    arrays = [t.contiguous().numpy() for t in (q, k, v)]
+    queries, keys, values = (t.contiguous().numpy() for t in (q, k, v))
     threshold = Threshold(rank_of_bar(n_k, near, first), first, SAMPLED_KEYS)
     room = scratch("deltas", *q.shape), scratch("logs", 1, n_k), scratch("weights", 1, 1 + tilts, n_k)
-    return OneBlock(arrays[0], np.float32(scale), *arrays[1:], threshold, tilts, *(t.numpy() for t in room))
+    deltas, logs, weights = (t.numpy() for t in room)
+    return OneBlock(queries, np.float32(scale), keys, values, threshold, tilts, deltas, logs, weights)
 
 
 def in_one_block(q: torch.Tensor, k: torch.Tensor, scale: float, near: int) -> bool:
