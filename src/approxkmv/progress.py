@@ -14,6 +14,7 @@ from typing import Any
 from approxkmv.errors import ApproxKMVError
 
 LOG = logging.getLogger("approxkmv")
+OUT_OF_MEMORY = "out of memory"
 
 
 def on_terminal() -> bool:
@@ -56,8 +57,8 @@ def reason_of(error: BaseException) -> str | None:
         if is_of_memory(cause):
             said = " ".join(str(cause).split())
             return (
-                f"out of memory{f' ({said[:160]})' if said else ''}: lower batch_tokens or shard_contexts of the study "
-                "(for a sweep or perplexity: lengths), or use a machine with more memory"
+                f"{OUT_OF_MEMORY}{f' ({said[:160]})' if said else ''}: lower batch_tokens or shard_contexts of the "
+                "study (for a sweep or perplexity: lengths), or use a machine with more memory"
             )
         cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
     if isinstance(error, ApproxKMVError):
@@ -73,15 +74,20 @@ def is_of_memory(error: BaseException) -> bool:
     torch has a class for it on CUDA, only messages on a CPU. When very little memory is left, libraries and files of
     weights cannot be mapped, and oneDNN has no room for the code that it generates.
     """
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and error.errno is not None:
         return error.errno == errno.ENOMEM
     words = [
         *("can't allocate memory", "not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED"),
         *("could not create a primitive", "failed to map segment", "Cannot allocate memory"),
         *("bad_alloc", "can't start new thread"),
+        # What Python says of an extension module that got no memory and did not say so.
+        "error return without exception set",
     ]
-    # safetensors has an exception of its own, which is neither of the two.
-    speaks = isinstance(error, (RuntimeError, ImportError)) or type(error).__name__ == "SafetensorError"
+    # safetensors has an exception of its own, which is none of these.
+    speaks = (
+        isinstance(error, (RuntimeError, ImportError, OSError, SystemError))
+        or type(error).__name__ == "SafetensorError"
+    )
     return isinstance(error, MemoryError) or (speaks and any(word in str(error) for word in words))
 
 

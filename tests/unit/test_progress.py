@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import logging
 import mmap
+import subprocess
+import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -105,14 +107,31 @@ def raising(error: Exception) -> Callable[[], None]:
         raising(ImportError("libtorch_cpu.so: failed to map segment from shared object")),
         raising(RuntimeError("unable to mmap 335 bytes from file <model.safetensors>: Cannot allocate memory (12)")),
         raising(RuntimeError("std::bad_alloc")),
+        raising(OSError("libllvmlite.so: failed to map segment from shared object")),
+        raising(SystemError("error return without exception set")),
         raising(RuntimeError("can't start new thread")),
         raising(SafetensorError("Cannot allocate memory (os error 12)")),
         read_with_too_little,
     ],
-    ids=["numpy", "torch", "system", "cuda", "onednn", "library", "weights", "c++", "thread", "header", "in place of"],
+    ids=[
+        "numpy",
+        "torch",
+        "system",
+        "cuda",
+        "onednn",
+        "library",
+        "weights",
+        "c++",
+        "library without a number",
+        "extension",
+        "thread",
+        "header",
+        "in place of",
+    ],
 )
 def test_too_little_memory_is_one_line_that_says_what_to_lower(monkeypatch, capsys, log, command):
     monkeypatch.setattr(cli, "app", command)
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # as it was, afterwards
     with pytest.raises(SystemExit) as end:
         cli.main()
     assert end.value.code == 2
@@ -130,6 +149,18 @@ def test_what_is_of_memory_makes_a_method_unavailable():
         raise RuntimeError("could not create a primitive")
     with pytest.raises(RuntimeError, match="a bug"), running_out_of_memory("a method"):
         raise RuntimeError("a bug")
+
+
+@pytest.mark.parametrize(("error", "one"), [("MemoryError()", True), ("ValueError('a bug')", False)])
+def test_what_fails_at_exit_adds_nothing_to_the_line_about_memory(error, one):
+    code = (
+        "import atexit; from approxkmv import cli\n"
+        "def fail(*_): raise " + error + "\n"
+        "atexit.register(fail); cli.app = fail; cli.main()"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == (2 if one else 1)
+    assert (run.stderr.count("\n") == 1) == one, run.stderr
 
 
 def test_a_bug_stays_a_traceback(monkeypatch):

@@ -6,7 +6,7 @@ import sys
 
 from approxkmv.cli import people, pipeline, race, upkeep  # noqa: F401
 from approxkmv.cli.app import app, config_app
-from approxkmv.progress import LOG, reason_of
+from approxkmv.progress import LOG, OUT_OF_MEMORY, reason_of
 
 # Show whole first lines in the list of commands; by default they are cut after 45 characters.
 for _command in (*app.registered_commands, *config_app.registered_commands):
@@ -23,6 +23,9 @@ def main() -> None:
         reason = reason_of(error)
         if reason is None:
             raise
+        if reason.startswith(OUT_OF_MEMORY):
+            # torch's own work at exit may lack memory too, and would print a traceback.
+            sys.unraisablehook = lambda _: None
         _fail(reason, 2)
 
 
