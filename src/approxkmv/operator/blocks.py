@@ -224,11 +224,12 @@ class Blocks:
     def doubts(self, plan: Plan) -> torch.Tensor:
         """(n_q,) predicted sizes of errors: of each query's far sum, times how much its exponents vary around it.
 
-        The powers of exponents whose variance is v, in nats, vary by sqrt(e^v - 1) relative to their mean.
+        That is, their variance in nats squared, and what the second order of the row's powers changes, twice over.
         """
-        nats = _variances(self.deltas @ self.keys.axes, self.points.keys @ self.keys.axes)
+        nats = _variances(self.deltas @ self.keys.axes, self.points.keys @ self.keys.axes).clamp_max(_MOST_NATS)
+        varied = nats + (2 * _LN2 * self.bends.abs()).expm1()
         out = torch.empty_like(self.points.query_halves)
-        out[self.order] = plan.factors * plan.totals[self.of_row] * nats.clamp_max(_MOST_NATS).expm1().sqrt()
+        out[self.order] = plan.factors * plan.totals[self.of_row] * varied
         return out
 
     def products(self, plan: Plan, x: torch.Tensor | None, y: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
