@@ -6,7 +6,6 @@ float32, since rounding them would introduce a bias.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ import torch
 from approxkmv.attention.blocks.cuda.expansion import (
     TILE,
     Expansion,
+    clustering_for,
     count_clustering,
     exactly_where_lost,
     expand,
@@ -22,7 +22,6 @@ from approxkmv.attention.blocks.cuda.expansion import (
     sums_of_keys,
 )
 from approxkmv.attention.blocks.expansion import Clustering
-from approxkmv.attention.blocks.grouping import block_size
 from approxkmv.attention.blocks.light_keys import CONTROLLED, LEAST_SAMPLES, trusted
 from approxkmv.attention.blocks.reach import beyond_reach
 from approxkmv.attention.kernels import cuda_graphs
@@ -155,16 +154,13 @@ def attend(
     """
     batch, n_q, _ = q.shape
     n_k = k.shape[1]
-    # No block is larger than all queries together; directions, which are not used, must not tell graphs apart.
-    clustering = Clustering(**given)
-    block, near = min(block_size(clustering.block, n_q, n_k), n_q), clustering.near
-    clustering = replace(clustering, block=block, directions=0)
-    if near >= n_k or (block == 1 and n_q < n_k):
+    clustering = clustering_for(given, n_q, n_k)
+    if clustering is None:
         count(kernel_evaluations=batch * n_q * n_k)
         return triton_kernels.exact(q, k, v, scale)
     generator = torch.Generator(q.device).manual_seed(seed)
-    first, points = random_inputs(q, block, samples, generator)
-    _, blocks, room = points.shape
+    first, points = random_inputs(q, clustering.block, samples, generator)
+    near, (_, blocks, room) = clustering.near, points.shape
     own = n_q if n_q == n_k else 0
     count(kernel_evaluations=batch * (blocks * n_k + TILE * most_tiles(n_q, blocks) * (near + room) + n_q + own))
     count_clustering(batch, n_q, blocks, clustering.iterations, clustering.sampled)

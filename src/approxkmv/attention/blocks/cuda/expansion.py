@@ -6,11 +6,13 @@ most n / TILE + clusters. All axes of the keys are used instead of their leading
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 
 from approxkmv.attention.blocks.expansion import METRIC_POWER, TILTED_COLUMNS, Clustering
+from approxkmv.attention.blocks.grouping import block_size
 from approxkmv.attention.blocks.reach import APART, APART_NATS
 from approxkmv.attention.kernels import triton as triton_kernels
 from approxkmv.attention.kernels.triton import TILE
@@ -119,6 +121,16 @@ def stand_apart(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     usual = spreads[:, :: max(1, keys.shape[1] // _SAMPLED_KEYS)].median(1, keepdim=True).values
     apart = spreads > (APART**2 * usual).clamp_min(APART_NATS**2)
     return apart & (apart.sum(1, keepdim=True) <= keys.shape[1] / 16)
+
+
+def clustering_for(given: Mapping[str, int], n_q: int, n_k: int) -> Clustering | None:
+    """The Clustering given, for so many queries and keys; None where the exact answer takes no longer."""
+    clustering = Clustering(**given)
+    # No block is larger than all queries together; directions, which are not used, must not tell graphs apart.
+    block = min(block_size(clustering.block, n_q, n_k), n_q)
+    if clustering.near >= n_k or (block == 1 and n_q < n_k):
+        return None
+    return replace(clustering, block=block, directions=0)
 
 
 def count_clustering(batch: int, n_q: int, blocks: int, iterations: int, sampled: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ import torch
 from approxkmv.attention.blocks.cuda import fused
 from approxkmv.attention.blocks.cuda.expansion import (
     TILE,
+    clustering_for,
     count_clustering,
     exactly_where_lost,
     expand,
@@ -17,7 +17,6 @@ from approxkmv.attention.blocks.cuda.expansion import (
     sums_of_keys,
 )
 from approxkmv.attention.blocks.expansion import Clustering
-from approxkmv.attention.blocks.grouping import block_size
 from approxkmv.attention.blocks.reach import beyond_reach
 from approxkmv.attention.kernels import cuda_graphs
 from approxkmv.attention.kernels import triton as triton_kernels
@@ -88,16 +87,13 @@ def attend(
     """
     batch, n_q, _ = q.shape
     n_k = k.shape[1]
-    # No block is larger than all queries together; directions, which are not used, must not tell graphs apart.
-    clustering = Clustering(**given)
-    block, near = min(block_size(clustering.block, n_q, n_k), n_q), clustering.near
-    clustering = replace(clustering, block=block, directions=0)
-    if near >= n_k or (block == 1 and n_q < n_k):
+    clustering = clustering_for(given, n_q, n_k)
+    if clustering is None:
         count(kernel_evaluations=batch * n_q * n_k)
         return triton_kernels.exact(q, k, v, scale)
-    blocks = -(-n_q // block)
+    near, blocks = clustering.near, -(-n_q // clustering.block)
     settings: dict[str, Any] = {"clustering": clustering, "scale": scale}
-    first = torch.full((1,), seed % block, device=q.device)
+    first = torch.full((1,), seed % clustering.block, device=q.device)
     count_clustering(batch, n_q, blocks, clustering.iterations, clustering.sampled)
     if products != "float32" and fused.fits(n_q, n_k, q.shape[2], v.shape[2], near):
         count(kernel_evaluations=fused.evaluations(batch, n_q, n_k, blocks, near))
