@@ -126,8 +126,20 @@ def _winner(rows: pd.DataFrame) -> str:
     row = fastest.loc[fastest["times_faster"].idxmax()]
     return (
         f"**{row['method']}** {row['times_faster']:.1f} "
-        f"({row['times_faster_q1']:.1f} to {row['times_faster_q3']:.1f}){' †' * _trivial(rows)}"
+        f"({row['times_faster_q1']:.1f} to {row['times_faster_q3']:.1f}) against {row['fastest_exact']}, "
+        f"{_in_the_other(row)}{' †' * _trivial(rows)}"
     )
+
+
+def _precision(row: Any) -> str:
+    """Of the exact row that this one is compared with."""
+    return "bfloat16" if str(row["fastest_exact"]).endswith("-bf16") else "float32"
+
+
+def _in_the_other(row: Any) -> str:
+    """The speed relative to the fastest exact row of the other precision, whatever its error."""
+    other = "float32" if _precision(row) == "bfloat16" else "bfloat16"
+    return f"{row[f'times_faster_{other}']:.1f} against {other}"
 
 
 def winners() -> str:
@@ -168,12 +180,12 @@ def passing() -> str:
             line: dict[str, Any] = {"study": study, "workload": _named(workload)}
             for method in ("approxkmv", "local-expansion", "hyperattention", "approxkmv-paper", "balancekv"):
                 mine = rows[(rows["method"] == method) & (rows["target"] == target)]
-                line[method] = _passes(mine, rows["n"].min())
+                line[method] = "" if mine.empty else _passes(mine, rows["n"].min())
             lines.append(line)
     return (
         f"{markdown(pd.DataFrame(lines).fillna(''))}\n\nThe n from which a method is faster, at error 0.1: ≤ where it "
         "is so at the shortest n measured, > where it is not yet at the longest, beyond the quartiles of the times, – "
-        f"where it misses the error at the longest n or has no such form. {_everywhere()}\n"
+        f"where it misses the error at the longest n; empty where the study leaves the method out. {_everywhere()}\n"
     )
 
 
@@ -287,7 +299,7 @@ def counts() -> str:
                 "largest gain": f"{mine['times_faster'].max():.1f}" if len(mine) else "–",
             }
         )
-    return f"{markdown(pd.DataFrame(lines))}\n\nFaster: beyond the quartiles of the times. {_everywhere()}\n"
+    return f"{markdown(pd.DataFrame(lines))}\n\nCells whose inputs tuning has not seen. Faster: beyond the quartiles of the times. {_everywhere()}\n"
 
 
 def figure5() -> str:
@@ -392,11 +404,10 @@ def _largest(tables: list[pd.DataFrame]) -> Any:
 
 def _gain(row: Any, of: str) -> str:
     """One measured gain with its denominator, precision, error and inputs."""
-    precision = "bfloat16" if str(row["fastest_exact"]).endswith("-bf16") else "float32"
     columns = "one value column" if row["columns"] == "one" else "all value columns"
     return (
         f"`{row['method']}` is {row['times_faster']:.1f} times as fast as the fastest exact attention "
-        f"(`{row['fastest_exact']}`, {precision}) at n = {row['n']:,} on {_named(row['workload'])}, {columns}, with an "
+        f"(`{row['fastest_exact']}`, {_precision(row)}; {_in_the_other(row)}) at n = {row['n']:,} on {_named(row['workload'])}, {columns}, with an "
         f"error of at most {row['target']:g} {of}"
     )
 
@@ -478,7 +489,7 @@ def _said(measured: tuple[pd.DataFrame, set[str], list[float]], table: pd.DataFr
 
 def against_paper() -> str:
     """Speed of approxkmv relative to approxkmv-paper, in the cells where the latter reaches the error."""
-    table = pd.concat(_studies().values(), ignore_index=True)
+    table = _apart(pd.concat(_studies().values(), ignore_index=True))
     table = table[table["reached"].eq("yes")].drop_duplicates([*CELL, "method"])
     ours, paper = (
         table[table["method"] == name].set_index(CELL)["seconds"] for name in ("approxkmv", "approxkmv-paper")
@@ -494,7 +505,7 @@ def against_paper() -> str:
         }
         for n, some in times.groupby(level="n")
     ]
-    return f"{markdown(pd.DataFrame(lines))}\n"
+    return f"{markdown(pd.DataFrame(lines))}\n\nBy the medians of the times. {_everywhere()}\n"
 
 
 def evaluations() -> str:

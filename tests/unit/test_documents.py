@@ -110,6 +110,9 @@ def test_tables_of_the_race_follow_from_new_tables_of_sweeps(monkeypatch, tmp_pa
         assert "Not measured yet: `snakemake --cores all --config study=few`." in won
         assert reference.machine(tmp_path / "rows" / "tables" / "sweep.json") in won
         assert "few queries" in race.answer()
+        # Every study here leaves `balancekv` out.
+        assert all(line.endswith("|  |") for line in race.passing().splitlines() if line.startswith("| long"))
+        assert race._everywhere() in race.against_paper()
         # Three lengths and three targets of one workload, of three studies that are one, and of the causal one
         assert "| local-expansion | 18 |" in race.counts()
         assert "| hyperattention | 18 |" in race.counts()
@@ -197,6 +200,16 @@ def two_sweeps(monkeypatch):
     tables = {"causal": pd.DataFrame(short), "causal-long": pd.DataFrame(long)}
     monkeypatch.setattr(race, "_sweep", tables.get)
     return race, tables
+
+
+def test_a_winner_is_told_with_the_exact_row_that_it_beats_and_both_precisions(two_sweeps):
+    race, tables = two_sweeps
+    ratios = {"times_faster_q3": 3.1, "times_faster_float32": 3.0, "times_faster_bfloat16": 1.2}
+    rows = tables["causal-long"].tail(1).assign(times_faster=3.0, times_faster_q1=2.9, **ratios)
+    told = race._winner(rows.assign(fastest_exact="exact-fused"))
+    assert told == "**approxkmv** 3.0 (2.9 to 3.1) against exact-fused, 1.2 against bfloat16"
+    told = race._gain(rows.assign(fastest_exact="exact-sdpa-bf16").iloc[0], "of the answer")
+    assert "(`exact-sdpa-bf16`, bfloat16; 3.0 against float32) at n = 32,768" in told
 
 
 def test_no_length_is_told_beyond_those_measured(two_sweeps):

@@ -342,6 +342,15 @@ def test_what_misses_the_error_or_is_within_the_noise_at_the_longest_n_overtakes
     assert cell.startswith(said)
 
 
+def test_what_recomputes_its_rows_is_not_the_fastest_in_a_title(tmp_path, figures):
+    table = pd.read_csv(REFERENCE / "figure5" / "tables" / "sweep.csv")
+    methods = ["local-expansion", "exact-fused", "exact-sdpa-bf16"]
+    for share, wins in ((0.0, True), (0.5, False)):
+        table[table["method"].isin(methods)].assign(recomputed_share=share).to_csv(tmp_path / "sweep.csv", index=False)
+        catalogue.draw("error_vs_time", tmp_path, [], tmp_path / "x")
+        assert ("local-expansion is the fastest" in " ".join(figures[-1].get_suptitle().split())) is wins
+
+
 def test_a_ratio_beyond_the_axis_is_marked_and_said(tmp_path, figures):
     catalogue.draw("readings", REFERENCE / "embedded" / "tables", MODELS[1:], tmp_path / "x")
     axes = figures[0].axes[0]
