@@ -299,7 +299,10 @@ def counts() -> str:
                 "largest gain": f"{mine['times_faster'].max():.1f}" if len(mine) else "–",
             }
         )
-    return f"{markdown(pd.DataFrame(lines))}\n\nCells whose inputs tuning has not seen. Faster: beyond the quartiles of the times. {_everywhere()}\n"
+    return (
+        f"{markdown(pd.DataFrame(lines))}\n\nCells whose inputs tuning has not seen. Faster: beyond the quartiles of the "
+        f"times. {_everywhere()}\n"
+    )
 
 
 def figure5() -> str:
@@ -407,8 +410,8 @@ def _gain(row: Any, of: str) -> str:
     columns = "one value column" if row["columns"] == "one" else "all value columns"
     return (
         f"`{row['method']}` is {row['times_faster']:.1f} times as fast as the fastest exact attention "
-        f"(`{row['fastest_exact']}`, {_precision(row)}; {_in_the_other(row)}) at n = {row['n']:,} on {_named(row['workload'])}, {columns}, with an "
-        f"error of at most {row['target']:g} {of}"
+        f"(`{row['fastest_exact']}`, {_precision(row)}; {_in_the_other(row)}) at n = {row['n']:,} on "
+        f"{_named(row['workload'])}, {columns}, with an error of at most {row['target']:g} {of}"
     )
 
 

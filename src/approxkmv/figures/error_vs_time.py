@@ -74,6 +74,6 @@ def draw(table: Path, output_stem: Path, n: int | None = None) -> list[Path]:
         finding += count_of(winners.count(best), len(workloads), "workload")
     headline(figure, f"At an error of at most {TARGET:g} {of_what(frame)}, {finding}")
     note = "Bars: quartiles of the time, error up to its 95th percentile; errors below 0.001 are drawn there; "
-    note += "grey lines: targets; hollow: the 95th percentile misses the target, or too many rows were recomputed exactly"
-    note += uncounted(frame)
+    note += "grey lines: targets; hollow: the 95th percentile misses the target, or too many rows were recomputed "
+    note += "exactly" + uncounted(frame)
     return save(figure, axes, output_stem, note)
