@@ -300,8 +300,8 @@ def counts() -> str:
             }
         )
     return (
-        f"{markdown(pd.DataFrame(lines))}\n\nCells whose inputs tuning has not seen. Faster: beyond the quartiles of the "
-        f"times. {_everywhere()}\n"
+        f"{markdown(pd.DataFrame(lines))}\n\nCells whose inputs tuning has not seen. Faster: beyond the quartiles "
+        f"of the times. {_everywhere()}\n"
     )
 
 
