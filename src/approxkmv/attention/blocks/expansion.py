@@ -8,7 +8,7 @@ weight, form one far key per block, to first order in delta in the weights and, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -69,7 +69,8 @@ class Seen:
     @cached_property
     def arrays(self) -> SeenArrays:
         """For the compiled loops."""
-        return SeenArrays(*(getattr(self, field.name).numpy() for field in fields(self)))
+        tensors = self.log_weight, self.value, self.axes, self.own_log, self.own_share, self.own_share_seen
+        return SeenArrays(*(t.numpy() for t in tensors))
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -44,7 +44,9 @@ class Blocks:
     @cached_property
     def arrays(self) -> BlockArrays:
         """For the compiled loops."""
-        return BlockArrays(*(np.asarray(getattr(self, field.name)) for field in fields(self)))
+        tensors = self.centres, self.deltas, self.variances, self.row_variances
+        each = (t.numpy() for t in tensors)
+        return BlockArrays(self.queries, self.rows, self.labels, self.starts, self.sizes, *each)
 
     def of_rows(self, per_block: torch.Tensor) -> torch.Tensor:
         """Repeat (blocks, ...) for each row of each block."""
