@@ -18,6 +18,7 @@ import pandas as pd
 from findings import FAMILIES, NUMBERS
 from findings import TABLES as OF_FINDINGS
 from gpu_tables import TABLES as OF_A_GPU
+from operator_tables import TABLES as OF_THE_OPERATOR
 from race import NUMBERS as NUMBERS_OF_THE_RACE
 from race import TABLES as OF_THE_RACE
 from reference import REFERENCE, ROOT, machine, markdown
@@ -271,6 +272,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **OF_FINDINGS,
     **OF_THE_RACE,
     **OF_A_GPU,
+    **OF_THE_OPERATOR,
 }
 PREDICTED = ("paper", "paper-dev")
 STUDIES = load_config(ROOT / "config.yaml").studies

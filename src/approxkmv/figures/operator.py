@@ -23,6 +23,7 @@ def draw(table_path: Path, output_stem: Path) -> list[Path]:
     found = [kind for kind in _TITLES if kind in set(table["x"])]
     if not found:
         raise TableError(f"{table_path} has none of the x {', '.join(_TITLES)}: delete it and run again")
+    table = table[table["n"] == table.groupby("x")["n"].transform("max")]
     figure = new_figure(3.6 * len(found) + 0.6, 4.4)
     axes = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
     methods = [name for name in dict.fromkeys(table["method"]) if name not in _TRIVIAL]
@@ -31,8 +32,7 @@ def draw(table_path: Path, output_stem: Path) -> list[Path]:
     least = table["error"].min() < _LEAST
     for axis, kind in zip(axes, found, strict=True):
         rows = table[table["x"] == kind]
-        n = int(rows["n"].max())
-        rows = rows[rows["n"] == n]
+        n = int(rows["n"].iloc[0])
         for method, (colour, marker) in looks.items():
             points = rows[rows["method"] == method].sort_values("epsilon")
             line = "-" if method == _OPERATOR else "none"
