@@ -19,6 +19,7 @@ from approxkmv import cli
 from approxkmv.attention import UnavailableError, get
 from approxkmv.attention.blocks import approxkmv as approxkmv_module
 from approxkmv.compute.counting import count
+from approxkmv.compute.trial import decisions
 from approxkmv.config import CorpusEntry, Perplexity, checked, study_of
 from approxkmv.errors import CaptureError, ConfigError, InputError, TableError
 from approxkmv.models import ModelLocation
@@ -200,7 +201,8 @@ def test_the_table_has_a_row_for_each_setting_and_names_what_cannot_run(model, t
     assert table["ratio"].notna().tolist() == [True, True, False] * 2
     assert "needs faiss" in table["unavailable"][2]
     assert json.loads(table["parameters"][1])["near"] == 16
-    assert json.loads(out.with_suffix(".json").read_text()) == {"made": "here", "tokens_of_earlier_runs": []}
+    record = json.loads(out.with_suffix(".json").read_text())
+    assert record == {"made": "here", "tokens_of_earlier_runs": [], "trials": decisions()}
     # A row out of its block's reach is no fault: few are, with 16 near keys of 300 as well.
     assert table["recomputed_share"].dropna().between(0, 0.1).tolist() == [True] * 4
     ran = table[table["ratio"].notna()]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from approxkmv.attention import Method, get
+from approxkmv.compute.trial import decisions
 from approxkmv.errors import InputError
 from approxkmv.files import read_json, write_json
 
@@ -86,7 +87,7 @@ class Plan:
 
 def write_plan(path: Path, plan: Plan, record: dict[str, Any]) -> None:
     """Write a plan as JSON, with the record of how it was made. Raises TableError if that fails."""
-    write_json(path, asdict(plan) | {"provenance": record})
+    write_json(path, asdict(plan) | {"provenance": record, "trials": decisions()})
 
 
 def read_plan(path: Path) -> Plan:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from approxkmv.attention import Method, UnavailableError
+from approxkmv.compute.trial import decisions
 from approxkmv.config import CorpusEntry
 from approxkmv.config import Perplexity as Settings
 from approxkmv.corpora import read_corpus
@@ -96,7 +97,7 @@ def measure_perplexity(
     columns += ["ratio", *(f"{name}{part}" for name in times for part in ("_q1", "", "_q3")), "repeats"]
     columns += ["recomputed_share", "unavailable"]
     write_csv(out, pd.DataFrame([row for case in partial.cases for row in case["rows"]], columns=columns))
-    write_json(out.with_suffix(".json"), record | {"tokens_of_earlier_runs": lengths[:earlier]})
+    write_json(out.with_suffix(".json"), record | {"tokens_of_earlier_runs": lengths[:earlier], "trials": decisions()})
     partial.remove()
 
 
