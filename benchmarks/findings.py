@@ -51,10 +51,14 @@ def _readings(model: str) -> pd.DataFrame:
 def readings(model: str) -> str:
     """c and the order ratios under each reading and kind of entries."""
     table = _readings(model).sort_values("entries", kind="stable")
+    by_name = table[table["entries"] == "all"].set_index("reading")[["largest_ratio", "median_ratio", "median_next"]]
+    read = dict(READ)
+    if by_name.loc["no-special"].equals(by_name.loc["printed"]):
+        read["no-special"] = "these texts have none"
     shown = pd.DataFrame(
         {
             "reading": [
-                f"{name}: {READ[name]}" if entries == "all" else f"{name}, {entries}"
+                f"{name}: {read[name]}" if entries == "all" else f"{name}, {entries}"
                 for name, entries in zip(table["reading"], table["entries"], strict=True)
             ],
             "texts": table["texts"],

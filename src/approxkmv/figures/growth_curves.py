@@ -52,7 +52,7 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
     panels = figure.subplots(1, len(masks), squeeze=False, sharey=True).ravel()
     prefixes = np.sort(curves["prefix"].unique())
     bound = facts["paper_bound"]
-    drawn: list[tuple[Axes, pd.Series, dict[str, Any]]] = []
+    drawn: list[tuple[Axes, pd.Series, pd.Series, dict[str, Any]]] = []
     for axes, before in zip(panels, masks, strict=True):
         for i, (_, row) in enumerate(typical(growth, before).iterrows()):
             own = curves[(curves["layer"] == row["layer"]) & (curves["head"] == row["head"])].set_index("prefix")
@@ -68,14 +68,14 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
             middle = np.log(c.reindex(octave)).mean()
             line = np.exp(middle + row[f"{before}exponent"] * (np.log(octave) - np.log(octave).mean()))
             axes.plot(octave, line, color=style["color"], linewidth=1.6, linestyle=LINES[i % len(LINES)])
-            drawn.append((axes, c, style))
+            drawn.append((axes, c, solid, style))
     # A head without a tail would squeeze the others into a corner: what lies below the axis is marked.
-    lowest = 0.5 * min([1.0, *(c[c > 0].min() for _, c, _ in drawn if (c > 0).any())])
+    lowest = 0.5 * min([1.0, *(c[c > 0].min() for _, c, *_ in drawn if (c > 0).any())])
     for axes, before in zip(panels, masks, strict=True):
         axes.axhline(bound, color=BOUND, linewidth=0.9, linestyle=":")
         axes.set_xscale("log")
         axes.set_yscale("log")
-        axes.set_ylim(max(LOWEST, lowest), 2 * max([bound, *(c.max() for _, c, _ in drawn)]))
+        axes.set_ylim(max(LOWEST, lowest), 2 * max([bound, *(c.max() for _, c, *_ in drawn)]))
         marks = [p for p in (10, 20, 50, 100, 200, 500, 1000, 2000, 5000) if prefixes[0] <= p <= 1.2 * prefixes[-1]]
         axes.set_xlim(0.9 * prefixes[0], 1.1 * max(prefixes[-1], marks[-1] if marks else 0))
         axes.xaxis.set_major_locator(FixedLocator(marks))
@@ -84,8 +84,8 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
         logarithmic_ticks(axes.yaxis)
         name_of_lengths(axes, "length n in tokens", curves[f"{before}texts"])
         axes.set_title(f"{entries(before, facts)} (dotted: c = {bound:g})", fontsize=8, loc="left")
-        below = any((c < axes.get_ylim()[0]).any() for of, c, _ in drawn if of is axes)
-        if not any(of is axes for of, _, _ in drawn):
+        below = any((c < axes.get_ylim()[0]).any() for of, c, *_ in drawn if of is axes)
+        if not any(of is axes for of, *_ in drawn):
             continue
         axes.legend(
             frameon=False,
@@ -95,8 +95,8 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
             title=f"points on the axis: c below {axes.get_ylim()[0]:.1g}" if below else "",
             title_fontsize=7,
         )
-    for axes, c, style in drawn:
-        mark_beyond(axes, c.index, c, **style)
+    for axes, c, solid, style in drawn:
+        mark_beyond(axes, c.index, c, solid, **style)
     panels[0].set_ylabel("c of the average text")
     exponents = pd.concat([typical(growth, before)[f"{before}exponent"] for before in masks])
     found = f"goes as n to the power {two_decimals(exponents.min())} to {two_decimals(exponents.max())}"

@@ -73,7 +73,7 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
             axes.annotate("all n", (lengths[0], lengths[0]), (2, 9), textcoords="offset points", fontsize=7)
         _scales(axes, lengths, LOWEST.get(column, 1.0))
         for values, style in drawn:
-            beyond |= mark_beyond(axes, lengths, values, **style)
+            beyond |= mark_beyond(axes, lengths, values, texts >= ENOUGH_TEXTS, **style)
         axes.set_ylabel(title, fontsize=8.5)
     for axes in panels[2:]:
         name_of_lengths(axes, "length n in tokens", texts)

@@ -22,7 +22,7 @@ from approxkmv.results.tables import MASKED, model_tables, read_overview, readin
 
 COLUMNS = dict.fromkeys(("reading", "entries"), "text")
 COLUMNS |= dict.fromkeys(("largest_ratio", "median_double"), "at least 0 or empty")
-COLUMNS |= dict.fromkeys(("heads_within_bound", "heads"), "whole")
+COLUMNS |= dict.fromkeys(("heads_within_bound", "heads", "texts"), "whole")
 # The highest limit of the axis: underflows make a ratio infinite.
 LARGEST = 1e6
 # "About 20 or less for most heads."
@@ -86,6 +86,8 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
             title_fontsize=7,
         )
     panels[0].set_ylabel("$K_{(n)}\\,/\\,K_{(2n)}$, median over heads")
+    numbers = [n for n, _ in table.groupby("texts")]
+    texts = f"{numbers[0]}" + f" to {numbers[-1]}" * (len(numbers) > 1) + " texts"
     inside = table[(table["largest_ratio"] <= bound) & (table["median_double"] <= DOUBLE)]
     names_inside = {kind: ", ".join(inside.loc[inside["entries"] == kind, "reading"]) or "no reading" for kind in kinds}
     headline(
@@ -94,7 +96,7 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
         + "; ".join(
             f"under {names_inside[kind]} ({entries('' if kind == 'all' else MASKED, facts)})" for kind in kinds
         ),
-        "Readings of the definition; line: scales up to 1; hatched: the paper's numbers"
+        f"Readings of the definition on {texts}; line: scales up to 1; hatched: the paper's numbers"
         + "; points on the upper edge: beyond the axis" * beyond,
     )
     footnote(figure, not_in_kernel(facts))

@@ -129,17 +129,19 @@ def draw_points(axes: Axes, x: Any, y: Any, solid: Any, **style: Any) -> None:
     axes.plot(x[~solid], y[~solid], **hollow)
 
 
-def mark_beyond(axes: Axes, x: Any, y: Any, **style: Any) -> bool:
+def mark_beyond(axes: Axes, x: Any, y: Any, solid: Any = True, **style: Any) -> bool:
     """Mark points that lie outside the axes of y, whose limits are final, on their edge. Whether there are any.
 
-    `style` has the points' own colour and marker: a triangle of one colour could be any entry's to some readers.
+    `style` has the points' own colour and marker: a triangle of one colour could be any entry's to some readers. Those
+    where `solid` is false are hollow, as by `draw_points`.
     """
     x, y = np.asarray(x), np.asarray(y, dtype=np.float64)
+    solid = np.broadcast_to(np.asarray(solid, dtype=bool), y.shape)
     low, high = axes.get_ylim()
     for beyond, place in ((y < low, 0.0), (y > high, 1.0)):
         if beyond.any():
             at = {"transform": axes.get_xaxis_transform(), "clip_on": False, "linestyle": "none", "zorder": 5}
-            axes.plot(x[beyond], np.full(beyond.sum(), place), **(style | at))
+            draw_points(axes, x[beyond], np.full(beyond.sum(), place), solid[beyond], **(style | at))
     return bool(((y < low) | (y > high)).any())
 
 
