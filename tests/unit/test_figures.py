@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from approxkmv.errors import ConfigError, TableError
-from approxkmv.figures import catalogue, context_scaling, length_scaling
+from approxkmv.figures import catalogue, context_scaling, length_scaling, style
 from approxkmv.figures.order_ratios import up_to_the_scale
 from approxkmv.figures.style import COLOURS, near, short
 from approxkmv.statistics.entries import CAUSAL, OWN_MASK
@@ -617,3 +617,13 @@ def test_characters_that_the_font_does_not_have_are_named(tmp_path, caplog, recw
 def test_a_cell_near_the_bound_says_on_which_side_it_is():
     assert [near(4.6)(value) for value in (4.5, 4.58, 4.62, 57.8, 0.001)] == ["4.50", "4.58", "4.62", "58", "<.01"]
     assert [up_to_the_scale(value) for value in (1.92, 20.3, 1e9)] == ["1.9", "20.30", ">1,000"]
+
+
+def test_points_on_an_edge_are_hollow_where_few_texts_are_behind_them():
+    figure = style.new_figure(3, 3)
+    axes = figure.subplots()
+    axes.set_ylim(1, 10)
+    x, y, solid = np.arange(4), np.array([0.5, 0.2, 5.0, 20.0]), np.array([True, False, True, False])
+    assert style.mark_beyond(axes, x, y, solid, color="red", marker="o")
+    drawn = {(*line.get_xdata(), *line.get_ydata()): line.get_markerfacecolor() for line in axes.get_lines()}
+    assert drawn == {(0, 0.0): "red", (1, 0.0): "white", (3, 1.0): "white"}

@@ -97,7 +97,7 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
             f"under {names_inside[kind]} ({entries('' if kind == 'all' else MASKED, facts)})" for kind in kinds
         ),
         f"Readings of the definition on {texts}; line: scales up to 1; hatched: the paper's numbers"
-        + "; points on the upper edge: beyond the axis" * beyond,
+        + "; points on the edge: beyond it" * beyond,
     )
     footnote(figure, not_in_kernel(facts))
     return save(figure, stem)

@@ -139,9 +139,11 @@ def mark_beyond(axes: Axes, x: Any, y: Any, solid: Any = True, **style: Any) -> 
     solid = np.broadcast_to(np.asarray(solid, dtype=bool), y.shape)
     low, high = axes.get_ylim()
     for beyond, place in ((y < low, 0.0), (y > high, 1.0)):
-        if beyond.any():
-            at = {"transform": axes.get_xaxis_transform(), "clip_on": False, "linestyle": "none", "zorder": 5}
-            draw_points(axes, x[beyond], np.full(beyond.sum(), place), solid[beyond], **(style | at))
+        for these, fill in ((beyond & solid, {}), (beyond & ~solid, {"markerfacecolor": "white"})):
+            # An empty line outside the axes would still take room in the layout.
+            if these.any():
+                at = {"transform": axes.get_xaxis_transform(), "clip_on": False, "linestyle": "none", "zorder": 5}
+                axes.plot(x[these], np.full(these.sum(), place), **(style | at | fill))
     return bool(((y < low) | (y > high)).any())
 
 
