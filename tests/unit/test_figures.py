@@ -607,7 +607,6 @@ def test_characters_that_the_font_does_not_have_are_named(tmp_path, caplog, recw
         catalogue.draw("max_ratios", tmp_path, ["m"], tmp_path / "max_ratios")
     assert [message.split()[:2] for message in caplog.messages] == [["max_ratios:", "型"]]
     assert "模" in caplog.text
-    from approxkmv.figures import style
 
     axes = style.new_figure(4, 3).add_subplot()
     style.label_ends(axes, [(0.5, 0.5, "模型", "k")])
