@@ -87,7 +87,9 @@ def _make(folder: Path) -> None:
     counts = {"texts": 8, "length": 40, "start": 20}
     write_csv(folder / "growth_m.csv", heads.assign(exponent=0.25, size="small", trend="flat", **counts))
     write_csv(folder / "growth_curves_m.csv", grid.assign(texts=8, adjusted_ratio=1.5))
-    read = pd.DataFrame({"reading": ["printed", "sigma"], "heads": 6, "entries": "all", "heads_within_bound": 5})
+    read = pd.DataFrame(
+        {"reading": ["printed", "sigma"], "heads": 6, "texts": 8, "entries": "all", "heads_within_bound": 5}
+    )
     for name in ("readings_m.csv", "readings_path_m.csv"):
         write_csv(folder / name, read.assign(largest_ratio=1.5, median_double=2.5, power=[1.0, 0.5]))
     prefix = pd.DataFrame({"prefix": [10, 20, 40, 80], "contexts": 9})
