@@ -358,7 +358,7 @@ def test_a_ratio_beyond_the_axis_is_marked_and_said(tmp_path, figures):
     (entry,) = [line for line in axes.lines if line.get_label().startswith("unscaled")]
     assert (beyond.get_marker(), beyond.get_color()) == (entry.get_marker(), entry.get_color())
     assert entry.get_ydata()[0] > axes.get_ylim()[1]
-    assert "points on the upper edge: beyond the axis" in figures[0].get_suptitle()
+    assert "points on the edge: beyond it" in figures[0].get_suptitle()
 
 
 def test_the_reference_figures_are_all_figures():
