@@ -86,8 +86,8 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
             title_fontsize=7,
         )
     panels[0].set_ylabel("$K_{(n)}\\,/\\,K_{(2n)}$, median over heads")
-    numbers = [n for n, _ in table.groupby("texts")]
-    texts = f"{numbers[0]}" + f" to {numbers[-1]}" * (len(numbers) > 1) + " texts"
+    fewest, most = int(table["texts"].min()), int(table["texts"].max())
+    texts = f"{fewest} texts" if fewest == most else f"{fewest} to {most} texts"
     inside = table[(table["largest_ratio"] <= bound) & (table["median_double"] <= DOUBLE)]
     names_inside = {kind: ", ".join(inside.loc[inside["entries"] == kind, "reading"]) or "no reading" for kind in kinds}
     headline(
