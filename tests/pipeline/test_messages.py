@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,11 @@ class Terminal:
         command = [*start, "--cores", "1", "--snakefile", str(ROOT / "Snakefile")]
         command += ["--profile", str(ROOT / "profiles" / "default")]
         given = environment() | {"PATH": path}
-        self.process = subprocess.Popen(command, cwd=project.folder, env=given, start_new_session=True, **output)
+        # Whoever starts the tests in the background has them ignore interrupts, and programs inherit that.
+        heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        self.process = subprocess.Popen(
+            command, cwd=project.folder, env=given, start_new_session=True, preexec_fn=heard, **output
+        )
         os.close(writer)
         self.reader, self.said = reader, ""
 
