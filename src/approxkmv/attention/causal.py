@@ -8,18 +8,22 @@ diagonal. Triangles are split until they are small enough to be exact; the squar
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch.nn.functional import pad
 
 from approxkmv.attention.kernels.exponentials import exp_
 from approxkmv.compute.counting import count
+from approxkmv.compute.trial import fastest
 
 Sums = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Numerators (n_q, d_v), row sums (n_q,) and logs (n_q,): both sums are divided by exp(log)."""
 
 EXACT_BELOW = 256
 """Triangles of at most this many queries are exact."""
+# Triangles of so many queries take most of the time of their method: with products in the dtype that is fastest here.
+_LONG = 1024
 
 SumsOfKeys = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Generator], Sums]
 """f(q, k, v, generator) for scaled float32 q (n_q, d), k (n_k, d), v (n_k, d_v), every query attending to every key."""
@@ -81,9 +85,13 @@ def causal_sums(
         q, k, v: (n, d), (n, d), (n, d_v) float32, the queries scaled.
         sums: if it is unbiased, so are these sums; its logs must refer to the given keys, not to shifted ones.
         exact_below: triangles of at most this many queries are exact.
-        triangle: f(q, k, v), their exact sums, in place of `exact_sums`.
+        triangle: f(q, k, v), their exact sums; None takes torch's flash attention on a CPU, elsewhere `exact_sums`.
     """
     n = len(q)
+    if triangle is None and q.device.type == "cpu":
+        question = "attention.blocks.trials.products"
+        low = fastest(question, "float32", "bfloat16") if exact_below >= _LONG else "float32"
+        triangle = partial(flash_triangle, low=getattr(torch, low))
     numerators, row_sums, logs = v.new_empty(n, v.shape[1]), v.new_empty(n), v.new_empty(n)
 
     def fill(first: int, last: int) -> None:

@@ -67,5 +67,9 @@ method = Method.from_sums(
         {"block": 512, "samples": 2048},
         {"block": 1024, "samples": 2048},
         {"block": 2048, "samples": 4096},
+        # The published length of exact triangles, which without a mask does nothing
+        {"block": 256, "samples": 256, "exact_below": 4096},
+        {"block": 256, "samples": 1024, "exact_below": 4096},
+        {"block": 512, "samples": 2048, "exact_below": 4096},
     ],
 )
