@@ -342,11 +342,13 @@ def perplexity() -> str:
             exact = given.get("exact_below", 0) >= tokens or (row["method"], tokens) == ("local-expansion", EXACT_BELOW)
             lines.append({"tokens": "", "method": row["method"] + " ‡" * exact, "settings": settings})
             lines[-1] |= {"perplexity": f"{row['perplexity']:.2f}", "s": _seconds(row, "attention_")}
+            lines[-1] |= {"recomputed": f"{100 * share:.2g} %" if (share := row["recomputed_share"]) else ""}
     about = machine(path.with_suffix(".json"))
     return (
-        f"{_plan_wins(table)}\n\n{markdown(pd.DataFrame(lines))}\n\ns: seconds in attention, median and quartiles of "
-        f"{table['repeats'].iloc[0]:.0f} interleaved passes; of a plan, how many heads each method computes; ‡: exact "
-        f"at this length. Wall time, all threads of {about}.\n"
+        f"{_plan_wins(table)}\n\n{markdown(pd.DataFrame(lines).fillna(''))}\n\ns: seconds in attention, median and "
+        f"quartiles of {table['repeats'].iloc[0]:.0f} interleaved passes; of a plan, how many heads each method "
+        f"computes; recomputed: rows that were made again exactly; ‡: exact at this length. Wall time, all threads of "
+        f"{about}.\n"
     )
 
 

@@ -151,16 +151,26 @@ def test_what_is_of_memory_makes_a_method_unavailable():
         raise RuntimeError("a bug")
 
 
-@pytest.mark.parametrize(("error", "one"), [("MemoryError()", True), ("ValueError('a bug')", False)])
-def test_what_fails_at_exit_adds_nothing_to_the_line_about_memory(error, one):
-    code = (
+@pytest.mark.parametrize(
+    ("first", "at_exit", "code", "one"),
+    [
+        ("MemoryError()", "MemoryError()", 2, True),
+        ("ValueError('a bug')", "ValueError('a bug')", 1, False),
+        # A fault of another kind is not hidden.
+        ("MemoryError()", "ValueError('a bug')", 2, False),
+    ],
+)
+def test_what_fails_at_exit_adds_nothing_to_the_line_about_memory(first, at_exit, code, one):
+    program = (
         "import atexit; from approxkmv import cli\n"
-        "def fail(*_): raise " + error + "\n"
-        "atexit.register(fail); cli.app = fail; cli.main()"
+        f"def fail(*_): raise {first}\n"
+        f"def fail_at_exit(): raise {at_exit}\n"
+        "atexit.register(fail_at_exit); cli.app = fail; cli.main()"
     )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert run.returncode == (2 if one else 1)
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert run.returncode == code
     assert (run.stderr.count("\n") == 1) == one, run.stderr
+    assert ("a bug" in run.stderr) == ("a bug" in first + at_exit)
 
 
 def test_a_bug_stays_a_traceback(monkeypatch):

@@ -6,7 +6,7 @@ import sys
 
 from approxkmv.cli import people, pipeline, race, upkeep  # noqa: F401
 from approxkmv.cli.app import app, config_app
-from approxkmv.progress import LOG, OUT_OF_MEMORY, reason_of
+from approxkmv.progress import LOG, OUT_OF_MEMORY, is_of_memory, reason_of
 
 # Show whole first lines in the list of commands; by default they are cut after 45 characters.
 for _command in (*app.registered_commands, *config_app.registered_commands):
@@ -25,8 +25,13 @@ def main() -> None:
             raise
         if reason.startswith(OUT_OF_MEMORY):
             # torch's own work at exit may lack memory too, and would print a traceback.
-            sys.unraisablehook = lambda _: None
+            sys.unraisablehook = _hide_lack_of_memory
         _fail(reason, 2)
+
+
+def _hide_lack_of_memory(found: sys.UnraisableHookArgs) -> None:
+    if found.exc_value is None or not is_of_memory(found.exc_value):
+        sys.__unraisablehook__(found)
 
 
 def _fail(message: str, code: int) -> None:
