@@ -1,13 +1,15 @@
 """How long studies took, by the logs of their steps: python benchmarks/study_times.py results/STUDY ...
 
-The last line of a step's log has its seconds. Writes results/reference/benchmarks/study_times.csv, a row per study: its
-steps and their seconds one after the other, which is a little more than a run takes that makes figures side by side.
+The last line of a step's log has its end and its seconds. Writes results/reference/benchmarks/study_times.csv, a row per
+study: its steps and the seconds in which any of them ran, with pauses of at most 15 seconds, in which the next ones start.
 """
 
 from __future__ import annotations
 
+import math
 import re
 import sys
+from datetime import datetime
 from pathlib import Path
 
 import pandas as pd
@@ -18,18 +20,31 @@ from approxkmv.provenance import describe
 
 OUT = REFERENCE / "benchmarks" / "study_times.csv"
 # Date, time and the title of a step; details are indented.
-STEP = re.compile(r"^\S+ \S+ \S.*? +(\d+\.\d) s(?=  |$)", re.MULTILINE)
+STEP = re.compile(r"^(\S+ \S+),(\d{3}) \S.*? +(\d+\.\d) s(?=  |$)", re.MULTILINE)
+PAUSE = 15.0
 
 
-def seconds_of(logs: Path) -> list[float]:
-    """The seconds of each step that left a log in this folder."""
-    return [float(found) for path in logs.glob("*.log") for found in STEP.findall(path.read_text(encoding="utf-8"))]
+def spans_of(logs: Path) -> list[tuple[float, float]]:
+    """Start and end of each step that left a log in this folder, in seconds of the same clock."""
+    found = [step for path in logs.glob("*.log") for step in STEP.findall(path.read_text(encoding="utf-8"))]
+    ends = [datetime.fromisoformat(f"{when}.{after}").timestamp() for when, after, _ in found]
+    return [(end - float(took), end) for end, (_, _, took) in zip(ends, found, strict=True)]
+
+
+def seconds_in(spans: list[tuple[float, float]]) -> float:
+    """The seconds in which any of the spans lasts, and those between two that are at most PAUSE apart."""
+    total, until = 0.0, -math.inf
+    for start, end in sorted(spans):
+        begin = max(until, start) if start > until + PAUSE else until
+        total += max(0.0, end - begin)
+        until = max(until, end)
+    return total
 
 
 def main() -> None:
     """Write the table and print it."""
-    found = {Path(folder).name: seconds_of(Path(folder, "logs")) for folder in sys.argv[1:]}
-    lines = [{"study": study, "steps": len(some), "seconds": round(sum(some))} for study, some in found.items()]
+    found = {Path(folder).name: spans_of(Path(folder, "logs")) for folder in sys.argv[1:]}
+    lines = [{"study": study, "steps": len(some), "seconds": round(seconds_in(some))} for study, some in found.items()]
     table = pd.DataFrame(lines)
     write_csv(OUT, table)
     write_json(OUT.with_suffix(".json"), describe())

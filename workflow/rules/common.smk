@@ -32,6 +32,10 @@ from approxkmv.steps.devices import check_device
 from approxkmv.results.shards import shard_count
 
 
+# Cores of a step on texts, rounded up. Two run side by side: much of a step on short texts, as its start, takes one core.
+HALF = ((workflow.cores or 1) + 1) // 2
+
+
 def show_again():
     """The last words of a run of which nothing was left to do."""
     print(f"study {STUDY.name} is up to date", file=sys.stderr)

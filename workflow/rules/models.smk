@@ -30,7 +30,7 @@ rule extract:
         contexts=f"{RESULTS}/statistics/{{model}}/{{shard}}.contexts.csv",
     log:
         f"{RESULTS}/logs/extract_{{model}}_{{shard}}.log",
-    threads: workflow.cores
+    threads: HALF
     resources:
         gpu=int(STUDY.device == "cuda"),
     params:

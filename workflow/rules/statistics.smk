@@ -11,9 +11,9 @@ rule statistics:
         prefixes=f"{RESULTS}/statistics/{{model}}/{{shard}}.prefixes.parquet",
     log:
         f"{RESULTS}/logs/statistics_{{model}}_{{shard}}.log",
-    # Made first whenever it can be, so that the activations of one shard at a time lie on the disk.
+    # Made first whenever it can be, so that few shards' activations lie on the disk.
     priority: 1
-    threads: workflow.cores
+    threads: HALF
     params:
         config=lambda wildcards: SETTINGS,
         settings=(STUDY.min_prefix, STUDY.prefixes),
@@ -30,9 +30,9 @@ rule attention:
         f"{RESULTS}/statistics/{{model}}/{{shard}}.attention.parquet",
     log:
         f"{RESULTS}/logs/attention_{{model}}_{{shard}}.log",
-    # As for statistics: one shard's activations on the disk at a time.
+    # As for statistics: few shards' activations on the disk.
     priority: 1
-    threads: workflow.cores
+    threads: HALF
     params:
         config=lambda wildcards: SETTINGS,
     shell:
@@ -126,9 +126,9 @@ rule readings:
         f"{RESULTS}/statistics/{{model}}/{{shard}}.readings.parquet",
     log:
         f"{RESULTS}/logs/readings_{{model}}_{{shard}}.log",
-    # As for statistics: one shard's activations on the disk at a time.
+    # As for statistics: few shards' activations on the disk.
     priority: 1
-    threads: workflow.cores
+    threads: HALF
     params:
         config=lambda wildcards: SETTINGS,
         settings=(STUDY.min_prefix, STUDY.readings_texts),
@@ -179,7 +179,7 @@ rule gauge:
         ),
     log:
         f"{RESULTS}/logs/gauge_{{model}}.log",
-    threads: workflow.cores
+    threads: HALF
     resources:
         gpu=int(STUDY.device == "cuda"),
     params:
@@ -229,9 +229,9 @@ rule lengths:
         f"{RESULTS}/statistics/{{model}}/{{shard}}.lengths.parquet",
     log:
         f"{RESULTS}/logs/lengths_{{model}}_{{shard}}.log",
-    # As for statistics: one shard's activations on the disk at a time.
+    # As for statistics: few shards' activations on the disk.
     priority: 1
-    threads: workflow.cores
+    threads: HALF
     resources:
         gpu=int(STUDY.device == "cuda"),
     params:

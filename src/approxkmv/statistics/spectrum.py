@@ -39,6 +39,11 @@ class _Strips:
                 self._kept = weights = weights.clone()
             yield weights
 
+    def keep(self, heads: torch.Tensor) -> None:
+        """Go on with these heads alone, bool; several heads are always in memory."""
+        if self._kept is not None:
+            self._kept = self._kept[heads]
+
     def gram(self, x: torch.Tensor, squares: torch.Tensor | None = None) -> torch.Tensor:
         """P^T P x for x (heads, n_k); adds the columns' sums of squares to `squares`, float64."""
         out = torch.zeros_like(x)
@@ -83,8 +88,9 @@ def _largest_eigenvalue(strips: _Strips, squares: torch.Tensor) -> torch.Tensor:
     steps = min(PASSES, n)
     matrix = squares.new_zeros(heads, steps + 1, steps + 1)
     # Each head ends at its own step, so that its answer does not depend on the heads that are computed with it.
-    answer, before = squares.new_full((heads,), torch.nan), squares.new_zeros(heads)
-    settled = torch.zeros(heads, dtype=torch.bool, device=squares.device)
+    answer = squares.new_zeros(heads)
+    left = torch.arange(heads, device=squares.device)
+    before, settled = squares.new_zeros(heads), torch.zeros(heads, dtype=torch.bool, device=squares.device)
     for step in range(steps):
         image = strips.gram(basis[-1], None if step else squares).double()
         matrix[:, step, step] = torch.linalg.vecdot(image, basis[-1].double())
@@ -95,18 +101,22 @@ def _largest_eigenvalue(strips: _Strips, squares: torch.Tensor) -> torch.Tensor:
         length = torch.linalg.vector_norm(image, dim=1)
         # Only rounding is left: the space that the iteration can reach is exhausted.
         length = torch.where(length > 1e-6 * matrix[:, 0, 0], length, 0.0)
-        exhausted = not bool(length.any())
         if step % EVERY == EVERY - 1:
             found = torch.linalg.eigvalsh(matrix[:, : step + 1, : step + 1])[:, -1]
             # Twice in a row: a second singular value near the first may hold the iteration up for a while.
             was_settled, settled = settled, found - before <= UNCHANGED * found
-            answer = torch.where(answer.isnan() & settled & was_settled, found, answer)
-            if not bool(answer.isnan().any()):
+            answer[left] = before = found
+            goes_on = ~(settled & was_settled)
+            if not bool(goes_on.any()):
                 return answer
-            before = found
-        if exhausted:
+            if not bool(goes_on.all()):
+                strips.keep(goes_on)
+                left, before, settled, matrix, image, length, *basis = (
+                    values[goes_on] for values in (left, before, settled, matrix, image, length, *basis)
+                )
+        if not bool(length.any()):
             break
         matrix[:, step, step + 1] = matrix[:, step + 1, step] = length
         basis.append(torch.where(length > 0, 1 / length, 0.0).unsqueeze(1).mul(image).nan_to_num_(0.0).to(kind))
-    last = torch.linalg.eigvalsh(matrix[:, : len(basis), : len(basis)])[:, -1]
-    return torch.where(answer.isnan(), last, answer)
+    answer[left] = torch.linalg.eigvalsh(matrix[:, : len(basis), : len(basis)])[:, -1]
+    return answer
