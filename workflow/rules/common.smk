@@ -31,7 +31,6 @@ from approxkmv.steps.cleaning import (
 from approxkmv.steps.devices import check_device
 from approxkmv.results.shards import shard_count
 
-
 # Cores of a step on texts, rounded up. Two run side by side: much of a step on short texts, as its start, takes one core.
 HALF = ((workflow.cores or 1) + 1) // 2
 
