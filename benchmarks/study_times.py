@@ -1,8 +1,7 @@
 """How long studies took, by the logs of their steps: python benchmarks/study_times.py results/STUDY ...
 
-The last line of a step's log has its end and its seconds. Writes results/reference/benchmarks/study_times.csv, a row for
-each study: its steps and the seconds in which any of them ran, with pauses of at most 15 seconds, when the next ones
-start.
+The last line of a step's log has its end and its seconds. Writes results/reference/benchmarks/study_times.csv, a row a
+study: its steps and the seconds in which any of them ran, with pauses of at most 15 seconds, when the next ones start.
 """
 
 from __future__ import annotations
