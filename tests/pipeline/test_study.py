@@ -139,14 +139,13 @@ def test_the_report_is_one_html_file(finished):
 
 def a_shard_is_done_and_another_under_way(project: Project) -> list[Path]:
     """The finished statistics, once another shard's activations wait for theirs; before that, nothing."""
-    # Shards go one at a time, so that what came before the one under way is finished in Snakemake's eyes too.
+    waiting = {
+        path.relative_to(project.results / "activations") for path in project.results.glob("activations/*/[!.]*")
+    }
+    # Snakemake removes activations once all steps that read them are finished in its eyes.
     made = sorted((project.results / "statistics").glob("*/[!.]*.heads.parquet"))
-    waiting = [
-        path
-        for path in (project.results / "activations").glob("*/[!.]*.safetensors")
-        if project.results / "statistics" / path.parent.name / f"{path.stem}.heads.parquet" not in made
-    ]
-    return made if waiting else []
+    done = [path for path in made if Path(path.parent.name, path.name[:4] + ".safetensors") not in waiting]
+    return done if waiting else []
 
 
 def a_table_is_written(project: Project) -> list[Path]:
