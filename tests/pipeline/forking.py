@@ -1,8 +1,8 @@
 """Commands that start in a tenth of a second, forked from a process that has already imported their libraries.
 
 A test study has thirty jobs, each of which spends seconds importing torch, transformers, pandas or matplotlib and an
-instant computing. A forked command has its own process, arguments, folder, environment and output, but is not a child
-of the process that started it and survives when that is killed. So tests that kill use the installed commands.
+instant computing. A forked command has its own process, arguments, folder, environment and output. It is not a child of
+the process that started it but dies with it, as does all that it started, in a process group of its own.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ import importlib
 import json
 import os
 import select
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -39,15 +40,18 @@ sys.exit(int(server.makefile().readline() or 1))
 
 
 @contextmanager
-def forking_commands(*modules: str) -> Iterator[Path]:
-    """A folder for PATH with the commands, these modules preloaded; both are removed when the block ends."""
+def forking_commands(*modules: str, environment: Mapping[str, str] | None = None) -> Iterator[Path]:
+    """A folder for PATH with the commands, these modules preloaded; both are removed when the block ends.
+
+    The environment, by default this process's, is that in which the modules are imported.
+    """
     with tempfile.TemporaryDirectory() as name:
         folder, address = Path(name), f"{name}/socket"
         for command in COMMANDS:
             (folder / command).write_text(_CLIENT.format(python=sys.executable, address=address))
             (folder / command).chmod(0o755)
         command = [sys.executable, __file__, address, *modules]
-        server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        server = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         try:
             assert server.stdout is not None
             assert server.stdout.readline() == b"ready\n"
@@ -79,12 +83,16 @@ def _serve(address: str, modules: list[str]) -> None:
         else:
             listening.close()
             break
+    _, files, *_ = socket.recv_fds(asking, 1, 3)
+    sys.argv, folder, environment = json.loads(asking.makefile().readline())
+    os.setpgid(0, 0)
     if command := os.fork():
+        # Whoever asks says nothing more: if there is something to read it is the end, since it was killed.
+        if asking in select.select([asking, os.pidfd_open(command)], [], [])[0]:
+            os.killpg(0, signal.SIGKILL)
         _, status = os.waitpid(command, 0)
         asking.sendall(b"%d\n" % os.waitstatus_to_exitcode(status))
         os._exit(0)
-    _, files, *_ = socket.recv_fds(asking, 1, 3)
-    sys.argv, folder, environment = json.loads(asking.makefile().readline())
     asking.close()
     for number, file in enumerate(files):
         os.dup2(file, number)

@@ -98,15 +98,18 @@ class Project:
     def write(self, config: Mapping[str, Any]) -> None:
         (self.folder / "config.yaml").write_text(yaml.safe_dump(dict(config)))
 
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
-        """Start Snakemake on this project in a process group of its own, with the commands as installed."""
-        return self._started(sys.executable, "-m", "snakemake", *arguments)
+    def environment(self) -> dict[str, str]:
+        """That of its processes, with the commands of this project first."""
+        found = environment()
+        return found | {"PATH": f"{self.commands}{os.pathsep}{found['PATH']}"} if self.commands else found
 
-    def _started(self, *command: str, **changes: str) -> subprocess.Popen[str]:
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        """Start Snakemake on this project in a process group of its own."""
+        command = [str(self.commands / "snakemake")] if self.commands else [sys.executable, "-m", "snakemake"]
         return subprocess.Popen(
-            [*command, "--snakefile", str(ROOT / "Snakefile")],
+            [*command, *arguments, "--snakefile", str(ROOT / "Snakefile")],
             cwd=self.folder,
-            env=environment() | changes,
+            env=self.environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -115,12 +118,7 @@ class Project:
 
     def snakemake(self, *arguments: str) -> tuple[int, str]:
         """Run Snakemake on this project; its exit code and what it printed."""
-        arguments = ("--cores", "2", *arguments)
-        if self.commands:
-            path = f"{self.commands}{os.pathsep}{environment()['PATH']}"
-            process = self._started(str(self.commands / "snakemake"), *arguments, PATH=path)
-        else:
-            process = self.start(*arguments)
+        process = self.start("--cores", "2", *arguments)
         output, _ = process.communicate(timeout=600)
         return process.returncode, output
 
@@ -163,6 +161,7 @@ def kill_when(project: Project, point: Callable[[], object], *targets: str) -> N
         assert time.monotonic() < deadline
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
+    # It ends when nothing is left that could print.
     process.communicate()
 
 

@@ -9,27 +9,25 @@ import subprocess
 import sys
 import time
 from functools import partial
-from pathlib import Path
 
 import pytest
-from small_project import ROOT, Project, environment
+from small_project import ROOT, Project
 
 
 class Terminal:
-    """Snakemake on a terminal of its own, with the commands as installed or with fast ones."""
+    """Snakemake on a terminal of its own."""
 
-    def __init__(self, project: Project, commands: Path | None = None) -> None:
+    def __init__(self, project: Project) -> None:
         reader, writer = pty.openpty()
+        commands = project.commands
         start = [sys.executable, "-m", "snakemake"] if commands is None else [str(commands / "snakemake")]
-        path = environment()["PATH"] if commands is None else f"{commands}{os.pathsep}{environment()['PATH']}"
         output = {"stdin": subprocess.DEVNULL, "stdout": writer, "stderr": writer}
         command = [*start, "--cores", "1", "--snakefile", str(ROOT / "Snakefile")]
         command += ["--profile", str(ROOT / "profiles" / "default")]
-        given = environment() | {"PATH": path}
         # Whoever starts the tests in the background has them ignore interrupts, and programs inherit that.
         heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
         self.process = subprocess.Popen(
-            command, cwd=project.folder, env=given, start_new_session=True, preexec_fn=heard, **output
+            command, cwd=project.folder, env=project.environment(), start_new_session=True, preexec_fn=heard, **output
         )
         os.close(writer)
         self.reader, self.said = reader, ""
@@ -51,7 +49,8 @@ class Terminal:
 @pytest.mark.slow
 def test_a_run_says_how_far_it_is_and_when_it_is_stopped_and_that_it_is_up_to_date(project: Project):
     project.configure(models=["bert"], takes="about a minute")
-    first = Terminal(project)
+    # As installed, since it is interrupted
+    first = Terminal(Project(project.folder))
     first.read(until="step 2 of ")
     os.killpg(first.process.pid, signal.SIGINT)
     said = first.read()
@@ -59,7 +58,7 @@ def test_a_run_says_how_far_it_is_and_when_it_is_stopped_and_that_it_is_up_to_da
     assert "study tiny takes about a minute" in said
     assert said.rstrip().endswith("stopped; run again to continue"), said
     assert "Traceback" not in said
-    second = Terminal(project, project.commands)
+    second = Terminal(project)
     said = second.read()
     assert second.process.wait() == 0, said
     # The first steps are done, and what the models need is fetched before the rest.
@@ -67,7 +66,7 @@ def test_a_run_says_how_far_it_is_and_when_it_is_stopped_and_that_it_is_up_to_da
     last = lines[-1]
     assert "page: results/tiny/index.html" in last
     assert any(line.startswith("  c is at most 4.6") for line in lines)
-    third = Terminal(project, project.commands)
+    third = Terminal(project)
     again = third.read()
     assert third.process.wait() == 0, again
     assert "study tiny is up to date" in again

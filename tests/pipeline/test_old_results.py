@@ -238,7 +238,7 @@ def test_a_kill_between_the_statistics_and_their_cleaning_leaves_no_activations_
     done = subprocess.run(
         [sys.executable, "-c", KILLED_BEFORE_CLEANING, "--snakefile", str(ROOT / "Snakefile"), "--cores", "2", HEADS],
         cwd=project.folder,
-        env=environment(),
+        env=project.environment(),
         capture_output=True,
         text=True,
         start_new_session=True,
@@ -264,7 +264,8 @@ def test_a_second_run_in_the_same_folder_is_refused_and_the_lock_dies_with_its_h
         second.append(project.snakemake(HEADS))
         return True
 
-    kill_when(project, refused, HEADS)
+    # As installed, and so slow enough to be met
+    kill_when(Project(project.folder), refused, HEADS)
     code, output = second[0]
     assert code == 2
     assert "a run of study tiny is under way already, by process " in line_of(output)

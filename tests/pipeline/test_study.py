@@ -158,9 +158,10 @@ def a_table_is_written(project: Project) -> list[Path]:
 def test_a_run_that_is_killed_twice_goes_on_and_ends_with_the_same_bytes(finished, project: Project):
     whole = fingerprints(finished[0].results)
     written: dict[Path, int] = {}
-    for point in (a_shard_is_done_and_another_under_way, a_table_is_written):
-        # With the commands as installed: the finished study was made with faster ones.
-        process = project.start("--cores", "2")
+    # First with the commands as installed: the finished study was made with faster ones.
+    installed = Project(project.folder)
+    for started, point in ((installed, a_shard_is_done_and_another_under_way), (project, a_table_is_written)):
+        process = started.start("--cores", "2")
         deadline = time.monotonic() + 300
         while not (done := point(project)):
             assert process.poll() is None, process.communicate()[0]
@@ -176,6 +177,13 @@ def test_a_run_that_is_killed_twice_goes_on_and_ends_with_the_same_bytes(finishe
         assert path.stat().st_mtime_ns == time_before, f"{path} was regenerated"
     assert fingerprints(project.results) == whole
     assert not list(project.results.rglob(".*"))
+    # Tables as installed, too
+    folder = "results/tiny/statistics/bert"
+    options = ["--model", "bert", "--statistics", folder, "--texts", "results/tiny/texts.parquet", "--out", "again"]
+    code, output = installed.approxkmv_process("summary", *options)
+    assert code == 0, output
+    for name in ("heads_bert.csv", "context_scaling_bert.csv"):
+        assert (project.folder / "again" / name).read_bytes() == (project.results / "tables" / name).read_bytes()
 
 
 def test_half_written_files_are_left_to_living_processes_and_taken_from_dead_ones(tmp_path: Path):
