@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ class Case:
     keys: np.ndarray
     sigma: float
 
-    @property
+    @cached_property
     def matrix(self) -> np.ndarray:
         difference = self.queries[:, None, :] - self.keys[None, :, :]
         return np.exp(-(difference**2).sum(-1) / (2 * self.sigma**2))

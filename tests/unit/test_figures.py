@@ -130,7 +130,8 @@ OF_FAMILIES = [
 def test_the_reference_figures_can_be_read(tmp_path, figures, study, name, models):
     catalogue.draw(name, REFERENCE / study / "tables", models, tmp_path / name)
     assert len(figures) == 1
-    assert misplaced_texts(figures[0]) == []
+    found = drawn_texts(figures[0])
+    assert misplaced_texts(figures[0], found) == []
     assert unlike_formats(figures[0]) == []
     assert told_apart_by_colour_alone(figures[0]) == []
     assert without_words(figures[0]) == []
@@ -144,7 +145,7 @@ def test_the_reference_figures_can_be_read(tmp_path, figures, study, name, model
         # Few queries are named, and so is what does not count.
         labels = {axes.get_xlabel() for axes in figures[0].axes}
         assert name != "speedup" or labels == {f"n, keys (queries: {count})" for count in (1, 16, 256)}
-        words = " ".join(" ".join(word for word, _ in drawn_texts(figures[0])).split())
+        words = " ".join(" ".join(word for word, _ in found).split())
         assert "not counted where every score is computed: " in words
 
 
@@ -530,8 +531,9 @@ def test_rows_of_the_softmax_are_drawn_with_nothing_overlapping(tmp_path, figure
     attention_tables(tmp_path, layers, heads, masked)
     catalogue.draw("attention_support", tmp_path, ["m"], tmp_path / "x")
     assert len([axes for axes in figures[0].axes if axes.texts]) == (4 if masked else 2)
-    assert misplaced_texts(figures[0]) == []
-    shown = " ".join(word for word, _ in drawn_texts(figures[0]))
+    found = drawn_texts(figures[0])
+    assert misplaced_texts(figures[0], found) == []
+    shown = " ".join(word for word, _ in found)
     assert ("the logits' cap of 50" in shown) == bool(left_out)
 
 
@@ -608,8 +610,8 @@ def test_characters_that_the_font_does_not_have_are_named(tmp_path, caplog, recw
     assert [message.split()[:2] for message in caplog.messages] == [["max_ratios:", "型"]]
     assert "模" in caplog.text
 
-    axes = style.new_figure(4, 3).add_subplot()
-    style.label_ends(axes, [(0.5, 0.5, "模型", "k")])
+    figure = style.new_figure(4, 3)
+    style.label_ends(figure, [(figure.add_subplot(), [(0.5, 0.5, "模型", "k")])])
     assert not [str(warning.message) for warning in recwarn if "Glyph" in str(warning.message)]
 
 

@@ -110,7 +110,7 @@ def draw(tables: Path, models: Sequence[str], stem: Path) -> list[Path]:
         details,
         "Mean and standard deviation over texts",
     )
-    label_ends(top, ends)
+    label_ends(figure, [(top, ends)])
     return save(figure, stem)
 
 

@@ -74,8 +74,7 @@ def draw(table: Path, output_stem: Path, target: float = 0.10) -> list[Path]:
         last = {m: lines[m].iloc[-1]["times_faster"] for m in shown}
         ends.append([(float(lines[m].index[-1]), float(last[m]), m, look[m].color) for m in shown])
     headline(figure, f"Figure 5: {finding(frame, target)}")
-    for axis, named in zip(axes, ends, strict=True):
-        label_ends(axis, named)
+    label_ends(figure, zip(axes, ends, strict=True))
     more = f"; {counted(left_out, 'slower line')} in the table only" if left_out else ""
     note = f"Methods that reach the target somewhere, at most {MOST} in a panel{more}. "
     note += "Hollow: target missed; dashed: trivial; bands: quartiles of the times" + uncounted(frame)

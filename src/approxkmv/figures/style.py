@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -147,16 +147,21 @@ def mark_beyond(axes: Axes, x: Any, y: Any, solid: Any = True, **style: Any) -> 
     return bool(((y < low) | (y > high)).any())
 
 
-def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]], size: float = 7.5) -> None:
-    """Write (x, y, text, colour) to the right of the axes at the height of y, moved apart where they would overlap.
+def label_ends(figure: Figure, named: Iterable[tuple[Axes, Sequence[tuple[float, float, str, str]]]]) -> None:
+    """Write each (x, y, text, colour) to the right of its axes at the height of y, apart where they would overlap.
 
     The limits of the axes must be final.
     """
-    if not ends:
-        return
-    figure: Any = axes.get_figure()
+    # Where the axes are; to lay out a figure takes longer than all else.
     with _silent_about_glyphs():
         figure.draw_without_rendering()
+    for axes, ends in named:
+        if ends:
+            _label_ends_of(axes, ends)
+
+
+def _label_ends_of(axes: Axes, ends: Sequence[tuple[float, float, str, str]], size: float = 7.5) -> None:
+    figure: Any = axes.get_figure()
     height = axes.bbox.height / figure.dpi * 72
     places = axes.transAxes.inverted().transform(axes.transData.transform([(x, y) for x, y, *_ in ends]))[:, 1]
     order = np.argsort(places)
