@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+import interpreter
 import torch
 
 from approxkmv.attention.blocks.cuda import approxkmv as approxkmv_cuda
@@ -503,6 +504,8 @@ def measure(table, dtype, sharp, split, batches):
 def main(table=None, *dtypes):
     if not INTERPRETED and not torch.cuda.is_available():
         sys.exit("check_kernels: torch finds no CUDA device; set TRITON_INTERPRET=1 to check in the interpreter")
+    if INTERPRETED:
+        interpreter.patch_once_per_launch()
     checks = [check_exact, check_listed, check_tiles, check_local_expansion, check_approxkmv, check_errors]
     checks += [check_fused, check_fused_extremes]
     if not INTERPRETED:

@@ -17,6 +17,7 @@ import sys
 import time
 from types import SimpleNamespace
 
+import interpreter
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -208,9 +209,10 @@ def _strict(real, fake):
 
 
 def _launch_in_interpreter():
-    from triton.runtime import interpreter
+    from triton.runtime.interpreter import InterpretedFunction
 
-    original = interpreter.InterpretedFunction.run
+    interpreter.patch_once_per_launch()
+    original = InterpretedFunction.run
 
     def run(self, *args, grid, warmup, **kwargs):
         sizes = grid(kwargs) if callable(grid) else grid
@@ -230,7 +232,7 @@ def _launch_in_interpreter():
         if MODE.tape is not None:
             MODE.tape.append((work, None))
 
-    interpreter.InterpretedFunction.run = run
+    InterpretedFunction.run = run
 
 
 def install():
