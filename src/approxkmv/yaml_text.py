@@ -8,7 +8,8 @@ from typing import Any
 
 from approxkmv.errors import ConfigError
 
-# Bytes, entries with every alias expanded, and levels: far beyond any configuration, and read in a second or two.
+# Bytes, entries (or 16 letters of a text) with every alias expanded, and levels: far beyond any configuration, and read
+# in a second or two.
 LARGEST_FILE = 2**18
 MOST_ENTRIES = 10_000
 MOST_LEVELS = 30
@@ -52,8 +53,8 @@ def read_yaml(path: Path) -> Any:
         raise ConfigError(f"{path} is not YAML{where}: {getattr(error, 'problem', error)}") from error
     except RecursionError as error:
         raise ConfigError(f"{path} is nested too deeply for a configuration") from error
-    except (ValueError, KeyError, AttributeError) as error:
-        # A number with thousands of digits, a month 13; values tagged !!bool or !!timestamp that are neither.
+    except (ArithmeticError, LookupError, ValueError, AttributeError) as error:
+        # Numbers of thousands of digits, or of none, a month 13, "\UFFFFFFFF"; what is tagged !!bool and is not one.
         raise ConfigError(f"{path} has a value that cannot be read: {error}") from error
 
 
@@ -72,6 +73,8 @@ def _count_entries(node: Any, path: Path, known: dict[int, int], above: tuple[in
         raise ConfigError(f"{path} is nested too deeply for a configuration, at line {line}")
     if id(node) not in known:
         parts: list[Any] = []
+        # A text counts for as many entries as short words that it could be.
+        own = 1 + (len(node.value) // 16 if isinstance(node, yaml.ScalarNode) else 0)
         if isinstance(node, yaml.MappingNode):
             seen: set[str] = set()
             for key, item in node.value:
@@ -85,7 +88,7 @@ def _count_entries(node: Any, path: Path, known: dict[int, int], above: tuple[in
                 parts.append(item)
         elif isinstance(node, yaml.SequenceNode):
             parts = node.value
-        known[id(node)] = 1 + sum(_count_entries(part, path, known, (*above, id(node))) for part in parts)
+        known[id(node)] = own + sum(_count_entries(part, path, known, (*above, id(node))) for part in parts)
     if known[id(node)] > MOST_ENTRIES:
         raise ConfigError(f"{path} has more than {MOST_ENTRIES:,} entries once its aliases are expanded")
     return known[id(node)]

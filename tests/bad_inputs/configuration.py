@@ -115,8 +115,13 @@ FILES: dict[str, bytes] = {
     "more than a megabyte": GOOD + b"# " + b"x" * 2**20,
     "a hundred thousand entries": b"study: [" + b"1," * 100_000 + b"1]\n",
     "forty thousand anchors": b"".join(b"a%d: &a%d 1\n" % (number, number) for number in range(40_000)),
+    "nine thousand aliases of a long text": b"a: &a " + b"x" * 100_000 + b"\nb: [" + b"*a," * 9_000 + b"]\n",
     "nine thousand aliases": b"a: &a [1, 1]\nb: [" + b"*a," * 9_000 + b"]\n",
     "a program": b"\x7fELF\x02\x01\x01\0\xff\xfe",
+    "a whole number of no digits": GOOD + b'other: !!int ""\n',
+    "a number of no digits": GOOD + b'other: !!float "_"\n',
+    "a character beyond all": GOOD.replace(b"study: tiny", b'study: "\\UFFFFFFFF"'),
+    "a number of 300 sixtieths": GOOD + b"other: 1" + b":59" * 300 + b".5\n",
     "half of a character": GOOD.replace(b"study: tiny", b'study: "\\ud800"'),
 }
 HUGE = 2**64
@@ -199,6 +204,7 @@ CHANGES: list[tuple[str, str, Any]] = [
     ("no seeds", "sweeps.s.seeds", []),
     ("a thousand million threads", "sweeps.s.threads", 10**9),
     ("no thread", "sweeps.s.threads", 0),
+    ("a thousand million threads of an operator", "studies.tiny.operator", {"threads": 10**9}),
     ("half a thread", "sweeps.s.threads", 0.5),
     *(
         (f"a bound of the paper that is {name}", "models.m.paper_bound", value)
@@ -279,6 +285,10 @@ CHANGES: list[tuple[str, str, Any]] = [
     ("models that are a list", "models", []),
     ("models that are nothing", "models", None),
     ("a model that is a text", "models.m", "path:model"),
+    ("a sweep that is a text", "sweeps.s", "w"),
+    ("a sweep that is a list", "sweeps.s", [{"workloads": []}]),
+    ("a sweep that is nothing", "sweeps.s", None),
+    ("a sweep without its name", "sweeps", {"capture": None, "workloads": []}),
     ("a study that is a text", "studies.tiny", "m"),
     ("a study that is nothing", "studies.tiny", None),
     ("a study without anything", "studies.tiny", {}),

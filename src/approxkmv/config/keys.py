@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, model_validator
 
 from approxkmv.errors import ConfigError
-from approxkmv.sweep.settings import Count, Index, Length, ParameterSets, Seed, Sha256, SweepSettings
+from approxkmv.sweep.settings import Count, Index, Length, ParameterSets, Seed, Sha256, SweepSettings, Threads
 from approxkmv.typed import above, at_least, at_least_one, each_once, like
 
 Name = Annotated[str, like("[A-Za-z0-9][A-Za-z0-9.-]{0,99}", "of at most 100 letters, digits, dots and hyphens")]
@@ -94,7 +94,7 @@ class OperatorStudy(Section):
     """Errors to ask for, relative to the answer."""
     repeats: Count = 3
     """Interleaved runs of every product, of which the median is taken."""
-    threads: Count = 1
+    threads: Threads = 1
     """Processor threads."""
     keops: Length | None = 8192
     """Also time KeOps, where it is installed and compiles, up to this n; null does not."""

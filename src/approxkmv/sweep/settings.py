@@ -34,6 +34,7 @@ Seed = Annotated[int, between(0, LARGEST_SEED)]
 Count = Annotated[int, at_least(1)]
 Length = Annotated[int, at_least(2)]
 Index = Annotated[int, at_least(0)]
+Threads = Annotated[int, between(1, 1024)]
 Error = Annotated[float, above(0, below=10)]
 Sha256 = Annotated[str, like("[0-9a-f]{64}", "of 64 hexadecimal digits")]
 Relative = Literal["values", "answer"]
@@ -144,7 +145,7 @@ class SweepSettings:
     """Where the methods run; cuda is an error on a machine without it."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Floating-point type of the inputs."""
-    threads: Annotated[int, between(1, 1024)] | None = None
+    threads: Threads | None = None
     """Threads for torch; null keeps its default."""
     clock: Literal["wall", "cpu"] = "wall"
     """wall for wall time, or cpu for the process's CPU time, which other processes disturb less; on CUDA, events are
@@ -174,6 +175,8 @@ class SweepSettings:
     @classmethod
     def from_mapping(cls, given: Mapping[str, Any]) -> SweepSettings:
         """Settings from a configuration's dictionary. Raises ConfigError, whose one line names the key."""
+        if not isinstance(given, Mapping):
+            raise ConfigError("a sweep must be a mapping that has workloads")
         workloads, capture = given.get("workloads", ()), given.get("capture")
         if not isinstance(workloads, (list, tuple)) or not all(isinstance(w, Mapping) for w in workloads):
             raise ConfigError("sweep: workloads must be a list of mappings, each with a name and lengths")
