@@ -182,6 +182,16 @@ def test_a_compressed_file_may_not_hold_more_than_a_limit(tmp_path, monkeypatch)
         read_corpus(f"path:{path}")
 
 
+def test_a_table_may_not_hold_more_than_a_limit_though_its_rows_repeat_a_text(tmp_path, monkeypatch):
+    monkeypatch.setattr(formats, "LARGEST", 2**20)
+    path = tmp_path / "x.parquet"
+    for rows, length in ((2000, 1000), (20_000, 1), (1, 2**21)):
+        pd.DataFrame({"context": ["w" * length] * rows}).to_parquet(path)
+        assert path.stat().st_size < 2**18
+        with pytest.raises(SourceError, match="holds more than"):
+            read_corpus(f"path:{path}")
+
+
 def data_set(monkeypatch: pytest.MonkeyPatch, **columns: list) -> None:
     """What the hub would answer, in two splits."""
     import datasets

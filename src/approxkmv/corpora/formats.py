@@ -21,6 +21,8 @@ from approxkmv.errors import SourceError
 
 # More than any study needs; a compressed file may expand to far more than a machine can hold.
 LARGEST = 2**31
+# Bytes of a row of a table, less its texts.
+BESIDE_TEXT = 100
 # Of what makes up a document.
 NAMES = ("context", "title", "question", "questions")
 OPENERS: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open}
@@ -94,9 +96,13 @@ def _unpacked(path: Path, packed: str) -> bytes:
     with OPENERS.get(packed, open)(path, "rb") as stream:
         while part := stream.read(2**20):
             parts.append(part)
-            if len(parts) * 2**20 > LARGEST:
-                raise SourceError(f"{path} holds more than {LARGEST / 2**30:g} GiB: cut it into a smaller file")
+            _refuse_too_much(path, len(parts) * 2**20)
     return b"".join(parts)
+
+
+def _refuse_too_much(name: object, size: int) -> None:
+    if size > LARGEST:
+        raise SourceError(f"{name} holds more than {LARGEST / 2**30:g} GiB: cut it into a smaller file")
 
 
 def _text(data: bytes, name: str) -> str:
@@ -207,11 +213,25 @@ def _parquet(data: bytes, name: str) -> list[Document]:
     import pyarrow.parquet
 
     try:
-        file = pyarrow.parquet.ParquetFile(io.BytesIO(data))
-        rows = file.read(columns=columns_of(file.schema_arrow.names, name)).to_pylist()
+        return merged(_rows_of_parquet(pyarrow.parquet.ParquetFile(io.BytesIO(data)), name))
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise SourceError(f"{name} cannot be read as Parquet: {error}") from error
-    return merged(row_of_table(row, f"{name}, row {number}") for number, row in enumerate(rows, 1))
+
+
+def _rows_of_parquet(file: Any, name: str) -> Iterator[Document]:
+    columns = columns_of(file.schema_arrow.names, name)
+    groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+    parts = [group.column(i) for group in groups for i in range(group.num_columns)]
+    used = [part for part in parts if part.path_in_schema.split(".")[0] in columns]
+    _refuse_too_much(name, sum(part.total_uncompressed_size for part in used))
+    size = number = 0
+    # Few at a time: rows that repeat a text take hardly any room in the file.
+    for batch in file.iter_batches(16, columns=columns):
+        size += batch.nbytes + BESIDE_TEXT * batch.num_rows
+        _refuse_too_much(name, size)
+        for row in batch.to_pylist():
+            number += 1
+            yield row_of_table(row, f"{name}, row {number}")
 
 
 def _refuse_near_names(names: Iterable[Any], where: str) -> None:
