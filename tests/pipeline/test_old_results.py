@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,7 +21,8 @@ from approxkmv.files import hash_file, read_table
 from approxkmv.lock import hold, try_lock
 from approxkmv.results import shards
 from approxkmv.results.shards import origin_of, read_shards, write_shard
-from approxkmv.steps.cleaning import leftovers, remove_damaged, remove_half_written
+from approxkmv.steps.cleaning import leftovers, remove_damaged, remove_half_written, remove_leftovers
+from approxkmv.steps.page import make_page
 from approxkmv.steps.show import lines
 
 HEADS = "results/tiny/tables/heads_bert.csv"
@@ -215,6 +217,34 @@ def test_the_plan_of_an_earlier_study_is_left_over(tmp_path: Path, study: str, p
     for name in ("perplexity.csv", "plan.json"):
         (tmp_path / "tables" / name).touch()
     assert [path.name for path in leftovers(tmp_path)] == left
+
+
+def test_links_among_what_is_left_over_are_removed_and_not_what_they_name(tmp_path: Path):
+    shutil.copy(ROOT / "config.yaml", tmp_path)
+    for name in ("kept", "elsewhere", "figures", "statistics/linked"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "figures" / "growth_other.png").symlink_to("gone.png")
+    (tmp_path / "statistics" / "linked" / "0000").symlink_to(tmp_path / "kept")
+    # Statistics on another disk
+    (tmp_path / "statistics" / "other").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "0000.heads.parquet").touch()
+    assert len(remove_leftovers(tmp_path)) == 3
+    assert [(tmp_path / name).exists() for name in ("kept", "elsewhere", "figures")] == [True, True, False]
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+def test_a_part_that_a_study_no_longer_has_is_neither_shown_nor_on_the_page(tmp_path: Path):
+    config = yaml.safe_load((ROOT / "config.yaml").read_text()) | {"study": "embedded"}
+    config["studies"]["embedded"] = {"operator": {}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    for study in ("operator", "embedded", "lengths", "complexity", "perplexity"):
+        shutil.copytree(ROOT / "results" / "reference" / study, tmp_path, dirs_exist_ok=True)
+    make_page(tmp_path / "tables", tmp_path, "a study", tmp_path / "figures")
+    page = (tmp_path / "index.html").read_text()
+    assert re.findall('id="figure-(.*?)"', page) == ["operator"]
+    assert re.findall("<summary>(.*?)</summary>", page) == ["operator"]
+    assert [word for word in ("SmolLM2", "Attention methods", "erplexity", "paper's claims") if word in page] == []
+    assert [line.split(":")[0] for line in lines(tmp_path)] == ["of an earlier study", "figures"]
 
 
 KILLED_BEFORE_CLEANING = """

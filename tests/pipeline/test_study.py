@@ -195,11 +195,13 @@ def test_half_written_files_are_left_to_living_processes_and_taken_from_dead_one
     for number in (os.getpid(), ended.pid):
         (folders["activations"] / f".0000.{number}.safetensors").write_bytes(b"half")
         (folders["statistics"] / f".0000.heads.{number}.parquet").write_bytes(b"half")
-    damaged = folders["activations"] / "0001.safetensors"
-    damaged.write_bytes(b"half")
-    lines = remove_damaged(tmp_path)
-    assert [str(damaged) in line for line in lines] == [True]
-    assert not damaged.exists()
+    headers = (b"half", b"[]", b"{}", b'{"a": 1}', b'{"a": {"data_offsets": []}}', b"[" * 200_000)
+    for header in headers:
+        damaged = folders["activations"] / "0001.safetensors"
+        damaged.write_bytes(len(header).to_bytes(8, "little") + header)
+        lines = remove_damaged(tmp_path)
+        assert [str(damaged) in line for line in lines] == [True]
+        assert not damaged.exists()
     assert len(list(tmp_path.rglob(".*"))) == 4
     remove_half_written(tmp_path)
     assert {path.name for path in tmp_path.rglob(".*")} == {
@@ -273,6 +275,14 @@ def test_nothing_of_a_label_is_html_in_the_report_or_mathematics_in_a_figure(pro
     assert "long texts: " in page
     assert "</script><b>" not in page
     assert "<i>words" not in page
+
+
+def test_what_a_report_shows_of_a_configuration_is_escaped():
+    """The report puts the parameters of a rule with a place in it into its HTML as they are."""
+    rules = [rule for path in (ROOT / "workflow" / "rules").glob("*.smk") for rule in path.read_text().split("\nrule ")]
+    shown = [rule for rule in rules if "report(" in rule and "params:" in rule]
+    assert len(shown) > 8
+    assert not [rule.split(":")[0] for rule in shown if re.search(r"(?<!escape\()\bstr\(", rule.split("params:")[1])]
 
 
 @pytest.mark.slow

@@ -17,13 +17,22 @@ from approxkmv.errors import TableError
 from approxkmv.files import read_json, read_table, write_text
 from approxkmv.page.contents import ASSETS, CAPTIONS, FIGURES
 from approxkmv.page.heads import explorer, of_model
-from approxkmv.page.verdict import holds, is_on_long_texts, measured, sentences, sweep_sentence
+from approxkmv.page.verdict import holds, is_on_long_texts, is_there, measured, sentences, sweep_sentence
 
 CLAIMS = dict.fromkeys(("claim", "criterion", "model", "entries", "holds"), "text") | {"ours": "number"}
 
 
-def write_page(tables: Path, figures: Path, out: Path, title: str, models: Collection[str] | None = None) -> int:
+def write_page(
+    tables: Path,
+    figures: Path,
+    out: Path,
+    title: str,
+    models: Collection[str] | None = None,
+    left: Collection[Path] = (),
+) -> int:
     """Write the page of a folder of tables, of all its models or of those named; returns its size in bytes.
+
+    It says nothing of the files `left` by an earlier study.
 
     Raises TableError for a folder without tables, or for one that cannot be read; a table that is not there is named
     on the page.
@@ -32,7 +41,7 @@ def write_page(tables: Path, figures: Path, out: Path, title: str, models: Colle
         raise TableError(f"{tables} has no tables: name the folder tables of a study")
     import jinja2
 
-    every = measured(tables, models)
+    every = measured(tables, models, left)
     shown, missing = [], []
     for facts in every:
         model, absent = of_model(tables, facts)
@@ -56,12 +65,12 @@ def write_page(tables: Path, figures: Path, out: Path, title: str, models: Colle
     text = environment.get_template("page.html.j2").render(
         title=title,
         verdicts=verdicts,
-        sweep=sweep_sentence(tables),
+        sweep=sweep_sentence(tables, left),
         claims=_claims(claims, {facts["model"]: facts["label"] for facts in every}),
         explorer=explorer(shown) if shown else None,
-        figures=list(_figures(tables, figures, [facts["model"] for facts in every])),
-        perplexities=_perplexities(tables / "perplexity.csv"),
-        records=_records(tables),
+        figures=list(_figures(tables, figures, [facts["model"] for facts in every], left)),
+        perplexities=_perplexities(tables / "perplexity.csv", left),
+        records=_records(tables, left),
         missing=sorted(set(missing)),
         style=(ASSETS / "page.css").read_text(encoding="utf-8"),
         script=script,
@@ -71,22 +80,22 @@ def write_page(tables: Path, figures: Path, out: Path, title: str, models: Colle
     return len(text.encode())
 
 
-def figures_of(tables: Path, models: Sequence[str]) -> list[tuple[str, list[str], str]]:
+def figures_of(tables: Path, models: Sequence[str], left: Collection[Path] = ()) -> list[tuple[str, list[str], str]]:
     """What can be drawn from these tables, in reading order: a figure's name, its models, the name of its file."""
     from approxkmv.figures.catalogue import PER_MODEL, PER_STUDY
 
     found: list[tuple[str, list[str], str]] = []
     for name, figure in FIGURES.items():
-        able = [m for m in models if all((tables / table.format(m)).is_file() for table in figure.tables)]
+        able = [m for m in models if all(is_there(tables / table.format(m), left) for table in figure.tables)]
         if name in PER_MODEL:
             found += [(name, [model], f"{name}_{model}") for model in able]
-        elif able if name in PER_STUDY else (tables / figure.tables[0]).is_file():
+        elif able if name in PER_STUDY else is_there(tables / figure.tables[0], left):
             found.append((name, able if name in PER_STUDY else [], name))
     return found
 
 
-def _figures(tables: Path, figures: Path, models: Sequence[str]) -> Iterator[dict[str, Any]]:
-    for name, of, stem in figures_of(tables, models):
+def _figures(tables: Path, figures: Path, models: Sequence[str], left: Collection[Path]) -> Iterator[dict[str, Any]]:
+    for name, of, stem in figures_of(tables, models, left):
         path = figures / f"{stem}.png"
         if path.is_file():
             caption = (CAPTIONS / f"{FIGURES[name].caption}.rst").read_text(encoding="utf-8").strip()
@@ -123,8 +132,8 @@ def _short(value: float) -> str:
     return f"{value:.3g}"
 
 
-def _perplexities(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
+def _perplexities(path: Path, left: Collection[Path]) -> list[dict[str, Any]]:
+    if not is_there(path, left):
         return []
     numbers = ("tokens", "perplexity", "exact_perplexity", "seconds", "exact_seconds")
     words = ("model", "method", "parameters")
@@ -145,14 +154,14 @@ def _parameters(text: str) -> str:
         # A plan's parameters end with how many heads each method computes.
         heads = given.pop("heads", {})
         return ", ".join(f"{name} {value}" for name, value in (given | heads).items())
-    except (ValueError, AttributeError, TypeError):
+    except (ValueError, AttributeError, TypeError, RecursionError):
         return text
 
 
-def _records(tables: Path) -> list[dict[str, Any]]:
+def _records(tables: Path, left: Collection[Path]) -> list[dict[str, Any]]:
     """The provenance of each table that records one."""
     found = []
-    for path in sorted(tables.glob("*.json")):
+    for path in sorted(set(tables.glob("*.json")).difference(left)):
         facts = read_json(path)
         record = facts.get("provenance", facts)
         if {"command", "machine", "versions"} <= record.keys():

@@ -16,14 +16,23 @@ FACTS += MASKED_FACTS
 LONG = ["model", "label", "corpus", "layers", "heads", "lengths", "texts_missing", "paper_bound"]
 
 
-def measured(tables: Path, models: Collection[str] | None = None, lengths: bool | None = None) -> list[dict[str, Any]]:
-    """The facts of each model in a folder of tables, or of those named.
+def measured(tables: Path, models: Collection[str] | None = None, left: Collection[Path] = ()) -> list[dict[str, Any]]:
+    """The facts of each model in a folder of tables, or of those named, but for the files `left` by an earlier study.
 
-    `lengths`: only those of long texts, or only the others. Raises TableError for facts that cannot be read.
+    Raises TableError for facts that cannot be read.
     """
-    kinds = [("overview", FACTS)] * (not lengths) + [("lengths", LONG)] * (lengths is not False)
-    found = [read_overview(path, *names) for kind, names in kinds for path in sorted(tables.glob(f"{kind}_*.json"))]
+    found = [
+        read_overview(path, *names)
+        for kind, names in (("overview", FACTS), ("lengths", LONG))
+        for path in sorted(tables.glob(f"{kind}_*.json"))
+        if path not in left
+    ]
     return [facts for facts in found if models is None or facts["model"] in models]
+
+
+def is_there(path: Path, left: Collection[Path]) -> bool:
+    """Whether the file exists and is not among those `left` by an earlier study."""
+    return path.is_file() and path not in left
 
 
 def is_on_long_texts(facts: dict[str, Any]) -> bool:
@@ -101,9 +110,9 @@ def growth_sentences(tables: Path, facts: dict[str, Any]) -> list[str]:
     return out
 
 
-def sweep_sentence(tables: Path) -> str:
-    """Who won the sweep, where the folder has one; else nothing."""
-    if not (tables / "sweep.csv").is_file():
+def sweep_sentence(tables: Path, left: Collection[Path] = ()) -> str:
+    """Who won the sweep, where the folder has one that an earlier study has not `left`; else nothing."""
+    if not is_there(tables / "sweep.csv", left):
         return ""
     # Imported here, since they import torch, which takes longer than the rest.
     from approxkmv.figures.speedup import finding

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Collection
@@ -106,10 +107,10 @@ def is_complete(path: Path) -> bool:
         with open(path, "rb") as handle:
             start = 8 + int.from_bytes(handle.read(8), "little")
             header = json.loads(handle.read(start - 8)) if start <= size else {}
-    except (OSError, ValueError):
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        return bool(ends) and start + max(ends) == size
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return False
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    return bool(ends) and start + max(ends) == size
 
 
 def remove_activations(results: Path, but: Collection[str] = ()) -> None:
@@ -161,7 +162,8 @@ def remove_leftovers(results: Path) -> list[Path]:
     """Remove what `leftovers` finds, and folders that are then empty; returns what was removed."""
     found = leftovers(results)
     for path in found:
-        path.unlink() if path.is_file() else shutil.rmtree(path)
-        if not any(path.parent.iterdir()):
+        path.unlink() if path.is_file() or path.is_symlink() else shutil.rmtree(path)
+        # Refused for a folder that is not empty, or a link to one.
+        with contextlib.suppress(OSError):
             path.parent.rmdir()
     return found

@@ -8,6 +8,7 @@ from pathlib import Path
 from approxkmv.page.render import figures_of, write_page
 from approxkmv.page.verdict import measured
 from approxkmv.progress import progress
+from approxkmv.steps.cleaning import leftovers
 
 
 def make_page(
@@ -15,16 +16,18 @@ def make_page(
 ) -> int:
     """Write OUT/index.html and, unless `figures` is a folder that has them, OUT/figures; returns the page's bytes.
 
-    Raises TableError for a folder without tables, or for tables that cannot be read.
+    In the folder of a study that the workflow ran, what an earlier study left is not shown. Raises TableError for a
+    folder without tables, or for tables that cannot be read.
     """
     from approxkmv.figures.catalogue import draw
 
-    names = list(dict.fromkeys(facts["model"] for facts in measured(tables, models)))
+    left = leftovers(tables.parent) if tables.name == "tables" else []
+    names = list(dict.fromkeys(facts["model"] for facts in measured(tables, models, left)))
     if figures is None:
         figures = out / "figures"
-        wanted = figures_of(tables, names)
+        wanted = figures_of(tables, names, left)
         with progress(total=len(wanted), unit="figure", title="figures") as bar:
             for name, of, stem in wanted:
                 draw(name, tables, of, figures / stem)
                 bar.update(1)
-    return write_page(tables, figures, out / "index.html", title, models)
+    return write_page(tables, figures, out / "index.html", title, models, left)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from approxkmv.errors import TableError
 from approxkmv.page.verdict import measured, sentences, sweep_sentence
-from approxkmv.steps.cleaning import leftovers, study_in
+from approxkmv.steps.cleaning import leftovers
 
 
 def lines(results: Path) -> list[str]:
@@ -14,17 +14,15 @@ def lines(results: Path) -> list[str]:
 
     Raises TableError when there are none.
     """
-    study = study_in(results)
     if not (results / "tables").is_dir():
         raise TableError(f"{results} has no tables: run the study first")
-    models, lengths = (None, None) if study is None else (study.models, bool(study.lengths))
-    out = []
-    for facts in measured(results / "tables", models, lengths):
+    out, left = [], leftovers(results)
+    for facts in measured(results / "tables", left=left):
         first, *rest = sentences(results / "tables", facts)
         out += [first, *(f"  {line}" for line in rest)]
-    if won := sweep_sentence(results / "tables"):
+    if won := sweep_sentence(results / "tables", left):
         out.append(f"sweep: {won}")
-    if left := leftovers(results):
+    if left:
         names = ", ".join(str(path.relative_to(results)) for path in left[:3])
         more = f" and {len(left) - 3} more" if len(left) > 3 else ""
         out.append(f"of an earlier study: {names}{more}; `snakemake --cores all clean_leftovers` removes them")
