@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import socket
@@ -29,8 +30,9 @@ def try_lock(path: Path) -> IO[str] | None:
         except OSError:
             pass
         # Its last holder may have removed the file in between: then the lock keeps nobody out.
-        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-            break
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                break
         file.close()
     file.truncate(0)
     file.write(f"process {os.getpid()} of {socket.gethostname()}")
@@ -46,10 +48,11 @@ def hold(path: Path, what: str) -> None:
     path = path.resolve()
     if path in _held:
         return
-    file = try_lock(path)
-    if file is None:
-        who = path.read_text(encoding="utf-8") or "another process"
-        raise BusyError(f"{what} is under way already, by {who}: wait until it ends, or stop it")
+    while (file := try_lock(path)) is None:
+        # Not there: its holder has just ended.
+        with contextlib.suppress(FileNotFoundError):
+            who = path.read_text(encoding="utf-8") or "another process"
+            raise BusyError(f"{what} is under way already, by {who}: wait until it ends, or stop it")
     _held[path] = file
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pandas as pd
@@ -10,6 +11,7 @@ import pytest
 from small_project import Project
 
 from approxkmv import head_to_tail_ratios
+from approxkmv.lock import try_lock
 from approxkmv.models import CapturableModel, ModelLocation
 from approxkmv.models.sources import parse_source
 from approxkmv.steps import check as steps
@@ -56,6 +58,7 @@ def test_a_model_is_checked_without_a_configuration_or_snakemake(project: Projec
         (["hub:owner/name"], "has no revision"),
         (["path:nothing", "--text", "words.jsonl"], "there is no such folder"),
         (["path:bert", "--text", "nothing.txt"], "--text nothing.txt: there is no such file"),
+        (["path:bert", "--text", "two\nlines.txt"], "--text has '\\n' in it, which is not a printable character"),
         (["path:bert", "--text", "words.jsonl", "--out", "words.jsonl"], "words.jsonl is not a folder"),
         (["path:bert", "--text", "words.jsonl", "--out", "."], "is not empty and has no check of bert"),
         (["path:broken", "--text", "words.jsonl"], "the folder has no weights"),
@@ -65,6 +68,7 @@ def test_a_model_is_checked_without_a_configuration_or_snakemake(project: Projec
 def test_a_mistake_is_one_line_and_leaves_nothing(project: Project, arguments, said):
     (project.folder / "broken").mkdir()
     (project.folder / "short.txt").write_text("w1 w2\n\nw3\n")
+    (project.folder / "two\nlines.txt").write_text("w1 w2\n")
     before = sorted(path.name for path in project.folder.iterdir())
     code, output = project.approxkmv("check", *arguments)
     lines = [line for line in output.splitlines() if line.startswith("approxkmv: ")]
@@ -86,6 +90,20 @@ def test_a_check_that_fails_at_its_last_step_leaves_the_folder_of_before(project
     assert code == 2
     assert "No space left on device" in output
     assert [path.name for path in out.rglob("*") if path.is_file()] == ["overview_bert.json"]
+
+
+def test_a_second_check_into_the_same_folder_is_refused(project: Project):
+    out = project.folder / "out"
+    (out / ".work").mkdir(parents=True)
+    lock = try_lock(out / ".lock")
+    assert lock is not None
+    code, output = project.approxkmv("check", "path:bert", "--text", "words.jsonl", "--out", "out")
+    assert (code, output.count("\n")) == (2, 1)
+    assert "a check that writes out is under way already, by process" in output
+    assert (out / ".work").is_dir()
+    lock.close()
+    code, output = project.approxkmv("check", "path:bert", "--text", "nothing.txt", "--out", "out")
+    assert "there is no such file" in output
 
 
 def test_the_estimate_comes_before_the_fetch_and_says_what_is_left_out(project: Project, monkeypatch):
@@ -122,12 +140,18 @@ def test_an_estimate_grows_with_the_model_and_its_shards_stay_below_the_limit():
         ({"model_type": "bert"}, None),
         ([], None),
         ({"num_hidden_layers": "six", "num_attention_heads": 12, "hidden_size": 384}, None),
+        ({"num_hidden_layers": 6, "num_attention_heads": 0.5, "hidden_size": 384}, None),
+        ({"num_hidden_layers": math.inf, "num_attention_heads": 12, "hidden_size": 384}, None),
+        ({"num_hidden_layers": 10**400, "num_attention_heads": 12, "hidden_size": 384}, None),
+        ({"num_hidden_layers": 6, "num_attention_heads": -12, "hidden_size": 384}, None),
     ],
 )
 def test_the_size_of_a_model_is_read_from_its_configuration(tmp_path: Path, config, found):
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert size_of(tmp_path) == found
     assert size_of(tmp_path / "nothing") is None
+    (tmp_path / "config.json").write_text("[" * 200_000)
+    assert size_of(tmp_path) is None
 
 
 @pytest.mark.parametrize(

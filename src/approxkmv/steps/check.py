@@ -12,10 +12,12 @@ from typing import Any
 
 from approxkmv.config import CorpusEntry, ModelEntry, Study
 from approxkmv.errors import SourceError, TableError
+from approxkmv.lock import hold, release
 from approxkmv.models.sources import HubSource, ModelSource, PathSource, parse_source
 from approxkmv.progress import LOG, Times, step
 from approxkmv.steps.texts import read_shard, write_texts
 from approxkmv.words import counted
+from approxkmv.yaml_text import refuse_what_is_not_plain
 
 # Texts of the checkout that this package runs from.
 TEXTS = Path(__file__).resolve().parents[3] / "data" / "squad" / "dev-v1.1.jsonl.xz"
@@ -23,6 +25,8 @@ TEXTS = Path(__file__).resolve().parents[3] / "data" / "squad" / "dev-v1.1.jsonl
 SHARD_BYTES = 1 << 30
 # Bytes of memory that Python and its libraries take.
 LIBRARIES = 800 << 20
+# In a folder of a check while one runs: what it makes, and its lock.
+WORK, LOCK = ".work", ".lock"
 # Seconds: of one head's statistics per token squared, on one core, and of imports, loading and figures.
 PER_ENTRY, BESIDE = 4e-7, 30.0
 
@@ -44,6 +48,7 @@ def study_of_one(source: str, text: Path | None, contexts: int) -> Study:
     """The study that checks a model. Raises SourceError for a source of another form, or without texts."""
     if text is None and not TEXTS.is_file():
         raise SourceError(f"{TEXTS} is not here (the package was installed without its checkout): give --text FILE")
+    refuse_what_is_not_plain(str(text), "--text")
     if text is not None and not text.is_file():
         raise SourceError(f"--text {text}: there is no such file")
     name = name_of(parse_source(source))
@@ -82,7 +87,9 @@ def size_of(folder: Path) -> Size | None:
         heads = first("num_attention_heads", "n_head", "n_heads", "num_heads")
         width = int(config.get("head_dim") or first("hidden_size", "n_embd", "dim", "d_model") // heads)
         positions = int(config.get("max_position_embeddings") or config.get("n_positions") or 512)
-    except (OSError, ValueError, TypeError, StopIteration, AttributeError):
+    except (OSError, ValueError, TypeError, StopIteration, AttributeError, ArithmeticError, RecursionError):
+        return None
+    if not all(0 < number < 2**31 for number in (layers, heads, width, positions)):
         return None
     return Size(layers, heads, width, positions, sum(path.stat().st_size for path in folder.glob("*.safetensors")))
 
@@ -154,12 +161,13 @@ def check(source: str, text: Path | None, contexts: int, out: Path) -> dict[str,
     """Measure one model on some texts and write OUT: index.html, verdict.json, tables and figures; returns the verdict.
 
     Everything is made in OUT/.work and put in place at the end. What is printed before the fetch is an estimate.
-    Raises SourceError, ConfigError, CaptureError, TableError.
+    Raises SourceError, ConfigError, CaptureError, TableError; BusyError while another check writes OUT.
     """
     study = study_of_one(source, text, contexts)
     (name,) = study.models
     refuse_others(out, name)
-    work = out / ".work"
+    hold(out / LOCK, f"a check that writes {out}")
+    work = out / WORK
     shutil.rmtree(work, ignore_errors=True)
     try:
         with step("texts"):
@@ -171,6 +179,7 @@ def check(source: str, text: Path | None, contexts: int, out: Path) -> dict[str,
             new.rename(old)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+        release(out / LOCK)
         # Remove the folder if it is empty; rmdir refuses otherwise.
         with contextlib.suppress(OSError):
             out.rmdir()
@@ -181,7 +190,7 @@ def refuse_others(out: Path, name: str) -> None:
     """Raise TableError unless the folder is new or empty or has an earlier check of this model."""
     if out.exists() and not out.is_dir():
         raise TableError(f"{out} is not a folder: name another with --out")
-    others = [path for path in (out.iterdir() if out.is_dir() else ()) if path.name != ".work"]
+    others = [path for path in (out.iterdir() if out.is_dir() else ()) if path.name not in (WORK, LOCK)]
     if others and not (out / "tables" / f"overview_{name}.json").is_file():
         raise TableError(f"{out} is not empty and has no check of {name}: name another folder with --out")
 
