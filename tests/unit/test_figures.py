@@ -603,12 +603,15 @@ def test_a_label_is_drawn_as_it_is_written_and_is_no_mathematics(tmp_path, figur
 @pytest.mark.slow
 def test_characters_that_the_font_does_not_have_are_named(tmp_path, caplog, recwarn):
     tables(tmp_path, "m", 2, 3)
-    facts = json.loads((tmp_path / "overview_m.json").read_text()) | {"label": "模型 BERT"}
+    facts = json.loads((tmp_path / "overview_m.json").read_text()) | {"label": "模型 at $5\ue000"}
     (tmp_path / "overview_m.json").write_text(json.dumps(facts))
     with caplog.at_level("INFO", logger="approxkmv"):
         catalogue.draw("max_ratios", tmp_path, ["m"], tmp_path / "max_ratios")
     assert [message.split()[:2] for message in caplog.messages] == [["max_ratios:", "型"]]
-    assert "模" in caplog.text
+    assert "模 U+E000 drawn as boxes" in caplog.text
+    # What a file says of itself is no text of a figure, in which a dollar would begin mathematics.
+    with Image.open(tmp_path / "max_ratios.png") as image:
+        assert image.info["Title"].startswith("模型 at $5\ue000: c exceeds")
 
     figure = style.new_figure(4, 3)
     style.label_ends(figure, [(figure.add_subplot(), [(0.5, 0.5, "模型", "k")])])

@@ -15,7 +15,7 @@ rule complexity:
     threads: workflow.cores
     params:
         config=lambda wildcards: SETTINGS,
-        settings=str(STUDY.complexity),
+        settings=escape(str(STUDY.complexity)),
     shell:
         "approxkmv complexity --config {params.config} --counts-out {output.counts} --fits-out {output.fits} --log {log}"
 

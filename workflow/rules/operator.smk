@@ -16,7 +16,7 @@ rule operator:
     threads: workflow.cores
     params:
         config=lambda wildcards: SETTINGS,
-        settings=str(STUDY.operator),
+        settings=escape(str(STUDY.operator)),
     shell:
         "approxkmv operator --config {params.config} --out {output.table} --log {log}"
 

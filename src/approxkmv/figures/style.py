@@ -76,7 +76,7 @@ def save(figure: Figure, stem: Path) -> list[Path]:
     if missing := missing_glyphs(figure):
         LOG.info("  %s: %s drawn as boxes, since the font lacks them", stem.name, " ".join(missing))
     paths = []
-    title = {"Title": " ".join(figure.get_suptitle().split())}
+    title = {"Title": " ".join(figure.get_suptitle().replace(r"\$", "$").split())}
     for suffix, metadata in ((".pdf", title | {"CreationDate": None}), (".png", title | {"Software": None})):
         path = Path(f"{stem}{suffix}")
         with written_whole(path) as temporary, _silent_about_glyphs():
@@ -105,7 +105,8 @@ def missing_glyphs(figure: Figure) -> list[str]:
 
     font = get_font(findfont(FontProperties()))
     used = {mark for text in figure.findobj(Text) for mark in text.get_text()}
-    return sorted(mark for mark in used if mark.isprintable() and not font.get_char_index(ord(mark)))
+    missing = sorted(mark for mark in used if mark != "\n" and not font.get_char_index(ord(mark)))
+    return [mark if mark.isprintable() else f"U+{ord(mark):04X}" for mark in missing]
 
 
 def entries(before: str, facts: Mapping[str, Any]) -> str:
