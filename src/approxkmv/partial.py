@@ -46,7 +46,7 @@ class PartialTable:
             whole = earlier["cases"] == _hash("".join(lines))
         except FileNotFoundError:
             return
-        except (OSError, ValueError, TypeError, KeyError):
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
             whole = False
         if not whole:
             say(f"{self.path} is damaged: the run starts over")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import shutil
 import zipfile
@@ -65,6 +66,16 @@ def test_what_is_wrong_is_refused_and_nothing_is_written(package, tmp_path, file
     with pytest.raises(TableError, match=said.replace(".", r"\.")):
         take(changed(package, **files), tmp_path / "into")
     assert not (tmp_path / "into").exists()
+
+
+def test_a_package_of_nested_json_is_refused(package, tmp_path):
+    deep = b"[" * 200_000
+    with zipfile.ZipFile(package) as archive:
+        manifest = json.loads(archive.read("manifest.json"))
+    manifest["files"]["tables/complexity.json"] = hashlib.sha256(deep).hexdigest()
+    files = {"tables/complexity.json": deep, "manifest.json": json.dumps(manifest).encode()}
+    with pytest.raises(TableError, match=r"tables/complexity\.json cannot be read"):
+        take(changed(package, **files), None)
 
 
 def test_results_that_do_not_say_how_they_were_made_are_not_packed(tmp_path):

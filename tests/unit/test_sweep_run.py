@@ -300,7 +300,7 @@ def test_what_a_sweep_depends_on_makes_it_start_anew(vectors, tmp_path, monkeypa
 def test_a_damaged_file_of_cases_is_not_believed(vectors, tmp_path):
     asked = settings(vectors, methods=["mean"], targets=[0.9], workload={"lengths": [150]})
     part = tmp_path / "sweep.csv.part"
-    for content in ("", "{}\n", "[1]\n", "\x00", '{"cases": 3}\n{"rows": []}\n'):
+    for content in ("", "{}\n", "[1]\n", "\x00", "[" * 200_000, '{"cases": 3}\n{"rows": []}\n'):
         part.write_text(content)
         said = []
         run_sweep(asked, tmp_path / "sweep.csv", {}, say=said.append)

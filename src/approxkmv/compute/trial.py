@@ -96,7 +96,7 @@ def _decide(question: str, forms: tuple[str, ...]) -> Decision:
             kept = json.loads(path.read_text(encoding="utf-8"))
             if kept["form"] in forms:
                 return Decision(kept["form"], kept["seconds"], "by an earlier trial")
-        except (OSError, ValueError, TypeError, KeyError):
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
             pass
         check_writable(path)
         with not_counting(), ThreadPoolExecutor(1) as thread:

@@ -55,7 +55,7 @@ def _is_complete(destination: Path, source: str, hashes: Mapping[str, str]) -> b
             and all(known.get(name) == digest for name, digest in hashes.items())
             and file_hashes(destination) == record["sha256"]
         )
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         return False
 
 
@@ -73,7 +73,7 @@ def unchanged(folder: Path) -> str:
         newer = {name for name in now.keys() & hashes if now[name] != seen.get(name)}
         edited = set(now) ^ set(hashes) | {name for name in newer if file_sha256(folder / name) != hashes[name]}
         content = json.dumps([record["source"], record["made_from"], hashes], sort_keys=True)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise SourceError(f"{folder}: what was fetched cannot be checked ({one_line(error)})") from error
     if edited:
         raise SourceError(f"{folder}: {min(edited)} is not what was fetched: it was changed, added or removed")

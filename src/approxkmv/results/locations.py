@@ -72,5 +72,5 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
         return {key: value[key] for key in ("folder", "gguf_file", "source", "identity")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise TableError(f"{path} cannot be read ({error}): run fetch again") from error

@@ -104,7 +104,7 @@ def _check(manifest: dict[str, Any], files: dict[str, bytes], where: str) -> lis
                     made.append(f"{name}: {record['command']} at commit {record['commit']}")
             elif not data.startswith(b"\x89PNG"):
                 raise ValueError("it is no PNG")
-        except (ValueError, AttributeError, TypeError) as error:
+        except (ValueError, AttributeError, TypeError, RecursionError) as error:
             raise TableError(f"{where}: {name} cannot be read: {error}") from error
     if not made:
         raise TableError(f"{where} has no table that says by what command, commit and machine it was made")
