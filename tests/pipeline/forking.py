@@ -28,6 +28,7 @@ LIBRARIES = ["numba", "pandas", "pyarrow.parquet", "safetensors.torch"]
 LIBRARIES += ["matplotlib.backends.backend_agg", "matplotlib.backends.backend_pdf"]
 # These read the hub's address and cache when they are imported.
 OF_THE_HUB = ["transformers.models.bert.modeling_bert", "transformers.models.llama.modeling_llama", "datasets"]
+OF_THE_HUB += ["preloaded"]
 COMMANDS = {"approxkmv": "approxkmv.cli", "snakemake": "snakemake.cli"}
 _CLIENT = """#!{python} -IS
 import json, os, socket, sys
