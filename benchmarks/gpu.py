@@ -30,7 +30,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LIMITS = {0: 60, 1: 150, 2: 90, 3: 120, 4: 210, 5: 230, 6: 240, 7: 90}
 # Longest lengths, and those of the sweeps.
 FULL = {"long": 131_072, "width": 64, "figure": (4096, 8192, 16384), "split": (8192,), "batch": 8, "ceiling": 8192}
-SMALL = {"long": 192, "width": 16, "figure": (96,), "split": (64,), "batch": 2, "ceiling": 32}
+FULL |= {"repeats": 5}
+SMALL = {"long": 192, "width": 16, "figure": (96,), "split": (64,), "batch": 2, "ceiling": 32, "repeats": 1}
 EXACT = ("exact-naive", "exact-sdpa", "exact-sdpa-bf16", "exact-fused")
 SWEPT = (*EXACT, "mean", "uniform", "own-key", "kdeformer", "hyperattention", "local-expansion", "approxkmv")
 
@@ -79,12 +80,12 @@ def timed(runs: dict[str, Callable[[int], object]], repeats: int = 9) -> dict[st
     from approxkmv.sweep.measure import host_seconds, interleaved_seconds, quartiles
 
     device = torch.device("cuda")
-    seconds, failures = interleaved_seconds(runs, device, "wall", 2, repeats, 1)
+    seconds, failures = interleaved_seconds(runs, device, "wall", min(2, repeats), repeats, 1)
     found: dict[str, dict[str, Any]] = {name: {"reason": reason} for name, reason in failures.items()}
     for name, taken in seconds.items():
         low, middle, high = quartiles(taken)
         found[name] = {"seconds_q1": low, "seconds": middle, "seconds_q3": high}
-        found[name]["host_seconds"] = host_seconds(runs[name], device, 3, 1)
+        found[name]["host_seconds"] = host_seconds(runs[name], device, min(3, repeats), 1)
     return found
 
 
@@ -231,7 +232,7 @@ def exact(rows: Rows, sizes: dict[str, Any], given: argparse.Namespace) -> None:
             except (UnavailableError, torch.OutOfMemoryError) as error:
                 refused[name] = str(error).splitlines()[0]
         backends = {str(key[0]) + str(key[3]): backend for key, backend in sdpa._fastest.items()}
-        rows.add(what, times=timed(runs, 5), refused=refused, backends=backends)
+        rows.add(what, times=timed(runs, sizes["repeats"]), refused=refused, backends=backends)
 
 
 def swept(rows: Rows, workload: str, n: int, batch: int, given: argparse.Namespace) -> None:
@@ -293,7 +294,8 @@ def ours(rows: Rows, sizes: dict[str, Any], given: argparse.Namespace) -> None:
             if what not in rows.known:
                 try:
                     of_values, of_answer = errors(run(), right, tensors[2])
-                    times = timed({"ours": lambda _, run=run: run(), "exact-sdpa": lambda _, run=baseline: run()}, 5)
+                    raced = {"ours": lambda _, run=run: run(), "exact-sdpa": lambda _, run=baseline: run()}
+                    times = timed(raced, sizes["repeats"])
                     earlier[what] = {"n": n, "error": of_values, "error_of_answer": of_answer, "times": times}
                 except (UnavailableError, torch.OutOfMemoryError) as refusal:
                     earlier[what] = {"n": n, "reason": str(refusal).splitlines()[0]}
