@@ -6,6 +6,8 @@ import contextlib
 import fcntl
 import os
 import socket
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -38,6 +40,18 @@ def try_lock(path: Path) -> IO[str] | None:
     file.write(f"process {os.getpid()} of {socket.gethostname()}")
     file.flush()
     return file
+
+
+@contextlib.contextmanager
+def one_at_a_time(path: Path) -> Iterator[None]:
+    """Run the block while no other process or thread runs one with this file; waits until then."""
+    while (file := try_lock(path)) is None:
+        time.sleep(0.1)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        file.close()
 
 
 def hold(path: Path, what: str) -> None:

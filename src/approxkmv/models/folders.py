@@ -15,6 +15,7 @@ from pathlib import Path
 
 from approxkmv.errors import SourceError, one_line
 from approxkmv.files import file_sha256
+from approxkmv.lock import one_at_a_time
 from approxkmv.models.sources import ModelLocation
 
 RECORD = "source.json"
@@ -33,16 +34,18 @@ def complete(
     Raises:
         SourceError: a file whose hash differs, or what fill raises.
     """
-    remove_leftovers(destination.parent)
-    if _is_complete(destination, source, hashes):
+    # Of two runs the second takes what the first makes.
+    with one_at_a_time(destination.with_name(f".{destination.name}.lock")):
+        remove_leftovers(destination.parent)
+        if _is_complete(destination, source, hashes):
+            return ModelLocation(destination)
+        with replacing(destination) as folder:
+            made_from = fill(folder)
+            files = file_hashes(folder)
+            compare(files | made_from, hashes, source)
+            record = {"source": source, "made_from": made_from, "sha256": files, "seen": stamps(folder)}
+            (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
         return ModelLocation(destination)
-    with replacing(destination) as folder:
-        made_from = fill(folder)
-        files = file_hashes(folder)
-        compare(files | made_from, hashes, source)
-        record = {"source": source, "made_from": made_from, "sha256": files, "seen": stamps(folder)}
-        (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
-    return ModelLocation(destination)
 
 
 def _is_complete(destination: Path, source: str, hashes: Mapping[str, str]) -> bool:
