@@ -259,6 +259,12 @@ FOLDERS: list[tuple[str, Callable[[Path], None], str]] = [
     ("no layers", change(CONFIG, num_hidden_layers=0), "num_hidden_layers is 0"),
     ("-1 layers", change(CONFIG, num_hidden_layers=-1), "num_hidden_layers is -1"),
     ("a million layers", change(CONFIG, num_hidden_layers=10**6), "num_hidden_layers is 1000000"),
+    ("a thousand million labels", change(CONFIG, num_labels=10**9), "num_labels is 1000000000"),
+    (
+        "positions of 2^64",
+        change(CONFIG, max_position_embeddings=2**64),
+        "max_position_embeddings is 18446744073709551616",
+    ),
     ("layers in words", change(CONFIG, num_hidden_layers="three"), "num_hidden_layers"),
     ("no heads", change(CONFIG, num_attention_heads=0), "num_attention_heads is 0"),
     ("5 heads of 32 numbers", change(CONFIG, num_attention_heads=5), "32"),

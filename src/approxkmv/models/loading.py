@@ -27,10 +27,11 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import logging
 
 from approxkmv.errors import CaptureError, SourceError, one_line
-from approxkmv.models.checking import check_folder, rotary_frequencies, weight_shapes, whole_numbers
+from approxkmv.models.checking import check_folder, read_object, rotary_frequencies, weight_shapes, whole_numbers
 from approxkmv.models.rotary import refuse_unknown_types
 from approxkmv.models.sources import ModelLocation
 from approxkmv.progress import on_terminal
+from approxkmv.typed import shown
 
 # A backbone's pooler comes after the last attention layer: nothing captured passes through it.
 AFTER_ATTENTION = re.compile(r"(^|\.)pooler\.")
@@ -50,6 +51,8 @@ HEADS = (
     MODEL_FOR_MULTIPLE_CHOICE_MAPPING,
 )
 SIZES = ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size")
+# Of these transformers or torch make as many entries, or fail, without looking at them.
+MOST = {"num_labels": 1_000_000, "max_position_embeddings": 2**31}
 MAX_LAYERS = 1_000  # several times the deepest model; building many more in vain takes minutes
 
 
@@ -104,6 +107,13 @@ def load_config(location: ModelLocation) -> Any:
     """The model's configuration. Raises SourceError if the folder has none that transformers knows."""
     if location.gguf_file is None:
         check_folder(location.folder, name_of(location))
+        written = read_object(location.folder / "config.json", name_of(location))
+        for part in (written, *(part for part in written.values() if isinstance(part, dict))):
+            for size, most in MOST.items():
+                if isinstance(part.get(size), int) and part[size] > most:
+                    raise SourceError(
+                        f"{name_of(location)}: config.json says {size} is {shown(part[size])}: correct it"
+                    )
     with quiet(), reading(location, "configuration"):
         config = AutoConfig.from_pretrained(location.folder, **source_options(location))
     text = config.get_text_config()
