@@ -49,8 +49,10 @@ class FullDisk(io.StringIO):
 
 @pytest.fixture
 def log(monkeypatch: pytest.MonkeyPatch):
-    """The project's log, left as it was found, since this process is not the command line."""
+    """The project's log without a handler, before and after, since this process is not the command line."""
     monkeypatch.setattr(logging, "raiseExceptions", True)
+    # A command that another test called in this process may have left some.
+    progress.LOG.handlers.clear()
     yield progress.LOG
     for handler in progress.LOG.handlers:
         handler.close()
