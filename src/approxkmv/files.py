@@ -67,8 +67,11 @@ def cache_folder() -> Path | None:
 
 
 def check_writable(*paths: Path) -> None:
-    """Raise TableError unless each path can be written and is distinct: better known before hours of work."""
-    for i, path in enumerate(map(Path, paths)):
+    """Raise TableError unless each path can be written and is distinct: better known before hours of work.
+
+    A table's hash is written beside it (see write_csv).
+    """
+    for path in [*paths, *(hash_file(path) for path in paths if path.suffix == ".csv")]:
         temporary = _temporary(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -78,7 +81,7 @@ def check_writable(*paths: Path) -> None:
             temporary.unlink()
         except OSError as error:
             raise TableError(f"cannot write {path}: {error.strerror or error}") from error
-        if path in map(Path, paths[:i]):
+        if paths.count(path) > 1:
             raise TableError(f"cannot write {path}: another output of the same run has this name")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 import shlex
 
 import pytest
@@ -10,6 +11,7 @@ import typer
 from typer.testing import CliRunner
 
 from approxkmv.cli import app
+from approxkmv.errors import TableError
 
 APP = typer.main.get_command(app)
 COMMANDS = APP.commands
@@ -57,3 +59,22 @@ def test_the_help_of_a_command_has_an_example_that_can_be_typed(name, command):
 def test_the_version_is_that_of_the_package():
     result = CliRunner().invoke(app, ["--version"])
     assert (result.exit_code, result.output) == (0, f"approxkmv {importlib.metadata.version('approxkmv')}\n")
+
+
+def files_to_write(command) -> list:
+    """The options of a command that name a file to write, in its own words."""
+    return [option for option in command.params if re.search(r"(file|File) to write|are written\.$", option.help or "")]
+
+
+@pytest.mark.parametrize("path", ["", ".", "/"])
+@pytest.mark.parametrize("name", [name for name, command in EVERY if files_to_write(command)])
+def test_a_path_that_cannot_be_a_file_is_refused_as_one_to_write(name, path):
+    # Before anything is read: of the other options none names what there is.
+    words = [name]
+    for option in COMMANDS[name].params:
+        if option in files_to_write(COMMANDS[name]) or option.required:
+            words += [option.opts[0]] * (option.param_type_name == "option")
+            words += [path if option in files_to_write(COMMANDS[name]) else "1"]
+    result = CliRunner().invoke(app, words)
+    assert isinstance(result.exception, TableError), result.output
+    assert str(result.exception).endswith(": give the name of a file")

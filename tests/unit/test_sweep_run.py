@@ -311,13 +311,15 @@ def test_a_damaged_file_of_cases_is_not_believed(vectors, tmp_path):
 def test_an_output_that_cannot_be_written_is_found_first(vectors, tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "taken_exponents.csv").mkdir()
+    (tmp_path / "hash.csv.sha256").mkdir()
     said = []
-    for out in ("file/sweep.csv", "taken.csv", "same.json", "n" * 250 + ".csv"):
+    for out in ("file/sweep.csv", "taken.csv", "hash.csv", "same.json", "n" * 250 + ".csv", "n" * 230 + ".csv"):
         with pytest.raises(TableError, match="cannot write") as caught:
             run_sweep(settings(vectors), tmp_path / out, {}, say=said.append)
         assert "\n" not in str(caught.value)
     assert said == []
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "taken_exponents.csv", "vectors.npy"]
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == ["file", "hash.csv.sha256", "taken_exponents.csv", "vectors.npy"]
 
 
 def test_a_batch_larger_than_the_memory_is_a_row(vectors, tmp_path):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from approxkmv.config import Study, load_config, study_of
+from approxkmv.errors import TableError
 from approxkmv.progress import log_to
 
 app = typer.Typer(
@@ -55,6 +56,17 @@ StudyName = Annotated[
 Log = Annotated[Path | None, typer.Option("--log", help="Also log finished steps and their times to this file.")]
 Model = Annotated[str, typer.Option("--model", help="A model of the study, by its name in the configuration.")]
 CONFIG = Path("config.yaml")
+
+
+def to_write(*flags: str, help: str) -> Any:
+    """The option of a file to write. Its callback raises TableError for a path that cannot be a file's, as "."."""
+    return typer.Option(*flags, help=help, callback=_of_a_file)
+
+
+def _of_a_file(path: Path) -> Path:
+    if not path.name:
+        raise TableError(f"cannot write {path}: give the name of a file")
+    return path
 
 
 def asked(config: Path, study: str | None, log: Path | None) -> Study:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from approxkmv.cli.app import CONFIG, Config, Log, Model, StudyName, app, asked
+from approxkmv.cli.app import CONFIG, Config, Log, Model, StudyName, app, asked, to_write
 from approxkmv.config import corpus_of, entry_of, load_config, model_of
 from approxkmv.files import check_writable
 from approxkmv.progress import LOG, Times, log_to, step
@@ -24,7 +24,7 @@ Tables = Annotated[Path, typer.Option("--tables", help="Folder of the models' ta
 @app.command()
 def fetch(
     model: Annotated[str, typer.Option("--model", help="A model in the configuration.")],
-    out: Annotated[Path, typer.Option("--out", help="JSON file to write: where the model is.")],
+    out: Annotated[Path, to_write("--out", help="JSON file to write: where the model is.")],
     config: Config = CONFIG,
     log: Log = None,
 ) -> None:
@@ -42,7 +42,7 @@ def fetch(
 
 @app.command()
 def texts(
-    out: Annotated[Path, typer.Option("--out", help="Parquet file to write: index, name, text.")],
+    out: Annotated[Path, to_write("--out", help="Parquet file to write: index, name, text.")],
     location: Annotated[
         list[Path] | None,
         typer.Option("--location", help="File from `approxkmv fetch`, of each model, if long_texts is windows."),
@@ -72,8 +72,8 @@ def extract(
     location: Location,
     texts: Texts,
     shard: Annotated[int, typer.Option("--shard", min=0, help="Which shard of the texts, counted from 0.")],
-    out: Annotated[Path, typer.Option("--out", help="safetensors file to write: queries and keys.")],
-    contexts_out: Annotated[Path, typer.Option("--contexts-out", help="CSV file to write: how each text was used.")],
+    out: Annotated[Path, to_write("--out", help="safetensors file to write: queries and keys.")],
+    contexts_out: Annotated[Path, to_write("--contexts-out", help="CSV file to write: how each text was used.")],
     config: Config = CONFIG,
     study: StudyName = None,
     log: Log = None,
@@ -99,8 +99,8 @@ def extract(
 def statistics(
     model: Model,
     activations: Activations,
-    heads_out: Annotated[Path, typer.Option("--heads-out", help="Parquet file to write: per text, layer and head.")],
-    prefixes_out: Annotated[Path, typer.Option("--prefixes-out", help="Parquet file to write: c at given prefixes.")],
+    heads_out: Annotated[Path, to_write("--heads-out", help="Parquet file to write: per text, layer and head.")],
+    prefixes_out: Annotated[Path, to_write("--prefixes-out", help="Parquet file to write: c at given prefixes.")],
     config: Config = CONFIG,
     study: StudyName = None,
     log: Log = None,
@@ -124,7 +124,7 @@ def statistics(
 def attention(
     model: Model,
     activations: Activations,
-    out: Annotated[Path, typer.Option("--out", help="Parquet file to write: per text, layer and head.")],
+    out: Annotated[Path, to_write("--out", help="Parquet file to write: per text, layer and head.")],
     config: Config = CONFIG,
     study: StudyName = None,
     log: Log = None,
@@ -195,7 +195,7 @@ def readings(
     model: Model,
     activations: Activations,
     texts: Annotated[Path, typer.Option("--texts", help="Parquet file from `approxkmv texts`; gives their number.")],
-    out: Annotated[Path, typer.Option("--out", help="Parquet file to write: per text, layer, head and reading.")],
+    out: Annotated[Path, to_write("--out", help="Parquet file to write: per text, layer, head and reading.")],
     config: Config = CONFIG,
     study: StudyName = None,
     log: Log = None,
@@ -288,7 +288,7 @@ def lengths(
     model: Model,
     activations: Activations,
     contexts: Annotated[Path, typer.Option("--contexts", help="CSV file from `approxkmv extract`.")],
-    out: Annotated[Path, typer.Option("--out", help="Parquet file to write: per text, layer, head and length.")],
+    out: Annotated[Path, to_write("--out", help="Parquet file to write: per text, layer, head and length.")],
     config: Config = CONFIG,
     study: StudyName = None,
     log: Log = None,
@@ -339,7 +339,7 @@ def length_scaling(
 @app.command()
 def compare(
     tables: Tables,
-    out: Annotated[Path, typer.Option("--out", help="CSV file to write.")],
+    out: Annotated[Path, to_write("--out", help="CSV file to write.")],
     config: Config = CONFIG,
     study: StudyName = None,
     log: Log = None,
@@ -359,7 +359,7 @@ def compare(
 def figure(
     name: Annotated[str, typer.Argument(help="Name of a figure, such as max_ratios or context_scaling.")],
     tables: Tables,
-    stem: Annotated[Path, typer.Option("--out", help="Path without a suffix: OUT.pdf and OUT.png are written.")],
+    stem: Annotated[Path, to_write("--out", help="Path without a suffix: OUT.pdf and OUT.png are written.")],
     models: Annotated[
         list[str] | None, typer.Option("--model", help="A model; repeat the option for context_scaling.")
     ] = None,
@@ -378,8 +378,8 @@ def figure(
 
 @app.command()
 def complexity(
-    counts_out: Annotated[Path, typer.Option("--counts-out", help="CSV file to write: evaluations at each n.")],
-    fits_out: Annotated[Path, typer.Option("--fits-out", help="CSV file to write: exponents and crossings.")],
+    counts_out: Annotated[Path, to_write("--counts-out", help="CSV file to write: evaluations at each n.")],
+    fits_out: Annotated[Path, to_write("--fits-out", help="CSV file to write: exponents and crossings.")],
     config: Config = CONFIG,
     study: StudyName = None,
     log: Log = None,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from approxkmv.cli.app import CONFIG, Config, Log, StudyName, app, asked
+from approxkmv.cli.app import CONFIG, Config, Log, StudyName, app, asked, to_write
 from approxkmv.config import Configuration, Perplexity, PlanKeys, Study, corpus_entry, load_config, model_of, read_as
 from approxkmv.errors import ConfigError
 from approxkmv.files import check_writable
@@ -28,7 +28,7 @@ Location = Annotated[
 @app.command("model-heads")
 def model_heads(
     location: Annotated[Path, typer.Option("--location", help="JSON file from `approxkmv fetch`.")],
-    out: Annotated[Path, typer.Option("--out", help="safetensors file to write: q, k, v of the chosen heads.")],
+    out: Annotated[Path, to_write("--out", help="safetensors file to write: q, k, v of the chosen heads.")],
     tuning_out: Annotated[Path, typer.Option("--tuning-out", help="The same from a second text, for tuning.")],
     config: Config = CONFIG,
     study: StudyName = None,
@@ -55,7 +55,7 @@ def model_heads(
 
 @app.command()
 def sweep(
-    out: Annotated[Path, typer.Option("--out", help="CSV file to write; a JSON record is written next to it.")],
+    out: Annotated[Path, to_write("--out", help="CSV file to write; a JSON record is written next to it.")],
     capture: Annotated[Path | None, typer.Option("--capture", help="Captured heads of a model, for model-qk.")] = None,
     tuning_capture: Annotated[Path | None, typer.Option("--tuning-capture", help="The same, for tuning.")] = None,
     settings: Annotated[
@@ -90,7 +90,7 @@ def sweep(
 
 @app.command()
 def plan(
-    out: Annotated[Path, typer.Option("--out", help="JSON file to write.")],
+    out: Annotated[Path, to_write("--out", help="JSON file to write.")],
     model: Annotated[str | None, typer.Option("--model", help="A model; without it, the study's perplexity.")] = None,
     target: Annotated[
         float, typer.Option("--target", help="With --model: the largest error of a head, relative to its answer.")
@@ -158,9 +158,7 @@ def _causal_model(config: Configuration, settings: Perplexity, location: Path | 
 
 @app.command()
 def perplexity(  # noqa: PLR0913 - one argument for each option of the command line
-    out: Annotated[
-        Path, typer.Option("--out", "--output", help="CSV file to write; a JSON record is written next to it.")
-    ],
+    out: Annotated[Path, to_write("--out", "--output", help="CSV file to write; a JSON record is written next to it.")],
     method: Annotated[
         str | None,
         typer.Option("--method", help="An attention method with a causal form; without it, the study's methods."),
@@ -225,7 +223,7 @@ def perplexity(  # noqa: PLR0913 - one argument for each option of the command l
 
 @app.command()
 def operator(
-    out: Annotated[Path, typer.Option("--out", help="CSV file to write: errors and times.")],
+    out: Annotated[Path, to_write("--out", help="CSV file to write: errors and times.")],
     config: Config = CONFIG,
     study: StudyName = None,
     log: Log = None,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from approxkmv.cli.app import CONFIG, Config, StudyName, app, config_app
+from approxkmv.cli.app import CONFIG, Config, StudyName, app, config_app, to_write
 from approxkmv.config import load_config, study_of
 
 
@@ -42,7 +42,7 @@ def clean(
 @app.command()
 def pack(
     results: Annotated[Path, typer.Argument(help="A study's folder, such as results/paper-dev.")],
-    out: Annotated[Path, typer.Option("--out", help="The file to write, a .zip.")],
+    out: Annotated[Path, to_write("--out", help="The file to write, a .zip.")],
 ) -> None:
     """Pack a study's tables and figures, with how they were made and a manifest, for others to take.
 
