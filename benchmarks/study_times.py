@@ -46,8 +46,10 @@ def main() -> None:
     found = {Path(folder).name: spans_of(Path(folder, "logs")) for folder in sys.argv[1:]}
     lines = [{"study": study, "steps": len(some), "seconds": round(seconds_in(some))} for study, some in found.items()]
     table = pd.DataFrame(lines)
+    # Before the table is written, which is a change of the checkout.
+    record = describe()
     write_csv(OUT, table)
-    write_json(OUT.with_suffix(".json"), describe())
+    write_json(OUT.with_suffix(".json"), record)
     print(table.to_string(index=False))
 
 
