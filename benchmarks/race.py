@@ -12,7 +12,7 @@ import pandas as pd
 from reference import REFERENCE, machine, markdown, number
 from scipy.special import stdtrit
 
-from approxkmv.attention.blocks.local_expansion import EXACT_BELOW
+from approxkmv.attention.blocks.chunks import EXACT_BELOW
 from approxkmv.figures.crossover import crossover
 from approxkmv.figures.sweep_table import contenders, of_what, read_sweep
 from approxkmv.slopes import log_log_line

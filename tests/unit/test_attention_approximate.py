@@ -7,7 +7,7 @@ import torch
 from approxkmv.attention import get
 from approxkmv.attention.blocks import approxkmv as ours
 from approxkmv.attention.blocks import light_keys, reach
-from approxkmv.attention.blocks.expansion import Clustering, expand
+from approxkmv.attention.blocks.expansion import Clustering, expand, key_side
 from approxkmv.attention.blocks.grouping import make_blocks
 from approxkmv.attention.blocks.k_means import k_means
 from approxkmv.attention.blocks.near_keys import sums_of_keys
@@ -37,6 +37,11 @@ def clustered(n, d, d_v, seed=0, spread=0.35):
 
 def exact(q, k, v, scale):
     return (scale * q.double() @ k.double().mT).softmax(-1) @ v.double()
+
+
+def expanded(q, k, v, clustering, scale, low=torch.float32):
+    side = key_side(k, v, stand_apart(q, k, scale), clustering, v.to(low))
+    return expand(q, side, torch.Generator().manual_seed(0), clustering, scale=scale)
 
 
 @pytest.fixture(params=["compiled", "torch"])
@@ -100,10 +105,7 @@ def test_sums_of_keys_against_float64(d, d_v, low):
     # Products of bfloat16 numbers take them by twos.
     q, k, v = clustered(300, d + d % 2 if low == torch.bfloat16 else d, d_v)
     q = 0.3 * q
-    e = expand(
-        q, k, v, torch.Generator().manual_seed(0), stand_apart(q, k, 1.0),
-        Clustering(block=32, near=40, directions=8, iterations=2, sampled=8), scale=1.0, low=low,
-    )  # fmt: skip
+    e = expanded(q, k, v, Clustering(block=32, near=40, directions=8, iterations=2, sampled=8), 1.0, low)  # fmt: skip
     extra = torch.randn(len(e.chosen), generator=torch.Generator().manual_seed(1))
     sums, scales = sums_of_keys(e.blocks, k, e.mean, v, e.chosen, e.ends, extra, low, e.rounded)
     begin = 0
@@ -145,8 +147,9 @@ def estimates(q, k, v, samples, seeds):
         with pytest.MonkeyPatch.context() as patch:
             # Rows whose estimate deviates too far to be used are estimates all the same.
             patch.setattr(reach, "_OFF", 1e9)
+            side = key_side(k, v, stand_apart(q, k, 1.0), parameters, v)
             numerators, row_sums, logs = ours.sums(
-                q, k, v, generator, parameters, scale=1.0, with_own_keys=len(q) == len(k)
+                q, side, generator, parameters, scale=1.0, with_own_keys=len(q) == len(k)
             )
         both = torch.cat([row_sums.unsqueeze(1), numerators[:, :-1]], 1).double()
         found.append(both * (logs.double() - log_sum).exp().unsqueeze(1))
@@ -196,16 +199,7 @@ def test_error_falls_as_one_over_the_root_of_the_budget():
 @pytest.mark.usefixtures("loops")
 def test_budgets_go_where_the_deviation_is():
     q, k, v = clustered(400, 8, 1)
-    e = expand(
-        q,
-        k,
-        v,
-        torch.Generator().manual_seed(0),
-        stand_apart(q, k, 1.0),
-        Clustering(**CLUSTERING),
-        scale=1.0,
-        low=torch.float32,
-    )
+    e = expanded(q, k, v, Clustering(**CLUSTERING), 1.0)
     heavy, log_weight = torch.ones(len(e.blocks.deltas), 2), torch.full((len(e.blocks.deltas),), -60.0)
     start, size = int(e.blocks.starts[0]), int(e.blocks.sizes[0])
     # The far key holds nine tenths of the sums of one block and nothing of the others'.
@@ -222,16 +216,7 @@ def test_budgets_go_where_the_deviation_is():
 def test_row_variances_are_those_of_the_logits():
     """With all axes: delta.k over the keys, in the keys' own covariance, but for the metric's exponent."""
     q, k, v = clustered(400, 8, 1)
-    e = expand(
-        q,
-        k,
-        v,
-        torch.Generator().manual_seed(0),
-        stand_apart(q, k, 0.7),
-        Clustering(**CLUSTERING),
-        scale=0.7,
-        low=torch.float32,
-    )
+    e = expanded(q, k, v, Clustering(**CLUSTERING), 0.7)
     variance = (e.blocks.deltas.double() @ (k - k.mean(0)).double().mT).square().mean(1)
     assert torch.allclose(e.blocks.row_variances.double(), variance, rtol=1e-3, atol=1e-6)
 
@@ -243,16 +228,7 @@ def test_draws_have_the_probability_that_they_say():
     False alarms: 188 normal variables pass 4.5 with probability under 2e-3; the seed is fixed.
     """
     q, k, v = clustered(212, 8, 1)
-    e = expand(
-        q,
-        k,
-        v,
-        torch.Generator().manual_seed(0),
-        stand_apart(q, k, 0.5),
-        Clustering(**{**CLUSTERING, "block": 212}),
-        scale=0.5,
-        low=torch.float32,
-    )
+    e = expanded(q, k, v, Clustering(**{**CLUSTERING, "block": 212}), 0.5)
     number = 400_000
     sample = light_keys.draw(e, np.array([number]), torch.Generator().manual_seed(1))
     keys = torch.from_numpy(sample.keys)
@@ -330,8 +306,7 @@ def test_without_axes_every_block_has_its_samples():
     """There is one block, of whose deviation nothing is known: it takes the samples that were asked for."""
     q, k, v = clustered(240, 8, 1)
     without = Clustering(**{**CLUSTERING, "directions": 0})
-    apart = stand_apart(q, k, 1.0)
-    e = expand(q, k, v, torch.Generator().manual_seed(0), apart, without, scale=1.0, low=torch.float32)
+    e = expanded(q, k, v, without, 1.0)
     assert light_keys.budgets(e, torch.zeros(1, dtype=torch.float64), 33).tolist() == [33]
 
 

@@ -6,8 +6,13 @@ import torch
 
 from approxkmv.attention import UnavailableError, get, methods
 from approxkmv.attention.blocks import approxkmv as ours
-from approxkmv.attention.blocks import local_expansion
-from approxkmv.attention.causal import add_sums, causal_attention, causal_sums, exact_sums
+from approxkmv.attention.blocks import chunks, local_expansion
+from approxkmv.attention.blocks.compiled import block_loops
+from approxkmv.attention.blocks.expansion import Clustering
+from approxkmv.attention.blocks.reach import stand_apart
+from approxkmv.attention.causal import Flash, add_sums, causal_attention, exact_sums
+from approxkmv.compute import loops as compute_loops
+from approxkmv.compute.counting import counting
 from approxkmv.errors import InputError
 
 CAUSAL = [name for name in methods() if get(name).causal is not None]
@@ -189,7 +194,7 @@ def test_causal_knn_is_unbiased(index):
 def test_causal_sums_of_approxkmv_are_unbiased():
     """Row sums and numerators of 30 combinations over 120 seeds, within 4.5 standard errors (2e-4 by chance).
 
-    Keys far from the origin: the squares' sums must be brought to a common origin before they are merged.
+    Keys far from the origin: the sums of chunks must be brought to a common origin before they are merged.
     """
     q, k, v = heads(256, 8, 1, spread=0.5)
     k = k + 0.7
@@ -198,15 +203,11 @@ def test_causal_sums_of_approxkmv_are_unbiased():
     right = torch.cat([torch.ones(256, 1).double(), logits.softmax(1) @ v.double()], 1)
     parameters = ours.Parameters(block=16, near=12, directions=8, iterations=2, sampled=16, samples=8)
 
-    def square(q, k, v, generator):
-        numerators, row_sums, logs = ours.sums(q, k, v, generator, parameters, scale=1.0, with_own_keys=False)
-        return numerators[:, :-1], row_sums, logs + q @ k.mean(0)
-
     found = []
     for seed in range(120):
         generator = torch.Generator().manual_seed(seed)
-        numerators, row_sums, logs = causal_sums(q, k, v, generator, square, 64)
-        both = torch.cat([row_sums.unsqueeze(1), numerators], 1).double()
+        numerators, row_sums, logs = ours.chunked_sums(q, k, v, generator, parameters, 1.0, 64)
+        both = torch.cat([row_sums.unsqueeze(1), numerators[:, :-1]], 1).double()
         found.append(both * (logs.double() - log_sum).exp().unsqueeze(1))
     found = torch.stack(found)[:, 64:]
     signs = torch.from_numpy(np.random.default_rng(0).choice([-1.0, 1.0], (30, 192, 2)))
@@ -225,14 +226,20 @@ def test_recursion_by_exact_squares_is_exact_at_any_cut():
 
 
 def test_rows_without_a_positive_sum_are_computed_exactly():
-    q, k, v = heads(40, 5, 2)
+    """Of 600 rows all that are in no triangle, together with those near them, but not with later keys, which are NaN"""
+    q, k, v = heads(600, 5, 2)
+    right = exact(q, k, v)
+    k[512:], v[512:] = torch.nan, torch.nan
 
     def square(q, k, v, generator):
         numerators, row_sums, logs = exact_sums(q, k, v)
         return numerators, -1e3 * row_sums, logs
 
-    out = causal_attention(q, k, v, torch.Generator(), square, 20)
-    assert (out.double() - exact(q, k, v)).abs().max() < 1e-5
+    with counting() as counts:
+        out = causal_attention(q, k, v, torch.Generator(), square, 20)
+    assert (out[:512].double() - right[:512]).abs().max() < 1e-5
+    # Triangles are of 600 / 32 rows, so the first has 18.
+    assert counts.recomputed_rows == 600 - 18
 
 
 def test_merging_does_not_overflow():
@@ -254,43 +261,139 @@ def test_refusals_are_one_line():
         get("exact-sdpa").attend_causally(q[:, :10], k, v)
 
 
+@pytest.fixture(params=["compiled", "torch"])
+def loops(request, monkeypatch):
+    if request.param == "compiled":
+        pytest.importorskip("numba")
+    else:
+        monkeypatch.setattr(compute_loops, "numba_works", lambda: False)
+
+
 @pytest.fixture
-def small_triangles(monkeypatch):
-    """local-expansion with squares from 128 keys on, where a user has them from 2,048 on."""
-    monkeypatch.setattr(local_expansion, "EXACT_BELOW", 128)
+def small_chunks(monkeypatch):
+    """Chunks of 128 queries, or 256 of more than 1,024, where a user has 2,048 or 4,096."""
+    monkeypatch.setattr(chunks, "EXACT_BELOW", 128)
 
 
-SQUARES = {"block": 32, "near": 32, "directions": 8}
+BLOCKS = {"block": 32, "near": 32, "directions": 8}
+FORMS = [
+    ("approxkmv", {"samples": 256}),
+    *(("local-expansion", {"products": form}) for form in ("float32", "bfloat16")),
+]
 
 
-@pytest.mark.parametrize("products", ["float32", "bfloat16"])
+def attend(name, q, k, v, scale, **given):
+    """`causal` as a sweep times it, without checks of its input."""
+    given = {**get(name).defaults, **BLOCKS, **given}
+    return get(name).causal(q[None], k[None], v[None], scale=scale, seed=3, **given)[0]
+
+
+def relative(out, right):
+    return float((out.double() - right).norm() / right.norm())
+
+
+@pytest.mark.usefixtures("loops", "small_chunks")
+@pytest.mark.parametrize(("name", "given"), FORMS)
 @pytest.mark.parametrize("d_v", [1, 2, 24])
-def test_local_expansion_of_squares_approaches_the_exact_answer(small_triangles, products, d_v):
-    """Its error falls with the near keys, to rounding; zero or the mean of the values would err far more."""
+def test_chunks_approach_the_exact_answer(name, given, d_v):
+    """The error falls with the near keys, to rounding; zero or the mean of the values would err far more."""
     q, k, v = heads(1100, 9, d_v, spread=0.7)
     right = exact(q, k, v)
-    errors = []
-    for near in (8, 32, 60):
-        given = {**SQUARES, "near": near, "products": products}
-        out = get("local-expansion").attend_causally(q, k, v, scale=1.0, seed=3, **given)
-        errors.append(float((out.double() - right).norm() / right.norm()))
+    errors = [relative(attend(name, q, k, v, 1.0, near=near, **given), right) for near in (8, 32, 60)]
     means = v.double().cumsum(0) / torch.arange(1, 1101).unsqueeze(1)
-    assert errors[0] < 0.6 * float((means - right).norm() / right.norm())
+    assert errors[0] < 0.6 * relative(means, right)
     assert errors[2] < errors[0]
-    whole = get("local-expansion").attend_causally(q, k, v, scale=1.0, seed=3, near=600, products=products)
-    assert float((whole.double() - right).norm() / right.norm()) < (1e-5 if products == "float32" else 0.01)
+    # All in one chunk
+    whole = attend(name, q, k, v, 1.0, near=600, **given)
+    assert relative(whole, right) < (0.01 if given == {"products": "bfloat16"} else 1e-5)
 
 
-@pytest.mark.parametrize("d_v", [2, 24])
-def test_squares_of_local_expansion_see_no_later_key(small_triangles, d_v):
-    """Other keys and values from 512 on, and NaN from the last triangle on (a square of NaN raises an exception)."""
-    q, k, v = (t[None] for t in heads(1024, 8, d_v))
-    given = {**get("local-expansion").defaults, **SQUARES, "scale": 0.4, "seed": 1}
-    causal = get("local-expansion").causal
-    before = causal(q, k, v, **given)
-    moved = causal(q, k, v + 10, **given)
-    assert float((moved - before - 10).abs().max()) < 0.05  # bfloat16 triangles round values of about ten to 0.03
-    k[:, 896:], v[:, 896:] = torch.nan, torch.nan
-    assert torch.equal(before[0, :896], causal(q, k, v, **given)[0, :896])
-    k[:, 512:], v[:, 512:] = 5.0, 1e6
-    assert torch.equal(before[0, :512], causal(q, k, v, **given)[0, :512])
+@pytest.mark.usefixtures("loops", "small_chunks")
+@pytest.mark.parametrize(("name", "given"), FORMS)
+@pytest.mark.parametrize(("n", "d", "d_v"), [(1024, 8, 24), (1000, 9, 2), (650, 64, 64), (641, 21, 1)])
+def test_chunks_see_no_later_key(name, given, n, d, d_v):
+    """Keys and values that are NaN, or others, after a chunk: its rows and all before are the same bits.
+
+    Products of bfloat16 numbers that read past the rows of their keys would read NaN. (Without compiled loops a later
+    chunk raises an exception at a NaN among the keys before it.)
+    """
+    q, k, v = heads(n, d, d_v)
+    before = attend(name, q, k, v, 0.4, **given)
+    assert bool(before.isfinite().all())
+    others = torch.nan if block_loops() else 5.0
+    for end, other in (((n - 1) // 128 * 128, torch.nan), (384, others), (256, others), (128, 1e6)):
+        k[end:], v[end:] = other, other
+        assert torch.equal(before[:end], attend(name, q, k, v, 0.4, **given)[:end])
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize(("name", "given"), FORMS)
+def test_chunks_do_not_depend_on_a_common_offset(name, given):
+    """Of values, to the rounding of their sum; of keys, to that of their products, which triangles do not centre."""
+    q, k, v = heads(900, 16, 5)
+    right = exact(q, k, v, 0.4)
+    error = relative(attend(name, q, k, v, 0.4, **given), right)
+    assert relative(attend(name, q, k, v + 1e3, 0.4, **given) - 1e3, right) < 1.01 * error + 1e-3
+    assert relative(attend(name, q, k, 1e9 * v, 0.4, **given) / 1e9, right) == pytest.approx(error, rel=1e-2)
+    assert relative(attend(name, q, k + 2, v, 0.4, **given), right) < 1.2 * error + 0.02
+
+
+@pytest.mark.usefixtures("loops", "small_chunks")
+@pytest.mark.parametrize(("name", "given"), FORMS)
+@pytest.mark.parametrize("at", [0, 100, 300])
+def test_a_key_that_stands_apart_is_summed_exactly_in_chunks(name, given, at):
+    """A key of 30 times the norm of the others, in the first chunk, whose keys give the axes, or in a later one.
+
+    Half of the queries attend to it alone, so the error falls; it would be about one if the key were left out.
+    """
+    q, k, v = heads(700, 16, 5)
+    without = relative(attend(name, q, k, v, 0.25, **given), exact(q, k, v, 0.25))
+    k[at] *= 30
+    assert len(stand_apart(q, k, 0.25)) == 1
+    assert relative(attend(name, q, k, v, 0.25, **given), exact(q, k, v, 0.25)) < 0.5 * without
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize(("name", "given"), FORMS)
+def test_rows_that_chunks_lose_are_computed_exactly(name, given):
+    """Logits of up to some hundreds, of which blocks know nothing."""
+    q, k, v = heads(900, 16, 5, spread=4.0)
+    with counting() as counts:
+        out = attend(name, q, k, v, 1.0, **given)
+    assert counts.recomputed_rows > 300
+    # bfloat16 rounds logits of hundreds to one
+    assert relative(out, exact(q, k, v)) < (0.2 if given == {"products": "bfloat16"} else 0.02)
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_a_lost_row_counts_the_keys_before_its_chunk(monkeypatch):
+    q, k, v = heads(900, 8, 5)
+
+    def nothing(q, side, generator, parameters, **given):
+        return torch.full((len(q), 5), torch.nan), torch.zeros(len(q)), torch.zeros(len(q), dtype=torch.bool)
+
+    monkeypatch.setattr(local_expansion, "answers", nothing)
+    with counting() as counts:
+        out = attend("local-expansion", q, k, v, 1.0, products="float32")
+    assert (out.double() - exact(q, k, v)).abs().max() < 1e-5
+    assert (counts.kernel_evaluations, counts.other_products) == (900 * 901 // 2, 0)
+    assert counts.recomputed_rows == 900 - 128
+
+
+@pytest.mark.parametrize("low", [torch.float32, torch.bfloat16])
+def test_a_chunk_has_the_keys_before_it(low):
+    """No more and no fewer, of which two stand apart, and logs for them as they are."""
+    q, k, v = heads(500, 9, 5)
+    k[[100, 300]] *= 30
+    flash = Flash(q, k, v, 0.25, 128, low)
+    found = list(chunks.earlier_keys(q, k, v, flash, Clustering(directions=4)))
+    assert [here.start for here, _, _ in found] == [128, 256, 384]
+    for here, side, shifts in found:
+        n = here.start
+        assert side.apart.tolist() == [at for at in (100, 300) if at < n]
+        assert torch.equal(side.k[:, :9], k[:n])
+        assert torch.equal(side.v, v[:n])
+        assert torch.equal(side.values, v[:n].to(low))
+        assert torch.allclose(side.keys[:, :9].float(), k[:n] - k[:128].mean(0), rtol=0.01, atol=1e-5)
+        assert torch.equal(side.features[:, 4:], side.keys)
+        assert torch.allclose(shifts, 0.25 * q[here] @ side.mean[:9], atol=1e-5)

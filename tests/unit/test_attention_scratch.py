@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from approxkmv.attention import get, methods
+from approxkmv.attention.blocks import chunks
 from approxkmv.compute import loops as compute_loops
 from approxkmv.compute import scratch as compute_scratch
 from approxkmv.compute.counting import counting
@@ -76,6 +77,7 @@ def test_nothing_is_read_before_it_is_written(name, causal, shape, dtype, monkey
         pytest.importorskip("faiss")
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(2, n, w, generator=generator).to(dtype) for n, w in ((n_q, d), (n_k, d), (n_k, d_v))]
+    monkeypatch.setattr(chunks, "EXACT_BELOW", 64)
     # Approximations that approximate: few near keys, and the number type of their products that has AMX kernels.
     few = {"local-expansion": {"block": 32, "near": 24}, "approxkmv": {"block": 32, "near": 24}}
     parameters = [few.get(name, {})]

@@ -8,13 +8,12 @@ diagonal. Triangles are split until they are small enough to be exact; the squar
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
-from torch.nn.functional import pad
 
-from approxkmv.attention.kernels.exponentials import exp_
+from approxkmv.attention.kernels.exponentials import exp_, softmax
 from approxkmv.compute.counting import count
+from approxkmv.compute.scratch import scratch
 from approxkmv.compute.trial import fastest
 
 Sums = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -47,17 +46,57 @@ def exact_sums(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, is_causal: 
     return weights @ v, weights.sum(1), logs
 
 
-def flash_triangle(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, low: torch.dtype) -> Sums:
-    """The causal sums on a CPU by torch's flash attention with products of dtype `low`; row sums are 1."""
-    count(kernel_evaluations=pairs_seen(len(q)))
-    # Rounding must not depend on a common offset; the first value is seen by every row.
-    first = v[:1]
-    v = v - first
-    width, d_v = max(q.shape[1], v.shape[1]), v.shape[1]
-    # The kernel takes rows for contiguous.
-    q, k, v = (pad(t, (0, width - t.shape[1])).to(low).contiguous()[None, None] for t in (q, k, v))
-    out, logs = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=1.0)
-    return out[0, 0, :, :d_v].float() + first, torch.ones(out.shape[2]), logs.reshape(-1)
+class Flash:
+    """torch's flash attention on a CPU for chunks of one sequence, which is rounded once, with products of that dtype.
+
+    Args:
+        q, k, v: (n, d), (n, d), (n, d_v) float32.
+        scale: of the logits.
+        length: number of queries in a chunk; the last may have fewer.
+        low: the dtype of products.
+
+    What is rounded is scratch: it is valid until the next `Flash` in this thread.
+    """
+
+    def __init__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, length: int, low: torch.dtype
+    ) -> None:
+        self.scale, self.length, self.columns = scale, length, v.shape[1]
+        width = max(q.shape[1], self.columns)
+
+        def rounded(name: str, given: torch.Tensor) -> torch.Tensor:
+            out = scratch(f"flash {name}", len(given), width, dtype=low)
+            out[:, : given.shape[1]] = given
+            out[:, given.shape[1] :] = 0
+            return out
+
+        self.q, self.k, self.v = (rounded(name, given) for name, given in zip("qkv", (q, k, v), strict=True))
+
+    def triangles(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Answers (n, d_v) and logs of row sums (n,) over the keys of each query's own chunk, up to its own."""
+        n, length = len(self.q), self.length
+        whole = n // length * length
+        out, logs = torch.empty(n, self.columns), torch.empty(n)
+        for here, size in ((slice(0, whole), length), (slice(whole, n), n - whole)):
+            if here.start < here.stop:
+                parts = (t[here].unflatten(0, (-1, size)) for t in (self.q, self.k, self.v))
+                out[here], logs[here] = self._attend(*parts, is_causal=True)
+                count(kernel_evaluations=(here.stop - here.start) // size * pairs_seen(size))
+        return out, logs
+
+    def rows(self, rows: torch.Tensor, keys: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same of these rows (m,), over the first `keys` keys."""
+        count(kernel_evaluations=len(rows) * keys, recomputed_rows=len(rows))
+        out, logs = self._attend(self.q[rows][None], self.k[None, :keys], self.v[None, :keys], is_causal=False)
+        return out.float(), logs
+
+    def _attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, is_causal: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        # The kernel takes rows for contiguous.
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out, logs = kernel(q[None], k[None], v[None], 0.0, is_causal, scale=self.scale)
+        return out[0, :, :, : self.columns].flatten(0, 1), logs.flatten()
 
 
 def add_sums(here: Sums, other: Sums) -> None:
@@ -77,7 +116,6 @@ def causal_sums(
     generator: torch.Generator,
     sums: SumsOfKeys,
     exact_below: int,
-    triangle: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Sums] | None = None,
 ) -> Sums:
     """Sums over the keys up to each query's own, with the squares below the diagonal computed by `sums`.
 
@@ -85,21 +123,24 @@ def causal_sums(
         q, k, v: (n, d), (n, d), (n, d_v) float32, the queries scaled.
         sums: if it is unbiased, so are these sums; its logs must refer to the given keys, not to shifted ones.
         exact_below: triangles of at most this many queries are exact.
-        triangle: f(q, k, v), their exact sums; None takes torch's flash attention on a CPU, elsewhere `exact_sums`.
     """
     n = len(q)
-    if triangle is None and q.device.type == "cpu":
-        question = "attention.blocks.trials.products"
-        low = fastest(question, "float32", "bfloat16") if exact_below >= _LONG else "float32"
-        triangle = partial(flash_triangle, low=getattr(torch, low))
+    question = "attention.blocks.trials.triangles"
+    low = fastest(question, "float32", "bfloat16") if exact_below >= _LONG and q.device.type == "cpu" else "float32"
     numerators, row_sums, logs = v.new_empty(n, v.shape[1]), v.new_empty(n), v.new_empty(n)
 
     def fill(first: int, last: int) -> None:
         here = slice(first, last)
         if last - first <= max(1, exact_below):
             rows = q[here], k[here], v[here]
-            exact = triangle(*rows) if triangle is not None else exact_sums(*rows, is_causal=True)
-            numerators[here], row_sums[here], logs[here] = exact
+            if q.device.type == "cpu":
+                # Rounding must not depend on a common offset; the first value is seen by every row.
+                flash = Flash(*rows[:2], rows[2] - v[first], 1.0, last - first, getattr(torch, low))
+                numerators[here], logs[here] = flash.triangles()
+                numerators[here] += v[first]
+                row_sums[here] = 1
+            else:
+                numerators[here], row_sums[here], logs[here] = exact_sums(*rows, is_causal=True)
             return
         middle = first + (last - first) // 2
         fill(first, middle)
@@ -130,8 +171,14 @@ def causal_answers(
 ) -> torch.Tensor:
     """The quotients (n, d_v); a row whose estimated sum is not positive is computed exactly."""
     out = numerators / row_sums.unsqueeze(1)
-    lost = (~((row_sums > 0) & out.isfinite().all(1))).nonzero().squeeze(1)
-    count(kernel_evaluations=int((lost + 1).sum()), recomputed_rows=len(lost))
-    for i in lost.tolist():
-        out[i] = (k[: i + 1] @ q[i]).softmax(0) @ v[: i + 1]
+    lost = (~((row_sums > 0) & out.sum(1).isfinite())).nonzero().squeeze(1)
+    count(recomputed_rows=len(lost))
+    # Rows of a triangle's width together: none multiplies keys that are much later than its own.
+    for part in (lost // EXACT_BELOW).unique():
+        rows = lost[lost // EXACT_BELOW == part]
+        end = int(rows[-1]) + 1
+        seen = int((rows + 1).sum())
+        count(kernel_evaluations=seen, other_products=len(rows) * end - seen)
+        future = torch.arange(end, device=q.device) > rows.unsqueeze(1)
+        out[rows] = softmax((q[rows] @ k[:end].mT).masked_fill_(future, -torch.inf)) @ v[:end]
     return out

@@ -19,8 +19,9 @@ import numpy as np
 import torch
 
 from approxkmv.attention.blocks.arrays import KeyArrays, ScaledSums
+from approxkmv.attention.blocks.chunks import chunk_length, earlier_keys
 from approxkmv.attention.blocks.compiled import block_loops
-from approxkmv.attention.blocks.expansion import Clustering, expand, in_one_block, of_one_block
+from approxkmv.attention.blocks.expansion import Clustering, KeySide, expand, in_one_block, key_side, of_one_block
 from approxkmv.attention.blocks.grouping import block_size, project
 from approxkmv.attention.blocks.light_keys import (
     CONTROLLED,
@@ -33,7 +34,7 @@ from approxkmv.attention.blocks.light_keys import (
 )
 from approxkmv.attention.blocks.near_keys import sums_of_keys
 from approxkmv.attention.blocks.reach import stand_apart, with_keys_apart
-from approxkmv.attention.causal import EXACT_BELOW, Sums, causal_answers, causal_sums, exact_sums
+from approxkmv.attention.causal import Flash, Sums, add_sums, causal_answers
 from approxkmv.attention.contract import Method, UnavailableError, per_batch
 from approxkmv.attention.exact import fused as exact_fused
 from approxkmv.attention.exact.fused import exactly_where_lost
@@ -50,41 +51,27 @@ class Parameters(Clustering):
 
 def sums(
     q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    side: KeySide,
     generator: torch.Generator,
     parameters: Parameters,
     *,
     scale: float,
     with_own_keys: bool,
 ) -> Sums:
-    """Numerators (n_q, d_v + 1), row sums (n_q,) and logs (n_q,); sums are divided by exp(log); NaN if out of reach.
+    """Numerators (n_q, d_v + 1), row sums (n_q,) and logs (n_q,) for keys less their `mean`; NaN if out of reach.
 
-    The last column is the sum of the absolute values of the parts of the row sum: `trusted` compares the two.
+    Sums are divided by exp(log). The last column is the sum of the absolute values of the parts of the row sum:
+    `trusted` compares the two. side: in float32, since bfloat16 sums of the control variate would introduce a bias.
     with_own_keys: key i is query i's own (as many keys as queries), and is summed exactly.
     """
-    loops, d_v, samples = block_loops(), v.shape[1], parameters.samples
-    apart = stand_apart(q, k, scale)
-    if (
-        loops is not None
-        and parameters.directions == 0
-        and not len(apart)
-        and in_one_block(q, k, scale, parameters.near)
-    ):
-        out = torch.empty(len(q), d_v + 3)
-        one = of_one_block(q, k, v, generator.initial_seed(), scale, parameters.near)
-        points = torch.rand(samples, generator=generator, dtype=torch.float64).numpy()
-        limit = np.float32(CONTROLLED)
-        number = loops.controlled_sums_of_one_block(with_own_keys, one, limit, points, out.numpy())
-        count(kernel_evaluations=len(k) + (len(q) + 1) * (number + samples) + len(q) * (1 + with_own_keys))
-        return out[:, : d_v + 1], out[:, d_v + 1], out[:, d_v + 2]
-    # bfloat16 sums of the control variate would introduce a bias.
-    e = expand(q, k, v, generator, apart, parameters, scale=scale, low=torch.float32)
+    k, v, apart = side.k, side.v, side.apart
+    loops, d_v = block_loops(), v.shape[1]
+    e = expand(q, side, generator, parameters, scale=scale)
     blocks = e.blocks
     heavy, scales = sums_of_keys(blocks, k, e.mean, v, e.chosen, e.ends, None, torch.float32)
     seen = e.seen(k if with_own_keys else None)
     lost = e.lost(heavy[:, 0], scales, seen)
-    counts = budgets(e, predicted_deviation(e, heavy, scales, seen.log_weight), samples)
+    counts = budgets(e, predicted_deviation(e, heavy, scales, seen.log_weight), parameters.samples)
     sample = draw(e, counts, generator)
     if len(apart):
         # Replaced by a key whose exponentials are finite, with weight 0
@@ -152,17 +139,48 @@ def _approxkmv(
     if q.device.type != "cpu":
         raise UnavailableError(f"approxkmv has no kernel for the device {q.device}")
     parameters = Parameters(**given)
-
     parameters = replace(parameters, block=block_size(parameters.block, q.shape[1], k.shape[1]))
+    near, loops = parameters.near, block_loops()
 
     def single(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        if parameters.near >= len(k) or parameters.block == 1:
+        if near >= len(k) or parameters.block == 1:
             return exact_fused.attend(q, k, v, scale)
-        numerators, row_sums, _ = sums(q, k, v, generator, parameters, scale=scale, with_own_keys=len(q) == len(k))
+        own = len(q) == len(k)
+        apart = stand_apart(q, k, scale)
+        if loops is not None and parameters.directions == 0 and not len(apart) and in_one_block(q, k, scale, near):
+            found = torch.empty(len(q), v.shape[1] + 3)
+            one = of_one_block(q, k, v, generator.initial_seed(), scale, near)
+            points = torch.rand(parameters.samples, generator=generator, dtype=torch.float64).numpy()
+            number = loops.controlled_sums_of_one_block(own, one, np.float32(CONTROLLED), points, found.numpy())
+            count(kernel_evaluations=len(k) + (len(q) + 1) * (number + len(points)) + len(q) * (1 + own))
+            numerators, row_sums = found[:, :-2], found[:, -2]
+        else:
+            side = key_side(k, v, apart, parameters, v)
+            numerators, row_sums, _ = sums(q, side, generator, parameters, scale=scale, with_own_keys=own)
         numerators, row_sums = trusted(numerators, row_sums)
         return exactly_where_lost(numerators / row_sums.unsqueeze(1), row_sums.isnan(), q, k, v, scale)
 
     return per_batch(single, q, k, v, seed, around_mean=True)
+
+
+def chunked_sums(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    generator: torch.Generator,
+    parameters: Parameters,
+    scale: float,
+    length: int,
+) -> Sums:
+    """The same `sums` over the keys up to each query's own, for keys as they are: exactly within chunks of `length`."""
+    flash = Flash(q, k, v, scale, length, torch.float32)
+    answers, logs = flash.triangles()
+    whole = with_ones(answers), torch.ones(len(q)), logs
+    for here, side, shifts in earlier_keys(q, k, v, flash, parameters):
+        # Query i and key i of these belong to different tokens.
+        numerators, row_sums, log = sums(q[here], side, generator, parameters, scale=scale, with_own_keys=False)
+        add_sums((whole[0][here], whole[1][here], logs[here]), (numerators, row_sums, log + shifts))
+    return whole
 
 
 def _causal(
@@ -171,21 +189,13 @@ def _causal(
     if q.device.type != "cpu":
         raise UnavailableError(f"the causal form of approxkmv runs on a CPU only, not on {q.device.type}")
     parameters = Parameters(**given)
-
-    def square(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator) -> Sums:
-        if parameters.near >= len(k):
-            return exact_sums(q, k, v)
-        v = v[:, :-1]
-        # Query i and key i of a square belong to different tokens.
-        numerators, row_sums, logs = sums(q, k, v, generator, parameters, scale=1.0, with_own_keys=False)
-        # The sums refer to centred keys, whose mean is the same within one set of keys but not across two.
-        return numerators, row_sums, logs + q @ k.mean(0)
+    length = chunk_length(q.shape[1], parameters.near)
 
     def single(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        numerators, row_sums, _ = causal_sums(
-            q * scale, k, with_ones(v), generator, square, max(EXACT_BELOW, parameters.near)
-        )
-        return causal_answers(*trusted(numerators, row_sums), q * scale, k, v)
+        # The noise must not depend on a common offset; the first value is seen by every row.
+        values = v - v[0]
+        numerators, row_sums, _ = chunked_sums(q, k, values, generator, parameters, scale, length)
+        return causal_answers(*trusted(numerators, row_sums), q * scale, k, values).add_(v[0])
 
     return per_batch(single, q, k, v, seed)
 

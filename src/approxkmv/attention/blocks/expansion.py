@@ -8,7 +8,7 @@ weight, form one far key per block, to first order in delta in the weights and, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -177,29 +177,79 @@ class Clustering:
     """See `k_means`."""
 
 
-def expand(
-    q: torch.Tensor,
+@dataclass(frozen=True)
+class KeySide:
+    """What an expansion needs of its keys, whatever the queries; see `key_side`."""
+
+    k: torch.Tensor
+    """(n_k, d), with a column of zeros if d was odd and products are of bfloat16."""
+    v: torch.Tensor
+    """(n_k, d_v)"""
+    apart: np.ndarray
+    """Keys that no block's centre represents: see `reach.stand_apart`."""
+    mean: torch.Tensor
+    """(d,) what is subtracted from the keys."""
+    axes: torch.Tensor
+    """(d, r) and"""
+    spread: torch.Tensor
+    """(r,) the variance of the keys along them."""
+    keys: torch.Tensor
+    """(n_k, d) k - mean, and"""
+    features: torch.Tensor
+    """(n_k, r + d) its squares along the axes, then itself, and"""
+    values: torch.Tensor
+    """(n_k, d_v) v, in the dtype of the products."""
+
+    def first(self, n: int, apart: np.ndarray) -> KeySide:
+        """The first n keys, of which others may stand apart; mean and axes stay."""
+        whole = self.k, self.v, self.keys, self.features, self.values
+        k, v, keys, features, values = (t[:n] for t in whole)
+        return replace(self, k=k, v=v, apart=apart, keys=keys, features=features, values=values)
+
+
+def key_side(
     k: torch.Tensor,
     v: torch.Tensor,
-    generator: torch.Generator,
     apart: np.ndarray,
     clustering: Clustering,
-    *,
-    scale: float,
-    low: torch.dtype,
+    values: torch.Tensor,
+    known: int | None = None,
+) -> KeySide:
+    """The KeySide of k (n_k, d), v (n_k, d_v), of which values are v in the dtype of the products.
+
+    Its mean and axes are those of the first `known` keys. Much of it is scratch: it is valid until the next call in
+    this thread.
+    """
+    low = values.dtype
+    if low == torch.bfloat16 and k.shape[1] % 2:
+        # Its products process numbers in pairs.
+        k = torch.nn.functional.pad(k, (0, 1))
+    n_k, d = k.shape
+    mean = k[:known].mean(0)
+    axes, spread = principal_axes(without(k[:known], apart), min(clustering.directions, d))
+    r = len(spread)
+    # A separate array, since oneDNN's bfloat16 products read past the rows of a view, where NaN would spread.
+    keys = torch.sub(k, mean, out=scratch("keys", n_k, d))
+    keys = keys if low == keys.dtype else scratch("keys", n_k, d, dtype=low).copy_(keys)
+    features = scratch("features", n_k, r + d, dtype=low)
+    features[:, r:] = keys
+    if r > 0:
+        torch.square(torch.mm(keys, axes.to(low), out=scratch("along", n_k, r, dtype=low)), out=features[:, :r])
+    return KeySide(k, v, apart, mean, axes, spread, keys, features, values)
+
+
+def expand(
+    q: torch.Tensor, side: KeySide, generator: torch.Generator, clustering: Clustering, *, scale: float
 ) -> Expansion:
     """Cluster the queries q (n_q, d), choose the near keys of each block and sum the others at its centre.
 
-    bfloat16 products (low) process numbers in pairs, so d must then be even. Much of the result is scratch: it is valid
-    until the next call in this thread.
+    q has as many columns as side.k. Much of the result is scratch: it is valid until the next call in this thread.
     """
+    k, v, apart, axes, spread = side.k, side.v, side.apart, side.axes, side.spread
     n_k, d_v = v.shape
-    d = q.shape[1]
+    d, r, low = q.shape[1], len(spread), side.keys.dtype
     loops = block_loops()
     multiple = _ROWS_OF_BFLOAT16 if low == torch.bfloat16 and loops is None else 1
-    mean = k.mean(0)
-    axes, spread = principal_axes(without(k, apart), min(clustering.directions, d))
-    r = len(spread)
     metric = spread.pow(METRIC_POWER).clamp_min(1e-15)
     # Clustering and curvature are estimates: half the digits suffice for their coordinates.
     some = q if low == q.dtype else scratch("low queries", len(q), d, dtype=low).copy_(q)
@@ -219,16 +269,9 @@ def expand(
         blocks = make_blocks(q, scale, points, importance, labels, multiple)
         logit_variances = blocks.logit_variances(k, apart)
 
-    # A separate array, since oneDNN's bfloat16 products read past the rows of a view, where NaN would spread.
-    keys = torch.sub(k, mean, out=scratch("keys", n_k, d, dtype=low))
-    # Columns: the squares along the leading axes, then the keys.
-    features = scratch("features", n_k, r + d, dtype=low)
-    features[:, r:] = keys
-    if r > 0:
-        torch.square(torch.mm(keys, axes.to(low), out=scratch("along", n_k, r, dtype=low)), out=features[:, :r])
     variances = blocks.variances / metric.square()
     ranks = torch.cat([0.5 * variances, blocks.centres], 1).to(low)
-    logs = torch.mm(ranks, features.mT, out=scratch("logs", len(blocks), n_k, dtype=low))
+    logs = torch.mm(ranks, side.features.mT, out=scratch("logs", len(blocks), n_k, dtype=low))
     logs[:, torch.from_numpy(apart)] = -torch.inf
     count(kernel_evaluations=logs.numel())
     tilts = d_v if d_v <= TILTED_COLUMNS else 0
@@ -237,9 +280,9 @@ def expand(
     highest, thresholds, chosen, ends, total, far_value = choose_keys(
         logs, clustering.near, first, v[:, :tilts], weights
     )
-    far_axes = torch.mm(weights.view(-1, n_k), keys).float().view(len(blocks), 1 + tilts, d)
+    far_axes = torch.mm(weights.view(-1, n_k), side.keys).float().view(len(blocks), 1 + tilts, d)
     if tilts == 0:
-        far_value = torch.mm(weights[:, 0], v.to(low)).float()
+        far_value = torch.mm(weights[:, 0], side.values).float()
     far_log = torch.empty(len(blocks))
     if loops is not None:
         given = (highest, variances, axes.contiguous(), total, far_log, far_value, far_axes)
@@ -253,13 +296,13 @@ def expand(
         # The far key's own second-order term is already in its weight.
         second = 0.5 * (variances * (far_axes[:, 0] @ axes).square()).sum(1)
         torch.sub(total.log() + highest, second, out=far_log)
-    rounded = keys if low == torch.bfloat16 else None
+    rounded = side.keys if low == torch.bfloat16 else None
     return Expansion(
         *(
             blocks,
             logit_variances,
             max(1, n_k - clustering.near),
-            mean,
+            side.mean,
             rounded,
             logs,
             weights,

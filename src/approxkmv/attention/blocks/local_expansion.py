@@ -6,26 +6,25 @@ Cost: n d (near + n / block), up to constants. The expansion itself is in `expan
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
 
 from approxkmv.attention.blocks.arrays import ScaledSums
+from approxkmv.attention.blocks.chunks import chunk_length, earlier_keys
 from approxkmv.attention.blocks.compiled import block_loops
-from approxkmv.attention.blocks.expansion import Clustering, expand, in_one_block, of_one_block
+from approxkmv.attention.blocks.expansion import Clustering, KeySide, expand, in_one_block, key_side, of_one_block
 from approxkmv.attention.blocks.grouping import block_size
 from approxkmv.attention.blocks.near_keys import sums_of_keys
 from approxkmv.attention.blocks.reach import stand_apart, with_keys_apart
-from approxkmv.attention.causal import Sums, causal_answers, causal_sums, flash_triangle
+from approxkmv.attention.causal import Flash
 from approxkmv.attention.contract import Method, UnavailableError, per_batch
 from approxkmv.attention.exact import fused as exact_fused
+from approxkmv.attention.kernels.exponentials import LOWEST
 from approxkmv.compute.counting import count
+from approxkmv.compute.scratch import scratch
 from approxkmv.compute.threads import over_threads
 from approxkmv.compute.trial import fastest
-
-# Triangles of the causal mask of at most this many queries are exact: below it, the library's attention is faster.
-EXACT_BELOW = 2048
 
 
 @dataclass(frozen=True)
@@ -38,36 +37,28 @@ class Parameters(Clustering):
 
 def answers(
     q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    side: KeySide,
     generator: torch.Generator,
     parameters: Parameters,
     *,
     scale: float,
     with_own_keys: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Answers (n_q, d_v), logs of the row sums (n_q,) for keys less their mean, and which rows are lost (n_q,), if any.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Answers (n_q, d_v), logs of the row sums (n_q,) for keys less their `mean`, and which rows are lost (n_q,).
 
-    For float32 q (n_q, d), k (n_k, d), v (n_k, d_v) on a CPU; lost rows must be computed exactly, as must those that
-    are not finite. with_own_keys: key i is query i's own (as many keys as queries), and is summed exactly.
+    For float32 q (n_q, d) on a CPU; lost rows must be computed exactly, as must those that are not finite.
+    with_own_keys: key i is query i's own (as many keys as queries), and is summed exactly.
     """
+    k, v, apart, low = side.k, side.v, side.apart, side.keys.dtype
+    if q.shape[1] < k.shape[1]:
+        q = torch.nn.functional.pad(q, (0, 1))
     loops = block_loops()
-    apart = stand_apart(q, k, scale)
-    out, logs = torch.empty(len(q), v.shape[1]), torch.empty(len(q))
-    near = parameters.near
-    if loops is not None and parameters.directions == 0 and not len(apart) and in_one_block(q, k, scale, near):
-        one = of_one_block(q, k, v, generator.initial_seed(), scale, near)
-        number = loops.answers_of_one_block(with_own_keys, one, out.numpy(), logs.numpy())
-        count(kernel_evaluations=len(k) + (len(q) + 1) * number + len(q) * (1 + with_own_keys))
-        return out, logs, None
-    low = torch.bfloat16 if parameters.products == "bfloat16" else torch.float32
-    if low == torch.bfloat16 and q.shape[1] % 2:
-        q, k = (torch.nn.functional.pad(t, (0, 1)) for t in (q, k))
-    e = expand(q, k, v, generator, apart, parameters, scale=scale, low=low)
+    e = expand(q, side, generator, parameters, scale=scale)
     sums, scales = sums_of_keys(e.blocks, k, e.mean, v, e.chosen, e.ends, None, low, e.rounded)
     seen = e.seen(k if with_own_keys else None)
     lost = e.lost(sums[:, 0], scales, seen)
     if loops is not None and not len(apart):
+        out, logs = torch.empty(len(q), v.shape[1]), torch.empty(len(q))
         near_keys = ScaledSums(sums.numpy(), scales.numpy())
         given = e.tilted, e.blocks.arrays, near_keys, seen.arrays, v.contiguous().numpy(), out.numpy(), logs.numpy()
         over_threads(lambda first, last: loops.expanded_answers(first, last, *given), len(e.blocks))
@@ -89,12 +80,13 @@ def answers(
     return numerators / row_sums.unsqueeze(1), scale_of_row + row_sums.log(), lost
 
 
-def _chosen(given: dict[str, Any]) -> Parameters:
-    """The parameters, with the dtype of products that a trial found faster if none is given."""
+def _chosen(given: dict[str, Any], trial: str) -> tuple[Parameters, torch.dtype]:
+    """The parameters, and the dtype of products: which this trial found faster if none is given."""
     parameters = Parameters(**given)
-    if parameters.products != "fastest":
-        return parameters
-    return replace(parameters, products=fastest("attention.blocks.trials.products", "float32", "bfloat16"))
+    products = parameters.products
+    if products == "fastest":
+        products = fastest(f"attention.blocks.trials.{trial}", "float32", "bfloat16")
+    return parameters, torch.bfloat16 if products == "bfloat16" else torch.float32
 
 
 def _local_expansion(
@@ -112,13 +104,23 @@ def _local_expansion(
         return local_expansion_cuda.attend(q, k, v, scale=scale, seed=seed, **given)
     if q.device.type != "cpu":
         raise UnavailableError(f"local-expansion has no kernel for the device {q.device}")
-    parameters = _chosen(given)
+    parameters, low = _chosen(given, "products")
     parameters = replace(parameters, block=block_size(parameters.block, q.shape[1], k.shape[1]))
+    near, loops = parameters.near, block_loops()
 
     def single(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        if parameters.near >= len(k) or parameters.block == 1:
+        if near >= len(k) or parameters.block == 1:
             return exact_fused.attend(q, k, v, scale)
-        out, _, lost = answers(q, k, v, generator, parameters, scale=scale, with_own_keys=len(q) == len(k))
+        own, lost = len(q) == len(k), None
+        apart = stand_apart(q, k, scale)
+        if loops is not None and parameters.directions == 0 and not len(apart) and in_one_block(q, k, scale, near):
+            out, logs = torch.empty(len(q), v.shape[1]), torch.empty(len(q))
+            one = of_one_block(q, k, v, generator.initial_seed(), scale, near)
+            number = loops.answers_of_one_block(own, one, out.numpy(), logs.numpy())
+            count(kernel_evaluations=len(k) + (len(q) + 1) * number + len(q) * (1 + own))
+        else:
+            side = key_side(k, v, apart, parameters, v.to(low))
+            out, _, lost = answers(q, side, generator, parameters, scale=scale, with_own_keys=own)
         return exact_fused.exactly_where_lost(out, lost, q, k, v, scale)
 
     return per_batch(single, q, k, v, seed, around_mean=True)
@@ -129,23 +131,23 @@ def _causal(
 ) -> torch.Tensor:
     if q.device.type != "cpu":
         raise UnavailableError(f"the causal form of local-expansion runs on a CPU only, not on {q.device.type}")
-    parameters = _chosen(given)
-    triangle = partial(flash_triangle, low=getattr(torch, parameters.products))
-
-    def square(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator) -> Sums:
-        # Less this square's mean only: the mean of all values would include later ones.
-        mean = v.mean(0)
-        # Query i and key i of a square belong to different tokens.
-        out, logs, lost = answers(q, k, v - mean, generator, parameters, scale=1.0, with_own_keys=False)
-        if lost is not None:
-            out[lost] = torch.nan
-        # The logs refer to centred keys, whose mean is the same within one set of keys but not across two.
-        return out.add_(mean), torch.ones(len(q)), logs + q @ k.mean(0)
+    parameters, low = _chosen(given, "triangles")
+    length = chunk_length(q.shape[1], parameters.near)
 
     def single(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        q = q * scale
-        sums = causal_sums(q, k, v, generator, square, max(EXACT_BELOW, 2 * parameters.near), triangle)
-        return causal_answers(*sums[:2], q, k, v)
+        # Rounding must not depend on a common offset; the first value is seen by every row.
+        values = torch.sub(v, v[0], out=scratch("values", *v.shape))
+        flash = Flash(q, k, values, scale, length, low)
+        out, logs = flash.triangles()
+        for here, side, shifts in earlier_keys(q, k, values, flash, parameters):
+            # Query i and key i of these belong to different tokens.
+            found, log, lost = answers(q[here], side, generator, parameters, scale=scale, with_own_keys=False)
+            log.add_(shifts)
+            lost = (lost | ~(found.sum(1) + log).isfinite()).nonzero().squeeze(1)
+            if len(lost):
+                found[lost], log[lost] = flash.rows(here.start + lost, here.start)
+            out[here].lerp_(found, (log - logs[here]).clamp_(LOWEST, -LOWEST).sigmoid_().unsqueeze(1))
+        return out.add_(v[0])
 
     return per_batch(single, q, k, v, seed)
 
