@@ -13,8 +13,8 @@ cheap.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -34,15 +34,20 @@ _AXES, _ITERATIONS, _SAMPLED = 48, 3, 16
 # Queries per block are the root of their number times the first of these for which the exponents of the median query
 # vary by at most so much around its block's, in nats squared, or the last: large blocks do where many dimensions make
 # all distances alike.
-_PER_ROOT, _VARY = (3.0, 1.2, 0.5), 1.0
+_PER_ROOT, _VARY = (1.2, 0.5), 1.0
 # Limit of log2 of a second-order factor: farther out the far keys are hardly Gaussian.
 _MOST_BENT = 2.0
 # Near keys of the plan, and keys, from which each block's covariance is estimated; along so many axes in full.
 PREDICTING, _OF_COVARIANCE, _FULL_AXES = 256, 8192, 128
 # Blocks whose weights of all keys are in memory at once.
 STRIP = 64
-# oneDNN compiles a kernel for each shape of a bfloat16 product, so shapes should repeat.
-_SHAPES = {torch.bfloat16: 128}
+# oneDNN compiles a kernel for each shape of a bfloat16 product, so shapes should repeat: near keys are padded to a
+# multiple of the first, and rows, with those of the next block, to one of the second.
+_SHAPES = {torch.bfloat16: (128, 64)}
+# Keys whose weights are multiplied by x at once, while they stay in the cache.
+_CHUNK = 2048
+# A plan of at most so many bytes of weights keeps them, and its lists of near keys; else each product makes them anew.
+KEPT = 1 << 28
 _LN2 = math.log(2)
 # Queries whose exponents vary more than this around those of their block, in nats squared, and this many times more
 # than the median query's, are blocks of their own, where the product is exact; at most one in so many, the farthest.
@@ -50,6 +55,10 @@ _REACH, _TIMES, _ONE_IN = 2.0, 3.0, 32
 _MOST_NATS = 30.0
 # Sizes of x within this factor of each other do not change which keys are near; the least that counts, of their mean.
 _EVEN, _LEAST_SIZE = 1.5, 1e-3
+
+
+Strip = tuple[torch.Tensor, list[torch.Tensor]]
+"""Some blocks' weights (blocks, n_k) of their far keys over 2^threshold, 0 for near keys; each block's near keys."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +74,8 @@ class Plan:
     """(blocks, d) their weighted mean."""
     factors: torch.Tensor
     """(rows,) 2^threshold as each row sees it: times the totals, the sum of its far entries of K."""
+    strips: list[Strip] | None
+    """Of all blocks, or None where they would take more than `KEPT` bytes."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +86,8 @@ class Keys:
     """(n_k + 1, width): `key_side` and a row of zeros."""
     features: torch.Tensor
     """(n_k, width), whose products with `Blocks.ranks` are log2 of the keys' weights."""
+    unit: torch.Tensor
+    """(n_k, 1 + d): ones and the keys."""
     axes: torch.Tensor
     """(d, axes) along which blocks have second moments."""
 
@@ -97,28 +110,23 @@ class Blocks:
     """(blocks, axes)"""
     bends: torch.Tensor
     """(rows,) log2 of the second-order factor of each row's far keys."""
+    deltas: torch.Tensor
+    """(rows, d) of each query from its block's centre."""
+    side: torch.Tensor
+    """(rows and a few of zeros, width): `query_side` of each row."""
+    ranks: torch.Tensor
+    """(blocks, width): see `Keys.features`."""
     sizes_of_x: torch.Tensor | None = None
     """(n_k,) by which keys are ranked besides their weights, or None."""
 
     def __len__(self) -> int:
         return len(self.centres)
 
-    @cached_property
-    def deltas(self) -> torch.Tensor:
-        """(rows, d) of each query from its block's centre."""
-        return self.points.queries[self.order] - self.centres[self.of_row]
-
-    @cached_property
-    def side(self) -> torch.Tensor:
-        """(rows, width): `query_side` of each row."""
-        return query_side(self.points, self.order, self.keys.side.dtype)
-
-    @cached_property
-    def ranks(self) -> torch.Tensor:
-        """(blocks, width): see `Keys.features`."""
-        low = self.keys.side.dtype
-        ones = [torch.ones_like(half[:, 0]) for half in parts_of(self.centres[:, :1], low)]
-        return side_by_side(self.centres.to(low), *ones, (0.5 * _LN2 * self.variances).to(low))
+    @property
+    def of_blocks(self) -> list[slice]:
+        """The rows of each block."""
+        ends = self.sizes.cumsum(0).tolist()
+        return [slice(begin, end) for begin, end in zip([0, *ends], ends, strict=False)]
 
     def of_queries(self, queries: torch.Tensor) -> Blocks:
         """The blocks of these queries with no others in them."""
@@ -127,7 +135,8 @@ class Blocks:
         rows = place[queries].sort().values
         chosen, of_row, sizes = self.of_row[rows].unique(return_inverse=True, return_counts=True)
         parts = self.order[rows], of_row, sizes, self.centres[chosen], self.variances[chosen], self.bends[rows]
-        return Blocks(self.points, self.keys, *parts, self.sizes_of_x)
+        made = self.deltas[rows], _with_zeros(self.side[rows]), self.ranks[chosen]
+        return Blocks(self.points, self.keys, *parts, *made, self.sizes_of_x)
 
     def ranked_by(self, x: torch.Tensor) -> Blocks:
         """The same blocks, whose near keys are those with the highest weight times size in x (n_k, m)."""
@@ -135,63 +144,74 @@ class Blocks:
         sizes = (sizes / sizes.square().mean().sqrt()).clamp_min(_LEAST_SIZE)
         if float(sizes.max()) < _EVEN * float(sizes.min()):
             return self
-        halves = self.points.key_halves - sizes.log2()
-        keys = Keys(
-            self.keys.side, _features(self.points, halves, self.keys.axes, self.keys.side.dtype), self.keys.axes
-        )
-        return replace(self, keys=keys, sizes_of_x=sizes)
+        features, d = self.keys.features.clone(), self.points.keys.shape[1]
+        halves = parts_of(sizes.log2() - self.points.key_halves, features.dtype)
+        features[:, d : d + len(halves)] = torch.stack(halves, 1)
+        return replace(self, keys=replace(self.keys, features=features), sizes_of_x=sizes)
 
     def plan(self, near: int) -> Plan:
         """The plan for about `near` near keys per block."""
         n_k, d = self.points.keys.shape
         thresholds, totals = self.centres.new_empty(2, len(self))
         means = self.centres.new_empty(len(self), d)
-        unit = torch.cat([torch.ones_like(self.points.keys[:, :1]), self.points.keys], 1)
         rank = rank_of_bar(n_k, near, 0)
+        keep = len(self) * n_k * means.element_size() <= KEPT
+        strips: list[Strip] = []
         for at in range(0, len(self), STRIP):
             here = slice(at, at + STRIP)
             logs = self._logs(here)
             thresholds[here] = _ranked(logs[:, ::SAMPLED_KEYS].to(means.dtype), rank)
-            weights, _, _ = self._split(logs, thresholds[here])
-            moments = weights @ unit
+            weights, lists = self._split(logs, thresholds[here], keep)
+            moments = weights @ self.keys.unit
             totals[here] = moments[:, 0]
             means[here] = moments[:, 1:] / moments[:, :1].clamp_min(1e-30)
-        return Plan(near, thresholds, totals, means, self._factors(thresholds, means))
+            strips.append((weights, lists))
+        return Plan(near, thresholds, totals, means, self._factors(thresholds, means), strips if keep else None)
+
+    def _strips(self, plan: Plan) -> Iterator[tuple[int, Strip]]:
+        """The first block of each strip, and the strip, which may last until the next."""
+        for i, at in enumerate(range(0, len(self), STRIP)):
+            if plan.strips is None:
+                here = slice(at, at + STRIP)
+                yield at, self._split(self._logs(here), plan.thresholds[here], keep=False)
+            else:
+                yield at, plan.strips[i]
 
     def _logs(self, strip: slice) -> torch.Tensor:
         ranks, features = self.ranks[strip], self.keys.features
         count(kernel_evaluations=len(ranks) * len(features))
         return torch.mm(ranks, features.mT, out=room("logs", len(ranks), len(features), like=features))
 
-    def _split(self, logs: torch.Tensor, thresholds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-        """Weights (strip, n_k) of the far keys over 2^threshold, 0 for near keys; near keys of each block, how many.
+    def _split(self, logs: torch.Tensor, thresholds: torch.Tensor, keep: bool) -> Strip:
+        """A strip, in memory of its own if it is to be kept.
 
-        The row of near keys goes on with n_k, the row of zeros, up to a multiple.
+        Lists of near keys go on with n_k, the row of zeros, up to a multiple.
         """
-        n_k, multiple = logs.shape[1], _SHAPES.get(logs.dtype, 1)
-        weights = room("weights", *logs.shape, like=thresholds)
+        n_k, (multiple, _) = logs.shape[1], _SHAPES.get(logs.dtype, (1, 1))
+        weights = thresholds.new_empty(logs.shape) if keep else room("weights", *logs.shape, like=thresholds)
         loops = loops_for(logs)
         if loops is not None:
             near = room("near", len(logs), n_k + multiple, like=self.order)
             counts = np.empty(len(logs), np.int64)
             given = as_numbers(logs), thresholds.numpy(), multiple, weights.numpy(), near.numpy(), counts
             over_threads(lambda low, high: loops.split_keys(low, high, *given), len(logs))
-            return weights, near, counts.tolist()
+            lists = [row[:number] for row, number in zip(near, counts.tolist(), strict=True)]
+            return weights, [listed.clone() for listed in lists] if keep else lists
         torch.sub(logs, thresholds.unsqueeze(1), out=weights)
         is_near = weights >= 0
         weights.exp2_().masked_fill_(is_near, 0)
-        found = is_near.sum(1)
-        near = torch.full((len(logs), int(found.max()) + multiple), n_k, device=logs.device)
-        block, key = is_near.nonzero(as_tuple=True)
-        near[block, torch.arange(len(key), device=key.device) - (found.cumsum(0) - found)[block]] = key
-        return weights, near, (found + -found % multiple).tolist()
+        keys = is_near.nonzero()[:, 1].split(is_near.sum(1).tolist())
+        return weights, [torch.cat([some, some.new_full((-len(some) % multiple,), n_k)]) for some in keys]
 
     def _factors(self, thresholds: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
         # The second order of the mean's own factor is already in its weight.
         second = 0.5 * _LN2 * (self.variances * (mean @ self.keys.axes).square()).sum(1)
-        logs = (self.deltas * mean[self.of_row]).sum(1) + (thresholds - second)[self.of_row] + self.bends
+        logs = self.deltas.new_empty(len(self.deltas))
+        for b, rows in enumerate(self.of_blocks):
+            torch.mv(self.deltas[rows], mean[b], out=logs[rows])
+        logs += (thresholds - second)[self.of_row] + self.bends
         # No entry of K is above 1, however far from its block's centre a query is.
-        return (logs - self.points.query_halves[self.order]).clamp_max_(0.0).exp2_()
+        return logs.sub_(self.points.query_halves[self.order]).clamp_max_(0.0).exp2_()
 
     def second_order(self, plan: Plan) -> torch.Tensor:
         """(rows,) ln 2 (delta'C delta - tr VC)/2 of each row; see `bends`.
@@ -207,15 +227,14 @@ class Blocks:
         assumed = self.keys.axes.mT @ full[:, :_FULL_AXES]
         out = deltas[:, _FULL_AXES:].square() @ spread[_FULL_AXES:]
         deltas = deltas[:, :_FULL_AXES].contiguous()
-        ends = self.sizes.cumsum(0).tolist()
-        for at in range(0, len(self), STRIP):
-            weights = self._split(self._logs(slice(at, at + STRIP)), plan.thresholds[at : at + STRIP])[0]
+        of_blocks = self.of_blocks
+        for at, (weights, _) in self._strips(plan):
             weights = weights[:, :: -(-n_k // _OF_COVARIANCE)]
             weights = weights / weights.sum(1, keepdim=True).clamp_min(1e-30)
             for b, shares in enumerate(weights, at):
                 mean = shares @ along
                 covariance = (along * shares.unsqueeze(1)).mT @ along - torch.outer(mean, mean)
-                own = slice(ends[b] - int(self.sizes[b]), ends[b])
+                own = of_blocks[b]
                 some = deltas[own]
                 out[own] += ((some @ covariance) * some).sum(1)
                 out[own] -= self.variances[b] @ ((assumed @ covariance) * assumed).sum(1)
@@ -237,66 +256,72 @@ class Blocks:
 
         Rows are in the order of the blocks.
         """
-        keys = self.points.keys
-        n_k, d = keys.shape
-        x = keys.new_zeros(n_k, 0) if x is None else x
-        y = keys.new_zeros(len(self.order), 0) if y is None else y
+        unit = self.keys.unit
+        n_k, columns = unit.shape
+        x = unit.new_zeros(n_k, 0) if x is None else x
+        y = unit.new_zeros(len(self.order), 0) if y is None else y
         width, height = x.shape[1], y.shape[1]
-        factors, mean = plan.factors.unsqueeze(1), plan.means
-        # The columns of x, and the products of each with the coordinates of the keys
-        even = x if self.sizes_of_x is None else x / self.sizes_of_x.unsqueeze(1)
-        sources = torch.cat([even, *(even[:, c : c + 1] * keys for c in range(width))], 1)
+        even = (x if self.sizes_of_x is None else x / self.sizes_of_x.unsqueeze(1)).mT.contiguous()
         of_near = torch.cat([x, x.new_zeros(1, width)]).mT.contiguous()
-        forward, backward = keys.new_empty(width, len(self.order)), keys.new_zeros(n_k + 1, height)
-        rows_of_y = y.mT.contiguous()
-        weighted = factors * y
-        end = 0
-        for at in range(0, len(self), STRIP):
-            strip = slice(at, at + STRIP)
-            weights, near, counts = self._split(self._logs(strip), plan.thresholds[strip])
-            sizes = self.sizes[strip].tolist()
-            begin, end = end, end + sum(sizes)
-            here = slice(begin, end)
-            block, deltas = self.of_row[here] - at, self.deltas[here]
-            if width:
-                moments = weights @ sources
-                for c in range(width):
-                    total = moments[:, c : c + 1]
-                    first = moments[:, width + c * d : width + (c + 1) * d] - total * mean[strip]
-                    far = total[block, 0] + _LN2 * (first[block] * deltas).sum(1)
-                    torch.mul(far, factors[here, 0], out=forward[c, here])
-            if height:
-                given = keys.new_zeros(len(counts), height, 1 + d)
+        forward, backward = unit.new_empty(width, len(self.order)), unit.new_zeros(n_k + 1, height)
+        far_backward = unit.new_zeros(n_k, height)
+        rows_of_y, weighted = y.mT.contiguous(), (plan.factors.unsqueeze(1) * y).mT.contiguous()
+        # Around their weighted mean the far keys' sum has no first order.
+        constant = bool((even == even[:, :1]).all())
+        of_blocks, (_, multiple) = self.of_blocks, _SHAPES.get(self.side.dtype, (1, 1))
+        for at, (weights, lists) in self._strips(plan):
+            blocks, mean = len(weights), plan.means[at : at + STRIP].unsqueeze(1)
+            # Sums over the far keys of their weights times x [1, k]; over the rows of their factors times y [1, delta]
+            moments, given = unit.new_zeros(blocks, width, columns), unit.new_zeros(blocks, height, columns)
+            for b, rows in enumerate(of_blocks[at : at + STRIP] if height else []):
+                torch.mm(weighted[:, rows], self.deltas[rows], out=given[b, :, 1:])
+                torch.sum(weighted[:, rows], 1, out=given[b, :, 0])
+            given[:, :, 1:] *= _LN2
+            given[:, :, 0] -= (given[:, :, 1:] * mean).sum(2)
+            if constant:
+                moments[:, :, 0] = plan.totals[at : at + STRIP].unsqueeze(1) * even[:, 0]
+            for j in range(0, 0 if constant and not height else n_k, _CHUNK):
+                some, ones_and_keys = weights[:, j : j + _CHUNK], unit[j : j + _CHUNK]
+                for c in range(0 if constant else width):
+                    scaled = room("scaled", *some.shape, like=unit)
+                    moments[:, c].addmm_(torch.mul(some, even[c, j : j + _CHUNK], out=scaled), ones_and_keys)
                 for c in range(height):
-                    column = weighted[here, c : c + 1]
-                    given[:, c, 1:].index_add_(0, block, _LN2 * column * deltas)
-                    given[:, c, 0].index_add_(0, block, column[:, 0])
-                given[:, :, 0] -= (given[:, :, 1:] * mean[strip].unsqueeze(1)).sum(2)
-                for c in range(height):
-                    seen = weights.mT @ given[:, c]
-                    far = seen[:, 0] + (seen[:, 1:] * keys).sum(1)
-                    backward[:n_k, c] += far if self.sizes_of_x is None else far / self.sizes_of_x
-            for i, (size, number) in enumerate(zip(sizes, counts, strict=True)):
-                listed, some = near[i, :number], slice(begin, begin + size)
-                begin += size
-                left = self.side[some]
+                    far_backward[j : j + _CHUNK, c] += (some.mT @ given[:, c]).mul_(ones_and_keys).sum(1)
+            if not constant:
+                moments[:, :, 1:] -= moments[:, :, :1] * mean
+                moments[:, :, 1:] *= _LN2
+            for b, (rows, listed) in enumerate(zip(of_blocks[at : at + STRIP], lists, strict=True)):
+                number, size = len(listed), rows.stop - rows.start
+                padded = size + -size % multiple
+                left = self.side[rows.start : rows.start + padded]
                 right = room("near keys", number, left.shape[1], like=left)
                 torch.index_select(self.keys.side, 0, listed, out=right)
                 count(kernel_evaluations=size * number)
                 if width:
-                    logs = torch.mm(left, right.mT, out=room("tile", size, number, like=left))
-                    weigh(logs, of_near[:, listed], forward[:, some])
+                    far, first = moments[b, :, :1], moments[b, :, 1:]
+                    far = far if constant else torch.mm(first, self.deltas[rows].mT).add_(far)
+                    torch.mul(far, plan.factors[rows], out=forward[:, rows])
+                    logs = torch.mm(left, right.mT, out=room("tile", padded, number, like=left))
+                    weigh(logs[:size], of_near[:, listed], forward[:, rows])
                 if height:
-                    logs = torch.mm(right, left.mT, out=room("tile", number, size, like=left))
-                    sums = keys.new_zeros(height, number)
-                    weigh(logs, rows_of_y[:, some], sums)
+                    logs = torch.mm(right, left.mT, out=room("tile", number, padded, like=left))
+                    of_rows, sums = unit.new_zeros(height, padded), unit.new_zeros(height, number)
+                    of_rows[:, :size] = rows_of_y[:, rows]
+                    weigh(logs, of_rows, sums)
                     backward.index_add_(0, listed, sums.mT)
-        return forward.mT, backward[:n_k]
+        backward = backward[:n_k]
+        backward += far_backward if self.sizes_of_x is None else far_backward / self.sizes_of_x.unsqueeze(1)
+        return forward.mT, backward
 
 
-def _features(points: Points, halves: torch.Tensor, axes: torch.Tensor, low: torch.dtype) -> torch.Tensor:
+def _with_zeros(side: torch.Tensor) -> torch.Tensor:
+    """With rows of zeros behind the last block's."""
+    return torch.cat([side, side.new_zeros(_SHAPES.get(side.dtype, (1, 1))[1] - 1, side.shape[1])])
+
+
+def _features(points: Points, axes: torch.Tensor, low: torch.dtype) -> torch.Tensor:
     squares = (points.keys @ axes).square()
-    return side_by_side(points.keys.to(low), *parts_of(-halves, low), squares.to(low))
+    return side_by_side(points.keys.to(low), *parts_of(-points.key_halves, low), squares.to(low))
 
 
 def _ranked(values: torch.Tensor, rank: int) -> torch.Tensor:
@@ -334,10 +359,15 @@ def make_blocks(points: Points, low: torch.dtype, seed: int, block: int | None =
 
     centres = means(queries)
     variances = means(((queries - centres[of_row]) @ axes).square())
-    features = _features(points, points.key_halves, axes, low)
+    features = _features(points, axes, low)
     side = key_side(points, low)
-    keys = Keys(torch.cat([side, torch.zeros_like(side[:1])]), features, axes)
-    blocks = Blocks(points, keys, order, of_row, sizes, centres, variances, torch.zeros_like(points.query_halves))
+    unit = torch.cat([torch.ones_like(points.keys[:, :1]), points.keys], 1)
+    keys = Keys(torch.cat([side, torch.zeros_like(side[:1])]), features, unit, axes)
+    ones = [torch.ones_like(half[:, 0]) for half in parts_of(centres[:, :1], low)]
+    ranks = side_by_side(centres.to(low), *ones, (0.5 * _LN2 * variances).to(low))
+    made = queries - centres[of_row], _with_zeros(query_side(points, order, low)), ranks
+    bends = torch.zeros_like(points.query_halves)
+    blocks = Blocks(points, keys, order, of_row, sizes, centres, variances, bends, *made)
     return replace(blocks, bends=blocks.second_order(blocks.plan(min(PREDICTING, max(1, n_k // 4)))))
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import count as count_from
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,8 +37,12 @@ _BAR_ROWS, _ONE_IN, _MOST_BAR_ROWS = 256, 100, 384
 _AIM = 0.8
 # The share of the doubt at which bounds are computed: contributions are more skewed than their samples show.
 _NOMINAL = 0.02
+# The cost of blocks, relative to the exact product, up to which they are tried, since they may miss epsilon.
+_WORTH = 0.6
 # How often a product that misses epsilon is made again with twice as many near keys, before it is made exactly.
 _ATTEMPTS = 3
+# Plans that are kept, the latest.
+_PLANS = 2
 # With fewer pairs or queries the exact product takes less time than choosing.
 _LEAST_PAIRS, _LEAST_QUERIES = 3_000_000, 100
 # Below this epsilon the rounding of float32 could show.
@@ -187,6 +193,8 @@ class KernelOperator:
         if blocks.sizes_of_x is not None:
             return blocks.plan(near)
         if near not in self._plans:
+            if len(self._plans) == _PLANS:
+                del self._plans[next(iter(self._plans))]
             self._plans[near] = blocks.plan(near)
         return self._plans[near]
 
@@ -213,9 +221,15 @@ class KernelOperator:
             pilot = drawn(by, rows, exact.product(self._points, x, self._points.keys.dtype, rows))
             scale = float(x.norm()) if self.relative_to == "x" else pilot.norm(pilot.exact)
             target = self.epsilon * scale
-            choices = self._choices(pilot, blocks, x, target)
-        y = x.new_zeros(n_q, x.shape[1])
-        for attempt, choice in enumerate(choices):
+        choices = self._choices(pilot, blocks, x, target)
+        evaluations = tuning.kernel_evaluations
+        for attempt in count_from(0):
+            with clock("pilot"), counting() as tuning:
+                following = next(choices, None)
+            evaluations += tuning.kernel_evaluations
+            if following is None:
+                break
+            choice = following
             with clock("product"):
                 y = self._made(choice, x)
             # Known exactly, and never drawn again.
@@ -232,27 +246,22 @@ class KernelOperator:
             near=choice.near,
             blocks=len(blocks) if blocks is not None and choice.near else None,
             exponents=str(choice.low)[6:],
-            pilot_evaluations=tuning.kernel_evaluations,
+            pilot_evaluations=evaluations,
         )
 
-    def _choices(self, pilot: Pilot, blocks: Blocks | None, x: torch.Tensor, target: float) -> list[_Choice]:
-        """What to try, in this order, until epsilon is met."""
+    def _choices(self, pilot: Pilot, blocks: Blocks | None, x: torch.Tensor, target: float) -> Iterator[_Choice]:
+        """What to try, in this order, until epsilon is met; what finds it out is computed when its turn comes."""
         full = self._points.keys.dtype
-        found: list[_Choice] = []
         aim = _AIM * target
         if self.method == "auto":
             if pilot.norm(pilot.exact) <= aim:
-                found.append(_Choice("zero", "y = 0 meets epsilon", full))
+                yield _Choice("zero", "y = 0 meets epsilon", full)
             elif pilot.norm(pilot.exact - pilot.constant) <= aim:
-                found.append(_Choice("constant", "the mean of the answer meets epsilon", full, constant=pilot.constant))
-        in_low = _Choice("exact", "", self._low)
-        if self._low != full:
-            error = pilot.norm(exact.product(self._points, x, self._low, pilot.rows) - pilot.exact)
-            in_low = replace(in_low, low=self._low if error <= 0.5 * aim else full)
+                yield _Choice("constant", "the mean of the answer meets epsilon", full, constant=pilot.constant)
         reason, near, made = "asked for", None, None
         if blocks is not None:
             ranked = blocks.ranked_by(x)
-            most = float("inf") if self.method == "blocks" else float(np.prod(self.shape))
+            most = float("inf") if self.method == "blocks" else _WORTH * float(np.prod(self.shape))
             near, reason, made = near_for(pilot, ranked, self._plan, x, aim, target / self.epsilon, most)
             if self.method == "blocks" and near is None:
                 near = self.shape[1] // 4
@@ -262,17 +271,19 @@ class KernelOperator:
                     and near << more < self.shape[1] / 2
                     and cost_of_blocks(ranked, near << more) < most
                 ):
-                    found.append(_Choice("blocks", reason, self._low, near=near << more, blocks=ranked, made=made))
+                    yield _Choice("blocks", reason, self._low, near=near << more, blocks=ranked, made=made)
                     made = None
         elif self.method != "exact":
             reason = "there are so few pairs that exact is cheaper"
         if self.method != "blocks":
             worse = self.method == "auto" and blocks is not None
             why = f"blocks cannot meet epsilon for less than the exact product: {reason}" if worse else reason
-            found.append(replace(in_low, reason=why, fell_back=worse))
-            if in_low.low != full:
-                found.append(replace(found[-1], low=full))
-        return found
+            in_full = _Choice("exact", why, full, fell_back=worse)
+            if self._low != full:
+                error = pilot.norm(exact.product(self._points, x, self._low, pilot.rows) - pilot.exact)
+                if error <= 0.5 * aim:
+                    yield replace(in_full, low=self._low)
+            yield in_full
 
     def _made(self, choice: _Choice, x: torch.Tensor) -> torch.Tensor:
         if choice.made is not None:

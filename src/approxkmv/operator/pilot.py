@@ -16,10 +16,12 @@ SHARE, _ROWS = 0.02, 96
 # Rows with which a pilot can be wrong by a factor, but not by a power of ten.
 _LEAST_ROWS = 4
 # Near keys per block that are tried, until one meets the error.
-_FIRST, _STEP = 128, 4
-# Rough times relative to a pair of the exact product, from a busy Xeon with AMX at n = 16,384 to 32,768: a pair of a
-# query and a near key, a pair of a centre and a key, what is done once for a block.
-_NEAR, _FAR, _BLOCK = 2.5, 6.0, 50_000.0
+_FIRST, _STEP = 256, 4
+# What the pilot's error may be relative to the target where the product is made already: the error bar decides.
+_MADE = 1.2
+# Rough times relative to a pair of the exact product, on a Xeon with AMX at n = 8,192 to 32,768: a pair of a query and
+# a near key, a pair of a centre and a key, what is done once for a block.
+_NEAR, _FAR, _BLOCK = 2.0, 4.0, 100_000.0
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,9 @@ def drawn(proposal: Proposal, rows: torch.Tensor, exact: torch.Tensor) -> Pilot:
 def cost_of_blocks(blocks: Blocks, near: int) -> float:
     """In evaluations of the exact product that take as long."""
     n_q, n_k = len(blocks.order), len(blocks.points.keys)
-    passes = 1.0 if blocks.sizes_of_x is None else 1.5
-    return _NEAR * n_q * near + len(blocks) * (_FAR * passes * n_k + _BLOCK)
+    # For an x that ranks the keys the plan is new.
+    passes = 1 if blocks.sizes_of_x is None else 2
+    return _NEAR * n_q * near + passes * len(blocks) * (_FAR * n_k + _BLOCK)
 
 
 def near_for(
@@ -97,17 +100,23 @@ def near_for(
                 break
             y = few.products(few.plan(near), x)[0]
         tried.append((near, pilot.norm(y[place] - pilot.exact)))
+        if whole and len(tried) == 1 and tried[0][1] <= _MADE * target:
+            return near, _found(tried, scale), y
         if tried[-1][1] <= target:
             break
         near *= _STEP
     if not tried:
         return None, "blocks would cost more than the exact product", None
-    error = tried[-1][1] / scale if scale > 0 else math.inf
-    found = f"in the pilot the error was {error:.2g} with {tried[-1][0]} near keys per block"
+    found = _found(tried, scale)
     chosen = _interpolated(tried, target)
     if chosen is None or chosen >= n_k / 2 or cost_of_blocks(blocks, chosen) >= most:
         return None, found, None
-    return chosen, found, y if whole and len(tried) == 1 else None
+    return chosen, found, None
+
+
+def _found(tried: list[tuple[int, float]], scale: float) -> str:
+    error = tried[-1][1] / scale if scale > 0 else math.inf
+    return f"in the pilot the error was {error:.2g} with {tried[-1][0]} near keys per block"
 
 
 def _interpolated(tried: list[tuple[int, float]], target: float) -> int | None:
