@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from approxkmv.attention.blocks.arrays import KeyArrays, ScaledSums
-from approxkmv.attention.blocks.chunks import chunk_length, earlier_keys
+from approxkmv.attention.blocks.chunks import EarlierKeys, chunk_length
 from approxkmv.attention.blocks.compiled import block_loops
 from approxkmv.attention.blocks.expansion import Clustering, KeySide, expand, in_one_block, key_side, of_one_block
 from approxkmv.attention.blocks.grouping import block_size, project
@@ -176,7 +176,9 @@ def chunked_sums(
     flash = Flash(q, k, v, scale, length, torch.float32)
     answers, logs = flash.triangles()
     whole = with_ones(answers), torch.ones(len(q)), logs
-    for here, side, shifts in earlier_keys(q, k, v, flash, parameters):
+    earlier = EarlierKeys(q, k, v, flash, parameters)
+    for here, apart in earlier:
+        side, shifts = earlier.before(here, apart)
         # Query i and key i of these belong to different tokens.
         numerators, row_sums, log = sums(q[here], side, generator, parameters, scale=scale, with_own_keys=False)
         add_sums((whole[0][here], whole[1][here], logs[here]), (numerators, row_sums, log + shifts))

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from approxkmv.attention.blocks.arrays import ScaledSums
-from approxkmv.attention.blocks.chunks import chunk_length, earlier_keys
+from approxkmv.attention.blocks.chunks import EarlierKeys, chunk_length
 from approxkmv.attention.blocks.compiled import block_loops
 from approxkmv.attention.blocks.expansion import Clustering, KeySide, expand, in_one_block, key_side, of_one_block
 from approxkmv.attention.blocks.grouping import block_size
 from approxkmv.attention.blocks.near_keys import sums_of_keys
-from approxkmv.attention.blocks.reach import stand_apart, with_keys_apart
+from approxkmv.attention.blocks.reach import REACH, most_off, spreads, stand_apart, with_keys_apart
 from approxkmv.attention.causal import Flash
 from approxkmv.attention.contract import Method, UnavailableError, per_batch
 from approxkmv.attention.exact import fused as exact_fused
@@ -80,6 +80,31 @@ def answers(
     return numerators / row_sums.unsqueeze(1), scale_of_row + row_sums.log(), lost
 
 
+def answers_in_one_block(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    generator: torch.Generator,
+    parameters: Parameters,
+    *,
+    scale: float,
+    with_own_keys: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same in one block of all queries without axes, by compiled loops; answers of lost rows are NaN.
+
+    The logs are for keys k (n_k, d) less their mean.
+    """
+    out, logs = torch.empty(len(q), v.shape[1]), torch.empty(len(q))
+    one = of_one_block(q, k, v, generator.initial_seed(), scale, parameters.near)
+    variances = (scale**2 * spreads(q, k)).numpy()
+    limits = most_off(max(1, len(k) - parameters.near)), REACH
+    loops = block_loops()
+    assert loops is not None
+    number = loops.answers_of_one_block(with_own_keys, one, variances, limits, out.numpy(), logs.numpy())
+    count(kernel_evaluations=len(k) + (len(q) + 1) * number + len(q) * (1 + with_own_keys))
+    return out, logs
+
+
 def _chosen(given: dict[str, Any], trial: str) -> tuple[Parameters, torch.dtype]:
     """The parameters, and the dtype of products: which this trial found faster if none is given."""
     parameters = Parameters(**given)
@@ -114,10 +139,7 @@ def _local_expansion(
         own, lost = len(q) == len(k), None
         apart = stand_apart(q, k, scale)
         if loops is not None and parameters.directions == 0 and not len(apart) and in_one_block(q, k, scale, near):
-            out, logs = torch.empty(len(q), v.shape[1]), torch.empty(len(q))
-            one = of_one_block(q, k, v, generator.initial_seed(), scale, near)
-            number = loops.answers_of_one_block(own, one, out.numpy(), logs.numpy())
-            count(kernel_evaluations=len(k) + (len(q) + 1) * number + len(q) * (1 + own))
+            out, _ = answers_in_one_block(q, k, v, generator, parameters, scale=scale, with_own_keys=own)
         else:
             side = key_side(k, v, apart, parameters, v.to(low))
             out, _, lost = answers(q, side, generator, parameters, scale=scale, with_own_keys=own)
@@ -133,17 +155,28 @@ def _causal(
         raise UnavailableError(f"the causal form of local-expansion runs on a CPU only, not on {q.device.type}")
     parameters, low = _chosen(given, "triangles")
     length = chunk_length(q.shape[1], parameters.near)
+    one_block = parameters.directions == 0 and block_loops() is not None
 
     def single(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         # Rounding must not depend on a common offset; the first value is seen by every row.
         values = torch.sub(v, v[0], out=scratch("values", *v.shape))
         flash = Flash(q, k, values, scale, length, low)
         out, logs = flash.triangles()
-        for here, side, shifts in earlier_keys(q, k, values, flash, parameters):
+        earlier = EarlierKeys(q, k, values, flash, parameters)
+        for here, apart in earlier:
             # Query i and key i of these belong to different tokens.
-            found, log, lost = answers(q[here], side, generator, parameters, scale=scale, with_own_keys=False)
-            log.add_(shifts)
-            lost = (lost | ~(found.sum(1) + log).isfinite()).nonzero().squeeze(1)
+            if one_block and not len(apart):
+                some, theirs = k[: here.start], values[: here.start]
+                found, log = answers_in_one_block(
+                    q[here], some, theirs, generator, parameters, scale=scale, with_own_keys=False
+                )
+                log.addmv_(q[here], scale * some.mean(0))
+            else:
+                side, shifts = earlier.before(here, apart)
+                found, log, beyond = answers(q[here], side, generator, parameters, scale=scale, with_own_keys=False)
+                log.add_(shifts)
+                found[beyond] = torch.nan
+            lost = (~(found.sum(1) + log).isfinite()).nonzero().squeeze(1)
             if len(lost):
                 found[lost], log[lost] = flash.rows(here.start + lost, here.start)
             out[here].lerp_(found, (log - logs[here]).clamp_(LOWEST, -LOWEST).sigmoid_().unsqueeze(1))
@@ -161,8 +194,10 @@ method = Method(
     may_be_zero=frozenset({"directions"}),
     choices={"products": ("fastest", "bfloat16", "float32")},
     grid=[
-        # One block, first order: for nearly uniform attention.
+        # One block, first order: for nearly uniform attention; with the causal mask, one block per chunk.
         {"block": 2**24, "near": 16, "directions": 0},
+        {"block": 2**24, "near": 128, "directions": 0},
+        {"block": 2**24, "near": 256, "directions": 0},
         {"block": 512, "near": 64},
         {"block": 256, "near": 64},
         {"block": 256, "near": 128},
