@@ -140,6 +140,7 @@ def prepared(low: torch.dtype):
 
 @pytest.mark.parametrize(("low", "rounding"), LOW_AND_ROUNDING)
 def test_kept_near_keys_give_the_product_of_those_that_are_found_again(low, rounding, monkeypatch):
+    monkeypatch.setattr(scratch, "_POISONED", True)
     blocks, x = prepared(low)
     y = signs(len(Q), 6).unsqueeze(1).to(x)
     kept = blocks.plan(100)

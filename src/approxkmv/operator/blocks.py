@@ -34,7 +34,7 @@ _AXES, _ITERATIONS, _SAMPLED = 48, 3, 16
 # Queries per block are the root of their number times the first of these for which the exponents of the median query
 # vary by at most so much around its block's, in nats squared, or the last: large blocks do where many dimensions make
 # all distances alike.
-_PER_ROOT, _VARY = (1.2, 0.5), 1.0
+_PER_ROOT, _VARY = (1.1, 0.5), 1.0
 # Limit of log2 of a second-order factor: farther out the far keys are hardly Gaussian.
 _MOST_BENT = 2.0
 # Near keys of the plan, and keys, from which each block's covariance is estimated; along so many axes in full.

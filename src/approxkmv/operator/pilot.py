@@ -9,14 +9,14 @@ from dataclasses import dataclass
 import torch
 
 from approxkmv.operator.bar import Proposal
-from approxkmv.operator.blocks import Blocks, Plan
+from approxkmv.operator.blocks import PREDICTING, Blocks, Plan
 
 # The pilot evaluates at most this share of the kernel, in at most so many rows.
 SHARE, _ROWS = 0.02, 96
 # Rows with which a pilot can be wrong by a factor, but not by a power of ten.
 _LEAST_ROWS = 4
-# Near keys per block that are tried, until one meets the error.
-_FIRST, _STEP = 256, 4
+# Near keys per block that are tried, until one meets the error: first those of the plan that is there already.
+_FIRST, _STEP = PREDICTING, 4
 # What the pilot's error may be relative to the target where the product is made already: the error bar decides.
 _MADE = 1.2
 # Rough times relative to a pair of the exact product, on a Xeon with AMX at n = 8,192 to 32,768: a pair of a query and
