@@ -114,7 +114,7 @@ def attention(name: str, causal: bool, rng: np.random.Generator) -> None:
     method = get(name)
     most = 700 if rng.random() < 0.1 else 150
     n_q, n_k, d, d_v, batch = (below(rng, m) for m in (most, most, 80, 70, 3))
-    if causal or name == "own-key":
+    if causal or name in ("own-key", "window"):
         n_k = n_q
     arrays = [rows(rng, batch, n_q, d), rows(rng, batch, n_k, d), values(rng, batch, n_k, d_v)]
     ones = bool((arrays[2] == 1.0).all())

@@ -48,7 +48,9 @@ OF_SUMS = {"approxkmv-paper", "kdeformer", "hyperattention", "vkde-lsh", "hnsw",
 
 def test_the_wanted_methods_have_causal_forms():
     exact = {name for name in methods() if get(name).exact}
-    assert exact | {"mean", "uniform", "knn", "approxkmv", "local-expansion"} | CHOOSING | OF_SUMS == set(CAUSAL)
+    assert exact | {"mean", "uniform", "window", "knn", "approxkmv", "local-expansion"} | CHOOSING | OF_SUMS == set(
+        CAUSAL
+    )
 
 
 @pytest.mark.parametrize("name", CAUSAL)
@@ -147,6 +149,7 @@ def test_the_error_of_the_squares_falls_with_the_budget(name):
     ("name", "given"),
     [
         ("exact-sdpa", {}),
+        ("window", {"window": 300, "products": "float32"}),
         *((name, {"near": 1000}) for name in ("approxkmv", "hnsw", "vamana")),
         *((name, {"block": 1000}) for name in ("kdeformer", "hyperattention", "balancekv")),
         ("vkde-lsh", {"bucket": 1000}),

@@ -22,6 +22,7 @@ FEW = {
     "knn": {"top": 20},
     "hnsw": {"near": 20, "samples": 20},
     "vamana": {"near": 20, "samples": 20},
+    "window": {"window": 20, "sinks": 4},
 }
 FORMS = [(name, causal) for name in methods() for causal in (False, True) if not causal or get(name).causal]
 # In bfloat16 an offset of 1,000 leaves nothing of the values.
@@ -70,7 +71,11 @@ def test_an_offset_of_the_values_moves_the_answer_by_it(name, causal, d_v, offse
     of it away, and counts with its weight.
     """
     q, k, v = inputs(d_v)
-    given = [{}] if name != "local-expansion" else [{"products": products} for products in ("float32", "bfloat16")]
+    given = (
+        [{}]
+        if name not in ("local-expansion", "window")
+        else [{"products": products} for products in ("float32", "bfloat16")]
+    )
     for parameters in given:
         plain, moved = (attend(name, causal, q, k, v + by, **parameters) for by in (0.0, offset))
         most = offset * 100 * 2**-24 + (4 * 2**-8 if parameters.get("products") == "bfloat16" else 1e-5)

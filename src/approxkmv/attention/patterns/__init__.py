@@ -1,0 +1,1 @@
+"""Pairs chosen in advance by their positions, whatever the queries and keys."""

@@ -1,0 +1,59 @@
+"""The window method against a dense mask, in both forms."""
+
+import pytest
+import torch
+
+from approxkmv.attention import UnavailableError, get
+from approxkmv.compute.counting import counting
+from approxkmv.compute.trial import forced
+
+
+def head(n, d=16, d_v=5, batch=2):
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(batch, n, d, generator=generator) for _ in range(2))
+    return q, k, torch.randn(batch, n, d_v, generator=generator) + 3
+
+
+def seen(n, window, sinks, causal):
+    """Which keys each query sees, as the method's document says."""
+    i, j = torch.arange(n).unsqueeze(1), torch.arange(n)
+    block, of_key = i // window, j // window
+    if causal:
+        return (j <= i) & ((of_key >= block - 1) | (j < min(sinks, window)))
+    if n <= 4 * window:
+        return torch.ones(n, n, dtype=torch.bool)
+    start = ((block - 1) * window).clamp(0, n - 3 * window)
+    return ((j >= start) & (j < start + 3 * window)) | ((j < min(sinks, window)) & (block >= 2))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("window", "sinks"), [(7, 3), (7, 0), (7, 50), (16, 4), (24, 4), (25, 4), (100, 4), (1, 1)])
+def test_it_is_attention_under_its_mask(window, sinks, causal):
+    """float32 against float64: sums of up to 100 terms of size 4."""
+    q, k, v = head(100)
+    method = get("window")
+    given = {"window": window, "sinks": sinks, "products": "float32"}
+    with counting() as counts:
+        out = (method.attend_causally if causal else method)(q, k, v, scale=0.7, **given)
+    mask = seen(100, window, sinks, causal)
+    logits = (0.7 * q.double() @ k.double().mT).masked_fill(~mask, -torch.inf)
+    assert float((out - logits.softmax(-1) @ v.double()).abs().max()) < 1e-5
+    assert counts.kernel_evaluations == 2 * int(mask.sum())
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_in_bfloat16_it_errs_by_rounding(causal):
+    q, k, v = head(300)
+    form = get("window").attend_causally if causal else get("window")
+    right = form(q, k, v, window=40, products="float32")
+    with forced({"attention.kernels.trials.flash_products": "bfloat16"}):
+        out = form(q, k, v, window=40)
+    gap = float((out - right).norm() / right.norm())
+    # Products round to 2^-9 of their size.
+    assert 0 < gap < 2**-8
+
+
+def test_it_needs_a_key_for_each_query():
+    q, k, v = head(100)
+    with pytest.raises(UnavailableError, match="a key for each query, but there are 40 and 100"):
+        get("window")(q[:, :40], k, v)
