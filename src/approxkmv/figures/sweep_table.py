@@ -47,12 +47,12 @@ DRAWN = {
 # The order in which methods take their looks: they are the same in every figure and table.
 METHODS = (
     *("approxkmv", "local-expansion", "approxkmv-paper", "kdeformer", "hyperattention", "clustered", "vkde-lsh"),
-    *("knn", "hnsw", "vamana", "balancekv", "vattention", "top-k", "mean", "uniform", "own-key"),
+    *("knn", "hnsw", "vamana", "balancekv", "vattention", "top-k", "mean", "uniform", "own-key", "window"),
     *("exact-fused", "exact-sdpa", "exact-naive", "exact-sdpa-bf16"),
 )
 # One for each of METHODS, and one more, since colour alone would not tell points apart. Exact methods, which never miss
 # and so are never hollow, have the strokes.
-SHAPES = (*MARKERS[:16], "+", "x", "1", "2", *MARKERS[16:])
+SHAPES = (*MARKERS, "+", "x", "1", "2", r"$\heartsuit$")
 # Shows what a choice of keys can reach.
 ORACLE = "top-k"
 

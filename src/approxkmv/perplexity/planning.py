@@ -16,7 +16,7 @@ from approxkmv.perplexity.replacement import Replacement
 from approxkmv.sweep.measure import errors, machine, timer
 from approxkmv.sweep.tuning import MOST_RECOMPUTED
 
-METHODS = ("local-expansion", "approxkmv", "balancekv")
+METHODS = ("window", "local-expansion", "approxkmv", "balancekv")
 _EXACT = ("exact-sdpa-bf16", "exact-sdpa")
 _REFERENCE = "exact-sdpa"
 # A method must be this much faster than exact attention, and its error this much below the target: times and errors on
