@@ -12,12 +12,12 @@ from dataclasses import asdict, dataclass
 from functools import partial
 
 import torch
-from torch.nn.functional import pad
 
 from approxkmv.attention.causal import pairs_seen
 from approxkmv.attention.contract import Method, UnavailableError
 from approxkmv.attention.kernels.flash import fastest_dtype, flash
 from approxkmv.compute.counting import count
+from approxkmv.compute.scratch import scratch
 
 
 @dataclass(frozen=True)
@@ -45,51 +45,66 @@ def _window(
         raise UnavailableError(f"window runs on a CPU only, not on {q.device.type}")
     if q.shape[1] != k.shape[1]:
         raise UnavailableError(f"window needs a key for each query, but there are {q.shape[1]} and {k.shape[1]}")
+    dtype = v.dtype
     low = fastest_dtype() if products == "fastest" else getattr(torch, products)
     n, d_v = v.shape[1:]
-    width = max(q.shape[2], d_v)
+    window = min(window, n)
+    shape = len(q), -(-n // window) * window, max(q.shape[2], d_v)
     # Rounding must not depend on a common offset; the first value is seen by every row.
     first = v[:, :1].float()
-    q, k, values = (pad(t, (0, width - t.shape[2])).to(low) for t in (q, k, v.float() - first))
-    window = min(window, n)
-    out = (_before if is_causal else _around)(q, k, values, scale, window, min(sinks, window))
-    return out[..., :d_v].float().add_(first).to(v.dtype)
+    given = (("q", q, None), ("k", k, None), ("v", v, first))
+    q, k, v = (_padded(scratch(f"window {name}", *shape, dtype=low), t, offset) for name, t, offset in given)
+    out = torch.empty(shape[0], shape[1], d_v)
+    (_before if is_causal else _around)(q, k, v, scale, window, min(sinks, window), n, out)
+    return out[:, :n].add_(first).to(dtype).contiguous()
 
 
-def _before(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int, sinks: int) -> torch.Tensor:
-    """The answers (batch, n, width) under the causal mask."""
-    (batch, n), blocks = q.shape[:2], -(-q.shape[1] // window)
-    q, k, v = (pad(t, (0, 0, 0, blocks * window - n)) for t in (q, k, v))
+def _padded(out: torch.Tensor, t: torch.Tensor, offset: torch.Tensor | None) -> torch.Tensor:
+    """t (batch, n, width) less the offset, if any, in the beginning of `out`, whose other rows and columns are 0."""
+    n, width = t.shape[1:]
+    out[:, n:], out[..., width:] = 0, 0
+    out[:, :n, :width].copy_(t if offset is None else t - offset)
+    return out
+
+
+def _before(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int, sinks: int, n: int, out: torch.Tensor
+) -> None:
+    """Write the answers under the causal mask to `out` (batch, rows, d_v); of q, k and v, n rows are no padding."""
+    batch, rows, d_v = out.shape
     # The first two blocks see all keys up to their own.
-    start = min(2, blocks) * window
+    start = min(2 * window, rows)
     count(kernel_evaluations=batch * pairs_seen(min(start, n)))
-    out = flash((t[:, None, :start] for t in (q, k, v)), scale, is_causal=True)[0].squeeze(1)
-    if blocks <= 2:
-        return out[:, :n]
+    out[:, :start] = flash((t[:, None, :start] for t in (q, k, v)), scale, is_causal=True)[0][:, 0, :, :d_v]
+    if start == rows:
+        return
     own = tuple(t[:, start:].unflatten(1, (-1, window)) for t in (q, k, v))
     before = (_with_first(t, t[:, window:-window].unflatten(1, (-1, window)), sinks) for t in (k, v))
     whole, rest = divmod(n - start, window)
     count(kernel_evaluations=batch * (whole * pairs_seen(window) + pairs_seen(rest) + (n - start) * (window + sinks)))
     (near, log), (far, far_log) = flash(own, scale, is_causal=True), flash((own[0], *before), scale)
-    merged = torch.lerp(far.float(), near.float(), (log - far_log).sigmoid_().unsqueeze(3))
-    return torch.cat([out, merged.flatten(1, 2)], 1)[:, :n]
+    merged = out[:, start:].unflatten(1, (-1, window)).copy_(far[..., :d_v])
+    merged.lerp_(scratch("window near", *merged.shape).copy_(near[..., :d_v]), (log - far_log).sigmoid_().unsqueeze(3))
 
 
-def _around(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int, sinks: int) -> torch.Tensor:
-    """The answers (batch, n, width) without a mask."""
-    batch, n = q.shape[:2]
-    blocks = -(-n // window)
-    if blocks <= 4:
+def _around(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int, sinks: int, n: int, out: torch.Tensor
+) -> None:
+    """Write the answers without a mask to `out` (batch, rows, d_v); of q, k and v, n rows are no padding."""
+    batch, rows, d_v = out.shape
+    if rows <= 4 * window:
         count(kernel_evaluations=batch * n * n)
-        return flash((t[:, None] for t in (q, k, v)), scale)[0].squeeze(1)
+        out[:, :n] = flash((t[:, None, :n] for t in (q, k, v)), scale)[0][:, 0, :, :d_v]
+        return
     # Three blocks that end with the last key, for the last queries.
-    starts = (torch.arange(1, blocks - 1) * window).clamp_max_(n - 3 * window)
+    starts = (torch.arange(1, rows // window - 1) * window).clamp_max_(n - 3 * window)
     keys = starts.unsqueeze(1) + torch.arange(3 * window)
     count(kernel_evaluations=batch * (2 * window * 3 * window + (n - 2 * window) * (3 * window + sinks)))
-    out = flash((t[:, None, : m * window] for t, m in ((q, 2), (k, 3), (v, 3))), scale)[0].squeeze(1)
-    own = pad(q[:, 2 * window :], (0, 0, 0, blocks * window - n)).unflatten(1, (-1, window))
-    rest = flash((own, *(_with_first(t, t[:, keys], sinks) for t in (k, v))), scale)[0]
-    return torch.cat([out, rest.flatten(1, 2)], 1)[:, :n]
+    start = 2 * window
+    of_first = (t[:, None, : m * window] for t, m in ((q, 2), (k, 3), (v, 3)))
+    out[:, :start] = flash(of_first, scale)[0][:, 0, :, :d_v]
+    of_rest = q[:, start:].unflatten(1, (-1, window)), *(_with_first(t, t[:, keys], sinks) for t in (k, v))
+    out[:, start:].unflatten(1, (-1, window)).copy_(flash(of_rest, scale)[0][..., :d_v])
 
 
 def _with_first(t: torch.Tensor, blocks: torch.Tensor, sinks: int) -> torch.Tensor:
