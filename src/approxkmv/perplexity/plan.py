@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -55,8 +55,9 @@ class Plan:
                 return method.causal_form()(q, k, v, scale=scale, seed=seed, **parameters)
             out = torch.empty(*q.shape[:2], v.shape[2], dtype=v.dtype, device=v.device)
             for method, parameters, heads in groups:
-                some = (t[heads] for t in (q, k, v))
-                out[heads] = method.causal_form()(*some, scale=scale, seed=seed, **parameters)
+                for first, last in _runs(heads):
+                    some = (t[first:last] for t in (q, k, v))
+                    out[first:last] = method.causal_form()(*some, scale=scale, seed=seed, **parameters)
             return out
 
         return attend
@@ -104,3 +105,12 @@ def read_plan(path: Path) -> Plan:
     except (TypeError, AttributeError) as error:
         raise InputError(f"{path} is not a plan: {error}") from error
     return Plan(**{name: found[name] for name in keys} | {"layers": layers})
+
+
+def _runs(heads: list[int]) -> Iterator[tuple[int, int]]:
+    """Slices of consecutive heads: a view costs nothing, where a copy takes as long as a cheap method."""
+    first = heads[0]
+    for head, following in zip(heads, [*heads[1:], -1], strict=True):
+        if following != head + 1:
+            yield first, head + 1
+            first = following
