@@ -178,7 +178,7 @@ def passing() -> str:
         target = 0.1
         for workload, rows in table.groupby("workload", sort=False):
             line: dict[str, Any] = {"study": study, "workload": _named(workload)}
-            for method in ("approxkmv", "local-expansion", "hyperattention", "approxkmv-paper", "balancekv"):
+            for method in ("approxkmv", "local-expansion", "window", "hyperattention", "approxkmv-paper", "balancekv"):
                 mine = rows[(rows["method"] == method) & (rows["target"] == target)]
                 line[method] = "" if mine.empty else _passes(mine, rows["n"].min())
             lines.append(line)
@@ -335,7 +335,7 @@ def perplexity() -> str:
         lines[-1] |= {"perplexity": f"{first['exact_perplexity']:.2f}", "s": _seconds(first, "exact_attention_")}
         for _, row in rows.iterrows():
             given = json.loads(row["parameters"])
-            chosen = ("block", "near", "top", "samples", "exact_below")
+            chosen = ("window", "sinks", "block", "near", "top", "samples", "exact_below")
             settings = ", ".join(f"{name} {given[name]:,}" for name in chosen if name in given)
             if row["method"] == "plan":
                 settings = ", ".join(f"{name} {number}" for name, number in given["heads"].items())
@@ -430,8 +430,8 @@ def answer() -> str:
     one, seen = next(iter(studies)), pd.DataFrame()
     causal = studies.get("causal")
     said = [f"One thread of {_on(one)}, errors {of_what(studies[one])}; each cell (workload, n and error) counts once."]
-    if causal is not None and _count(causal)[1] == 0:
-        said.insert(0, f"**In a language model take exact attention up to {causal['n'].max():,} keys.**")
+    if causal is not None:
+        said.insert(0, _in_a_model(causal))
     lines = []
     for study, table in studies.items():
         known = seen[CELL].drop_duplicates() if len(seen) else table[:0][CELL]
@@ -448,6 +448,35 @@ def answer() -> str:
     if all(table["times_faster_bfloat16"].isna().all() for table in studies.values()):
         lines.append("**These tables lack exact attention in bfloat16, against which a gain may be no gain.**")
     return " ".join(said) + "\n\n" + "".join(f"- {line}\n" for line in lines)
+
+
+def _in_a_model(table: pd.DataFrame) -> str:
+    """What to take in a language model: which method is the fastest on how many heads, and by how much."""
+    heads, _, _ = _of_heads(table)
+    gains: dict[str, list[float]] = {}
+    for _, rows in heads.groupby("workload"):
+        won = _won(rows)
+        name = won.loc[won["times_faster"].idxmax(), "method"] if len(won) else "exact"
+        gains.setdefault(name, []).append(won["times_faster"].max() if len(won) else 1.0)
+    exact = len(gains.pop("exact", []))
+    total = heads["workload"].nunique()
+    at = f"at {heads['n'].max():,} keys and an error of {heads['target'].max():g} {of_what(table)}"
+    if not gains:
+        return f"**In a language model take exact attention: {at} nothing is faster on any of {total} heads.**"
+    parts = [f"`{name}` on {len(some)} of {total} heads{_range(some)}" for name, some in gains.items()]
+    parts += [f"exact attention on {exact}"] if exact else []
+    return (
+        f"**In a language model the fastest is, {at}, {_listed(parts)}; `approxkmv plan` finds which for each head.**"
+    )
+
+
+def _range(gains: list[float]) -> str:
+    ends = dict.fromkeys(f"{end(gains):.1f}" for end in (min, max)) if gains else []
+    return f" ({' to '.join(ends)} times)" if gains else ""
+
+
+def _listed(parts: list[str]) -> str:
+    return " and ".join([", ".join(parts[:-1]), parts[-1]]) if len(parts) > 1 else parts[0]
 
 
 def claim() -> str:
@@ -484,11 +513,9 @@ def _of_heads(table: pd.DataFrame) -> tuple[pd.DataFrame, set[str], list[float]]
 
 def _said(measured: tuple[pd.DataFrame, set[str], list[float]], table: pd.DataFrame) -> str:
     heads, _, gains = measured
-    ends = dict.fromkeys(f"{end(gains):.1f}" for end in (min, max)) if gains else []
-    how = f" ({' to '.join(ends)} times)" if gains else ""
     return (
-        f"on {len(gains)} of {heads['workload'].nunique()} heads{how} at n = {heads['n'].max():,} and an error of "
-        f"{heads['target'].max():g} {of_what(table)}"
+        f"on {len(gains)} of {heads['workload'].nunique()} heads{_range(gains)} at n = {heads['n'].max():,} and an "
+        f"error of {heads['target'].max():g} {of_what(table)}"
     )
 
 

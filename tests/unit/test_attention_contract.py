@@ -40,7 +40,7 @@ def exact(q, k, v, scale):
 )
 def test_shape_type_and_finite(name, n_q, n_k, d, d_v, dtype):
     q, k, v = inputs(n_q, n_k, d, d_v, dtype=dtype)
-    if name in ("own-key", "window") and n_q != n_k:
+    if (name == "own-key" and n_q != n_k) or (name == "window" and n_q > n_k):
         with pytest.raises(UnavailableError, match=f"{n_q} and {n_k}"):
             get(name)(q, k, v)
         return

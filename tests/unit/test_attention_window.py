@@ -53,7 +53,20 @@ def test_in_bfloat16_it_errs_by_rounding(causal):
     assert 0 < gap < 2**-8
 
 
+@pytest.mark.parametrize(("n_q", "seen"), [(1, 11), (30, 40), (60, 70), (90, 100)])
+def test_few_queries_are_the_last_ones(n_q, seen):
+    """They share their own keys, the 10 before them and the first 3."""
+    q, k, v = head(100)
+    with counting() as counts:
+        out = get("window")(q[:, -n_q:], k, v, scale=0.7, window=10, sinks=3, products="float32")
+    kept = torch.arange(100) >= 100 - seen
+    kept[:3] = True
+    logits = 0.7 * q[:, -n_q:].double() @ k[:, kept].double().mT
+    assert float((out - logits.softmax(-1) @ v[:, kept].double()).abs().max()) < 1e-5
+    assert counts.kernel_evaluations == 2 * n_q * int(kept.sum())
+
+
 def test_it_needs_a_key_for_each_query():
     q, k, v = head(100)
-    with pytest.raises(UnavailableError, match="a key for each query, but there are 40 and 100"):
-        get("window")(q[:, :40], k, v)
+    with pytest.raises(UnavailableError, match="a key for each query, but there are 100 and 40"):
+        get("window")(q, k[:, :40], v[:, :40])

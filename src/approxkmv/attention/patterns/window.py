@@ -2,8 +2,9 @@
 
 Windows move in blocks, as in Longformer (Beltagy, Peters & Cohan 2020): under the causal mask a query attends to its
 own block of keys, up to its own key, to the whole block before it and to the first keys, the attention sinks of
-StreamingLLM (Xiao et al., ICLR 2024); without the mask, to its own block and both next to it. All other keys are
-dropped. Cost: 1.5 n window d, or 3 n window d.
+StreamingLLM (Xiao et al., ICLR 2024); without the mask, to its own block and both next to it. Fewer queries than keys
+are the last ones: they share the last keys, `window` of them before the first query's. All other keys are dropped.
+Cost: 1.5 n window d, or 3 n window d.
 """
 
 from __future__ import annotations
@@ -43,20 +44,32 @@ def _window(
 ) -> torch.Tensor:
     if q.device.type != "cpu":
         raise UnavailableError(f"window runs on a CPU only, not on {q.device.type}")
-    if q.shape[1] != k.shape[1]:
-        raise UnavailableError(f"window needs a key for each query, but there are {q.shape[1]} and {k.shape[1]}")
-    dtype = v.dtype
+    (n_q, n), dtype = (q.shape[1], k.shape[1]), v.dtype
+    if n_q > n:
+        raise UnavailableError(f"window needs a key for each query, but there are {n_q} and {n}")
     low = fastest_dtype() if products == "fastest" else getattr(torch, products)
-    n, d_v = v.shape[1:]
-    window = min(window, n)
-    shape = len(q), -(-n // window) * window, max(q.shape[2], d_v)
+    window, sinks = min(window, n), min(sinks, window, n)
     # Rounding must not depend on a common offset; the first value is seen by every row.
     first = v[:, :1].float()
-    given = (("q", q, None), ("k", k, None), ("v", v, first))
-    q, k, v = (_padded(scratch(f"window {name}", *shape, dtype=low), t, offset) for name, t, offset in given)
-    out = torch.empty(shape[0], shape[1], d_v)
-    (_before if is_causal else _around)(q, k, v, scale, window, min(sinks, window), n, out)
-    return out[:, :n].add_(first).to(dtype).contiguous()
+    if n_q < n:
+        k, v = (_last(t, n_q + window, sinks) for t in (k, v))
+    rows = -(-n // window) * window if n_q == n else 0
+    width, given = max(q.shape[2], v.shape[2]), (("q", q, None), ("k", k, None), ("v", v, first))
+    q, k, v = (
+        _padded(scratch(f"window {name}", len(t), max(rows, t.shape[1]), width, dtype=low), t, offset)
+        for name, t, offset in given
+    )
+    out = torch.empty(len(q), q.shape[1], first.shape[2])
+    if n_q < n:
+        _all_pairs(q, k, v, scale, out)
+    else:
+        (_before if is_causal else _around)(q, k, v, scale, window, sinks, n, out)
+    return out[:, :n_q].add_(first).to(dtype).contiguous()
+
+
+def _last(t: torch.Tensor, number: int, sinks: int) -> torch.Tensor:
+    """The last rows of t (batch, n, width) and, before them, the first ones."""
+    return t if number + sinks >= t.shape[1] else torch.cat([t[:, :sinks], t[:, -number:]], 1)
 
 
 def _padded(out: torch.Tensor, t: torch.Tensor, offset: torch.Tensor | None) -> torch.Tensor:
@@ -93,8 +106,7 @@ def _around(
     """Write the answers without a mask to `out` (batch, rows, d_v); of q, k and v, n rows are no padding."""
     batch, rows, d_v = out.shape
     if rows <= 4 * window:
-        count(kernel_evaluations=batch * n * n)
-        out[:, :n] = flash((t[:, None, :n] for t in (q, k, v)), scale)[0][:, 0, :, :d_v]
+        _all_pairs(q[:, :n], k[:, :n], v[:, :n], scale, out[:, :n])
         return
     # Three blocks that end with the last key, for the last queries.
     starts = (torch.arange(1, rows // window - 1) * window).clamp_max_(n - 3 * window)
@@ -105,6 +117,12 @@ def _around(
     out[:, :start] = flash(of_first, scale)[0][:, 0, :, :d_v]
     of_rest = q[:, start:].unflatten(1, (-1, window)), *(_with_first(t, t[:, keys], sinks) for t in (k, v))
     out[:, start:].unflatten(1, (-1, window)).copy_(flash(of_rest, scale)[0][..., :d_v])
+
+
+def _all_pairs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, out: torch.Tensor) -> None:
+    """Write the answers of all queries (batch, n_q, width) on all keys to `out` (batch, n_q, d_v)."""
+    count(kernel_evaluations=len(q) * q.shape[1] * k.shape[1])
+    out.copy_(flash((t[:, None] for t in (q, k, v)), scale)[0][:, 0, :, : out.shape[2]])
 
 
 def _with_first(t: torch.Tensor, blocks: torch.Tensor, sinks: int) -> torch.Tensor:
@@ -120,6 +138,6 @@ method = Method(
     defaults=asdict(Parameters()),
     may_be_zero=frozenset({"sinks"}),
     choices={"products": ("fastest", "bfloat16", "float32")},
-    grid=[{"window": 2**i} for i in range(6, 13)],
+    grid=[{"window": window} for i in range(6, 13) for window in (2**i, 3 * 2 ** (i - 1))],
     seeded=False,
 )
