@@ -46,7 +46,7 @@ def test_in_bfloat16_it_errs_by_rounding(causal):
     q, k, v = head(300)
     form = get("window").attend_causally if causal else get("window")
     right = form(q, k, v, window=40, products="float32")
-    with forced({"attention.kernels.trials.flash_products": "bfloat16"}):
+    with forced({"attention.kernels.trials.flash_attention": "bfloat16"}):
         out = form(q, k, v, window=40)
     gap = float((out - right).norm() / right.norm())
     # Products round to 2^-9 of their size.

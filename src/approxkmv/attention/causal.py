@@ -12,9 +12,10 @@ from collections.abc import Callable
 import torch
 
 from approxkmv.attention.kernels.exponentials import exp_, softmax
+from approxkmv.attention.kernels.flash import FLASH, flash
 from approxkmv.compute.counting import count
 from approxkmv.compute.scratch import scratch
-from approxkmv.compute.trial import fastest
+from approxkmv.compute.trial import fastest_dtype
 
 Sums = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Numerators (n_q, d_v), row sums (n_q,) and logs (n_q,): both sums are divided by exp(log)."""
@@ -93,9 +94,7 @@ class Flash:
     def _attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, is_causal: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        # The kernel takes rows for contiguous.
-        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        out, logs = kernel(q[None], k[None], v[None], 0.0, is_causal, scale=self.scale)
+        out, logs = flash((q[None], k[None], v[None]), self.scale, is_causal)
         return out[0, :, :, : self.columns].flatten(0, 1), logs.flatten()
 
 
@@ -125,8 +124,7 @@ def causal_sums(
         exact_below: triangles of at most this many queries are exact.
     """
     n = len(q)
-    question = "attention.blocks.trials.triangles"
-    low = fastest(question, "float32", "bfloat16") if exact_below >= _LONG and q.device.type == "cpu" else "float32"
+    low = fastest_dtype(FLASH) if exact_below >= _LONG and q.device.type == "cpu" else torch.float32
     numerators, row_sums, logs = v.new_empty(n, v.shape[1]), v.new_empty(n), v.new_empty(n)
 
     def fill(first: int, last: int) -> None:
@@ -135,8 +133,8 @@ def causal_sums(
             rows = q[here], k[here], v[here]
             if q.device.type == "cpu":
                 # Rounding must not depend on a common offset; the first value is seen by every row.
-                flash = Flash(*rows[:2], rows[2] - v[first], 1.0, last - first, getattr(torch, low))
-                numerators[here], logs[here] = flash.triangles()
+                own = Flash(*rows[:2], rows[2] - v[first], 1.0, last - first, low)
+                numerators[here], logs[here] = own.triangles()
                 numerators[here] += v[first]
                 row_sums[here] = 1
             else:

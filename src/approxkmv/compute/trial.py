@@ -67,6 +67,11 @@ def fastest(question: str, *forms: str) -> str:
     return _decided[key].form
 
 
+def fastest_dtype(question: str) -> torch.dtype:
+    """float32 or bfloat16, by a trial whose forms are called so."""
+    return torch.bfloat16 if fastest(question, "float32", "bfloat16") == "bfloat16" else torch.float32
+
+
 @contextmanager
 def forced(forms: Mapping[str, str]) -> Iterator[None]:
     """Use these forms, by question, inside the block, in every thread; for trials and tests."""

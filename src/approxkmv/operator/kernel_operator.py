@@ -14,7 +14,7 @@ from approxkmv.arrays import Array, as_float64
 from approxkmv.attention.exact.naive import free_bytes
 from approxkmv.compute.counting import count, counting
 from approxkmv.compute.torch_state import plain_torch
-from approxkmv.compute.trial import fastest
+from approxkmv.compute.trial import fastest_dtype
 from approxkmv.errors import InputError
 from approxkmv.kmv import inputs
 from approxkmv.operator import exact
@@ -377,4 +377,4 @@ def _exponents(points: Points) -> torch.dtype:
         return points.keys.dtype
     if points.keys.device.type == "cuda":
         return torch.bfloat16
-    return getattr(torch, fastest("operator.trials.exponents", "float32", "bfloat16"))
+    return fastest_dtype("operator.trials.exponents")

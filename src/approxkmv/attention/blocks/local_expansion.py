@@ -21,10 +21,11 @@ from approxkmv.attention.causal import Flash
 from approxkmv.attention.contract import Method, UnavailableError, per_batch
 from approxkmv.attention.exact import fused as exact_fused
 from approxkmv.attention.kernels.exponentials import LOWEST
+from approxkmv.attention.kernels.flash import FLASH
 from approxkmv.compute.counting import count
 from approxkmv.compute.scratch import scratch
 from approxkmv.compute.threads import over_threads
-from approxkmv.compute.trial import fastest
+from approxkmv.compute.trial import fastest_dtype
 
 
 @dataclass(frozen=True)
@@ -105,13 +106,12 @@ def answers_in_one_block(
     return out, logs
 
 
-def _chosen(given: dict[str, Any], trial: str) -> tuple[Parameters, torch.dtype]:
+def _chosen(given: dict[str, Any], question: str) -> tuple[Parameters, torch.dtype]:
     """The parameters, and the dtype of products: which this trial found faster if none is given."""
     parameters = Parameters(**given)
-    products = parameters.products
-    if products == "fastest":
-        products = fastest(f"attention.blocks.trials.{trial}", "float32", "bfloat16")
-    return parameters, torch.bfloat16 if products == "bfloat16" else torch.float32
+    if parameters.products == "fastest":
+        return parameters, fastest_dtype(question)
+    return parameters, torch.bfloat16 if parameters.products == "bfloat16" else torch.float32
 
 
 def _local_expansion(
@@ -129,7 +129,7 @@ def _local_expansion(
         return local_expansion_cuda.attend(q, k, v, scale=scale, seed=seed, **given)
     if q.device.type != "cpu":
         raise UnavailableError(f"local-expansion has no kernel for the device {q.device}")
-    parameters, low = _chosen(given, "products")
+    parameters, low = _chosen(given, "attention.blocks.trials.products")
     parameters = replace(parameters, block=block_size(parameters.block, q.shape[1], k.shape[1]))
     near, loops = parameters.near, block_loops()
 
@@ -153,7 +153,7 @@ def _causal(
 ) -> torch.Tensor:
     if q.device.type != "cpu":
         raise UnavailableError(f"the causal form of local-expansion runs on a CPU only, not on {q.device.type}")
-    parameters, low = _chosen(given, "triangles")
+    parameters, low = _chosen(given, FLASH)
     length = chunk_length(q.shape[1], parameters.near)
     one_block = parameters.directions == 0 and block_loops() is not None
 

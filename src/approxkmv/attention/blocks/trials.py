@@ -10,7 +10,6 @@ import torch
 
 from approxkmv.attention.blocks.expansion import Clustering, Expansion, expand, key_side
 from approxkmv.attention.blocks.near_keys import FEW_COLUMNS, MANY_COLUMNS, sums_of_keys
-from approxkmv.attention.causal import Flash
 from approxkmv.compute.loops import has_bfloat16_instructions
 from approxkmv.compute.trial import Runs, forced
 
@@ -61,16 +60,6 @@ def products() -> Runs:
         "float32": partial(_expanded, head, torch.float32),
         "bfloat16": partial(_expanded, head, torch.bfloat16),
     }
-
-
-def triangles() -> Runs:
-    """Causal flash attention with products of float32 numbers, or of bfloat16 ones."""
-    head = _head(2048, 2048, _D)
-
-    def run(low: torch.dtype) -> None:
-        Flash(*head, _D**-0.5, len(head[0]), low).triangles()
-
-    return {"float32": partial(run, torch.float32), "bfloat16": partial(run, torch.bfloat16)}
 
 
 def _near_keys(question: str, d_v: int) -> Runs:

@@ -6,13 +6,8 @@ from collections.abc import Iterable
 
 import torch
 
-from approxkmv.compute.trial import fastest
-
-
-def fastest_dtype() -> torch.dtype:
-    """float32 or bfloat16: that of the numbers with which flash attention is faster here, by a trial."""
-    found: torch.dtype = getattr(torch, fastest("attention.kernels.trials.flash_products", "float32", "bfloat16"))
-    return found
+# A trial of its products, for `fastest_dtype`
+FLASH = "attention.kernels.trials.flash_attention"
 
 
 def flash(qkv: Iterable[torch.Tensor], scale: float, is_causal: bool = False) -> tuple[torch.Tensor, torch.Tensor]:

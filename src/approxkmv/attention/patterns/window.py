@@ -16,9 +16,10 @@ import torch
 
 from approxkmv.attention.causal import pairs_seen
 from approxkmv.attention.contract import Method, UnavailableError
-from approxkmv.attention.kernels.flash import fastest_dtype, flash
+from approxkmv.attention.kernels.flash import FLASH, flash
 from approxkmv.compute.counting import count
 from approxkmv.compute.scratch import scratch
+from approxkmv.compute.trial import fastest_dtype
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def _window(
     (n_q, n), dtype = (q.shape[1], k.shape[1]), v.dtype
     if n_q > n:
         raise UnavailableError(f"window needs a key for each query, but there are {n_q} and {n}")
-    low = fastest_dtype() if products == "fastest" else getattr(torch, products)
+    low = fastest_dtype(FLASH) if products == "fastest" else getattr(torch, products)
     window, sinks = min(window, n), min(sinks, window, n)
     # Rounding must not depend on a common offset; the first value is seen by every row.
     first = v[:, :1].float()
