@@ -12,7 +12,7 @@ import pandas as pd
 from reference import REFERENCE, machine, markdown, number
 from scipy.special import stdtrit
 
-from approxkmv.attention.blocks.chunks import EXACT_BELOW
+from approxkmv.attention.blocks.chunks import chunk_length
 from approxkmv.figures.crossover import crossover
 from approxkmv.figures.sweep_table import contenders, of_what, read_sweep
 from approxkmv.slopes import log_log_line
@@ -339,7 +339,10 @@ def perplexity() -> str:
             settings = ", ".join(f"{name} {given[name]:,}" for name in chosen if name in given)
             if row["method"] == "plan":
                 settings = ", ".join(f"{name} {number}" for name, number in given["heads"].items())
-            exact = given.get("exact_below", 0) >= tokens or (row["method"], tokens) == ("local-expansion", EXACT_BELOW)
+            all_pairs = given.get("exact_below", 2 * given.get("window", 0))
+            if row["method"] in ("local-expansion", "approxkmv"):
+                all_pairs = chunk_length(tokens, given["near"])
+            exact = tokens <= all_pairs
             lines.append({"tokens": "", "method": row["method"] + " ‡" * exact, "settings": settings})
             lines[-1] |= {"perplexity": f"{row['perplexity']:.2f}", "s": _seconds(row, "attention_")}
             lines[-1] |= {"recomputed": f"{100 * share:.2g} %" if (share := row["recomputed_share"]) else ""}
