@@ -19,7 +19,7 @@ from approxkmv.errors import InputError
 from approxkmv.kmv import inputs
 from approxkmv.operator import exact
 from approxkmv.operator.bar import ErrorBar, error_bar, proposal
-from approxkmv.operator.blocks import PREDICTING, STRIP, Blocks, Plan, make_blocks
+from approxkmv.operator.blocks import KEPT, PREDICTING, STRIP, Blocks, Plan, make_blocks
 from approxkmv.operator.linear import of_blocks, of_points
 from approxkmv.operator.pilot import Pilot, cost_of_blocks, drawn, near_for, pilot_rows
 from approxkmv.operator.points import Points, in_units
@@ -181,8 +181,11 @@ class KernelOperator:
         """The blocks, and predicted sizes of the rows' errors; made once."""
         if self._prepared is None:
             n_k = self.shape[1]
-            # Weights and logs of a strip of blocks, and lists of their near keys
-            needed, free = STRIP * n_k * 20 + 8 * self._points.keys.numel() * 4, free_bytes(self._points.keys.device)
+            # Weights and logs of a strip of blocks, lists of near keys, and plans of at most two roots of n blocks
+            size, longest = self._points.keys.element_size(), max(self.shape)
+            plans = _PLANS * min(KEPT, int(2 * longest**0.5) * n_k * size)
+            needed = STRIP * n_k * 20 + 8 * self._points.keys.numel() * 4 + plans
+            free = free_bytes(self._points.keys.device)
             if needed > free:
                 raise InputError(f"{n_k} keys need {needed >> 20} MiB, and {free >> 20} MiB are free: give fewer keys")
             blocks = make_blocks(self._points, self._low, self._seed)
