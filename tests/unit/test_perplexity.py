@@ -98,7 +98,7 @@ def test_exact_methods_give_the_models_own_perplexity(location, model):
     assert found.perplexity == pytest.approx(right, rel=1e-5)
     assert 0 < found.attention_seconds < found.seconds
     # Other attention is seen: this model is not indifferent to it.
-    rough = model.perplexity(IDS, replacement("approxkmv", near=8, samples=4, block=256))
+    rough = model.perplexity(IDS, replacement("window", window=16))
     assert abs(rough.perplexity / right - 1) > 1e-3
 
 
@@ -113,9 +113,8 @@ def test_budgets_for_all_keys_give_the_models_own_perplexity(name, location, mod
 
 def test_only_the_chosen_layers_are_replaced(location, model):
     right = own_perplexity(location, IDS)
-    rough = {"near": 8, "samples": 4, "block": 256}
     gaps = [
-        abs(model.perplexity(IDS, replacement("approxkmv", layers, **rough)).perplexity - right)
+        abs(model.perplexity(IDS, replacement("window", layers, window=16)).perplexity - right)
         for layers in ((), (1,), (0, 1, 2))
     ]
     assert gaps[0] < 1e-5 * right
