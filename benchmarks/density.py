@@ -1,8 +1,8 @@
 """Densities of 100,000 word vectors: python benchmarks/density.py
 
 The sums of a Gaussian kernel over 100,000 word vectors (d = 100) at 1,000 and 10,000 others, by KernelOperator, by
-torch in float32 and, at 1,000, by scikit-learn's KernelDensity, on one thread. Writes results/benchmarks/density.csv
-and .json; --out changes the name.
+torch in float32 and, at 1,000, by scikit-learn's KernelDensity, on one thread. KernelOperator's first product, which
+makes the blocks, is not timed. Writes results/benchmarks/density.csv and .json; --out changes the name.
 """
 
 from __future__ import annotations

@@ -56,8 +56,8 @@ def density() -> str:
         lines[-1] |= {"error": number(row["error"]), "bound": number(row["bound"]) if done else ""}
         lines[-1] |= {"times torch": number(row["times_faster"])}
     return (
-        f"{markdown(pd.DataFrame(lines))}\n\n100,000 points. One thread of {machine(path.with_suffix('.json'))}, "
-        "`python benchmarks/density.py`.\n"
+        f"{markdown(pd.DataFrame(lines))}\n\n100,000 points. KernelOperator without its first product, which makes "
+        f"the blocks. One thread of {machine(path.with_suffix('.json'))}, `python benchmarks/density.py`.\n"
     )
 
 

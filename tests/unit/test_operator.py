@@ -16,7 +16,8 @@ from approxkmv.errors import InputError
 from approxkmv.operator import exact
 from approxkmv.operator import kernel_operator as module
 from approxkmv.operator.blocks import make_blocks
-from approxkmv.operator.points import in_units
+from approxkmv.operator.pilot import _interpolated
+from approxkmv.operator.points import Points, in_units
 
 
 def clustered(n: int, d: int, seed: int, centres: int = 20, width: float = 0.7) -> torch.Tensor:
@@ -178,13 +179,68 @@ def test_what_ranks_keys_by_x_is_all_that_is_made_for_an_x():
     assert torch.allclose(ranked.sizes_of_x, (x[:, 0].abs() / x.square().mean().sqrt()).clamp_min(1e-3))
 
 
-def test_the_latest_plans_are_kept():
+def test_the_plan_of_every_pilot_is_kept_beside_the_latest():
     K = KernelOperator(Q, K_, SIGMA, 0.1, method="blocks", seed=0)
     blocks, _ = K._blocks()
-    plans = [K._plan(blocks, near) for near in (64, 128, 256)]
-    assert K._plan(blocks, 256) is plans[2]
-    assert K._plan(blocks, 128) is plans[1]
-    assert list(K._plans) == [128, 256]
+    plans = [K._plan(blocks, near) for near in (256, 64, 128)]
+    assert K._plan(blocks, 256) is plans[0]
+    assert K._plan(blocks, 128) is plans[2]
+    assert list(K._plans) == [256, 128]
+
+
+def test_pilots_that_differ_a_little_ask_for_the_same_plan():
+    # Their errors halve as near keys are four times as many.
+    found = {_interpolated([(256, 2 * error), (1024, error)], 1.0) for error in (0.78, 0.82, 0.85)}
+    assert found == {768}
+    assert [_interpolated([(256, 2.0), (1024, 1.0)], target) for target in (1.0, 0.5)] == [1024, 4096]
+    assert _interpolated([(256, 1.0)], 1.0) == 256
+
+
+def kept_bytes(plan) -> int:
+    return sum(weights.nbytes + sum(listed.nbytes for listed in lists) for weights, lists in plan.strips or [])
+
+
+def test_memory_is_asked_for_all_plans_with_their_lists(monkeypatch):
+    points = torch.randn(3000, 4, generator=torch.Generator().manual_seed(0))
+    K = KernelOperator(points, points, 1.0, 0.1, method="blocks", seed=0)
+    largest = K._blocks()[0].plan(1499)
+    monkeypatch.setattr(module, "STRIP", 0)
+    monkeypatch.setattr(module, "free_bytes", lambda device: 0)
+    K._prepared = None
+    with pytest.raises(InputError, match=r"keys need \d+ MiB") as caught:
+        K._blocks()
+    # Two are kept, and an x that ranks the keys has one of its own.
+    assert int(str(caught.value).split("need ")[1].split()[0]) << 20 > 3 * kept_bytes(largest) > 0
+
+
+def test_lists_of_near_keys_count_as_kept(monkeypatch):
+    blocks, _ = prepared(torch.float32)
+    size = kept_bytes(blocks.plan(700))
+    monkeypatch.setattr("approxkmv.operator.blocks.KEPT", size)
+    assert blocks.plan(700).strips is not None
+    monkeypatch.setattr("approxkmv.operator.blocks.KEPT", size - 1)
+    assert blocks.plan(700).strips is None
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_rows_that_pad_a_block_add_nothing_though_their_exponents_overflow(compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(exact, "loops_for", lambda logs: None)
+        monkeypatch.setattr("approxkmv.operator.blocks.loops_for", lambda logs: None)
+    monkeypatch.setattr("approxkmv.operator.blocks.ONE_IN", 1000)
+    # In bfloat16 384 and 398 are exact and 399.1 becomes 400, which adds 345 to its exponents with 384.
+    numbers = torch.tensor([384.0] * 70 + [399.1] * 10 + [398.1] * 60)
+    keys = torch.tensor([384.0] * 70 + [398.0] * 70)
+    blocks = make_blocks(Points(numbers.unsqueeze(1), keys.unsqueeze(1)), torch.bfloat16, 0, block=70)
+    assert blocks.order[0] == 0
+    plan = blocks.plan(35)
+    with counting() as counts:
+        found = blocks.products(plan, None, torch.ones(140, 1))[1]
+    lists = [len(listed) for _, lists in plan.strips for listed in lists]
+    # They are multiplied and powers are taken, so they count.
+    padded = [-(-size // 64) * 64 for size in blocks.sizes.tolist()]
+    assert counts.kernel_evaluations == sum(a * b for a, b in zip(padded, lists, strict=True))
+    assert torch.allclose(found[:70], torch.full((70, 1), 70.0), rtol=0.02)
 
 
 def test_a_far_outlier_among_the_queries_neither_overflows_nor_hides_the_others():
@@ -261,7 +317,7 @@ def test_blocks_are_chosen_where_they_pay_and_exact_where_not():
     y = strict @ signs(len(k))
     assert strict.last.method == "exact"
     assert strict.last.fell_back
-    assert "blocks cannot meet epsilon" in strict.last.reason
+    assert "blocks miss epsilon or cost more than 0.6 of the exact product" in strict.last.reason
     assert strict.last.pilot_evaluations < 0.02 * 9000**2
 
 

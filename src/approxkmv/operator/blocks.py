@@ -46,12 +46,12 @@ STRIP = 64
 _SHAPES = {torch.bfloat16: (128, 64)}
 # Keys whose weights are multiplied by x at once, while they stay in the cache.
 _CHUNK = 2048
-# A plan of at most so many bytes of weights keeps them, and its lists of near keys; else each product makes them anew.
+# A plan keeps its weights and lists of near keys if they take at most so many bytes; else each product makes them anew.
 KEPT = 1 << 28
 _LN2 = math.log(2)
 # Queries whose exponents vary more than this around those of their block, in nats squared, and this many times more
 # than the median query's, are blocks of their own, where the product is exact; at most one in so many, the farthest.
-_REACH, _TIMES, _ONE_IN = 2.0, 3.0, 32
+_REACH, _TIMES, ONE_IN = 2.0, 3.0, 32
 _MOST_NATS = 30.0
 # Sizes of x within this factor of each other do not change which keys are near; the least that counts, of their mean.
 _EVEN, _LEAST_SIZE = 1.5, 1e-3
@@ -155,18 +155,19 @@ class Blocks:
         thresholds, totals = self.centres.new_empty(2, len(self))
         means = self.centres.new_empty(len(self), d)
         rank = rank_of_bar(n_k, near, 0)
-        keep = len(self) * n_k * means.element_size() <= KEPT
+        left = KEPT - len(self) * n_k * means.element_size()
         strips: list[Strip] = []
         for at in range(0, len(self), STRIP):
             here = slice(at, at + STRIP)
             logs = self._logs(here)
             thresholds[here] = _ranked(logs[:, ::SAMPLED_KEYS].to(means.dtype), rank)
-            weights, lists = self._split(logs, thresholds[here], keep)
+            weights, lists = self._split(logs, thresholds[here], left >= 0)
             moments = weights @ self.keys.unit
             totals[here] = moments[:, 0]
             means[here] = moments[:, 1:] / moments[:, :1].clamp_min(1e-30)
-            strips.append((weights, lists))
-        return Plan(near, thresholds, totals, means, self._factors(thresholds, means), strips if keep else None)
+            left -= sum(listed.nbytes for listed in lists)
+            strips = [*strips, (weights, lists)] if left >= 0 else []
+        return Plan(near, thresholds, totals, means, self._factors(thresholds, means), strips or None)
 
     def _strips(self, plan: Plan) -> Iterator[tuple[int, Strip]]:
         """The first block of each strip, and the strip, which may last until the next."""
@@ -296,15 +297,18 @@ class Blocks:
                 left = self.side[rows.start : rows.start + padded]
                 right = room("near keys", number, left.shape[1], like=left)
                 torch.index_select(self.keys.side, 0, listed, out=right)
-                count(kernel_evaluations=size * number)
                 if width:
+                    count(kernel_evaluations=size * number, other_products=(padded - size) * number)
                     far, first = moments[b, :, :1], moments[b, :, 1:]
                     far = far if constant else torch.mm(first, self.deltas[rows].mT).add_(far)
                     torch.mul(far, plan.factors[rows], out=forward[:, rows])
                     logs = torch.mm(left, right.mT, out=room("tile", padded, number, like=left))
                     weigh(logs[:size], of_near[:, listed], forward[:, rows])
                 if height:
+                    count(kernel_evaluations=padded * number)
                     logs = torch.mm(right, left.mT, out=room("tile", number, padded, like=left))
+                    # Rows of the next block could overflow.
+                    logs[:, size:] = 0
                     of_rows, sums = unit.new_zeros(height, padded), unit.new_zeros(height, number)
                     of_rows[:, :size] = rows_of_y[:, rows]
                     weigh(logs, of_rows, sums)
@@ -390,5 +394,5 @@ def _out_of_reach(nats: torch.Tensor) -> torch.Tensor:
     """The queries for which their cluster's centre says least."""
     bar = max(_REACH, _TIMES * float(nats.median()))
     apart = (nats > bar).nonzero()[:, 0]
-    most = len(nats) // _ONE_IN
+    most = len(nats) // ONE_IN
     return apart if len(apart) <= most else nats.topk(most).indices

@@ -19,9 +19,9 @@ from approxkmv.errors import InputError
 from approxkmv.kmv import inputs
 from approxkmv.operator import exact
 from approxkmv.operator.bar import ErrorBar, error_bar, proposal
-from approxkmv.operator.blocks import KEPT, PREDICTING, STRIP, Blocks, Plan, make_blocks
+from approxkmv.operator.blocks import KEPT, ONE_IN, PREDICTING, STRIP, Blocks, Plan, make_blocks
 from approxkmv.operator.linear import of_blocks, of_points
-from approxkmv.operator.pilot import Pilot, cost_of_blocks, drawn, near_for, pilot_rows
+from approxkmv.operator.pilot import WORTH, Pilot, cost_of_blocks, drawn, near_for, pilot_rows
 from approxkmv.operator.points import Points, in_units
 from approxkmv.operator.report import Clock, Report
 
@@ -37,11 +37,9 @@ _BAR_ROWS, _ONE_IN, _MOST_BAR_ROWS = 256, 100, 384
 _AIM = 0.8
 # The share of the doubt at which bounds are computed: contributions are more skewed than their samples show.
 _NOMINAL = 0.02
-# The cost of blocks, relative to the exact product, up to which they are tried, since they may miss epsilon.
-_WORTH = 0.6
-# How often a product that misses epsilon is made again with twice as many near keys, before it is made exactly.
+# How often a product is made, each time with twice as many near keys, before it is made exactly.
 _ATTEMPTS = 3
-# Plans that are kept, the latest.
+# Plans that are kept: the first, which every pilot tries, and the latest.
 _PLANS = 2
 # With fewer pairs or queries the exact product takes less time than choosing.
 _LEAST_PAIRS, _LEAST_QUERIES = 3_000_000, 100
@@ -181,10 +179,12 @@ class KernelOperator:
         """The blocks, and predicted sizes of the rows' errors; made once."""
         if self._prepared is None:
             n_k = self.shape[1]
-            # Weights and logs of a strip of blocks, lists of near keys, and plans of at most two roots of n blocks
-            size, longest = self._points.keys.element_size(), max(self.shape)
-            plans = _PLANS * min(KEPT, int(2 * longest**0.5) * n_k * size)
-            needed = STRIP * n_k * 20 + 8 * self._points.keys.numel() * 4 + plans
+            # Weights and logs of a strip of blocks and its lists of near keys; the plans that are kept and one more, of
+            # at most so many blocks, each with weights of all keys and an int64 list of up to half of them
+            n_q, size = self.shape[0], self._points.keys.element_size()
+            most = min(n_q, int(4 * max(self.shape) ** 0.5) + n_q // ONE_IN)
+            plans = (_PLANS + 1) * min(KEPT, most * n_k * (size + 4))
+            needed = STRIP * n_k * (8 + 3 * size) + 8 * self._points.keys.numel() * size + plans
             free = free_bytes(self._points.keys.device)
             if needed > free:
                 raise InputError(f"{n_k} keys need {needed >> 20} MiB, and {free >> 20} MiB are free: give fewer keys")
@@ -197,7 +197,7 @@ class KernelOperator:
             return blocks.plan(near)
         if near not in self._plans:
             if len(self._plans) == _PLANS:
-                del self._plans[next(iter(self._plans))]
+                self._plans.popitem()
             self._plans[near] = blocks.plan(near)
         return self._plans[near]
 
@@ -264,7 +264,7 @@ class KernelOperator:
         reason, near, made = "asked for", None, None
         if blocks is not None:
             ranked = blocks.ranked_by(x)
-            most = float("inf") if self.method == "blocks" else _WORTH * float(np.prod(self.shape))
+            most = float("inf") if self.method == "blocks" else WORTH * float(np.prod(self.shape))
             near, reason, made = near_for(pilot, ranked, self._plan, x, aim, target / self.epsilon, most)
             if self.method == "blocks" and near is None:
                 near = self.shape[1] // 4
@@ -280,7 +280,7 @@ class KernelOperator:
             reason = "there are so few pairs that exact is cheaper"
         if self.method != "blocks":
             worse = self.method == "auto" and blocks is not None
-            why = f"blocks cannot meet epsilon for less than the exact product: {reason}" if worse else reason
+            why = f"blocks miss epsilon or cost more than {WORTH} of the exact product: {reason}" if worse else reason
             in_full = _Choice("exact", why, full, fell_back=worse)
             if self._low != full:
                 error = pilot.norm(exact.product(self._points, x, self._low, pilot.rows) - pilot.exact)

@@ -17,8 +17,10 @@ SHARE, _ROWS = 0.02, 96
 _LEAST_ROWS = 4
 # Near keys per block that are tried, until one meets the error: first those of the plan that is there already.
 _FIRST, _STEP = PREDICTING, 4
-# What the pilot's error may be relative to the target where the product is made already: the error bar decides.
+# A product that the pilot has made is kept if its error is at most so many times the target: the error bar decides.
 _MADE = 1.2
+# The cost of blocks, relative to the exact product, up to which they are tried, since they may miss epsilon.
+WORTH = 0.6
 # Rough times relative to a pair of the exact product, on a Xeon with AMX at n = 8,192 to 32,768: a pair of a query and
 # a near key, a pair of a centre and a key, what is done once for a block.
 _NEAR, _FAR, _BLOCK = 2.0, 4.0, 100_000.0
@@ -76,7 +78,8 @@ def near_for(
 
     The number is None if every one that costs less than `most` misses it. The error falls about as a power of the
     number, which is interpolated between those tried. Where the budget lets it, the first is tried on all rows, and if
-    it does, its product is the third result. scale: the norm that errors are told relative to.
+    its error is at most `_MADE` times the target, its product is the third result. scale: the norm that errors are told
+    relative to.
     """
     n_q, n_k = len(blocks.order), len(blocks.points.keys)
     budget = SHARE * n_q * n_k
@@ -106,7 +109,7 @@ def near_for(
             break
         near *= _STEP
     if not tried:
-        return None, "blocks would cost more than the exact product", None
+        return None, f"blocks would cost more than {WORTH} of the exact product", None
     found = _found(tried, scale)
     chosen = _interpolated(tried, target)
     if chosen is None or chosen >= n_k / 2 or cost_of_blocks(blocks, chosen) >= most:
@@ -120,7 +123,10 @@ def _found(tried: list[tuple[int, float]], scale: float) -> str:
 
 
 def _interpolated(tried: list[tuple[int, float]], target: float) -> int | None:
-    """The number of near keys for the target by the power law through the last two tried, in steps of 64."""
+    """The number of near keys for the target by the power law through the last two tried.
+
+    It is rounded up to a power of two or 1.5 times one, so that products of one x, whose pilots differ, share plans.
+    """
     near, error = tried[-1]
     if len(tried) == 1 or error <= 0:
         return near if error <= target else None
@@ -132,4 +138,5 @@ def _interpolated(tried: list[tuple[int, float]], target: float) -> int | None:
         near = int(near * (error / target) ** (1 / power)) if (error / target) ** (1 / power) < 1e6 else 10**12
     elif power > 0:
         near = int(before * (higher / target) ** (1 / power))
-    return 64 * math.ceil(near / 64)
+    power_of_two = 1 << (max(near, 64) - 1).bit_length()
+    return power_of_two * 3 // 4 if near <= power_of_two * 3 // 4 else power_of_two
