@@ -18,6 +18,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pandas as pd
@@ -33,6 +34,7 @@ from approxkmv import (
     top_eigenvalue,
 )
 from approxkmv.attention import get, methods
+from approxkmv.attention.blocks import chunks
 from approxkmv.corpora import read_corpus
 from approxkmv.errors import ApproxKMVError
 from approxkmv.files import read_table
@@ -114,11 +116,11 @@ def attention(name: str, causal: bool, rng: np.random.Generator) -> None:
     method = get(name)
     most = 700 if rng.random() < 0.1 else 150
     n_q, n_k, d, d_v, batch = (below(rng, m) for m in (most, most, 80, 70, 3))
-    if causal or name in ("own-key", "window"):
+    if causal or name == "own-key" or (name == "window" and rng.random() < 0.5):
         n_k = n_q
     arrays = [rows(rng, batch, n_q, d), rows(rng, batch, n_k, d), values(rng, batch, n_k, d_v)]
     ones = bool((arrays[2] == 1.0).all())
-    bad = poisoned(rng, arrays)
+    bad = poisoned(rng, arrays) or (name == "window" and n_q > n_k)
     dtype = torch.bfloat16 if rng.random() < 0.25 else torch.float32
     with np.errstate(over="ignore"):
         q, k, v = (torch.from_numpy(array).to(dtype) for array in arrays)
@@ -128,6 +130,11 @@ def attention(name: str, causal: bool, rng: np.random.Generator) -> None:
         # Largest logits from 1 to 100, where attention is neither the mean nor one key.
         scale = 10 ** rng.uniform(0, 2) / longest
     parameters = dict(method.grid[rng.integers(len(method.grid))]) if rng.random() < 0.5 else {}
+    if name == "window":
+        parameters |= {"window": below(rng, 40), "sinks": int(rng.integers(51))}
+    elif causal and name in ("approxkmv", "local-expansion"):
+        # With these a chunk has at least 32 queries, or 64 of more than 128.
+        parameters |= {"block": below(rng, 40), "near": below(rng, 40), "directions": int(rng.choice([0, 8, 48]))}
     mistake = rng.integers(40)
     if mistake == 0:
         q, bad = q[0], True
@@ -145,7 +152,9 @@ def attention(name: str, causal: bool, rng: np.random.Generator) -> None:
         parameters, bad = {str(rng.choice(list(method.defaults))): -1}, True
     copies = [tensor.clone() for tensor in (q, k, v)]
     call = method.attend_causally if causal else method
-    out = call(q, k, v, scale=None if scale is None else float(scale), seed=int(rng.integers(2**31)), **parameters)
+    seed = int(rng.integers(2**31))
+    with patch.object(chunks, "EXACT_BELOW", 32):
+        out = call(q, k, v, scale=None if scale is None else float(scale), seed=seed, **parameters)
     if bad:
         raise Bad("answered")
     demand(all(torch.equal(a, b) for a, b in zip((q, k, v), copies, strict=True)), "an input was written to")

@@ -22,7 +22,7 @@ def speaker(project: Project) -> Project:
     transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings)).save_pretrained(folder)
     save_tokenizer(folder)
     asked = {"model": "speaker", "corpus": "words", "tokens": [40, 300], "layers": "1"}
-    asked |= {"methods": {"approxkmv": [{"near": 8, "block": 64}, {"near": 300}]}}
+    asked |= {"methods": {"window": [{"window": window, "products": "float32"} for window in (16, 300)]}}
     config = project.read()
     config["models"]["speaker"] = {"source": f"path:{folder}"}
     config["studies"]["tiny"] = {"perplexity": asked}
@@ -37,10 +37,10 @@ def test_the_study_through_snakemake_writes_its_table(speaker: Project):
     table = pd.read_csv(speaker.results / "tables" / "perplexity.csv")
     assert table["tokens"].tolist() == [40, 40, 300, 300]
     assert table["layers"].tolist() == [1] * 4
-    assert [json.loads(words)["near"] for words in table["parameters"]] == [8, 300, 8, 300]
-    # All keys near, or a text that is one exact triangle: the model's own perplexity up to rounding.
-    assert table["ratio"][[0, 1, 3]].tolist() == pytest.approx([1.0] * 3, rel=1e-5)
-    assert table["ratio"][2] != 1.0
+    assert [json.loads(words)["window"] for words in table["parameters"]] == [16, 300, 16, 300]
+    # A window of the whole text: the model's own perplexity up to rounding.
+    assert table["ratio"][[1, 3]].tolist() == pytest.approx([1.0] * 2, rel=1e-5)
+    assert abs(table["ratio"][2] - 1) > 1e-3
     assert (table[["seconds", "exact_seconds", "attention_seconds", "exact_attention_seconds"]] > 0).all(axis=None)
     record = json.loads((speaker.results / "tables" / "perplexity.json").read_text())
     assert record["settings"]["tokens"] == [40, 300]

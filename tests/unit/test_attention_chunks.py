@@ -52,6 +52,8 @@ BLOCKS = {"block": 32, "near": 32, "directions": 8}
 FORMS = [
     ("approxkmv", {"samples": 256}),
     *(("local-expansion", {"products": form}) for form in ("float32", "bfloat16")),
+    # One block, with compiled loops by a path of its own
+    ("local-expansion", {"products": "float32", "directions": 0}),
 ]
 
 
@@ -67,14 +69,15 @@ def relative(out, right):
 
 @pytest.mark.usefixtures("loops", "small_chunks")
 @pytest.mark.parametrize(("name", "given"), FORMS)
-@pytest.mark.parametrize("d_v", [1, 2, 24])
+@pytest.mark.parametrize("d_v", [1, 2, 5, 24])
 def test_chunks_approach_the_exact_answer(name, given, d_v):
     """The error falls with the near keys, to rounding; zero or the mean of the values would err far more."""
     q, k, v = heads(1100, 9, d_v, spread=0.7)
     right = exact(q, k, v)
-    errors = [relative(attend(name, q, k, v, 1.0, near=near, **given), right) for near in (8, 32, 60)]
+    errors = [relative(attend(name, q, k, v, 1.0, near=near, **given), right) for near in (8, 32, 128)]
     means = v.double().cumsum(0) / torch.arange(1, 1101).unsqueeze(1)
-    assert errors[0] < 0.6 * relative(means, right)
+    # Of one block, whose keys are near all its queries or none, less of the error is gone.
+    assert errors[0] < (0.7 if given.get("directions") == 0 else 0.6) * relative(means, right)
     assert errors[2] < errors[0]
     # All in one chunk
     whole = attend(name, q, k, v, 1.0, near=600, **given)
@@ -83,7 +86,7 @@ def test_chunks_approach_the_exact_answer(name, given, d_v):
 
 @pytest.mark.usefixtures("loops", "small_chunks")
 @pytest.mark.parametrize(("name", "given"), FORMS)
-@pytest.mark.parametrize(("n", "d", "d_v"), [(1024, 8, 24), (1000, 9, 2), (650, 64, 64), (641, 21, 1)])
+@pytest.mark.parametrize(("n", "d", "d_v"), [(1024, 8, 24), (1000, 9, 2), (650, 64, 64), (641, 21, 1), (900, 40, 7)])
 def test_chunks_see_no_later_key(name, given, n, d, d_v):
     """Keys and values that are NaN, or others, after a chunk: its rows and all before are the same bits.
 

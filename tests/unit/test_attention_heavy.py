@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from approxkmv.attention import get
+from approxkmv.attention.blocks import chunks
 from approxkmv.attention.blocks.light_keys import MOST_PARTS
 from approxkmv.attention.blocks.reach import stand_apart
 from approxkmv.compute import loops as compute_loops
@@ -176,15 +177,19 @@ def test_what_stands_apart():
 
 
 @pytest.mark.usefixtures("loops")
-def test_one_long_key_in_the_causal_form():
+@pytest.mark.parametrize("name", ["approxkmv", "local-expansion"])
+def test_one_long_key_in_the_causal_form(name, monkeypatch):
+    """In chunks of 256, of whose rows none is made again."""
+    monkeypatch.setattr(chunks, "EXACT_BELOW", 128)
     q, k = heads(700, 0)
     k[17] *= 60
     logits = (0.4 * q.double() @ k.double().mT).masked_fill(torch.ones(700, 700, dtype=torch.bool).triu(1), -torch.inf)
     weights = logits.softmax(1)[:, 17:18]
     with counting() as counts:
-        out = get("approxkmv").attend_causally(
-            *(t[None] for t in (q, k, torch.eye(700)[:, 17:18])), scale=0.4, seed=5, block=40, near=24
+        out = get(name).attend_causally(
+            *(t[None] for t in (q, k, torch.eye(700)[:, 17:18])), scale=0.4, seed=5, **FEW[name]
         )[0]
+    assert counts.kernel_evaluations < 0.9 * 700 * 701 / 2
     assert counts.recomputed_rows == 0
     clear = (weights - 0.5).abs() > 0.49
     assert int(clear.sum()) > 500

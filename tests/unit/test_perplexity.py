@@ -18,6 +18,7 @@ from models_support import VOCABULARY
 from approxkmv import cli
 from approxkmv.attention import UnavailableError, get
 from approxkmv.attention.blocks import approxkmv as approxkmv_module
+from approxkmv.attention.blocks import chunks
 from approxkmv.compute.counting import count
 from approxkmv.compute.trial import decisions
 from approxkmv.config import CorpusEntry, Perplexity, checked, study_of
@@ -180,6 +181,8 @@ def settings(keys):
 def test_the_table_has_a_row_for_each_setting_and_names_what_cannot_run(model, tmp_path, monkeypatch):
     monkeypatch.setattr(model, "tokens", lambda documents, count: IDS[:count])
     monkeypatch.setitem(sys.modules, "faiss", None)
+    # 300 tokens are then three chunks, or one if 256 keys are near.
+    monkeypatch.setattr(chunks, "EXACT_BELOW", 64)
     text = tmp_path / "text.txt"
     text.write_text("some words")
     out = tmp_path / "perplexity.csv"
@@ -210,8 +213,9 @@ def test_the_table_has_a_row_for_each_setting_and_names_what_cannot_run(model, t
         assert (ran[f"{name}_q1"] < ran[name]).all()
         assert (ran[f"{name}_q3"] - ran[name]).to_numpy() == pytest.approx((ran[name] - ran[f"{name}_q1"]).to_numpy())
     assert ran["repeats"].tolist() == [2] * 4
-    # 30 tokens lie below what the recursion computes exactly.
-    assert table["ratio"][0] == pytest.approx(1, abs=1e-5)
+    # What fits in one chunk is exact.
+    assert table["ratio"][[0, 1, 3]].tolist() == pytest.approx([1] * 3, abs=1e-5)
+    assert abs(table["ratio"][4] - 1) > 1e-3
 
 
 KILLED = """
