@@ -102,6 +102,30 @@ def test_chunks_see_no_later_key(name, given, n, d, d_v):
         assert torch.equal(before[:end], attend(name, q, k, v, 0.4, **given)[:end])
 
 
+@pytest.mark.usefixtures("loops", "small_chunks")
+@pytest.mark.parametrize(("name", "given"), FORMS)
+@pytest.mark.parametrize("d_v", [2, 5])
+@pytest.mark.parametrize("first", [257, 300])
+def test_chunks_see_no_later_value_of_their_own(name, given, d_v, first):
+    """Values of 0, but for large ones from inside a chunk on: all rows before are 0."""
+    q, k, v = heads(700, 9, d_v)
+    v[:first], v[first:] = 0, 1e6
+    out = attend(name, q, k, v, 0.4, **given)
+    assert float(out[:first].abs().max()) == 0
+    assert float(out[first:].abs().max()) > 1e3
+
+
+@pytest.mark.usefixtures("loops", "small_chunks")
+@pytest.mark.parametrize(("name", "given"), FORMS)
+def test_nearly_uniform_attention_in_chunks_errs_little(name, given):
+    """Blocks err by squares of logits of about 0.03. The first keys of two chunks, whose values of 5 outweigh the others,
+    would count 5 / 257 more in a row that they are summed in twice; bfloat16 rounds 5 to 2^-9 of it."""
+    q, k, v = heads(700, 9, 2, spread=0.1)
+    v[[256, 512]] = 5
+    gap = (attend(name, q, k, v, 1.0, **given).double() - exact(q, k, v)).abs().max()
+    assert gap < (0.01 if given == {"products": "bfloat16"} else 5e-4)
+
+
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize(("name", "given"), FORMS)
 def test_chunks_do_not_depend_on_a_common_offset(name, given):
