@@ -118,8 +118,11 @@ def test_chunks_see_no_later_value_of_their_own(name, given, d_v, first):
 @pytest.mark.usefixtures("loops", "small_chunks")
 @pytest.mark.parametrize(("name", "given"), FORMS)
 def test_nearly_uniform_attention_in_chunks_errs_little(name, given):
-    """Blocks err by squares of logits of about 0.03. The first keys of two chunks, whose values of 5 outweigh the others,
-    would count 5 / 257 more in a row that they are summed in twice; bfloat16 rounds 5 to 2^-9 of it."""
+    """Blocks err by squares of logits of about 0.03.
+
+    A row in which the first key of its chunk, of value 5 where others are about 1, were summed twice would err by 0.02.
+    bfloat16 rounds 5 to 2^-9 of it.
+    """
     q, k, v = heads(700, 9, 2, spread=0.1)
     v[[256, 512]] = 5
     gap = (attend(name, q, k, v, 1.0, **given).double() - exact(q, k, v)).abs().max()
