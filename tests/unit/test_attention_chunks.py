@@ -201,13 +201,17 @@ def test_a_chunk_has_the_keys_before_it(low):
         assert torch.allclose(side.keys[:, :9].float(), k[:n] - k[:128].mean(0), rtol=0.01, atol=1e-5)
         assert torch.equal(side.features[:, 4:], side.keys)
         assert torch.allclose(shifts, 0.25 * q[here] @ side.mean[:9], atol=1e-5)
+        # Its spread is around the first chunk's mean, so that keys which come to vary later count.
+        others = torch.tensor([at not in (100, 300) for at in range(n)])
+        spread = (side.keys[others, :9].float() @ side.axes[:9]).square().mean(0)
+        assert torch.allclose(side.spread, spread, rtol=0.02)
 
 
 @pytest.mark.usefixtures("small_chunks")
 def test_compiled_loops_and_torch_lose_about_the_same_rows_of_one_block(monkeypatch):
     """Their variances are estimated from other samples of the rows."""
     pytest.importorskip("numba")
-    q, k, v = heads(900, 16, 5, spread=1.2)
+    q, k, v = heads(900, 16, 5, spread=1.5)
     given = {"products": "float32", "directions": 0, "near": 16}
     found = []
     for works in (True, False):

@@ -73,12 +73,15 @@ class Flash:
 
         self.q, self.k, self.v = (rounded(name, given) for name, given in zip("qkv", (q, k, v), strict=True))
 
-    def triangles(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Answers (n, d_v) and logs of row sums (n,) over the keys of each query's own chunk, up to its own."""
+    def triangles(self, chunks: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Answers (n, d_v) and logs of row sums (n,) over the keys of each query's own chunk, up to its own.
+
+        Those of so many first chunks are left to the caller.
+        """
         n, length = len(self.q), self.length
         whole = n // length * length
         out, logs = torch.empty(n, self.columns), torch.empty(n)
-        for here, size in ((slice(0, whole), length), (slice(whole, n), n - whole)):
+        for here, size in ((slice(chunks * length, whole), length), (slice(whole, n), n - whole)):
             if here.start < here.stop:
                 parts = (t[here].unflatten(0, (-1, size)) for t in (self.q, self.k, self.v))
                 out[here], logs[here] = self._attend(*parts, is_causal=True)

@@ -121,12 +121,19 @@ class Expansion:
     def _own_apart(self, k: torch.Tensor | None) -> np.ndarray:
         return self.apart if k is not None else self.apart[:0]
 
-    def lost(self, near: torch.Tensor, scales: torch.Tensor, seen: Seen) -> torch.Tensor:
-        """(n_q,) `beyond_reach` of each query: near (rows,) and scales (blocks,) are the near keys' sums."""
+    def lost(
+        self, near: torch.Tensor, scales: torch.Tensor, seen: Seen, others: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """(n_q,) `beyond_reach` of each query: near (rows,) and scales (blocks,) are the near keys' sums.
+
+        others (n_q,): logs of its sum over other keys, which count with them.
+        """
         variances = self.logit_variances
         if float(variances.max()) <= most_variance(self.far_keys):
             return torch.zeros(len(self.blocks.rows), dtype=torch.bool)
         known = torch.logaddexp(near.log() + self.blocks.of_rows(scales), seen.own_log)
+        if others is not None:
+            known = torch.logaddexp(known, self.blocks.in_rows(others))
         return self.blocks.of_queries(beyond_reach(variances, known, seen.log_weight, self.far_keys))
 
     def seen(self, k: torch.Tensor | None) -> Seen:
@@ -201,10 +208,12 @@ class KeySide:
     """(n_k, d_v) v, in the dtype of the products."""
 
     def first(self, n: int, apart: np.ndarray) -> KeySide:
-        """The first n keys, of which others may stand apart; mean and axes stay."""
+        """The first n keys, of which others may stand apart; mean and axes stay, the spread is theirs."""
         whole = self.k, self.v, self.keys, self.features, self.values
         k, v, keys, features, values = (t[:n] for t in whole)
-        return replace(self, k=k, v=v, apart=apart, keys=keys, features=features, values=values)
+        some = torch.from_numpy(np.setdiff1d(np.arange(0, n, max(1, n // _KEYS_FOR_AXES)), apart))
+        spread = features[some, : len(self.spread)].float().mean(0)
+        return replace(self, k=k, v=v, apart=apart, spread=spread, keys=keys, features=features, values=values)
 
 
 def key_side(

@@ -44,11 +44,13 @@ def answers(
     *,
     scale: float,
     with_own_keys: bool,
+    others: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Answers (n_q, d_v), logs of the row sums (n_q,) for keys less their `mean`, and which rows are lost (n_q,).
 
     For float32 q (n_q, d) on a CPU; lost rows must be computed exactly, as must those that are not finite.
-    with_own_keys: key i is query i's own (as many keys as queries), and is summed exactly.
+    with_own_keys: key i is query i's own (as many keys as queries), and is summed exactly. others: see
+    `Expansion.lost`.
     """
     k, v, apart, low = side.k, side.v, side.apart, side.keys.dtype
     if q.shape[1] < k.shape[1]:
@@ -57,7 +59,7 @@ def answers(
     e = expand(q, side, generator, parameters, scale=scale)
     sums, scales = sums_of_keys(e.blocks, k, e.mean, v, e.chosen, e.ends, None, low, e.rounded)
     seen = e.seen(k if with_own_keys else None)
-    lost = e.lost(sums[:, 0], scales, seen)
+    lost = e.lost(sums[:, 0], scales, seen, others)
     if loops is not None and not len(apart):
         out, logs = torch.empty(len(q), v.shape[1]), torch.empty(len(q))
         near_keys = ScaledSums(sums.numpy(), scales.numpy())
@@ -90,6 +92,7 @@ def answers_in_one_block(
     *,
     scale: float,
     with_own_keys: bool,
+    others: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same in one block of all queries without axes, by compiled loops; answers of lost rows are NaN.
 
@@ -101,7 +104,9 @@ def answers_in_one_block(
     limits = most_off(max(1, len(k) - parameters.near)), REACH
     loops = block_loops()
     assert loops is not None
-    number = loops.answers_of_one_block(with_own_keys, one, variances, limits, out.numpy(), logs.numpy())
+    others = torch.full_like(logs, -torch.inf) if others is None else others
+    of_rows = variances, others.numpy()
+    number = loops.answers_of_one_block(with_own_keys, one, of_rows, limits, out.numpy(), logs.numpy())
     count(kernel_evaluations=len(k) + (len(q) + 1) * number + len(q) * (1 + with_own_keys))
     return out, logs
 
@@ -160,20 +165,42 @@ def _causal(
     def single(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         # Rounding must not depend on a common offset; the first value is seen by every row.
         values = torch.sub(v, v[0], out=scratch("values", *v.shape))
+        first = Flash(q[:length], k[:length], values[:length], scale, length, low).triangles()
+        if len(q) <= length:
+            return first[0].add_(v[0])
+        # Nor on one of the keys, or the parts of a row would not fit each other: that of the first chunk may be known.
+        k = torch.sub(k, k[:length].mean(0), out=scratch("centred", *k.shape))
         flash = Flash(q, k, values, scale, length, low)
-        out, logs = flash.triangles()
+        out, logs = flash.triangles(1)
+        out[:length] = first[0]
         earlier = EarlierKeys(q, k, values, flash, parameters)
         for here, apart in earlier:
             # Query i and key i of these belong to different tokens.
             if one_block and not len(apart):
                 some, theirs = k[: here.start], values[: here.start]
+                shift = q[here] @ (scale * some.mean(0))
                 found, log = answers_in_one_block(
-                    q[here], some, theirs, generator, parameters, scale=scale, with_own_keys=False
+                    q[here],
+                    some,
+                    theirs,
+                    generator,
+                    parameters,
+                    scale=scale,
+                    with_own_keys=False,
+                    others=logs[here] - shift,
                 )
-                log.addmv_(q[here], scale * some.mean(0))
+                log.add_(shift)
             else:
                 side, shifts = earlier.before(here, apart)
-                found, log, beyond = answers(q[here], side, generator, parameters, scale=scale, with_own_keys=False)
+                found, log, beyond = answers(
+                    q[here],
+                    side,
+                    generator,
+                    parameters,
+                    scale=scale,
+                    with_own_keys=False,
+                    others=logs[here] - shifts,
+                )
                 log.add_(shifts)
                 found[beyond] = torch.nan
             lost = (~(found.sum(1) + log).isfinite()).nonzero().squeeze(1)

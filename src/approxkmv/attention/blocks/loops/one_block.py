@@ -89,11 +89,13 @@ def _see_in_one_block(with_own_keys, blocks, keys, far):
 
 
 @cached_njit(fastmath=FLAGS, nogil=True)
-def _lose(near, log_weight, variances, most_off, reach, out):
+def _lose(near, others, log_weight, variances, most_off, reach, out):
     """Make NaN the rows of out (n_q, d_v) that are out of reach of the one block: see `reach.beyond_reach`."""
     sums, scales = near
     for row in range(len(out)):
         known = scales[0] + np.log(sums[row, 0])
+        higher = max(known, others[row])
+        known = higher + np.log(f32(1.0) + exp(min(known, others[row]) - higher))
         # The log of 1 + exp(gap), the inverse of the far keys' share
         gap = known - log_weight[row]
         more = max(gap, f32(0.0)) + np.log(f32(1.0) + exp(-abs(gap)))
@@ -102,18 +104,18 @@ def _lose(near, log_weight, variances, most_off, reach, out):
 
 
 @cached_njit(nogil=True)
-def answers_of_one_block(with_own_keys, one, variances, limits, out, row_logs):
+def answers_of_one_block(with_own_keys, one, of_rows, limits, out, row_logs):
     """`local_expansion.answers` for a OneBlock, into out (n_q, d_v) and row_logs (n_q,); NaN where a row is lost.
 
-    variances (n_q,) are those of each row's logits, limits `most_off` of the far keys and REACH. Returns the number of
-    near keys. With few keys, separate calls from Python would take longer than their work; the same functions are
-    called.
+    of_rows are the variances (n_q,) of each row's logits and its `others` (n_q,), limits `most_off` of the far keys and
+    REACH. Returns the number of near keys. With few keys, separate calls from Python would take longer than their work;
+    the same functions are called.
     """
     blocks, keys, chosen, far = _expand_one_block(one)
     near = _sums_in_one_block(blocks, keys, chosen, np.zeros(len(chosen), np.float32))
     seen = _see_in_one_block(with_own_keys, blocks, keys, far)
     expanded_answers(0, 1, one.tilts > 0, blocks, near, seen, keys.v, out, row_logs)
-    _lose(near, seen.log_weight, variances, limits[0], limits[1], out)
+    _lose(near, of_rows[1], seen.log_weight, of_rows[0], limits[0], limits[1], out)
     return len(chosen)
 
 
