@@ -212,7 +212,8 @@ class KeySide:
         whole = self.k, self.v, self.keys, self.features, self.values
         k, v, keys, features, values = (t[:n] for t in whole)
         some = torch.from_numpy(np.setdiff1d(np.arange(0, n, max(1, n // _KEYS_FOR_AXES)), apart))
-        spread = features[some, : len(self.spread)].float().mean(0)
+        squares, centre = features[some].float().mean(0).tensor_split([len(self.spread)])
+        spread = (squares - (centre @ self.axes).square()).clamp_min(0)
         return replace(self, k=k, v=v, apart=apart, spread=spread, keys=keys, features=features, values=values)
 
 
