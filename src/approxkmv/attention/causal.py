@@ -1,4 +1,4 @@
-"""Causal attention by recursion, for any method that can return its sums before they are divided.
+"""Causal attention: triangles of chunks by flash attention, and by recursion any method that returns its sums.
 
 The lower triangle of n queries and keys consists of two triangles of half the size and one full square below the
 diagonal. Triangles are split until they are small enough to be exact; the squares are what a method approximates.

@@ -13,20 +13,20 @@ from approxkmv.attention.blocks.expansion import Clustering, KeySide, key_side
 from approxkmv.attention.blocks.reach import stand_apart
 from approxkmv.attention.causal import Flash
 
-# Queries of a chunk, or twice as many if these are over four chunks. Shorter ones cost as much, since more is done for
-# each, and err more, since their blocks are wider.
+# Queries of a chunk; twice as many where there would be more than four chunks. Shorter chunks cost as much, since
+# there are more of them, and err more, since their blocks are wider.
 EXACT_BELOW = 2048
 
 
 def chunk_length(n: int, near: int) -> int:
-    """The number of queries per chunk, of n in all, of which keys at least half are far from a block."""
+    """The number of queries in each chunk of n: at least twice the near keys, or few keys would be far."""
     # A power of two: with the keys before a chunk ends a block of oneDNN's products.
     return max(EXACT_BELOW * (1 if n <= 4 * EXACT_BELOW else 2), 1 << (2 * near - 1).bit_length())
 
 
 @dataclass(frozen=True)
 class EarlierKeys:
-    """The keys before each chunk but the first, of q (n, d), k (n, d) and v (n, d_v), of which `flash` is, too."""
+    """The keys before each chunk but the first, for q (n, d), k (n, d) and v (n, d_v); `flash` is made of the same."""
 
     q: torch.Tensor
     k: torch.Tensor

@@ -2,9 +2,9 @@
 
 Windows move in blocks, as in Longformer (Beltagy, Peters & Cohan 2020): under the causal mask a query attends to its
 own block of keys, up to its own key, to the whole block before it and to the first keys, the attention sinks of
-StreamingLLM (Xiao et al., ICLR 2024); without the mask, to its own block and both next to it. Fewer queries than keys
-are the last ones: they share the last keys, `window` of them before the first query's. All other keys are dropped.
-Cost: 1.5 n window d, or 3 n window d.
+StreamingLLM (Xiao et al., ICLR 2024); without the mask, to three blocks around its own, or to all keys if there are at
+most four blocks. Fewer queries than keys are the last ones: they share the last keys, `window` of them before the first
+query's. All other keys are dropped. Cost: 1.5 n window d, or 3 n window d.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from approxkmv.compute.trial import fastest_dtype
 
 @dataclass(frozen=True)
 class Parameters:
-    """Keys of a block, how many first keys, and the dtype of products."""
+    """Keys of a block, how many first keys, at most a block of them, and the dtype of products."""
 
     window: int = 1024
     sinks: int = 16
@@ -50,7 +50,7 @@ def _window(
         raise UnavailableError(f"window needs a key for each query, but there are {n_q} and {n}")
     low = fastest_dtype(FLASH) if products == "fastest" else getattr(torch, products)
     window, sinks = min(window, n), min(sinks, window, n)
-    # Rounding must not depend on a common offset; the first value is seen by every row.
+    # Rounding must not depend on a common offset; no row comes before the first value.
     first = v[:, :1].float()
     if n_q < n:
         k, v = (_last(t, n_q + window, sinks) for t in (k, v))
@@ -63,8 +63,10 @@ def _window(
     out = torch.empty(len(q), q.shape[1], first.shape[2])
     if n_q < n:
         _all_pairs(q, k, v, scale, out)
+    elif is_causal:
+        _before(q, k, v, scale, window, sinks, out)
     else:
-        (_before if is_causal else _around)(q, k, v, scale, window, sinks, n, out)
+        _around(q, k, v, scale, window, sinks, n, out)
     return out[:, :n_q].add_(first).to(dtype).contiguous()
 
 
@@ -82,20 +84,20 @@ def _padded(out: torch.Tensor, t: torch.Tensor, offset: torch.Tensor | None) -> 
 
 
 def _before(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int, sinks: int, n: int, out: torch.Tensor
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int, sinks: int, out: torch.Tensor
 ) -> None:
-    """Write the answers under the causal mask to `out` (batch, rows, d_v); of q, k and v, n rows are no padding."""
+    """Write the answers of q, k and v (batch, rows, width) under the causal mask to `out` (batch, rows, d_v)."""
     batch, rows, d_v = out.shape
     # The first two blocks see all keys up to their own.
     start = min(2 * window, rows)
-    count(kernel_evaluations=batch * pairs_seen(min(start, n)))
+    count(kernel_evaluations=batch * pairs_seen(start))
     out[:, :start] = flash((t[:, None, :start] for t in (q, k, v)), scale, is_causal=True)[0][:, 0, :, :d_v]
     if start == rows:
         return
     own = tuple(t[:, start:].unflatten(1, (-1, window)) for t in (q, k, v))
     before = (_with_first(t, t[:, window:-window].unflatten(1, (-1, window)), sinks) for t in (k, v))
-    whole, rest = divmod(n - start, window)
-    count(kernel_evaluations=batch * (whole * pairs_seen(window) + pairs_seen(rest) + (n - start) * (window + sinks)))
+    of_block = pairs_seen(window) + window * (window + sinks)
+    count(kernel_evaluations=batch * (rows - start) // window * of_block)
     (near, log), (far, far_log) = flash(own, scale, is_causal=True), flash((own[0], *before), scale)
     merged = out[:, start:].unflatten(1, (-1, window)).copy_(far[..., :d_v])
     merged.lerp_(scratch("window near", *merged.shape).copy_(near[..., :d_v]), (log - far_log).sigmoid_().unsqueeze(3))
@@ -112,7 +114,7 @@ def _around(
     # Three blocks that end with the last key, for the last queries.
     starts = (torch.arange(1, rows // window - 1) * window).clamp_max_(n - 3 * window)
     keys = starts.unsqueeze(1) + torch.arange(3 * window)
-    count(kernel_evaluations=batch * (2 * window * 3 * window + (n - 2 * window) * (3 * window + sinks)))
+    count(kernel_evaluations=batch * (2 * window * 3 * window + (rows - 2 * window) * (3 * window + sinks)))
     start = 2 * window
     of_first = (t[:, None, : m * window] for t, m in ((q, 2), (k, 3), (v, 3)))
     out[:, :start] = flash(of_first, scale)[0][:, 0, :, :d_v]
