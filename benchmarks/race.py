@@ -48,14 +48,17 @@ def _record(study: str) -> Any:
     return json.loads((REFERENCE / study / "tables" / "sweep.json").read_text(encoding="utf-8"))
 
 
-def _about(study: str) -> str:
-    """Where and how a study was run; the sentence under each of its tables."""
+def _where(study: str) -> str:
+    return f"{_clocked(_record(study))} on {machine(REFERENCE / study / 'tables' / 'sweep.json')}"
+
+
+def _about(study: str, where: str = "") -> str:
+    """How a study was run, and where, as `_where` says; the sentence under each of its tables."""
     record, table = _record(study), _sweep(study)
     assert table is not None
     shared = "; * inputs shared with tuning" if table["tuning_inputs"].eq("shared").any() else ""
     return (
-        f"`{study}` ({ASKED.get(study, 'batches of 8')}): errors {of_what(table)}; "
-        f"{_clocked(record)} on {machine(REFERENCE / study / 'tables' / 'sweep.json')}; "
+        f"`{study}` ({ASKED.get(study, 'batches of 8')}): errors {of_what(table)}; {where}{'; ' if where else ''}"
         f"{record['seconds'] / 60:.1f} minutes{shared}{_one_input(record, table)}."
     )
 
@@ -145,6 +148,8 @@ def _in_the_other(row: Any) -> str:
 def winners() -> str:
     """Who wins where: a row per workload at its longest n, a column per target."""
     parts = []
+    # Said once, if it is the same for all
+    places = list(dict.fromkeys(_where(study) for study in _studies()))
     for study in ASKED:
         table = _sweep(study)
         if table is None:
@@ -163,8 +168,9 @@ def winners() -> str:
             }
             line |= {f"at {target:g}": _winner(rows[rows["target"] == target]) for target in targets}
             lines.append(line)
-        parts.append(f"{markdown(pd.DataFrame(lines))}\n\n{_about(study)}\n")
-    return "\n".join(parts)
+        about = _about(study, _where(study) if len(places) > 1 else "")
+        parts.append(f"{markdown(pd.DataFrame(lines))}\n\n{about}\n")
+    return "\n".join([*parts, *(f"Times: {place}.\n" for place in places if len(places) == 1)])
 
 
 def passing() -> str:
@@ -320,7 +326,7 @@ def figure5() -> str:
         lines.append(line)
     return (
         f"{markdown(pd.DataFrame(lines).fillna('–'))}\n\nSpeed relative to `exact-naive` / the fastest exact row in "
-        f"float32 / in bfloat16. {_about('figure5')}\n"
+        f"float32 / in bfloat16. {_about('figure5', _where('figure5'))}\n"
     )
 
 
