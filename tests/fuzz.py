@@ -105,10 +105,25 @@ def poisoned(rng: np.random.Generator, arrays: list[Any]) -> bool:
     return True
 
 
-def attention_reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool) -> torch.Tensor:
-    logits = scale * (q.double() @ k.double().mT)
+def seen_by_window(n_q: int, n: int, window: int, sinks: int, causal: bool) -> torch.Tensor:
+    """Which keys each query of method window sees (n_q, n), as its document says."""
+    if n_q < n:
+        kept = (torch.arange(n) >= n - n_q - window) | (torch.arange(n) < min(sinks, window))
+        return kept.expand(n_q, n)
+    i, j = torch.arange(n).unsqueeze(1), torch.arange(n)
+    block, of_key = i // window, j // window
     if causal:
-        logits = logits.masked_fill(~torch.ones(logits.shape[-2:], dtype=torch.bool).tril(), -math.inf)
+        return (j <= i) & ((of_key >= block - 1) | (j < min(sinks, window)))
+    if n <= 4 * window:
+        return torch.ones(n, n, dtype=torch.bool)
+    start = ((block - 1) * window).clamp(0, n - 3 * window)
+    return ((j >= start) & (j < start + 3 * window)) | ((j < min(sinks, window)) & (block >= 2))
+
+
+def attention_reference(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, seen: torch.Tensor
+) -> torch.Tensor:
+    logits = (scale * (q.double() @ k.double().mT)).masked_fill(~seen, -math.inf)
     return logits.softmax(-1) @ v.double()
 
 
@@ -132,6 +147,7 @@ def attention(name: str, causal: bool, rng: np.random.Generator) -> None:
     parameters = dict(method.grid[rng.integers(len(method.grid))]) if rng.random() < 0.5 else {}
     if name == "window":
         parameters |= {"window": below(rng, 40), "sinks": int(rng.integers(51))}
+        parameters["products"] = str(rng.choice(["float32", "bfloat16"]))
     elif causal and name in ("approxkmv", "local-expansion"):
         # With these a chunk has at least 32 queries, or 64 of more than 128.
         parameters |= {"block": below(rng, 40), "near": below(rng, 40), "directions": int(rng.choice([0, 8, 48]))}
@@ -161,17 +177,23 @@ def attention(name: str, causal: bool, rng: np.random.Generator) -> None:
     demand(out.shape == (batch, n_q, d_v), "shape", tuple(out.shape))
     demand(out.dtype == dtype, "type", out.dtype)
     demand(out.isfinite().all(), "not finite")
-    brain = BRAIN if torch.bfloat16 in (dtype, method.dtype) else 0.0
+    products = getattr(torch, parameters["products"]) if name == "window" else method.dtype
+    brain = BRAIN if torch.bfloat16 in (dtype, products) else 0.0
     largest = float(v.double().abs().amax())
     if ones:
         demand((out.double() - 1).abs().max() < brain + 1e-3, "ones become", float(out.min()), "to", float(out.max()))
-    if method.exact:
+    if method.exact or name == "window":
         s = d**-0.5 if scale is None else float(scale)
         # Each logit may be off by its rounding; a weight is then off by that factor, and an answer by twice that.
-        rounding = BRAIN if dtype != method.dtype == torch.bfloat16 else ROUNDING
+        rounding = BRAIN if dtype != products == torch.bfloat16 else ROUNDING
         off = rounding * s * q.double().norm(dim=-1).max() * k.double().norm(dim=-1).max()
         allowed = largest * (min(2.0, 2 * math.expm1(min(off, 1.0))) + EXACT + 2 * brain) + 1e-37
-        gap = (out.double() - attention_reference(q, k, v, s, causal)).abs().max()
+        seen = torch.ones(n_q, n_k, dtype=torch.bool)
+        if name == "window":
+            seen = seen_by_window(n_q, n_k, parameters["window"], parameters["sinks"], causal)
+        elif causal:
+            seen = seen.tril()
+        gap = (out.double() - attention_reference(q, k, v, s, seen)).abs().max()
         demand(gap <= allowed, "off by", float(gap), "where", float(allowed), "is rounding")
 
 
@@ -361,7 +383,7 @@ def by_products(rng: np.random.Generator) -> None:
         raise Bad("answered")
     demand(out.shape == (n_q, d_v), "shape", out.shape)
     demand(np.isfinite(out).all(), "not finite")
-    exact = attention_reference(*(torch.from_numpy(a) for a in (q, k, v)), d**-0.5, False).numpy()
+    exact = attention_reference(*(torch.from_numpy(a) for a in (q, k, v)), d**-0.5, torch.tensor(True)).numpy()
     for column, wanted, given in zip(out.T, exact.T, v.T, strict=True):
         unit = np.abs(given).max() or 1.0
         size = max(np.linalg.norm(given / unit), np.linalg.norm(wanted / unit))

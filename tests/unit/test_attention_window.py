@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from fuzz import seen_by_window
 
 from approxkmv.attention import UnavailableError, get
 from approxkmv.compute.counting import counting
@@ -14,18 +15,6 @@ def head(n, d=16, d_v=5, batch=2):
     return q, k, torch.randn(batch, n, d_v, generator=generator) + 3
 
 
-def seen(n, window, sinks, causal):
-    """Which keys each query sees, as the method's document says."""
-    i, j = torch.arange(n).unsqueeze(1), torch.arange(n)
-    block, of_key = i // window, j // window
-    if causal:
-        return (j <= i) & ((of_key >= block - 1) | (j < min(sinks, window)))
-    if n <= 4 * window:
-        return torch.ones(n, n, dtype=torch.bool)
-    start = ((block - 1) * window).clamp(0, n - 3 * window)
-    return ((j >= start) & (j < start + 3 * window)) | ((j < min(sinks, window)) & (block >= 2))
-
-
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(("window", "sinks"), [(7, 3), (7, 0), (7, 50), (16, 4), (24, 4), (25, 4), (100, 4), (1, 1)])
 def test_it_is_attention_under_its_mask(window, sinks, causal):
@@ -35,7 +24,7 @@ def test_it_is_attention_under_its_mask(window, sinks, causal):
     given = {"window": window, "sinks": sinks, "products": "float32"}
     with counting() as counts:
         out = (method.attend_causally if causal else method)(q, k, v, scale=0.7, **given)
-    mask = seen(100, window, sinks, causal)
+    mask = seen_by_window(100, 100, window, sinks, causal)
     logits = (0.7 * q.double() @ k.double().mT).masked_fill(~mask, -torch.inf)
     assert float((out - logits.softmax(-1) @ v.double()).abs().max()) < 1e-5
     # Padding counts, since it is computed: a last block is filled up with queries.
