@@ -23,7 +23,7 @@ _MODULES = {
     "mean": "trivial.mean",
     "uniform": "trivial.uniform",
     "own-key": "trivial.own_key",
-    "window": "patterns.window",
+    "window": "coresets.window",
     "approxkmv-paper": "hashed.approxkmv_paper",
     "kdeformer": "hashed.kdeformer",
     "hyperattention": "hashed.hyperattention",

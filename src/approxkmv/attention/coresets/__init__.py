@@ -1,1 +1,1 @@
-"""Methods that keep few keys for all queries, with weights."""
+"""Methods that do not ask which keys a query needs: few keys for all queries, or those near its position."""

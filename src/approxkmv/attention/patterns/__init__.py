@@ -1,1 +1,0 @@
-"""Pairs chosen in advance by their positions, whatever the queries and keys."""
