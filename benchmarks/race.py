@@ -535,7 +535,7 @@ def _said(measured: tuple[pd.DataFrame, set[str], list[float]], table: pd.DataFr
 
 
 def against_paper() -> str:
-    """Speed of approxkmv relative to approxkmv-paper, in the cells where the latter reaches the error."""
+    """Speed of approxkmv relative to approxkmv-paper, in the cells where both reach the error."""
     table = _apart(pd.concat(_studies().values(), ignore_index=True))
     # Without rows that compute every pair
     table = contenders(table)
