@@ -24,20 +24,23 @@ ASKED = {
     "rows": "every method, one value column",
     "long": "one value column",
     "columns": "all value columns of a head",
+    "columns-long": "all value columns; rotary positions scaled beyond the trained length",
     "causal": "all value columns, with the mask of a language model",
     "causal-long": "all value columns, with that mask; rotary positions scaled beyond the trained length",
     "few": "the last queries only",
 }
 # A cell is counted once, in whichever study comes first.
 CELL = ["workload", "n", "batch", "columns", "mask", "target"]
+# In results/reference: the same studies on a processor with matrix units for bfloat16, where exact attention is faster.
+ELSEWHERE = "amx"
 _NOT_YET = "Not measured yet: `snakemake --cores all --config study={}`.\n"
 
 
 @cache
-def _sweep(study: str) -> pd.DataFrame | None:
+def _sweep(study: str, relative_to: str | None = None) -> pd.DataFrame | None:
     """The reference table of a study, with its ratios; None where there is none."""
     path = REFERENCE / study / "tables" / "sweep.csv"
-    return read_sweep(path).assign(study=study) if path.exists() else None
+    return read_sweep(path, relative_to).assign(study=study) if path.exists() else None
 
 
 def _studies() -> dict[str, pd.DataFrame]:
@@ -52,9 +55,9 @@ def _where(study: str) -> str:
     return f"{_clocked(_record(study))} on {machine(REFERENCE / study / 'tables' / 'sweep.json')}"
 
 
-def _about(study: str, where: str = "") -> str:
+def _about(study: str, where: str = "", table: pd.DataFrame | None = None) -> str:
     """How a study was run, and where, as `_where` says; the sentence under each of its tables."""
-    record, table = _record(study), _sweep(study)
+    record, table = _record(study), _sweep(study) if table is None else table
     assert table is not None
     shared = "; * inputs shared with tuning" if table["tuning_inputs"].eq("shared").any() else ""
     return (
@@ -155,22 +158,54 @@ def winners() -> str:
         if table is None:
             parts.append(_NOT_YET.format(study))
             continue
-        error = table.attrs["error"]
-        targets = sorted(table["target"].dropna().unique(), reverse=True)
-        longest = table[table["n"] == table.groupby("workload")["n"].transform("max")]
-        lines = []
-        for (workload, n), rows in longest.groupby(["workload", "n"], sort=False):
-            mean = rows[f"mean_{error}"].dropna() if f"mean_{error}" in rows else []
-            line = {
-                "workload": _named(workload) + _mark(rows.iloc[0]),
-                "n": f"{n:,}",
-                "mean errs": f"{mean.iloc[0]:.2f}" if len(mean) else "–",
-            }
-            line |= {f"at {target:g}": _winner(rows[rows["target"] == target]) for target in targets}
-            lines.append(line)
         about = _about(study, _where(study) if len(places) > 1 else "")
-        parts.append(f"{markdown(pd.DataFrame(lines))}\n\n{about}\n")
+        parts.append(f"{markdown(pd.DataFrame(_lines_of_winners(table)))}\n\n{about}\n")
     return "\n".join([*parts, *(f"Times: {place}.\n" for place in places if len(places) == 1)])
+
+
+def _lines_of_winners(table: pd.DataFrame) -> list[dict[str, str]]:
+    """A row per workload at its longest n, with the winner at each target."""
+    error = table.attrs["error"]
+    targets = sorted(table["target"].dropna().unique(), reverse=True)
+    longest = table[table["n"] == table.groupby("workload")["n"].transform("max")]
+    lines = []
+    for (workload, n), rows in longest.groupby(["workload", "n"], sort=False):
+        mean = rows[f"mean_{error}"].dropna() if f"mean_{error}" in rows else []
+        line = {"workload": _named(workload) + _mark(rows.iloc[0]), "n": f"{n:,}"}
+        line["mean errs"] = f"{mean.iloc[0]:.2f}" if len(mean) else "–"
+        lines.append(line | {f"at {target:g}": _winner(rows[rows["target"] == target]) for target in targets})
+    return lines
+
+
+def elsewhere() -> str:
+    """The fastest exact row and the fastest method at the middle error, here and on the other machine, side by side."""
+    lines = []
+    for study in ASKED:
+        here, there = _sweep(study), _sweep(f"{ELSEWHERE}/{study}")
+        if here is None or there is None:
+            continue
+        sides = [here[here["n"] == here.groupby("workload")["n"].transform("max")], there]
+        target = sorted(there["target"].dropna().unique(), reverse=True)[1]
+        for (workload, n), rows in sides[0].groupby(["workload", "n"], sort=False):
+            both = [side[(side["workload"] == workload) & (side["n"] == n)] for side in (rows, there)]
+            if any(side.empty for side in both):
+                continue
+            line = {"workload": f"{_named(workload)} ({study})", "n": f"{n:,}"}
+            for name, side in zip(("", "AMX: "), both, strict=True):
+                exact = side[side["kind"] == "exact"].dropna(subset="seconds")
+                fast = exact.loc[exact["seconds"].idxmin()]
+                line[f"{name}exact"] = f"{number(1000 * fast['seconds'])} ms, `{fast['method']}`"
+                line[f"{name}fastest at {target:g}"] = _winner(side[side["target"] == target])
+            lines.append(line)
+    about = f"First {_on(next(iter(ASKED)))}, then (AMX) {_on(f'{ELSEWHERE}/columns')}; one thread, its processor time."
+    return f"{markdown(pd.DataFrame(lines))}\n\n{about}\n"
+
+
+def of_the_values() -> str:
+    """Who wins at errors of |v|, the paper's measure, with one value column: as `winners`, of the study `long`."""
+    table = _sweep("long", "values")
+    assert table is not None
+    return f"{markdown(pd.DataFrame(_lines_of_winners(table)))}\n\n{_about('long', _where('long'), table)}\n"
 
 
 def passing() -> str:
@@ -212,7 +247,7 @@ def _passes(rows: pd.DataFrame, shortest: int) -> str:
 def costs() -> str:
     """What an answer costs: exact attention in either precision, and the fastest method at the middle target."""
     lines = []
-    for study in ("long", "columns", "causal", "causal-long"):
+    for study in ("long", "columns", "columns-long", "causal", "causal-long"):
         table = _sweep(study)
         if table is None:
             lines.append({"workload": f"study {study}", "n": "not measured yet"})
@@ -439,7 +474,8 @@ def answer() -> str:
     """What a practitioner should do, as far as the reference sweeps say."""
     studies = _studies()
     places = {"rows": "one value column and few keys", "long": "one value column and more keys"}
-    places |= {"columns": "all value columns", "causal": "all columns and the mask of a language model"}
+    places |= {"columns": "all value columns", "columns-long": "all value columns and scaled rotary positions"}
+    places |= {"causal": "all columns and the mask of a language model"}
     places |= {"causal-long": "that mask on longer texts with scaled rotary positions", "few": "few queries"}
     one, seen = next(iter(studies)), pd.DataFrame()
     causal = studies.get("causal")
@@ -495,20 +531,29 @@ def _listed(parts: list[str]) -> str:
 
 
 def claim() -> str:
-    """One sentence on speed in a model, with denominator, precision, error and machine: of all heads, not the best."""
+    """Speed in a model, with denominator, precision, error and machine: of all heads, not the best."""
     columns = _sweep("columns")
-    masked = {"causal": "", "causal-long": " with scaled rotary positions"}
-    tables = {study: table for study in masked if (table := _sweep(study)) is not None}
     assert columns is not None
-    _, exact, _ = measured = _of_heads(columns)
+    _, exact, _ = _of_heads(columns)
     said = (
         f"On one thread of {_on('columns')}, with all value columns of a head, some method is faster than the fastest "
         f"exact attention ({_with_precision(exact)}) where no trivial one comes within the error (95th percentile "
-        f"over seeds): {_said(measured, columns)}"
+        f"over seeds): {_claimed('')}."
     )
-    parts = [f"{_said(_of_heads(table), table)}{masked[study]}" for study, table in tables.items()]
-    found = ", and ".join(parts) or "this is not measured yet"
-    return f"{said}; with the mask of a language model {found}."
+    there = f"{ELSEWHERE}/columns"
+    return said if _sweep(there) is None else f"{said} On {_on(there)}: {_claimed(f'{ELSEWHERE}/')}."
+
+
+def _claimed(place: str) -> str:
+    """On how many heads, without and with the mask, in the tables of a place."""
+    asked = {"columns": "", "columns-long": " with scaled rotary positions"}
+    masked = {"causal": "", "causal-long": " with scaled rotary positions"}
+    parts = [
+        " and ".join(f"{_said(_of_heads(table), table)}{some[study]}" for study, table in found.items())
+        for some in (asked, masked)
+        if (found := {study: table for study in some if (table := _sweep(place + study)) is not None})
+    ]
+    return "; with the mask of a language model ".join(parts)
 
 
 def _with_precision(exact: set[str]) -> str:
@@ -602,6 +647,8 @@ def workload_ratios() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "race-answer": answer,
     "race-winners": winners,
+    "race-elsewhere": elsewhere,
+    "race-values": of_the_values,
     "race-passing": passing,
     "race-costs": costs,
     "race-rising": rising,

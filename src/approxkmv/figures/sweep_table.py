@@ -92,12 +92,12 @@ _PANELS_IN_A_ROW = 4
 _ROUNDING = 1e-5
 
 
-def read_sweep(table: Path) -> pd.DataFrame:
+def read_sweep(table: Path, relative_to: str | None = None) -> pd.DataFrame:
     """The table of a sweep: the rows tuned for an error relative to the answer or, without such rows, to the values.
 
-    What a cell's rows say together (`add_ratios`) is computed anew. The frame's attrs say
-    what errors are relative to, by `relative_to`, and the prefix of their columns, by `error`. Raises TableError when
-    the table is missing, truncated or not from a sweep.
+    `relative_to` asks for one of the two. What a cell's rows say together (`add_ratios`) is computed anew. The frame's
+    attrs say what errors are relative to, by `relative_to`, and the prefix of their columns, by `error`. Raises
+    TableError when the table is missing, truncated or not from a sweep.
     """
     frame = read_table(table, {name: DRAWN.get(name, "anything") for name in COLUMNS if name not in NOT_DRAWN})
     # A row of another status could not run.
@@ -109,7 +109,7 @@ def read_sweep(table: Path) -> pd.DataFrame:
     add_ratios(rows)
     frame = type(frame)(rows)
     frame = frame.reindex(columns=[*frame, *(name for name in NOT_DRAWN if name not in frame)])
-    shown = "answer" if frame["relative_to"].eq("answer").any() else "values"
+    shown = relative_to or ("answer" if frame["relative_to"].eq("answer").any() else "values")
     frame = frame[~frame["relative_to"].isin(set(ERRORS) - {shown})].reset_index(drop=True)
     frame.attrs |= {"relative_to": shown, "error": ERRORS[shown]}
     return frame
