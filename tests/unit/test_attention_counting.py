@@ -61,6 +61,7 @@ def test_every_method_counts_and_counts_each_batch_entry(name):
         ("exact-naive", {}, N_Q * N_K),
         ("exact-sdpa", {}, N_Q * N_K),
         ("exact-sdpa-bf16", {}, N_Q * N_K),
+        ("exact-tiles-bf16", {}, N_Q * N_K),
         ("exact-fused", {"tile": 50}, N_Q * N_K),
         ("uniform", {"samples": 10}, N_Q * 10),
         ("own-key", {"samples": 10}, N_Q * 11),

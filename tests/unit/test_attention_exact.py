@@ -44,12 +44,13 @@ def test_causal_forms_against_float64(name, d_v, scale):
     assert gap < 30 * EPSILON * max(1.0, float(logits.abs().max()))
 
 
+@pytest.mark.parametrize("name", ["exact-sdpa-bf16", "exact-tiles-bf16"])
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("d_v", [1, 40, 300])
-def test_bfloat16_is_exact_up_to_its_rounding_and_casts_within_the_call(is_causal, d_v):
+def test_bfloat16_is_exact_up_to_its_rounding_and_casts_within_the_call(name, is_causal, d_v):
     generator = torch.Generator().manual_seed(1)
     q, k, v = (torch.randn(2, 530, width, generator=generator) for width in (24, 24, d_v))
-    method = get("exact-sdpa-bf16")
+    method = get(name)
     out = (method.attend_causally if is_causal else method)(q, k, v, scale=0.2)
     assert (out.dtype, out.shape) == (torch.float32, (2, 530, d_v))
     logits = 0.2 * q.double() @ k.double().mT

@@ -19,6 +19,7 @@ _MODULES = {
     "exact-naive": "exact.naive",
     "exact-sdpa": "exact.sdpa",
     "exact-sdpa-bf16": "exact.sdpa_bf16",
+    "exact-tiles-bf16": "exact.tiles_bf16",
     "exact-fused": "exact.fused",
     "mean": "trivial.mean",
     "uniform": "trivial.uniform",

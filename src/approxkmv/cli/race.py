@@ -196,7 +196,7 @@ def perplexity(  # noqa: PLR0913 - one argument for each option of the command l
 
         given = from_options(tokens, method or "exact-sdpa", parameters)
         if method is None:
-            given["methods"] = {name: [{}] for name in ("exact-sdpa", "exact-sdpa-bf16")}
+            given["methods"] = {name: [{}] for name in ("exact-sdpa", "exact-sdpa-bf16", "exact-tiles-bf16")}
         options = {"model": model, "corpus": corpus, "layers": layers, "seed": seed}
         settings = read_as(Perplexity, options | given, "options")
     else:

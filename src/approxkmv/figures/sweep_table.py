@@ -48,11 +48,11 @@ DRAWN = {
 METHODS = (
     *("approxkmv", "local-expansion", "approxkmv-paper", "kdeformer", "hyperattention", "clustered", "vkde-lsh"),
     *("knn", "hnsw", "vamana", "balancekv", "vattention", "top-k", "mean", "uniform", "own-key", "window"),
-    *("exact-fused", "exact-sdpa", "exact-naive", "exact-sdpa-bf16"),
+    *("exact-fused", "exact-sdpa", "exact-naive", "exact-sdpa-bf16", "exact-tiles-bf16"),
 )
 # One for each of METHODS, and one more, since colour alone would not tell points apart. Exact methods, which never miss
 # and so are never hollow, have the strokes.
-SHAPES = (*MARKERS, "+", "x", "1", "2", r"$\heartsuit$")
+SHAPES = (*MARKERS, "+", "x", "1", "2", "3", r"$\heartsuit$")
 # Shows what a choice of keys can reach.
 ORACLE = "top-k"
 
