@@ -457,12 +457,11 @@ def _largest(tables: list[pd.DataFrame]) -> Any:
 
 
 def _gain(row: Any, of: str) -> str:
-    """One measured gain with its denominator, precision, error and inputs."""
-    columns = "one value column" if row["columns"] == "one" else "all value columns"
+    """One measured gain with its denominators, error and inputs."""
     return (
         f"`{row['method']}` is {row['times_faster_bfloat16']:.1f} times as fast as the fastest exact attention in "
-        f"bfloat16, {row['times_faster_float32']:.1f} times in float32, at n = {row['n']:,} on "
-        f"{_named(row['workload'])}, {columns}, with an error of at most {row['target']:g} {of}"
+        f"bfloat16, {row['times_faster_float32']:.1f} times in float32 ({_named(row['workload'])}, n = {row['n']:,}, "
+        f"error {row['target']:g} {of})"
     )
 
 
@@ -478,10 +477,12 @@ def answer() -> str:
     places |= {"causal": "all columns and the mask of a language model"}
     places |= {"causal-long": "that mask on longer texts with scaled rotary positions", "few": "few queries"}
     one, seen = next(iter(studies)), pd.DataFrame()
-    causal = studies.get("causal")
     said = [f"One thread of {_on(one)}, errors {of_what(studies[one])}; each cell (workload, n and error) counts once."]
-    if causal is not None:
-        said.insert(0, _in_a_model(causal))
+    if (causal := studies.get("causal")) is not None:
+        said.insert(0, f"**In a language model, {_in_a_model(causal)}; `approxkmv plan` finds which for each head.**")
+        there = f"{ELSEWHERE}/causal"
+        if (other := _sweep(there)) is not None:
+            said.insert(1, f"On {_on(there)}, {_in_a_model(other)}.")
     lines = []
     for study, table in studies.items():
         known = seen[CELL].drop_duplicates() if len(seen) else table[:0][CELL]
@@ -513,12 +514,11 @@ def _in_a_model(table: pd.DataFrame) -> str:
     total, easy = len(hard), heads["workload"].nunique() - len(hard)
     at = f"at {heads['n'].max():,} keys and an error of {heads['target'].max():g} {of_what(table)}"
     if not gains:
-        return f"**In a language model take exact attention: {at} nothing is faster on any of {total} heads.**"
+        return f"{at}, exact attention is the fastest on all of {total} heads"
     parts = [f"`{name}` on {len(some)} of {total} heads{_range(some)}" for name, some in gains.items()]
     parts += [f"exact attention on {exact}"] if exact else []
     more = f" (on {easy} more a trivial method comes as close)" if easy else ""
-    found = f"the fastest is {_listed(parts)}{more}; `approxkmv plan` finds which for each head"
-    return f"**In a language model, {at}, {found}.**"
+    return f"{at}, the fastest is {_listed(parts)}{more}"
 
 
 def _range(gains: list[float]) -> str:

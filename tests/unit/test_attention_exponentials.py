@@ -47,7 +47,8 @@ def test_the_inputs_have_what_they_are_to_show():
     assert subnormals((logits - logits.amax(2, keepdim=True)).exp()) > 500
 
 
-@pytest.mark.parametrize("name", sorted(set(methods()) - {"own-key", "window"} - BLOCKS))
+# The instructions for products in bfloat16 take subnormal numbers as 0.
+@pytest.mark.parametrize("name", sorted(set(methods()) - {"own-key", "window", "exact-tiles-bf16"} - BLOCKS))
 @pytest.mark.parametrize("d_v", [1, 20])
 def test_no_subnormal_number_in_a_product(name, d_v, monkeypatch):
     monkeypatch.setattr(compute_loops, "numba_works", lambda: False)
