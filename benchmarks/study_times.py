@@ -1,7 +1,8 @@
 """How long studies took, by the logs of their steps: python benchmarks/study_times.py results/STUDY ...
 
 The last line of a step's log has its end and its seconds. Writes results/reference/benchmarks/study_times.csv, a row a
-study: its steps and the seconds in which any of them ran, with pauses of at most 15 seconds, when the next ones start.
+study: its steps, the seconds in which any of them ran, with pauses of at most 15 seconds, when the next ones start, and
+the processor and commit. Rows of studies that are not given stay.
 """
 
 from __future__ import annotations
@@ -44,10 +45,14 @@ def seconds_in(spans: list[tuple[float, float]]) -> float:
 def main() -> None:
     """Write the table and print it."""
     found = {Path(folder).name: spans_of(Path(folder, "logs")) for folder in sys.argv[1:]}
-    lines = [{"study": study, "steps": len(some), "seconds": round(seconds_in(some))} for study, some in found.items()]
-    table = pd.DataFrame(lines)
     # Before the table is written, which is a change of the checkout.
     record = describe()
+    where = {"processor": record["machine"]["processor"], "commit": record["commit"]}
+    lines = [
+        {"study": study, "steps": len(some), "seconds": round(seconds_in(some)), **where}
+        for study, some in found.items()
+    ]
+    table = pd.concat([pd.read_csv(OUT), pd.DataFrame(lines)]).drop_duplicates("study", keep="last")
     write_csv(OUT, table)
     write_json(OUT.with_suffix(".json"), record)
     print(table.to_string(index=False))
