@@ -178,7 +178,7 @@ def _lines_of_winners(table: pd.DataFrame) -> list[dict[str, str]]:
 
 
 def elsewhere() -> str:
-    """The fastest exact row and the fastest method at the middle error, here and on the other machine, side by side."""
+    """The exact row that counts and the fastest method at the middle error, here and on the other machine."""
     lines = []
     for study in ASKED:
         here, there = _sweep(study), _sweep(f"{ELSEWHERE}/{study}")
@@ -192,10 +192,12 @@ def elsewhere() -> str:
                 continue
             line = {"workload": f"{_named(workload)} ({study})", "n": f"{n:,}"}
             for name, side in zip(("", "AMX: "), both, strict=True):
-                exact = side[side["kind"] == "exact"].dropna(subset="seconds")
-                fast = exact.loc[exact["seconds"].idxmin()]
-                line[f"{name}exact"] = f"{number(1000 * fast['seconds'])} ms, `{fast['method']}`"
-                line[f"{name}fastest at {target:g}"] = _winner(side[side["target"] == target])
+                asked = side[side["target"] == target]
+                # The denominator: the fastest whose own error is small enough
+                fast = asked["fastest_exact"].dropna().iloc[0]
+                seconds = side.loc[side["method"].eq(fast) & side["kind"].eq("exact"), "seconds"].iloc[0]
+                line[f"{name}exact"] = f"{number(1000 * seconds)} ms, `{fast}`"
+                line[f"{name}fastest at {target:g}"] = _winner(asked)
             lines.append(line)
     about = f"First {_on(next(iter(ASKED)))}, then (AMX) {_on(f'{ELSEWHERE}/columns')}; one thread, its processor time."
     return f"{markdown(pd.DataFrame(lines))}\n\n{about}\n"
@@ -480,12 +482,13 @@ def answer() -> str:
     said = [f"One thread of {_on(one)}"]
     if (causal := studies.get("causal")) is not None:
         at, found = _in_a_model(causal)
-        lead = f"**In a language model, {at}, the fastest is {found}; `approxkmv plan` finds which for each head.** "
+        said.insert(
+            0, f"**In a language model, {at}, the fastest is {found}.** `approxkmv plan` finds which for each head. "
+        )
         there = f"{ELSEWHERE}/causal"
-        said.insert(0, lead)
         if (other := _sweep(there)) is not None:
-            said.append(f" (on {_on(there)}: {_in_a_model(other)[1]})")
-    said.append(f"; errors {of_what(studies[one])}; each cell (workload, n and error) counts once.")
+            said[-1] += f"; on {_on(there)}, {_untimed(other)}: {_in_a_model(other)[1]}"
+    said.append(f". Errors {of_what(studies[one])}; each cell (workload, n and error) counts once.")
     lines = []
     for study, table in studies.items():
         known = seen[CELL].drop_duplicates() if len(seen) else table[:0][CELL]
@@ -498,7 +501,7 @@ def answer() -> str:
         lines[-1] += "." if best is None else f"; at best {_gain(best, of_what(table))}."
     missing = [study for study in places if study not in studies]
     if missing:
-        lines.append(f"Not measured yet: {' and '.join(places[study] for study in missing)}.")
+        lines.append(f"Not measured yet: {'; '.join(places[study] for study in missing)}.")
     if all(table["times_faster_bfloat16"].isna().all() for table in studies.values()):
         lines.append("**These tables lack exact attention in bfloat16, against which a gain may be no gain.**")
     return "".join(said) + "\n\n" + "".join(f"- {line}\n" for line in lines)
@@ -514,13 +517,14 @@ def _in_a_model(table: pd.DataFrame) -> tuple[str, str]:
         name = won.loc[won["times_faster"].idxmax(), "method"] if len(won) else "exact"
         gains.setdefault(name, []).append(won["times_faster"].max() if len(won) else 1.0)
     exact = len(gains.pop("exact", []))
-    total, easy = len(hard), heads["workload"].nunique() - len(hard)
+    total = heads["workload"].nunique()
+    easy = total - len(hard)
     at = f"at {heads['n'].max():,} keys and an error of {heads['target'].max():g} {of_what(table)}"
     if not gains:
-        return at, f"exact attention on all of {total} heads"
+        return at, f"exact attention on {exact} of {total} heads"
     parts = [f"`{name}` on {len(some)} of {total} heads{_range(some)}" for name, some in gains.items()]
     parts += [f"exact attention on {exact}"] if exact else []
-    more = f" (on {easy} more a trivial method comes as close)" if easy else ""
+    more = f"; on {easy} a trivial method comes as close" if easy else ""
     return at, f"{_listed(parts)}{more}"
 
 
@@ -544,7 +548,20 @@ def claim() -> str:
         f"over seeds): {_claimed('')}."
     )
     there = f"{ELSEWHERE}/columns"
-    return said if _sweep(there) is None else f"{said} On {_on(there)}: {_claimed(f'{ELSEWHERE}/')}."
+    if (other := _sweep(there)) is None:
+        return said
+    return (
+        f"{said} On one thread of {_on(there)}, against {_with_precision(_of_heads(other)[1])}, {_untimed(other)}: "
+        f"{_claimed(f'{ELSEWHERE}/')}."
+    )
+
+
+def _untimed(table: pd.DataFrame) -> str:
+    """Which exact methods of the reference a table of the other machine lacks."""
+    here = _sweep("columns")
+    assert here is not None
+    known = here.loc[here["kind"].eq("exact"), "method"].unique()
+    return ", ".join(f"`{name}` not timed" for name in known if not table["method"].eq(name).any()) or "all timed"
 
 
 def _claimed(place: str) -> str:

@@ -7,6 +7,7 @@ the processor and commit. Rows of studies that are not given stay.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import sys
@@ -42,17 +43,27 @@ def seconds_in(spans: list[tuple[float, float]]) -> float:
     return total
 
 
+def origin(study: Path) -> dict[str, str]:
+    """Processor and commit of a study, by the record beside one of its tables."""
+    for path in sorted(study.glob("tables/*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        record = record.get("provenance", record)
+        if "commit" in record and "machine" in record:
+            return {"processor": record["machine"]["processor"], "commit": record["commit"]}
+    raise SystemExit(f"{study}: none of its tables says how it was made")
+
+
 def main() -> None:
     """Write the table and print it."""
-    found = {Path(folder).name: spans_of(Path(folder, "logs")) for folder in sys.argv[1:]}
+    found = {folder: spans_of(Path(folder, "logs")) for folder in sys.argv[1:]}
     # Before the table is written, which is a change of the checkout.
     record = describe()
-    where = {"processor": record["machine"]["processor"], "commit": record["commit"]}
     lines = [
-        {"study": study, "steps": len(some), "seconds": round(seconds_in(some)), **where}
-        for study, some in found.items()
+        {"study": Path(folder).name, "steps": len(some), "seconds": round(seconds_in(some)), **origin(Path(folder))}
+        for folder, some in found.items()
     ]
-    table = pd.concat([pd.read_csv(OUT), pd.DataFrame(lines)]).drop_duplicates("study", keep="last")
+    kept = [pd.read_csv(OUT)] if OUT.exists() else []
+    table = pd.concat([*kept, pd.DataFrame(lines)]).drop_duplicates("study", keep="last")
     write_csv(OUT, table)
     write_json(OUT.with_suffix(".json"), record)
     print(table.to_string(index=False))

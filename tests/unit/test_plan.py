@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from approxkmv.attention import get
-from approxkmv.errors import InputError, TableError
+from approxkmv.errors import InputError, TableError, UnavailableError
 from approxkmv.integrations import transformers as fast
 from approxkmv.models import ModelLocation
 from approxkmv.models.loading import quiet
@@ -102,6 +102,19 @@ def test_the_fastest_method_within_the_error_is_chosen(monkeypatch):
     assert best((None,) * 4, None, 0.05).method == "exact-sdpa-bf16"
     found = best((None,) * 4, None, 0.015)
     assert (found.method, found.exact_seconds) == ("exact-sdpa", 8.0)
+    given["exact-tiles-bf16"] = (0.01, 2.0)
+    assert best((None,) * 4, None, 0.05).method == "exact-tiles-bf16"
+
+
+def test_an_exact_method_that_the_device_lacks_is_left_out(monkeypatch):
+    def measured(method, *rest):
+        if method.name == "exact-tiles-bf16":
+            raise UnavailableError("a CPU only")
+        return (0.0, 1.0, 0.0)
+
+    monkeypatch.setattr(planning, "METHODS", ())
+    monkeypatch.setattr(planning, "_measured", measured)
+    assert best((None,) * 4, None, 0.05).method == "exact-sdpa-bf16"
 
 
 def test_a_made_plan_keeps_the_answers_of_another_text(model, monkeypatch):

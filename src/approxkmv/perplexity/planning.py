@@ -77,7 +77,11 @@ def best(inputs: Inputs, exact: torch.Tensor, target: float) -> HeadPlan:
     """The plan for one head's q, k, v (1, n, width) and scale, whose answer is `exact` (1, n, d_v)."""
     found = None
     for name in _EXACT:
-        error, seconds, _ = _measured(get(name), {}, inputs, exact, _SEEDS)
+        try:
+            error, seconds, _ = _measured(get(name), {}, inputs, exact, _SEEDS)
+        except UnavailableError:
+            # On a GPU
+            continue
         # At most half of the target, as for the exact rows of a sweep.
         if error <= target / 2 and (found is None or seconds < found.seconds):
             found = HeadPlan(name, get(name).parameters(), error, seconds, name, seconds)
