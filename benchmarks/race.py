@@ -156,7 +156,8 @@ def winners() -> str:
     for study in ASKED:
         table = _sweep(study)
         if table is None:
-            parts.append(_NOT_YET.format(study))
+            elsewhere = _sweep(f"{ELSEWHERE}/{study}") is not None
+            parts.append(f"`{study}` was measured with AMX only.\n" if elsewhere else _NOT_YET.format(study))
             continue
         about = _about(study, _where(study) if len(places) > 1 else "")
         parts.append(f"{markdown(pd.DataFrame(_lines_of_winners(table)))}\n\n{about}\n")
@@ -182,20 +183,21 @@ def elsewhere() -> str:
     lines = []
     for study in ASKED:
         here, there = _sweep(study), _sweep(f"{ELSEWHERE}/{study}")
-        if here is None or there is None:
+        if there is None:
             continue
-        sides = [here[here["n"] == here.groupby("workload")["n"].transform("max")], there]
         target = sorted(there["target"].dropna().unique(), reverse=True)[1]
-        for (workload, n), rows in sides[0].groupby(["workload", "n"], sort=False):
-            both = [side[(side["workload"] == workload) & (side["n"] == n)] for side in (rows, there)]
-            if any(side.empty for side in both):
-                continue
+        longest = there[there["n"] == there.groupby("workload")["n"].transform("max")]
+        for (workload, n), rows in longest.groupby(["workload", "n"], sort=False):
             line = {"workload": f"{_named(workload)} ({study})", "n": f"{n:,}"}
-            for name, side in zip(("", "AMX: "), both, strict=True):
-                asked = side[side["target"] == target]
+            for name, side in (("", here), ("AMX: ", rows)):
+                line |= {f"{name}exact": "–", f"{name}fastest at {target:g}": "–"}
+                if side is None:
+                    continue
+                asked = side[side["workload"].eq(workload) & side["n"].eq(n) & side["target"].eq(target)]
                 # The denominator: the fastest whose own error is small enough
                 fast = asked["fastest_exact"].dropna().iloc[0]
-                seconds = side.loc[side["method"].eq(fast) & side["kind"].eq("exact"), "seconds"].iloc[0]
+                same = side["workload"].eq(workload) & side["n"].eq(n) & side["method"].eq(fast)
+                seconds = side.loc[same, "seconds"].iloc[0]
                 line[f"{name}exact"] = f"{number(1000 * seconds)} ms, `{fast}`"
                 line[f"{name}fastest at {target:g}"] = _winner(asked)
             lines.append(line)
@@ -499,7 +501,7 @@ def answer() -> str:
         lines.append(f"With {places[study]} some method beats exact attention in {won} of {asked} cells")
         lines[-1] += f" ({trivially} within a trivial method's reach)" if trivially else ""
         lines[-1] += "." if best is None else f"; at best {_gain(best, of_what(table))}."
-    missing = [study for study in places if study not in studies]
+    missing = [study for study in places if study not in studies and _sweep(f"{ELSEWHERE}/{study}") is None]
     if missing:
         lines.append(f"Not measured yet: {'; '.join(places[study] for study in missing)}.")
     if all(table["times_faster_bfloat16"].isna().all() for table in studies.values()):
