@@ -252,11 +252,12 @@ def reliability() -> str:
     counts = calls.groupby("kind", sort=False)[["calls", "good", "failures"]].sum().reset_index()
     add("random calls", counts, "calls", "good", "python benchmarks/reliability.py fuzz")
     killed = f"{len(kills):,} kills, " if len(kills) else ""
+    where = f" Kills: {machine(folder / 'kills.json').split(', Python')[0]}." if len(kills) else ""
     return (
         f"{markdown(pd.DataFrame(lines))}\n\nIn total {killed}{inputs['tried'].sum():,} bad inputs and "
         f"{calls['calls'].sum():,} random calls, of which {calls['answered'].sum():,} were answered and "
         f"{calls['refused'].sum():,} refused. "
-        f"{machine(folder / 'fuzz.json')}.\n"
+        f"Inputs and calls: {machine(folder / 'fuzz.json')}.{where}\n"
     )
 
 
