@@ -95,7 +95,7 @@ def predicted() -> str:
     for what, expected, row, name in _PREDICTED:
         one_column = [r for r in now if "d_v=64" not in r["what"] or row.startswith("n=")]
         lines.append((what, expected, _milliseconds(earlier, row, name), _milliseconds(one_column, row, name)))
-    columns = ["what", "predicted for an H100, ms", "the code of the prediction, ms", "now, ms"]
+    columns = ["what", "predicted for an H100, ms", "H200, that code, ms", "H200, fused form, ms"]
     return f"{markdown(pd.DataFrame(lines, columns=columns))}\n"
 
 
@@ -179,6 +179,24 @@ def statistics() -> str:
     return f"{markdown(wide.reset_index())}\n"
 
 
+def code() -> str:
+    """What the kernels of the fused form need, as compiled by benchmarks/gpu_code.py."""
+    table = pd.read_csv(FOLDER / "tables" / "code.csv", dtype={"triton": str})
+    versions = list(table["triton"].unique())
+    lines = []
+    for kernel, rows in table[table["triton"] == versions[-1]].groupby("kernel", sort=False):
+        pairs = rows["instructions_per_pair"].dropna().map("{:.0f}".format)
+        lines.append((f"`{kernel}`", ", ".join(rows["registers"].astype(str)), ", ".join(pairs) or "–"))
+    spills = sorted(set(table.loc[table["stack"] > 0, "kernel"]))
+    said = f"Spills: {', '.join(spills)}" if spills else "No kernel spills"
+    sizes = ", ".join(f"{d} and {d_v}" for d, d_v in table[["d", "d_v"]].drop_duplicates().to_numpy())
+    columns = ["kernel", "registers of a thread", "instructions for a pair"]
+    return (
+        f"{markdown(pd.DataFrame(lines, columns=columns))}\n\nAt d and d_v of {sizes}. {said} by Triton "
+        f"{' or '.join(versions)}; the numbers are of {versions[-1]}, for sm_90 (`python benchmarks/gpu_code.py`).\n"
+    )
+
+
 def collect(out: Path, earlier: Path | None) -> None:
     """Copy what a GPU measured into the reference results; the cases of its sweeps become one table."""
     rows = [json.loads(line) for line in (out / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -225,6 +243,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu-predicted": predicted,
     "gpu-figure5": figure5,
     "gpu-long": long,
+    "gpu-code": code,
     "gpu-statistics": statistics,
 }
 

@@ -17,6 +17,7 @@ import interpreter
 import torch
 
 from approxkmv.attention.blocks.cuda import approxkmv as approxkmv_cuda
+from approxkmv.attention.blocks.cuda import clustering as clustering_cuda
 from approxkmv.attention.blocks.cuda import expansion as expansion_cuda
 from approxkmv.attention.blocks.cuda import fused
 from approxkmv.attention.blocks.cuda import local_expansion as local_expansion_cuda
@@ -194,6 +195,77 @@ def check_tiles():
     print("tiles: each query once")
 
 
+def check_clustering():
+    """Samples, k-means and tiles in few kernels are those of torch."""
+    first = torch.full((1,), 3, device=DEVICE)
+    for n_q, n_k, d, d_v, clusters in (
+        (150, 170, 20, 1, 9),
+        (1100, 70, 100, 5, 40),
+        (40, 600, 16, 4, 40),
+        (70, 70, 24, 1, 2),
+    ):
+        q, k, v = inputs(2, n_q, n_k, d, d_v, torch.float32, n_q)
+        # Apart from zero and from each other, so that no two centres are equally near
+        q, k, v = 3 * q + 5, k - 7, v + 2
+        k[0, 0] *= 30
+        s = clustering_cuda.Sampled.of(q, k, v, 0.3)
+        some_q, some_k, some_v = (t[:, :: max(1, t.shape[1] // 512)] for t in (q, k, v))
+        variance = 0.09 * some_q.var(1, correction=0)
+        squares = (some_k - some_k.mean(1, keepdim=True)).square()
+        spreads = (squares * variance.unsqueeze(1)).sum(2)
+        bar = (16 * spreads.median(1).values).clamp_min(16)
+        usual = (spreads <= bar.unsqueeze(1)).unsqueeze(2).float()
+        right = (some_q.mean(1), variance, some_k.mean(1), (squares * usual).sum(1) / usual.sum(1), bar[:, None])
+        right = (*right, some_v.mean(1), 0.3 * right[3].pow(expansion_cuda.METRIC_POWER))
+        ranks = torch.zeros(2, 1, 2, -(-d // 16) * 16, device=DEVICE)
+        ranks[:, 0, :, :d] = torch.stack([0.3 * right[0], 0.5 * variance], 1)
+        # bfloat16 keeps 8 bits, and the interpreter cuts the others off.
+        assert float((s.ranks.float() - ranks.flatten(2)).abs().max() / ranks.abs().max()) < 2**-7
+        assert not bool(usual[0, 0])
+        for name, one in zip(list(s.__dataclass_fields__)[:-1], right, strict=True):
+            apart = float(((getattr(s, name) - one) / one).abs().max())
+            assert apart < 1e-4, (name, apart)
+
+        for sampled in (3, 10**6):
+            labels, counts = clustering_cuda.labels_of_queries(q, s, first, clusters, 2, sampled)
+            plain = expansion_cuda.labels_of_queries(q, s.key_spread.unsqueeze(1), first, clusters, 2, sampled)
+            # Products in bfloat16 move queries between two centres that are almost equally near.
+            same = float((labels == plain).float().mean())
+            print(f"clustering, {clusters} clusters of {n_q}, d {d}, {sampled} sampled: {same:.3f} as in float32")
+            assert same > 0.9
+            assert torch.equal(counts.long(), torch.stack([one.bincount(minlength=clusters) for one in labels.long()]))
+            queries, of_tile, ends = clustering_cuda.tiles_of(labels, counts, clusters)
+            tiles = expansion_cuda.Tiles.of(labels.long(), clusters)
+            assert torch.equal(queries, tiles.queries)
+            assert torch.equal(ends, tiles.ends)
+            assert torch.equal(of_tile[of_tile >= 0], tiles.clusters[(queries >= 0).any(2)])
+        one = clustering_cuda.one_cluster(q)
+        tiles = expansion_cuda.Tiles.of(torch.zeros_like(labels), 1)
+        assert torch.equal(one[0], tiles.queries)
+        assert torch.equal(one[1], tiles.clusters)
+
+
+def check_lists():
+    """Bits of 1 in words become the places of the bits, in their order: in empty words, full ones and those between."""
+    generator = torch.Generator().manual_seed(0)
+    near = torch.rand(2, 3, 1100, 32, generator=generator) < 0.05
+    near[0, 0], near[0, 1, :2], near[1, 2, 7:] = False, True, False
+    words = (near.long() << torch.arange(32)).sum(3)
+    words = torch.where(words < 2**31, words, words - 2**32).int().to(DEVICE)
+    for room in (64, 4096):
+        counts = torch.empty(2, 3, dtype=torch.int32, device=DEVICE)
+        lists = torch.full((2, 3, room), -1, dtype=torch.int32, device=DEVICE)
+        length = {"LENGTH": 1100 if INTERPRETED else 0, "BN": 512}
+        fused.kernels.lists_kernel[(3, 2)](words, counts, lists, 1100, room, **length)
+        assert torch.equal(counts.cpu().long(), near.flatten(2).sum(2))
+        for e in range(2):
+            for c in range(3):
+                right = near[e, c].flatten().nonzero().flatten()[:room]
+                assert torch.equal(lists[e, c, : len(right)].cpu().long(), right)
+                assert bool((lists[e, c, len(right) :] == -1).all())
+    print("lists: each near key once, in order")
+
+
 def check_local_expansion():
     shapes = (
         (150, 170, 20, 1, 16, 80),
@@ -284,10 +356,11 @@ def check_fused():
             labels = expansion_cuda.labels_of_queries(q.float(), spread, first, clusters, 2, 8)
             right = plain_local_expansion(q, k, v, d**-0.5, labels, near)
 
-            def given(q, s, weight, centres, step, kind, labels=labels):
-                return labels[:, ::step].to(kind)
+            def given(q, s, first, clusters, *_, labels=labels):
+                counts = torch.stack([one.bincount(minlength=clusters) for one in labels])
+                return labels.to(torch.int16), counts.to(torch.int32)
 
-            with replaced(nearest=given, listing=lambda near, n_k: (1, near + 1, 64)):
+            with replaced(labels_of_queries=given, listing=lambda near, n_k: (1, near + 1, 64)):
                 clustering = Clustering(block=block, near=near, iterations=2, sampled=8)
                 out, lost = fused.steps(q, k, v, first, clustering, scale=d**-0.5)
             found = gap(out, right, v)
@@ -506,7 +579,15 @@ def main(table=None, *dtypes):
         sys.exit("check_kernels: torch finds no CUDA device; set TRITON_INTERPRET=1 to check in the interpreter")
     if INTERPRETED:
         interpreter.patch_once_per_launch()
-    checks = [check_exact, check_listed, check_tiles, check_local_expansion, check_approxkmv, check_errors]
+    checks = [
+        check_exact,
+        check_listed,
+        check_tiles,
+        check_clustering,
+        check_local_expansion,
+        check_approxkmv,
+        check_errors,
+    ]
     checks += [check_fused, check_fused_extremes]
     if not INTERPRETED:
         checks += [check_graphs] + [check_second_device] * (torch.cuda.device_count() > 1)

@@ -1,7 +1,5 @@
 """The code around the CUDA kernels, run on a CPU: graphs (recorded by a fake), counts, estimates, hardware limits."""
 
-import re
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -19,9 +17,9 @@ cuda = pytest.importorskip("approxkmv.attention.blocks.cuda.local_expansion")
 ours = pytest.importorskip("approxkmv.attention.blocks.cuda.approxkmv")
 expansion = pytest.importorskip("approxkmv.attention.blocks.cuda.expansion")
 fused = pytest.importorskip("approxkmv.attention.blocks.cuda.fused")
-of_clusters = pytest.importorskip("approxkmv.attention.blocks.cuda.kernels")
 graphs = pytest.importorskip("approxkmv.attention.kernels.cuda_graphs")
 kernels = pytest.importorskip("approxkmv.attention.kernels.triton")
+ahead_of_time = pytest.importorskip("ahead_of_time")
 
 N_Q, N_K, D = 203, 150, 8
 GIVEN = {"scale": 0.4, "products": "float32", "directions": 0, "iterations": 2, "sampled": 3}
@@ -402,61 +400,16 @@ def test_a_kernel_too_large_for_the_chip_is_unavailable(monkeypatch):
         kernels.exact(*(t.expand(-1, -1, 257) for t in (inputs()[2],) * 3), 0.4)
 
 
-# Types of the kernels' pointers where they are not float32, by kernel or for all; q, k and v are of the inputs' type.
-TYPES = {
-    **dict.fromkeys(("query_pointer", "cluster_pointer", "count_pointer", "near_pointer", "lost_pointer"), "*i32"),
-    **dict.fromkeys(("rank_pointer", "pair_pointer", "qh_pointer", "qm_pointer", "kh_pointer", "km_pointer"), "*bf16"),
-    **dict.fromkeys(("end_pointer", "place_pointer"), "*i64"),
-    "label_pointer": "*i16",
-    "far_pointer": "*fp64",
-    **dict.fromkeys(("scale", "margin", "reach", "off"), "fp32"),
-}
-
-
-def compiled(kernel, constants, types, loose=(), **options):
-    """A kernel compiled ahead of time for an H100; no GPU is needed. loose: numbers that are no multiples of 16."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    def of(argument):
-        return {**TYPES, **types}.get(argument, "*fp32" if "pointer" in argument else "i32")
-
-    signature = {argument: of(argument) for argument in kernel.arg_names} | dict.fromkeys(constants, "constexpr")
-    exact = [i for i, argument in enumerate(kernel.arg_names) if argument not in {*constants, *loose}]
-    source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in exact})
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-
-
-def compiled_for_an_h100(name, d, d_v, dtype):
-    """A kernel as `exact` or `listed` launch it."""
-    kernel, listed = getattr(kernels, name), name == "_listed_kernel"
-    constants = {"KEYS": 0, **kernels._options(d, d_v, dtype), **kernels._tiles(dtype, listed)}
-    launch = {key: constants.pop(key) for key in ("num_stages", "num_warps") if key in constants}
-    constants |= {"EXTRA": True} if listed else {}
-    # Sizes of 1 are constants, and those that are multiples of 16 are known to be: what wide loads need.
-    constants |= {"d_v": 1} if d_v == 1 else {}
-    low = "*fp32" if dtype == torch.float32 else "*bf16"
-    types = dict.fromkeys(("q_pointer", "k_pointer"), "*fp32" if listed else low) | {"v_pointer": low}
-    return compiled(kernel, constants, types, ("scale", *(["d_v"] if d_v % 16 else ())), **launch)
-
-
-def compiled_of_the_fused_form(name, d, d_v):
-    """A kernel as `fused.steps` launches it on bfloat16 inputs in many clusters."""
-    kernel = getattr(of_clusters, name)
-    sizes = {"LENGTH": 0, "PIECE": 0, "OWN": True, "ROOM": fused._SAMPLE}
-    given = {key: value for key, value in sizes.items() if key in kernel.arg_names}
-    given |= fused.launches(d, d_v, clusters=64, near=512)[name]
-    constants = {key: value for key, value in given.items() if key in kernel.arg_names}
-    launch = {key: value for key, value in given.items() if key not in constants}
-    types = dict.fromkeys(("q_pointer", "k_pointer", "v_pointer", "out_pointer"), "*bf16")
-    types |= {"centre_pointer": "*bf16"} if name == "nearest_kernel" else {}
-    numbers = [argument for argument in kernel.arg_names if "pointer" not in argument]
-    return compiled(kernel, constants, types, numbers, **launch)
-
-
 KERNELS = pytest.mark.parametrize("name", ["_exact_kernel", "_listed_kernel"])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 compiles = pytest.mark.skipif(kernels._INTERPRETED, reason="the interpreter compiles nothing")
+
+
+def spilled(made):
+    """Bytes of a thread's stack, which only spills take."""
+    if not ahead_of_time.DISASSEMBLER.is_file():
+        pytest.skip("Triton came without cuobjdump, which reads the registers of a compiled kernel")
+    return ahead_of_time.resources(made)[1]
 
 
 @compiles
@@ -465,7 +418,7 @@ compiles = pytest.mark.skipif(kernels._INTERPRETED, reason="the interpreter comp
 @pytest.mark.slow
 def test_the_widest_inputs_fit_on_the_chip(name, dtype):
     for d_v in (1, 256):
-        assert compiled_for_an_h100(name, 256, d_v, dtype).metadata.shared <= SHARED
+        assert ahead_of_time.of_exact_or_listed(name, 256, d_v, dtype).metadata.shared <= SHARED
 
 
 @compiles
@@ -473,60 +426,38 @@ def test_the_widest_inputs_fit_on_the_chip(name, dtype):
 @KERNELS
 @pytest.mark.slow
 @pytest.mark.parametrize(("d", "d_v"), [(64, 1), (64, 64), (100, 1), (100, 100)])
-def test_no_kernel_spills_registers(name, d, d_v, dtype, tmp_path):
-    """A spill takes a stack. docs/gpu.md has the registers: run with -s to see them."""
-    made = compiled_for_an_h100(name, d, d_v, dtype)
-    registers, stack = registers_of(made, tmp_path)
-    print(f"\n{name} {dtype} d={d} d_v={d_v}: {registers} registers, {made.metadata.shared} bytes of shared memory")
-    assert stack == 0
+def test_no_kernel_spills_registers(name, d, d_v, dtype):
+    made = ahead_of_time.of_exact_or_listed(name, d, d_v, dtype)
+    assert spilled(made) == 0
     assert "cp.async" in made.asm["ptx"]
-
-
-FUSED = (
-    *("nearest_kernel", "centres_kernel", "keys_kernel", "sample_kernel", "threshold_kernel", "far_kernel"),
-    *("finish_kernel", "rows_kernel"),
-)
 
 
 @compiles
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FUSED)
-@pytest.mark.parametrize(("d", "d_v"), [(64, 1), (64, 64), (100, 1), (100, 100), (128, 128)])
-def test_kernels_of_the_fused_form_spill_next_to_nothing(name, d, d_v, tmp_path):
-    """The last is faster with fewer registers than it could use; Triton 3.6 spills a third as much."""
-    made = compiled_of_the_fused_form(name, d, d_v)
-    registers, stack = registers_of(made, tmp_path)
-    print(f"\n{name} d={d} d_v={d_v}: {registers} registers, {stack} bytes of stack, {made.metadata.shared} shared")
-    assert stack <= {"rows_kernel": 144, "far_kernel": 24}.get(name, 0)
+@pytest.mark.parametrize(
+    ("name", "summing"),
+    [*((name, True) for name in ahead_of_time.FUSED), ("nearest_kernel", False), ("means_kernel", False)],
+)
+@pytest.mark.parametrize(("d", "d_v"), [(64, 1), (64, 64), (100, 1), (100, 100), (64, 128), (128, 128)])
+def test_no_kernel_of_the_fused_form_spills_registers(name, summing, d, d_v):
+    made = ahead_of_time.of_the_fused_form(name, d, d_v, summing)
+    assert spilled(made) == 0
     assert made.metadata.shared <= SHARED
 
 
 @compiles
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [64, 128])
-def test_the_kernel_of_statistics_spills_no_registers(width, tmp_path):
+def test_the_kernel_of_statistics_spills_no_registers(width):
     from approxkmv.statistics import largest_cuda as largest
 
     kernel = largest._strip_kernel
     constants = {"LISTS": largest._LISTS, "LENGTH": 0, "BM": largest._ROWS, "BN": largest._KEYS, "BD": width}
-    made = compiled(kernel, constants | {"WIDEN": False}, {}, [a for a in kernel.arg_names if "pointer" not in a])
-    registers, stack = registers_of(made, tmp_path)
-    print(f"\nstatistics, width {width}: {registers} registers, {made.metadata.shared} bytes of shared memory")
-    assert stack == 0
+    made = ahead_of_time.compiled(
+        kernel, constants | {"WIDEN": False}, {}, [a for a in kernel.arg_names if "pointer" not in a]
+    )
+    assert spilled(made) == 0
     assert made.metadata.shared <= SHARED
-
-
-def registers_of(made, folder):
-    """Registers of a thread, and bytes of its stack."""
-    from triton import knobs
-
-    disassembler = Path(knobs.nvidia.cuobjdump.path)
-    if not disassembler.is_file():
-        pytest.skip("Triton came without cuobjdump, which reads the registers of a compiled kernel")
-    binary = folder / "kernel.cubin"
-    binary.write_bytes(made.asm["cubin"])
-    said = subprocess.run([disassembler, "-res-usage", binary], capture_output=True, text=True, check=True).stdout
-    return tuple(int(x) for x in re.search(r"REG:(\d+) STACK:(\d+)", said).groups())
 
 
 class Launches(TorchDispatchMode):
@@ -556,14 +487,8 @@ def test_kernels_per_call(monkeypatch):
             Kernel.launched += 1
             return lambda *_, **__: None
 
-    def nearest(q, s, weight, centres, step, dtype):
-        centres.square().sum(2), centres.bfloat16()
-        of_clusters.nearest_kernel[()]()
-        return torch.zeros(1, len(range(0, q.shape[1], step)), dtype=dtype)
-
-    for name in FUSED:
-        monkeypatch.setattr(of_clusters, name, Kernel())
-    monkeypatch.setattr(fused, "nearest", nearest)
+    for name, module in ahead_of_time.FUSED.items():
+        monkeypatch.setattr(module, name, Kernel())
     monkeypatch.setattr(kernels, "listed", listed)
     for block, label in ((160, "one block"), (20, "blocks")):
         one = {"clustering": Clustering(block=block, near=30, iterations=3, sampled=3), "scale": 0.4}

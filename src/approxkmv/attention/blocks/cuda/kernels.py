@@ -1,5 +1,6 @@
-"""Triton kernels of local expansion: clusters of queries, and their near and far keys, of which no n x n / block array
-is made. Queries, keys and values are read as they are, in any floating-point type, and centred where they are used.
+"""Triton kernels of local expansion: near and far keys of clusters; of n x n / block numbers only bits are stored.
+
+Queries, keys and values are read as they are, in any floating-point type, and centred where they are used.
 """
 
 from __future__ import annotations
@@ -8,116 +9,44 @@ from approxkmv.attention.kernels.triton import _dot, tl, triton
 
 
 @triton.jit
-def nearest_kernel(
-    q_pointer, mean_pointer, weight_pointer, centre_pointer, norm_pointer, label_pointer,
-    n, points, step, clusters,
-    LENGTH: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, WIDEN: tl.constexpr,
-):  # fmt: skip
-    """The nearest centre of (q - mean) weight, for every step-th of n queries. norm: |centre|^2."""
-    entry = tl.program_id(1).to(tl.int64)
-    rows = tl.program_id(0) * BM + tl.arange(0, BM)
-    along = tl.arange(0, BD)
-    there, mine = along < D, rows < points
-    q = tl.load(
-        q_pointer + (entry * n + rows[:, None] * step) * D + along[None, :],
-        mask=mine[:, None] & there[None, :],
-        other=0.0,
-    ).to(tl.float32)
-    mean = tl.load(mean_pointer + entry * D + along, mask=there, other=0.0)
-    weight = tl.load(weight_pointer + entry * D + along, mask=there, other=0.0)
-    q = ((q - mean[None, :]) * weight[None, :]).to(tl.bfloat16)
-    least = tl.full((BM,), float("inf"), tl.float32)
-    label = tl.zeros((BM,), tl.int32)
-    for first in range(0, clusters if LENGTH == 0 else LENGTH, BN):
-        some = first + tl.arange(0, BN)
-        real = some < clusters
-        centre = tl.load(
-            centre_pointer + (entry * clusters + some[:, None]) * D + along[None, :],
-            mask=real[:, None] & there[None, :],
-            other=0.0,
-        )
-        norm = tl.load(norm_pointer + entry * clusters + some, mask=real, other=float("inf"))
-        gap = norm[None, :] - 2.0 * _dot(q, tl.trans(centre), "ieee", WIDEN)
-        closest = tl.min(gap, 1)
-        # The first of equals, as argmin
-        at = tl.min(tl.where(gap == closest[:, None], some[None, :], 2147483647), 1)
-        label = tl.where(closest < least, at, label)
-        least = tl.minimum(least, closest)
-    tl.store(label_pointer + entry * points + rows, label.to(label_pointer.dtype.element_ty), mask=mine)
-
-
-@triton.jit
-def centres_kernel(
-    q_pointer, query_pointer, end_pointer, centre_pointer, variance_pointer,
-    n, tiles, clusters, scale, most,
-    LENGTH: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
-    """Mean, rounded to bfloat16, and variances of the scaled queries of a cluster, from at most `most` of its tiles."""
-    entry = tl.program_id(1).to(tl.int64)
-    cluster = tl.program_id(0)
-    along = tl.arange(0, BD)
-    there = along < D
-    ends = end_pointer + entry * clusters + cluster
-    last = tl.load(ends).to(tl.int32)
-    first = tl.where(cluster > 0, tl.load(ends - tl.minimum(cluster, 1)).to(tl.int32), 0)
-    step = tl.maximum(1, (last - first + most - 1) // most)
-    # Relative to a query of the cluster, so that the squares do not cancel
-    origin = tl.load(query_pointer + (entry * tiles + tl.minimum(first, tiles - 1)) * BM).to(tl.int64)
-    origin = tl.maximum(origin, 0)
-    shift = tl.load(q_pointer + (entry * n + origin) * D + along, mask=there, other=0.0).to(tl.float32)
-    count = tl.zeros((BM,), tl.float32)
-    total = tl.zeros((BD,), tl.float32)
-    squares = tl.zeros((BD,), tl.float32)
-    number = (last - first + step - 1) // step
-    for i in range(number if LENGTH == 0 else LENGTH):
-        place = first + i * step
-        in_tile = tl.arange(0, BM)
-        exists = in_tile < (last - place) * BM
-        rows = tl.load(query_pointer + (entry * tiles + place) * BM + in_tile, mask=exists, other=-1).to(tl.int64)
-        mine = rows >= 0
-        q = tl.load(
-            q_pointer + (entry * n + rows[:, None]) * D + along[None, :],
-            mask=mine[:, None] & there[None, :],
-            other=0.0,
-        ).to(tl.float32)
-        gap = tl.where(mine[:, None], q - shift[None, :], 0.0)
-        count += mine.to(tl.float32)
-        total += tl.sum(gap, 0)
-        squares += tl.sum(gap * gap, 0)
-    queries = tl.maximum(tl.sum(count, 0), 1.0)
-    average = total / queries
-    centre = (scale * (shift + average)).to(tl.bfloat16).to(tl.float32)
-    variance = scale * scale * tl.maximum(squares / queries - average * average, 0.0)
-    at = (entry * clusters + cluster) * D + along
-    tl.store(centre_pointer + at, centre, mask=there)
-    tl.store(variance_pointer + at, variance, mask=there)
-
-
-@triton.jit
 def keys_kernel(
-    k_pointer, mean_pointer, spread_pointer, bar_pointer, pair_pointer, apart_pointer, n,
-    D: tl.constexpr, W: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    k_pointer, v_pointer, mean_pointer, value_mean_pointer, spread_pointer, bar_pointer,
+    pair_pointer, centred_pointer, apart_pointer, n, padded,
+    D: tl.constexpr, D_V: tl.constexpr, W: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """Keys less their mean beside their squares, in rows of twice W numbers; 1e30 for those that stand apart, or 0."""
+    """Keys less their mean beside their squares, in rows of twice W numbers, and values less theirs, for `padded` keys.
+
+    apart: 1e30 for those that stand apart, or 0; -inf beyond the n keys, whose other numbers are 0.
+    """
     entry = tl.program_id(1).to(tl.int64)
-    rows = entry * n + tl.program_id(0) * BN + tl.arange(0, BN)
-    along = tl.arange(0, BD)
-    there, real = along < D, tl.program_id(0) * BN + tl.arange(0, BN) < n
-    k = tl.load(k_pointer + rows[:, None] * D + along[None, :], mask=real[:, None] & there[None, :], other=0.0)
+    place = tl.program_id(0) * BN + tl.arange(0, BN)
+    along, values = tl.arange(0, BD), tl.arange(0, BV)
+    there, wide, real = along < D, values < D_V, place < n
+    inside = real[:, None] & there[None, :]
+    k = tl.load(k_pointer + (entry * n + place[:, None]) * D + along[None, :], mask=inside, other=0.0)
     mean = tl.load(mean_pointer + entry * D + along, mask=there, other=0.0)
     spread = tl.load(spread_pointer + entry * D + along, mask=there, other=0.0)
-    k = tl.where(there[None, :], k.to(tl.float32) - mean[None, :], 0.0)
+    k = tl.where(inside, k.to(tl.float32) - mean[None, :], 0.0)
     squares = k * k
     apart = tl.sum(squares * spread[None, :], 1) > tl.load(bar_pointer + entry)
-    inside = real[:, None] & (along < W)[None, :]
-    tl.store(pair_pointer + rows[:, None] * (2 * W) + along[None, :], k.to(tl.bfloat16), mask=inside)
-    tl.store(pair_pointer + rows[:, None] * (2 * W) + W + along[None, :], squares.to(tl.bfloat16), mask=inside)
-    tl.store(apart_pointer + rows, tl.where(apart, 1e30, 0.0), mask=real)
+    exists = place < padded
+    at = pair_pointer + (entry * padded + place[:, None]) * (2 * W) + along[None, :]
+    inside = exists[:, None] & (along < W)[None, :]
+    tl.store(at, k.to(tl.bfloat16), mask=inside)
+    tl.store(at + W, squares.to(tl.bfloat16), mask=inside)
+    apart = tl.where(real, tl.where(apart, 1e30, 0.0), float("-inf"))
+    tl.store(apart_pointer + entry * padded + place, apart, mask=exists)
+    mean = tl.load(value_mean_pointer + entry * D_V + values, mask=wide, other=0.0)
+    inside = real[:, None] & wide[None, :]
+    v = tl.load(v_pointer + (entry * n + place[:, None]) * D_V + values[None, :], mask=inside, other=0.0)
+    v = tl.where(inside, v.to(tl.float32) - mean[None, :], 0.0).to(centred_pointer.dtype.element_ty)
+    at = centred_pointer + (entry * padded + place[:, None]) * D_V + values[None, :]
+    tl.store(at, v, mask=exists[:, None] & wide[None, :])
 
 
 @triton.jit
 def sample_kernel(
-    rank_pointer, pair_pointer, apart_pointer, log_pointer, clusters, n, sample, stride,
+    rank_pointer, pair_pointer, apart_pointer, log_pointer, clusters, padded, sample, stride,
     W: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """x as in `far_kernel` of one key in each `stride`, of those apart -1e30."""
@@ -131,7 +60,7 @@ def sample_kernel(
     centre = tl.load(at, mask=mine[:, None] & there[None, :], other=0.0)
     half = tl.load(at + W, mask=mine[:, None] & there[None, :], other=0.0)
     # By a hash, or keys that repeat in the same steps would be all that it sees.
-    keys = entry * n + place.to(tl.int64) * stride + (place.to(tl.int64) * 2654435761 >> 12) % stride
+    keys = entry * padded + place.to(tl.int64) * stride + (place.to(tl.int64) * 2654435761 >> 12) % stride
     at = pair_pointer + keys[:, None] * (2 * W) + along[None, :]
     k = tl.load(at, mask=real[:, None] & there[None, :], other=0.0)
     squares = tl.load(at + W, mask=real[:, None] & there[None, :], other=0.0)
@@ -160,13 +89,13 @@ def threshold_kernel(log_pointer, bound_pointer, sample, rank, ROOM: tl.constexp
 
 @triton.jit
 def far_kernel(
-    rank_pointer, pair_pointer, apart_pointer, v_pointer, value_mean_pointer, bound_pointer,
-    count_pointer, near_pointer, total_pointer, value_pointer, key_pointer, tilt_pointer,
-    clusters, n, piece, room,
+    rank_pointer, pair_pointer, apart_pointer, centred_pointer, bound_pointer,
+    word_pointer, total_pointer, value_pointer, key_pointer, tilt_pointer,
+    clusters, padded, piece,
     PIECE: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, W: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BD: tl.constexpr, BV: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """x = c.k + k'Vk / 2 for a piece of the n keys: those above each cluster's bound are listed as near.
+    """x = c.k + k'Vk / 2 for a piece of the keys: those above each cluster's bound are near, bits of 1 in `word`.
 
     The exp(x - bound) of all others are summed, times 1, v, k and, for one value column, v k. rank: c and half the
     diagonal of V, side by side in bfloat16.
@@ -181,42 +110,39 @@ def far_kernel(
     centre = tl.load(at, mask=mine[:, None] & there[None, :], other=0.0)
     half = tl.load(at + W, mask=mine[:, None] & there[None, :], other=0.0)
     bound = tl.load(bound_pointer + of_row, mask=mine, other=float("inf"))
-    value_mean = tl.load(value_mean_pointer + entry * D_V + values, mask=values < D_V, other=0.0)
-    counter = count_pointer + of_row
-    lists = near_pointer + of_row * room
+    # A bit for each key, 32 keys a word: written where it stands, an element of a list takes thirty instructions.
+    column = tl.arange(0, BN)
+    bit = (tl.zeros((BN,), tl.int32) + 1) << (column % 32)
+    words = word_pointer + (of_row * tl.num_programs(0) + part) * (piece // 32)
+    bound *= 1.4426950408889634
     total = tl.zeros((BM,), tl.float32)
     value = tl.zeros((BM, BV), tl.float32)
     far_key = tl.zeros((BM, BD), tl.float32)
     tilt = tl.zeros((BM, BD), tl.float32)
     for begin in range(0, piece if PIECE == 0 else PIECE, BN):
-        keys = part * piece + begin + tl.arange(0, BN)
-        real = keys < n
-        line = pair_pointer + (entry * n + keys[:, None]) * (2 * W) + along[None, :]
-        k = tl.load(line, mask=real[:, None] & there[None, :], other=0.0)
-        squares = tl.load(line + W, mask=real[:, None] & there[None, :], other=0.0)
-        apart = tl.load(apart_pointer + entry * n + keys, mask=real, other=0.0)
+        keys = entry * padded + part * piece + begin + column
+        line = pair_pointer + keys[:, None] * (2 * W) + along[None, :]
+        k = tl.load(line, mask=there[None, :], other=0.0)
+        squares = tl.load(line + W, mask=there[None, :], other=0.0)
+        apart = tl.load(apart_pointer + keys)
         x = _dot(centre, tl.trans(k), "ieee", WIDEN) + _dot(half, tl.trans(squares), "ieee", WIDEN)
-        x = tl.where(real[None, :], x + apart[None, :] - bound[:, None], float("-inf"))
+        x = 1.4426950408889634 * x + (apart[None, :] - bound[:, None])
         near = x > 0.0
-        # Without a branch: inside one Triton 3.9 does not compile the store.
-        place = tl.atomic_add(counter[:, None] + tl.zeros((BM, BN), tl.int32), 1, mask=near, sem="relaxed")
-        place = tl.where(near, place, room)
-        tl.store(lists[:, None] + place, keys[None, :] + tl.zeros((BM, BN), tl.int32), mask=place < room)
-        weight = tl.where(near, 0.0, tl.exp2(1.4426950408889634 * x))
+        word = tl.sum(tl.where(near & (column < 32)[None, :], bit[None, :], 0), 1)
+        tl.store(words + begin // 32, word, mask=mine)
+        if BN > 32:
+            word = tl.sum(tl.where(near & (column >= 32)[None, :], bit[None, :], 0), 1)
+            tl.store(words + begin // 32 + 1, word, mask=mine)
+        weight = tl.where(near, 0.0, tl.exp2(x))
         total += tl.sum(weight, 1)
         far_key += _dot(weight.to(tl.bfloat16), k, "ieee", WIDEN)
         if D_V == 1:
-            v = tl.load(v_pointer + entry * n + keys, mask=real, other=0.0).to(tl.float32) - tl.sum(value_mean, 0)
-            weight *= v[None, :]
+            weight *= tl.load(centred_pointer + keys)[None, :]
             value += tl.sum(weight, 1)[:, None]
             tilt += _dot(weight.to(tl.bfloat16), k, "ieee", WIDEN)
         else:
-            v = tl.load(
-                v_pointer + (entry * n + keys[:, None]) * D_V + values[None, :],
-                mask=real[:, None] & (values[None, :] < D_V),
-                other=0.0,
-            ).to(tl.float32)
-            v = (v - value_mean[None, :]).to(tl.bfloat16)
+            line = centred_pointer + keys[:, None] * D_V + values[None, :]
+            v = tl.load(line, mask=(values < D_V)[None, :], other=0.0)
             value += _dot(weight.to(tl.bfloat16), v, "ieee", WIDEN)
     out = (part * tl.num_programs(2) + entry) * clusters + rows
     tl.store(total_pointer + out, total, mask=mine)
@@ -230,10 +156,34 @@ def far_kernel(
 
 
 @triton.jit
+def lists_kernel(word_pointer, count_pointer, near_pointer, words, room, LENGTH: tl.constexpr, BN: tl.constexpr):
+    """The near keys of a cluster, in their order, and how many there are: those that find no room are counted only."""
+    row = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    total = 0
+    for first in range(0, words if LENGTH == 0 else LENGTH, BN):
+        at = first + tl.arange(0, BN)
+        word = tl.load(word_pointer + row * words + at, mask=at < words, other=0)
+        # How many bits of 1 there are, in pairs, fours and bytes, which a product adds up
+        bits = word - ((word >> 1) & 0x55555555)
+        bits = (bits & 0x33333333) + ((bits >> 2) & 0x33333333)
+        bits = (((bits + (bits >> 4)) & 0x0F0F0F0F) * 0x01010101) >> 24
+        place = total + tl.cumsum(bits, 0) - bits
+        total += tl.sum(bits, 0)
+        while tl.max((word != 0).to(tl.int32), 0) > 0:
+            # The lowest bit of 1, whose place is the exponent of its value as a float32
+            value = (word & -word).to(tl.uint32, bitcast=True).to(tl.float32)
+            key = 32 * at + (value.to(tl.int32, bitcast=True) >> 23) - 127
+            tl.store(near_pointer + row * room + place, key, mask=(word != 0) & (place < room))
+            place += 1
+            word = word & (word - 1)
+    tl.store(count_pointer + row, total)
+
+
+@triton.jit
 def finish_kernel(
-    variance_pointer, bound_pointer, count_pointer, total_pointer, value_pointer, key_pointer, tilt_pointer,
+    rank_pointer, bound_pointer, count_pointer, total_pointer, value_pointer, key_pointer, tilt_pointer,
     log_pointer, clusters, parts, room,
-    LENGTH: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
+    LENGTH: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, W: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """The far key of a cluster from the sums of the pieces, over those of the first: total, value, key, tilt.
 
@@ -257,9 +207,9 @@ def finish_kernel(
             tilt += tl.load(tilt_pointer + at * D + along, mask=there, other=0.0)
     total = tl.maximum(total, 1e-30)
     value, key = value / total, key / total
-    variance = tl.load(variance_pointer + row * D + along, mask=there, other=0.0)
+    half = tl.load(rank_pointer + row * (2 * W) + W + along, mask=there, other=0.0).to(tl.float32)
     bound = tl.load(bound_pointer + row)
-    log = tl.log(total) + bound - 0.5 * tl.sum(variance * key * key, 0)
+    log = tl.log(total) + bound - tl.sum(half * key * key, 0)
     tl.store(log_pointer + row, tl.where(tl.load(count_pointer + row) > room, float("nan"), log))
     tl.store(total_pointer + row, total)
     tl.store(value_pointer + row * D_V + values, value, mask=wide)
@@ -269,18 +219,40 @@ def finish_kernel(
 
 
 @triton.jit
+def bases_kernel(
+    rank_pointer, k_pointer, mean_pointer, count_pointer, near_pointer, base_pointer, clusters, n, room,
+    D: tl.constexpr, W: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """The logits of a cluster's near keys at its centre, times log2 e: in float32, once for all its tiles."""
+    entry = tl.program_id(2).to(tl.int64)
+    of_row = entry * clusters + tl.program_id(0)
+    place = tl.program_id(1) * BN + tl.arange(0, BN)
+    near = place < tl.minimum(tl.load(count_pointer + of_row), room)
+    along = tl.arange(0, BD)
+    there = along < D
+    keys = tl.load(near_pointer + of_row * room + place, mask=near, other=0).to(tl.int64)
+    k = tl.load(
+        k_pointer + (entry * n + keys[:, None]) * D + along[None, :], mask=near[:, None] & there[None, :], other=0.0
+    )
+    mean = tl.load(mean_pointer + entry * D + along, mask=there, other=0.0)
+    centre = tl.load(rank_pointer + of_row * (2 * W) + along, mask=there, other=0.0).to(tl.float32)
+    base = tl.sum((k.to(tl.float32) - mean[None, :]) * centre[None, :], 1)
+    tl.store(base_pointer + of_row * room + place, 1.4426950408889634 * base, mask=near)
+
+
+@triton.jit
 def rows_kernel(
-    q_pointer, query_pointer, cluster_pointer, k_pointer, v_pointer, mean_pointer, value_mean_pointer,
-    key_spread_pointer, count_pointer, near_pointer, bound_pointer, centre_pointer, variance_pointer,
+    q_pointer, query_pointer, cluster_pointer, k_pointer, pair_pointer, v_pointer, centred_pointer, mean_pointer,
+    value_mean_pointer, key_spread_pointer, count_pointer, near_pointer, base_pointer, bound_pointer, rank_pointer,
     total_pointer, far_value_pointer, far_key_pointer, tilt_pointer, far_log_pointer, out_pointer, lost_pointer,
-    n_q, n_k, room, clusters, scale, reach, off,
-    LENGTH: tl.constexpr, OWN: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BD: tl.constexpr, BV: tl.constexpr, WIDEN: tl.constexpr,
+    n_q, n_k, padded, room, clusters, scale, reach, off,
+    LENGTH: tl.constexpr, OWN: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, W: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """Answers of a tile of queries: near keys and a query's own exactly, the far key to first order; NaN where lost."""
     entry = tl.program_id(1).to(tl.int64)
     tile = entry * tl.num_programs(0) + tl.program_id(0)
-    rows = tl.load(query_pointer + tile * BM + tl.arange(0, BM)).to(tl.int64)
+    rows = tl.load(query_pointer + tile * BM + tl.arange(0, BM))
     mine = rows >= 0
     # The last tiles may be without queries.
     if tl.max(rows) >= 0:
@@ -288,9 +260,7 @@ def rows_kernel(
         along, values = tl.arange(0, BD), tl.arange(0, BV)
         there, wide = along < D, values < D_V
         inside = mine[:, None] & there[None, :]
-        mean = tl.load(mean_pointer + entry * D + along, mask=there, other=0.0)
-        value_mean = tl.load(value_mean_pointer + entry * D_V + values, mask=wide, other=0.0)
-        centre = tl.load(centre_pointer + of_block * D + along, mask=there, other=0.0)
+        centre = tl.load(rank_pointer + of_block * (2 * W) + along, mask=there, other=0.0).to(tl.float32)
         n_near = tl.minimum(tl.load(count_pointer + of_block), room)
         q = tl.load(q_pointer + (entry * n_q + rows[:, None]) * D + along[None, :], mask=inside, other=0.0)
         delta = tl.where(inside, scale * q.to(tl.float32) - centre[None, :], 0.0)
@@ -303,33 +273,36 @@ def rows_kernel(
         for first in range(0, n_near if LENGTH == 0 else LENGTH, BN):
             place = first + tl.arange(0, BN)
             near = place < n_near
-            keys = tl.load(near_pointer + of_block * room + place, mask=near, other=0).to(tl.int64)
+            keys = tl.load(near_pointer + of_block * room + place, mask=near, other=-1)
             k = tl.load(
-                k_pointer + (entry * n_k + keys[:, None]) * D + along[None, :],
-                mask=near[:, None] & there[None, :],
+                pair_pointer + (entry * padded + keys[:, None]) * (2 * W) + along[None, :],
+                mask=near[:, None] & (along < W)[None, :],
                 other=0.0,
-            ).to(tl.float32)
-            k = tl.where(there[None, :], k - mean[None, :], 0.0)
-            base = tl.where(near, 1.4426950408889634 * tl.sum(k * centre[None, :], 1), -1e30)
-            logits = _dot(low, tl.trans(k.to(tl.bfloat16)), "ieee", WIDEN) + base[None, :]
+            )
+            base = tl.load(base_pointer + of_block * room + place, mask=near, other=-1e30)
+            logits = _dot(low, tl.trans(k), "ieee", WIDEN) + base[None, :]
             if OWN:
-                same = (keys[None, :] == rows[:, None]) & near[None, :]
-                seen = tl.maximum(seen, tl.max(same.to(tl.int32), 1))
-            v = tl.load(
-                v_pointer + (entry * n_k + keys[:, None]) * D_V + values[None, :],
-                mask=near[:, None] & wide[None, :],
-                other=0.0,
-            ).to(tl.float32)
-            v = v - value_mean[None, :]
+                seen = tl.maximum(seen, tl.max((keys[None, :] == rows[:, None]).to(tl.int32), 1))
             higher = tl.maximum(highest, tl.max(logits, 1))
             fade = tl.exp2(highest - higher)
             weights = tl.exp2(logits - higher[:, None])
             total = total * fade + tl.sum(weights, 1)
             if D_V == 1:
-                acc = acc * fade[:, None] + tl.sum(weights * tl.trans(v), 1)[:, None]
+                v = tl.load(centred_pointer + entry * padded + keys, mask=near, other=0.0)
+                acc = acc * fade[:, None] + tl.sum(weights * v[None, :], 1)[:, None]
             else:
-                acc = acc * fade[:, None] + _dot(weights.to(tl.bfloat16), v.to(tl.bfloat16), "ieee", WIDEN)
+                v = tl.load(
+                    centred_pointer + (entry * padded + keys[:, None]) * D_V + values[None, :],
+                    mask=near[:, None] & wide[None, :],
+                    other=0.0,
+                )
+                acc = acc * fade[:, None] + _dot(weights.to(tl.bfloat16), v, "ieee", WIDEN)
             highest = higher
+        value_mean = tl.load(value_mean_pointer + entry * D_V + values, mask=wide, other=0.0)
+        # Loaded again rather than kept in registers all along
+        line = q_pointer + (entry * n_q + rows[:, None]) * D + along[None, :]
+        q = tl.load(line, mask=inside, other=0.0, eviction_policy="evict_last")
+        delta = tl.where(inside, scale * q.to(tl.float32) - centre[None, :], 0.0)
         highest = highest / 1.4426950408889634
         known = highest + tl.log(total)
         far_key = tl.load(far_key_pointer + of_block * D + along, mask=there, other=0.0)
@@ -343,6 +316,7 @@ def rows_kernel(
         variance = tl.sum(delta * delta * spread[None, :], 1)
         shift = tl.maximum(highest, far_log)
         if OWN:
+            mean = tl.load(mean_pointer + entry * D + along, mask=there, other=0.0)
             k = tl.load(k_pointer + (entry * n_k + rows[:, None]) * D + along[None, :], mask=inside, other=0.0)
             k = tl.where(inside, k.to(tl.float32) - mean[None, :], 0.0)
             v = tl.load(
@@ -356,8 +330,7 @@ def rows_kernel(
             known = tl.where(light, tl.maximum(known, own) + tl.log(1 + tl.exp(-tl.abs(known - own))), known)
             shift = tl.where(light, tl.maximum(shift, own), shift)
             # What the far key holds of it, with the far pass's rounding
-            half = tl.load(variance_pointer + of_block * D + along, mask=there, other=0.0)
-            half = (0.5 * half).to(tl.bfloat16).to(tl.float32)
+            half = tl.load(rank_pointer + of_block * (2 * W) + W + along, mask=there, other=0.0).to(tl.float32)
             lean = 1 + tl.sum(delta * (k - far_key[None, :]), 1)
             squares = (k * k).to(tl.bfloat16).to(tl.float32)
             k = k.to(tl.bfloat16).to(tl.float32)
