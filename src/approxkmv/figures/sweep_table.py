@@ -47,7 +47,7 @@ DRAWN = {
 # The order in which methods take their looks: they are the same in every figure and table.
 METHODS = (
     *("approxkmv", "local-expansion", "approxkmv-paper", "kdeformer", "hyperattention", "clustered", "vkde-lsh"),
-    *("knn", "hnsw", "vamana", "balancekv", "vattention", "top-k", "mean", "uniform", "own-key", "window"),
+    *("window", "hnsw", "vamana", "balancekv", "vattention", "top-k", "mean", "uniform", "own-key", "knn"),
     *("exact-fused", "exact-sdpa", "exact-naive", "exact-sdpa-bf16", "exact-tiles-bf16"),
 )
 # One for each of METHODS, and one more, since colour alone would not tell points apart. Exact methods, which never miss
