@@ -143,9 +143,9 @@ def tolerances() -> str:
                     "t": "best of each head" if best else "1",
                     "log₁₀ ε that suffices": _tenths(rows["log10_sufficient"].median()),
                     "log₁₀ ε*: median": _tenths(rows["log10_bound"].median()),
-                    "largest head": _tenths(rows["log10_bound"].max()),
-                    "y = 0 for x = ones": _tenths(rows["log10_zero_for_ones"].median()),
-                    "y = 0 for all x": _tenths(rows["log10_norm"].median()),
+                    "log₁₀ ε*: largest head": _tenths(rows["log10_bound"].max()),
+                    "log₁₀ ε: y = 0 for x = ones": _tenths(rows["log10_zero_for_ones"].median()),
+                    "log₁₀ ε: y = 0 for all x": _tenths(rows["log10_norm"].median()),
                     "mean(v) is within 0.1": f"{(rows['mean_error'] <= 0.1).sum()} of {len(rows)} heads",
                 }
             )
@@ -249,8 +249,8 @@ def models() -> str:
     return f"{markdown(pd.DataFrame(lines))}\n\n{made}.\n"
 
 
-def _of_family(model: str, name: str, column: str) -> str:
-    return _cell(table_of("families", f"readings_{model}"), name, column, "all")
+def _of_family(model: str, name: str, column: str, entries: str = "all") -> str:
+    return _cell(table_of("families", f"readings_{model}"), name, column, entries)
 
 
 def _reading(model: str, name: str, column: str, entries: str = "all") -> str:
@@ -339,7 +339,7 @@ NUMBERS: dict[str, Callable[[], str]] = {
         )
     },
     **{
-        f"smollm-causal-sigma-{name}": partial(_reading, SMOLLM, "sigma", column, "causal")
+        f"smollm-causal-sigma-{name}": partial(_of_family, SMOLLM, "sigma", column, "causal")
         for name, column in (
             ("largest", "largest_ratio"),
             ("within", "heads_within_bound"),
@@ -356,6 +356,7 @@ NUMBERS: dict[str, Callable[[], str]] = {
             ("underflow", "share_underflowing"),
         )
     },
+    "smollm-sigma-double": partial(_of_family, SMOLLM, "sigma", "median_double"),
     "spread-error": lambda: number(
         max((10.0 ** rows["log10_bound"] * rows["tokens"] ** 0.5).max() for rows in (_errors(m, True) for m in SHORT))
     ),

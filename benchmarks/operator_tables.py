@@ -27,8 +27,8 @@ def gains() -> str:
             first = {"x": x, "n": f"{n:,}", "trivial error": number(trivial)}
             lines.append(first if at == 0 else dict.fromkeys(first, ""))
             lines[-1] |= {"asked": f"{row['epsilon']:g}", "error (bound)": f"{number(row['error'])} ({bound})"}
-            lines[-1] |= {"how": _done(row), "times torch": number(row["times_faster"])}
-            lines[-1] |= {"times the best exact": number(row["times_best_exact"])}
+            lines[-1] |= {"how": _done(row), "speed-up over torch": number(row["times_faster"])}
+            lines[-1] |= {"over the best exact": number(row["times_best_exact"])}
     exact = table[table["method"].str.startswith("exact")]
     long = exact[exact["n"] == exact["n"].max()].sort_values("seconds")
     keops = table[table["method"] == "KeOps"]
@@ -39,7 +39,7 @@ def gains() -> str:
     fastest = long.iloc[0]
     return (
         f"{markdown(pd.DataFrame(lines))}\n\nErrors are relative to |Kx|; trivial error: of the better one of y = 0 "
-        f"and the answer's mean. Times torch: against {PLAIN}; the best exact product at the longest n is "
+        f"and the answer's mean. Speed-ups: over {PLAIN}; the best exact product at the longest n is "
         f"`{fastest['method']}`, {fastest['times_faster']:.2g} times torch. {beside} One thread of "
         f"{machine(path.with_suffix('.json'))}.\n"
     )
@@ -54,10 +54,11 @@ def density() -> str:
         lines.append({"queries": f"{row['queries']:,}", "method": row["method"], "how": row["way"] if done else ""})
         lines[-1] |= {"kernel evaluated": f"{row['evaluated']:.0%}" if done else "", "s": number(row["seconds"])}
         lines[-1] |= {"error": number(row["error"]), "bound": number(row["bound"]) if done else ""}
-        lines[-1] |= {"times torch": number(row["times_faster"])}
+        lines[-1] |= {"speed-up over torch": number(row["times_faster"])}
     return (
         f"{markdown(pd.DataFrame(lines))}\n\n100,000 points. KernelOperator without its first product, which makes "
-        f"the blocks. One thread of {machine(path.with_suffix('.json'))}, `python benchmarks/density.py`.\n"
+        f"the blocks. Kernel evaluated: with pilot and error bar. One thread of {machine(path.with_suffix('.json'))}, "
+        "`python benchmarks/density.py`.\n"
     )
 
 

@@ -131,8 +131,8 @@ def test_tables_of_the_race_follow_from_new_tables_of_sweeps(monkeypatch, tmp_pa
         assert of_bfloat16[0].count("ms [") == 2
         for name in ("race-passing", "race-rising", "race-against-paper", "methods-evaluations", "methods-workloads"):
             assert race.TABLES[name]()
-        assert race.claim().startswith("On one thread of ")
-        assert race.claim().count("with the mask of a language model") == 1
+        assert race.claim().count(f"| {race._on('columns')} | none | 128 |") == 1
+        assert race.claim().count(f"| {race._on('causal')} | causal | 128 |") == 1
         assert race.of_the_values().splitlines()[0] == "| workload | n | mean errs | at 0.15 | at 0.1 | at 0.05 |"
         assert "errors of |v|" in race.of_the_values()
         # A second machine is told beside the first, and what only one of them ran is left out.
@@ -147,8 +147,8 @@ def test_tables_of_the_race_follow_from_new_tables_of_sweeps(monkeypatch, tmp_pa
             "| glove-split, causal (causal)",
         ]
         assert beside.splitlines()[2].count(" ms, `exact-") == 2
-        assert race.claim().count("with the mask of a language model") == 2
-        assert f"; on {race._on('amx/causal')}, all timed: exact attention on 1 of 1 heads. Errors" in race.answer()
+        assert race.claim().count(f"| {race._on('causal')} | causal | 128 |") == 2
+        assert f"; on {race._on('amx/causal')}: exact attention on 1 of 1 heads. Errors" in race.answer()
         for make in (race.winners, race.passing, race.costs, race.counts):
             assert max(map(cells, make().splitlines())) <= 8
     finally:
@@ -229,8 +229,9 @@ def test_a_winner_is_told_with_the_exact_row_that_it_beats_and_both_precisions(t
     rows = tables["causal-long"].tail(1).assign(times_faster=3.0, times_faster_q1=2.9, **ratios)
     told = race._winner(rows.assign(fastest_exact="exact-fused"))
     assert told == "**approxkmv** 3.0 (2.9 to 3.1) against exact-fused, 1.2 against bfloat16"
-    told = race._gain(rows.assign(fastest_exact="exact-sdpa-bf16").iloc[0], "of the answer")
-    assert "1.2 times as fast as that in bfloat16, 3.0 in float32 (head 2, n = 32,768, error 0.1 of the answer)" in told
+    told = race._gain(rows.assign(fastest_exact="exact-sdpa-bf16").iloc[0])
+    assert (told["over bfloat16"], told["over float32"]) == ("1.2", "3.0")
+    assert told["where"] == "head 2, n = 32,768, error 0.1"
 
 
 def test_no_length_is_told_beyond_those_measured(two_sweeps):

@@ -188,7 +188,7 @@ class StudySettings(Section):
     """The shortest prefix of Experiment (i)."""
     readings_texts: Count | None = 8
     """On how many texts, spread evenly over the study's, c is measured under the other readings of its definition; null
-    takes all. A text takes ten to twenty times as long as for Experiments (i) and (ii)."""
+    takes all. A text takes several times as long as for Experiments (i) and (ii)."""
     prefixes: Annotated[tuple[Count, ...], each_once(1), AfterValidator(_ascending)] = (*range(50, 501, 50), 512)
     """Prefix lengths at which c is recorded, to show its scaling with length (A.1.3)."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

@@ -54,8 +54,8 @@ class CaptureSettings:
     model: str
     """A key of `models`."""
     corpus: str
-    """A key of `corpora`; the first document is measured, the second is for tuning. A document that is too short is
-    followed by every second one after it."""
+    """A key of `corpora`; the first document is measured, the second is for tuning. To one that is too short every
+    second document after it is appended."""
     tokens: Annotated[int, at_least(16)]
     """Tokens taken from each document."""
     heads: Annotated[tuple[tuple[Index, Index], ...], at_least_one()]
