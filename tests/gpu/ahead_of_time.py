@@ -18,8 +18,8 @@ DISASSEMBLER = Path(knobs.nvidia.cuobjdump.path)
 # The kernels of the fused form in the order of a call, and their modules
 FUSED = {
     **dict.fromkeys(("sampled_kernel", "means_kernel", "nearest_kernel", "deal_kernel", "centres_kernel"), clustering),
-    **dict.fromkeys(("keys_kernel", "sample_kernel", "threshold_kernel", "far_kernel", "finish_kernel"), kernels),
-    **dict.fromkeys(("lists_kernel", "bases_kernel", "rows_kernel"), kernels),
+    **dict.fromkeys(("keys_kernel", "sample_kernel", "threshold_kernel", "far_kernel", "lists_kernel"), kernels),
+    **dict.fromkeys(("finish_kernel", "bases_kernel", "rows_kernel"), kernels),
 }
 # Types of the kernels' pointers where they are not float32, by kernel or for all; q, k and v are of the inputs' type.
 TYPES = {
@@ -61,18 +61,23 @@ def of_exact_or_listed(name, d, d_v, dtype):
     return compiled(kernel, constants, types, ("scale", *(["d_v"] if d_v % 16 else ())), **launch)
 
 
-def of_the_fused_form(name, d, d_v, summing=True):
-    """A kernel as `fused.steps` launches it on bfloat16 inputs in many clusters; `summing`: with FIRST or SUMS."""
+def of_the_fused_form(name, d, d_v, summing=True, clusters=64, near=512):
+    """A kernel as `fused.steps` launches it on bfloat16 inputs.
+
+    summing: with FIRST, SUMS and OWN.
+    """
     kernel = getattr(FUSED[name], name)
     room = 2 * clustering._SAMPLED if name == "sampled_kernel" else fused._SAMPLE
-    sizes = {"LENGTH": 0, "PIECE": 0, "OWN": True, "ROOM": room, "FIRST": summing, "SUMS": summing}
+    sizes = {"LENGTH": 0, "PIECE": 0, "OWN": summing, "ROOM": room, "FIRST": summing, "SUMS": summing}
     given = {key: value for key, value in sizes.items() if key in kernel.arg_names}
-    given |= fused.launches(d, d_v, clusters=64, near=512)[name]
+    given |= fused.launches(d, d_v, clusters, near)[name]
     constants = {key: value for key, value in given.items() if key in kernel.arg_names}
     launch = {key: value for key, value in given.items() if key not in constants}
     types = dict.fromkeys(("q_pointer", "k_pointer", "v_pointer", "out_pointer"), "*bf16")
     types |= {"centre_pointer": "*bf16", "centred_pointer": "*fp32" if d_v == 1 else "*bf16"}
-    numbers = [argument for argument in kernel.arg_names if "pointer" not in argument]
+    # These are multiples of 64, the others may be any numbers.
+    whole = ("padded", "piece", "room")
+    numbers = [argument for argument in kernel.arg_names if "pointer" not in argument and argument not in whole]
     return compiled(kernel, constants, types, numbers, **launch)
 
 

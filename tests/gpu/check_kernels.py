@@ -347,7 +347,9 @@ def check_fused():
     The ranking is rounded, and keys within 0.001 of the threshold may be near or far.
     """
     first = torch.full((1,), 3, device=DEVICE)
+    # Of 1,100 keys there are two pieces.
     shapes = ((150, 170, 20, 1, 16, 40), (90, 100, 100, 5, 32, 20), (90, 90, 20, 1, 32, 20), (70, 70, 24, 4, 70, 9))
+    shapes += ((150, 1100, 20, 1, 16, 40), (90, 1100, 16, 3, 32, 40))
     for dtype in (torch.float32, torch.bfloat16):
         for n_q, n_k, d, d_v, block, near in shapes:
             q, k, v = inputs(2, n_q, n_k, d, d_v, dtype, n_q)
@@ -390,6 +392,11 @@ def check_fused_extremes():
         short = compared(q, k, v)
     long = compared(q, k_long, v)
     print(f"fused, equal logits: {equal}, a long key: {long}, short lists: {short}")
+    # A column whose sums overflow: its rows are made again, whatever the other columns are.
+    v_long = torch.cat([v, v + 1e37, v, v], 2)
+    answer = local_expansion_cuda.attend(q, k, v_long, **given)
+    print(f"fused, huge values: {float((answer.double() / exact(q, k, v_long, given['scale']) - 1)[..., 1].abs().max())}")
+    assert bool(answer.isfinite().all())
     # bfloat16 keeps 8 bits of an answer.
     assert equal[0] < 4e-3
     assert equal[1] == 0
@@ -584,6 +591,7 @@ def main(table=None, *dtypes):
         check_listed,
         check_tiles,
         check_clustering,
+        check_lists,
         check_local_expansion,
         check_approxkmv,
         check_errors,

@@ -435,12 +435,17 @@ def test_no_kernel_spills_registers(name, d, d_v, dtype):
 @compiles
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "summing"),
-    [*((name, True) for name in ahead_of_time.FUSED), ("nearest_kernel", False), ("means_kernel", False)],
+    ("name", "given"),
+    [
+        *((name, {}) for name in ahead_of_time.FUSED),
+        *((name, {"summing": False}) for name in ("nearest_kernel", "means_kernel", "rows_kernel")),
+        *((name, {"clusters": 1}) for name in ("sample_kernel", "far_kernel")),
+        ("rows_kernel", {"near": 32}),
+    ],
 )
 @pytest.mark.parametrize(("d", "d_v"), [(64, 1), (64, 64), (100, 1), (100, 100), (64, 128), (128, 128)])
-def test_no_kernel_of_the_fused_form_spills_registers(name, summing, d, d_v):
-    made = ahead_of_time.of_the_fused_form(name, d, d_v, summing)
+def test_no_kernel_of_the_fused_form_spills_registers(name, given, d, d_v):
+    made = ahead_of_time.of_the_fused_form(name, d, d_v, **given)
     assert spilled(made) == 0
     assert made.metadata.shared <= SHARED
 

@@ -44,10 +44,12 @@ def fits(n_q: int, n_k: int, d: int, d_v: int, near: int) -> bool:
 
 
 def evaluations(batch: int, n_q: int, n_k: int, blocks: int, near: int) -> int:
-    """Kernel evaluations of a call: all keys and a sample at the centres; for each query near, far and own keys."""
+    """Kernel evaluations of a call: all keys, a sample and near keys at the centres; for each query near, far and own
+    keys.
+    """
     stride, _, _ = listing(near, n_k)
     own = n_q if n_q == n_k else 0
-    return batch * (blocks * (n_k + n_k // stride) + TILE * most_tiles(n_q, blocks) * near + n_q + own)
+    return batch * (blocks * (n_k + n_k // stride + near) + TILE * most_tiles(n_q, blocks) * near + n_q + own)
 
 
 def launches(d: int, d_v: int, clusters: int, near: int) -> dict[str, dict[str, Any]]:

@@ -1,6 +1,6 @@
 """Triton kernels of local expansion: near and far keys of clusters; of n x n / block numbers only bits are stored.
 
-Queries, keys and values are read as they are, in any floating-point type, and centred where they are used.
+Queries, keys and values may be of any floating-point type. Keys and values are centred once; exact logits use raw keys.
 """
 
 from __future__ import annotations
@@ -211,6 +211,8 @@ def finish_kernel(
     bound = tl.load(bound_pointer + row)
     log = tl.log(total) + bound - tl.sum(half * key * key, 0)
     tl.store(log_pointer + row, tl.where(tl.load(count_pointer + row) > room, float("nan"), log))
+    # Other threads may still read the sums of the first piece.
+    tl.debug_barrier()
     tl.store(total_pointer + row, total)
     tl.store(value_pointer + row * D_V + values, value, mask=wide)
     tl.store(key_pointer + row * D + along, key, mask=there)
@@ -356,7 +358,7 @@ def rows_kernel(
         # Where all keys weigh the same, none is near.
         kept = kept & ((shift - highest < 80.0) | (n_near == 0))
         answer = numerators / row_sums[:, None] + value_mean[None, :]
-        kept = kept & (tl.max((tl.abs(answer) < 3e38).to(tl.int32) - 1, 1) == 0)
+        kept = kept & (tl.min((tl.abs(answer) < 3e38).to(tl.int32), 1) > 0)
         answer = tl.where(kept[:, None], answer, float("nan")).to(out_pointer.dtype.element_ty)
         at = out_pointer + (entry * n_q + rows[:, None]) * D_V + values[None, :]
         tl.store(at, answer, mask=mine[:, None] & wide[None, :])
