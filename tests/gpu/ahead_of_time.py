@@ -61,7 +61,7 @@ def of_exact_or_listed(name, d, d_v, dtype):
     return compiled(kernel, constants, types, ("scale", *(["d_v"] if d_v % 16 else ())), **launch)
 
 
-def of_the_fused_form(name, d, d_v, summing=True, clusters=64, near=512):
+def of_the_fused_form(name, d, d_v, summing=True, clusters=64):
     """A kernel as `fused.steps` launches it on bfloat16 inputs.
 
     summing: with FIRST, SUMS and OWN.
@@ -70,7 +70,7 @@ def of_the_fused_form(name, d, d_v, summing=True, clusters=64, near=512):
     room = 2 * clustering._SAMPLED if name == "sampled_kernel" else fused._SAMPLE
     sizes = {"LENGTH": 0, "PIECE": 0, "OWN": summing, "ROOM": room, "FIRST": summing, "SUMS": summing}
     given = {key: value for key, value in sizes.items() if key in kernel.arg_names}
-    given |= fused.launches(d, d_v, clusters, near)[name]
+    given |= fused.launches(d, d_v, clusters)[name]
     constants = {key: value for key, value in given.items() if key in kernel.arg_names}
     launch = {key: value for key, value in given.items() if key not in constants}
     types = dict.fromkeys(("q_pointer", "k_pointer", "v_pointer", "out_pointer"), "*bf16")

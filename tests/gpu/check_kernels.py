@@ -395,7 +395,9 @@ def check_fused_extremes():
     # A column whose sums overflow: its rows are made again, whatever the other columns are.
     v_long = torch.cat([v, v + 1e37, v, v], 2)
     answer = local_expansion_cuda.attend(q, k, v_long, **given)
-    print(f"fused, huge values: {float((answer.double() / exact(q, k, v_long, given['scale']) - 1)[..., 1].abs().max())}")
+    print(
+        f"fused, huge values: {float((answer.double() / exact(q, k, v_long, given['scale']) - 1)[..., 1].abs().max())}"
+    )
     assert bool(answer.isfinite().all())
     # bfloat16 keeps 8 bits of an answer.
     assert equal[0] < 4e-3

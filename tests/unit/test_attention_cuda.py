@@ -440,7 +440,6 @@ def test_no_kernel_spills_registers(name, d, d_v, dtype):
         *((name, {}) for name in ahead_of_time.FUSED),
         *((name, {"summing": False}) for name in ("nearest_kernel", "means_kernel", "rows_kernel")),
         *((name, {"clusters": 1}) for name in ("sample_kernel", "far_kernel")),
-        ("rows_kernel", {"near": 32}),
     ],
 )
 @pytest.mark.parametrize(("d", "d_v"), [(64, 1), (64, 64), (100, 1), (100, 100), (64, 128), (128, 128)])

@@ -52,7 +52,7 @@ def evaluations(batch: int, n_q: int, n_k: int, blocks: int, near: int) -> int:
     return batch * (blocks * (n_k + n_k // stride + near) + TILE * most_tiles(n_q, blocks) * near + n_q + own)
 
 
-def launches(d: int, d_v: int, clusters: int, near: int) -> dict[str, dict[str, Any]]:
+def launches(d: int, d_v: int, clusters: int) -> dict[str, dict[str, Any]]:
     """Constants and options of each kernel, by its name, but for those that say how long the inputs are."""
     width = max(16, triton.next_power_of_2(d))
     widths = {"D": d, "D_V": d_v, "BD": width, "BV": 1 if d_v == 1 else max(16, triton.next_power_of_2(d_v))}
@@ -76,7 +76,7 @@ def launches(d: int, d_v: int, clusters: int, near: int) -> dict[str, dict[str, 
         "lists_kernel": {"BN": 512},
         "finish_kernel": widths | pairs,
         "bases_kernel": {"D": d, "BN": 64, **pairs},
-        "rows_kernel": {"BM": TILE, "BN": 16 if near <= 32 else 32, **widths, **pairs, **widen, **few_registers},
+        "rows_kernel": {"BM": TILE, "BN": 32, **widths, **pairs, **widen, **few_registers},
     }
 
 
@@ -108,7 +108,7 @@ def steps(
     stride, rank, room = listing(near, n_k)
     sample = n_k // stride
 
-    launched = launches(d, d_v, clusters, near)
+    launched = launches(d, d_v, clusters)
     wide, rows = launched["far_kernel"]["W"], launched["far_kernel"]["BM"]
     groups = triton.cdiv(clusters, rows)
     # Pieces of the keys, so that even one cluster keeps the whole GPU busy
