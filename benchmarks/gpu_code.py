@@ -20,8 +20,8 @@ from approxkmv.provenance import describe
 
 OUT = REFERENCE / "gpu" / "tables" / "code.csv"
 SIZES = ((64, 1), (64, 64), (100, 1), (100, 100))
-# The rows and columns of pairs that a step of the loop takes
-PAIRS = {"nearest_kernel": ("BM", "BN"), "far_kernel": ("BM", "BN"), "rows_kernel": ("BM", "BN")}
+# A step of their loops takes BM x BN pairs.
+OF_PAIRS = ("nearest_kernel", "far_kernel", "rows_kernel")
 
 
 def measured(name: str, d: int, d_v: int) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def measured(name: str, d: int, d_v: int) -> dict[str, Any]:
     registers, stack = ahead_of_time.resources(made)
     row = {"triton": triton.__version__, "kernel": name, "d": d, "d_v": d_v, "registers": registers, "stack": stack}
     row |= {"shared": made.metadata.shared, "threads": 32 * made.metadata.num_warps, "instructions_per_pair": None}
-    if name in PAIRS:
+    if name in OF_PAIRS:
         launched = ahead_of_time.fused.launches(d, d_v, clusters=64)[name]
         pairs = launched["BM"] * launched["BN"]
         row["instructions_per_pair"] = ahead_of_time.instructions_of_the_loop(made) * row["threads"] / pairs

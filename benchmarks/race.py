@@ -545,15 +545,14 @@ def _in_a_model(table: pd.DataFrame) -> tuple[str, str]:
     at = f"at {heads['n'].max():,} keys and an error of {heads['target'].max():g} {of_what(table)}"
     if not gains:
         return at, f"exact attention on {exact} of {total} heads"
-    parts = [f"`{name}` on {len(some)} of {total} heads{_range(some)}" for name, some in gains.items()]
+    parts = [f"`{name}` on {len(some)} of {total} heads ({_range(some)} times)" for name, some in gains.items()]
     parts += [f"exact attention on {exact}"] if exact else []
     more = f"; on {easy} a trivial method reaches the error too" if easy else ""
     return at, f"{_listed(parts)}{more}"
 
 
-def _range(gains: list[float], around: str = " ({} times)") -> str:
-    ends = dict.fromkeys(f"{end(gains):.1f}" for end in (min, max)) if gains else []
-    return (around or "{}").format(" to ".join(ends)) if gains else ""
+def _range(gains: list[float]) -> str:
+    return " to ".join(dict.fromkeys(f"{end(gains):.1f}" for end in (min, max)))
 
 
 def _listed(parts: list[str]) -> str:
@@ -576,7 +575,7 @@ def claim() -> str:
                     "mask": "causal" if study.startswith("causal") else "none",
                     "keys": f"{heads['n'].max():,}",
                     "heads where one wins": f"{len(gains)} of {heads['workload'].nunique()}",
-                    "times faster": _range(gains, "") or "–",
+                    "times faster": _range(gains) if gains else "–",
                     "than": ", ".join(f"`{name}`" for name in sorted(exact)),
                 }
             )

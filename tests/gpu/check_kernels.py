@@ -395,10 +395,10 @@ def check_fused_extremes():
     # A column whose sums overflow: its rows are made again, whatever the other columns are.
     v_long = torch.cat([v, v + 1e37, v, v], 2)
     answer = local_expansion_cuda.attend(q, k, v_long, **given)
-    print(
-        f"fused, huge values: {float((answer.double() / exact(q, k, v_long, given['scale']) - 1)[..., 1].abs().max())}"
-    )
-    assert bool(answer.isfinite().all())
+    right = exact(q, k, v_long, given["scale"])
+    huge, others = (gap(answer[..., some], right[..., some], v_long[..., some]) for some in ([1], [0, 2, 3]))
+    print(f"fused, a column of huge values: {huge}, the others: {others}")
+    assert max(huge, others) < 4e-3
     # bfloat16 keeps 8 bits of an answer.
     assert equal[0] < 4e-3
     assert equal[1] == 0

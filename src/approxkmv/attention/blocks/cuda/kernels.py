@@ -110,7 +110,7 @@ def far_kernel(
     centre = tl.load(at, mask=mine[:, None] & there[None, :], other=0.0)
     half = tl.load(at + W, mask=mine[:, None] & there[None, :], other=0.0)
     bound = tl.load(bound_pointer + of_row, mask=mine, other=float("inf"))
-    # A bit for each key, 32 keys a word: lists written here would take more instructions than all else in the loop.
+    # A bit for each key, 32 keys a word: lists written here would take as many instructions as all else in the loop.
     column = tl.arange(0, BN)
     bit = (tl.zeros((BN,), tl.int32) + 1) << (column % 32)
     words = word_pointer + (of_row * tl.num_programs(0) + part) * (piece // 32)
