@@ -51,7 +51,7 @@ def compiled(kernel, constants, types, loose=(), **options):
 def of_exact_or_listed(name, d, d_v, dtype):
     """A kernel as `exact` or `listed` launch it."""
     kernel, listed = getattr(triton_kernels, name), name == "_listed_kernel"
-    constants = {"KEYS": 0, **triton_kernels._options(d, d_v, dtype), **triton_kernels._tiles(dtype, listed)}
+    constants = {**triton_kernels._options(d, d_v, dtype), **triton_kernels._tiles(dtype, listed)}
     launch = {key: constants.pop(key) for key in ("num_stages", "num_warps") if key in constants}
     constants |= {"EXTRA": True} if listed else {}
     # Sizes of 1 are constants, and those that are multiples of 16 are known to be: what wide loads need.
@@ -68,7 +68,7 @@ def of_the_fused_form(name, d, d_v, summing=True, clusters=64):
     """
     kernel = getattr(FUSED[name], name)
     room = 2 * clustering._SAMPLED if name == "sampled_kernel" else fused._SAMPLE
-    sizes = {"LENGTH": 0, "PIECE": 0, "OWN": summing, "ROOM": room, "FIRST": summing, "SUMS": summing}
+    sizes = {"OWN": summing, "ROOM": room, "FIRST": summing, "SUMS": summing}
     given = {key: value for key, value in sizes.items() if key in kernel.arg_names}
     given |= fused.launches(d, d_v, clusters)[name]
     constants = {key: value for key, value in given.items() if key in kernel.arg_names}

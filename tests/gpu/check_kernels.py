@@ -9,12 +9,13 @@ methods run as they do on a CPU, and their times say nothing.
 import os
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
 import interpreter
 import torch
+from sanitizer import watched
 
 from approxkmv.attention.blocks.cuda import approxkmv as approxkmv_cuda
 from approxkmv.attention.blocks.cuda import clustering as clustering_cuda
@@ -255,8 +256,7 @@ def check_lists():
     for room in (64, 4096):
         counts = torch.empty(2, 3, dtype=torch.int32, device=DEVICE)
         lists = torch.full((2, 3, room), -1, dtype=torch.int32, device=DEVICE)
-        length = {"LENGTH": 1100 if INTERPRETED else 0, "BN": 512}
-        fused.kernels.lists_kernel[(3, 2)](words, counts, lists, 1100, room, **length)
+        fused.kernels.lists_kernel[(3, 2)](words, counts, lists, 1100, room, BN=512)
         assert torch.equal(counts.cpu().long(), near.flatten(2).sum(2))
         for e in range(2):
             for c in range(3):
@@ -587,7 +587,7 @@ def main(table=None, *dtypes):
     if not INTERPRETED and not torch.cuda.is_available():
         sys.exit("check_kernels: torch finds no CUDA device; set TRITON_INTERPRET=1 to check in the interpreter")
     if INTERPRETED:
-        interpreter.patch_once_per_launch()
+        interpreter.prepare()
     checks = [
         check_exact,
         check_listed,
@@ -601,8 +601,12 @@ def main(table=None, *dtypes):
     checks += [check_fused, check_fused_extremes]
     if not INTERPRETED:
         checks += [check_graphs] + [check_second_device] * (torch.cuda.device_count() > 1)
-    for check in checks:
-        check()
+    with watched() if INTERPRETED else nullcontext() as sanitizer:
+        for check in checks:
+            check()
+    if sanitizer:
+        print(f"memory: {sanitizer.accesses} accesses")
+        assert not sanitizer.faults, "\n".join(sanitizer.faults)
     if table is None:
         return
     table = Path(table)

@@ -211,7 +211,7 @@ def _strict(real, fake):
 def _launch_in_interpreter():
     from triton.runtime.interpreter import InterpretedFunction
 
-    interpreter.patch_once_per_launch()
+    interpreter.prepare()
     original = InterpretedFunction.run
 
     def run(self, *args, grid, warmup, **kwargs):

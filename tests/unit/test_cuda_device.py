@@ -119,7 +119,7 @@ def test_what_a_gpu_refuses_the_mock_refuses(tmp_path):
 
 
 STATISTICS = """
-import mock_cuda, torch
+import mock_cuda, sanitizer, torch
 from approxkmv import attention_statistics
 from approxkmv.statistics.streaming import length_statistics
 mock_cuda.install()
@@ -131,7 +131,10 @@ for n, d, size in ((150, 64, 1.0), (190, 100, 1.5), (131, 20, 3.0), (140, 16, 0.
     q, k = (size * torch.randn(n, d, generator=generator) for _ in range(2))
     right = length_statistics(q, k)[0][0]
     before = mock_cuda.MODE.launches
-    found = attention_statistics(q.to("cuda"), k.to("cuda"))
+    with sanitizer.watched() as watch:
+        found = attention_statistics(q.to("cuda"), k.to("cuda"))
+        assert found.ratio > 0
+    assert watch.accesses and not watch.faults, watch.faults
     gaps = float(found.ratio) / right.ratio - 1, float(found.softmax_ratio) / right.softmax_ratio - 1
     # Which of n^2 equal entries is where does not matter.
     orders = float(found.log_next) - right.log_next, float(found.log_double) - right.log_double

@@ -6,15 +6,12 @@ float64, so that these are exact; of all else only the sum of the exponentials i
 
 from __future__ import annotations
 
-import os
-
 import torch
 import triton
 import triton.language as tl
 
 from approxkmv.statistics.largest import Largest
 
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _LOG2_E = 1.4426950408889634
 # Lists, each with a counter of its own: tiles take them in turn, so that they fill evenly.
 _LISTS = 64
@@ -28,18 +25,10 @@ _ENTRIES = 1 << 20
 
 
 @triton.jit
-def _dot(a, b, acc, WIDEN: tl.constexpr):
-    if WIDEN:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, acc)
-
-
-@triton.jit
 def _strip_kernel(
     qh_pointer, qm_pointer, kh_pointer, km_pointer, shift_pointer, far_pointer, count_pointer, place_pointer,
     first, last, n_k, piece, capacity, scale, margin,
-    LISTS: tl.constexpr, LENGTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
-    WIDEN: tl.constexpr,
+    LISTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Rows first to last - 1 of x = scale q.k + shift, relative to the bound, in powers of two; a piece of the keys."""
     begin = tl.program_id(1) * piece
@@ -51,15 +40,15 @@ def _strip_kernel(
     qm = tl.load(qm_pointer + at, mask=here[:, None], other=0.0)
     shift = tl.load(shift_pointer + rows, mask=here, other=-1e30)
     far = tl.zeros((BM,), tl.float64)
-    for start in range(0, piece if LENGTH == 0 else LENGTH, BN):
+    for start in range(0, piece, BN):
         keys = begin + start + tl.arange(0, BN)
         # Keys are padded to whole pieces.
         of_keys = keys[:, None].to(tl.int64) * BD + along[None, :]
         kh = tl.load(kh_pointer + of_keys)
         km = tl.load(km_pointer + of_keys)
-        x = _dot(qh, tl.trans(kh), tl.zeros((BM, BN), tl.float32), WIDEN)
-        x = _dot(qh, tl.trans(km), x, WIDEN)
-        x = _dot(qm, tl.trans(kh), x, WIDEN)
+        x = tl.dot(qh, tl.trans(kh), tl.zeros((BM, BN), tl.float32))
+        x = tl.dot(qh, tl.trans(km), x)
+        x = tl.dot(qm, tl.trans(kh), x)
         x = x * scale + shift[:, None]
         if begin + start + BN > n_k:
             x = tl.where(keys[None, :] < n_k, x, -1e30)
@@ -117,8 +106,7 @@ def largest_of(q: torch.Tensor, k: torch.Tensor, scale: float, row_terms: torch.
         with torch.cuda.device(device):
             _strip_kernel[(programs, pieces)](
                 *queries, *keys, shift.float(), far, counts, places, done, last, n_k, piece, capacity,
-                scale * _LOG2_E, -margin, LISTS=_LISTS, LENGTH=piece if _INTERPRETED else 0, BM=_ROWS, BN=_KEYS,
-                BD=width, WIDEN=_INTERPRETED,
+                scale * _LOG2_E, -margin, LISTS=_LISTS, BM=_ROWS, BN=_KEYS, BD=width,
             )  # fmt: skip
         listed = counts.tolist()
         if max(listed) > capacity:

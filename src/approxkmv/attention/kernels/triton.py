@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,46 +16,34 @@ try:
 except ImportError as error:
     raise UnavailableError("Triton is not installed: CUDA kernels need it") from error
 
-# Triton 3.6's interpreter multiplies the bits of bfloat16 as integers, so there, and only there, they are widened.
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# In the interpreter loop lengths are constants of a kernel, KEYS: under NumPy 2.4 it cannot turn a runtime length into
-# a range. Elsewhere KEYS is 0, so that a new length needs no compilation.
 _LOG2_E = 1.4426950408889634
 # Queries of a tile
 TILE = 32
 
 
 @triton.jit
-def _dot(a, b, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
-    if WIDEN:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, input_precision=PRECISION)
-
-
-@triton.jit
-def _weighed(acc, fade, weights, v, ONE_COLUMN: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
+def _weighed(acc, fade, weights, v, ONE_COLUMN: tl.constexpr, PRECISION: tl.constexpr):
     """acc (BM, BV) fade + weights (BM, BN) v (BN, BV)."""
     if ONE_COLUMN:
         # A matrix product would need at least sixteen columns.
         return acc * fade[:, None] + tl.sum(weights * tl.trans(v.to(tl.float32)), 1)[:, None]
-    return acc * fade[:, None] + _dot(weights.to(v.dtype), v, PRECISION, WIDEN)
+    return acc * fade[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
 
 
 @triton.jit
-def _absorb(highest, total, acc, logits, v, ONE_COLUMN: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
+def _absorb(highest, total, acc, logits, v, ONE_COLUMN: tl.constexpr, PRECISION: tl.constexpr):
     """One step of the online softmax, in powers of two: logits (BM, BN), v (BN, BV)."""
     higher = tl.maximum(highest, tl.max(logits, 1))
     fade = tl.exp2(highest - higher)
     weights = tl.exp2(logits - higher[:, None])
     total = total * fade + tl.sum(weights, 1)
-    return higher, total, _weighed(acc, fade, weights, v, ONE_COLUMN, PRECISION, WIDEN)
+    return higher, total, _weighed(acc, fade, weights, v, ONE_COLUMN, PRECISION)
 
 
 @triton.jit
 def _exact_kernel(
     q_pointer, k_pointer, v_pointer, out_pointer, n_q, n_k, d, d_v, scale,
-    KEYS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
-    PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     entry = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -69,7 +56,7 @@ def _exact_kernel(
     highest = tl.full((BM,), -1e30, tl.float32)
     total = tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BM, BV), tl.float32)
-    for first in range(0, n_k if KEYS == 0 else KEYS, BN):
+    for first in range(0, n_k, BN):
         keys = first + tl.arange(0, BN)
         k = tl.load(
             k_pointer + (entry * n_k + keys[:, None]) * d + along[None, :],
@@ -81,7 +68,7 @@ def _exact_kernel(
             mask=(keys[:, None] < n_k) & (values[None, :] < d_v),
             other=0.0,
         )
-        logits = _dot(q, tl.trans(k), PRECISION, WIDEN)
+        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if first + BN > n_k:
             logits = tl.where(keys[None, :] < n_k, logits, float("-inf"))
         # The factor of the logits is applied in the exponents: one multiplication and addition an entry.
@@ -89,7 +76,7 @@ def _exact_kernel(
         fade = tl.exp2(highest - higher)
         weights = tl.exp2(logits * scale - higher[:, None])
         total = total * fade + tl.sum(weights, 1)
-        acc = _weighed(acc, fade, weights, v, BV == 1, PRECISION, WIDEN)
+        acc = _weighed(acc, fade, weights, v, BV == 1, PRECISION)
         highest = higher
     tl.store(
         out_pointer + (entry * n_q + rows[:, None]) * d_v + values[None, :],
@@ -103,8 +90,8 @@ def _listed_kernel(
     q_pointer, query_pointer, cluster_pointer, centre_pointer, k_pointer, v_pointer, near_pointer, extra_pointer,
     out_pointer, total_pointer, log_pointer,
     n_q, n_k, n_near, clusters, d, d_v,
-    KEYS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
-    EXTRA: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
+    EXTRA: tl.constexpr,
 ):  # fmt: skip
     entry = tl.program_id(1).to(tl.int64)
     tile = entry * tl.num_programs(0) + tl.program_id(0)
@@ -127,7 +114,7 @@ def _listed_kernel(
         highest = tl.full((BM,), -1e30, tl.float32)
         total = tl.zeros((BM,), tl.float32)
         acc = tl.zeros((BM, BV), tl.float32)
-        for first in range(0, n_near if KEYS == 0 else KEYS, BN):
+        for first in range(0, n_near, BN):
             place = first + tl.arange(0, BN)
             listed = place < n_near
             line = of_block * n_near + place
@@ -144,8 +131,8 @@ def _listed_kernel(
             if EXTRA:
                 base += tl.load(extra_pointer + line, mask=listed, other=0.0)
             base = tl.where(listed, base, -1e30)
-            logits = _dot(delta, tl.trans(k.to(delta.dtype)), PRECISION, WIDEN) + base[None, :]
-            highest, total, acc = _absorb(highest, total, acc, logits, v, BV == 1, PRECISION, WIDEN)
+            logits = tl.dot(delta, tl.trans(k.to(delta.dtype)), input_precision=PRECISION) + base[None, :]
+            highest, total, acc = _absorb(highest, total, acc, logits, v, BV == 1, PRECISION)
         rows = entry * n_q + rows
         tl.store(out_pointer + rows[:, None] * d_v + values[None, :], acc, mask=mine[:, None] & (values[None, :] < d_v))
         tl.store(total_pointer + rows, total, mask=mine)
@@ -171,7 +158,6 @@ def _options(d: int, d_v: int, dtype: torch.dtype) -> dict[str, Any]:
         "BV": value_width,
         # Three tensor-core products give float32 precision; plain tf32 would not be exact.
         "PRECISION": "tf32x3" if full else "ieee",
-        "WIDEN": _INTERPRETED and dtype == torch.bfloat16,
     }
     if full and max(width, value_width) > 128:
         # With pipelined loads it would take up to 320 KiB of shared memory, of the 227 that a block may use on an
@@ -213,8 +199,7 @@ def exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> to
     tiles = _tiles(q.dtype, listed=False)
     with on_device(q.device):
         _exact_kernel[(triton.cdiv(n_q, tiles["BM"]), batch)](
-            q, k, v, out, n_q, n_k, d, d_v, scale * _LOG2_E,
-            KEYS=n_k if _INTERPRETED else 0, **tiles, **options
+            q, k, v, out, n_q, n_k, d, d_v, scale * _LOG2_E, **tiles, **options
         )  # fmt: skip
     return out.to(v.dtype)
 
@@ -247,7 +232,6 @@ def listed(
         _listed_kernel[(tiles.shape[1], batch)](
             q.contiguous(), tiles, clusters, centres.contiguous(), k.contiguous(), v.contiguous(),
             near.int().contiguous(), more, out, totals, logs, n_q, n_k, near.shape[2], near.shape[1], d, d_v,
-            KEYS=near.shape[2] if _INTERPRETED else 0, EXTRA=extra is not None,
-            **_tiles(v.dtype, listed=True), **options,
+            EXTRA=extra is not None, **_tiles(v.dtype, listed=True), **options,
         )  # fmt: skip
     return out, totals, logs / _LOG2_E

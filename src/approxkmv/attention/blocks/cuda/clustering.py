@@ -13,7 +13,7 @@ import torch
 
 from approxkmv.attention.blocks.cuda.expansion import METRIC_POWER, TILE, most_tiles
 from approxkmv.attention.blocks.reach import APART, APART_NATS
-from approxkmv.attention.kernels.triton import _INTERPRETED, _dot, tl, triton
+from approxkmv.attention.kernels.triton import tl, triton
 
 # Rows from which means and spreads are estimated; at most one less than twice as many
 _SAMPLED = 512
@@ -26,8 +26,8 @@ def sampled_kernel(
     q_pointer, k_pointer, v_pointer, query_mean_pointer, query_variance_pointer, key_mean_pointer, key_spread_pointer,
     bar_pointer, value_mean_pointer, weight_pointer, rank_pointer, usual_pointer,
     n_q, n_k, q_step, k_step, scale, power, factor, least,
-    LENGTH: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, W: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
-    BN: tl.constexpr, ROOM: tl.constexpr,
+    D: tl.constexpr, D_V: tl.constexpr, W: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BN: tl.constexpr,
+    ROOM: tl.constexpr,
 ):  # fmt: skip
     """What every q_step-th query and k_step-th key and value say: the fields of `Sampled`. usual: ROOM numbers each."""
     entry = tl.program_id(0).to(tl.int64)
@@ -44,7 +44,7 @@ def sampled_kernel(
     squares = tl.zeros((BN, BD), tl.float32)
     keys = tl.zeros((BN, BD), tl.float32)
     sums = tl.zeros((BN, BV), tl.float32)
-    for first in range(0, tl.maximum(q_number, k_number) if LENGTH == 0 else LENGTH, BN):
+    for first in range(0, tl.maximum(q_number, k_number), BN):
         q_rows, k_rows = (first + tl.arange(0, BN)) * q_step, (first + tl.arange(0, BN)) * k_step
         q_inside, k_inside = (q_rows < n_q)[:, None] & there[None, :], (k_rows < n_k)[:, None] & there[None, :]
         v_inside = (k_rows < n_k)[:, None] & wide[None, :]
@@ -66,7 +66,7 @@ def sampled_kernel(
     tl.store(value_mean_pointer + entry * D_V + values, tl.sum(sums, 0) / k_number, mask=wide)
     tl.store(rank_pointer + entry * (2 * W) + along, (scale * query).to(tl.bfloat16), mask=along < W)
     tl.store(rank_pointer + entry * (2 * W) + W + along, (0.5 * variance).to(tl.bfloat16), mask=along < W)
-    for first in range(0, k_number if LENGTH == 0 else LENGTH, BN):
+    for first in range(0, k_number, BN):
         place = first + tl.arange(0, BN)
         rows = place * k_step
         inside = (rows < n_k)[:, None] & there[None, :]
@@ -91,7 +91,7 @@ def sampled_kernel(
     tl.store(bar_pointer + entry, bar)
     kept = tl.zeros((BN,), tl.float32)
     squares = tl.zeros((BN, BD), tl.float32)
-    for first in range(0, k_number if LENGTH == 0 else LENGTH, BN):
+    for first in range(0, k_number, BN):
         rows = (first + tl.arange(0, BN)) * k_step
         inside = (rows < n_k)[:, None] & there[None, :]
         k = tl.load(k_pointer + (entry * n_k + rows[:, None]) * D + along[None, :], mask=inside, other=0.0)
@@ -145,8 +145,7 @@ def means_kernel(
 def nearest_kernel(
     q_pointer, mean_pointer, weight_pointer, centre_pointer, norm_pointer, label_pointer, total_pointer, count_pointer,
     n, points, step, clusters,
-    SUMS: tl.constexpr, LENGTH: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
-    WIDEN: tl.constexpr,
+    SUMS: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """The nearest centre of (q - mean) weight, for every step-th of n queries; how many each centre has.
 
@@ -164,7 +163,7 @@ def nearest_kernel(
     q = ((q - mean[None, :]) * weight[None, :]).to(tl.bfloat16)
     least = tl.full((BM,), float("inf"), tl.float32)
     label = tl.zeros((BM,), tl.int32)
-    for first in range(0, clusters if LENGTH == 0 else LENGTH, BN):
+    for first in range(0, clusters, BN):
         some = first + tl.arange(0, BN)
         real = some < clusters
         centre = tl.load(
@@ -173,7 +172,7 @@ def nearest_kernel(
             other=0.0,
         )
         norm = tl.load(norm_pointer + entry * clusters + some, mask=real, other=float("inf"))
-        gap = norm[None, :] - 2.0 * _dot(q, tl.trans(centre), "ieee", WIDEN)
+        gap = norm[None, :] - 2.0 * tl.dot(q, tl.trans(centre))
         closest = tl.min(gap, 1)
         # The first of equals, as argmin
         at = tl.min(tl.where(gap == closest[:, None], some[None, :], 2147483647), 1)
@@ -212,7 +211,7 @@ def deal_kernel(
 def centres_kernel(
     q_pointer, query_pointer, end_pointer, rank_pointer,
     n, tiles, clusters, scale, most,
-    LENGTH: tl.constexpr, D: tl.constexpr, W: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
+    D: tl.constexpr, W: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Mean and half the variances of the scaled queries of a cluster, from at most `most` of its tiles.
 
@@ -234,7 +233,7 @@ def centres_kernel(
     total = tl.zeros((BD,), tl.float32)
     squares = tl.zeros((BD,), tl.float32)
     number = (last - first + step - 1) // step
-    for i in range(number if LENGTH == 0 else LENGTH):
+    for i in range(number):
         place = first + i * step
         in_tile = tl.arange(0, BM)
         exists = in_tile < (last - place) * BM
@@ -267,7 +266,7 @@ def launches(d: int, d_v: int) -> dict[str, dict[str, Any]]:
     return {
         "sampled_kernel": {**size, "D_V": d_v, "W": padded, "BV": values, **rows},
         "means_kernel": {**size, "BM": 16},
-        "nearest_kernel": {**size, "BM": 128, "BN": 64, "WIDEN": _INTERPRETED, "num_warps": 8},
+        "nearest_kernel": {**size, "BM": 128, "BN": 64, "num_warps": 8},
         "deal_kernel": {"BM": TILE, "BN": 256},
         "centres_kernel": {**size, "BM": TILE, "W": padded},
     }
@@ -312,7 +311,7 @@ class Sampled:
         usual = _empty(q, batch, room)
         sampled_kernel[(batch,)](
             q, k, v, *found.values(), usual, n_q, n_k, *steps, scale, METRIC_POWER, APART**2, APART_NATS**2,
-            LENGTH=max(numbers) if _INTERPRETED else 0, ROOM=room, **launched,
+            ROOM=room, **launched,
         )  # fmt: skip
         return cls(**found)
 
@@ -341,7 +340,7 @@ def labels_of_queries(
         points = len(range(0, n, step))
         nearest_kernel[(triton.cdiv(points, launched["nearest_kernel"]["BM"]), batch)](
             q, s.query_mean, s.weight, centres, norms, labels, totals, counts, n, points, step, clusters,
-            SUMS=sums, LENGTH=clusters if _INTERPRETED else 0, **launched["nearest_kernel"],
+            SUMS=sums, **launched["nearest_kernel"],
         )  # fmt: skip
 
     means(start=True)
@@ -392,7 +391,6 @@ def ranks_of(q: torch.Tensor, queries: torch.Tensor, ends: torch.Tensor, scale: 
     launched = launches(d, 1)["centres_kernel"]
     ranks = _empty(q, batch, clusters, 2 * launched["W"], dtype=torch.bfloat16)
     centres_kernel[(clusters, batch)](
-        q, queries, ends, ranks, n, queries.shape[1], clusters, scale, _TILES_OF_A_CENTRE,
-        LENGTH=_TILES_OF_A_CENTRE if _INTERPRETED else 0, **launched,
+        q, queries, ends, ranks, n, queries.shape[1], clusters, scale, _TILES_OF_A_CENTRE, **launched
     )  # fmt: skip
     return ranks

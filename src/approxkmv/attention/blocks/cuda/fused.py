@@ -15,7 +15,7 @@ from approxkmv.attention.blocks.cuda.clustering import launches as clustering_la
 from approxkmv.attention.blocks.cuda.expansion import TILE, TILTED_COLUMNS, most_tiles
 from approxkmv.attention.blocks.expansion import Clustering
 from approxkmv.attention.blocks.reach import REACH, most_off
-from approxkmv.attention.kernels.triton import _INTERPRETED, triton
+from approxkmv.attention.kernels.triton import triton
 
 # Of at most so many keys one is in the sample that gives the threshold, which holds at most _SAMPLE.
 _STRIDE, _SAMPLE = 16, 8192
@@ -59,10 +59,9 @@ def launches(d: int, d_v: int, clusters: int) -> dict[str, dict[str, Any]]:
     # Rows of whole 16 columns can be loaded 16 bytes at a time.
     pairs = {"W": -(-d // 16) * 16, "BD": width}
     rows = min(64, max(16, triton.next_power_of_2(clusters)))
-    widen = {"WIDEN": _INTERPRETED}
     far = {"BN": 32 if rows > 16 and width > 64 else 64}
     few_registers: dict[str, int] = {}
-    if not _INTERPRETED and (d_v == 1 or max(d, d_v) <= 64):
+    if d_v == 1 or max(d, d_v) <= 64:
         # More programs on a multiprocessor, without spills
         few_registers = {"maxnreg": 128, "num_stages": 2}
         if d_v == 1 and width <= 64:
@@ -70,13 +69,13 @@ def launches(d: int, d_v: int, clusters: int) -> dict[str, dict[str, Any]]:
             far["maxnreg"] = 168
     return clustering_launches(d, d_v) | {
         "keys_kernel": {"BN": 64, **widths, **pairs},
-        "sample_kernel": {"BM": rows, "BN": 64, **pairs, **widen},
+        "sample_kernel": {"BM": rows, "BN": 64, **pairs},
         "threshold_kernel": {"num_warps": 8},
-        "far_kernel": {"BM": rows, **widths, **pairs, **widen, **far},
+        "far_kernel": {"BM": rows, **widths, **pairs, **far},
         "lists_kernel": {"BN": 512},
         "finish_kernel": widths | pairs,
         "bases_kernel": {"D": d, "BN": 64, **pairs},
-        "rows_kernel": {"BM": TILE, "BN": 32, **widths, **pairs, **widen, **few_registers},
+        "rows_kernel": {"BM": TILE, "BN": 32, **widths, **pairs, **few_registers},
     }
 
 
@@ -138,17 +137,14 @@ def steps(
     totals, values, keys, tilts = empty(*sums), empty(*sums, d_v), empty(*sums, d), empty(*sums, d if d_v == 1 else 1)
     kernels.far_kernel[(parts, groups, batch)](
         ranks, pairs, apart, centred, bound, words, totals, values, keys, tilts, clusters, padded, piece,
-        PIECE=piece if _INTERPRETED else 0, **launched["far_kernel"],
+        **launched["far_kernel"],
     )  # fmt: skip
     counts, lists = empty(batch, clusters, dtype=torch.int32), empty(batch, clusters, room, dtype=torch.int32)
-    kernels.lists_kernel[(clusters, batch)](
-        words, counts, lists, words.shape[2], room,
-        LENGTH=words.shape[2] if _INTERPRETED else 0, **launched["lists_kernel"],
-    )  # fmt: skip
+    kernels.lists_kernel[(clusters, batch)](words, counts, lists, words.shape[2], room, **launched["lists_kernel"])
     far_log = empty(batch, clusters)
     kernels.finish_kernel[(clusters, batch)](
         ranks, bound, counts, totals, values, keys, tilts, far_log, clusters, parts, room,
-        LENGTH=parts if _INTERPRETED else 0, **launched["finish_kernel"],
+        **launched["finish_kernel"],
     )  # fmt: skip
     bases = empty(batch, clusters, room)
     kernels.bases_kernel[(clusters, triton.cdiv(room, launched["bases_kernel"]["BN"]), batch)](
@@ -159,6 +155,6 @@ def steps(
         q, queries, of_tile, k, pairs, v, centred, s.key_mean, s.value_mean, s.key_spread,
         counts, lists, bases, bound, ranks, totals, values, keys, tilts, far_log, out, lost,
         n_q, n_k, padded, room, clusters, scale, REACH, most_off(n_k - near),
-        LENGTH=room if _INTERPRETED else 0, OWN=n_q == n_k, **launched["rows_kernel"],
+        OWN=n_q == n_k, **launched["rows_kernel"],
     )  # fmt: skip
     return out, lost

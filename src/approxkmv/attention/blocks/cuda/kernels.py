@@ -5,7 +5,7 @@ Queries, keys and values may be of any floating-point type. Keys and values are 
 
 from __future__ import annotations
 
-from approxkmv.attention.kernels.triton import _dot, tl, triton
+from approxkmv.attention.kernels.triton import tl, triton
 
 
 @triton.jit
@@ -47,7 +47,7 @@ def keys_kernel(
 @triton.jit
 def sample_kernel(
     rank_pointer, pair_pointer, apart_pointer, log_pointer, clusters, padded, sample, stride,
-    W: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, WIDEN: tl.constexpr,
+    W: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """x as in `far_kernel` of one key in each `stride`, of those apart -1e30."""
     entry = tl.program_id(2).to(tl.int64)
@@ -65,7 +65,7 @@ def sample_kernel(
     k = tl.load(at, mask=real[:, None] & there[None, :], other=0.0)
     squares = tl.load(at + W, mask=real[:, None] & there[None, :], other=0.0)
     apart = tl.load(apart_pointer + keys, mask=real, other=0.0)
-    x = _dot(centre, tl.trans(k), "ieee", WIDEN) + _dot(half, tl.trans(squares), "ieee", WIDEN)
+    x = tl.dot(centre, tl.trans(k)) + tl.dot(half, tl.trans(squares))
     x = tl.where(apart[None, :] > 0.0, -1e30, x)
     tl.store(log_pointer + of_row[:, None] * sample + place[None, :], x, mask=mine[:, None] & real[None, :])
 
@@ -92,8 +92,8 @@ def far_kernel(
     rank_pointer, pair_pointer, apart_pointer, centred_pointer, bound_pointer,
     word_pointer, total_pointer, value_pointer, key_pointer, tilt_pointer,
     clusters, padded, piece,
-    PIECE: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, W: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BD: tl.constexpr, BV: tl.constexpr, WIDEN: tl.constexpr,
+    D: tl.constexpr, D_V: tl.constexpr, W: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    BV: tl.constexpr,
 ):  # fmt: skip
     """x = c.k + k'Vk / 2 for a piece of the keys: those above each cluster's bound are near, bits of 1 in `word`.
 
@@ -119,13 +119,13 @@ def far_kernel(
     value = tl.zeros((BM, BV), tl.float32)
     far_key = tl.zeros((BM, BD), tl.float32)
     tilt = tl.zeros((BM, BD), tl.float32)
-    for begin in range(0, piece if PIECE == 0 else PIECE, BN):
+    for begin in range(0, piece, BN):
         keys = entry * padded + part * piece + begin + column
         line = pair_pointer + keys[:, None] * (2 * W) + along[None, :]
         k = tl.load(line, mask=there[None, :], other=0.0)
         squares = tl.load(line + W, mask=there[None, :], other=0.0)
         apart = tl.load(apart_pointer + keys)
-        x = _dot(centre, tl.trans(k), "ieee", WIDEN) + _dot(half, tl.trans(squares), "ieee", WIDEN)
+        x = tl.dot(centre, tl.trans(k)) + tl.dot(half, tl.trans(squares))
         x = 1.4426950408889634 * x + (apart[None, :] - bound[:, None])
         near = x > 0.0
         word = tl.sum(tl.where(near & (column < 32)[None, :], bit[None, :], 0), 1)
@@ -135,15 +135,15 @@ def far_kernel(
             tl.store(words + begin // 32 + 1, word, mask=mine)
         weight = tl.where(near, 0.0, tl.exp2(x))
         total += tl.sum(weight, 1)
-        far_key += _dot(weight.to(tl.bfloat16), k, "ieee", WIDEN)
+        far_key += tl.dot(weight.to(tl.bfloat16), k)
         if D_V == 1:
             weight *= tl.load(centred_pointer + keys)[None, :]
             value += tl.sum(weight, 1)[:, None]
-            tilt += _dot(weight.to(tl.bfloat16), k, "ieee", WIDEN)
+            tilt += tl.dot(weight.to(tl.bfloat16), k)
         else:
             line = centred_pointer + keys[:, None] * D_V + values[None, :]
             v = tl.load(line, mask=(values < D_V)[None, :], other=0.0)
-            value += _dot(weight.to(tl.bfloat16), v, "ieee", WIDEN)
+            value += tl.dot(weight.to(tl.bfloat16), v)
     out = (part * tl.num_programs(2) + entry) * clusters + rows
     tl.store(total_pointer + out, total, mask=mine)
     at = out[:, None] * D_V + values[None, :]
@@ -156,11 +156,11 @@ def far_kernel(
 
 
 @triton.jit
-def lists_kernel(word_pointer, count_pointer, near_pointer, words, room, LENGTH: tl.constexpr, BN: tl.constexpr):
+def lists_kernel(word_pointer, count_pointer, near_pointer, words, room, BN: tl.constexpr):
     """The near keys of a cluster, in their order, and how many there are: those that find no room are counted only."""
     row = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     total = 0
-    for first in range(0, words if LENGTH == 0 else LENGTH, BN):
+    for first in range(0, words, BN):
         at = first + tl.arange(0, BN)
         word = tl.load(word_pointer + row * words + at, mask=at < words, other=0)
         # How many bits of 1 there are, in pairs, fours and bytes, which a product adds up
@@ -183,7 +183,7 @@ def lists_kernel(word_pointer, count_pointer, near_pointer, words, room, LENGTH:
 def finish_kernel(
     rank_pointer, bound_pointer, count_pointer, total_pointer, value_pointer, key_pointer, tilt_pointer,
     log_pointer, clusters, parts, room,
-    LENGTH: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, W: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
+    D: tl.constexpr, D_V: tl.constexpr, W: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """The far key of a cluster from the sums of the pieces, over those of the first: total, value, key, tilt.
 
@@ -198,7 +198,7 @@ def finish_kernel(
     key = tl.zeros((BD,), tl.float32)
     tilt = tl.zeros((BD,), tl.float32)
     rows = tl.num_programs(1) * clusters
-    for part in range(parts if LENGTH == 0 else LENGTH):
+    for part in range(parts):
         at = part * rows + row
         total += tl.load(total_pointer + at)
         value += tl.load(value_pointer + at * D_V + values, mask=wide, other=0.0)
@@ -248,8 +248,8 @@ def rows_kernel(
     value_mean_pointer, key_spread_pointer, count_pointer, near_pointer, base_pointer, bound_pointer, rank_pointer,
     total_pointer, far_value_pointer, far_key_pointer, tilt_pointer, far_log_pointer, out_pointer, lost_pointer,
     n_q, n_k, padded, room, clusters, scale, reach, off,
-    LENGTH: tl.constexpr, OWN: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, W: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, WIDEN: tl.constexpr,
+    OWN: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, W: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BD: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """Answers of a tile of queries: near keys and a query's own exactly, the far key to first order; NaN where lost."""
     entry = tl.program_id(1).to(tl.int64)
@@ -272,7 +272,7 @@ def rows_kernel(
         total = tl.zeros((BM,), tl.float32)
         acc = tl.zeros((BM, BV), tl.float32)
         seen = tl.zeros((BM,), tl.int32)
-        for first in range(0, n_near if LENGTH == 0 else LENGTH, BN):
+        for first in range(0, n_near, BN):
             place = first + tl.arange(0, BN)
             near = place < n_near
             keys = tl.load(near_pointer + of_block * room + place, mask=near, other=-1)
@@ -282,7 +282,7 @@ def rows_kernel(
                 other=0.0,
             )
             base = tl.load(base_pointer + of_block * room + place, mask=near, other=-1e30)
-            logits = _dot(low, tl.trans(k), "ieee", WIDEN) + base[None, :]
+            logits = tl.dot(low, tl.trans(k)) + base[None, :]
             if OWN:
                 seen = tl.maximum(seen, tl.max((keys[None, :] == rows[:, None]).to(tl.int32), 1))
             higher = tl.maximum(highest, tl.max(logits, 1))
@@ -298,7 +298,7 @@ def rows_kernel(
                     mask=near[:, None] & wide[None, :],
                     other=0.0,
                 )
-                acc = acc * fade[:, None] + _dot(weights.to(tl.bfloat16), v, "ieee", WIDEN)
+                acc = acc * fade[:, None] + tl.dot(weights.to(tl.bfloat16), v)
             highest = higher
         value_mean = tl.load(value_mean_pointer + entry * D_V + values, mask=wide, other=0.0)
         # Loaded again rather than kept in registers all along
