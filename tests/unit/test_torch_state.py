@@ -29,7 +29,31 @@ def default_dtype(dtype):
         torch.set_default_dtype(torch.float32)
 
 
+@contextmanager
+def coarse_products():
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@contextmanager
+def coarse_products_of_a_backend():
+    matmul = torch.backends.mkldnn.matmul
+    matmul.fp32_precision = "bf16"
+    try:
+        yield
+        assert matmul.fp32_precision == "bf16"
+    finally:
+        # What both ways of asking agree on
+        matmul.fp32_precision = torch.backends.cuda.matmul.fp32_precision = "none"
+        torch.set_float32_matmul_precision("highest")
+
+
 STATES = {
+    "float32 products in fewer digits": coarse_products,
     "float64 by default": lambda: default_dtype(torch.float64),
     "bfloat16 by default": lambda: default_dtype(torch.bfloat16),
     "no gradients": torch.no_grad,
@@ -37,6 +61,8 @@ STATES = {
     "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
     "another default device": lambda: torch.device("meta"),
 }
+if hasattr(torch.backends.mkldnn.matmul, "fp32_precision"):
+    STATES["float32 products in fewer digits, of a backend"] = coarse_products_of_a_backend
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import torch
 
 @contextmanager
 def plain_torch() -> Iterator[None]:
-    """torch in its default state inside the block: float32, CPU, no autocast, no inference mode, no gradients.
+    """torch in its default state inside the block: float32 in full, CPU, no autocast, inference mode or gradients.
 
     >>> @plain_torch()
     ... def ones() -> torch.Tensor:
@@ -21,8 +21,8 @@ def plain_torch() -> Iterator[None]:
     >>> torch.set_default_dtype(torch.float32)
 
     Tensors made inside are ordinary tensors without gradients, even in a caller's inference mode: memory kept from call
-    to call can then be written in either mode. The default dtype is global to the process, so it is changed, for the
-    duration of the block, only if it differs.
+    to call can then be written in either mode. The default dtype and the precision of float32 products are global to the
+    process, so they are changed, for the duration of the block, only if they differ.
     """
     with ExitStack() as stack:
         # Skip what is already in the default state: nearly every call then costs nothing.
@@ -33,9 +33,25 @@ def plain_torch() -> Iterator[None]:
         if default != torch.float32:
             torch.set_default_dtype(torch.float32)
             stack.callback(torch.set_default_dtype, default)
+        _whole_products(stack)
         if torch.get_default_device().type != "cpu":
             stack.enter_context(torch.device("cpu"))
         for device in ("cpu", "cuda"):
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
         yield
+
+
+def _whole_products(stack: ExitStack) -> None:
+    """No float32 product in fewer digits (TF32, bfloat16) until the stack is closed."""
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        # Set for each backend apart, which that function refuses to read
+        for matmul in (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul):
+            stack.callback(setattr, matmul, "fp32_precision", matmul.fp32_precision)
+            matmul.fp32_precision = "ieee"
+        return
+    if before != "highest":
+        torch.set_float32_matmul_precision("highest")
+        stack.callback(torch.set_float32_matmul_precision, before)
