@@ -27,7 +27,7 @@ def as_float64(array: Array, name: str) -> torch.Tensor:
             raise InputError(f"{name} has dtype {array.dtype}: give real numbers")
         tensor = torch.from_numpy(np.asarray(array, np.float64, order="C"))
     elif isinstance(array, torch.Tensor):
-        if array.is_complex():
+        if array.is_complex() or array.dtype == torch.bool:
             raise InputError(f"{name} has dtype {array.dtype}: give real numbers")
         tensor = _dense(array, name).detach().to(torch.float64)
     else:
@@ -35,6 +35,12 @@ def as_float64(array: Array, name: str) -> torch.Tensor:
     if not math.isfinite(_largest(tensor)):
         raise InputError(f"{name} holds a NaN or an infinity: remove it before asking for kernel values")
     return tensor
+
+
+def tensor_of(array: np.ndarray) -> torch.Tensor:
+    """The same real numbers as a tensor: torch has only this machine's byte order, and nothing above float64."""
+    native = np.dtype(np.float64) if array.dtype.itemsize > 8 else array.dtype.newbyteorder("=")
+    return torch.from_numpy(np.ascontiguousarray(array, native))
 
 
 def _dense(tensor: torch.Tensor, name: str) -> torch.Tensor:
@@ -56,7 +62,7 @@ def _largest(tensor: torch.Tensor) -> float:
 def queries_and_keys(q: Array, k: Array) -> tuple[torch.Tensor, torch.Tensor, Callable[[torch.Tensor], Array]]:
     """q (..., n_q, d) and k (..., n_k, d) as float64 tensors, and a function back to the caller's kind of array.
 
-    Raises InputError if the two do not match: different kinds, batch shapes or widths, or no rows.
+    Raises InputError if the two do not match: different kinds, devices, batch shapes or widths, or no rows.
     """
     if isinstance(q, np.ndarray) != isinstance(k, np.ndarray):
         raise InputError("q and k are of different kinds: give two torch tensors or two NumPy arrays")
@@ -67,6 +73,8 @@ def queries_and_keys(q: Array, k: Array) -> tuple[torch.Tensor, torch.Tensor, Ca
         raise InputError(
             f"q {tuple(queries.shape)} and k {tuple(keys.shape)} differ in width d or in their batch dimensions"
         )
+    if queries.device != keys.device:
+        raise InputError(f"q is on {queries.device} and k on {keys.device}: move one of them")
     if 0 in queries.shape[-2:] or 0 in keys.shape[-2:]:
         raise InputError(f"q {tuple(queries.shape)} or k {tuple(keys.shape)} has no rows or no columns")
     # These bound the logits and the lemma's row terms; beyond them float64 cannot hold the logarithms.
@@ -116,8 +124,7 @@ def as_batches(
         if isinstance(array, np.ndarray) and array.dtype not in (np.float16, np.float32, np.float64):
             raise InputError(f"{name} has dtype {array.dtype}: give float16, float32 or float64")
     tensors = [
-        torch.from_numpy(np.ascontiguousarray(array)) if isinstance(array, np.ndarray) else _dense(array, name)
-        for name, array in given.items()
+        tensor_of(array) if isinstance(array, np.ndarray) else _dense(array, name) for name, array in given.items()
     ]
     for name, tensor in zip(given, tensors, strict=True):
         if tensor.dtype not in DTYPES:

@@ -76,6 +76,8 @@ def test_crossings_solve_their_equation():
     assert math.isinf(log10_crossing(2.0, 0.0))
     assert math.isinf(fit_exponents(synthetic(2.1, 5.0), draws=20).iloc[0]["log10_crossing"])
     assert log10_crossing(0.5, math.log(1e-9)) == 0.0
+    # n^1.5 ln n is below n^2 everywhere.
+    assert log10_crossing(1.5, 0.0) == 0.0
 
 
 @pytest.mark.slow

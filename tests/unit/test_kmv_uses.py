@@ -53,6 +53,10 @@ def test_top_eigenvalue_repeats_and_keeps_the_kind():
     b = top_eigenvalue(torch.from_numpy(points), sigma, 0.5, seed=3)
     assert a.value == b.value
     assert isinstance(b.vector, torch.Tensor)
+    # Points so far apart that K is the identity: the practical method ends after a step, and says so.
+    found = top_eigenvalue(100.0 * torch.eye(20), 1.0, 0.25, method="practical", seed=1)
+    assert found.iterations == 1
+    assert found.vector.dtype == torch.float64
     # The sets S_i are found once: one step hashes, the others do not.
     assert a.hash_evaluations == top_eigenvalue(points, sigma, 0.5, seed=3, iterations=1).hash_evaluations
 

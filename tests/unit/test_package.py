@@ -68,6 +68,26 @@ def test_what_is_wrong_is_refused_and_nothing_is_written(package, tmp_path, file
     assert not (tmp_path / "into").exists()
 
 
+def test_a_package_whose_writing_fails_leaves_nothing(package, tmp_path, monkeypatch):
+    write = Path.write_bytes
+
+    def fails(path, data):
+        if path.suffix == ".png":
+            raise OSError(28, "No space left on device")
+        return write(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", fails)
+    with pytest.raises(TableError, match="No space left"):
+        take(package, tmp_path / "into")
+    assert not any((tmp_path / "into").iterdir())
+
+
+def test_a_study_whose_name_would_not_be_taken_is_not_packed(tmp_path):
+    shutil.copytree(REFERENCE / "complexity", tmp_path / "my study")
+    with pytest.raises(TableError, match="my study: the study's name may hold"):
+        pack(tmp_path / "my study", tmp_path / "x.zip")
+
+
 def test_a_package_of_nested_json_is_refused(package, tmp_path):
     deep = b"[" * 200_000
     with zipfile.ZipFile(package) as archive:

@@ -27,7 +27,7 @@ from approxkmv.models import ModelLocation
 from approxkmv.models.loading import quiet
 from approxkmv.perplexity.layers import parse_layers
 from approxkmv.perplexity.model import CausalModel
-from approxkmv.perplexity.replacement import Replacement
+from approxkmv.perplexity.replacement import Replacement, refuse_what_no_method_does
 from approxkmv.perplexity.settings import from_options
 from approxkmv.steps.perplexity import measure_perplexity
 
@@ -158,6 +158,15 @@ def test_a_sliding_window_is_refused_where_it_cuts(tmp_path):
     assert found.perplexity(IDS[:60], replacement("exact-sdpa")).perplexity > 1
     with pytest.raises(CaptureError, match=r"layer 0 \(MistralAttention\) has its own mask"):
         found.perplexity(IDS[:200], replacement("exact-sdpa"))
+
+
+@pytest.mark.parametrize("option", ["softcap", "s_aux", "sinks", "position_bias"])
+def test_what_attention_has_besides_its_softmax_is_refused(option):
+    q = torch.randn(1, 2, 5, 8)
+    module = torch.nn.Module()
+    refuse_what_no_method_does(module, q, q, None, {option: None})
+    with pytest.raises(CaptureError, match="not plain causal softmax attention"):
+        refuse_what_no_method_does(module, q, q, None, {option: torch.ones(2)})
 
 
 def test_texts_too_short_or_too_long(model):

@@ -21,8 +21,8 @@ def plain_torch() -> Iterator[None]:
     >>> torch.set_default_dtype(torch.float32)
 
     Tensors made inside are ordinary tensors without gradients, even in a caller's inference mode: memory kept from call
-    to call can then be written in either mode. The default dtype and the precision of float32 products are global to the
-    process, so they are changed, for the duration of the block, only if they differ.
+    to call can then be written in either mode. The default dtype and the precision of float32 products are global to
+    the process, so they are changed, for the duration of the block, only if they differ.
     """
     with ExitStack() as stack:
         # Skip what is already in the default state: nearly every call then costs nothing.
@@ -48,7 +48,7 @@ def _whole_products(stack: ExitStack) -> None:
         before = torch.get_float32_matmul_precision()
     except RuntimeError:
         # Set for each backend apart, which that function refuses to read
-        for matmul in (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul):
+        for matmul in (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul):  # type: ignore[attr-defined]
             stack.callback(setattr, matmul, "fp32_precision", matmul.fp32_precision)
             matmul.fp32_precision = "ieee"
         return

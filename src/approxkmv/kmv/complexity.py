@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pandas as pd
+from scipy.optimize import brentq
 
 from approxkmv.errors import InputError
 from approxkmv.kmv import inputs
@@ -257,7 +258,8 @@ def fit_exponents(table: pd.DataFrame, *, draws: int = 2000, seed: int = 0) -> p
 
 
 def log10_crossing(exponent: float, log_factor: float) -> float:
-    """log10 of the largest n with factor * n^exponent * ln n >= n^2; infinite when the exponent is 2 or more.
+    """log10 of the largest n > e with factor * n^exponent * ln n >= n^2: 0 where there is none, infinite when the
+    exponent is 2 or more.
 
     >>> round(log10_crossing(1.5, np.log(50.0)), 1)
     5.6
@@ -265,17 +267,15 @@ def log10_crossing(exponent: float, log_factor: float) -> float:
     gap = 2.0 - exponent
     if gap <= 0:
         return math.inf
-    # gap * u = log_factor + ln u with u = ln n: gap * u - ln u grows beyond u = 1/gap.
+
+    def beyond(u: float) -> float:
+        return gap * u - math.log(u) - log_factor
+
+    # With u = ln n this grows beyond u = 1/gap; it is above 0 at the upper end, since ln u <= gap u/2 + ln(2/gap) - 1.
     low = max(1.0 / gap, 1.0)
-    if gap * low - math.log(low) >= log_factor:
-        return math.log10(math.e) * low if low > 1 else 0.0
-    high = 2.0 * low
-    while gap * high - math.log(high) < log_factor:
-        high *= 2.0
-    for _ in range(200):
-        middle = 0.5 * (low + high)
-        low, high = (middle, high) if gap * middle - math.log(middle) < log_factor else (low, middle)
-    return math.log10(math.e) * high
+    if beyond(low) >= 0:
+        return 0.0
+    return math.log10(math.e) * brentq(beyond, low, 2.0 * (log_factor + math.log(2.0 / gap)) / gap)
 
 
 def _quantile(values: np.ndarray, at: float) -> float:

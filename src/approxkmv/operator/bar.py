@@ -9,6 +9,8 @@ from statistics import NormalDist
 
 import torch
 
+from approxkmv.compute.drawing import drawn
+
 Rows = Callable[[torch.Tensor], torch.Tensor]
 """Rows (some, m) of the product, computed exactly."""
 
@@ -37,7 +39,7 @@ class Proposal:
     probabilities: torch.Tensor
 
     def draw(self, number: int, generator: torch.Generator) -> torch.Tensor:
-        return torch.multinomial(self.probabilities, number, replacement=True, generator=generator)
+        return drawn(self.probabilities, number, generator)
 
 
 def proposal(doubts: torch.Tensor, known: torch.Tensor) -> Proposal:

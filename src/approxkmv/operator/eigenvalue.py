@@ -82,10 +82,11 @@ def top_eigenvalue(
             raise InputError(f"the practical method has no option {sorted(options)[0]!r}: leave it out")
         return _practical(points, matrix, sigma, error, steps, seed)
     x = np.full(n, 1.0 / math.sqrt(n))
-    best, vector = 0.0, x
+    best, vector, taken = 0.0, x, 0
     heavy: HeavyKeys | None = None
     total = Tally()
     for step in range(steps):
+        taken += 1
         product = approx_kmv(
             matrix,
             matrix,
@@ -111,7 +112,7 @@ def top_eigenvalue(
     return EigenvalueResult(
         value=best,
         vector=inputs.back_to_kind(points)(vector),
-        iterations=steps,
+        iterations=taken,
         kernel_evaluations=total.kernel_evaluations,
         distinct_evaluations=total.distinct_evaluations,
         hash_evaluations=total.hash_evaluations,
@@ -122,11 +123,12 @@ def _practical(
     points: Array, matrix: np.ndarray, sigma: float, error: float, steps: int, seed: int | None
 ) -> EigenvalueResult:
     """The power method with products of KernelOperator."""
-    operator = KernelOperator(matrix, matrix, sigma, error / 4.0, seed=seed)
+    operator = KernelOperator(points, points, sigma, error / 4.0, seed=seed)
+    back = inputs.back_to_kind(points)
     x = np.full(len(matrix), 1.0 / math.sqrt(len(matrix)))
     best, vector, taken, evaluations = 0.0, x, 0, 0
     for _ in range(steps):
-        y = np.asarray(operator @ x)
+        y = inputs.vector(operator @ back(x), "Kx", len(x))
         assert operator.last is not None
         taken, evaluations = taken + 1, evaluations + operator.last.kernel_evaluations
         quotient = float(x @ y)
@@ -136,4 +138,4 @@ def _practical(
             break
         x = np.maximum(y, 0.0)
         x /= np.linalg.norm(x)
-    return EigenvalueResult(best, inputs.back_to_kind(points)(vector), taken, evaluations, evaluations, 0)
+    return EigenvalueResult(best, back(vector), taken, evaluations, evaluations, 0)

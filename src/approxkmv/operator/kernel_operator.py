@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from approxkmv.arrays import Array, as_float64
+from approxkmv.arrays import Array, as_float64, tensor_of
 from approxkmv.attention.exact.naive import free_bytes
 from approxkmv.compute.counting import count, counting
 from approxkmv.compute.torch_state import plain_torch
@@ -203,8 +203,9 @@ class KernelOperator:
 
     def _product(self, x64: torch.Tensor) -> tuple[torch.Tensor, Report]:
         """y (n_q, m) and its report, in which all evaluations are still those of the pilot."""
-        generator = torch.Generator().manual_seed(self._seed + self._products)
         self._products += 1
+        # The seed itself is that of the blocks.
+        generator = torch.Generator().manual_seed(self._seed + self._products)
         seconds: dict[str, float] = {}
         clock = Clock(seconds, x64.device)
         n_q, n_k = self.shape
@@ -364,9 +365,7 @@ def _points(queries: Array, keys: Array) -> tuple[torch.Tensor, torch.Tensor]:
     inputs.same_kind(queries, "queries", keys, "keys")
     for array, name in ((queries, "queries"), (keys, "keys")):
         inputs.matrix(array, name)
-    q, k = (
-        torch.from_numpy(np.ascontiguousarray(t)) if isinstance(t, np.ndarray) else t.detach() for t in (queries, keys)
-    )
+    q, k = (tensor_of(t) if isinstance(t, np.ndarray) else t.detach() for t in (queries, keys))
     if q.shape[1] != k.shape[1]:
         raise InputError(f"queries {tuple(q.shape)} and keys {tuple(k.shape)} differ in width d")
     if q.device != k.device:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from approxkmv.arrays import tensor_of
 from approxkmv.compute.torch_state import plain_torch
 from approxkmv.errors import UnavailableError
 from approxkmv.operator import exact
@@ -58,7 +59,7 @@ def _linear(points: Points, forward: Product, backward: Product) -> LinearOperat
     def of_arrays(product: Product) -> Callable[[np.ndarray], np.ndarray]:
         @plain_torch()
         def apply(values: np.ndarray) -> np.ndarray:
-            given = torch.from_numpy(np.ascontiguousarray(values)).to(points.keys).reshape(len(values), -1)
+            given = tensor_of(values).to(points.keys).reshape(len(values), -1)
             return product(given).cpu().numpy().reshape(-1, *values.shape[1:])
 
         return apply

@@ -134,9 +134,10 @@ def refuse_what_no_method_does(
     # Without padding, a mask exists only if attention is not plainly causal.
     if mask is not None or (window is not None and window < key.shape[2]):
         raise CaptureError(f"{name} has its own mask, such as a sliding window, but the methods compute full attention")
-    if any(options.get(word) is not None for word in ("softcap", "s_aux")) or not getattr(module, "is_causal", True):
+    more = any(options.get(word) is not None for word in ("softcap", "s_aux", "sinks", "position_bias"))
+    if more or not getattr(module, "is_causal", True):
         raise CaptureError(
-            f"{name} is not plain causal softmax attention: it caps its logits, has sinks or looks ahead"
+            f"{name} is not plain causal softmax attention: it caps its logits, has sinks or a bias, or looks ahead"
         )
 
 

@@ -68,12 +68,19 @@ def gauge(
         scale: the factor of the logits; None means 1/sqrt(d). factors: the values of t.
         mask: (n, n) bool, True for the entries of K that exist, some in each row; None takes all.
     Raises:
-        InputError: shapes that do not fit, non-finite values, a bad scale, a column of zeros, a row without entries.
+        InputError: shapes that do not fit, non-finite values, a bad scale or factor, a column of zeros, a mask that is
+            no bool tensor, a row without entries.
     Source: docs/math.md, "The gauge".
     """
     queries, keys, _ = queries_and_keys(q, k)
     column = as_float64(v, "v")
     s = resolve_scale(scale, queries.shape[-1])
+    if queries.ndim != 3:
+        raise InputError(f"q {tuple(queries.shape)} and k {tuple(keys.shape)} must be (heads, n, d)")
+    if not all(isinstance(t, (int, float)) and 1e-10 < t < 1e10 for t in factors):
+        raise InputError(f"factors are {tuple(factors)!r}: they must be positive numbers, from 1e-10 to 1e10")
+    if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool):
+        raise InputError("mask must be a torch tensor of bool")
     if column.shape != keys.shape[:-1] or not bool((column != 0).any(-1).all()):
         raise InputError(f"v is {tuple(column.shape)}: it must be one column per head, {tuple(keys.shape[:-1])}, not 0")
     n = keys.shape[-2]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from approxkmv.arrays import Array, as_float64, queries_and_keys, resolve_scale
+from approxkmv.arrays import Array, as_float64, queries_and_keys, resolve_scale, tensor_of
 from approxkmv.compute.scratch import scratch
 from approxkmv.errors import InputError
 
@@ -174,7 +174,7 @@ def _positive(softcap: float) -> float:
 
 def _as_bias(bias: Array, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
     if isinstance(bias, np.ndarray) and bias.dtype.kind in "fiu":
-        bias = torch.from_numpy(np.ascontiguousarray(bias))
+        bias = tensor_of(bias)
     if not isinstance(bias, torch.Tensor) or bias.is_complex() or bias.dtype == torch.bool:
         raise InputError("bias must be a torch tensor or a NumPy array of real numbers")
     if bias.numel() and not bool(torch.isfinite(bias).all()):
@@ -203,7 +203,7 @@ def _masks(mask: Any, shape: tuple[int, ...], device: torch.device) -> tuple[np.
         stops = np.arange(1, n_q + 1)
         return np.stack([np.maximum(stops - mask, 0) if is_window else np.zeros_like(stops), stops], 1), None
     if isinstance(mask, np.ndarray) and mask.dtype.kind in "biu":
-        mask = torch.from_numpy(np.ascontiguousarray(mask))
+        mask = tensor_of(mask)
     if isinstance(mask, torch.Tensor) and mask.dtype == torch.bool:
         return None, _expanded(mask.to(device), "mask", shape)
     if not isinstance(mask, torch.Tensor) or mask.is_floating_point() or mask.is_complex():

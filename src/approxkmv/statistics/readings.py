@@ -11,6 +11,7 @@ import torch
 from approxkmv.arrays import Array, queries_and_keys, resolve_scale
 from approxkmv.compute.threads import over_items
 from approxkmv.compute.torch_state import plain_torch
+from approxkmv.errors import InputError
 from approxkmv.kernels import log_kernel
 from approxkmv.statistics.head_to_tail import ratios_of_prefixes
 from approxkmv.statistics.heads import HIDDEN
@@ -67,11 +68,20 @@ def readings(
         mask: (n, n) bool, True for the entries that exist; None takes all.
         special: (n,) bool, which tokens are special; None takes none.
     Raises:
-        InputError: shapes that do not fit, non-finite values, a bad scale.
+        InputError: shapes that do not fit, non-finite values, a bad scale or prefix, a mask that is no bool array.
     """
     queries, keys, _ = queries_and_keys(q, k)
     s = resolve_scale(scale, queries.shape[-1])
     n = queries.shape[-2]
+    if queries.ndim != 3 or keys.shape != queries.shape:
+        raise InputError(f"q {tuple(queries.shape)} and k {tuple(keys.shape)} must both be (heads, n, d)")
+    if not isinstance(min_prefix, (int, np.integer)) or isinstance(min_prefix, bool) or min_prefix < 1:
+        raise InputError(f"min_prefix is {min_prefix!r}: it must be a whole number of at least 1")
+    for array, name, shape in ((mask, "mask", (n, n)), (special, "special", (n,))):
+        if array is not None and not (
+            isinstance(array, np.ndarray) and array.dtype == np.bool_ and array.shape == shape
+        ):
+            raise InputError(f"{name} must be a NumPy array of bool, {shape}")
     printed = _kernel(queries, keys, s)
     found: dict[str, Reading] = {}
 

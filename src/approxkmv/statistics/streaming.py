@@ -20,7 +20,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from approxkmv.arrays import Array, queries_and_keys, resolve_scale
+from approxkmv.arrays import Array, queries_and_keys, resolve_scale, tensor_of
 from approxkmv.compute.threads import over_items
 from approxkmv.compute.torch_state import plain_torch
 from approxkmv.errors import InputError, NonFiniteError
@@ -125,7 +125,15 @@ def _own_spans(n: int, causal: bool, spans: Array | None) -> list[torch.Tensor]:
     """The spans of the masked statistics, if requested."""
     if spans is None:
         return [torch.stack([torch.zeros(n, dtype=torch.long), torch.arange(1, n + 1)], 1)] if causal else []
-    own = torch.as_tensor(spans).cpu().long().contiguous()
+    given = tensor_of(spans) if isinstance(spans, np.ndarray) and spans.dtype.kind in "iu" else spans
+    if (
+        not isinstance(given, torch.Tensor)
+        or given.is_floating_point()
+        or given.is_complex()
+        or given.dtype == torch.bool
+    ):
+        raise InputError("spans must be a torch tensor or a NumPy array of whole numbers")
+    own = given.cpu().long().contiguous()
     if own.shape != (n, 2) or bool(((own[:, 0] < 0) | (own[:, 0] >= own[:, 1]) | (own[:, 1] > n)).any()):
         raise InputError(f"spans must be ({n}, 2), each the first and the end of at least one of {n} keys")
     if (count := int((own[:, 1] - own[:, 0]).sum())) < 2 * n:

@@ -7,6 +7,7 @@ import io
 import json
 import lzma
 import re
+import tempfile
 import zipfile
 import zlib
 from pathlib import Path
@@ -34,6 +35,8 @@ def pack(results: Path, out: Path) -> int:
         for path in sorted([*results.glob("tables/*"), *results.glob("figures/*.png")])
         if MEMBER.fullmatch(str(path.relative_to(results)))
     }
+    if not NAME.fullmatch(results.resolve().name):
+        raise TableError(f"{results.resolve()}: the study's name may hold letters, digits, '.', '_' and '-' only")
     manifest = {"study": results.resolve().name, "files": {name: _sha256(data) for name, data in files.items()}}
     _check(manifest, files, str(results))
     with written_whole(out) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -56,9 +59,17 @@ def take(package: Path, into: Path | None) -> list[str]:
         folder = into / manifest["study"]
         if folder.exists():
             raise TableError(f"{folder} is there already: remove it first, or take the package into another folder")
-        for name, data in files.items():
-            with written_whole(folder / name) as temporary:
-                temporary.write_bytes(data)
+        try:
+            into.mkdir(parents=True, exist_ok=True)
+            # Renamed when it is whole: half a study would be in the way of the next attempt.
+            with tempfile.TemporaryDirectory(prefix=".", dir=into) as temporary:
+                unpacked = Path(temporary) / folder.name
+                for name, data in files.items():
+                    (unpacked / name).parent.mkdir(parents=True, exist_ok=True)
+                    (unpacked / name).write_bytes(data)
+                unpacked.rename(folder)
+        except OSError as error:
+            raise TableError(f"cannot write {folder}: {error.strerror or error}") from error
         lines.append(f"taken into {folder}")
     return lines
 

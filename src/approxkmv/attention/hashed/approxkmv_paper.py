@@ -19,6 +19,7 @@ from approxkmv.attention.contract import Method
 from approxkmv.attention.hashed.angular_hashing import block_sums, sort_into_blocks, sorted_sample
 from approxkmv.attention.hashed.column_sampling import column_probabilities, with_ones
 from approxkmv.attention.kernels.exponentials import flushed_
+from approxkmv.compute.drawing import drawn
 
 _MORE = 1.5
 
@@ -39,9 +40,9 @@ def sums(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Gen
     samples = parameters.samples
     probabilities = column_probabilities(v)
     more = round(_MORE * samples)
-    drawn = torch.multinomial(probabilities, more, replacement=True, generator=generator)
+    chosen = drawn(probabilities, more, generator)
     extended = with_ones(v)
-    sample, order = sorted_sample(drawn, blocks)
+    sample, order = sorted_sample(chosen, blocks)
     drawn_v = extended[sample.keys] / probabilities[sample.keys].unsqueeze(1)
     # Every row uses the first draws; rows of high variance use all of them.
     is_first = (order < samples).unsqueeze(1)

@@ -17,6 +17,7 @@ from approxkmv.attention.causal import Sums
 from approxkmv.attention.contract import Method
 from approxkmv.attention.hashed.angular_hashing import block_sums, sort_into_blocks, sorted_sample
 from approxkmv.attention.hashed.column_sampling import column_probabilities, with_ones
+from approxkmv.compute.drawing import drawn
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,12 @@ def sums(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Gen
     blocks = sort_into_blocks(q, k, generator, block=parameters.block, projections=parameters.projections)
     samples = parameters.samples
     probabilities = column_probabilities(v)
-    drawn = torch.multinomial(probabilities, samples, replacement=True, generator=generator)
+    chosen = drawn(probabilities, samples, generator)
     if len(blocks.queries) == 1:
         # With a single block nothing is left to estimate.
-        drawn = drawn[:0]
+        chosen = chosen[:0]
     extended = with_ones(v)
-    sample, _ = sorted_sample(drawn, blocks)
+    sample, _ = sorted_sample(chosen, blocks)
     weighted = extended[sample.keys] / (samples * probabilities[sample.keys]).unsqueeze(1)
     out = q.new_empty(*blocks.queries.shape, extended.shape[1] + 1)
     for here, heavy, _, light, shift in block_sums(q, k, extended, blocks, sample, weighted):

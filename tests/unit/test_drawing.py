@@ -1,0 +1,28 @@
+"""Draws in proportion to weights, also from more of them than torch.multinomial takes."""
+
+import math
+
+import pytest
+import torch
+
+from approxkmv.compute import drawing
+
+NUMBER = 20_000
+
+
+@pytest.mark.parametrize("most", [2, 1 << 24])
+def test_each_index_is_drawn_as_often_as_its_weight_says(most, monkeypatch):
+    monkeypatch.setattr(drawing, "_MOST", most)
+    weights = torch.tensor([0.0, 3.0, 1.0, 0.0, 6.0, 0.0])
+    drawn = drawing.drawn(weights, NUMBER, torch.Generator().manual_seed(0))
+    assert drawn.dtype == torch.int64
+    shares = weights / weights.sum()
+    # Five standard deviations: a false alarm in a million.
+    for share, seen in zip(shares.tolist(), (drawn.bincount(minlength=6) / NUMBER).tolist(), strict=True):
+        assert abs(seen - share) <= 5 * math.sqrt(share * (1 - share) / NUMBER)
+
+
+def test_more_weights_than_multinomial_takes():
+    weights = torch.zeros((1 << 24) + 2)
+    weights[-1] = 1.0
+    assert drawing.drawn(weights, 3, torch.Generator().manual_seed(0)).tolist() == [len(weights) - 1] * 3
