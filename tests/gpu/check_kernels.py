@@ -1,17 +1,11 @@
-"""Check the CUDA kernels against float64 and, where a table is named, time them.
+"""Check the CUDA kernels against float64: python tests/gpu/check_kernels.py
 
-    python tests/gpu/check_kernels.py [TABLE.csv [bfloat16] [float32]]
-
-With TRITON_INTERPRET=1 the checks run in Triton's interpreter on a CPU; tables are then of small inputs, on which the
-methods run as they do on a CPU, and their times say nothing.
+With TRITON_INTERPRET=1 the checks run in Triton's interpreter on a CPU, under a memory checker.
 """
 
 import os
 import sys
-import time
 from contextlib import contextmanager, nullcontext
-from functools import partial
-from pathlib import Path
 
 import interpreter
 import torch
@@ -30,25 +24,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 # bfloat16 keeps 8 bits: its inputs are exact here, its weights and answers are rounded to 2^-9 of their size.
 LARGEST = {torch.float32: 2e-5, torch.bfloat16: 4e-3}
-# What is timed, by name: others take minutes on these lengths, or run on a CPU only.
-METHODS = (
-    "exact-naive",
-    "exact-sdpa",
-    "exact-fused",
-    "mean",
-    "uniform",
-    "own-key",
-    "approxkmv-paper",
-    "kdeformer",
-    "hyperattention",
-    "approxkmv",
-    "local-expansion",
-)
-# Of these every setting is timed at the long lengths, of the others the defaults.
-OURS = ("approxkmv", "local-expansion")
 INPUTS = 3
-# Seconds of one run above which it is recorded, and not repeated for its quartiles.
-LONGEST = 5.0
 
 
 def inputs(batch, n_q, n_k, d, d_v, dtype, seed):
@@ -460,130 +436,7 @@ def check_second_device():
     print("a second device: as the first")
 
 
-def long_inputs(n, d, dtype, seed=0):
-    """Queries and keys (1, n, d) around common centres, as tokens are, and one value column that follows the keys."""
-    generator = torch.Generator().manual_seed(seed)
-    centres = torch.randn(n // 64, d, generator=generator)
-    q, k = (
-        centres[torch.randint(len(centres), (n,), generator=generator)] + 0.7 * torch.randn(n, d, generator=generator)
-        for _ in range(2)
-    )
-    v = k[:, :1] + 0.5 * torch.randn(n, 1, generator=generator)
-    return tuple(t[None].to(device=DEVICE, dtype=dtype) for t in (q, k, v))
-
-
-def run(method, problems, scale, given, i):
-    return method.compute(*problems[i], scale=scale, seed=i, **given)
-
-
-def out_of_memory(refusal):
-    return f"out of memory: {str(refusal).splitlines()[0]}"
-
-
-def error_and_seconds(one, problems, rights):
-    """Mean error over the inputs, and the seconds of a run after the first, which compiles."""
-    from approxkmv.sweep.measure import errors
-
-    found = []
-    for i, (right, (_, _, v)) in enumerate(zip(rights, problems, strict=True)):
-        started = time.perf_counter()
-        out = one(i)
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - started
-        found.append(errors(out, right, v)[0])
-        if seconds > 10 * LONGEST:  # more than compiling takes
-            break
-    return sum(found) / len(found), seconds
-
-
-@torch.inference_mode()
-def measure_long(table, dtype, n, d=64, repeats=9):
-    """Every setting of our methods and the defaults of the others at one long length: error, time, what fails."""
-    from approxkmv.attention import UnavailableError, get
-    from approxkmv.sweep.measure import interleaved_seconds, quartiles
-
-    problems = [long_inputs(n, d, dtype, seed) for seed in range(INPUTS)]
-    rights = [get("exact-fused")(*(t.float() for t in problem)).double() for problem in problems]
-    runs, found, rows = {}, {}, []
-    for name in METHODS:
-        method = get(name)
-        for given in method.grid if name in OURS else ({},):
-            parameters = method.parameters(given)
-            label = f"{name} {parameters}"
-            row = {"dtype": str(dtype), "n": n, "method": label}
-            one = partial(run, method, problems, d**-0.5, parameters)
-            try:
-                error, seconds = error_and_seconds(one, problems, rights)
-            except UnavailableError as refusal:
-                rows.append({**row, "reason": str(refusal)})
-                continue
-            except torch.OutOfMemoryError as refusal:
-                rows.append({**row, "reason": out_of_memory(refusal)})
-                continue
-            if seconds > LONGEST:
-                rows.append({**row, "error": error, "seconds": seconds, "reason": "one run only: too slow to repeat"})
-                continue
-            runs[label], found[label] = one, {**row, "error": error}
-    taken, lost = interleaved_seconds(runs, torch.device(DEVICE), "wall", 2, repeats, INPUTS)
-    for label, row in found.items():
-        if label in lost:
-            rows.append({**row, "reason": lost[label]})
-        else:
-            low, middle, high = quartiles(taken[label])
-            rows.append({**row, "seconds": middle, "seconds_q1": low, "seconds_q3": high})
-    write(table, rows)
-
-
-def measure_statistics(table, n, d=64):
-    """c, order ratios and keys per row of one head at a long length, both masks, on the device."""
-    from approxkmv.statistics.streaming import length_statistics
-
-    q, k, _ = long_inputs(n, d, torch.float32)
-    taken = []
-    for _ in range(3):
-        started = time.perf_counter()
-        length_statistics(q, k)
-        taken.append(time.perf_counter() - started)
-    write(table, [{"dtype": "float64", "n": n, "method": "length_statistics, one head", "seconds": min(taken)}])
-
-
-def write(table, rows):
-    """The rows as CSV, and the machine beside them as JSON."""
-    import csv
-    import json
-
-    from approxkmv.sweep.measure import machine
-
-    with table.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(
-            file, ["dtype", "n", "method", "error", "seconds", "seconds_q1", "seconds_q3", "reason"]
-        )
-        writer.writeheader()
-        writer.writerows(rows)
-    record = {"made by": "tests/gpu/check_kernels.py", "machine": machine(DEVICE)}
-    table.with_suffix(".json").write_text(json.dumps(record, indent=2), encoding="utf-8")
-
-
-def measure(table, dtype, sharp, split, batches):
-    """The sweep of the word vectors, at lengths with Q = K and with other keys than queries."""
-    from approxkmv.sweep import SweepSettings, run_sweep
-
-    settings = SweepSettings.from_mapping(
-        {
-            "device": DEVICE,
-            "dtype": dtype,
-            "methods": list(METHODS),
-            "workloads": [
-                {"name": "glove-sharp", "lengths": sharp, "batches": batches},
-                {"name": "glove-split", "lengths": split, "batches": batches},
-            ],
-        }
-    )
-    run_sweep(settings, table, {"made by": "tests/gpu/check_kernels.py"})
-
-
-def main(table=None, *dtypes):
+def main():
     if not INTERPRETED and not torch.cuda.is_available():
         sys.exit("check_kernels: torch finds no CUDA device; set TRITON_INTERPRET=1 to check in the interpreter")
     if INTERPRETED:
@@ -607,18 +460,7 @@ def main(table=None, *dtypes):
     if sanitizer:
         print(f"memory: {sanitizer.accesses} accesses")
         assert not sanitizer.faults, "\n".join(sanitizer.faults)
-    if table is None:
-        return
-    table = Path(table)
-    n, repeats = (512, 2) if INTERPRETED else (131_072, 9)
-    sharp, split, batches = ([128], [128], [2]) if INTERPRETED else ([4096, 8192, 16384], [4096, 8192], [1, 8])
-    # A table when it is made, the shorter ones first, so that a run cut short leaves those behind.
-    for dtype in dtypes or ("bfloat16", "float32"):
-        measure_long(table.with_name(f"{table.stem}-long-{dtype}.csv"), getattr(torch, dtype), n, repeats=repeats)
-    measure_statistics(table.with_name(f"{table.stem}-long-statistics.csv"), n)
-    for dtype in dtypes or ("bfloat16", "float32"):
-        measure(table.with_name(f"{table.stem}-{dtype}.csv"), dtype, sharp, split, batches)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -115,7 +115,6 @@ class SmallHub:
     def __init__(self, repositories: dict[str, dict[str, bytes]]) -> None:
         self.repositories = repositories
         self.fault: str | None = None
-        self.unknown: list[str] = []
         self.sent: list[str] = []
 
 
@@ -153,7 +152,6 @@ def handler(hub: SmallHub) -> type[http.server.BaseHTTPRequestHandler]:
             elif file and (name := f"{'datasets' if file[1] else 'models'}/{file[2]}") in hub.repositories:
                 self.file(name, file[3], file[4])
             else:
-                hub.unknown.append(path)
                 self.answer(404, X_Error_Code="RepoNotFound")
 
         do_HEAD = do_GET

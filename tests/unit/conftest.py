@@ -17,3 +17,14 @@ def _no_trials() -> Iterator[None]:
     compiled = dict.fromkeys((f"{blocks}.loops", "attention.searched.trials.pairs"), "compiled")
     with forced({f"{blocks}.products": "float32", **compiled, **near}):
         yield
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For inputs that are too small for threads, which only wait for each other."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

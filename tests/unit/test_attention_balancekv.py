@@ -7,14 +7,7 @@ import torch
 from approxkmv.attention import get
 from approxkmv.attention.coresets.balancekv import Parameters, positive_half, read_stream
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """These inputs are too small for threads, which only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def heads(n_q, n_k, d=8, d_v=2, spread=0.6):

@@ -12,16 +12,9 @@ from approxkmv.attention.causal import add_sums, causal_attention, exact_sums
 from approxkmv.compute.counting import counting
 from approxkmv.errors import InputError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CAUSAL = [name for name in methods() if get(name).causal is not None]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """These inputs are too small for threads, which only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def heads(n, d, d_v, seed=0, spread=1.0):

@@ -12,14 +12,7 @@ from approxkmv.attention.causal import Flash
 from approxkmv.compute import loops as compute_loops
 from approxkmv.compute.counting import counting
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """These inputs are too small for threads, which only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def heads(n, d, d_v, seed=0, spread=1.0):

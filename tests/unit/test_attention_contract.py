@@ -8,14 +8,7 @@ from approxkmv.attention import UnavailableError, get, methods
 from approxkmv.attention.exact import naive as naive_module
 from approxkmv.errors import InputError
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """These inputs are too small for threads, which only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def inputs(n_q, n_k, d, d_v, batch=2, dtype=torch.float32, seed=0):

@@ -11,6 +11,8 @@ from approxkmv.attention.hashed import hyperattention
 from approxkmv.compute import loops as compute_loops
 from approxkmv.compute.counting import count, counting
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 N_Q, N_K, D = 203, 203, 8
 # Pairs that a causal mask leaves
 SEEN = N_Q * (N_Q + 1) // 2
@@ -21,15 +23,6 @@ EVERY_PAIR = {
     "vattention": {"top": 1000},
     "balancekv": {"window": 1000},
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """These inputs are too small for threads, which only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def inputs(batch=1):

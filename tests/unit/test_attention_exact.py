@@ -5,17 +5,10 @@ import torch
 
 from approxkmv.attention import get
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # float32 logits of size L carry an error of about L 6e-8, which the weights inherit.
 EPSILON = 6e-8
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """These inputs are too small for threads, which only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("name", ["exact-naive", "exact-sdpa", "exact-fused"])

@@ -7,19 +7,12 @@ from approxkmv.attention import get, methods
 from approxkmv.attention.blocks.grouping import block_size
 from approxkmv.compute import loops as compute_loops
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NAMES = [name for name in methods() if not get(name).trivial and name != "window"]
 # Relative to the answer. The largest on these heads is 0.31 (balancekv, which errs as much with many queries); blocks
 # of the size meant for as many queries as keys err up to 0.37 (local-expansion) and 0.59 (approxkmv).
 MOST = 0.35
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """These inputs are too small for threads, which only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def head(n_q, spread, n_k=4096, d=64, d_v=64):

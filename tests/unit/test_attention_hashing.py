@@ -14,14 +14,7 @@ from approxkmv.attention.hashed.angular_hashing import gray_rank, sort_into_bloc
 from approxkmv.attention.hashed.column_sampling import column_probabilities
 from approxkmv.kmv.hashing import PStableHash
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """These inputs are too small for threads, which only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def inputs(n_q, n_k, d, d_v, seed=0):

@@ -13,6 +13,8 @@ from approxkmv.attention.blocks.reach import stand_apart
 from approxkmv.compute import loops as compute_loops
 from approxkmv.compute.counting import counting
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # Settings that approximate at these lengths
 FEW = {
     "approxkmv": {"block": 40, "near": 24},
@@ -21,15 +23,6 @@ FEW = {
 }
 ONE_BLOCK = {name: {**FEW[name], "block": 2**24, "directions": 0} for name in ("approxkmv", "local-expansion")}
 SETTINGS = [*FEW.items(), *ONE_BLOCK.items()]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """These inputs are too small for threads, which only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=["compiled", "torch"])

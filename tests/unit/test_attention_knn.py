@@ -15,20 +15,13 @@ from approxkmv.attention.searched.knn_gradients import estimated_gradients, knn_
 from approxkmv.compute import loops as compute_loops
 from approxkmv.errors import InputError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 pytest.importorskip("faiss")
 
 SIGMAS = 4.5
 """A normal variable passes it with probability 7e-6; no test here looks at more than 300 of them, so that all seeds
 being fixed, each had a chance of at most 2e-3 of a false alarm when it was written, and has none since."""
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """These inputs are too small for threads, which only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def heads(n_q, n_k, d, d_v, seed=0, spread=1.0):

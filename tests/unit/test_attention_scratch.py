@@ -10,14 +10,7 @@ from approxkmv.compute import loops as compute_loops
 from approxkmv.compute import scratch as compute_scratch
 from approxkmv.compute.counting import counting
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """These inputs are too small for threads, which only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(params=["compiled", "torch"])

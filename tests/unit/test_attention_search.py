@@ -7,14 +7,7 @@ import torch
 from approxkmv.attention import UnavailableError, get
 from approxkmv.attention.searched.deann import estimate
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """These inputs are too small for threads, which only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def heads(n_q, n_k, d, d_v, seed=0, spread=1.0):

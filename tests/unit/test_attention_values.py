@@ -6,6 +6,8 @@ import torch
 from approxkmv.attention import get, methods
 from approxkmv.compute import loops as compute_loops
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 N, D = 200, 16
 # Settings that approximate at this length: of their defaults some would take every key.
 FEW = {
@@ -27,15 +29,6 @@ FEW = {
 FORMS = [(name, causal) for name in methods() for causal in (False, True) if not causal or get(name).causal]
 # In bfloat16 an offset of 1,000 leaves nothing of the values.
 FORMS = [(name, causal) for name, causal in FORMS if get(name).dtype == torch.float32]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """These inputs are too small for threads, which only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=["compiled", "torch"])

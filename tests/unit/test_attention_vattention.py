@@ -11,14 +11,7 @@ from approxkmv.attention.searched import vattention
 from approxkmv.attention.searched.vattention import Parameters, budgets, sums
 from approxkmv.errors import InputError
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """These inputs are too small for threads, which only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def heads(n_q, n_k, d=8, d_v=1, spread=0.7):

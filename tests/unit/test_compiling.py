@@ -150,14 +150,18 @@ generator = torch.Generator().manual_seed(0)
 q, k, v = (torch.randn(1, 60, 8, generator=generator) for _ in range(3))
 print(float(head_to_tail_ratios(q, k).sum()), float(order_ratios(q, k).log_next.sum()))
 exact = get("exact-naive")(q, k, v, scale=0.3, seed=0)
+few = dict.fromkeys(("local-expansion", "approxkmv"), {"block": 16, "near": 8})
 for name in ("exact-fused", "clustered", "local-expansion", "approxkmv", "knn"):
-    print(float((get(name)(q, k, v, scale=0.3, seed=0) - exact).norm() < exact.norm()))
+    print(float((get(name)(q, k, v, scale=0.3, seed=0, **few.get(name, {})) - exact).norm() / exact.norm()))
 """
     # The package itself, whose code the other tests keep.
     path = str(PACKAGE.parent)
     compiled, python = said(program, PYTHONPATH=path), said(program, PYTHONPATH=path, NUMBA_DISABLE_JIT="1")
-    assert [float(value) for value in python] == pytest.approx([float(value) for value in compiled], rel=1e-9)
-    assert "0.0" not in python[2:]
+    compiled, python = ([float(value) for value in values] for values in (compiled, python))
+    assert python[:2] == pytest.approx(compiled[:2], rel=1e-9)
+    # Errors of float32 answers: rounding may give a point of `clustered` to another centre.
+    assert python[2:] == pytest.approx(compiled[2:], abs=1e-3)
+    assert 0.0 < max(python[2:]) < 1.0
 
 
 def test_no_loop_asks_numba_for_its_own_cache():

@@ -28,7 +28,7 @@ def test_links_and_pictures_lead_somewhere():
     documents = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
     assert documents
     for document in documents:
-        for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text(encoding="utf-8")):
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text(encoding="utf-8")):
             assert (document.parent / target).exists(), f"{document.name} links to {target}"
 
 

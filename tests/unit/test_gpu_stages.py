@@ -34,10 +34,13 @@ def test_every_stage_in_the_interpreter(tmp_path):
     assert machine["commit"] == "abc"
     assert all(value > 0 for value in machine["ceilings"].values())
     assert all(row["holds"] for row in found if "holds" in row)
-    assert all(row["error"] < 0.1 for row in found if "error" in row)
+    errors = [row["error"] for row in found if "error" in row]
+    assert errors
+    assert max(errors) < 0.1
     exact = [row["times"] for row in found if row["stage"] == 3 and "times" in row]
     assert all(one["seconds"] > 0 and one["host_seconds"] > 0 for times in exact for one in times.values())
     swept = [row for one in found if one["stage"] in (4, 6) for row in one.get("rows", ())]
+    assert swept
     assert {row["status"] for row in swept} <= {"ok", "unreached"}
     # A second command with these rows has nothing to do; one with a cut-off row does that again.
     assert gpu(tmp_path, "--interpret").returncode == 0

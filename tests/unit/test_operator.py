@@ -336,7 +336,6 @@ def test_no_x_is_lost_where_it_is_zero():
     assert not (K @ torch.zeros(len(K_))).any()
     assert K.last.method == "zero"
     assert K.last.met
-    assert module.CONFIDENCE == 0.95
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

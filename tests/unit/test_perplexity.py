@@ -31,6 +31,8 @@ from approxkmv.perplexity.replacement import Replacement, refuse_what_no_method_
 from approxkmv.perplexity.settings import from_options
 from approxkmv.steps.perplexity import measure_perplexity
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {
     "vocab_size": VOCABULARY,
@@ -43,15 +45,6 @@ SETTINGS = {
     "pad_token_id": 1,
 }
 IDS = torch.randint(3, VOCABULARY, (700,), generator=torch.Generator().manual_seed(0)).tolist()
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """These inputs are too small for threads, which only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def save(folder, class_name="LlamaConfig", **more):

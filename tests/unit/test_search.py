@@ -98,7 +98,7 @@ def test_indexes_grow_and_return_products():
 
     k, q = points(300, 9), points(40, 9, 1)
     for name in ("flat", "hnsw"):
-        index = make_index(name, k, breadth=200)
+        index = make_index(name, k, links=16, construction=40, breadth=200)
         for first in (0, 100, 200):
             index.add(first, first + 100)
             keys, products = index.search(q, 5)
@@ -120,7 +120,7 @@ def test_faiss_and_torch_keep_the_same_number_of_threads():
         for threads in (2, 1, 2):
             torch.set_num_threads(threads)
             for name in ("flat", "hnsw"):
-                index = make_index(name, k)
+                index = make_index(name, k, links=16, construction=40, breadth=64)
                 index.add(0, len(k))
                 answers.append(index.search(k, 8)[0])
                 assert faiss.omp_get_max_threads() == threads == torch.get_num_threads()

@@ -26,16 +26,9 @@ from approxkmv.sweep.table import COLUMNS
 from approxkmv.sweep.word_vectors import word_vectors
 from approxkmv.sweep.workloads import Case, cases, load
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 METHODS = ["exact-naive", "exact-fused", "mean", "own-key", "local-expansion", "approxkmv"]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """These inputs are too small for threads, which only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -479,7 +472,7 @@ def test_tables_from_before_rows_were_counted_can_be_drawn(vectors, tmp_path, mo
     assert "recomputed_share" in frame
     write_csv(table, frame.drop(columns="recomputed_share"))
     assert read_sweep(table)["status"].tolist() == ["unavailable", "ok", "ok"]
-    assert speedup.draw(table, tmp_path / "speedup", target=0.9)[0].stat().st_size > 3000
+    assert speedup.draw(table, tmp_path / "speedup")[0].stat().st_size > 3000
 
 
 def test_the_exact_row_to_beat_is_the_fastest_that_is_right_enough(vectors, tmp_path):

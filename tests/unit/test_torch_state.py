@@ -9,14 +9,7 @@ from public_calls import CALLS, METHODS, NUMERIC, inputs, numbers
 
 from approxkmv.attention.searched.knn_gradients import knn_attention
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """These inputs are too small for threads, which only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @contextmanager

@@ -14,18 +14,11 @@ from approxkmv.compute import counting, trial
 from approxkmv.compute.loops import has_bfloat16_instructions
 from approxkmv.sweep import SweepSettings, run_sweep
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LOOPS, PRODUCTS = "attention.blocks.trials.loops", "attention.blocks.trials.products"
 # Any module of the package may have the function; this one has it in these tests only.
 QUESTION = "compute.counting.runs"
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """These inputs are too small for threads, which only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -40,7 +40,7 @@ def crossover(n: np.ndarray, ratio: np.ndarray) -> tuple[float, str]:
     return float(np.exp(max(-intercept / slope, x[-1]))), "extrapolated"
 
 
-def draw(table: Path, output_stem: Path, target: float = 0.10) -> list[Path]:
+def draw(table: Path, output_stem: Path) -> list[Path]:
     """Write for each workload and method the n from which it is faster than the fastest exact one, as PDF and PNG.
 
     Extrapolated crossings, which nothing confirms, stand apart, below the measured ones. Only rows that reach the
@@ -48,7 +48,7 @@ def draw(table: Path, output_stem: Path, target: float = 0.10) -> list[Path]:
     times is none. Raises TableError when the table is missing or not from a sweep.
     """
     frame = read_sweep(table)
-    workloads = conditions(frame)
+    target, workloads = frame.attrs["target"], conditions(frame)
     kinds = dict(zip(frame["method"], frame["kind"], strict=True))
     able = contenders(frame)
     methods = [method for method in looks(frame) if kinds[method] != "exact"]

@@ -17,12 +17,9 @@ from approxkmv.figures.sweep_table import (
     uncounted,
 )
 
-# The error at which the title names the fastest.
-TARGET = 0.10
 
-
-def draw(table: Path, output_stem: Path, n: int | None = None) -> list[Path]:
-    """Draw every row of a sweep's table at length n (by default the longest), one panel per workload, as PDF and PNG.
+def draw(table: Path, output_stem: Path) -> list[Path]:
+    """Draw every row of a sweep's table at its longest n, one panel per workload, as PDF and PNG.
 
     Bars are the quartiles of the time and, for the error, the median to the 95th percentile; rows that miss their
     target are hollow. Raises TableError when the table is missing or not from a sweep.
@@ -34,7 +31,7 @@ def draw(table: Path, output_stem: Path, n: int | None = None) -> list[Path]:
     figure, axes = new_panels(len(workloads), sharey=True)
     for axis, workload in zip(axes, workloads, strict=True):
         some = workload.rows(frame)
-        length = n if n is not None and n in set(some["n"]) else int(some["n"].max())
+        length = int(some["n"].max())
         some = some[(some["n"] == length) & some["seconds"].notna()]
         for method, drawn in look.items():
             points = some[some["method"] == method].drop_duplicates("parameters").sort_values("seconds")
@@ -59,7 +56,7 @@ def draw(table: Path, output_stem: Path, n: int | None = None) -> list[Path]:
         axis.set_xscale("log")
         axis.set_yscale("log")
         able = contenders(some)
-        held = able[able["reached"].eq("yes") & (able[f"{frame.attrs['error']}_p95"] <= TARGET)]
+        held = able[able["reached"].eq("yes") & (able[f"{frame.attrs['error']}_p95"] <= frame.attrs["target"])]
         fastest = held.sort_values("seconds").head(1)
         winners += list(fastest.loc[fastest["times_faster_q1"] > 1, "method"])
         axis.set_title(f"{workload.title}\nn = {length:,}", fontsize=8, loc="left")
@@ -72,7 +69,7 @@ def draw(table: Path, output_stem: Path, n: int | None = None) -> list[Path]:
     if best:
         finding = f"{best} is the fastest approximate method, and faster than exact attention, on "
         finding += count_of(winners.count(best), len(workloads), "workload")
-    headline(figure, f"At an error of at most {TARGET:g} {of_what(frame)}, {finding}")
+    headline(figure, f"At an error of at most {frame.attrs['target']:g} {of_what(frame)}, {finding}")
     note = "Bars: quartiles of the time, error up to its 95th percentile; errors below 0.001 are drawn there; "
     note += "grey lines: targets; hollow: the 95th percentile misses the target, or too many rows were recomputed "
     note += "exactly" + uncounted(frame)

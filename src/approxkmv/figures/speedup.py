@@ -31,7 +31,7 @@ MOST = 7
 PAPER = "approxkmv-paper"
 
 
-def draw(table: Path, output_stem: Path, target: float = 0.10) -> list[Path]:
+def draw(table: Path, output_stem: Path) -> list[Path]:
     """Draw the ratios of a sweep's table, one panel per workload, as PDF and PNG.
 
     A panel has the methods that reach the target somewhere, at most MOST of them: the fastest at their longest n. Where
@@ -46,7 +46,7 @@ def draw(table: Path, output_stem: Path, target: float = 0.10) -> list[Path]:
     ends = []
     for axis, workload in zip(axes, workloads, strict=True):
         some = workload.rows(frame)
-        lines = {method: _ratios(some, method, target) for method in look}
+        lines = {method: _ratios(some, method, frame.attrs["target"]) for method in look}
         reached = {method: line[line["held"]] for method, line in lines.items()}
         known = sorted((m for m in look if len(reached[m])), key=lambda m: -reached[m]["times_faster"].iloc[-1])
         shown = [method for method in known if method == PAPER][:1]
@@ -73,7 +73,7 @@ def draw(table: Path, output_stem: Path, target: float = 0.10) -> list[Path]:
         logarithmic_ticks(axis.yaxis)
         last = {m: lines[m].iloc[-1]["times_faster"] for m in shown}
         ends.append([(float(lines[m].index[-1]), float(last[m]), m, look[m].color) for m in shown])
-    headline(figure, f"Figure 5: {finding(frame, target)}")
+    headline(figure, f"Figure 5: {finding(frame)}")
     label_ends(figure, zip(axes, ends, strict=True))
     more = f"; {counted(left_out, 'slower line')} in the table only" if left_out else ""
     note = f"Methods that reach the target somewhere, at most {MOST} in a panel{more}. "
@@ -81,9 +81,9 @@ def draw(table: Path, output_stem: Path, target: float = 0.10) -> list[Path]:
     return save(figure, axes, output_stem, note)
 
 
-def finding(frame: pd.DataFrame, target: float = 0.10) -> str:
+def finding(frame: pd.DataFrame) -> str:
     """Who is fastest at the target, on how many workloads at their longest n, and if a trivial method is faster."""
-    workloads = conditions(frame)
+    target, workloads = frame.attrs["target"], conditions(frame)
     ratios: list[float] = []
     winners: list[str] = []
     beaten = 0

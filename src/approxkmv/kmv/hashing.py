@@ -84,7 +84,6 @@ class PStableHash(HashFamily):
         distances = np.asarray(distance, dtype=np.float64)
         with np.errstate(divide="ignore", over="ignore"):
             r = self.width / distances
-        single = np.ones_like(r)
         near = np.isinf(r) | (r > 1e8)
         ratio = np.where(near, 1.0, r)
         inside = torch.erf(torch.from_numpy(np.atleast_1d(ratio) / math.sqrt(2))).numpy().reshape(ratio.shape)

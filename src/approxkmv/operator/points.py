@@ -40,9 +40,6 @@ class Points:
     def to(self, dtype: torch.dtype) -> Points:
         return self if dtype == self.keys.dtype else Points(self.queries.to(dtype), self.keys.to(dtype))
 
-    def of_keys(self, some: torch.Tensor) -> Points:
-        return Points(self.queries, self.keys[some])
-
 
 def in_units(queries: torch.Tensor, keys: torch.Tensor, sigma: float, dtype: torch.dtype = torch.float32) -> Points:
     """Points from the caller's numbers, centred in float64: with smaller norms less cancels."""

@@ -111,7 +111,7 @@ class HNSWIndex:
         return found
 
 
-def make_index(name: str, k: torch.Tensor, *, links: int = 16, construction: int = 40, breadth: int = 64) -> Index:
+def make_index(name: str, k: torch.Tensor, *, links: int, construction: int, breadth: int) -> Index:
     """An empty index for keys k (n_k, d): "flat" or "hnsw". Raises InputError for another name."""
     if name == "flat":
         return FlatIndex(k)

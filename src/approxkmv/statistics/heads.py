@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 
 from approxkmv.arrays import Array, queries_and_keys, resolve_scale
+from approxkmv.compute.scratch import scratch
 from approxkmv.compute.threads import over_items
 from approxkmv.compute.torch_state import plain_torch
 from approxkmv.errors import InputError
@@ -282,17 +282,7 @@ def _logits(q: torch.Tensor, k: torch.Tensor, s: float, memory: int) -> Iterator
     at_once = max(1, min(memory // (8 * n * n), q.shape[0]))
     for start in range(0, q.shape[0], at_once):
         part = queries[start : start + at_once]
-        out = _scratch(part.shape[0] * n * n).view(part.shape[0], n, n) if part.device.type == "cpu" else None
+        # Fresh pages cost up to a third of the product.
+        out = scratch("logits", len(part), n, n, dtype=torch.float64) if part.device.type == "cpu" else None
         logits = torch.bmm(part, keys[start : start + at_once].mT, out=out)
         yield start, logits.cpu().numpy()
-
-
-_KEPT = threading.local()
-
-
-def _scratch(size: int) -> torch.Tensor:
-    """float64 memory that this thread reuses: fresh pages cost up to a third of the product."""
-    kept = getattr(_KEPT, "memory", None)
-    if kept is None or len(kept) < size:
-        kept = _KEPT.memory = torch.empty(size, dtype=torch.float64)
-    return kept[:size]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from approxkmv.compute.compiling import cached_njit
-from approxkmv.statistics.selection import select_largest
+from approxkmv.statistics.selection import SEED, next_state, select_largest
 
 SAMPLE = 2048
 
@@ -29,11 +29,9 @@ def order_logarithms(log_values: np.ndarray, causal: bool, out: np.ndarray) -> N
     # If there is room for only half of what is wanted, select from all entries at once.
     if entries > 2 * room:
         sample = np.empty(SAMPLE)
-        state = np.uint64(88172645463325252)
+        state = SEED
         for t in range(SAMPLE):
-            state ^= state << np.uint64(13)
-            state ^= state >> np.uint64(7)
-            state ^= state << np.uint64(17)
+            state = next_state(state)
             i = np.int64((state >> np.uint64(33)) % np.uint64(n))
             j = np.int64((state >> np.uint64(3)) % np.uint64(n))
             if causal and j > i:
