@@ -25,7 +25,7 @@ from approxkmv.provenance import describe
 from approxkmv.search.doubling_dimension import doubling_dimension
 from approxkmv.search.indexes import HNSWIndex
 from approxkmv.search.vamana import VamanaGraph, build, build_exhaustively
-from approxkmv.sweep.workloads import word_vectors
+from approxkmv.sweep.word_vectors import word_vectors
 
 # From diffuse to sharp.
 HEADS = [(0, 7), (20, 6), (17, 1), (13, 2), (27, 8)]

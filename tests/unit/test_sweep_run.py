@@ -15,6 +15,7 @@ from approxkmv import partial
 from approxkmv.attention.blocks import local_expansion as local_module
 from approxkmv.attention.exact import fused as fused_module
 from approxkmv.attention.exact import naive as naive_module
+from approxkmv.compute import memory
 from approxkmv.compute.counting import count
 from approxkmv.errors import BusyError, ConfigError, InputError, SourceError, TableError
 from approxkmv.files import write_csv
@@ -340,13 +341,13 @@ def test_every_case_is_checked_before_the_first_runs(vectors, tmp_path):
 
 def test_free_memory_is_that_of_the_control_group(tmp_path, monkeypatch):
     limit, used = tmp_path / "memory.max", tmp_path / "memory.current"
-    monkeypatch.setattr(naive_module, "_GROUPS", [(limit, used)])
+    monkeypatch.setattr(memory, "_GROUPS", [(limit, used)])
     limit.write_text("max\n")
     used.write_text("1000\n")
-    without = naive_module.free_bytes(torch.device("cpu"))
+    without = memory.free_bytes(torch.device("cpu"))
     assert without > 2**20
     limit.write_text("5000\n")
-    assert naive_module.free_bytes(torch.device("cpu")) == 4000
+    assert memory.free_bytes(torch.device("cpu")) == 4000
 
 
 @pytest.mark.slow

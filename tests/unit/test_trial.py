@@ -9,7 +9,7 @@ import torch
 from approxkmv import files
 from approxkmv.attention import get
 from approxkmv.attention.blocks import trials
-from approxkmv.attention.blocks.near_keys import FEW_COLUMNS, MANY_COLUMNS
+from approxkmv.attention.blocks.near_keys import NEAR_KEYS_FEW, NEAR_KEYS_MANY
 from approxkmv.compute import counting, trial
 from approxkmv.compute.loops import has_bfloat16_instructions
 from approxkmv.sweep import SweepSettings, run_sweep
@@ -159,7 +159,7 @@ def test_a_trial_in_the_middle_of_an_answer_does_not_change_it(d_v, monkeypatch,
 def near(d_v):
     if not has_bfloat16_instructions():
         return ()
-    return (FEW_COLUMNS,) if d_v == 1 else (MANY_COLUMNS,)
+    return (NEAR_KEYS_FEW,) if d_v == 1 else (NEAR_KEYS_MANY,)
 
 
 @pytest.mark.parametrize("d_v", [1, 12])
@@ -178,7 +178,7 @@ def test_every_form_gives_the_same_answer(d_v, loops, numbers, products):
     given = {"local-expansion": {"block": 300, "near": 60}, "approxkmv": {"near": 60}, "clustered": {}}
 
     def answer(name, loops, numbers, products):
-        with trial.forced({LOOPS: loops, FEW_COLUMNS: numbers, MANY_COLUMNS: numbers, PRODUCTS: products}):
+        with trial.forced({LOOPS: loops, NEAR_KEYS_FEW: numbers, NEAR_KEYS_MANY: numbers, PRODUCTS: products}):
             return get(name)(*inputs, scale=0.25, seed=1, **given[name])
 
     for name in given:

@@ -12,7 +12,7 @@ rule operator:
         record=f"{RESULTS}/tables/operator.json",
     log:
         f"{RESULTS}/logs/operator.log",
-    # Times are measured alone.
+    # Nothing else runs while times are taken.
     threads: workflow.cores
     params:
         config=lambda wildcards: SETTINGS,

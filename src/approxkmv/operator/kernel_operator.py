@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from approxkmv.arrays import Array, as_float64, tensor_of
-from approxkmv.attention.exact.naive import free_bytes
 from approxkmv.compute.counting import count, counting
+from approxkmv.compute.memory import free_bytes
 from approxkmv.compute.torch_state import plain_torch
 from approxkmv.compute.trial import fastest_dtype
 from approxkmv.errors import InputError

@@ -6,16 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 
 from approxkmv.config import Study
-from approxkmv.errors import ApproxKMVError, ConfigError, NonFiniteError, TableError
+from approxkmv.errors import ApproxKMVError, NonFiniteError, TableError
 from approxkmv.progress import Times, progress
 from approxkmv.results.activations import Activations, Shard, read_activations
 from approxkmv.results.shards import write_shard
 from approxkmv.results.tables import MASKED, read_shard_table
 from approxkmv.statistics.entries import SHARES
 from approxkmv.statistics.streaming import LengthStatistics, length_statistics
+from approxkmv.steps.devices import check_device
 
 PLACE = {"context": "int32", "layer": "int16", "head": "int16", "length": "int32"}
 SHARE_NAMES = [f"{100 * share:g}" for share in SHARES]
@@ -35,8 +35,7 @@ def measure_lengths(
     come from the whole text, as in the paper's prefixes. Columns: see length_scaling; if the model's layers hide keys,
     each value is repeated with the prefix masked_. Raises ConfigError for a device that does not exist.
     """
-    if study.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"study {study.name} asks for device cuda, but there is none here: set device to cpu")
+    check_device(study)
     times = Times() if times is None else times
     shard = read_activations(activations)
     taken = read_shard_table(contexts, "contexts.csv").set_index("context")

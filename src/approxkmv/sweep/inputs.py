@@ -79,9 +79,8 @@ class Inputs:
             from approxkmv.statistics.streaming import length_statistics
 
             return length_statistics(p.q[0].float().cpu(), p.k[0].float().cpu(), p.scale)[0][0].ratio
-        except (
-            Exception
-        ) as error:  # With a NumPy too new for it numba fails in many ways, and nothing else here needs c.
+        # With a NumPy too new for it numba fails in many ways, and nothing else here needs c.
+        except Exception as error:
             say(f"{self.case.name} n={self.case.n}: c is left out: {one_line(error)}")
             return None
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from approxkmv.attention.exact.naive import free_bytes
+from approxkmv.compute.memory import free_bytes
 from approxkmv.errors import InputError, SourceError, one_line
 from approxkmv.sweep.settings import WorkloadSettings
 from approxkmv.sweep.word_vectors import shipped_vectors, word_vectors

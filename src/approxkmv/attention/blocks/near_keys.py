@@ -20,8 +20,8 @@ _KEYS_OF_BFLOAT16 = 64
 # The threshold above which a block's keys are near is estimated from every so-many-th key.
 SAMPLED_KEYS = 8
 # Trials of the loops in float32 against bfloat16
-FEW_COLUMNS = "attention.blocks.trials.near_keys_few_columns"
-MANY_COLUMNS = "attention.blocks.trials.near_keys_many_columns"
+NEAR_KEYS_FEW = "attention.blocks.trials.near_keys_few_columns"
+NEAR_KEYS_MANY = "attention.blocks.trials.near_keys_many_columns"
 
 
 def as_numbers(stored: torch.Tensor) -> np.ndarray:
@@ -104,7 +104,7 @@ def sums_of_keys(
         few = d_v <= loops.FEW_COLUMNS
         bits = None
         if rounded is not None and has_bfloat16_instructions():
-            question = FEW_COLUMNS if few else MANY_COLUMNS
+            question = NEAR_KEYS_FEW if few else NEAR_KEYS_MANY
             bits = as_numbers(rounded) if fastest(question, "float32", "bfloat16") == "bfloat16" else None
         given = blocks.arrays, chosen, ends, extra.contiguous().numpy(), arrays, bits, out
         loop = loops.sums_of_keys if few else loops.wide_sums_of_keys

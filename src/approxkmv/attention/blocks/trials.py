@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from approxkmv.attention.blocks.expansion import Clustering, Expansion, expand, key_side
-from approxkmv.attention.blocks.near_keys import FEW_COLUMNS, MANY_COLUMNS, sums_of_keys
+from approxkmv.attention.blocks.near_keys import NEAR_KEYS_FEW, NEAR_KEYS_MANY, sums_of_keys
 from approxkmv.compute.loops import has_bfloat16_instructions
 from approxkmv.compute.trial import Runs, forced
 
@@ -71,9 +71,9 @@ def _near_keys(question: str, d_v: int) -> Runs:
 
 def near_keys_few_columns() -> Runs:
     """Sums over near keys with one value column: the loop with products in float32, or in bfloat16."""
-    return _near_keys(FEW_COLUMNS, 1)
+    return _near_keys(NEAR_KEYS_FEW, 1)
 
 
 def near_keys_many_columns() -> Runs:
     """The same for as many value columns as a head has."""
-    return _near_keys(MANY_COLUMNS, _D)
+    return _near_keys(NEAR_KEYS_MANY, _D)
