@@ -4,9 +4,10 @@
 
 Needs torch, NumPy and Triton. Each stage is a process with a limit of its own. A row is appended to OUT/rows.jsonl, and
 on the disk, as soon as it is known; what has a row there is not done again, so the same command goes on where an
-earlier one ended. A stage whose limit exceeds what is left of the minutes waits for the next command. Exit code 0: all
-stages are finished; 3: some wait for the next command; 1: one failed. --interpret runs each stage on small inputs on a
-CPU, which shows that they run and nothing about their speed.
+earlier one ended; rows that other code made are refused. A stage whose limit exceeds what is left of the minutes waits
+for the next command. Exit code 0: all stages are finished; 3: some wait for the next command; 1: one failed, or a check
+does not hold. --interpret runs each stage on small inputs on a CPU, which shows that they run and nothing about their
+speed.
 
 0 the machine and its ceilings; 1 kernels against float64; 2 graphs; 3 exact attention; 4 the paper's Figure 5; 5 our
 methods at n = 131,072; 6 sharper inputs; 7 statistics of one long head.
@@ -15,6 +16,7 @@ methods at n = 131,072; 6 sharper inputs; 7 statistics of one long head.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import subprocess
@@ -36,6 +38,15 @@ EXACT = ("exact-naive", "exact-sdpa", "exact-sdpa-bf16", "exact-fused")
 SWEPT = (*EXACT, "mean", "uniform", "own-key", "kdeformer", "hyperattention", "local-expansion", "approxkmv")
 
 
+def digest() -> str:
+    """What identifies the code that is measured, also where git does not say its commit."""
+    files = [*(ROOT / "src").rglob("*.py"), *(ROOT / "tests" / "gpu").glob("*.py"), Path(__file__).resolve()]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()[:12]
+
+
+CODE = digest()
+
+
 class Rows:
     """Rows of one stage, in a file that holds those of all."""
 
@@ -49,7 +60,7 @@ class Rows:
 
     def add(self, what: str, **row: Any) -> None:
         """Append a row and have it on the disk."""
-        line = json.dumps({"stage": self.stage, "what": what, **row}, default=str)
+        line = json.dumps({"stage": self.stage, "what": what, "code": CODE, **row}, default=str)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
             file.flush()
@@ -145,8 +156,10 @@ def kernels(rows: Rows, sizes: dict[str, Any], given: argparse.Namespace) -> Non
         try:
             getattr(check_kernels, name)()
             rows.add(name, holds=True)
-        except AssertionError as error:
-            rows.add(name, holds=False, reason=str(error))
+        except Exception as error:  # what a first run may raise: compilers, launches, and what is checked
+            rows.add(name, holds=False, reason=f"{type(error).__name__}: {error}"[:2000])
+            # An error of the device stays until its process ends; the next command goes on behind this check.
+            torch.cuda.synchronize()
     n, d = sizes["long"], sizes["width"]
     for what in rows.without([f"exact {kind} d_v={d_v}" for kind in ("bfloat16", "float32") for d_v in (1, d)]):
         _, kind, width = what.split()
@@ -276,6 +289,7 @@ def ours(rows: Rows, sizes: dict[str, Any], given: argparse.Namespace) -> None:
     import torch
 
     from approxkmv.attention import UnavailableError, get
+    from approxkmv.compute.counting import counting
     from approxkmv.sweep.measure import errors
 
     n, d = sizes["long"], sizes["width"]
@@ -294,13 +308,19 @@ def ours(rows: Rows, sizes: dict[str, Any], given: argparse.Namespace) -> None:
             run = partial(method.compute, *tensors, scale=d**-0.5, seed=0, **parameters)
             if what not in rows.known:
                 try:
-                    of_values, of_answer = errors(run(), right, tensors[2])
+                    with counting() as counts:
+                        out = run()
+                    of_values, of_answer = errors(out, right, tensors[2])
                     raced = {"ours": lambda _, run=run: run(), "exact-sdpa": lambda _, run=baseline: run()}
                     times = timed(raced, sizes["repeats"])
                     earlier[what] = {"n": n, "error": of_values, "error_of_answer": of_answer, "times": times}
+                    # Rows of a broken kernel would be made again exactly, and their error be small.
+                    earlier[what]["recomputed_rows"] = counts.recomputed_rows
                 except (UnavailableError, torch.OutOfMemoryError) as refusal:
                     earlier[what] = {"n": n, "reason": str(refusal).splitlines()[0]}
-                rows.add(what, **{key: earlier[what][key] for key in earlier[what] if key not in ("stage", "what")})
+                rows.add(
+                    what, **{key: earlier[what][key] for key in earlier[what] if key not in ("stage", "what", "code")}
+                )
             if earlier[what].get("error", 1.0) <= 0.05:
                 break
     for _ in rows.without(["profile"]):
@@ -409,6 +429,9 @@ def main() -> int:
         if not torch.cuda.is_available():
             print("gpu: torch finds no CUDA device; --interpret runs the stages small on a CPU", file=sys.stderr)
             return 2
+    if any(row.get("code", CODE) != CODE for row in read_rows(given.out / "rows.jsonl")):
+        print(f"gpu: {given.out} has rows that other code made: name another folder", file=sys.stderr)
+        return 2
     end = time.monotonic() + 60 * given.minutes
     environment = {**os.environ, **({"TRITON_INTERPRET": "1"} if given.interpret else {})}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
@@ -432,7 +455,11 @@ def main() -> int:
             print(f"gpu: stage {stage} {'ran out of its time' if done is None else 'failed'}", file=sys.stderr)
     if waiting:
         print(f"gpu: stages {waiting} do not fit into this command: run it again", file=sys.stderr)
-    return 1 if failed else 3 if waiting else 0
+    rows = read_rows(given.out / "rows.jsonl")
+    wrong = [row["what"] for row in rows if row["stage"] in given.stages and not row.get("holds", True)]
+    if wrong:
+        print(f"gpu: these checks do not hold: {', '.join(wrong)}", file=sys.stderr)
+    return 1 if failed or wrong else 3 if waiting else 0
 
 
 if __name__ == "__main__":

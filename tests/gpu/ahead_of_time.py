@@ -9,6 +9,7 @@ import torch
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from approxkmv.attention.blocks.cuda import clustering, fused, kernels
@@ -91,6 +92,15 @@ def _disassembled(made, option):
 def resources(made):
     """Registers of a thread, and bytes of its stack, which only spills take."""
     return tuple(int(x) for x in re.search(r"REG:(\d+) STACK:(\d+)", _disassembled(made, "-res-usage")).groups())
+
+
+def remarks(made):
+    """What the assembler says of the code, such as that products wait for each other."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(made.asm["ptx"])
+        command = [get_ptxas(90).path, "-v", "-arch=sm_90a", source, "-o", Path(folder, "kernel.cubin")]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
 def instructions_of_the_loop(made):

@@ -431,6 +431,7 @@ def test_no_kernel_spills_registers(name, d, d_v, dtype):
     made = ahead_of_time.of_exact_or_listed(name, d, d_v, dtype)
     assert spilled(made) == 0
     assert "cp.async" in made.asm["ptx"]
+    assert "serialized" not in ahead_of_time.remarks(made)
 
 
 @compiles
@@ -448,6 +449,8 @@ def test_no_kernel_of_the_fused_form_spills_registers(name, given, d, d_v):
     made = ahead_of_time.of_the_fused_form(name, d, d_v, **given)
     assert spilled(made) == 0
     assert made.metadata.shared <= SHARED
+    # Products of a step run together: else each waits until the one before is done.
+    assert "serialized" not in ahead_of_time.remarks(made)
 
 
 @compiles

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -49,6 +50,35 @@ def test_every_stage_in_the_interpreter(tmp_path):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept) + '{"stage": 7, "wh')
     assert gpu(tmp_path, "--interpret").returncode == 0
     assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == len(found) + 1
+    # A check that does not hold is told at the end, and rows of other code are refused.
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in [*found, {**found[1], "holds": False}])
+    )
+    done = gpu(tmp_path, "--interpret")
+    assert (done.returncode, done.stderr) == (1, f"gpu: these checks do not hold: {found[1]['what']}\n")
+    (tmp_path / "rows.jsonl").write_text(json.dumps({**found[0], "code": "other"}) + "\n")
+    done = gpu(tmp_path, "--interpret")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "rows that other code made" in done.stderr
+
+
+def test_a_check_that_fails_in_any_way_has_its_row(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    monkeypatch.syspath_prepend(SCRIPT.parents[1] / "tests" / "gpu")
+    import check_kernels
+    import gpu as stages
+
+    def breaks():
+        raise RuntimeError("an illegal instruction")
+
+    breaks.__name__ = "check_tiles"
+    monkeypatch.setattr(check_kernels, "check_tiles", breaks)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    with pytest.raises(Exception, match="CUDA"):
+        stages.kernels(stages.Rows(tmp_path / "rows.jsonl", 1), stages.SMALL, SimpleNamespace(interpret=True))
+    (row,) = rows(tmp_path)
+    assert row["holds"] is False
+    assert row["reason"] == "RuntimeError: an illegal instruction"
 
 
 def test_a_stage_that_may_not_end_in_time_waits(tmp_path):

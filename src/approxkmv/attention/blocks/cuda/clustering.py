@@ -230,8 +230,8 @@ def centres_kernel(
     origin = tl.maximum(origin, 0)
     shift = tl.load(q_pointer + (entry * n + origin) * D + along, mask=there, other=0.0).to(tl.float32)
     count = tl.zeros((BM,), tl.float32)
-    total = tl.zeros((BD,), tl.float32)
-    squares = tl.zeros((BD,), tl.float32)
+    total = tl.zeros((BM, BD), tl.float32)
+    squares = tl.zeros((BM, BD), tl.float32)
     number = (last - first + step - 1) // step
     for i in range(number):
         place = first + i * step
@@ -246,11 +246,11 @@ def centres_kernel(
         ).to(tl.float32)
         gap = tl.where(mine[:, None], q - shift[None, :], 0.0)
         count += mine.to(tl.float32)
-        total += tl.sum(gap, 0)
-        squares += tl.sum(gap * gap, 0)
+        total += gap
+        squares += gap * gap
     queries = tl.maximum(tl.sum(count, 0), 1.0)
-    average = total / queries
-    variance = scale * scale * tl.maximum(squares / queries - average * average, 0.0)
+    average = tl.sum(total, 0) / queries
+    variance = scale * scale * tl.maximum(tl.sum(squares, 0) / queries - average * average, 0.0)
     at = rank_pointer + (entry * clusters + cluster) * (2 * W) + along
     tl.store(at, (scale * (shift + average)).to(tl.bfloat16), mask=along < W)
     tl.store(at + W, (0.5 * variance).to(tl.bfloat16), mask=along < W)

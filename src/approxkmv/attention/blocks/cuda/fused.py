@@ -19,8 +19,8 @@ from approxkmv.attention.kernels.triton import triton
 
 # Of at most so many keys one is in the sample that gives the threshold, which holds at most _SAMPLE.
 _STRIDE, _SAMPLE = 16, 8192
-# Programs that keep a GPU busy
-_PROGRAMS = 528
+# Multiprocessors of an H100 or H200. Each holds three programs of the pass over all keys, or two of wide rows.
+_MULTIPROCESSORS = 132
 # Widest keys and values
 _WIDEST = 128
 
@@ -59,21 +59,20 @@ def launches(d: int, d_v: int, clusters: int) -> dict[str, dict[str, Any]]:
     # Rows of whole 16 columns can be loaded 16 bytes at a time.
     pairs = {"W": -(-d // 16) * 16, "BD": width}
     rows = min(64, max(16, triton.next_power_of_2(clusters)))
-    far = {"BN": 32 if rows > 16 and width > 64 else 64}
+    far = {"BN": 32 if rows > 16 and width > 64 else 64, "num_stages": 2}
     few_registers: dict[str, int] = {}
     if d_v == 1 or max(d, d_v) <= 64:
         # More programs on a multiprocessor, without spills
         few_registers = {"maxnreg": 128, "num_stages": 2}
         if d_v == 1 and width <= 64:
             few_registers |= {"maxnreg": 144, "num_warps": 2}
-            far["maxnreg"] = 168
     return clustering_launches(d, d_v) | {
         "keys_kernel": {"BN": 64, **widths, **pairs},
         "sample_kernel": {"BM": rows, "BN": 64, **pairs},
         "threshold_kernel": {"num_warps": 8},
         "far_kernel": {"BM": rows, **widths, **pairs, **far},
         "lists_kernel": {"BN": 512},
-        "finish_kernel": widths | pairs,
+        "finish_kernel": {"BN": 16, **widths, **pairs},
         "bases_kernel": {"D": d, "BN": 64, **pairs},
         "rows_kernel": {"BM": TILE, "BN": 32, **widths, **pairs, **few_registers},
     }
@@ -111,7 +110,8 @@ def steps(
     wide, rows = launched["far_kernel"]["W"], launched["far_kernel"]["BM"]
     groups = triton.cdiv(clusters, rows)
     # Pieces of the keys, so that even one cluster keeps the whole GPU busy
-    parts = max(1, min(_PROGRAMS // (groups * batch), n_k // 512))
+    programs = _MULTIPROCESSORS * (3 if max(d, d_v) <= 64 else 2)
+    parts = max(1, min(programs // (groups * batch), n_k // 512))
     piece = triton.cdiv(triton.cdiv(n_k, parts), 64) * 64
     parts = triton.cdiv(n_k, piece)
 

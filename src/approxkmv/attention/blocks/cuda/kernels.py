@@ -88,6 +88,12 @@ def threshold_kernel(log_pointer, bound_pointer, sample, rank, ROOM: tl.constexp
 
 
 @triton.jit
+def _waited_for(acc):
+    """acc itself. A use of the last product of a loop's step, without which ptxas makes each product wait alone."""
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [acc], dtype=tl.float32, is_pure=False, pack=1)
+
+
+@triton.jit
 def far_kernel(
     rank_pointer, pair_pointer, apart_pointer, centred_pointer, bound_pointer,
     word_pointer, total_pointer, value_pointer, key_pointer, tilt_pointer,
@@ -139,11 +145,11 @@ def far_kernel(
         if D_V == 1:
             weight *= tl.load(centred_pointer + keys)[None, :]
             value += tl.sum(weight, 1)[:, None]
-            tilt += tl.dot(weight.to(tl.bfloat16), k)
+            tilt = _waited_for(tilt + tl.dot(weight.to(tl.bfloat16), k))
         else:
             line = centred_pointer + keys[:, None] * D_V + values[None, :]
             v = tl.load(line, mask=(values < D_V)[None, :], other=0.0)
-            value += tl.dot(weight.to(tl.bfloat16), v)
+            value = _waited_for(value + tl.dot(weight.to(tl.bfloat16), v))
     out = (part * tl.num_programs(2) + entry) * clusters + rows
     tl.store(total_pointer + out, total, mask=mine)
     at = out[:, None] * D_V + values[None, :]
@@ -183,7 +189,7 @@ def lists_kernel(word_pointer, count_pointer, near_pointer, words, room, BN: tl.
 def finish_kernel(
     rank_pointer, bound_pointer, count_pointer, total_pointer, value_pointer, key_pointer, tilt_pointer,
     log_pointer, clusters, parts, room,
-    D: tl.constexpr, D_V: tl.constexpr, W: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
+    D: tl.constexpr, D_V: tl.constexpr, W: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """The far key of a cluster from the sums of the pieces, over those of the first: total, value, key, tilt.
 
@@ -193,19 +199,23 @@ def finish_kernel(
     row = entry * clusters + tl.program_id(0)
     along, values = tl.arange(0, BD), tl.arange(0, BV)
     there, wide = along < D, values < D_V
-    total = 0.0
-    value = tl.zeros((BV,), tl.float32)
-    key = tl.zeros((BD,), tl.float32)
-    tilt = tl.zeros((BD,), tl.float32)
+    total = tl.zeros((BN,), tl.float32)
+    value = tl.zeros((BN, BV), tl.float32)
+    key = tl.zeros((BN, BD), tl.float32)
+    tilt = tl.zeros((BN, BD), tl.float32)
     rows = tl.num_programs(1) * clusters
-    for part in range(parts):
-        at = part * rows + row
-        total += tl.load(total_pointer + at)
-        value += tl.load(value_pointer + at * D_V + values, mask=wide, other=0.0)
-        key += tl.load(key_pointer + at * D + along, mask=there, other=0.0)
+    for first in range(0, parts, BN):
+        part = first + tl.arange(0, BN)
+        real = part < parts
+        at, some = part * rows + row, real[:, None] & there[None, :]
+        total += tl.load(total_pointer + at, mask=real, other=0.0)
+        line = value_pointer + at[:, None] * D_V + values[None, :]
+        value += tl.load(line, mask=real[:, None] & wide[None, :], other=0.0)
+        key += tl.load(key_pointer + at[:, None] * D + along[None, :], mask=some, other=0.0)
         if D_V == 1:
-            tilt += tl.load(tilt_pointer + at * D + along, mask=there, other=0.0)
-    total = tl.maximum(total, 1e-30)
+            tilt += tl.load(tilt_pointer + at[:, None] * D + along[None, :], mask=some, other=0.0)
+    total, value = tl.maximum(tl.sum(total, 0), 1e-30), tl.sum(value, 0)
+    key, tilt = tl.sum(key, 0), tl.sum(tilt, 0)
     value, key = value / total, key / total
     half = tl.load(rank_pointer + row * (2 * W) + W + along, mask=there, other=0.0).to(tl.float32)
     bound = tl.load(bound_pointer + row)
