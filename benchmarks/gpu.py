@@ -313,14 +313,13 @@ def ours(rows: Rows, sizes: dict[str, Any], given: argparse.Namespace) -> None:
                     of_values, of_answer = errors(out, right, tensors[2])
                     raced = {"ours": lambda _, run=run: run(), "exact-sdpa": lambda _, run=baseline: run()}
                     times = timed(raced, sizes["repeats"])
-                    earlier[what] = {"n": n, "error": of_values, "error_of_answer": of_answer, "times": times}
+                    found = {"n": n, "error": of_values, "error_of_answer": of_answer, "times": times}
                     # Rows of a broken kernel would be made again exactly, and their error be small.
-                    earlier[what]["recomputed_rows"] = counts.recomputed_rows
+                    found["recomputed_rows"] = counts.recomputed_rows
                 except (UnavailableError, torch.OutOfMemoryError) as refusal:
-                    earlier[what] = {"n": n, "reason": str(refusal).splitlines()[0]}
-                rows.add(
-                    what, **{key: earlier[what][key] for key in earlier[what] if key not in ("stage", "what", "code")}
-                )
+                    found = {"n": n, "reason": str(refusal).splitlines()[0]}
+                earlier[what] = found
+                rows.add(what, **found)
             if earlier[what].get("error", 1.0) <= 0.05:
                 break
     for _ in rows.without(["profile"]):
