@@ -50,7 +50,7 @@ def did_you_mean(word: object, words: Iterable[str], there: str, cutoff: float) 
     """The end of a message about an unknown word: the closest known word or, if none is close, all of them."""
     words = list(words)
     near = difflib.get_close_matches(str(word), words, n=1, cutoff=cutoff)
-    return f"did you mean {near[0]!r}?" if near else f"{there}: {', '.join(words)}"
+    return f"did you mean {near[0]!r}?" if near else f"{there}: {', '.join(words) or 'none'}"
 
 
 def one_line(error: BaseException) -> str:

@@ -197,6 +197,29 @@ def test_a_text_longer_than_the_maximum_is_read_in_windows_if_asked_for(project:
     assert texts["name"][5:7].tolist() == ["text 5, window 1", "text 5, window 2"]
 
 
+def test_a_check_of_windows_does_not_count_texts_for_windows(project: Project):
+    project.configure(long_texts="windows")
+    code, output = project.approxkmv("config", "check")
+    assert code == 0, output
+    assert "texts, windows of 8 (context)" in output
+
+
+@pytest.mark.slow
+def test_a_model_that_is_not_there_stops_a_run_before_anything_is_fetched(project: Project):
+    config = project.read()
+    # The last of the study's models: the others could be fetched before it is missed.
+    name = project.read()["studies"]["tiny"]["models"][-1]
+    config["models"][name]["source"] = "path:nowhere"
+    project.write(config)
+    code, output = project.snakemake()
+    assert code == 2
+    said = [line for line in output.splitlines() if line.startswith("approxkmv: ")]
+    assert len(said) == 1, output
+    assert f"models.{name}:" in said[0]
+    assert "nowhere does not exist" in said[0]
+    assert not (project.results / "logs").exists()
+
+
 @pytest.mark.slow
 def test_a_study_reads_the_windows_of_all_its_models(project: Project):
     project.configure(long_texts="windows")

@@ -62,7 +62,7 @@ def test_a_model_is_checked_without_a_configuration_or_snakemake(project: Projec
         (["path:bert", "--text", "words.jsonl", "--out", "words.jsonl"], "words.jsonl is not a folder"),
         (["path:bert", "--text", "words.jsonl", "--out", "."], "is not empty and has no check of bert"),
         (["path:broken", "--text", "words.jsonl"], "the folder has no weights"),
-        (["path:bert", "--text", "short.txt"], "no text (2 were drawn) has 50 tokens"),
+        (["path:bert", "--text", "short.txt"], "none of 2 texts has 50 tokens"),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(project: Project, arguments, said):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from approxkmv import files
 from approxkmv.errors import ConfigError, TableError
 from approxkmv.figures import catalogue, context_scaling, length_scaling, style
 from approxkmv.figures.order_ratios import up_to_the_scale
@@ -341,6 +343,29 @@ def test_what_misses_the_error_or_is_within_the_noise_at_the_longest_n_overtakes
     row = [label.get_text() for label in axes.get_yticklabels()].index("local-expansion")
     (cell,) = [text.get_text() for text in axes.texts if text.get_position() == (0, row)]
     assert cell.startswith(said)
+
+
+@pytest.mark.parametrize("study", ["rows", "few", "columns"])
+def test_two_figures_of_a_sweep_name_the_same_winner_on_as_many_workloads(study):
+    """By the rows that are tuned to the error of the title, in both."""
+    titles = [Image.open(REFERENCE / study / "figures" / f"{name}.png").text["Title"] for name in WINNERS]
+    found = [re.search(pattern, title) for pattern, title in zip(WINNERS.values(), titles, strict=True)]
+    assert found[0].groups() == found[1].groups()
+
+
+WINNERS = {
+    "speedup": r"it is (\S+) on (\d+ of \d+) workloads",
+    "error_vs_time": r", (\S+) is the fastest approximate method, .* on (\d+ of \d+) workloads",
+}
+
+
+def test_a_sweep_without_the_usual_error_compares_at_the_nearest_that_was_asked_for(tmp_path):
+    from approxkmv.figures.speedup import finding
+    from approxkmv.figures.sweep_table import read_sweep
+
+    frame = pd.read_csv(REFERENCE / "rows" / "tables" / "sweep.csv")
+    files.write_csv(tmp_path / "sweep.csv", frame[frame["target"].isna() | (frame["target"] < 0.1)])
+    assert finding(read_sweep(tmp_path / "sweep.csv")).startswith("at an error of 0.05 of the answer")
 
 
 def test_what_recomputes_its_rows_is_not_the_fastest_in_a_title(tmp_path, figures):

@@ -10,7 +10,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from approxkmv.cli import app
+from approxkmv.cli import app, main
 from approxkmv.errors import TableError
 
 APP = typer.main.get_command(app)
@@ -78,3 +78,31 @@ def test_a_path_that_cannot_be_a_file_is_refused_as_one_to_write(name, path):
     result = CliRunner().invoke(app, words)
     assert isinstance(result.exception, TableError), result.output
     assert str(result.exception).endswith(": give the name of a file")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["check", "M", "--contexts", "0"], "Invalid value for '--contexts': it must be greater than or equal to 1"),
+        (["check", "M", "--contexts", "x"], "Invalid value for '--contexts': it must be a valid integer"),
+        (["check"], "Missing argument"),
+        (["nope"], "No such command 'nope'"),
+        (["clean", "nowhere"], "nowhere is no folder of a study"),
+    ],
+)
+def test_a_wrong_option_is_one_line(words, said, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["approxkmv", *words])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"approxkmv: {said}")
+
+
+@pytest.mark.parametrize(("words", "code"), [([], 2), (["--version"], 0), (["check", "--help"], 0)])
+def test_help_and_version_end_as_they_should(words, code, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["approxkmv", *words])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == code
+    assert "approxkmv" in "".join(capsys.readouterr())

@@ -29,6 +29,7 @@ from approxkmv.steps.cleaning import (
     remove_half_written,
 )
 from approxkmv.steps.devices import check_device
+from approxkmv.steps.fetch import check_model
 from approxkmv.results.shards import shard_count
 
 # Cores of a step on texts, rounded up. Two run side by side: much of a step on short texts, as its start, takes one core.

@@ -8,6 +8,8 @@ from approxkmv.cli import people, pipeline, race, upkeep  # noqa: F401
 from approxkmv.cli.app import app, config_app
 from approxkmv.progress import LOG, OUT_OF_MEMORY, is_of_memory, reason_of
 
+# The exit code of what Ctrl-C stopped
+STOPPED = 130
 # Show whole first lines in the list of commands; by default they are cut after 45 characters.
 for _command in (*app.registered_commands, *config_app.registered_commands):
     _command.short_help = (getattr(_command.callback, "__doc__", None) or "").strip().split("\n")[0]
@@ -16,10 +18,21 @@ for _command in (*app.registered_commands, *config_app.registered_commands):
 def main() -> None:
     """Run the command line; a user error is one line on stderr (and in the log) and exit code 2."""
     try:
-        app()
+        code = app(standalone_mode=False)
+        if code == STOPPED:
+            _fail("stopped", STOPPED)
+        sys.exit(code if isinstance(code, int) else 0)
     except KeyboardInterrupt:
-        _fail("stopped", 130)
+        _fail("stopped", STOPPED)
     except Exception as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()  # type: ignore[attr-defined]
+            sys.exit(2)
+        # What typer says of a command or an option, whichever click it brings
+        if (said := getattr(error, "format_message", None)) is not None:
+            context = getattr(error, "ctx", None)
+            more = f" ({context.command_path} --help says more)" if context is not None else ""
+            _fail(said().replace("Input should", "it must") + more, 2)
         reason = reason_of(error)
         if reason is None:
             raise

@@ -13,6 +13,7 @@ from approxkmv.config import Configuration, Perplexity, PlanKeys, Study, corpus_
 from approxkmv.errors import ConfigError
 from approxkmv.files import check_writable
 from approxkmv.progress import LOG, log_to, step
+from approxkmv.words import counted
 
 if TYPE_CHECKING:
     from approxkmv.perplexity.model import CausalModel
@@ -131,7 +132,7 @@ def plan(
         made = make_plan(causal, ids, settings.plan.target, lambda line: LOG.info("  %s", line))
         write_plan(out, made, describe(settings.model_dump()))
         for name, heads in made.heads_by_method().items():
-            LOG.info("  %s: %s heads", name, heads)
+            LOG.info("  %s: %s", name, counted(heads, "head"))
 
 
 def _perplexity_of(study: Study, option: str) -> Perplexity:

@@ -118,19 +118,22 @@ def _text(data: bytes, name: str) -> str:
 
 
 def _json(text: str, where: str) -> Any:
+    def refused(reason: object, line: int | None = None) -> SourceError:
+        place = f"{where}, line {line}" if line and "\n" in text else where
+        return SourceError(f"{place}{',' if ', line ' in place else ''} {reason}")
+
     try:
         return json.loads(text, object_pairs_hook=_each_key_once)
     except json.JSONDecodeError as error:
-        place = f", line {error.lineno}" if "\n" in text else ""
-        raise SourceError(f"{where}{place}, is not JSON: {error.msg}") from error
+        raise refused(f"is not JSON: {error.msg}", error.lineno) from error
     except ValueError as error:
         # Python refuses to parse numbers of more than 4,300 digits.
         long = re.search(r"\d{4301}", text)
-        place = f", line {text.count(chr(10), 0, long.start()) + 1}" if long and "\n" in text else ""
         reason = "a number has more than 4,300 digits" if long else error
-        raise SourceError(f"{where}{place}, cannot be read: {reason}") from error
+        line = text.count("\n", 0, long.start()) + 1 if long else None
+        raise refused(f"cannot be read: {reason}", line) from error
     except RecursionError as error:
-        raise SourceError(f"{where}, is nested too deeply for a file of texts") from error
+        raise refused("is nested too deeply for a file of texts") from error
 
 
 def _each_key_once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:

@@ -187,8 +187,8 @@ class CapturableModel:
                 (one.spans == plain_spans(one.spans.shape[1], self.is_causal)).all()
             ):
                 raise CaptureError(
-                    f"{self.architecture}: text {index} of the batch is attended to in windows of which the model's "
-                    f"configuration says nothing: {ADVICE}"
+                    f"{self.architecture}: text {index} of the batch is attended to in windows that are not those of "
+                    f"the model's configuration as this code reads it: {ADVICE}"
                 )
         return captured
 
@@ -204,6 +204,8 @@ class CapturableModel:
             raise InputError(f"text {index} of the batch has a token id outside 0..{self._embedded - 1}")
 
     def _run(self, texts: list[list[int]], recording: Recording) -> None:
+        from approxkmv.models.loading import quiet
+
         longest = max(recording.lengths)
         ids = torch.full((len(texts), longest), self._pad, dtype=torch.long)
         mask = torch.zeros((len(texts), longest), dtype=torch.long)
@@ -211,7 +213,8 @@ class CapturableModel:
         for row, text in enumerate(texts):
             ids[row, : len(text)] = torch.tensor(text, dtype=torch.long)
             mask[row, : len(text)] = 1
-        with torch.inference_mode(), self._recording_calls(recording):
+        # Some architectures log advice as they run.
+        with quiet(), torch.inference_mode(), self._recording_calls(recording):
             self._backbone(input_ids=ids.to(self._device), attention_mask=mask.to(self._device))
 
     def _recording_calls(self, recording: Recording) -> AbstractContextManager[None]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from approxkmv.results.tables import MASKED_FACTS, masks_of, read_overview, read_statistics
 from approxkmv.statistics.growth import ENOUGH_TEXTS, FAST, FLAT, SIZES, TRENDS
-from approxkmv.words import counted
+from approxkmv.words import counted, significant
 
 # What is said of a model's texts, and of long ones.
 FACTS = ["model", "label", "corpus", "layers", "heads", "texts_used", "texts_too_short", "texts_cut", "paper_bound"]
@@ -61,7 +61,8 @@ def sentences(tables: Path, facts: dict[str, Any]) -> list[str]:
         where = f"{facts['mask']}: " if before else ""
         found.append(
             f"{where}c is at most {facts['paper_bound']:g}, the paper's bound, for {within} of {heads} heads; "
-            f"median {median:.2f}, largest {largest:.1f} (layer {layer}, head {head}, counting from 0)"
+            f"median {significant(median)}, largest {significant(largest)} "
+            f"(layer {layer}, head {head}, counting from 0)"
         )
     return [first, *_beside(facts), *found, *growth_sentences(tables, facts)]
 
@@ -82,7 +83,7 @@ def holds(tables: Path, facts: dict[str, Any]) -> tuple[str, str]:
     word = "no" if large else "yes" if small == heads else "undecided"
     return word, (
         f"The sparsity assumption, with c at most {facts['paper_bound']:g} as the paper reports, holds{at} on "
-        f"{f'all {heads}' if word == 'yes' else f'{small} of {heads}'} heads"
+        + (f"{'all ' if heads > 1 else ''}{counted(heads, 'head')}" if word == "yes" else f"{small} of {heads} heads")
         + (f" and fails on {large}." if large else ".")
     )
 

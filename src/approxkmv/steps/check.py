@@ -50,7 +50,7 @@ def study_of_one(source: str, text: Path | None, contexts: int) -> Study:
         raise SourceError(f"{TEXTS} is not here (the package was installed without its checkout): give --text FILE")
     refuse_what_is_not_plain(str(text), "--text")
     if text is not None and not text.is_file():
-        raise SourceError(f"--text {text}: there is no such file")
+        raise SourceError(f"--text {text}: {'it is a folder' if text.is_dir() else 'there is no such file'}")
     name = name_of(parse_source(source))
     label = "SQuAD v1.1 dev" if text is None else text.name[:60]
     return Study(
@@ -250,7 +250,7 @@ def _measure(study: Study, name: str, work: Path) -> dict[str, Any]:
         activations.unlink()
     if not used:
         raise SourceError(
-            f"no text ({len(tokens)} were drawn) has {study.min_tokens} tokens: give longer ones with --text"
+            f"none of {counted(len(tokens), 'text')} has {study.min_tokens} tokens: give longer ones with --text"
         )
     with step("tables"):
         provenance = describe()

@@ -159,7 +159,12 @@ def leftovers(results: Path) -> list[Path]:
 
 
 def remove_leftovers(results: Path) -> list[Path]:
-    """Remove what `leftovers` finds, and folders that are then empty; returns what was removed."""
+    """Remove what `leftovers` finds, and folders that are then empty; returns what was removed.
+
+    Raises TableError for a folder that is not a study's.
+    """
+    if study_in(results) is None:
+        raise TableError(f"{results} is no folder of a study: name one that a run has made, such as results/embedded")
     found = leftovers(results)
     for path in found:
         path.unlink() if path.is_file() or path.is_symlink() else shutil.rmtree(path)

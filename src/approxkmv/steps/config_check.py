@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from approxkmv.config import Configuration, ModelEntry, Study, corpus_entry, model_of
+from approxkmv.config import Configuration, Study, corpus_entry, model_of
 from approxkmv.corpora import read_corpus
 from approxkmv.corpora.passages import cut_into_passages
 from approxkmv.corpora.sources import parse_corpus
-from approxkmv.errors import ConfigError, SourceError, TableError
-from approxkmv.models.fetching import check_wheel, locate
-from approxkmv.models.sources import PathSource, parse_source
+from approxkmv.errors import ConfigError, TableError
 from approxkmv.steps.devices import check_device
+from approxkmv.steps.fetch import check_model
 from approxkmv.sweep.workloads import cases, check_case
 
 
@@ -24,7 +23,7 @@ def check_study(config: Configuration, study: Study) -> list[str]:
     lines = [f"study {study.name}{f', takes {study.takes}' if study.takes else ''}"]
     parts = [part for part in (study.perplexity, study.capture) if part is not None]
     for name in dict.fromkeys([*study.models, *(part.model for part in parts)]):
-        _check_model(model_of(config, name))
+        check_model(model_of(config, name))
     for name in dict.fromkeys(part.corpus for part in parts):
         entry = corpus_entry(config, name)
         if isinstance(parse_corpus(entry.source), Path):
@@ -63,19 +62,10 @@ def _texts(study: Study) -> list[str]:
         count = len(cut_into_passages(read_corpus(study.corpus.source, study.corpus.sha256), study.unit))
         if not count:
             raise ConfigError(f"the corpus {study.corpus.name} has no text of the unit {study.unit}: choose another")
-        found = f" of {count:,} there are"
+        # How many windows there are, only a tokenizer says.
+        found = f" of {count:,} there are" if study.long_texts == "cut" else f", windows of {count:,}"
     what = f"{asked} texts{found} ({study.unit}) of {study.corpus.label}"
     return [f"  statistics: {', '.join(study.models)} on {what}"] if study.models else []
-
-
-def _check_model(entry: ModelEntry) -> None:
-    source = parse_source(entry.source)
-    if entry.sha256 is not None:
-        check_wheel(source)
-    if isinstance(source, PathSource):
-        if not source.path.exists():
-            raise SourceError(f"models.{entry.name}: {source.path} does not exist: correct its path in config.yaml")
-        locate(source, entry.files)
 
 
 def _check_writable(folder: Path) -> None:

