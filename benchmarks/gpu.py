@@ -156,7 +156,7 @@ def kernels(rows: Rows, sizes: dict[str, Any], given: argparse.Namespace) -> Non
         try:
             getattr(check_kernels, name)()
             rows.add(name, holds=True)
-        except Exception as error:  # what a first run may raise: compilers, launches, and what is checked
+        except Exception as error:  # errors of the compiler, of a launch, or of the check
             rows.add(name, holds=False, reason=f"{type(error).__name__}: {error}"[:2000])
             # An error of the device stays until its process ends; the next command goes on behind this check.
             torch.cuda.synchronize()
@@ -428,7 +428,7 @@ def main() -> int:
         if not torch.cuda.is_available():
             print("gpu: torch finds no CUDA device; --interpret runs the stages small on a CPU", file=sys.stderr)
             return 2
-    if any(row.get("code", CODE) != CODE for row in read_rows(given.out / "rows.jsonl")):
+    if any(row.get("code") != CODE for row in read_rows(given.out / "rows.jsonl")):
         print(f"gpu: {given.out} has rows that other code made: name another folder", file=sys.stderr)
         return 2
     end = time.monotonic() + 60 * given.minutes

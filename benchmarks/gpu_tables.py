@@ -24,7 +24,7 @@ FOLDER = REFERENCE / "gpu"
 LONG = 131_072
 TARGETS = (0.15, 0.10, 0.05)
 _NOT_YET = "Not measured yet.\n"
-# What the review of the earlier code predicted, in ms: what, n, its row, and the name there.
+# What was predicted from the earlier code, in ms: what, n, its row, and the name there.
 _FIGURE = "n=16384 batch=8 d=100 d_v=1 bfloat16"
 _PREDICTED = (
     ("`exact-naive`, n = 16,384, batch 8, d = 100, one column, bfloat16", "20", _FIGURE, "exact-naive"),

@@ -39,7 +39,7 @@ def as_float64(array: Array, name: str) -> torch.Tensor:
 
 def tensor_of(array: np.ndarray) -> torch.Tensor:
     """The same real numbers as a tensor: torch has only this machine's byte order, and nothing above float64."""
-    native = np.dtype(np.float64) if array.dtype.itemsize > 8 else array.dtype.newbyteorder("=")
+    native = np.dtype(np.float64) if array.dtype.type is np.longdouble else array.dtype.newbyteorder("=")
     return torch.from_numpy(np.ascontiguousarray(array, native))
 
 

@@ -45,14 +45,17 @@ class Rule:
 
 
 def at_least(least: int) -> Rule:
+    """Of numbers from `least` on."""
     return Rule(f" of at least {least}", lambda value: value >= least, {"minimum": least})
 
 
 def between(least: int, most: int) -> Rule:
+    """Of numbers from `least` to `most`."""
     return Rule(f" from {least} to {most}", lambda value: least <= value <= most, {"minimum": least, "maximum": most})
 
 
 def above(bound: float, below: float = float("inf")) -> Rule:
+    """Of numbers above `bound` and below `below`."""
     words, schema = f" above {bound}", {"exclusiveMinimum": bound}
     if below < float("inf"):
         words, schema = f"{words} and below {below}", schema | {"exclusiveMaximum": below}

@@ -1,4 +1,4 @@
-"""Triton's interpreter: faster calls of functions within a kernel, with two faults mended and copies by assembly."""
+"""Triton's interpreter: faster calls within a kernel, two faults mended, and the kernels' line of inline assembly."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def prepare() -> None:
 
     interpreter.InterpreterBuilder.create_dot = wide_dot
 
-    # It has no assembly, of which the kernels have only copies.
+    # It runs no inline assembly; the kernels use only a copy of registers.
     def copied(self, assembly, constraints, values, *_):
         assert assembly == "mov.b32 $0, $1;"
         return SimpleNamespace(get_result=lambda i: values[i])

@@ -8,7 +8,7 @@ Within `watched()` each launch is checked for
 - a program's loads and stores of an element that it stored, or stores of one that it loaded, without a barrier between
   them: other warps of the program may be ahead.
 
-As `compute-sanitizer` on a GPU, whose Triton kernels this needs no GPU to check.
+Does for Triton's kernels, without a GPU, what `compute-sanitizer` does on one.
 """
 
 from __future__ import annotations

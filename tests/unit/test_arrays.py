@@ -50,6 +50,8 @@ V3 = torch.ones(2, 60)
         (lambda: head_to_tail_ratios(Q3, K3.to("meta")), "k is a meta tensor"),
         (lambda: gauge(Q3[0], K3[0], V3[0]), r"must be \(heads, n, d\)"),
         (lambda: gauge(Q3, K3, V3, factors=[0.0]), "factors are"),
+        (lambda: gauge(Q3, K3, V3, factors=[True]), "factors are"),
+        (lambda: gauge(Q3, K3, V3, factors=["1"]), "factors are"),
         (lambda: gauge(Q3, K3, V3, mask=torch.ones(60, 60, dtype=torch.int64)), "mask must be a torch tensor of bool"),
         (lambda: gauge(Q3, K3, V3, mask=np.ones((60, 60), bool)), "mask must be a torch tensor of bool"),
         (lambda: readings(Q3[0], K3[0]), r"must both be \(heads, n, d\)"),

@@ -45,6 +45,20 @@ def coarse_products_of_a_backend():
         torch.set_float32_matmul_precision("highest")
 
 
+@contextmanager
+def coarse_products_of_all_backends():
+    torch.backends.fp32_precision = "tf32"
+    try:
+        yield
+        # The setting for all still holds for each.
+        assert torch.backends.mkldnn.matmul.fp32_precision == "tf32"
+        torch.backends.fp32_precision = "ieee"
+        assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"
+    finally:
+        torch.backends.fp32_precision = "none"
+        torch.set_float32_matmul_precision("highest")
+
+
 STATES = {
     "float32 products in fewer digits": coarse_products,
     "float64 by default": lambda: default_dtype(torch.float64),
@@ -54,8 +68,9 @@ STATES = {
     "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
     "another default device": lambda: torch.device("meta"),
 }
-if hasattr(torch.backends.mkldnn.matmul, "fp32_precision"):
+if hasattr(getattr(torch.backends.mkldnn, "matmul", None), "fp32_precision"):
     STATES["float32 products in fewer digits, of a backend"] = coarse_products_of_a_backend
+    STATES["float32 products in fewer digits, of all backends"] = coarse_products_of_all_backends
 
 
 @pytest.mark.slow

@@ -47,9 +47,11 @@ def _whole_products(stack: ExitStack) -> None:
     try:
         before = torch.get_float32_matmul_precision()
     except RuntimeError:
-        # Set for each backend apart, which that function refuses to read
+        # Set for each backend apart, or for all, which that function refuses to read
         for matmul in (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul):  # type: ignore[attr-defined]
-            stack.callback(setattr, matmul, "fp32_precision", matmul.fp32_precision)
+            before, matmul.fp32_precision = matmul.fp32_precision, "none"
+            # "none" follows the setting for all.
+            stack.callback(setattr, matmul, "fp32_precision", "none" if matmul.fp32_precision == before else before)
             matmul.fp32_precision = "ieee"
         return
     if before != "highest":

@@ -113,7 +113,8 @@ def read_sweep(table: Path, relative_to: str | None = None) -> pd.DataFrame:
     frame = frame.reindex(columns=[*frame, *(name for name in NOT_DRAWN if name not in frame)])
     shown = relative_to or ("answer" if frame["relative_to"].eq("answer").any() else "values")
     frame = frame[~frame["relative_to"].isin(set(ERRORS) - {shown})].reset_index(drop=True)
-    asked = sorted(frame["target"].dropna().unique(), key=lambda target: abs(target - TARGET))
+    # Of two that are as near, the smaller
+    asked = sorted(frame["target"].dropna().unique(), key=lambda target: (round(abs(target - TARGET), 9), target))
     frame.attrs |= {"relative_to": shown, "error": ERRORS[shown], "target": float(asked[0]) if asked else TARGET}
     return frame
 

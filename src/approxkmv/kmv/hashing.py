@@ -93,6 +93,7 @@ class PStableHash(HashFamily):
         return np.clip(single, 0.0, 1.0) ** self.concatenation
 
     def draw(self, d: int, tables: int, rng: np.random.Generator) -> HashTables:
+        """See HashFamily."""
         return _PStableTables(self, d, tables, rng)
 
 
@@ -152,6 +153,7 @@ class BallCarvingHash(HashFamily):
         return np.clip((share / (2.0 - share)) @ weights, 0.0, 1.0) ** self.concatenation
 
     def draw(self, d: int, tables: int, rng: np.random.Generator) -> HashTables:
+        """See HashFamily."""
         return _BallTables(self, d, tables, rng)
 
 

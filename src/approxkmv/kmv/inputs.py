@@ -1,4 +1,4 @@
-"""Checks of this package's arguments, all made before any work; each refusal is one line."""
+"""Checks of this package's arguments, all made before any work: each raises InputError, in one line."""
 
 from __future__ import annotations
 

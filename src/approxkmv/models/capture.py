@@ -141,6 +141,8 @@ class CapturableModel:
             max_length: keep at most this many tokens, special ones included; None: as many as the model has positions.
         Returns:
             At most max_length ids; the special tokens survive the cut.
+        Raises:
+            InputError: max_length below 1. SourceError: the folder has no tokenizer.
         """
         if max_length is not None and max_length < 1:
             raise InputError(f"max_length is {max_length}: give a positive number of tokens")

@@ -140,6 +140,7 @@ def is_running(number: int) -> bool:
 
 
 def compare(found: Mapping[str, str], expected: Mapping[str, str], name: str) -> None:
+    """Raise SourceError, which names the model, unless each expected file is there with its hash."""
     for file, digest in expected.items():
         if file not in found:
             raise SourceError(f"{name}: {file} has a hash in the configuration but is not in the model's folder")
@@ -164,4 +165,5 @@ def _recorded(folder: Path) -> dict[str, Path]:
 
 
 def files(folder: Path) -> Iterator[Path]:
+    """All files in a folder and below it."""
     return (path for path in folder.rglob("*") if path.is_file())

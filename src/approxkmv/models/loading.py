@@ -73,6 +73,7 @@ def quiet() -> Iterator[None]:
 
 
 def name_of(location: ModelLocation) -> str:
+    """The folder, or the GGUF file, as messages name it."""
     return str(location.folder / location.gguf_file) if location.gguf_file else str(location.folder)
 
 
@@ -89,6 +90,7 @@ def reading(location: ModelLocation, what: str) -> Iterator[None]:
 
 
 def source_options(location: ModelLocation) -> dict[str, Any]:
+    """What every call of transformers' loaders is given: nothing is fetched, and no code of the model's is run."""
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     if location.gguf_file is not None:
         options["gguf_file"] = location.gguf_file

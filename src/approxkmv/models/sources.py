@@ -111,7 +111,10 @@ def parse_source(text: str) -> ModelSource:
 
 
 def parse_hub(text: str, rest: str) -> HubSource:
-    """The repository and revision in `rest`, the part of the source `text` after hub:; for models and texts."""
+    """The repository and revision in `rest`, the part of the source `text` after hub:; for models and texts.
+
+    Raises SourceError for another form, or without a revision.
+    """
     repository, _, revision = rest.partition("@")
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", repository):
         raise SourceError(f"source {text!r}: {repository!r} is not a repository of the form OWNER/NAME")

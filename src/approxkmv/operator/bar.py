@@ -39,6 +39,7 @@ class Proposal:
     probabilities: torch.Tensor
 
     def draw(self, number: int, generator: torch.Generator) -> torch.Tensor:
+        """Indices of rows (number,)."""
         return drawn(self.probabilities, number, generator)
 
 

@@ -53,6 +53,7 @@ def pilot_rows(n_q: int) -> int:
 
 
 def drawn(proposal: Proposal, rows: torch.Tensor, exact: torch.Tensor) -> Pilot:
+    """The pilot of rows (some,) that the proposal drew, with their exact products (some, m)."""
     weights = 1.0 / (len(rows) * proposal.probabilities.double()[rows.cpu()])
     return Pilot(rows, exact, weights.to(exact.device))
 

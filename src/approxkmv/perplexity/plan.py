@@ -57,7 +57,8 @@ class Plan:
             for method, parameters, heads in groups:
                 for first, last in _runs(heads):
                     some = (t[first:last] for t in (q, k, v))
-                    own = (seed + first) % 2**63
+                    # Another for each layer, whose seeds follow each other, and each run of heads
+                    own = (seed * len(q) + first) % 2**63
                     out[first:last] = method.causal_form()(*some, scale=scale, seed=own, **parameters)
             return out
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,8 @@ TOLERANCE = 0.1
 # The power iteration ends when the norm gains less than this in a step, or after this many steps.
 SETTLED = 1e-6
 STEPS = 100
+# Between which factors lie: their squares times those of queries and keys do not overflow.
+_LEAST, _MOST = 1e-10, 1e10
 
 
 @dataclass(frozen=True)
@@ -72,13 +74,16 @@ def gauge(
             no bool tensor, a row without entries.
     Source: docs/math.md, "The gauge".
     """
+    factors = tuple(factors) if isinstance(factors, Iterable) else (factors,)
     queries, keys, _ = queries_and_keys(q, k)
     column = as_float64(v, "v")
     s = resolve_scale(scale, queries.shape[-1])
     if queries.ndim != 3:
         raise InputError(f"q {tuple(queries.shape)} and k {tuple(keys.shape)} must be (heads, n, d)")
-    if not all(isinstance(t, (int, float)) and 1e-10 < t < 1e10 for t in factors):
-        raise InputError(f"factors are {tuple(factors)!r}: they must be positive numbers, from 1e-10 to 1e10")
+    if not all(
+        isinstance(t, (int, float, np.number)) and not isinstance(t, bool) and _LEAST < t < _MOST for t in factors
+    ):
+        raise InputError(f"factors are {factors!r}: they must be numbers between {_LEAST:g} and {_MOST:g}")
     if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool):
         raise InputError("mask must be a torch tensor of bool")
     if column.shape != keys.shape[:-1] or not bool((column != 0).any(-1).all()):

@@ -187,6 +187,8 @@ def add_strip_by_torch(
         kernel, softmax: collect the entries of K and of D^-1 A. keys: gets (rows, shares), the keys of each share.
         logits: (rows, n), whose row i is row first + i of the kernel.
         spans: (n, 2) int64 on the CPU: the first existing entry of each row of the kernel, and their end.
+    Raises:
+        NonFiniteError: a logit beyond its number type.
     """
     own = spans[first : first + len(logits)]
     start, stop = int(own[:, 0].min()), int(own[:, 1].max())

@@ -20,7 +20,10 @@ _SHARES = np.array(SHARES)
 def add_strip(
     kernel: Largest, softmax: Largest, keys: list[torch.Tensor], logits: torch.Tensor, first: int, spans: torch.Tensor
 ) -> None:
-    """Like streaming.add_strip_by_torch, for float64 on the CPU; releases the GIL while it works."""
+    """Like streaming.add_strip_by_torch, for float64 on the CPU; releases the GIL while it works.
+
+    Raises NonFiniteError for a logit beyond float64.
+    """
     values = logits.numpy()
     own = spans[first : first + len(values)].numpy()
     counts = np.empty((len(values), len(SHARES)), np.int64)

@@ -7,7 +7,7 @@ import io
 import json
 import lzma
 import re
-import tempfile
+import shutil
 import zipfile
 import zlib
 from pathlib import Path
@@ -59,16 +59,16 @@ def take(package: Path, into: Path | None) -> list[str]:
         folder = into / manifest["study"]
         if folder.exists():
             raise TableError(f"{folder} is there already: remove it first, or take the package into another folder")
+        # Renamed when it is whole: half a study would be in the way of the next attempt, which removes what a kill left.
+        unpacked = into / f".{folder.name}.unpacked"
         try:
-            into.mkdir(parents=True, exist_ok=True)
-            # Renamed when it is whole: half a study would be in the way of the next attempt.
-            with tempfile.TemporaryDirectory(prefix=".", dir=into) as temporary:
-                unpacked = Path(temporary) / folder.name
-                for name, data in files.items():
-                    (unpacked / name).parent.mkdir(parents=True, exist_ok=True)
-                    (unpacked / name).write_bytes(data)
-                unpacked.rename(folder)
+            shutil.rmtree(unpacked, ignore_errors=True)
+            for name, data in files.items():
+                (unpacked / name).parent.mkdir(parents=True, exist_ok=True)
+                (unpacked / name).write_bytes(data)
+            unpacked.rename(folder)
         except OSError as error:
+            shutil.rmtree(unpacked, ignore_errors=True)
             raise TableError(f"cannot write {folder}: {error.strerror or error}") from error
         lines.append(f"taken into {folder}")
     return lines

@@ -43,7 +43,7 @@ def predicted_deviation(
         given = e.blocks.arrays, ScaledSums(heavy.numpy(), scales.numpy()), log_weight.numpy(), out.numpy()
         over_threads(lambda first, last: loops.far_deviations(first, last, *given), len(e.blocks))
         return out
-    # A row whose sums overflow is recomputed exactly at the end; until then its heavy keys are left out.
+    # A row whose sum is not a number counts as all light; it is recomputed exactly at the end.
     share = torch.sigmoid(log_weight - e.blocks.of_rows(scales) - heavy[:, 0].log()).nan_to_num(1.0)
     s = e.blocks.row_variances.clamp_max(10.0)
     # Padded rows have no variance.

@@ -68,7 +68,10 @@ def _seconds(run: Callable[[], object], device: torch.device) -> float:
 
 
 def choose_backend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> str:
-    """The fastest backend that accepts these inputs, timed once per shape, dtype and device."""
+    """The fastest backend that accepts these inputs, timed once per shape, dtype and device.
+
+    Raises UnavailableError if none does.
+    """
     key = (q.shape, k.shape, v.shape, q.dtype, q.device)
     if key not in _fastest:
         candidates = ("cudnn", "flash", "efficient") if q.device.type == "cuda" else ("flash",)
@@ -96,7 +99,10 @@ def attend(
     backend: str,
     is_causal: bool = False,
 ) -> torch.Tensor:
-    """Attention of checked inputs (batch, n, d) in their own dtype; is_causal: query i attends to keys 0 to i."""
+    """Attention of checked inputs (batch, n, d) in their own dtype; is_causal: query i attends to keys 0 to i.
+
+    Raises UnavailableError for a backend that does not exist or refuses the inputs.
+    """
     chosen = backend == "fastest"
     if chosen:
         backend = choose_backend(q, k, v, scale)

@@ -23,6 +23,7 @@ from approxkmv.arrays import resolve_seed
 from approxkmv.attention.contract import check_inputs
 from approxkmv.attention.searched.knn import Parameters, method, sampled_attention
 from approxkmv.attention.searched.lazy_gumbel import SampledRows, products_of_pairs
+from approxkmv.compute.drawing import drawn
 from approxkmv.compute.torch_state import plain_torch
 from approxkmv.errors import InputError
 
@@ -43,6 +44,8 @@ def random_walks(
         sampled: rows of P with sampled heads, with at least as many samples per row as there are walks from it; a walk
             that finds no fresh sample of its row reuses one, which leaves it unbiased.
         x: (n_q, w). n_k: number of keys. walks: per column. generator: draws the starts.
+    Raises:
+        InputError: the rows' heads are exact, not sampled.
     """
     if sampled.head_weights is not None:
         raise InputError("a walk arrives at one key: use rows sampled with head='sampled'")
@@ -58,7 +61,7 @@ def random_walks(
         total = x[:, j].abs().sum()
         if total == 0:
             continue
-        starts = torch.multinomial(x[:, j].abs(), walks, replacement=True, generator=generator).sort().values
+        starts = drawn(x[:, j].abs(), walks, generator).sort().values
         # The first walk from a row takes its first sample, the next one its second, and so on.
         turn = torch.arange(walks, device=x.device) - torch.searchsorted(starts, starts)
         at = arrivals[firsts[starts] + turn % counts[starts]]

@@ -42,7 +42,7 @@ def random_inputs(
 
 def budgets(e: Expansion, row_sums: torch.Tensor, scales: torch.Tensor, samples: int) -> torch.Tensor:
     """Samples (batch, clusters, 1) per cluster, about `samples` on average, as in `light_keys.budgets`."""
-    # A row whose sums overflow is recomputed exactly at the end; until then its heavy keys are left out.
+    # A row whose sum is not a number counts as all light; it is recomputed exactly at the end.
     share = torch.sigmoid(e.log_weight - scales - row_sums.log()).nan_to_num(1.0)
     s = e.variances.clamp_max(10.0)
     deviation = e.tiles.means((share.square() * (s.exp() - 1 - s)).unsqueeze(2)).sqrt()

@@ -19,7 +19,7 @@ from approxkmv.attention.kernels.triton import triton
 
 # Of at most so many keys one is in the sample that gives the threshold, which holds at most _SAMPLE.
 _STRIDE, _SAMPLE = 16, 8192
-# Multiprocessors of an H100 or H200. Each holds three programs of the pass over all keys, or two of wide rows.
+# Multiprocessors of an H100 (SXM) or H200. Each holds three programs of the pass over all keys, or two of wide rows.
 _MULTIPROCESSORS = 132
 # Widest keys and values
 _WIDEST = 128

@@ -23,7 +23,7 @@ def far_deviations(low, high, blocks, near, log_weight, out):
         for row in range(starts[b], starts[b] + sizes[b]):
             far = exp(log_weight[row] - scales[b])
             share = far / (far + heavy[row, 0])
-            # A row whose sums overflow is recomputed exactly at the end; until then its heavy keys are left out.
+            # A row whose sum is not a number counts as all light; it is recomputed exactly at the end.
             share = share if share >= f32(0.0) else f32(1.0)
             s = min(variances[row], f32(10.0))
             total += share * share * (exp(s) - f32(1.0) - s)
