@@ -58,7 +58,7 @@ run_sweep(
 drawn = []
 style.save = crossover.save = lambda figure, stem: drawn.append(figure) or []
 for module in (speedup, error_vs_time, crossover):
-    module.draw(Path("sweep.csv"), Path(module.__name__), **({{}} if module is error_vs_time else {{"target": 0.5}}))
+    module.draw(Path("sweep.csv"), Path(module.__name__))
 # Speed-ups name what reaches the target at the ends of the lines, the others name every method in a legend.
 assert "my-method" in [text.get_text() for text in drawn[0].axes[0].texts]
 assert {{"mean", "my-method"}} <= {{text.get_text() for text in drawn[1].legends[0].get_texts()}}

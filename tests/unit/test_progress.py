@@ -132,7 +132,7 @@ def raising(error: Exception) -> Callable[[], None]:
     ],
 )
 def test_too_little_memory_is_one_line_that_says_what_to_lower(monkeypatch, capsys, log, command):
-    monkeypatch.setattr(cli, "app", command)
+    monkeypatch.setattr(cli, "app", lambda **_: command())
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # as it was, afterwards
     with pytest.raises(SystemExit) as end:
         cli.main()
@@ -165,7 +165,7 @@ def test_what_is_of_memory_makes_a_method_unavailable():
 def test_what_fails_at_exit_adds_nothing_to_the_line_about_memory(first, at_exit, code, one):
     program = (
         "import atexit; from approxkmv import cli\n"
-        f"def fail(*_): raise {first}\n"
+        f"def fail(**_): raise {first}\n"
         f"def fail_at_exit(): raise {at_exit}\n"
         "atexit.register(fail_at_exit); cli.app = fail; cli.main()"
     )
@@ -176,7 +176,7 @@ def test_what_fails_at_exit_adds_nothing_to_the_line_about_memory(first, at_exit
 
 
 def test_a_bug_stays_a_traceback(monkeypatch):
-    monkeypatch.setattr(cli, "app", raising(RuntimeError("a bug")))
+    monkeypatch.setattr(cli, "app", lambda **_: raising(RuntimeError("a bug"))())
     with pytest.raises(RuntimeError, match="a bug"):
         cli.main()
 

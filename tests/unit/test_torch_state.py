@@ -47,6 +47,8 @@ def coarse_products_of_a_backend():
 
 @contextmanager
 def coarse_products_of_all_backends():
+    for matmul in (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul):
+        matmul.fp32_precision = "none"
     torch.backends.fp32_precision = "tf32"
     try:
         yield

@@ -59,7 +59,7 @@ def take(package: Path, into: Path | None) -> list[str]:
         folder = into / manifest["study"]
         if folder.exists():
             raise TableError(f"{folder} is there already: remove it first, or take the package into another folder")
-        # Renamed when it is whole: half a study would be in the way of the next attempt, which removes what a kill left.
+        # Renamed when whole: half a study would be in the way of the next attempt, which removes what a kill left.
         unpacked = into / f".{folder.name}.unpacked"
         try:
             shutil.rmtree(unpacked, ignore_errors=True)
