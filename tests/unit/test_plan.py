@@ -74,12 +74,16 @@ def test_each_head_is_computed_by_its_method():
 
 def test_heads_apart_draw_numbers_of_their_own():
     uniform = head("uniform", samples=4)
-    plan = plan_of(((uniform, head("exact-sdpa"), uniform),) * 2)
+    # The last layer has one method, as one run of its heads.
+    plan = plan_of((*((uniform, head("exact-sdpa"), uniform),) * 2, (uniform,) * 3))
     q, k, v = torch.randn(3, 1, 600, 8, generator=torch.Generator().manual_seed(1)).expand(-1, 3, -1, -1)
     out = plan.of_layer(0)(q, k, v, scale=0.3, seed=5)
     assert not torch.equal(out[0], out[2])
     following = plan.of_layer(1)(q, k, v, scale=0.3, seed=6)
     assert not any(torch.equal(out[i], following[j]) for i in (0, 2) for j in (0, 2))
+    # Seeds of layers and numbers of heads are not added up, or these two would be equal.
+    third = plan.of_layer(0)(q, k, v, scale=0.3, seed=0)[2]
+    assert not torch.equal(third, plan.of_layer(2)(q, k, v, scale=0.3, seed=2)[0])
 
 
 def test_a_plan_survives_its_file_and_damage_is_one_line(tmp_path):

@@ -50,16 +50,16 @@ class Plan:
         groups = self._groups[layer]
 
         def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, seed: int) -> torch.Tensor:
+            # Another for each layer, whose seeds follow each other, and each run of its heads
+            seeds = [(seed * len(q) + first) % 2**63 for first in range(len(q))]
             if len(groups) == 1:
                 method, parameters, _ = groups[0]
-                return method.causal_form()(q, k, v, scale=scale, seed=seed, **parameters)
+                return method.causal_form()(q, k, v, scale=scale, seed=seeds[0], **parameters)
             out = torch.empty(*q.shape[:2], v.shape[2], dtype=v.dtype, device=v.device)
             for method, parameters, heads in groups:
                 for first, last in _runs(heads):
                     some = (t[first:last] for t in (q, k, v))
-                    # Another for each layer, whose seeds follow each other, and each run of heads
-                    own = (seed * len(q) + first) % 2**63
-                    out[first:last] = method.causal_form()(*some, scale=scale, seed=own, **parameters)
+                    out[first:last] = method.causal_form()(*some, scale=scale, seed=seeds[first], **parameters)
             return out
 
         return attend
