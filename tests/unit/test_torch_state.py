@@ -70,8 +70,26 @@ STATES = {
     "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
     "another default device": lambda: torch.device("meta"),
 }
+
+
+@contextmanager
+def tensor_cores():
+    """As many programs do; products on a CPU stay as they are."""
+    matmul = torch.backends.mkldnn.matmul
+    matmul.fp32_precision = "none"
+    torch.backends.cuda.matmul.allow_tf32 = True
+    before = matmul.fp32_precision
+    try:
+        yield
+        assert matmul.fp32_precision == before
+        assert torch.backends.cuda.matmul.allow_tf32
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 if hasattr(getattr(torch.backends.mkldnn, "matmul", None), "fp32_precision"):
     STATES["float32 products in fewer digits, of a backend"] = coarse_products_of_a_backend
+    STATES["tensor cores for float32"] = tensor_cores
     STATES["float32 products in fewer digits, of all backends"] = coarse_products_of_all_backends
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 
@@ -48,12 +49,18 @@ def _whole_products(stack: ExitStack) -> None:
         before = torch.get_float32_matmul_precision()
     except RuntimeError:
         # Set for each backend apart, or for all, which that function refuses to read
-        for matmul in (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul):  # type: ignore[attr-defined]
-            before, matmul.fp32_precision = matmul.fp32_precision, "none"
-            # "none" follows the setting for all.
-            stack.callback(setattr, matmul, "fp32_precision", "none" if matmul.fp32_precision == before else before)
-            matmul.fp32_precision = "ieee"
+        before = None
+    if before == "highest":
         return
-    if before != "highest":
+    # torch 2.9 has a setting for each backend, which that for both would change when it is restored.
+    settings: list[Any] = [getattr(one, "matmul", None) for one in (torch.backends.mkldnn, torch.backends.cuda)]
+    for matmul in settings:
+        if not hasattr(matmul, "fp32_precision"):
+            continue
+        was, matmul.fp32_precision = matmul.fp32_precision, "none"
+        # "none" follows the setting for all.
+        stack.callback(setattr, matmul, "fp32_precision", "none" if matmul.fp32_precision == was else was)
+        matmul.fp32_precision = "ieee"
+    if before is not None:
         torch.set_float32_matmul_precision("highest")
         stack.callback(torch.set_float32_matmul_precision, before)
