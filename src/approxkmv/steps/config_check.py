@@ -63,8 +63,9 @@ def _texts(study: Study) -> list[str]:
         if not count:
             raise ConfigError(f"the corpus {study.corpus.name} has no text of the unit {study.unit}: choose another")
         # How many windows there are, only a tokenizer says.
-        found = f" of {count:,} there are" if study.long_texts == "cut" else f" of {count:,} that are cut into windows"
-    what = f"{asked} texts{found} ({study.unit}) of {study.corpus.label}"
+        found = f" of {count:,} {'there are' if study.long_texts == 'cut' else 'texts'}"
+    kind = "texts" if study.long_texts == "cut" else "windows"
+    what = f"{asked} {kind}{found} ({study.unit}) of {study.corpus.label}"
     return [f"  statistics: {', '.join(study.models)} on {what}"] if study.models else []
 
 
