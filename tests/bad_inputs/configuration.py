@@ -146,6 +146,7 @@ CHANGES: list[tuple[str, str, Any]] = [
     ("an unknown clock", "sweeps.s.clock", "sun"),
     ("an unknown model of a capture", "sweeps.s.capture.model", "n"),
     ("an unknown corpus of a capture", "sweeps.s.capture.corpus", "n"),
+    ("an unknown corpus for tuning", "sweeps.s.capture.tuning_corpus", "n"),
     ("an unknown model of perplexity", "studies.tiny.perplexity.model", "n"),
     ("an unknown corpus of perplexity", "studies.tiny.perplexity.corpus", "n"),
     ("an unknown method of perplexity", "studies.tiny.perplexity.methods", {"unifrom": [{}]}),

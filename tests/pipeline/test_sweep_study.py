@@ -67,9 +67,16 @@ def test_a_study_of_causal_attention_and_of_few_queries(sweeper: Project):
         "methods": [*SWEEP["methods"], "exact-sdpa-bf16"],
         "workloads": [heads | {"causal": True}, heads | {"queries": [1, 16]}, words | {"lengths": [64, 80, 96]}],
     }
+    config["corpora"]["others"] = {"source": "path:others.txt"}
+    config["sweeps"]["little"]["capture"]["tuning_corpus"] = "others"
+    (sweeper.folder / "others.txt").write_text("\n\n".join([" ".join(["w3"] * 40), " ".join(["w4"] * 40)]))
     sweeper.write(config)
     code, output = sweeper.snakemake()
     assert code == 0, output
+    measured, tuned = (load_file(sweeper.results / "sweep" / f"heads{end}.safetensors")["v"] for end in ("", "_tuning"))
+    # Tuning sees one word thirty times, and so the same values but for rounding.
+    assert torch.allclose(tuned, tuned[:, :1].expand_as(tuned), atol=1e-5)
+    assert not torch.allclose(measured, measured[:, :1].expand_as(measured), atol=0.1)
     table = pd.read_csv(sweeper.results / "tables" / "sweep.csv", keep_default_na=False)
     causal = table[table["mask"] == "causal"]
     assert set(causal["workload"]) == {"model-qk-0-causal", "model-qk-1-causal"}

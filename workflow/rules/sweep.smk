@@ -1,11 +1,15 @@
 CAPTURE = STUDY.capture
-CAPTURED = corpus_entry(checked(config), CAPTURE.corpus) if CAPTURE else None
+CAPTURED = (
+    [corpus_entry(checked(config), name) for name in CAPTURE.corpora] if CAPTURE else []
+)
 
 
 rule model_heads:
     input:
         location=f"{RESULTS}/models/{CAPTURE.model}.json" if CAPTURE else [],
-        corpus=local_files(CAPTURED.source) if CAPTURE else [],
+        corpus=sorted(
+            {file for corpus in CAPTURED for file in local_files(corpus.source)}
+        ),
         source=package("model_heads"),
     output:
         heads=f"{RESULTS}/sweep/heads.safetensors",
@@ -18,7 +22,7 @@ rule model_heads:
         capture=escape(str(CAPTURE)),
         rotary_scaling=escape(str(STUDY.rotary_scaling)),
         corpus=escape(str(CAPTURED)),
-        identity=identity_of(CAPTURED.source) if CAPTURE else "",
+        identity=" ".join(identity_of(corpus.source) for corpus in CAPTURED),
     shell:
         "approxkmv model-heads --location {input.location} --config {params.config} --out {output.heads} "
         "--tuning-out {output.tuning} --log {log}"

@@ -30,7 +30,7 @@ Location = Annotated[
 def model_heads(
     location: Annotated[Path, typer.Option("--location", help="JSON file from `approxkmv fetch`.")],
     out: Annotated[Path, to_write("--out", help="safetensors file to write: q, k, v of the chosen heads.")],
-    tuning_out: Annotated[Path, typer.Option("--tuning-out", help="The same from a second text, for tuning.")],
+    tuning_out: Annotated[Path, typer.Option("--tuning-out", help="The same from another text, for tuning.")],
     config: Config = CONFIG,
     study: StudyName = None,
     log: Log = None,
@@ -48,10 +48,11 @@ def model_heads(
         from approxkmv.results.locations import read_location
         from approxkmv.steps.model_heads import capture_heads
 
-        corpus = corpus_entry(load_config(config), captured.corpus)
-        where = read_location(location)
+        catalogue = load_config(config)
+        corpora = [corpus_entry(catalogue, name) for name in captured.corpora]
         scaling = dict(chosen.rotary_scaling) if chosen.rotary_scaling else None
-        capture_heads(where, corpus, captured.tokens, captured.heads, out, tuning_out, scaling)
+        texts = list(zip(corpora, (out, tuning_out), strict=True))
+        capture_heads(read_location(location), texts, captured.tokens, captured.heads, scaling)
 
 
 @app.command()

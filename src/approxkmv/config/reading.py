@@ -53,6 +53,7 @@ def checked(value: Any) -> Configuration:
     for name, sweep in config.sweeps.items():
         if sweep.capture is not None:
             _check_part(f"sweeps.{name}.capture", sweep.capture, config)
+            known(sweep.capture.corpora[1], config.corpora, f"sweeps.{name}.capture.tuning_corpus names the corpus")
         with naming(f"sweeps.{name}"):
             for method in sweep.methods:
                 check_name(method)

@@ -55,6 +55,8 @@ def study_of(config: Configuration, name: str | None = None) -> Study:
         if user is not None:
             model_of(config, user.model)
             corpus_entry(config, user.corpus)
+    if sweep and sweep.capture and sweep.capture.tuning_corpus:
+        corpus_entry(config, sweep.capture.tuning_corpus)
     found = {
         "models": {model: model_of(config, model) for model in keys.models},
         "corpus": None if keys.corpus is None else corpus_entry(config, keys.corpus),

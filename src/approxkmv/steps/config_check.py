@@ -24,7 +24,8 @@ def check_study(config: Configuration, study: Study) -> list[str]:
     parts = [part for part in (study.perplexity, study.capture) if part is not None]
     for name in dict.fromkeys([*study.models, *(part.model for part in parts)]):
         check_model(model_of(config, name))
-    for name in dict.fromkeys(part.corpus for part in parts):
+    corpora = [part.corpus for part in parts] + [*(study.capture.corpora if study.capture else ())]
+    for name in dict.fromkeys(corpora):
         entry = corpus_entry(config, name)
         if isinstance(parse_corpus(entry.source), Path):
             read_corpus(entry.source, entry.sha256)

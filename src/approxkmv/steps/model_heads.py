@@ -18,19 +18,18 @@ from approxkmv.progress import LOG
 
 def capture_heads(
     location: ModelLocation,
-    corpus: CorpusEntry,
+    texts: Sequence[tuple[CorpusEntry, Path]],
     tokens: int,
     heads: Sequence[tuple[int, int]],
-    out: Path,
-    tuning_out: Path,
     rotary_scaling: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write q, k, v (heads, tokens, d) of the corpus's first document to `out`, and of its second to `tuning_out`.
+    """Write q, k, v (heads, tokens, d) of the first corpus's first document, and of the second corpus's second one.
 
     A document that is too short is followed by every second one after it, so that the two share no text.
 
     Args:
-        location: of the model. tokens: the length of each text. heads: (layer, head) pairs, counted from 0.
+        location: of the model. texts: two corpora, for measuring and for tuning, each with the file to write.
+        tokens: the length of each text. heads: (layer, head) pairs, counted from 0.
         rotary_scaling: see CapturableModel.load.
     Raises:
         ConfigError: a document that is too short, a head that the model does not have. InputError: more tokens than the
@@ -38,9 +37,9 @@ def capture_heads(
     """
     from safetensors.torch import save_file
 
-    documents = read_corpus(corpus.source, corpus.sha256)
-    if len(documents) < 2:
-        raise ConfigError(f"corpus {corpus.name} has one document; a sweep needs a second one for tuning")
+    of_texts = [read_corpus(corpus.source, corpus.sha256) for corpus, _ in texts]
+    if len(of_texts[1]) < 2:
+        raise ConfigError(f"corpus {texts[1][0].name} has one document; a sweep needs a second one for tuning")
     model = CapturableModel.load(location, rotary_scaling=rotary_scaling)
     for what in ([model.mask] if model.has_own_masks else []) + [*model.left_out]:
         LOG.info("a sweep over heads of this model leaves out what its attention has: %s", what)
@@ -50,7 +49,7 @@ def capture_heads(
                 f"capture.heads asks for layer {layer}, head {head}, but the model has {model.n_layers} layers of "
                 f"{model.n_heads} heads, counted from 0"
             )
-    for first, path in enumerate((out, tuning_out)):
+    for first, ((corpus, path), documents) in enumerate(zip(texts, of_texts, strict=True)):
         text, names, ids = "", [], []
         for document in documents[first::2]:
             text += ("\n\n" if text else "") + document.context

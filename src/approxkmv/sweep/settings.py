@@ -60,9 +60,17 @@ class CaptureSettings:
     """Tokens taken from each document."""
     heads: Annotated[tuple[tuple[Index, Index], ...], at_least_one()]
     """Pairs of layer and head, both counted from 0."""
+    tuning_corpus: str | None = None
+    """A key of `corpora` whose second document is for tuning, in place of that of `corpus`: shows whether settings
+    carry over to another kind of text."""
 
     def __post_init__(self) -> None:
         _check(self, "sweep capture")
+
+    @property
+    def corpora(self) -> tuple[str, str]:
+        """The corpora of the text that is measured and of the one for tuning."""
+        return self.corpus, self.tuning_corpus or self.corpus
 
 
 @dataclass(frozen=True)
