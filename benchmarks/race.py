@@ -29,6 +29,11 @@ ASKED = {
     "causal-long": "all value columns, with that mask; of heads, rotary positions scaled beyond the trained length",
     "few": "the last queries only",
 }
+# `causal` once more, on another kind of text and in another model: whose heads, on what.
+OTHERS = {
+    "causal-articles": "SmolLM2, articles of SQuAD, tuned on a novel",
+    "causal-gemma": "Gemma 3, a novel",
+}
 # A cell is counted once, in whichever study comes first.
 CELL = ["workload", "n", "batch", "columns", "mask", "target"]
 # In results/reference: the same studies on a processor with matrix units for bfloat16, where exact attention is faster.
@@ -61,7 +66,7 @@ def _about(study: str, where: str = "", table: pd.DataFrame | None = None) -> st
     assert table is not None
     shared = "; * inputs shared with tuning" if table["tuning_inputs"].eq("shared").any() else ""
     return (
-        f"`{study}` ({ASKED.get(study, 'batches of 8')}): errors {of_what(table)}; {where}{'; ' if where else ''}"
+        f"`{study}` ({(ASKED | OTHERS).get(study, 'batches of 8')}): errors {of_what(table)}; {where}{'; ' if where else ''}"
         f"the sweep alone took {record['seconds'] / 60:.1f} minutes{shared}{_one_input(record, table)}."
     )
 
@@ -162,6 +167,30 @@ def winners() -> str:
         about = _about(study, _where(study) if len(places) > 1 else "")
         parts.append(f"{markdown(pd.DataFrame(_lines_of_winners(table)))}\n\n{about}\n")
     return "\n".join([*parts, *(f"Times: {place}.\n" for place in places if len(places) == 1)])
+
+
+def others() -> str:
+    """Who wins on another kind of text and in another model, and how many settings keep their error there."""
+    parts = []
+    for study in OTHERS:
+        if (table := _sweep(study)) is None:
+            parts.append(_NOT_YET.format(study))
+            continue
+        kept, tuned = _kept(table)
+        parts.append(
+            f"{markdown(pd.DataFrame(_lines_of_winners(table)))}\n\n{_about(study, _where(study))} "
+            f"{kept} of {tuned} settings that tuning accepts reach the error on the other text.\n"
+        )
+    if (table := _sweep("causal")) is not None:
+        heads = table[table["workload"].str.startswith("model-qk") & (table["n"] == table["n"].max())]
+        parts.append("Of `causal` at its longest n {} of {} do.\n".format(*_kept(heads)))
+    return "\n".join(parts)
+
+
+def _kept(table: pd.DataFrame) -> tuple[int, int]:
+    """How many settings of approximate methods reach their error on other inputs, of those that tuning accepts."""
+    tuned = table[table["kind"].eq("approximate") & table["status"].eq("ok")]
+    return int(tuned["reached"].eq("yes").sum()), len(tuned)
 
 
 def _lines_of_winners(table: pd.DataFrame) -> list[dict[str, str]]:
@@ -507,6 +536,9 @@ def answer() -> str:
         if (other := _sweep(there)) is not None:
             lacks = f" ({found})" if (found := _untimed(other)) else ""
             said[-1] += f"; on {_on(there)}{lacks}: {_in_a_model(other)[1]}"
+        for study, what in OTHERS.items():
+            if (other := _sweep(study)) is not None:
+                said[-1] += f"; `{study}` ({what}): {_in_a_model(other)[1]}"
     said.append(f". Errors {of_what(studies[one])}; each cell (workload, n and error) counts once.")
     lines = []
     for study, table in studies.items():
@@ -564,7 +596,7 @@ def claim() -> str:
     """Speed in a model, with denominator, precision, error and machine: of all heads, not the best."""
     lines, targets, untimed = [], set(), []
     for place in ("", f"{ELSEWHERE}/"):
-        for study in ("columns", "columns-long", "causal", "causal-long"):
+        for study in ("columns", "columns-long", "causal", "causal-long", *OTHERS):
             if (table := _sweep(place + study)) is None:
                 continue
             heads, exact, gains = _of_heads(table)
@@ -573,6 +605,7 @@ def claim() -> str:
             lines.append(
                 {
                     "one thread of": _on(place + study),
+                    "heads of, on": OTHERS.get(study, "SmolLM2, a novel"),
                     "mask": "causal" if study.startswith("causal") else "none",
                     "keys": f"{heads['n'].max():,}",
                     "heads where one wins": f"{len(gains)} of {heads['workload'].nunique()}",
@@ -583,7 +616,7 @@ def claim() -> str:
     return (
         f"{markdown(pd.DataFrame(lines))}\n\nHeads on which some method is faster than the fastest exact attention and "
         f"no trivial method comes within the error, {' or '.join(sorted(targets))} (95th percentile over seeds); all "
-        f"value columns of heads of SmolLM2, with rotary positions scaled beyond 8,192 tokens.{''.join(untimed[:1])}\n"
+        f"value columns of a head, with rotary positions of SmolLM2 scaled beyond 8,192 tokens.{''.join(untimed[:1])}\n"
     )
 
 
@@ -697,6 +730,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "race-answer": answer,
     "race-claim": claim,
     "race-winners": winners,
+    "race-others": others,
     "race-elsewhere": elsewhere,
     "race-values": of_the_values,
     "race-passing": passing,

@@ -131,8 +131,8 @@ def test_tables_of_the_race_follow_from_new_tables_of_sweeps(monkeypatch, tmp_pa
         assert of_bfloat16[0].count("ms [") == 2
         for name in ("race-passing", "race-rising", "race-against-paper", "methods-evaluations", "methods-workloads"):
             assert race.TABLES[name]()
-        assert race.claim().count(f"| {race._on('columns')} | none | 128 |") == 1
-        assert race.claim().count(f"| {race._on('causal')} | causal | 128 |") == 1
+        assert race.claim().count(f"| {race._on('columns')} | SmolLM2, a novel | none | 128 |") == 1
+        assert race.claim().count(f"| {race._on('causal')} | SmolLM2, a novel | causal | 128 |") == 1
         assert race.of_the_values().splitlines()[0] == "| workload | n | mean errs | at 0.15 | at 0.1 | at 0.05 |"
         assert "errors of |v|" in race.of_the_values()
         # A second machine is told beside the first, and what only one of them ran is left out.
@@ -140,6 +140,7 @@ def test_tables_of_the_race_follow_from_new_tables_of_sweeps(monkeypatch, tmp_pa
         assert " (on " not in race.answer().splitlines()[0]
         for study in ("columns", "causal"):
             shutil.copytree(tmp_path / study, tmp_path / race.ELSEWHERE / study)
+        shutil.copytree(tmp_path / "causal", tmp_path / "causal-articles")
         race._sweep.cache_clear()
         beside = race.elsewhere()
         assert [line.split(" | ")[0] for line in beside.splitlines()[2:4]] == [
@@ -147,8 +148,11 @@ def test_tables_of_the_race_follow_from_new_tables_of_sweeps(monkeypatch, tmp_pa
             "| glove-split, causal (causal)",
         ]
         assert beside.splitlines()[2].count(" ms, `exact-") == 2
-        assert race.claim().count(f"| {race._on('causal')} | causal | 128 |") == 2
-        assert f"; on {race._on('amx/causal')}: exact attention on 1 of 1 heads. Errors" in race.answer()
+        assert race.claim().count(f"| {race._on('causal')} | SmolLM2, a novel | causal | 128 |") == 2
+        answer = race.answer()
+        assert f"; on {race._on('amx/causal')}: exact attention on 1 of 1 heads; `causal-articles` (" in answer
+        assert race.claim().count(f"| {race.OTHERS['causal-articles']} | causal | 128 |") == 1
+        assert "Not measured yet: `snakemake --cores all --config study=causal-gemma`." in race.others()
         for make in (race.winners, race.passing, race.costs, race.counts):
             assert max(map(cells, make().splitlines())) <= 8
     finally:
@@ -253,6 +257,14 @@ def test_a_cell_counts_once_and_a_gain_within_the_noise_is_none(two_sweeps):
     assert race._count(long)[:2] == (2, 2)
     assert race._count(long.assign(times_faster_q1=0.99))[:2] == (2, 0)
     assert race._count(long.assign(tuning_inputs="shared"))[:2] == (0, 0)
+
+
+def test_a_setting_that_tuning_accepts_is_kept_if_it_reaches_the_error_on_the_other_text(two_sweeps):
+    race, tables = two_sweeps
+    rows = tables["causal-long"].assign(status="ok", reached=["yes", "no", "yes"])
+    trivial = rows.assign(kind="trivial")
+    # What tuning did not accept is nothing to keep.
+    assert race._kept(race.pd.concat([rows, trivial, rows.assign(status="unreached")])) == (2, 3)
 
 
 def test_a_gain_is_trivial_if_uniform_reaches_the_error_in_another_study(two_sweeps):
