@@ -524,6 +524,7 @@ def cell(**more):
         ({}, "b", "yes"),
         ({"relative_to": "answer", "target": 0.1}, "b", "yes"),
         ({"relative_to": "answer"}, "a", "no"),
+        ({"target": 0.04}, "b", "yes"),
         ({"target": 0.039}, "a", "no"),
         ({"error_v_p95": float("nan")}, "b", "no"),
         ({"recomputed_share": 0.02}, "b", "no"),
