@@ -534,8 +534,12 @@ def test_ratios_by_hand(more, fastest, reached):
     from approxkmv.sweep.ratios import add_ratios
 
     rows = cell(**more)
-    # Of another cell, and of one that could not run: neither is compared with.
-    rows += [{**rows[0], "n": 16, "seconds": 0.1}, {**rows[0], "method": "c", "seconds": None, "status": "unavailable"}]
+    # Of other cells, and of one that could not run: none is compared with.
+    where = ("workload", "n", "batch", "columns", "device", "dtype")
+    rows += [{**rows[0], name: 16, "seconds": 0.1, "seconds_q1": 0.1} for name in where]
+    rows.append({**rows[0], "method": "c", "seconds": None, "status": "unavailable"})
+    # Of two in one precision the slower says nothing.
+    rows.append({**rows[0], "method": "d", "seconds": 3.0})
     add_ratios(rows)
     assert (rows[2]["fastest_exact"], rows[2]["reached"]) == (fastest, reached)
     assert (rows[2]["times_faster_q1"], rows[2]["times_faster_q3"]) == (0.25, 4.0)
