@@ -400,7 +400,7 @@ def test_evaluations_and_their_exponents(vectors, tmp_path):
 
 
 def test_exponent_by_hand():
-    from approxkmv.sweep.exponents import PROFILE, evaluation_exponents, fit_exponent
+    from approxkmv.sweep.exponents import PROFILE, add_exponents, evaluation_exponents, fit_exponent
 
     n = np.array([1000, 2000, 4000, 8000])
     noise = np.array([0.1, -0.1, -0.1, 0.1])
@@ -412,13 +412,18 @@ def test_exponent_by_hand():
     assert fit_exponent([100, 100], [10, 40]) == (None, None)
     assert fit_exponent([1, 2, 4], [3.0, 6.0, 12.0]) == (1.0, 0.0)
     row = dict.fromkeys(PROFILE, "x")
-    counts = {"kernel_evaluations": 7, "inner_products": 9}
-    rows = [{**row, **counts, "n": n, "status": s} for n, s in ((1, "ok"), (2, "unreached"), (3, "ok"))]
+    rows = [
+        {**row, "kernel_evaluations": n, "inner_products": n**2, "n": n, "status": status, "reached": reached}
+        for n, status, reached in ((1, "ok", "yes"), (2, "unreached", "no"), (3, "ok", "yes"), (4, "ok", "no"))
+    ]
     (found,) = evaluation_exponents(rows)
     assert found["lengths"] == "[1, 3]"
+    assert (found["evaluation_exponent"], found["product_exponent"]) == (pytest.approx(1), pytest.approx(2))
     assert found["speed_exponent"] is None
+    add_exponents(rows, [found])
+    assert ["evaluation_exponent" in row for row in rows] == [True, False, True, False]
     # A row that was tuned for the target, and missed it on other inputs, is no part of a profile.
-    faster = {"status": "ok", "reached": "yes"}
+    counts, faster = {"kernel_evaluations": 7, "inner_products": 9}, {"status": "ok", "reached": "yes"}
     rows = [{**row, **counts, **faster, "n": n, "times_faster": 0.1 * n**0.5} for n in (100, 200, 400)]
     rows.append({**row, **counts, "n": 800, "status": "ok", "reached": "no", "times_faster": 9.0})
     (found,) = evaluation_exponents(rows)
