@@ -157,6 +157,10 @@ def test_memory_that_is_not_there_is_one_line(error):
 def test_errors_and_their_summaries():
     out, exact, v = torch.tensor([[[3.0]]]), torch.tensor([[[2.0]]]), torch.tensor([[[10.0]]])
     assert errors(out, exact, v) == (0.1, 0.5)
+    # With fewer queries than keys, of as many average rows of v as there are queries.
+    assert errors(out, exact, v.expand(1, 4, 1)) == (0.1, 0.5)
+    assert errors(0 * out, 0 * exact, v) == (0.0, 0.0)
+    assert errors(out, 0 * exact, v) == (0.3, math.inf)
     assert quartiles([4, 1, 2, 3, 5]) == (2, 3, 4)
     found = summary([1.0] * 18 + [2.0, 3.0])
     assert found["median"] == 1.0
