@@ -251,6 +251,8 @@ def test_rows_without_a_positive_sum_are_computed_exactly():
     assert (out[:512].double() - right[:512]).abs().max() < 1e-5
     # Triangles are of 600 / 32 rows, so the first has 18.
     assert counts.recomputed_rows == 600 - 18
+    # Every pair that the mask leaves once, and again in those rows
+    assert counts.kernel_evaluations == 2 * (600 * 601 // 2) - 18 * 19 // 2
 
 
 def test_merging_does_not_overflow():
