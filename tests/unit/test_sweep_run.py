@@ -507,6 +507,21 @@ def test_the_exact_row_to_beat_is_the_fastest_that_is_right_enough(vectors, tmp_
         )
 
 
+def test_a_mean_within_the_target_holds_and_a_95th_percentile_beyond_it_does_not_reach(vectors, tmp_path):
+    one = {"uniform": [{"samples": 16}]}
+
+    def row(target):
+        asked = settings(
+            vectors, methods=["uniform"], targets=[target], parameters=one, workload={"lengths": [150]}, repeats=1
+        )
+        run_sweep(asked, tmp_path / "sweep.csv", {}, say=lambda line: None)
+        return read(tmp_path / "sweep.csv")[0]
+
+    mean, p95 = (float(row(0.9)[f"error_v_{name}"]) for name in ("mean", "p95"))
+    between = row((mean + p95) / 2)
+    assert (between["held"], between["reached"]) == ("yes", "no")
+
+
 def cell(**more):
     """An exact row of float32, one of bfloat16 that is twice as fast and errs by 0.02, and a method of a target."""
     where = {"workload": "w", "n": 8, "batch": 1, "columns": "one", "device": "cpu", "dtype": "float32"}
