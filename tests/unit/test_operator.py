@@ -15,8 +15,9 @@ from approxkmv.compute.counting import counting
 from approxkmv.errors import InputError
 from approxkmv.operator import exact
 from approxkmv.operator import kernel_operator as module
+from approxkmv.operator.bar import Proposal, error_bar, proposal
 from approxkmv.operator.blocks import make_blocks
-from approxkmv.operator.pilot import _interpolated
+from approxkmv.operator.pilot import _interpolated, drawn
 from approxkmv.operator.points import Points, in_units
 
 
@@ -425,8 +426,6 @@ def test_the_error_is_below_its_bound_in_at_least_465_of_500_cases():
 
 
 def planted(case: int) -> bool:
-    from approxkmv.operator.bar import error_bar, proposal
-
     generator = torch.Generator().manual_seed(case)
     n = 4000
     truth = torch.rand(n, 1, generator=generator, dtype=torch.float64)
@@ -438,6 +437,29 @@ def planted(case: int) -> bool:
     rows = by.draw(128, generator)
     bar = error_bar(y, truth[rows], rows, by, 0.025)
     return bar.bound is None or bar.bound >= float((y - truth).norm())
+
+
+def test_norms_from_drawn_rows_by_hand():
+    """Three rows drawn as often as their probabilities say, so that estimates are what they estimate."""
+    by, z = Proposal(torch.tensor([0.5, 0.25, 0.25])), 1.6448536
+    rows, truth = torch.tensor([0, 0, 1, 2] * 16), torch.tensor([[3.0], [4.0], [12.0]], dtype=torch.float64)
+    wrong = torch.tensor([[1.0], [-2.0], [0.0]])
+    bar = error_bar(truth + wrong, truth[rows], rows, by, 0.05)
+    assert (bar.error, bar.answer) == (pytest.approx(5**0.5), pytest.approx(13))
+    # Of four rows 2, 2, 16 and 0, whose mean is 5, with second and third moments of 41 and 288 around it
+    variance = 41 * 64 / 63
+    limit = 5 + z * (variance / 64) ** 0.5 + 288 / variance * (1 + 2 * z**2) / (6 * 64)
+    assert bar.bound == pytest.approx(limit**0.5)
+    # |y| squared is 164, and of the answer's square less that, 5, the lower limit is 5 less z (649 / 63)^(1/2).
+    assert bar.least_answer == pytest.approx((164 + 5 - z * (649 / 63) ** 0.5) ** 0.5)
+    # Half as many rows are as twelve that contribute alike; without an error there is nothing to tell one from.
+    assert error_bar(truth + wrong, truth[rows[:32]], rows[:32], by, 0.05).bound is None
+    assert error_bar(truth, truth[rows], rows, by, 0.05).bound is None
+    pilot = drawn(by, rows[:4], truth[rows[:4]])
+    assert (pilot.norm(pilot.exact), float(pilot.constant)) == (pytest.approx(13), pytest.approx(19 / 3))
+    # A third each uniform, by doubts and by their squares; known rows are never drawn.
+    mixed = proposal(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2])).probabilities
+    assert mixed.tolist() == pytest.approx([(1 / 2 + 1 / 3 + 1 / 5) / 3, (1 / 2 + 2 / 3 + 4 / 5) / 3, 0])
 
 
 def test_the_practical_power_method_finds_the_top_eigenvalue():
