@@ -15,7 +15,7 @@ from approxkmv.compute.counting import counting
 from approxkmv.errors import InputError
 from approxkmv.operator import exact
 from approxkmv.operator import kernel_operator as module
-from approxkmv.operator.bar import Proposal, error_bar, proposal
+from approxkmv.operator.bar import ErrorBar, Proposal, error_bar, proposal
 from approxkmv.operator.blocks import make_blocks
 from approxkmv.operator.pilot import _interpolated, drawn
 from approxkmv.operator.points import Points, in_units
@@ -389,6 +389,24 @@ def test_kernel_ridge_regression_by_conjugate_gradients():
     exactly = np.linalg.solve(full + ridge * np.eye(3000), values)
     fit, expected = full @ weights, full @ exactly
     assert np.linalg.norm(fit - expected) < 0.1 * np.linalg.norm(expected)
+
+
+def test_attempts_go_on_until_the_bound_meets_epsilon_of_the_least_answer_and_share_the_doubt(monkeypatch):
+    doubts = []
+
+    def bar(y, values, rows, by, doubt):
+        doubts.append(doubt)
+        size = float(y.norm())
+        return ErrorBar(0.05 * size, 0.09 * size, size, 0.8 * size)
+
+    monkeypatch.setattr(module, "error_bar", bar)
+    K = KernelOperator(Q, K_, SIGMA, 0.1, method="blocks", seed=0)
+    K @ torch.ones(len(K_))
+    assert (K.last.error, K.last.bound) == (pytest.approx(0.05), pytest.approx(0.09 / 0.8))
+    assert not K.last.met
+    # Each may fail with half the probability of the one before, all of them together with 5 %.
+    assert doubts == [doubts[0], doubts[0] / 2]
+    assert sum(doubts) <= 0.05
 
 
 def bar_case(case: int):

@@ -522,6 +522,28 @@ def test_a_mean_within_the_target_holds_and_a_95th_percentile_beyond_it_does_not
     assert (between["held"], between["reached"]) == ("yes", "no")
 
 
+def test_tuning_has_inputs_and_seeds_of_its_own(vectors, tmp_path, monkeypatch):
+    used, right = [], run_module.attend
+
+    def attend(method, problem, seed, parameters):
+        used.append((method.name, seed, problem.q))
+        return right(method, problem, seed, parameters)
+
+    monkeypatch.setattr(run_module, "attend", attend)
+    one = {"parameters": {"uniform": [{"samples": 8}]}, "seeds": [3, 4, 5, 6]}
+    asked = settings(vectors, methods=["uniform"], targets=[0.9], workload={"lengths": [150]}, **one)
+    run_sweep(asked, tmp_path / "sweep.csv", {}, say=lambda line: None)
+    case = next(cases(asked.workloads[0]))
+    # Three tuning seeds; four seeds of the evaluation, whose inputs go round; three runs to warm up and to time.
+    parts = [("tuning", seed, i) for i, seed in enumerate((1000, 1001, 1002))]
+    parts += [("evaluation", seed, i % 3) for i, seed in enumerate((3, 4, 5, 6))]
+    found = [(seed, q) for name, seed, q in used if name == "uniform"]
+    for (seed, q), (part, expected, index) in zip(found, parts, strict=False):
+        assert seed == expected
+        assert torch.equal(q, load(case, part, index).q)
+    assert len(found) == len(parts) + 3
+
+
 def cell(**more):
     """An exact row of float32, one of bfloat16 that is twice as fast and errs by 0.02, and a method of a target."""
     where = {"workload": "w", "n": 8, "batch": 1, "columns": "one", "device": "cpu", "dtype": "float32"}
