@@ -256,7 +256,9 @@ def test_a_far_outlier_among_the_queries_neither_overflows_nor_hides_the_others(
 @pytest.mark.parametrize("kind", ["torch32", "torch64", "numpy32", "numpy64"])
 def test_products_come_back_in_the_callers_kind_and_shape(kind):
     dtype = torch.float64 if kind.endswith("64") else torch.float32
-    q, k, x = (t.to(dtype) for t in (Q, K_, signs(len(K_))))
+    # So small that in float32 the squares of x would vanish.
+    signed = 1e-30 * signs(len(K_))
+    q, k, x = (t.to(dtype) for t in (Q, K_, signed))
     if kind.startswith("numpy"):
         q, k, x = (t.numpy() for t in (q, k, x))
     K = KernelOperator(q, k, SIGMA, 1e-3, seed=0)
@@ -266,7 +268,7 @@ def test_products_come_back_in_the_callers_kind_and_shape(kind):
     assert tuple(one.shape) == (len(Q),)
     assert tuple(two.shape) == (len(Q), 1)
     assert K.last.method == "exact"
-    assert relative(one, reference(Q, K_, signs(len(K_)), SIGMA)) < 1e-3
+    assert relative(one, reference(Q, K_, signed, SIGMA)) < 1e-3
     assert K.last.met
 
 
