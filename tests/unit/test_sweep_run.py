@@ -129,13 +129,14 @@ def test_a_case_that_does_not_fit_into_memory_leaves_the_others(vectors, tmp_pat
 
 
 def test_errors_against_a_wrong_exact_answer_are_not_reported(vectors, tmp_path, monkeypatch):
-    wrong = replace(fused_module.method, compute=lambda q, k, v, **_: v.mean(1, keepdim=True).expand_as(q[..., :1]))
-    monkeypatch.setattr(fused_module, "method", wrong)
+    right = fused_module.method
+    # By a thousandth of the values' deviation, 1
+    monkeypatch.setattr(fused_module, "method", replace(right, compute=lambda *x, **y: right.compute(*x, **y) + 1e-3))
     asked = settings(vectors, methods=["mean"], workload={"lengths": [150]})
     run_sweep(asked, tmp_path / "sweep.csv", {}, say=lambda line: None)
     (row,) = read(tmp_path / "sweep.csv")
     assert (row["status"], row["error_v_mean"]) == ("unavailable", "")
-    assert "the exact answer errs by" in row["reason"]
+    assert "the exact answer errs by 0.0009" in row["reason"]
 
 
 def test_c_is_left_out_where_numba_does_not_work(vectors, tmp_path, monkeypatch):
@@ -381,7 +382,11 @@ def test_a_sweep_needs_torch_and_little_else(vectors, tmp_path):
 def test_evaluations_and_their_exponents(vectors, tmp_path):
     table = tmp_path / "sweep.csv"
     asked = settings(
-        vectors, methods=["exact-fused", "mean", "uniform"], targets=[0.9], workload={"lengths": [100, 200, 300]}
+        vectors,
+        methods=["exact-fused", "mean", "uniform", "top-k"],
+        targets=[0.9],
+        workload={"lengths": [100, 200, 300]},
+        parameters={"top-k": [{"top": 10}]},
     )
     run_sweep(asked, table, {}, say=lambda line: None)
     by = {(r["method"], r["n"]): r for r in read(table)}
@@ -389,6 +394,8 @@ def test_evaluations_and_their_exponents(vectors, tmp_path):
     assert (
         int(by["uniform", "300"]["inner_products"]) == 300 * json.loads(by["uniform", "300"]["parameters"])["samples"]
     )
+    # An oracle computes every score to choose its keys.
+    assert [int(by["top-k", "200"][name]) for name in ("kernel_evaluations", "inner_products")] == [2000, 200 * 200]
     fits = {r["method"]: r for r in read(tmp_path / "sweep_exponents.csv")}
     assert fits["exact-fused"]["lengths"] == "[100, 200, 300]"
     assert float(fits["exact-fused"]["evaluation_exponent"]) == pytest.approx(2)
@@ -511,6 +518,16 @@ def test_the_exact_row_to_beat_is_the_fastest_that_is_right_enough(vectors, tmp_
         assert float(row["times_faster_bfloat16"]) == pytest.approx(
             float(exact["exact-sdpa-bf16"]["seconds"]) / float(row["seconds"])
         )
+
+
+def test_the_precision_of_an_exact_row_is_that_in_which_it_computes(vectors, tmp_path):
+    names = ["exact-naive", "exact-sdpa"]
+    asked = settings(vectors, methods=names, workload={"lengths": [150]}, dtype="bfloat16")
+    run_sweep(asked, tmp_path / "sweep.csv", {}, say=lambda line: None)
+    assert [(row["dtype"], row["precision"]) for row in read(tmp_path / "sweep.csv")] == [
+        ("bfloat16", "float32"),
+        ("bfloat16", "bfloat16"),
+    ]
 
 
 def test_a_mean_within_the_target_holds_and_a_95th_percentile_beyond_it_does_not_reach(vectors, tmp_path):
