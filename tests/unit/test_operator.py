@@ -241,6 +241,10 @@ def test_rows_that_pad_a_block_add_nothing_though_their_exponents_overflow(compi
     # They are multiplied and powers are taken, so they count.
     padded = [-(-size // 64) * 64 for size in blocks.sizes.tolist()]
     assert counts.kernel_evaluations == sum(a * b for a, b in zip(padded, lists, strict=True))
+    with counting() as counts:
+        blocks.products(plan, torch.ones(140, 1))
+    assert counts.kernel_evaluations == sum(a * b for a, b in zip(blocks.sizes.tolist(), lists, strict=True))
+    assert counts.inner_products == sum(a * b for a, b in zip(padded, lists, strict=True))
     assert torch.allclose(found[:70], torch.full((70, 1), 70.0), rtol=0.02)
 
 
