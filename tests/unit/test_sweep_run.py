@@ -132,7 +132,8 @@ def test_errors_against_a_wrong_exact_answer_are_not_reported(vectors, tmp_path,
     right = fused_module.method
     # By a thousandth of the values' deviation, 1
     monkeypatch.setattr(fused_module, "method", replace(right, compute=lambda *x, **y: right.compute(*x, **y) + 1e-3))
-    asked = settings(vectors, methods=["mean"], workload={"lengths": [150]})
+    asked = settings(vectors, methods=["mean"], workload={"lengths": [600]})
+    # On 256 of its rows, relative to as many of the values
     run_sweep(asked, tmp_path / "sweep.csv", {}, say=lambda line: None)
     (row,) = read(tmp_path / "sweep.csv")
     assert (row["status"], row["error_v_mean"]) == ("unavailable", "")
