@@ -700,6 +700,8 @@ def test_parts_and_inputs_differ(vectors):
     case = next(cases(settings(vectors, workload={"lengths": [150]}).workloads[0]))
     tuning, evaluation = load(case, "tuning", 0), load(case, "evaluation", 0)
     assert not torch.equal(evaluation.q, load(case, "evaluation", 1).q)
+    two = next(cases(settings(vectors, workload={"lengths": [150], "batches": [2]}).workloads[0]))
+    assert not torch.equal(*load(two, "evaluation", 0).q)
     # 300 of 1,200 rows are needed for each, so that none is in both.
     seen = {tuple(row) for row in torch.cat([tuning.q[0], tuning.k[0]]).tolist()}
     assert not seen & {tuple(row) for row in torch.cat([evaluation.q[0], evaluation.k[0]]).tolist()}
