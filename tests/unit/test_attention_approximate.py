@@ -82,6 +82,12 @@ def test_the_own_key_is_exact_where_it_is_all_that_matters():
         assert float((out - right).norm() / right.norm()) < 0.02, name
 
 
+def test_the_baseline_of_the_own_key_gives_all_others_their_weight():
+    q, v = torch.ones(1, 50, 4), torch.randn(1, 50, 2, generator=torch.Generator().manual_seed(1))
+    # Of equal keys any sample tells the sum over the 49 others.
+    torch.testing.assert_close(get("own-key")(q, q, v, samples=8), v / 50 + 49 / 50 * v.mean(1))
+
+
 def test_a_query_far_from_its_block_is_still_answered():
     q, k, v = clustered(400, 8, 1)
     q[5] *= 300

@@ -176,6 +176,14 @@ def test_a_budget_for_all_keys_is_exact(name, given):
     assert (out.double() - exact(q, k, v)).abs().max() < 2e-5
 
 
+def test_each_key_of_a_uniform_sample_stands_for_as_many_as_were_left_out():
+    q, v = torch.zeros(1, 512, 4), torch.zeros(1, 512, 1)
+    v[:, 256:] = 1
+    # Any sample of equal keys tells their sum, and the values of the square are all 0.
+    out = get("uniform").attend_causally(q, q, v)[0, 256:, 0]
+    torch.testing.assert_close(out, torch.arange(1, 257) / torch.arange(257, 513))
+
+
 def within(found, right):
     error = found.std(0) / len(found) ** 0.5
     return float(((found.mean(0) - right).abs() / error.clamp_min(1e-12)).max())
@@ -251,6 +259,8 @@ def test_rows_without_a_positive_sum_are_computed_exactly():
     assert (out[:512].double() - right[:512]).abs().max() < 1e-5
     # Triangles are of 600 / 32 rows, so the first has 18.
     assert counts.recomputed_rows == 600 - 18
+    # Every pair that the mask leaves once, and again in those rows
+    assert counts.kernel_evaluations == 2 * (600 * 601 // 2) - 18 * 19 // 2
 
 
 def test_merging_does_not_overflow():

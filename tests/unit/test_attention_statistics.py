@@ -16,6 +16,7 @@ from approxkmv.statistics.streaming import length_statistics
 
 # What is promised of float32 products with logits up to 30, and of float64 products with logits up to 10^4.
 SINGLE, DOUBLE = 1e-5, 1e-6
+QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 PER_ROW = ("entropy", "support", "largest_weight", "first_mass", "sink_mass")
 PER_HEAD = ("mean_entropy", "entropy_quantiles", "ratio", "softmax_ratio", "log_next", "log_double", "column_norm")
 
@@ -74,7 +75,7 @@ def reference(q, k, **options):
         "sink_mass": sink,
         "mean_entropy": kept.nanmean(-1).nan_to_num(),
         "entropy_quantiles": torch.from_numpy(
-            np.nan_to_num(np.moveaxis(np.nanquantile(kept.numpy(), attention.QUANTILES, axis=-1), 0, -1))
+            np.nan_to_num(np.moveaxis(np.nanquantile(kept.numpy(), QUANTILES, axis=-1), 0, -1))
         ),
         "ratio": c,
         "softmax_ratio": ratios(log_p)[0],

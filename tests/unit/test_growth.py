@@ -69,6 +69,31 @@ def test_a_power_law_is_predicted_exactly():
     np.testing.assert_allclose(fit.predicted_low, [0.3, 1.0], atol=1e-12)
 
 
+def test_intervals_are_students_of_the_mean_over_texts():
+    texts, lengths, ratios = sample(CURVES["exploding"], 5)
+    logs = np.log(ratios.reshape(5, -1))
+    fit = fit_growth(texts, lengths, ratios)
+
+    def interval(values, variance, change=0.0):
+        width = np.hypot(2.7764451 * (variance / 5) ** 0.5, 1.9599640 * change)  # 97.5 % of Student's t with 4 degrees
+        return values.mean() - width, values.mean() + width
+
+    slopes = np.diff(logs, axis=1) / np.log(2)
+    ends = [np.exp(interval(logs[:, -1], logs[:, -1].var(ddof=1))), interval(slopes[:, -1], slopes[:, -1].var(ddof=1))]
+    np.testing.assert_allclose([fit.ratio_low[0], fit.ratio_high[0]], ends[0], rtol=1e-7)
+    np.testing.assert_allclose([fit.exponent_low[0], fit.exponent_high[0]], ends[1], rtol=1e-7)
+    # The last slope before n/4, and the same gone on for two octaves; a later slope varies over texts as the last did.
+    before, last = slopes[:, 3], slopes[:, 4]
+    ahead = last + 2 * (last - before)
+    change, varies = abs(ahead.mean() - last.mean()), last.var(ddof=1)
+    both = [interval(one, one.var(ddof=1) + varies, change) for one in (last, ahead)]
+    ends = min(low for low, _ in both), max(high for _, high in both)
+    np.testing.assert_allclose([fit.predicted_low[0], fit.predicted_high[0]], ends, rtol=1e-6)
+    # Half of what the bend adds on average over the two octaves, 1.5 of it
+    far = logs[:, 5] + 2 * np.log(2) * (last + 0.5 * 1.5 * (last - before))
+    np.testing.assert_allclose(fit.predicted_ratio, np.exp(far.mean()), rtol=1e-9)
+
+
 def test_the_prediction_of_a_steady_bend_and_what_it_adds_for_the_bends_of_other_heads():
     texts, lengths, _ = sample(CURVES["a power law"])
     log_n, bend = np.log(lengths / 64.0), 0.1

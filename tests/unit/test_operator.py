@@ -15,8 +15,9 @@ from approxkmv.compute.counting import counting
 from approxkmv.errors import InputError
 from approxkmv.operator import exact
 from approxkmv.operator import kernel_operator as module
+from approxkmv.operator.bar import ErrorBar, Proposal, error_bar, proposal
 from approxkmv.operator.blocks import make_blocks
-from approxkmv.operator.pilot import _interpolated
+from approxkmv.operator.pilot import _interpolated, drawn
 from approxkmv.operator.points import Points, in_units
 
 
@@ -240,6 +241,10 @@ def test_rows_that_pad_a_block_add_nothing_though_their_exponents_overflow(compi
     # They are multiplied and powers are taken, so they count.
     padded = [-(-size // 64) * 64 for size in blocks.sizes.tolist()]
     assert counts.kernel_evaluations == sum(a * b for a, b in zip(padded, lists, strict=True))
+    with counting() as counts:
+        blocks.products(plan, torch.ones(140, 1))
+    assert counts.kernel_evaluations == sum(a * b for a, b in zip(blocks.sizes.tolist(), lists, strict=True))
+    assert counts.inner_products == sum(a * b for a, b in zip(padded, lists, strict=True))
     assert torch.allclose(found[:70], torch.full((70, 1), 70.0), rtol=0.02)
 
 
@@ -255,7 +260,9 @@ def test_a_far_outlier_among_the_queries_neither_overflows_nor_hides_the_others(
 @pytest.mark.parametrize("kind", ["torch32", "torch64", "numpy32", "numpy64"])
 def test_products_come_back_in_the_callers_kind_and_shape(kind):
     dtype = torch.float64 if kind.endswith("64") else torch.float32
-    q, k, x = (t.to(dtype) for t in (Q, K_, signs(len(K_))))
+    # So small that in float32 the squares of x would vanish.
+    signed = 1e-30 * signs(len(K_))
+    q, k, x = (t.to(dtype) for t in (Q, K_, signed))
     if kind.startswith("numpy"):
         q, k, x = (t.numpy() for t in (q, k, x))
     K = KernelOperator(q, k, SIGMA, 1e-3, seed=0)
@@ -265,7 +272,7 @@ def test_products_come_back_in_the_callers_kind_and_shape(kind):
     assert tuple(one.shape) == (len(Q),)
     assert tuple(two.shape) == (len(Q), 1)
     assert K.last.method == "exact"
-    assert relative(one, reference(Q, K_, signs(len(K_)), SIGMA)) < 1e-3
+    assert relative(one, reference(Q, K_, signed, SIGMA)) < 1e-3
     assert K.last.met
 
 
@@ -390,6 +397,24 @@ def test_kernel_ridge_regression_by_conjugate_gradients():
     assert np.linalg.norm(fit - expected) < 0.1 * np.linalg.norm(expected)
 
 
+def test_attempts_go_on_until_the_bound_meets_epsilon_of_the_least_answer_and_share_the_doubt(monkeypatch):
+    doubts = []
+
+    def bar(y, values, rows, by, doubt):
+        doubts.append(doubt)
+        size = float(y.norm())
+        return ErrorBar(0.05 * size, 0.09 * size, size, 0.8 * size)
+
+    monkeypatch.setattr(module, "error_bar", bar)
+    K = KernelOperator(Q, K_, SIGMA, 0.1, method="blocks", seed=0)
+    K @ torch.ones(len(K_))
+    assert (K.last.error, K.last.bound) == (pytest.approx(0.05), pytest.approx(0.09 / 0.8))
+    assert not K.last.met
+    # Each may fail with half the probability of the one before, all of them together with 5 %.
+    assert doubts == [doubts[0], doubts[0] / 2]
+    assert sum(doubts) <= 0.05
+
+
 def bar_case(case: int):
     """An operator's own report on a random problem, and the true error: (error, bound or None)."""
     random = torch.Generator().manual_seed(1000 + case)
@@ -425,8 +450,6 @@ def test_the_error_is_below_its_bound_in_at_least_465_of_500_cases():
 
 
 def planted(case: int) -> bool:
-    from approxkmv.operator.bar import error_bar, proposal
-
     generator = torch.Generator().manual_seed(case)
     n = 4000
     truth = torch.rand(n, 1, generator=generator, dtype=torch.float64)
@@ -438,6 +461,29 @@ def planted(case: int) -> bool:
     rows = by.draw(128, generator)
     bar = error_bar(y, truth[rows], rows, by, 0.025)
     return bar.bound is None or bar.bound >= float((y - truth).norm())
+
+
+def test_norms_from_drawn_rows_by_hand():
+    """Three rows drawn as often as their probabilities say, so that estimates are what they estimate."""
+    by, z = Proposal(torch.tensor([0.5, 0.25, 0.25])), 1.6448536
+    rows, truth = torch.tensor([0, 0, 1, 2] * 16), torch.tensor([[3.0], [4.0], [12.0]], dtype=torch.float64)
+    wrong = torch.tensor([[1.0], [-2.0], [0.0]])
+    bar = error_bar(truth + wrong, truth[rows], rows, by, 0.05)
+    assert (bar.error, bar.answer) == (pytest.approx(5**0.5), pytest.approx(13))
+    # Of four rows 2, 2, 16 and 0, whose mean is 5, with second and third moments of 41 and 288 around it
+    variance = 41 * 64 / 63
+    limit = 5 + z * (variance / 64) ** 0.5 + 288 / variance * (1 + 2 * z**2) / (6 * 64)
+    assert bar.bound == pytest.approx(limit**0.5)
+    # |y| squared is 164, and of the answer's square less that, 5, the lower limit is 5 less z (649 / 63)^(1/2).
+    assert bar.least_answer == pytest.approx((164 + 5 - z * (649 / 63) ** 0.5) ** 0.5)
+    # Half as many rows are as twelve that contribute alike; without an error there is nothing to tell one from.
+    assert error_bar(truth + wrong, truth[rows[:32]], rows[:32], by, 0.05).bound is None
+    assert error_bar(truth, truth[rows], rows, by, 0.05).bound is None
+    pilot = drawn(by, rows[:4], truth[rows[:4]])
+    assert (pilot.norm(pilot.exact), float(pilot.constant)) == (pytest.approx(13), pytest.approx(19 / 3))
+    # A third each uniform, by doubts and by their squares; known rows are never drawn.
+    mixed = proposal(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2])).probabilities
+    assert mixed.tolist() == pytest.approx([(1 / 2 + 1 / 3 + 1 / 5) / 3, (1 / 2 + 2 / 3 + 4 / 5) / 3, 0])
 
 
 def test_the_practical_power_method_finds_the_top_eigenvalue():

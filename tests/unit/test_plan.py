@@ -9,7 +9,8 @@ import pytest
 import torch
 import transformers
 
-from approxkmv.attention import get
+from approxkmv.attention import Method, get
+from approxkmv.compute.counting import count
 from approxkmv.errors import InputError, TableError, UnavailableError
 from approxkmv.integrations import transformers as fast
 from approxkmv.models import ModelLocation
@@ -107,9 +108,18 @@ def test_the_fastest_method_within_the_error_is_chosen(monkeypatch):
     """Given seconds and errors by name: too slow, too far off, and within both; exact in half precision if allowed."""
     given = {"exact-sdpa-bf16": (0.01, 4.0), "exact-tiles-bf16": (0.01, 4.5), "exact-sdpa": (0.0, 8.0)}
     given["local-expansion"] = (0.03, 3.0)
-    monkeypatch.setattr(planning, "METHODS", ("local-expansion",))
-    monkeypatch.setattr(planning, "_measured", lambda method, *rest: (*given[method.name], 0.0))
+    # A second that is faster than exact attention, but not than the first
+    given["approxkmv"] = (0.0, 3.3)
+    monkeypatch.setattr(planning, "METHODS", ("local-expansion", "approxkmv"))
+    recomputed = {}
+    monkeypatch.setattr(
+        planning, "_measured", lambda method, *rest: (*given[method.name], recomputed.get(method.name, 0.0))
+    )
     assert best((None,) * 4, None, 0.05).method == "local-expansion"
+    monkeypatch.setattr(planning, "METHODS", ("local-expansion",))
+    recomputed["local-expansion"] = 0.02
+    assert best((None,) * 4, None, 0.05).method == "exact-sdpa-bf16"
+    recomputed.clear()
     given["local-expansion"] = (0.045, 3.0)
     assert best((None,) * 4, None, 0.05).method == "exact-sdpa-bf16"
     given["local-expansion"] = (0.03, 3.9)
@@ -118,6 +128,24 @@ def test_the_fastest_method_within_the_error_is_chosen(monkeypatch):
     assert (found.method, found.exact_seconds) == ("exact-sdpa", 8.0)
     given["exact-tiles-bf16"] = (0.01, 2.0)
     assert best((None,) * 4, None, 0.05).method == "exact-tiles-bf16"
+
+
+def test_of_several_seeds_the_largest_error_of_the_answer_and_the_fewest_seconds_count(monkeypatch):
+    seconds = iter([5.0, 3.0, 4.0] * 2)
+
+    def timed(run):
+        run()
+        return next(seconds)
+
+    def attend(q, k, v, *, scale, seed):
+        count(recomputed_rows=seed)
+        return exact * (torch.nan if seed == 4 else 1 + 0.1 * seed)
+
+    monkeypatch.setattr(planning, "timer", lambda device, clock: timed)
+    method, exact = Method(name="made-up", compute=attend, causal=attend, summary=""), 2 * torch.ones(1, 10, 1)
+    inputs = torch.ones(1, 10, 4), torch.ones(1, 10, 4), 10 * torch.ones(1, 10, 1), 0.3
+    assert planning._measured(method, {}, inputs, exact, (1, 2, 0)) == (pytest.approx(0.2), 3.0, 0.2)
+    assert planning._measured(method, {}, inputs, exact, (1, 4, 0))[0] == float("inf")
 
 
 def test_an_exact_method_that_the_device_lacks_is_left_out(monkeypatch):

@@ -15,7 +15,7 @@ from approxkmv.files import write_parquet
 from approxkmv.kernels import log_kernel
 from approxkmv.results.activations import write_activations
 from approxkmv.statistics.heads import head_statistics, unmasked_and_masked_statistics
-from approxkmv.statistics.readings import POWERS, READINGS, even_places, readings
+from approxkmv.statistics.readings import READINGS, even_places, readings
 from approxkmv.steps.readings import measure_readings
 
 HEADS, N, D, FIRST = 3, 60, 16, 20
@@ -110,7 +110,8 @@ def test_the_softmax_matrix_is_the_same_in_every_gauge_and_with_shifted_keys_and
 def test_powers_lead_from_the_models_scale_to_none():
     q, k = heads()
     found = readings(q, k, FIRST, 0.3)
-    for name, power in POWERS.items():
+    powers = {"printed": 1.0, "power 3/4": 0.75, "sigma": 0.5, "power 1/4": 0.25, "unscaled": 0.0}
+    for name, power in powers.items():
         statistics = head_statistics(q, k, FIRST, 0.3**power)
         np.testing.assert_allclose(found[name].ratio, statistics.ratios.max(-1), rtol=1e-8, err_msg=name)
 

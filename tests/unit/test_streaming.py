@@ -18,7 +18,7 @@ from approxkmv.errors import ConfigError, InputError, NonFiniteError
 from approxkmv.progress import Times
 from approxkmv.results.activations import write_activations
 from approxkmv.statistics import head_statistics
-from approxkmv.statistics.entries import CAUSAL, SHARES
+from approxkmv.statistics.entries import CAUSAL
 from approxkmv.statistics.largest import Largest
 from approxkmv.statistics.streaming import LengthStatistics, add_strip_by_torch, every_key, length_statistics
 from approxkmv.statistics.streaming_cpu import add_strip, keys_holding
@@ -27,6 +27,7 @@ from approxkmv.steps.lengths import measure_lengths
 
 # What is promised; both sides are good to about 1e-11.
 RELATIVE = 1e-6
+SHARES = (0.9, 0.99)
 
 
 def random_head(seed: int, n: int, d: int, spread: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -129,13 +129,15 @@ def test_a_case_that_does_not_fit_into_memory_leaves_the_others(vectors, tmp_pat
 
 
 def test_errors_against_a_wrong_exact_answer_are_not_reported(vectors, tmp_path, monkeypatch):
-    wrong = replace(fused_module.method, compute=lambda q, k, v, **_: v.mean(1, keepdim=True).expand_as(q[..., :1]))
-    monkeypatch.setattr(fused_module, "method", wrong)
-    asked = settings(vectors, methods=["mean"], workload={"lengths": [150]})
+    right = fused_module.method
+    # By a thousandth of the values' deviation, 1
+    monkeypatch.setattr(fused_module, "method", replace(right, compute=lambda *x, **y: right.compute(*x, **y) + 1e-3))
+    asked = settings(vectors, methods=["mean"], workload={"lengths": [600]})
+    # On 256 of its rows, relative to as many of the values
     run_sweep(asked, tmp_path / "sweep.csv", {}, say=lambda line: None)
     (row,) = read(tmp_path / "sweep.csv")
     assert (row["status"], row["error_v_mean"]) == ("unavailable", "")
-    assert "the exact answer errs by" in row["reason"]
+    assert "the exact answer errs by 0.0009" in row["reason"]
 
 
 def test_c_is_left_out_where_numba_does_not_work(vectors, tmp_path, monkeypatch):
@@ -381,7 +383,11 @@ def test_a_sweep_needs_torch_and_little_else(vectors, tmp_path):
 def test_evaluations_and_their_exponents(vectors, tmp_path):
     table = tmp_path / "sweep.csv"
     asked = settings(
-        vectors, methods=["exact-fused", "mean", "uniform"], targets=[0.9], workload={"lengths": [100, 200, 300]}
+        vectors,
+        methods=["exact-fused", "mean", "uniform", "top-k"],
+        targets=[0.9],
+        workload={"lengths": [100, 200, 300]},
+        parameters={"top-k": [{"top": 10}]},
     )
     run_sweep(asked, table, {}, say=lambda line: None)
     by = {(r["method"], r["n"]): r for r in read(table)}
@@ -389,6 +395,8 @@ def test_evaluations_and_their_exponents(vectors, tmp_path):
     assert (
         int(by["uniform", "300"]["inner_products"]) == 300 * json.loads(by["uniform", "300"]["parameters"])["samples"]
     )
+    # An oracle computes every score to choose its keys.
+    assert [int(by["top-k", "200"][name]) for name in ("kernel_evaluations", "inner_products")] == [2000, 200 * 200]
     fits = {r["method"]: r for r in read(tmp_path / "sweep_exponents.csv")}
     assert fits["exact-fused"]["lengths"] == "[100, 200, 300]"
     assert float(fits["exact-fused"]["evaluation_exponent"]) == pytest.approx(2)
@@ -400,7 +408,7 @@ def test_evaluations_and_their_exponents(vectors, tmp_path):
 
 
 def test_exponent_by_hand():
-    from approxkmv.sweep.exponents import PROFILE, evaluation_exponents, fit_exponent
+    from approxkmv.sweep.exponents import PROFILE, add_exponents, evaluation_exponents, fit_exponent
 
     n = np.array([1000, 2000, 4000, 8000])
     noise = np.array([0.1, -0.1, -0.1, 0.1])
@@ -412,13 +420,18 @@ def test_exponent_by_hand():
     assert fit_exponent([100, 100], [10, 40]) == (None, None)
     assert fit_exponent([1, 2, 4], [3.0, 6.0, 12.0]) == (1.0, 0.0)
     row = dict.fromkeys(PROFILE, "x")
-    counts = {"kernel_evaluations": 7, "inner_products": 9}
-    rows = [{**row, **counts, "n": n, "status": s} for n, s in ((1, "ok"), (2, "unreached"), (3, "ok"))]
+    rows = [
+        {**row, "kernel_evaluations": n, "inner_products": n**2, "n": n, "status": status, "reached": reached}
+        for n, status, reached in ((1, "ok", "yes"), (2, "unreached", "no"), (3, "ok", "yes"), (4, "ok", "no"))
+    ]
     (found,) = evaluation_exponents(rows)
     assert found["lengths"] == "[1, 3]"
+    assert (found["evaluation_exponent"], found["product_exponent"]) == (pytest.approx(1), pytest.approx(2))
     assert found["speed_exponent"] is None
+    add_exponents(rows, [found])
+    assert ["evaluation_exponent" in row for row in rows] == [True, False, True, False]
     # A row that was tuned for the target, and missed it on other inputs, is no part of a profile.
-    faster = {"status": "ok", "reached": "yes"}
+    counts, faster = {"kernel_evaluations": 7, "inner_products": 9}, {"status": "ok", "reached": "yes"}
     rows = [{**row, **counts, **faster, "n": n, "times_faster": 0.1 * n**0.5} for n in (100, 200, 400)]
     rows.append({**row, **counts, "n": 800, "status": "ok", "reached": "no", "times_faster": 9.0})
     (found,) = evaluation_exponents(rows)
@@ -493,6 +506,12 @@ def test_the_exact_row_to_beat_is_the_fastest_that_is_right_enough(vectors, tmp_
     mean = {(row["relative_to"], row["target"]): row for row in rows if row["method"] == "mean"}
     assert set(mean) == {(what, target) for what in ("values", "answer") for target in ("0.9", "0.0001")}
     for (_, target), row in mean.items():
+        # Its answer does not depend on seeds, but on the three inputs.
+        assert (row["seeds"], row["mean_error_v"], row["mean_error_exact"]) == (
+            "3",
+            row["error_v_p95"],
+            row["error_exact_p95"],
+        )
         allowed = {name: r for name, r in exact.items() if target == "0.9" or name != "exact-sdpa-bf16"}
         fastest = min(allowed.values(), key=lambda r: float(r["seconds"]))
         assert row["fastest_exact"] == fastest["method"]
@@ -500,6 +519,53 @@ def test_the_exact_row_to_beat_is_the_fastest_that_is_right_enough(vectors, tmp_
         assert float(row["times_faster_bfloat16"]) == pytest.approx(
             float(exact["exact-sdpa-bf16"]["seconds"]) / float(row["seconds"])
         )
+
+
+def test_the_precision_of_an_exact_row_is_that_in_which_it_computes(vectors, tmp_path):
+    names = ["exact-naive", "exact-sdpa"]
+    asked = settings(vectors, methods=names, workload={"lengths": [150]}, dtype="bfloat16")
+    run_sweep(asked, tmp_path / "sweep.csv", {}, say=lambda line: None)
+    assert [(row["dtype"], row["precision"]) for row in read(tmp_path / "sweep.csv")] == [
+        ("bfloat16", "float32"),
+        ("bfloat16", "bfloat16"),
+    ]
+
+
+def test_a_mean_within_the_target_holds_and_a_95th_percentile_beyond_it_does_not_reach(vectors, tmp_path):
+    one = {"uniform": [{"samples": 16}]}
+
+    def row(target):
+        asked = settings(
+            vectors, methods=["uniform"], targets=[target], parameters=one, workload={"lengths": [150]}, repeats=1
+        )
+        run_sweep(asked, tmp_path / "sweep.csv", {}, say=lambda line: None)
+        return read(tmp_path / "sweep.csv")[0]
+
+    mean, p95 = (float(row(0.9)[f"error_v_{name}"]) for name in ("mean", "p95"))
+    between = row((mean + p95) / 2)
+    assert (between["held"], between["reached"]) == ("yes", "no")
+
+
+def test_tuning_has_inputs_and_seeds_of_its_own(vectors, tmp_path, monkeypatch):
+    used, right = [], run_module.attend
+
+    def attend(method, problem, seed, parameters):
+        used.append((method.name, seed, problem.q))
+        return right(method, problem, seed, parameters)
+
+    monkeypatch.setattr(run_module, "attend", attend)
+    one = {"parameters": {"uniform": [{"samples": 8}]}, "seeds": [3, 4, 5, 6]}
+    asked = settings(vectors, methods=["uniform"], targets=[0.9], workload={"lengths": [150]}, **one)
+    run_sweep(asked, tmp_path / "sweep.csv", {}, say=lambda line: None)
+    case = next(cases(asked.workloads[0]))
+    # Three tuning seeds; four seeds of the evaluation, whose inputs go round; three runs to warm up and to time.
+    parts = [("tuning", seed, i) for i, seed in enumerate((1000, 1001, 1002))]
+    parts += [("evaluation", seed, i % 3) for i, seed in enumerate((3, 4, 5, 6))]
+    found = [(seed, q) for name, seed, q in used if name == "uniform"]
+    for (seed, q), (part, expected, index) in zip(found, parts, strict=False):
+        assert seed == expected
+        assert torch.equal(q, load(case, part, index).q)
+    assert len(found) == len(parts) + 3
 
 
 def cell(**more):
@@ -524,6 +590,7 @@ def cell(**more):
         ({}, "b", "yes"),
         ({"relative_to": "answer", "target": 0.1}, "b", "yes"),
         ({"relative_to": "answer"}, "a", "no"),
+        ({"target": 0.04}, "b", "yes"),
         ({"target": 0.039}, "a", "no"),
         ({"error_v_p95": float("nan")}, "b", "no"),
         ({"recomputed_share": 0.02}, "b", "no"),
@@ -533,8 +600,12 @@ def test_ratios_by_hand(more, fastest, reached):
     from approxkmv.sweep.ratios import add_ratios
 
     rows = cell(**more)
-    # Of another cell, and of one that could not run: neither is compared with.
-    rows += [{**rows[0], "n": 16, "seconds": 0.1}, {**rows[0], "method": "c", "seconds": None, "status": "unavailable"}]
+    # Of other cells, and of one that could not run: none is compared with.
+    where = ("workload", "n", "batch", "columns", "device", "dtype")
+    rows += [{**rows[0], name: 16, "seconds": 0.1, "seconds_q1": 0.1} for name in where]
+    rows.append({**rows[0], "method": "c", "seconds": None, "status": "unavailable"})
+    # Of two in one precision the slower says nothing.
+    rows.append({**rows[0], "method": "d", "seconds": 3.0})
     add_ratios(rows)
     assert (rows[2]["fastest_exact"], rows[2]["reached"]) == (fastest, reached)
     assert (rows[2]["times_faster_q1"], rows[2]["times_faster_q3"]) == (0.25, 4.0)
@@ -629,6 +700,8 @@ def test_parts_and_inputs_differ(vectors):
     case = next(cases(settings(vectors, workload={"lengths": [150]}).workloads[0]))
     tuning, evaluation = load(case, "tuning", 0), load(case, "evaluation", 0)
     assert not torch.equal(evaluation.q, load(case, "evaluation", 1).q)
+    two = next(cases(settings(vectors, workload={"lengths": [150], "batches": [2]}).workloads[0]))
+    assert not torch.equal(*load(two, "evaluation", 0).q)
     # 300 of 1,200 rows are needed for each, so that none is in both.
     seen = {tuple(row) for row in torch.cat([tuning.q[0], tuning.k[0]]).tolist()}
     assert not seen & {tuple(row) for row in torch.cat([evaluation.q[0], evaluation.k[0]]).tolist()}

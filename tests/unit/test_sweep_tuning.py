@@ -11,13 +11,12 @@ from approxkmv.sweep.measure import errors, interleaved_seconds, quartiles, runn
 from approxkmv.sweep.tuning import tune
 
 
-def method(sizes):
-    return Method(
-        name="made-up", compute=lambda *_: None, summary="", defaults={"m": 0}, grid=[{"m": m} for m in sizes]
-    )
+def method(sizes, **more):
+    grid = [{"m": m} for m in sizes]
+    return Method(name="made-up", compute=lambda *_: None, summary="", defaults={"m": 0}, grid=grid, **more)
 
 
-def run(targets, errors_of, band=None, seeds=(0, 1, 2), seconds_of=float, recomputed_of=lambda m: 0.0):
+def run(targets, errors_of, band=None, seeds=(0, 1, 2), seconds_of=float, recomputed_of=lambda m: 0.0, **more):
     asked = []
 
     def trial_of(parameters, i):
@@ -28,7 +27,7 @@ def run(targets, errors_of, band=None, seeds=(0, 1, 2), seconds_of=float, recomp
         recomputed = recomputed_of(m) if i == 2 else 0.0
         return errors_of[m] + 0.001 * (i - 1), seconds_of(m) + (100 if i == 0 else 0), recomputed
 
-    made = method(sorted(errors_of))
+    made = method(sorted(errors_of), **more)
     return tune(made, made.grid, trial_of, targets, seeds, band), asked
 
 
@@ -38,6 +37,12 @@ def test_the_cheapest_that_reaches_each_target():
     assert all(c.reached for c in choices)
     # The smallest target is reached at 8: nothing dearer is tried.
     assert max(m for m, _ in asked) == 8
+    # With every seed, not with most: at 1 the last one errs by 0.1005.
+    choices, _ = run((0.1,), {1: 0.0995, 2: 0.04})
+    assert choices[0].trial.parameters["m"] == 2
+    # Without a seed the answer is the same each time, but the first run compiles.
+    choices, asked = run((0.1,), {1: 0.04}, seeded=False)
+    assert (asked, choices[0].trial.seconds) == ([(1, 0), (1, 1)], 1)
 
 
 def test_of_what_reaches_a_target_the_fastest_by_more_than_noise():
@@ -79,6 +84,9 @@ def test_a_band_refuses_an_answer_that_is_too_good():
     assert not choices[0].reached
     choices, _ = run((0.1,), {1: 0.4, 2: 0.12}, band=0.05)
     assert choices[0].reached
+    # Where none is within the band, the nearest to the target is the best, not the most accurate.
+    choices, _ = run((0.1,), {1: 0.16, 2: 0.01}, band=0.05)
+    assert (choices[0].trial.parameters["m"], choices[0].reached) == (1, False)
 
 
 def test_unavailable_settings_are_passed_over_until_none_is_left():
@@ -149,6 +157,10 @@ def test_memory_that_is_not_there_is_one_line(error):
 def test_errors_and_their_summaries():
     out, exact, v = torch.tensor([[[3.0]]]), torch.tensor([[[2.0]]]), torch.tensor([[[10.0]]])
     assert errors(out, exact, v) == (0.1, 0.5)
+    # With fewer queries than keys, of as many average rows of v as there are queries.
+    assert errors(out, exact, v.expand(1, 4, 1)) == (0.1, 0.5)
+    assert errors(0 * out, 0 * exact, v) == (0.0, 0.0)
+    assert errors(out, 0 * exact, v) == (0.3, math.inf)
     assert quartiles([4, 1, 2, 3, 5]) == (2, 3, 4)
     found = summary([1.0] * 18 + [2.0, 3.0])
     assert found["median"] == 1.0

@@ -46,11 +46,16 @@ def fit_exponent(lengths: Sequence[float], evaluations: Sequence[float]) -> tupl
     return round(slope, 12), None if error is None else round(error, 12)
 
 
+def _counts(row: Row) -> bool:
+    """Whether a row reached its target, in tuning and on the inputs of the evaluation."""
+    return bool(row["status"] == "ok" and row.get("reached") != "no")
+
+
 def evaluation_exponents(rows: Sequence[Row]) -> list[Row]:
     """One row per workload, method and target of a sweep, over the n at which the target was reached."""
     profiles: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        if row["status"] == "ok" and row.get("reached") != "no":
+        if _counts(row):
             profiles.setdefault(tuple(row.get(name) for name in PROFILE), []).append(row)
     found = []
     for key, some in profiles.items():
@@ -84,7 +89,7 @@ def add_exponents(rows: Sequence[Row], exponents: Sequence[Row]) -> None:
     """Write each profile's evaluation exponent and its error into the rows of the sweep that it was fitted to."""
     by_profile = {tuple(row[name] for name in PROFILE): row for row in exponents}
     for row in rows:
-        fitted = by_profile.get(tuple(row.get(name) for name in PROFILE)) if row["status"] == "ok" else None
+        fitted = by_profile.get(tuple(row.get(name) for name in PROFILE)) if _counts(row) else None
         if fitted is not None:
             for name in ("evaluation_exponent", "evaluation_exponent_error"):
                 row[name] = fitted[name]
