@@ -48,7 +48,7 @@ def _window(
     (n_q, n), dtype = (q.shape[1], k.shape[1]), v.dtype
     if n_q > n:
         raise UnavailableError(f"window needs a key for each query, but there are {n_q} and {n}")
-    low = fastest_dtype(FLASH) if products == "fastest" else getattr(torch, products)
+    low = fastest_dtype(FLASH, products)
     window, sinks = min(window, n), min(sinks, window, n)
     # Rounding must not depend on a common offset; no row comes before the first value.
     first = v[:, :1].float()

@@ -26,9 +26,8 @@ from dataclasses import dataclass
 
 import torch
 
-from approxkmv.attention.causal import Sums
+from approxkmv.attention.causal import Sums, with_ones
 from approxkmv.attention.contract import Method
-from approxkmv.attention.hashed.column_sampling import with_ones
 from approxkmv.attention.kernels.exponentials import exp_
 from approxkmv.compute.counting import count
 
