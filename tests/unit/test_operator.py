@@ -425,6 +425,7 @@ def test_the_error_is_below_its_bound_in_at_least_465_of_500_cases():
 
 
 def planted(case: int) -> bool:
+    from approxkmv.compute.drawing import drawn
     from approxkmv.operator.bar import error_bar, proposal
 
     generator = torch.Generator().manual_seed(case)
@@ -435,7 +436,7 @@ def planted(case: int) -> bool:
     y[wrong] += torch.randn(len(wrong), 1, generator=generator, dtype=torch.float64)
     far = torch.rand(n, generator=generator)
     by = proposal(far, torch.empty(0, dtype=torch.int64))
-    rows = by.draw(128, generator)
+    rows = drawn(by, 128, generator)
     bar = error_bar(y, truth[rows], rows, by, 0.025)
     return bar.bound is None or bar.bound >= float((y - truth).norm())
 
