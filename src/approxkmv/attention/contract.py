@@ -15,7 +15,6 @@ from approxkmv.attention.causal import EXACT_BELOW, Sums, causal_attention
 from approxkmv.compute.torch_state import plain_torch
 from approxkmv.errors import InputError, UnavailableError
 
-Parameters = Mapping[str, Any]
 P = TypeVar("P")
 """A frozen dataclass with a method's parameters and their defaults."""
 
@@ -161,7 +160,7 @@ class Method:
         masked = partial(compute, is_causal=True) if causal else None
         return cls(name, compute, defaults=defaults, causal=masked, **described)
 
-    def parameters(self, given: Parameters | None = None) -> dict[str, Any]:
+    def parameters(self, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The defaults, overridden by `given`.
 
         Raises InputError for a parameter the method does not have, or for an invalid value.

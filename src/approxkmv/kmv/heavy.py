@@ -53,11 +53,6 @@ class HeavyKeys(Sequence[np.ndarray]):
         return np.repeat(np.arange(len(self)), np.diff(self.starts))
 
 
-def heavy_threshold(n: int, alpha: float) -> float:
-    """log of n^-alpha, minus a small slack so that rounding does not lose a pair that meets it exactly."""
-    return -alpha * math.log(n) - 1e-12
-
-
 def least_heavy_memory(n_q: int, n_k: int, d: int) -> int:
     """The least memory, in bytes, that FindHeavy accepts."""
     return 8 * _GROUP * (n_q + n_k) + 256 * n_k + (1 << 14) * d + (1 << 20)
@@ -117,7 +112,8 @@ def scan_buckets(
 ) -> HeavyKeys:
     """Algorithm 1 for arguments that are already checked."""
     n_q, n_k, d = kernel.n_queries, kernel.n_keys, kernel.keys.shape[1]
-    threshold = heavy_threshold(n_k, alpha)
+    # A small slack, so that rounding does not lose a pair that meets it exactly
+    threshold = -alpha * math.log(n_k) - 1e-12
     tables = constants.tables(n_k, alpha, max(n_q, n_k))
     # The kernel's coordinates are in units of sigma sqrt(2), where K = n^-alpha at distance sqrt(alpha ln n).
     near = math.sqrt(alpha * math.log(n_k))

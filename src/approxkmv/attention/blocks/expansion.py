@@ -69,8 +69,7 @@ class Seen:
     @cached_property
     def arrays(self) -> SeenArrays:
         """For the compiled loops."""
-        tensors = self.log_weight, self.value, self.axes, self.own_log, self.own_share, self.own_share_seen
-        return SeenArrays(*(t.numpy() for t in tensors))
+        return SeenArrays(*(getattr(self, name).numpy() for name in SeenArrays._fields))
 
 
 @dataclass(frozen=True)

@@ -44,9 +44,7 @@ class Blocks:
     @cached_property
     def arrays(self) -> BlockArrays:
         """For the compiled loops."""
-        tensors = self.centres, self.deltas, self.variances, self.row_variances
-        each = (t.numpy() for t in tensors)
-        return BlockArrays(self.queries, self.rows, self.labels, self.starts, self.sizes, *each)
+        return BlockArrays(*(np.asarray(getattr(self, name)) for name in BlockArrays._fields))
 
     def of_rows(self, per_block: torch.Tensor) -> torch.Tensor:
         """Repeat (blocks, ...) for each row of each block."""
