@@ -4,7 +4,7 @@ CPU time of one float32 head on one core, interleaved with torch's scaled_dot_pr
 as many value columns: entropy, support and masses (the first pass), the same with a causal mask in both, and each
 further pass. Then the largest relative differences from float64 n x n attention at n = 4,096, for float32 products with
 logits up to 30 and for float64 products with logits up to 10^4. Writes results/benchmarks/attention_statistics.csv and
-.json.
+.json; --out changes the name.
 """
 
 from __future__ import annotations
@@ -12,17 +12,14 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import pandas as pd
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+from writing import out_of, times, write
 
 from approxkmv import attention_statistics
-from approxkmv.files import write_csv, write_json
-from approxkmv.provenance import describe
 
-OUT = Path("results/benchmarks/attention_statistics.csv")
 ROUNDS = 7
 LENGTHS = (2048, 8192)
 
@@ -44,15 +41,12 @@ def first_pass(q: torch.Tensor, k: torch.Tensor, mask: str) -> object:
 def calls(n: int) -> dict[str, Callable[[], object]]:
     """What is timed at one length; sdpa first."""
     q, k = head(n, 64, 12.0)
-    found: dict[str, Callable[[], object]] = {
-        "sdpa": lambda: scaled_dot_product_attention(q[None, None], k[None, None], k[None, None]),
+    qkv = q[None, None], k[None, None], k[None, None]
+    return {
+        "sdpa": lambda: scaled_dot_product_attention(*qkv),
         "first pass": lambda: first_pass(q, k, "none"),
-        "sdpa, causal": lambda: scaled_dot_product_attention(
-            q[None, None], k[None, None], k[None, None], is_causal=True
-        ),
+        "sdpa, causal": lambda: scaled_dot_product_attention(*qkv, is_causal=True),
         "first pass, causal": lambda: first_pass(q, k, "causal"),
-    }
-    return found | {
         "with keys_per_share": lambda: attention_statistics(q, k).keys_per_share,
         "with c and order ratios": lambda: attention_statistics(q, k).log_double,
         "with stable_rank": lambda: attention_statistics(q, k).stable_rank,
@@ -86,17 +80,11 @@ def accuracy() -> list[dict[str, object]]:
 
 def main() -> None:
     """Run everything, print a table and write it."""
+    out = out_of(__doc__, "attention_statistics")
     torch.set_num_threads(1)
     rows: list[dict[str, object]] = []
     for n in LENGTHS:
-        chosen = calls(n)
-        seconds: dict[str, list[float]] = {name: [] for name in chosen}
-        for r in range(ROUNDS + 1):
-            for name, call in chosen.items():
-                start = time.process_time()
-                call()
-                if r:
-                    seconds[name].append(time.process_time() - start)
+        seconds = times(calls(n), ROUNDS, time.process_time)
         for name, taken in seconds.items():
             other = seconds["sdpa, causal" if "causal" in name else "sdpa"]
             ratios = [a / b for a, b in zip(taken, other, strict=True)]
@@ -111,8 +99,7 @@ def main() -> None:
                 }
             )
     table = pd.DataFrame(rows + accuracy())
-    write_csv(OUT, table)
-    write_json(OUT.with_suffix(".json"), describe({"rounds": ROUNDS, "d": 64, "threads": 1, "clock": "cpu"}))
+    write(out, table, {"rounds": ROUNDS, "d": 64, "threads": 1, "clock": "cpu"})
     print(table.to_string(index=False, float_format=lambda x: f"{x:.3g}"))
 
 

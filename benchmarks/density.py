@@ -7,7 +7,6 @@ makes the blocks, is not timed. Writes results/benchmarks/density.csv and .json;
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -17,12 +16,11 @@ import numpy as np
 import pandas as pd
 import torch
 from sklearn.neighbors import KernelDensity
+from writing import out_of, write
 
 from approxkmv.config import load_config, study_of
-from approxkmv.files import write_csv, write_json
 from approxkmv.operator.kernel_operator import KernelOperator
 from approxkmv.operator.points import in_units
-from approxkmv.provenance import describe
 from approxkmv.steps.operator import REFERENCE, blocked
 from approxkmv.sweep.word_vectors import fetch_vectors, word_vectors
 
@@ -41,9 +39,7 @@ def seconds_of(product: Callable[[], np.ndarray], repeats: int) -> tuple[float, 
 
 def main() -> None:
     """Run everything, print a table and write it."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split(":", 1)[0])
-    parser.add_argument("--out", type=Path, default=Path("results/benchmarks/density.csv"))
-    out = parser.parse_args().out
+    out = out_of(__doc__, "density")
     config = load_config(Path("config.yaml"))
     settings = study_of(config, "operator").operator
     assert settings is not None
@@ -75,8 +71,7 @@ def main() -> None:
             rows[-1]["error"] = np.linalg.norm(found - truth) / np.linalg.norm(truth)
     table = pd.DataFrame(rows)
     table["times_faster"] = table.groupby("queries")["seconds"].transform("first") / table["seconds"]
-    write_csv(out, table)
-    write_json(out.with_suffix(".json"), describe({"points": POINTS, "sigma": SIGMA, "repeats": REPEATS, "threads": 1}))
+    write(out, table, {"points": POINTS, "sigma": SIGMA, "repeats": REPEATS, "threads": 1})
     print(table.to_string(index=False, float_format=lambda x: f"{x:.3g}"))
 
 

@@ -41,16 +41,11 @@ def table_of(study: str, name: str) -> pd.DataFrame:
     return pd.read_csv(REFERENCE / study / "tables" / f"{name}.csv")
 
 
-def _readings(model: str) -> pd.DataFrame:
-    """All readings of contexts, and the one of sentences."""
-    both = [table_of("embedded", f"readings_{model}")]
-    of_sentences = table_of("sentences", f"readings_{model}")
-    return pd.concat([*both, of_sentences[of_sentences["reading"] == "sentences"]], ignore_index=True)
-
-
 def readings(model: str) -> str:
-    """c and the order ratios under each reading and kind of entries."""
-    table = _readings(model).sort_values("entries", kind="stable")
+    """c and the order ratios under each reading, of contexts and one of sentences, and kind of entries."""
+    of_contexts, of_sentences = (table_of(study, f"readings_{model}") for study in ("embedded", "sentences"))
+    table = pd.concat([of_contexts, of_sentences[of_sentences["reading"] == "sentences"]], ignore_index=True)
+    table = table.sort_values("entries", kind="stable")
     by_name = table[table["entries"] == "all"].set_index("reading")[["largest_ratio", "median_ratio", "median_next"]]
     read = dict(READ)
     if by_name.loc["no-special"].equals(by_name.loc["printed"]):
@@ -189,16 +184,12 @@ def verdicts() -> str:
     return markdown(pd.DataFrame(lines)) + "\n"
 
 
-def _held(rows: pd.DataFrame) -> float:
-    inside = (rows["predicted_low"] <= rows["exponent"]) & (rows["exponent"] <= rows["predicted_high"])
-    return float(inside.mean())
-
-
 def predictions() -> str:
     """Predictions for n from the lengths up to n/4."""
     lines = []
     for _, model, before, rows in _growth():
         factor = rows["predicted_ratio"] / rows["ratio"]
+        held = rows["exponent"].between(rows["predicted_low"], rows["predicted_high"]).mean()
         lines.append(
             {
                 "model, entries": _name(model, before),
@@ -207,7 +198,7 @@ def predictions() -> str:
                 "middle half of heads": f"{factor.quantile(0.25):.2f} to {factor.quantile(0.75):.2f}",
                 "within a factor of 2": f"{(np.abs(np.log2(factor)) <= 1).mean():.0%}",
                 "wrong by more than 10": f"{(np.abs(np.log10(factor)) > 1).mean():.0%}",
-                "later exponents in their 95 % interval": f"{_held(rows):.0%}",
+                "later exponents in their 95 % interval": f"{held:.0%}",
                 "its median width": f"{(rows['predicted_high'] - rows['predicted_low']).median():.2f}",
             }
         )
@@ -249,15 +240,8 @@ def models() -> str:
     return f"{markdown(pd.DataFrame(lines))}\n\n{made}.\n"
 
 
-def _of_family(model: str, name: str, column: str, entries: str = "all") -> str:
-    return _cell(table_of("families", f"readings_{model}"), name, column, entries)
-
-
-def _reading(model: str, name: str, column: str, entries: str = "all") -> str:
-    return _cell(_readings(model), name, column, entries)
-
-
-def _cell(table: pd.DataFrame, name: str, column: str, entries: str) -> str:
+def _reading(study: str, model: str, name: str, entries: str, column: str) -> str:
+    table = table_of(study, f"readings_{model}")
     row = table[(table["reading"] == name) & (table["entries"] == entries)].iloc[0]
     if column == "heads_within_bound":
         return f"{row[column]} of {row['heads']}"
@@ -287,37 +271,40 @@ TABLES: dict[str, Callable[[], str]] = {
     "growth-costs": costs,
     "findings-models": models,
 }
+# Rows of tables of readings for numbers in sentences, by the first words of a name: study, model, reading, entries.
+ROWS = {
+    **{f"minilm-{reading}": ("embedded", MINILM, reading, "all") for reading in READ},
+    "smollm-sigma": ("families", SMOLLM, "sigma", "all"),
+    "smollm-causal-sigma": ("families", SMOLLM, "sigma", "causal"),
+    "mpnet-sigma": ("families", "mpnet-base", "sigma", "all"),
+}
+COLUMNS = {
+    "largest": "largest_ratio",
+    "within": "heads_within_bound",
+    "double": "median_double",
+    "underflow": "share_underflowing",
+}
 # Numbers within sentences, by name.
 NUMBERS: dict[str, Callable[[], str]] = {
     **{
-        f"{word}-{reading}-{name}": partial(_reading, model, reading, column)
-        for word, model in (("minilm", MINILM), ("smollm", SMOLLM))
-        for reading in READ
-        for name, column in (
-            ("largest", "largest_ratio"),
-            ("within", "heads_within_bound"),
-            ("double", "median_double"),
-            ("underflow", "share_underflowing"),
-        )
+        f"{words}-{name}": partial(_reading, *row, column)
+        for words, row in ROWS.items()
+        for name, column in COLUMNS.items()
     },
     **{
-        f"{word}-gauge-{name}-{place}": partial(_at, model, t, what)
+        f"{word}-gauge-{name}-{t:g}": partial(_at, model, t, what)
         for word, model in (("minilm", MINILM), ("smollm", SMOLLM))
-        for place, t in (("limit", 0.0), ("1", 1.0), ("8", 8.0))
+        for t in (1.0, 8.0)
         for name, what in (
             ("within", lambda rows: _count(rows, rows["ratio"] <= PAPER_BOUND)),
-            ("largest", lambda rows: number(rows["ratio"].max())),
             ("rows", lambda rows: f"{rows['participation'].median():.0f}"),
             ("tokens", lambda rows: f"{rows['tokens'].iloc[0]:,}"),
             ("entries", lambda rows: rows["entries"].iloc[0]),
         )
     },
     **{
-        f"{word}-error-{name}": lambda model=model, best=best: (
-            f"10^{_tenths(_errors(model, best)['log10_bound'].max())}"
-        )
+        f"{word}-error-best": lambda model=model: f"10^{_tenths(_errors(model, best=True)['log10_bound'].max())}"
         for word, model in (("minilm", MINILM), ("smollm", SMOLLM))
-        for name, best in (("1", False), ("best", True))
     },
     **{
         f"{study}-{word}-{ENTRIES[before]}-{name}": partial(_of_growth, study, model, before, what)
@@ -325,38 +312,11 @@ NUMBERS: dict[str, Callable[[], str]] = {
         for word in (SHORT[model].lower().removesuffix("2"),)
         for before in (("",) if model == MINILM else ("", MASKED))
         for name, what in (
-            ("small", lambda rows: _count(rows, rows["size"] == SIZES[0])),
-            ("large", lambda rows: _count(rows, rows["size"] == SIZES[1])),
-            ("grows", lambda rows: _count(rows, rows["trend"] == TRENDS[1])),
-            ("flat", lambda rows: _count(rows, rows["trend"] == TRENDS[0])),
             ("both", lambda rows: _count(rows, (rows["size"] == SIZES[1]) & (rows["trend"] == TRENDS[1]))),
-            ("fast", lambda rows: _count(rows, rows["exponent"] > FAST)),
             ("floored", lambda rows: _count(rows[rows["trend"] == TRENDS[0]], rows["ratio"] < 1.01 * FLOOR)),
-            ("held", lambda rows: f"{_held(rows):.0%}"),
             ("n", lambda rows: f"{rows['length'].iloc[0]:,}"),
-            ("texts", lambda rows: str(rows["texts"].iloc[0])),
-            ("ratio", lambda rows: number(rows["ratio"].max())),
         )
     },
-    **{
-        f"smollm-causal-sigma-{name}": partial(_of_family, SMOLLM, "sigma", column, "causal")
-        for name, column in (
-            ("largest", "largest_ratio"),
-            ("within", "heads_within_bound"),
-            ("double", "median_double"),
-            ("underflow", "share_underflowing"),
-        )
-    },
-    **{
-        f"mpnet-sigma-{name}": partial(_of_family, "mpnet-base", "sigma", column)
-        for name, column in (
-            ("largest", "largest_ratio"),
-            ("within", "heads_within_bound"),
-            ("double", "median_double"),
-            ("underflow", "share_underflowing"),
-        )
-    },
-    "smollm-sigma-double": partial(_of_family, SMOLLM, "sigma", "median_double"),
     "spread-error": lambda: number(
         max((10.0 ** rows["log10_bound"] * rows["tokens"] ** 0.5).max() for rows in (_errors(m, True) for m in SHORT))
     ),

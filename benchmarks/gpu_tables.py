@@ -23,7 +23,6 @@ from approxkmv.sweep.table import COLUMNS, write_rows
 FOLDER = REFERENCE / "gpu"
 LONG = 131_072
 TARGETS = (0.15, 0.10, 0.05)
-_NOT_YET = "Not measured yet.\n"
 # What was predicted from the earlier code, in ms: what, n, its row, and the name there.
 _FIGURE = "n=16384 batch=8 d=100 d_v=1 bfloat16"
 _PREDICTED = (
@@ -41,7 +40,7 @@ _PREDICTED = (
 
 def _rows(name: str = "rows") -> list[dict[str, Any]]:
     path = FOLDER / f"{name}.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def _milliseconds(rows: list[dict[str, Any]], what: str, name: str) -> str:
@@ -56,10 +55,7 @@ def _milliseconds(rows: list[dict[str, Any]], what: str, name: str) -> str:
 
 def about() -> str:
     """The machine and the commit."""
-    path = FOLDER / "machine.json"
-    if not path.exists():
-        return "Nothing here has been measured yet: no GPU was at hand.\n"
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = json.loads((FOLDER / "machine.json").read_text(encoding="utf-8"))
     machine, ceilings = found["machine"], found["ceilings"]
     finished = sum(row["seconds"] for row in _rows() if row["what"] == "finished")
     return (
@@ -77,8 +73,6 @@ def checks() -> str:
     found = [row for row in _rows() if "holds" in row]
     failed = [row["what"] for row in found if not row["holds"]]
     errors = [row["error"] for row in _rows() if row["stage"] == 1 and "error" in row]
-    if not found:
-        return _NOT_YET
     return (
         f"Of {len(found)} checks {len(found) - len(failed)} hold"
         + (f"; not: {', '.join(f'`{name}`' for name in failed)}" if failed else "")
@@ -89,8 +83,6 @@ def checks() -> str:
 def predicted() -> str:
     """Predicted and measured, before the fused form and with it."""
     earlier, now = _rows("earlier"), _rows()
-    if not now:
-        return _NOT_YET
     lines = []
     for what, expected, row, name in _PREDICTED:
         one_column = [r for r in now if "d_v=64" not in r["what"] or row.startswith("n=")]
@@ -101,10 +93,7 @@ def predicted() -> str:
 
 def figure5() -> str:
     """The paper's Figure 5: the naive product, the fastest exact attention, the mean, and ours."""
-    path = FOLDER / "tables" / "sweep.csv"
-    if not path.exists():
-        return _NOT_YET
-    table = pd.read_csv(path)
+    table = pd.read_csv(FOLDER / "tables" / "sweep.csv")
     lines = []
     for (workload, n), rows in table.groupby(["workload", "n"], sort=False):
         exact = rows[rows["kind"] == "exact"]
@@ -135,8 +124,6 @@ def figure5() -> str:
 def long() -> str:
     """The cheapest setting at the longest length for each error."""
     rows = [row for row in _rows() if row["stage"] == 5 and "times" in row]
-    if not rows:
-        return _NOT_YET
     lines = []
     for start in dict.fromkeys(row["what"].split(" {")[0] for row in rows):
         method, columns = start.split(" d_v=")
@@ -170,8 +157,6 @@ def _of_setting(row: dict[str, Any], note: str) -> tuple[str, ...]:
 def statistics() -> str:
     """Seconds of the statistics of one head."""
     rows = [row for row in _rows() if row["stage"] == 7 and "seconds" in row and " n=" in row["what"]]
-    if not rows:
-        return _NOT_YET
     table = pd.DataFrame([(*row["what"].split(" n="), row["seconds"]) for row in rows], columns=["what", "n", "s"])
     wide = table.pivot(index="what", columns="n", values="s").reindex(columns=table["n"].unique())
     wide = wide.loc[table["what"].unique()].map(lambda s: f"{s:.3g}")

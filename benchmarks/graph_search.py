@@ -8,20 +8,18 @@ have been fetched (approxkmv fetch --model smollm2-135m).
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
 import torch
+from writing import out_of, write
 
 from approxkmv.config import corpus_entry, load_config, model_of
 from approxkmv.corpora import read_corpus
-from approxkmv.files import write_csv, write_json
 from approxkmv.kernels import reduce_attention
 from approxkmv.models import CapturableModel, fetch, parse_source
-from approxkmv.provenance import describe
 from approxkmv.search.doubling_dimension import doubling_dimension
 from approxkmv.search.indexes import HNSWIndex
 from approxkmv.search.vamana import VamanaGraph, build, build_exhaustively
@@ -75,9 +73,7 @@ def greedy(graph: VamanaGraph, queries: torch.Tensor, nearest: torch.Tensor) -> 
 
 def main() -> None:
     """Measure everything, print a table and write it."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("results/benchmarks/graph_search.csv"))
-    out = parser.parse_args().out
+    out = out_of(__doc__, "graph_search")
     torch.set_num_threads(1)
     rows = []
     # Compiled before anything is timed.
@@ -130,9 +126,7 @@ def main() -> None:
             | {"build_seconds": built - start, "search_seconds": done - built}
         )
     table = pd.DataFrame(rows)
-    write_csv(out, table)
-    settings = {"heads": HEADS, "n": N, "alphas": ALPHAS, "near": NEAR, "breadth": BREADTH}
-    write_json(out.with_suffix(".json"), describe(settings))
+    write(out, table, {"heads": HEADS, "n": N, "alphas": ALPHAS, "near": NEAR, "breadth": BREADTH})
     print(table.to_string(index=False, float_format=lambda x: f"{x:.3g}"))
 
 

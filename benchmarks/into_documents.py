@@ -232,14 +232,13 @@ def reliability() -> str:
             cells = {"kind": row["kind"], "tried": f"{row[tried]:,}", "passed": f"{row[good]:,}"}
             lines.append({"": what, **cells, "failures": bad.replace("|", "\\|"), "command": f"`{command}`"})
 
-    kills = pd.read_csv(folder / "kills.csv") if (folder / "kills.csv").exists() else pd.DataFrame()
-    if len(kills):
-        kills["kind"] = kills["aimed_at"].str.startswith("sweep").map({True: "inside a sweep", False: "inside a study"})
-        kills["failures"] = (kills["aimed_at"] + "; ").where(kills["survived"] == "no", "")
-        kills["survived"] = (kills["survived"] == "yes").astype(int)
-        kills["tried"] = 1
-        counts = kills.groupby("kind")[["tried", "survived", "failures"]].sum().reset_index()
-        add("kills", counts, "tried", "survived", "python benchmarks/reliability_kills.py")
+    kills = pd.read_csv(folder / "kills.csv")
+    kills["kind"] = kills["aimed_at"].str.startswith("sweep").map({True: "inside a sweep", False: "inside a study"})
+    kills["failures"] = (kills["aimed_at"] + "; ").where(kills["survived"] == "no", "")
+    kills["survived"] = (kills["survived"] == "yes").astype(int)
+    kills["tried"] = 1
+    counts = kills.groupby("kind")[["tried", "survived", "failures"]].sum().reset_index()
+    add("kills", counts, "tried", "survived", "python benchmarks/reliability_kills.py")
     inputs = pd.read_csv(folder / "bad_inputs.csv")
     add("bad inputs", inputs, "tried", "one_line", "python benchmarks/reliability.py bad-inputs")
     calls = pd.read_csv(folder / "fuzz.csv", keep_default_na=False)
@@ -250,13 +249,12 @@ def reliability() -> str:
     calls["kind"] = [groups.get(word, "kernels and ApproxKMV") for word in first]
     counts = calls.groupby("kind", sort=False)[["calls", "good", "failures"]].sum().reset_index()
     add("random calls", counts, "calls", "good", "python benchmarks/reliability.py fuzz")
-    killed = f"{len(kills):,} kills, " if len(kills) else ""
-    where = f" Kills: {machine(folder / 'kills.json').split(', Python')[0]}." if len(kills) else ""
     return (
-        f"{markdown(pd.DataFrame(lines))}\n\nIn total {killed}{inputs['tried'].sum():,} bad inputs and "
+        f"{markdown(pd.DataFrame(lines))}\n\nIn total {len(kills):,} kills, {inputs['tried'].sum():,} bad inputs and "
         f"{calls['calls'].sum():,} random calls, of which {calls['answered'].sum():,} were answered and "
         f"{calls['refused'].sum():,} refused. "
-        f"Inputs and calls: {machine(folder / 'fuzz.json')}.{where}\n"
+        f"Inputs and calls: {machine(folder / 'fuzz.json')}. "
+        f"Kills: {machine(folder / 'kills.json').split(', Python')[0]}.\n"
     )
 
 

@@ -7,16 +7,13 @@ Writes results/benchmarks/knn_training.csv and .json; --out changes the name.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
-from pathlib import Path
 
 import pandas as pd
 import torch
+from writing import out_of, write
 
 from approxkmv.attention.searched.knn_gradients import knn_attention
-from approxkmv.files import write_csv, write_json
-from approxkmv.provenance import describe
 
 SETTINGS = {"n": 256, "d": 16, "d_v": 4, "steps": 200, "rates": {"convex": 40.0, "non-convex": 8.0}, "every": 5}
 GRADIENTS = {
@@ -56,9 +53,7 @@ def train(attend: Callable[..., torch.Tensor], is_convex: bool, rate: float) -> 
 
 def main() -> None:
     """Train everything, print the final losses and write the curves."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("results/benchmarks/knn_training.csv"))
-    out = parser.parse_args().out
+    out = out_of(__doc__, "knn_training")
     torch.set_num_threads(1)
     rows = []
     for problem, rate in SETTINGS["rates"].items():
@@ -78,8 +73,7 @@ def main() -> None:
                     if step % SETTINGS["every"] == 0
                 ]
     table = pd.DataFrame(rows)
-    write_csv(out, table)
-    write_json(out.with_suffix(".json"), describe(SETTINGS | {"gradients": GRADIENTS}))
+    write(out, table, SETTINGS | {"gradients": GRADIENTS})
     ends = table[table["step"].isin([0, SETTINGS["steps"]])]
     print(ends.groupby(["problem", "gradients", "step"], sort=False)["loss"].mean().to_string())
 

@@ -15,14 +15,12 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from writing import write
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from bad_inputs import all_cases, is_one_line
 from fuzz import call, kinds
-
-from approxkmv.files import write_csv, write_json
-from approxkmv.provenance import describe
 
 
 def fuzz(calls: int) -> pd.DataFrame:
@@ -50,17 +48,10 @@ def bad_inputs() -> pd.DataFrame:
         found.setdefault(case.kind, []).append(case.name)
         if not is_one_line(code, printed):
             failed[case.kind].append(case.name)
-    rows = [
-        {
-            "kind": kind,
-            "tried": len(names),
-            "one_line": len(names) - len(failed[kind]),
-            "failures": "; ".join(failed[kind]),
-        }
-        for kind, names in found.items()
-    ]
-    print(pd.DataFrame(rows).to_string(index=False))
-    return pd.DataFrame(rows)
+    rows = [(kind, len(some), len(some) - len(failed[kind]), "; ".join(failed[kind])) for kind, some in found.items()]
+    table = pd.DataFrame(rows, columns=["kind", "tried", "one_line", "failures"])
+    print(table.to_string(index=False))
+    return table
 
 
 def main() -> int:
@@ -77,9 +68,7 @@ def main() -> int:
             continue
         table = count()
         failures += int((table["failures"] != "").sum())
-        path = given.out / f"{name}.csv"
-        write_csv(path, table)
-        write_json(path.with_suffix(".json"), describe({"calls": given.calls} if part == "fuzz" else {}))
+        write(given.out / f"{name}.csv", table, {"calls": given.calls} if part == "fuzz" else {})
     return min(failures, 1)
 
 

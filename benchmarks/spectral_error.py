@@ -7,16 +7,12 @@ densities and with the estimator of density-constrained levels, compared with th
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
+from writing import out_of, write
 
-from approxkmv.files import write_csv, write_json
 from approxkmv.kmv.density import ExactDensity
 from approxkmv.kmv.spectral_attention import density_levels, spectral_attention
-from approxkmv.provenance import describe
 from approxkmv.sweep.word_vectors import word_vectors
 
 N, D_V = 512, 16
@@ -28,9 +24,7 @@ DENSITIES = {"exact": lambda seed: ExactDensity(1.0), "levels": density_levels}
 
 def main() -> None:
     """Run everything, print a table and write it."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split(":", 1)[0])
-    parser.add_argument("--out", type=Path, default=Path("results/benchmarks/spectral_error.csv"))
-    out = parser.parse_args().out
+    out = out_of(__doc__, "spectral_error")
     vectors = np.random.default_rng(0).permutation(word_vectors(None)[:4096]).astype(np.float64)
     q, k, v = vectors[:N], vectors[N : 2 * N], vectors[2 * N : 3 * N, :D_V]
     rows = []
@@ -56,8 +50,7 @@ def main() -> None:
                     }
                 )
     table = pd.DataFrame(rows)
-    write_csv(out, table)
-    write_json(out.with_suffix(".json"), describe({"n": N, "d_v": D_V, "seeds": len(SEEDS)}))
+    write(out, table, {"n": N, "d_v": D_V, "seeds": len(SEEDS)})
     print(table.to_string(index=False, float_format=lambda x: f"{x:.3g}"))
 
 

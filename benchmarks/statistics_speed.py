@@ -2,26 +2,23 @@
 
 Head-to-tail ratios of every prefix against torch.topk of every prefix, interleaved, one thread each: one call per head
 and all heads in one call, with the float64 product of queries and keys alone as a lower bound for any exact code; then
-all heads of many contexts on all cores. Writes results/benchmarks/statistics.csv and .json.
+all heads of many contexts on all cores. Writes results/benchmarks/statistics.csv and .json; --out changes the
+name.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
-from pathlib import Path
 
 import pandas as pd
 import torch
+from writing import out_of, times, write
 
 from approxkmv import head_to_tail_ratios, log_kernel
 from approxkmv.corpora import read_corpus
-from approxkmv.files import write_csv, write_json
-from approxkmv.provenance import describe
 from approxkmv.statistics import head_statistics
 
-OUT = Path("results/benchmarks/statistics.csv")
 FIRST = 50
 N_HEADS = 144
 AT_ONCE = 24
@@ -44,18 +41,6 @@ def products(q: torch.Tensor, k: torch.Tensor, out: torch.Tensor) -> None:
         torch.mm(one, other.mT, out=out)
 
 
-def times(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each call, interleaved over rounds, after one warm-up round."""
-    found: dict[str, list[float]] = {name: [] for name in calls}
-    for r in range(rounds + 1):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            if r:
-                found[name].append(time.perf_counter() - start)
-    return found
-
-
 def heads(kind: str, n: int, d: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     """Queries and keys of one head; the spread of its logits makes it diffuse, ordinary or sharp."""
     spread = {"diffuse": 0.6, "ordinary": 1.2, "sharp": 2.0}[kind]
@@ -64,7 +49,7 @@ def heads(kind: str, n: int, d: int, generator: torch.Generator) -> tuple[torch.
 
 def main() -> None:
     """Run everything, print a table and write it."""
-    generator = torch.Generator().manual_seed(0)
+    out, generator = out_of(__doc__, "statistics"), torch.Generator().manual_seed(0)
     rows = []
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -82,7 +67,8 @@ def main() -> None:
                     "float64": lambda q=q, k=k: topk_of_every_prefix(q[0], k[0], torch.float64),
                     "float32": lambda q=q, k=k: topk_of_every_prefix(q[0], k[0], torch.float32),
                 },
-                rounds=9,
+                9,
+                time.perf_counter,
             )
             right = topk_of_every_prefix(q[0], k[0], torch.float64)
             difference = (head_to_tail_ratios(q[0], k[0], FIRST) / right - 1).abs().max()
@@ -107,8 +93,7 @@ def main() -> None:
     torch.set_num_threads(threads)
     rows.append(whole_dev_set(generator))
     table = pd.DataFrame(rows)
-    write_csv(OUT, table)
-    write_json(OUT.with_suffix(".json"), describe({"rounds": 9, "heads": AT_ONCE, "threads_of_the_last_row": threads}))
+    write(out, table, {"rounds": 9, "heads": AT_ONCE, "threads_of_the_last_row": threads})
     print(table.to_string(index=False, float_format=lambda x: f"{x:.3g}"))
 
 

@@ -106,7 +106,7 @@ def test_sums_of_keys_against_float64(d, d_v, low):
     q = 0.3 * q
     e = expanded(q, k, v, Clustering(block=32, near=40, directions=8, iterations=2, sampled=8), 1.0, low)  # fmt: skip
     extra = torch.randn(len(e.chosen), generator=torch.Generator().manual_seed(1))
-    sums, scales = sums_of_keys(e.blocks, k, e.mean, v, e.chosen, e.ends, extra, low, e.rounded)
+    sums, scales = sums_of_keys(e.blocks, k, e.mean, v, e.chosen, e.ends, extra, e.rounded)
     begin = 0
     # Relative to the sums of absolute values. Of numbers of 8 bits a logit of 10 is off by 10 / 2^8, or somewhat more.
     most = 1e-5 if low == torch.float32 else 0.1

@@ -166,7 +166,7 @@ def test_a_lost_row_counts_the_keys_before_its_chunk(monkeypatch):
     q, k, v = heads(900, 8, 5)
 
     def nothing(q, side, generator, parameters, **given):
-        return torch.full((len(q), 5), torch.nan), torch.zeros(len(q)), torch.zeros(len(q), dtype=torch.bool)
+        return torch.full((len(q), 5), torch.nan), torch.zeros(len(q))
 
     monkeypatch.setattr(local_expansion, "answers", nothing)
     with counting() as counts:

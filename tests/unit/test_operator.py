@@ -12,12 +12,13 @@ import torch
 from approxkmv import KernelOperator, top_eigenvalue
 from approxkmv.compute import scratch
 from approxkmv.compute.counting import counting
+from approxkmv.compute.drawing import drawn
 from approxkmv.errors import InputError
 from approxkmv.operator import exact
 from approxkmv.operator import kernel_operator as module
-from approxkmv.operator.bar import ErrorBar, Proposal, error_bar, proposal
+from approxkmv.operator.bar import ErrorBar, error_bar, proposal
 from approxkmv.operator.blocks import make_blocks
-from approxkmv.operator.pilot import _interpolated, drawn
+from approxkmv.operator.pilot import _interpolated, pilot_of
 from approxkmv.operator.points import Points, in_units
 
 
@@ -458,14 +459,14 @@ def planted(case: int) -> bool:
     y[wrong] += torch.randn(len(wrong), 1, generator=generator, dtype=torch.float64)
     far = torch.rand(n, generator=generator)
     by = proposal(far, torch.empty(0, dtype=torch.int64))
-    rows = by.draw(128, generator)
+    rows = drawn(by, 128, generator)
     bar = error_bar(y, truth[rows], rows, by, 0.025)
     return bar.bound is None or bar.bound >= float((y - truth).norm())
 
 
 def test_norms_from_drawn_rows_by_hand():
     """Three rows drawn as often as their probabilities say, so that estimates are what they estimate."""
-    by, z = Proposal(torch.tensor([0.5, 0.25, 0.25])), 1.6448536
+    by, z = torch.tensor([0.5, 0.25, 0.25]), 1.6448536
     rows, truth = torch.tensor([0, 0, 1, 2] * 16), torch.tensor([[3.0], [4.0], [12.0]], dtype=torch.float64)
     wrong = torch.tensor([[1.0], [-2.0], [0.0]])
     bar = error_bar(truth + wrong, truth[rows], rows, by, 0.05)
@@ -479,10 +480,10 @@ def test_norms_from_drawn_rows_by_hand():
     # Half as many rows are as twelve that contribute alike; without an error there is nothing to tell one from.
     assert error_bar(truth + wrong, truth[rows[:32]], rows[:32], by, 0.05).bound is None
     assert error_bar(truth, truth[rows], rows, by, 0.05).bound is None
-    pilot = drawn(by, rows[:4], truth[rows[:4]])
+    pilot = pilot_of(by, rows[:4], truth[rows[:4]])
     assert (pilot.norm(pilot.exact), float(pilot.constant)) == (pytest.approx(13), pytest.approx(19 / 3))
     # A third each uniform, by doubts and by their squares; known rows are never drawn.
-    mixed = proposal(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2])).probabilities
+    mixed = proposal(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2]))
     assert mixed.tolist() == pytest.approx([(1 / 2 + 1 / 3 + 1 / 5) / 3, (1 / 2 + 2 / 3 + 4 / 5) / 3, 0])
 
 

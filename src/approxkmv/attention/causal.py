@@ -34,6 +34,11 @@ def pairs_seen(n: int) -> int:
     return n * (n + 1) // 2
 
 
+def with_ones(v: torch.Tensor) -> torch.Tensor:
+    """[v, 1] (n_k, d_v + 1): its product with a row of exponentials is the row's numerators and row sum."""
+    return torch.cat([v, v.new_ones(len(v), 1)], 1)
+
+
 def exact_sums(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, is_causal: bool = False) -> Sums:
     """The sums of exp(q k^T) for scaled queries; if is_causal, over keys j <= i only for query i."""
     logits = q @ k.mT
@@ -112,12 +117,7 @@ def add_sums(here: Sums, other: Sums) -> None:
 
 
 def causal_sums(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    generator: torch.Generator,
-    sums: SumsOfKeys,
-    exact_below: int,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator, sums: SumsOfKeys, exact_below: int
 ) -> Sums:
     """Sums over the keys up to each query's own, with the squares below the diagonal computed by `sums`.
 

@@ -15,7 +15,6 @@ from approxkmv.attention.causal import EXACT_BELOW, Sums, causal_attention
 from approxkmv.compute.torch_state import plain_torch
 from approxkmv.errors import InputError, UnavailableError
 
-Parameters = Mapping[str, Any]
 P = TypeVar("P")
 """A frozen dataclass with a method's parameters and their defaults."""
 
@@ -78,7 +77,6 @@ class Method:
         parameters: type[P],
         *,
         around_mean: bool = False,
-        cpu_only: bool = False,
         **described: Any,
     ) -> Method:
         """A method defined by its sums before division, from which its causal form follows.
@@ -89,8 +87,7 @@ class Method:
             parameters: the dataclass of that last argument; its field exact_below, if it has one, is that of
                 `causal_attention`.
             around_mean: `sums` receives values less their mean; see `per_batch`.
-            cpu_only: whether other devices are refused.
-            described: other fields of the method.
+            described: see `from_masked`.
         """
 
         def attend(
@@ -102,9 +99,6 @@ class Method:
             scale: float,
             is_causal: bool,
         ) -> torch.Tensor:
-            if cpu_only and q.device.type != "cpu":
-                raise UnavailableError(f"{name} runs on a CPU only, not on {q.device.type}")
-
             def square(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator) -> Sums:
                 # The mean of this square's values only: the mean of all values would include later ones.
                 mean = v.mean(0) if around_mean else v.new_zeros(v.shape[1])
@@ -123,7 +117,14 @@ class Method:
 
     @classmethod
     def from_masked(
-        cls, name: str, attend: Callable[..., torch.Tensor], parameters: type[P], **described: Any
+        cls,
+        name: str,
+        attend: Callable[..., torch.Tensor],
+        parameters: type[P],
+        *,
+        causal: bool = True,
+        cpu_only: bool = False,
+        **described: Any,
     ) -> Method:
         """A method whose function applies the causal mask itself.
 
@@ -131,6 +132,8 @@ class Method:
             attend: f(q, k, v, generator, parameters, scale, is_causal) for the float32 matrices of one batch entry to
                 (n_q, d_v); if is_causal, query i attends to keys 0 to i.
             parameters: the dataclass of its argument.
+            causal: whether there is that form; without it `attend` takes no is_causal.
+            cpu_only: whether other devices are refused.
             described: other fields of the method.
         """
 
@@ -144,17 +147,20 @@ class Method:
             is_causal: bool = False,
             **given: Any,
         ) -> torch.Tensor:
-            chosen = parameters(**given)
+            if cpu_only and q.device.type != "cpu":
+                raise UnavailableError(f"{name} runs on a CPU only, not on {q.device.type}")
+            more = parameters(**given), scale, *([is_causal] if causal else [])
 
             def single(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-                return attend(q, k, v, generator, chosen, scale, is_causal)
+                return attend(q, k, v, generator, *more)
 
             return per_batch(single, q, k, v, seed)
 
         defaults = asdict(parameters())  # type: ignore[call-overload]
-        return cls(name, compute, defaults=defaults, causal=partial(compute, is_causal=True), **described)
+        masked = partial(compute, is_causal=True) if causal else None
+        return cls(name, compute, defaults=defaults, causal=masked, **described)
 
-    def parameters(self, given: Parameters | None = None) -> dict[str, Any]:
+    def parameters(self, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The defaults, overridden by `given`.
 
         Raises InputError for a parameter the method does not have, or for an invalid value.

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -67,9 +68,10 @@ def fastest(question: str, *forms: str) -> str:
     return _decided[key].form
 
 
-def fastest_dtype(question: str) -> torch.dtype:
-    """float32 or bfloat16, by a trial whose forms are called so."""
-    return torch.bfloat16 if fastest(question, "float32", "bfloat16") == "bfloat16" else torch.float32
+def fastest_dtype(question: str, asked: str = "fastest") -> torch.dtype:
+    """float32 or bfloat16: the one asked for, or by a trial whose forms are called so."""
+    form = fastest(question, "float32", "bfloat16") if asked == "fastest" else asked
+    return torch.bfloat16 if form == "bfloat16" else torch.float32
 
 
 @contextmanager
@@ -82,6 +84,16 @@ def forced(forms: Mapping[str, str]) -> Iterator[None]:
     finally:
         _forced.clear()
         _forced.update(before)
+
+
+def by_form(question: str, run: Callable[[], object], *forms: str) -> Runs:
+    """What to time where `run` itself asks the question: the same with each of its answers."""
+
+    def with_form(form: str) -> None:
+        with forced({question: form}):
+            run()
+
+    return {form: partial(with_form, form) for form in forms}
 
 
 def decisions() -> dict[str, dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import numpy as np
 import torch
@@ -121,14 +121,7 @@ def attention_product(
         exact_rows += exact
         total += tally
     stacked = torch.from_numpy(np.stack(outputs)).reshape(*queries.shape[:-1], d_v).to(queries.device)
-    return AttentionResult(
-        output=back(stacked),
-        exact_rows=exact_rows,
-        rows=len(flat_q) * n_q,
-        kernel_evaluations=total.kernel_evaluations,
-        distinct_evaluations=total.distinct_evaluations,
-        hash_evaluations=total.hash_evaluations,
-    )
+    return AttentionResult(back(stacked), exact_rows, len(flat_q) * n_q, *astuple(total))
 
 
 def _one(
@@ -188,13 +181,11 @@ def _one(
 def best_origin(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, float]:
     """The origin of the keys (0 or their mean) and the balance a that give the larger mean of log K."""
     query_norm = float(q.square().sum(-1).mean().sqrt())
-    best: tuple[float, torch.Tensor, float] | None = None
+    found: list[tuple[float, torch.Tensor, float]] = []
     for centre in (k.mean(0), torch.zeros_like(k[0])):
         key_norm = float((k - centre).square().sum(-1).max().sqrt())
         balance = math.sqrt(key_norm / query_norm) if key_norm > 0 and query_norm > 0 else 1.0
         # The minimum of a^2 |q|^2 / 2 + M / (2 a^2) is |q| sqrt(M); the centre's own logits are subtracted too.
-        loss = query_norm * key_norm + float(q.mean(0) @ centre)
-        if best is None or loss < best[0]:
-            best = (loss, centre, balance)
-    assert best is not None
-    return best[1], best[2]
+        found.append((query_norm * key_norm + float(q.mean(0) @ centre), centre, balance))
+    _, centre, balance = min(found, key=lambda one: one[0])
+    return centre, balance

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -21,6 +21,8 @@ from approxkmv.kmv.sparse_kernels import SPARSE_KERNELS
 from approxkmv.slopes import log_log_line
 
 PAPER_EXPONENT = 1.89
+# Those of approx_kmv
+_ALPHA, _GAMMA = 1 / 3, 0.109
 SIZES = (256, 512, 1024, 2048, 4096, 8192, 16384)
 FITTED = ("total", "total_printed", "heavy", "hash", "density_printed")
 COLUMNS = {
@@ -71,12 +73,7 @@ def measure_costs(
     kernels: Sequence[str] = tuple(SPARSE_KERNELS),
     seeds: int = 2,
     epsilon: float = 0.5,
-    alpha: float = 1 / 3,
-    gamma: float = 0.109,
     rows: int = 256,
-    family: str = "p-stable",
-    constants: PaperConstants = PRINTED,
-    memory: int = DEFAULT_MEMORY,
 ) -> pd.DataFrame:
     """Count the evaluations of Algorithms 1 to 3 at growing n, on kernels that satisfy assumption (A), for Gaussian x.
 
@@ -87,8 +84,8 @@ def measure_costs(
     scaled up; each row is allowed the error it has among n rows. Samples are counted, not drawn (`counts_only`).
 
     Args:
-        sizes: the values of n. kernels: names in `SPARSE_KERNELS`. seeds: repetitions per size. epsilon, alpha, gamma,
-        family, constants, memory: as in approx_kmv. rows: the most rows to run.
+        sizes: the values of n. kernels: names in `SPARSE_KERNELS`. seeds: repetitions per size. epsilon: as in
+        approx_kmv, whose other options have their defaults. rows: the most rows to run.
     Returns:
         One row per kernel, size and seed, with the columns of `COLUMNS`.
     Raises:
@@ -101,51 +98,34 @@ def measure_costs(
         inputs.count(n, "an entry of sizes")
     for name in kernels:
         inputs.choice(name, "an entry of kernels", tuple(SPARSE_KERNELS))
-    error, cut, power = (
-        inputs.error(epsilon),
-        inputs.fraction(gamma, "gamma"),
-        inputs.fraction(alpha, "alpha"),
-    )
+    error = inputs.error(epsilon)
     inputs.count(seeds, "seeds")
     inputs.count(rows, "rows")
-    lines = []
-    for name in kernels:
-        for n in sizes:
-            for seed in range(seeds):
-                lines.append(_measure(name, int(n), seed, error, power, cut, rows, family, constants, memory))
+    lines = [_measure(name, int(n), seed, error, rows) for name, n, seed in product(kernels, sizes, range(seeds))]
     return pd.DataFrame(lines, columns=list(COLUMNS))
 
 
-def _measure(
-    name: str,
-    n: int,
-    seed: int,
-    epsilon: float,
-    alpha: float,
-    gamma: float,
-    rows: int,
-    family: str,
-    constants: PaperConstants,
-    memory: int,
-) -> dict[str, object]:
+def _measure(name: str, n: int, seed: int, epsilon: float, rows: int) -> dict[str, object]:
     points = SPARSE_KERNELS[name](n, seed)
     rng = np.random.default_rng([seed, n])
     chosen = np.sort(rng.permutation(n)[:rows])
     x = rng.standard_normal(n)
     kernel = GaussianKernel(points.queries[chosen], points.keys, points.sigma)
     found_source, light_source = np.random.SeedSequence([seed, n]).spawn(2)
-    found = scan_buckets(kernel, alpha=alpha, source=found_source, family=family, constants=constants, memory=memory)
+    found = scan_buckets(
+        kernel, alpha=_ALPHA, source=found_source, family="p-stable", constants=PRINTED, memory=DEFAULT_MEMORY
+    )
     (parts, light), (_, printed) = (
         run_parts(
             kernel,
             x,
             found,
             epsilon=epsilon,
-            gamma=gamma,
+            gamma=_GAMMA,
             density="exact",
-            constants=replace(constants, subtract_rounded=rounded),
+            constants=PaperConstants(subtract_rounded=rounded),
             source=source,
-            memory=memory,
+            memory=DEFAULT_MEMORY,
             all_rows=n,
         )
         for rounded, source in zip((True, False), light_source.spawn(2), strict=True)
@@ -155,7 +135,7 @@ def _measure(
         "large": n * len(parts.large),
         "heavy": found.tally.kernel_evaluations * share,
         "density": n * len(parts.kept),
-        "density_printed": n * _printed_density(parts.scaled, parts.kept, n, epsilon, constants),
+        "density_printed": n * _printed_density(parts.scaled, parts.kept, n, epsilon),
         "light": light.sampling_tally.kernel_evaluations * share,
         "light_printed": printed.sampling_tally.kernel_evaluations * share,
     }
@@ -177,14 +157,14 @@ def _measure(
     }
 
 
-def _printed_density(scaled: np.ndarray, kept: np.ndarray, n: int, epsilon: float, constants: PaperConstants) -> float:
+def _printed_density(scaled: np.ndarray, kept: np.ndarray, n: int, epsilon: float) -> float:
     """Evaluations per query by the bound of Theorem 2.2, over all buckets of Algorithm 2, line 5."""
     if not len(kept):
         return 0.0
-    b = bucket(scaled, kept, epsilon / constants.epsilon_divisor)
+    b = bucket(scaled, kept, epsilon / PRINTED.epsilon_divisor)
     floors = epsilon**2 / (n * math.log(n) ** 2 * b.rounded * b.sizes)
-    per_bucket = constants.density_error(n) ** -2 * np.maximum(floors, 1e-300) ** -constants.density_exponent
-    return float(per_bucket.sum() * math.log(1 / constants.density_failure(n)))
+    per_bucket = PRINTED.density_error(n) ** -2 * np.maximum(floors, 1e-300) ** -PRINTED.density_exponent
+    return float(per_bucket.sum() * math.log(1 / PRINTED.density_failure(n)))
 
 
 def _tail_to_head(kernel: GaussianKernel, n: int) -> float:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from operator import add
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,4 @@ class Tally:
     hash_evaluations: int = 0
 
     def __add__(self, other: Tally) -> Tally:
-        return Tally(
-            self.kernel_evaluations + other.kernel_evaluations,
-            self.distinct_evaluations + other.distinct_evaluations,
-            self.hash_evaluations + other.hash_evaluations,
-        )
+        return Tally(*map(add, astuple(self), astuple(other)))

@@ -247,16 +247,7 @@ def _unit_scale(name: str, t: int, probability: float) -> float:
     return high * (1 + 1e-6)
 
 
-def near_family(
-    name: str,
-    near: float,
-    probability: float,
-    *,
-    n: int,
-    fallback_scale: float = 1.0,
-    dimension: int | None = None,
-    concatenation: int | None = None,
-) -> HashFamily:
+def near_family(name: str, near: float, probability: float, *, n: int, concatenation: int | None = None) -> HashFamily:
     """The family in which points at distance `near` collide with at least this probability, and distant ones rarely.
 
     >>> near_family("p-stable", near=2.0, probability=0.1, n=1000).collision_probability(2.0).item() >= 0.1
@@ -270,8 +261,7 @@ def near_family(
         name: "p-stable" or "ball-carving". near: r_near of Lemma 2.1. probability: n^-alpha there.
         n: number of keys, which sets t = ln^(2/3) n of ball carving, clamped to [2, 4] (above 4 a grid covers 0.5 % of
             space, and hashing costs more than all pairs).
-        fallback_scale: the width if near = 0, when only equal points must collide.
-        dimension, concatenation: override the choices above.
+        concatenation: overrides the choice above.
     Returns:
         A HashFamily with concatenation, and width or radius, set.
     Raises:
@@ -279,13 +269,14 @@ def near_family(
     Source: Lemma 2.1.
     """
     inputs.choice(name, "family", FAMILIES)
-    t = dimension or min(4, max(2, round(math.log(max(n, 2)) ** (2 / 3))))
+    t = min(4, max(2, round(math.log(max(n, 2)) ** (2 / 3))))
 
     def build(scale: float, joined: int) -> HashFamily:
         return PStableHash(scale, joined) if name == "p-stable" else BallCarvingHash(scale, t, joined)
 
     if near <= 0 or probability >= 1:
-        return build(fallback_scale, concatenation or 1)
+        # Only equal points must collide.
+        return build(1.0, concatenation or 1)
     candidates: list[tuple[float, HashFamily]] = []
     for joined in [concatenation] if concatenation else range(1, 9):
         single = min(probability ** (1 / joined), 1 - 1e-9)

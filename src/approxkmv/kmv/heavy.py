@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import overload
 
@@ -48,17 +48,9 @@ class HeavyKeys(Sequence[np.ndarray]):
         row = range(len(self))[i]
         return self.indices[self.starts[row] : self.starts[row + 1]]
 
-    def __iter__(self) -> Iterator[np.ndarray]:
-        return (self[i] for i in range(len(self)))
-
     def rows(self) -> np.ndarray:
         """The query of each pair."""
         return np.repeat(np.arange(len(self)), np.diff(self.starts))
-
-
-def heavy_threshold(n: int, alpha: float) -> float:
-    """log of n^-alpha, minus a small slack so that rounding does not lose a pair that meets it exactly."""
-    return -alpha * math.log(n) - 1e-12
 
 
 def least_heavy_memory(n_q: int, n_k: int, d: int) -> int:
@@ -120,11 +112,12 @@ def scan_buckets(
 ) -> HeavyKeys:
     """Algorithm 1 for arguments that are already checked."""
     n_q, n_k, d = kernel.n_queries, kernel.n_keys, kernel.keys.shape[1]
-    threshold = heavy_threshold(n_k, alpha)
+    # A small slack, so that rounding does not lose a pair that meets it exactly
+    threshold = -alpha * math.log(n_k) - 1e-12
     tables = constants.tables(n_k, alpha, max(n_q, n_k))
     # The kernel's coordinates are in units of sigma sqrt(2), where K = n^-alpha at distance sqrt(alpha ln n).
     near = math.sqrt(alpha * math.log(n_k))
-    hash_family = hashing.near_family(family, near, math.exp(-alpha * math.log(n_k)), n=n_k, fallback_scale=1.0)
+    hash_family = hashing.near_family(family, near, math.exp(-alpha * math.log(n_k)), n=n_k)
     groups = math.ceil(tables / _GROUP)
     block = int(max(1, min(n_q, (memory // 4) // n_k)))
 
@@ -137,8 +130,7 @@ def scan_buckets(
         # Each block of rows redraws the functions from the same seeds: the same tables, without storing them.
         # A table counts once in `hash_evaluations`, since the algorithm stores it.
         for group in range(groups):
-            rng = np.random.default_rng([*_entropy(source), group])
-            drawn = hash_family.draw(d, min(_GROUP, tables - group * _GROUP), rng)
+            drawn = hash_family.draw(d, min(_GROUP, tables - group * _GROUP), inputs.generator(source, group))
             step = int(max(64, (memory // 4) // drawn.bytes_per_point()))
             codes_k = _codes(drawn, kernel.keys, step)
             codes_q = _codes(drawn, kernel.queries[rows], step)
@@ -159,7 +151,3 @@ def scan_buckets(
 
 def _codes(drawn: hashing.HashTables, points: np.ndarray, step: int) -> np.ndarray:
     return np.concatenate([drawn.codes(points[s : s + step]) for s in range(0, len(points), step)], axis=1)
-
-
-def _entropy(source: np.random.SeedSequence) -> list[int]:
-    return [int(word) for word in source.generate_state(4)]

@@ -88,6 +88,11 @@ def seed_sequence(seed: int | None) -> np.random.SeedSequence:
     return np.random.SeedSequence(None if seed is None else int(seed))
 
 
+def generator(source: np.random.SeedSequence, *purpose: int) -> np.random.Generator:
+    """The random numbers for one purpose: the same each time."""
+    return np.random.default_rng([*(int(word) for word in source.generate_state(4)), *purpose])
+
+
 def choice(value: str, name: str, allowed: tuple[str, ...]) -> str:
     """One of the allowed options."""
     if value not in allowed:

@@ -150,7 +150,6 @@ def approx_light(
         density_tally += levels.tally
     from_levels = np.fromiter(by_levels, dtype=np.int64)
     exact = np.setdiff1d(np.arange(len(buckets)), from_levels)
-    whole_rows = len(exact) > 0
 
     x_t = scaled[buckets.order]
     bucket_of = np.repeat(np.arange(len(buckets)), buckets.sizes)
@@ -165,7 +164,7 @@ def approx_light(
         stop = min(start + block, n_q)
         estimates = np.zeros((stop - start, len(buckets)))
         estimates[:, from_levels] = given[start:stop]
-        values = np.exp(kernel.log_rows(slice(start, stop), buckets.order)) if whole_rows else None
+        values = np.exp(kernel.log_rows(slice(start, stop), buckets.order)) if len(exact) else None
         if values is not None:
             if len(exact) == len(buckets):
                 estimates = np.add.reduceat(values**2, buckets.starts, axis=1) / buckets.sizes

@@ -85,13 +85,7 @@ def weighted_exponential_density(
     largest = float(logs.max())
     heights = np.sqrt(2.0 * (largest - logs))
     density.fit(np.column_stack([moved_p, heights]))
-    before = density.tally
     values = density.query(np.column_stack([moved_q, np.zeros(len(q))]))
-    spent = Tally(
-        density.tally.kernel_evaluations - before.kernel_evaluations,
-        density.tally.distinct_evaluations - before.distinct_evaluations,
-        density.tally.hash_evaluations - before.hash_evaluations,
-    )
     with np.errstate(divide="ignore"):
         log_sums = np.log(values) + np.log(len(p)) + largest + 0.5 * (moved_q**2).sum(1) + q @ centre
     missed = np.flatnonzero(~(values > 0))
@@ -100,7 +94,7 @@ def weighted_exponential_density(
         shift = logits.max(1)
         log_sums[missed[rows]] = shift + np.log(np.exp(logits - shift[:, None]).sum(1))
     pairs = len(missed) * len(p)
-    return ExponentialDensity(log_sums, len(missed), spent + Tally(pairs, pairs))
+    return ExponentialDensity(log_sums, len(missed), density.tally + Tally(pairs, pairs))
 
 
 @dataclass(frozen=True)

@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import NormalDist
 
 import torch
-
-from approxkmv.compute.drawing import drawn
-
-Rows = Callable[[torch.Tensor], torch.Tensor]
-"""Rows (some, m) of the product, computed exactly."""
 
 # With contributions spread over fewer rows than this (their participation ratio), the sample does not tell their sum.
 LEAST_SPREAD = 16.0
@@ -32,19 +26,10 @@ class ErrorBar:
     """Its lower confidence bound."""
 
 
-@dataclass(frozen=True)
-class Proposal:
-    """Probabilities with which rows are drawn, with replacement."""
+def proposal(doubts: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+    """Probabilities (n_q,) with which rows are drawn, with replacement.
 
-    probabilities: torch.Tensor
-
-    def draw(self, number: int, generator: torch.Generator) -> torch.Tensor:
-        """Indices of rows (number,)."""
-        return drawn(self.probabilities, number, generator)
-
-
-def proposal(doubts: torch.Tensor, known: torch.Tensor) -> Proposal:
-    """A mixture: a third uniform over the rows that are not known, a third in proportion to their doubts, and a third
+    A mixture: a third uniform over the rows that are not known, a third in proportion to their doubts, and a third
     to the squares of these.
 
     Args:
@@ -55,11 +40,13 @@ def proposal(doubts: torch.Tensor, known: torch.Tensor) -> Proposal:
     sizes = (doubts.double() * uniform).nan_to_num(0.0, 0.0, 0.0)
     parts = [uniform, sizes, sizes.square()]
     shares = [part / part.sum() if float(part.sum()) > 0 else uniform / uniform.sum() for part in parts]
-    return Proposal(torch.stack(shares).mean(0).float().cpu())
+    return torch.stack(shares).mean(0).float().cpu()
 
 
-def error_bar(y: torch.Tensor, exact: torch.Tensor, rows: torch.Tensor, drawn_by: Proposal, doubt: float) -> ErrorBar:
-    """The error of y (n_q, m), from rows drawn by a proposal and their exact values (some, m).
+def error_bar(
+    y: torch.Tensor, exact: torch.Tensor, rows: torch.Tensor, probabilities: torch.Tensor, doubt: float
+) -> ErrorBar:
+    """The error of y (n_q, m), from rows drawn with these probabilities and their exact values (some, m).
 
     The bound fails with a probability of about `doubt` if what the sample sees is what there is: the contributions
     |Kx - y|_i^2 / p_i of the drawn rows have a finite variance to which no rarely drawn rows add much. It is the mean's
@@ -67,7 +54,7 @@ def error_bar(y: torch.Tensor, exact: torch.Tensor, rows: torch.Tensor, drawn_by
     errors concentrated in rows that are rarely drawn show if they show at all, or where no error is seen, there is no
     bound.
     """
-    p = drawn_by.probabilities.double()[rows.cpu()]
+    p = probabilities.double()[rows.cpu()]
     exact, seen = exact.double().cpu(), y[rows].double().cpu()
     contributions = (exact - seen).square().sum(1) / p
     mean, limit = float(contributions.mean()), _upper(contributions, doubt)

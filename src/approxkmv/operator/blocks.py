@@ -323,11 +323,6 @@ def _with_zeros(side: torch.Tensor) -> torch.Tensor:
     return torch.cat([side, side.new_zeros(_SHAPES.get(side.dtype, (1, 1))[1] - 1, side.shape[1])])
 
 
-def _features(points: Points, axes: torch.Tensor, low: torch.dtype) -> torch.Tensor:
-    squares = (points.keys @ axes).square()
-    return side_by_side(points.keys.to(low), *parts_of(-points.key_halves, low), squares.to(low))
-
-
 def _ranked(values: torch.Tensor, rank: int) -> torch.Tensor:
     """(rows,) the number with this rank, from below, in each row of values."""
     if values.device.type == "cpu":
@@ -363,7 +358,8 @@ def make_blocks(points: Points, low: torch.dtype, seed: int, block: int | None =
 
     centres = means(queries)
     variances = means(((queries - centres[of_row]) @ axes).square())
-    features = _features(points, axes, low)
+    squares = (points.keys @ axes).square()
+    features = side_by_side(points.keys.to(low), *parts_of(-points.key_halves, low), squares.to(low))
     side = key_side(points, low)
     unit = torch.cat([torch.ones_like(points.keys[:, :1]), points.keys], 1)
     keys = Keys(torch.cat([side, torch.zeros_like(side[:1])]), features, unit, axes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import numpy as np
 
@@ -77,65 +77,39 @@ def top_eigenvalue(
     inputs.count(steps, "iterations")
     seeds = inputs.seed_sequence(seed).generate_state(steps, np.uint64)
 
-    if inputs.choice(method, "method", ("printed", "practical")) == "practical":
-        if options:
-            raise InputError(f"the practical method has no option {sorted(options)[0]!r}: leave it out")
-        return _practical(points, matrix, sigma, error, steps, seed)
-    x = np.full(n, 1.0 / math.sqrt(n))
-    best, vector, taken = 0.0, x, 0
+    is_practical = inputs.choice(method, "method", ("printed", "practical")) == "practical"
+    if is_practical and options:
+        raise InputError(f"the practical method has no option {sorted(options)[0]!r}: leave it out")
+    back = inputs.back_to_kind(points)
+    operator = KernelOperator(points, points, sigma, error / 4.0, seed=seed) if is_practical else None
     heavy: HeavyKeys | None = None
-    total = Tally()
+
+    def product(x: np.ndarray, step: int) -> tuple[np.ndarray, Tally]:
+        nonlocal heavy
+        if operator is not None:
+            y = inputs.vector(operator @ back(x), "Kx", n)
+            assert operator.last is not None
+            evaluations = operator.last.kernel_evaluations
+            return y, Tally(evaluations, evaluations)
+        given = {"sigma": sigma, "epsilon": error / 4.0, "seed": int(seeds[step]), "heavy": heavy}
+        made = approx_kmv(matrix, matrix, x, **given, **options)  # type: ignore[arg-type]
+        heavy = made.heavy
+        return np.asarray(made.y), Tally(made.kernel_evaluations, made.distinct_evaluations, made.hash_evaluations)
+
+    x = np.full(n, 1.0 / math.sqrt(n))
+    best, vector, taken, total = 0.0, x, 0, Tally()
     for step in range(steps):
-        taken += 1
-        product = approx_kmv(
-            matrix,
-            matrix,
-            x,
-            sigma=sigma,
-            epsilon=error / 4.0,
-            seed=int(seeds[step]),
-            heavy=heavy,
-            **options,  # type: ignore[arg-type]
-        )
-        heavy = product.heavy
-        total += Tally(product.kernel_evaluations, product.distinct_evaluations, product.hash_evaluations)
-        y = np.asarray(product.y)
+        y, tally = product(x, step)
+        taken, total = taken + 1, total + tally
         quotient = float(x @ y)
         if quotient > best:
             best, vector = quotient, x
+        if is_practical and np.linalg.norm(y - quotient * x) <= error / 4.0 * quotient:
+            break
         # Negative entries can only be noise: K and x are non-negative.
         y = np.maximum(y, 0.0)
         norm = float(np.linalg.norm(y))
         if norm == 0.0:
             break
         x = y / norm
-    return EigenvalueResult(
-        value=best,
-        vector=inputs.back_to_kind(points)(vector),
-        iterations=taken,
-        kernel_evaluations=total.kernel_evaluations,
-        distinct_evaluations=total.distinct_evaluations,
-        hash_evaluations=total.hash_evaluations,
-    )
-
-
-def _practical(
-    points: Array, matrix: np.ndarray, sigma: float, error: float, steps: int, seed: int | None
-) -> EigenvalueResult:
-    """The power method with products of KernelOperator."""
-    operator = KernelOperator(points, points, sigma, error / 4.0, seed=seed)
-    back = inputs.back_to_kind(points)
-    x = np.full(len(matrix), 1.0 / math.sqrt(len(matrix)))
-    best, vector, taken, evaluations = 0.0, x, 0, 0
-    for _ in range(steps):
-        y = inputs.vector(operator @ back(x), "Kx", len(x))
-        assert operator.last is not None
-        taken, evaluations = taken + 1, evaluations + operator.last.kernel_evaluations
-        quotient = float(x @ y)
-        if quotient > best:
-            best, vector = quotient, x
-        if np.linalg.norm(y - quotient * x) <= error / 4.0 * quotient:
-            break
-        x = np.maximum(y, 0.0)
-        x /= np.linalg.norm(x)
-    return EigenvalueResult(best, back(vector), taken, evaluations, evaluations, 0)
+    return EigenvalueResult(best, back(vector), taken, *astuple(total))

@@ -12,6 +12,7 @@ import torch
 
 from approxkmv.arrays import Array, as_float64, tensor_of
 from approxkmv.compute.counting import count, counting
+from approxkmv.compute.drawing import drawn
 from approxkmv.compute.memory import free_bytes
 from approxkmv.compute.torch_state import plain_torch
 from approxkmv.compute.trial import fastest_dtype
@@ -21,7 +22,7 @@ from approxkmv.operator import exact
 from approxkmv.operator.bar import ErrorBar, error_bar, proposal
 from approxkmv.operator.blocks import KEPT, ONE_IN, PREDICTING, STRIP, Blocks, Plan, make_blocks
 from approxkmv.operator.linear import of_blocks, of_points
-from approxkmv.operator.pilot import WORTH, Pilot, cost_of_blocks, drawn, near_for, pilot_rows
+from approxkmv.operator.pilot import WORTH, Pilot, cost_of_blocks, near_for, pilot_of, pilot_rows
 from approxkmv.operator.points import Points, in_units
 from approxkmv.operator.report import Clock, Report
 
@@ -211,9 +212,8 @@ class KernelOperator:
         n_q, n_k = self.shape
         x = x64.to(self._points.keys.dtype)
         if not bool(x.any()):
-            return x.new_zeros(n_q, x.shape[1]), self._report(
-                "zero", "x is 0", ErrorBar(0.0, 0.0, 0.0, 0.0), (1.0, 1.0), seconds
-            )
+            nothing = ErrorBar(0.0, 0.0, 0.0, 0.0)
+            return x.new_zeros(n_q, x.shape[1]), self._report("zero", "x is 0", nothing, (1.0, 1.0), seconds)
         with clock("preparation"):
             blocks, doubts = (None, x.new_ones(n_q))
             large = n_q * n_k >= _LEAST_PAIRS and n_q >= _LEAST_QUERIES
@@ -221,8 +221,8 @@ class KernelOperator:
                 blocks, doubts = self._blocks()
         with clock("pilot"), counting() as tuning:
             by = proposal(doubts, torch.empty(0, dtype=torch.int64))
-            rows = by.draw(pilot_rows(n_q), generator).to(x.device)
-            pilot = drawn(by, rows, exact.product(self._points, x, self._points.keys.dtype, rows))
+            rows = drawn(by, pilot_rows(n_q), generator).to(x.device)
+            pilot = pilot_of(by, rows, exact.product(self._points, x, self._points.keys.dtype, rows))
             scale = float(x.norm()) if self.relative_to == "x" else pilot.norm(pilot.exact)
             target = self.epsilon * scale
         choices = self._choices(pilot, blocks, x, target)
@@ -270,12 +270,9 @@ class KernelOperator:
             if self.method == "blocks" and near is None:
                 near = self.shape[1] // 4
             for more in range(_ATTEMPTS):
-                if (
-                    near is not None
-                    and near << more < self.shape[1] / 2
-                    and cost_of_blocks(ranked, near << more) < most
-                ):
-                    yield _Choice("blocks", reason, self._low, near=near << more, blocks=ranked, made=made)
+                wanted = self.shape[1] if near is None else near << more
+                if wanted < self.shape[1] / 2 and cost_of_blocks(ranked, wanted) < most:
+                    yield _Choice("blocks", reason, self._low, near=wanted, blocks=ranked, made=made)
                     made = None
         elif self.method != "exact":
             reason = "there are so few pairs that exact is cheaper"
@@ -320,7 +317,7 @@ class KernelOperator:
         kept = self._points.keys.dtype
         # The reference has more digits than what it judges: those of float64, or distances by differences.
         rounding = choice.method == "exact" and choice.low == kept
-        rows = by.draw(_BAR_ROWS if rounding else number, generator).to(x.device)
+        rows = drawn(by, _BAR_ROWS if rounding else number, generator).to(x.device)
         distinct, place = rows.unique(return_inverse=True)
         if rounding and kept == torch.float64:
             queries, keys = self._exact_points.queries[distinct], self._exact_points.keys

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 
-from approxkmv.operator.bar import Proposal
 from approxkmv.operator.blocks import PREDICTING, Blocks, Plan
 
 # The pilot evaluates at most this share of the kernel, in at most so many rows.
@@ -52,9 +51,9 @@ def pilot_rows(n_q: int) -> int:
     return max(_LEAST_ROWS, min(_ROWS, int(SHARE * n_q / 10)))
 
 
-def drawn(proposal: Proposal, rows: torch.Tensor, exact: torch.Tensor) -> Pilot:
-    """The pilot of rows (some,) that the proposal drew, with their exact products (some, m)."""
-    weights = 1.0 / (len(rows) * proposal.probabilities.double()[rows.cpu()])
+def pilot_of(probabilities: torch.Tensor, rows: torch.Tensor, exact: torch.Tensor) -> Pilot:
+    """The pilot of rows (some,) that were drawn with these probabilities, with their exact products (some, m)."""
+    weights = 1.0 / (len(rows) * probabilities.double()[rows.cpu()])
     return Pilot(rows, exact, weights.to(exact.device))
 
 

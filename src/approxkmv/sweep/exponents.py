@@ -57,31 +57,18 @@ def evaluation_exponents(rows: Sequence[Row]) -> list[Row]:
     for row in rows:
         if _counts(row):
             profiles.setdefault(tuple(row.get(name) for name in PROFILE), []).append(row)
+    fitted = {"evaluation": "kernel_evaluations", "product": "inner_products", "speed": "times_faster"}
     found = []
     for key, some in profiles.items():
-        lengths, kernel, products = (
-            [row[name] for row in some] for name in ("n", "kernel_evaluations", "inner_products")
-        )
-        evaluation, evaluation_error = fit_exponent(lengths, kernel)
-        product, product_error = fit_exponent(lengths, products)
-        faster = [row["times_faster"] for row in some if row.get("times_faster") is not None]
-        every = len(faster) == len(some)
-        speed, speed_error = fit_exponent(lengths, faster) if every else (None, None)
-        found.append(
-            {
-                **dict(zip(PROFILE, key, strict=True)),
-                "lengths": json.dumps(lengths),
-                "kernel_evaluations": json.dumps(kernel),
-                "evaluation_exponent": evaluation,
-                "evaluation_exponent_error": evaluation_error,
-                "inner_products": json.dumps(products),
-                "product_exponent": product,
-                "product_exponent_error": product_error,
-                "times_faster": json.dumps(faster) if every else None,
-                "speed_exponent": speed,
-                "speed_exponent_error": speed_error,
-            }
-        )
+        lengths = [row["n"] for row in some]
+        found.append({**dict(zip(PROFILE, key, strict=True)), "lengths": json.dumps(lengths)})
+        for name, column in fitted.items():
+            values: list[Any] = [row.get(column) for row in some]
+            # A row has no speed where no exact one is right enough.
+            known = None not in values
+            slope, error = fit_exponent(lengths, values) if known else (None, None)
+            found[-1] |= {column: json.dumps(values) if known else None}
+            found[-1] |= {f"{name}_exponent": slope, f"{name}_exponent_error": error}
     return found
 
 

@@ -76,11 +76,7 @@ def errors(out: torch.Tensor, exact: torch.Tensor, v: torch.Tensor) -> tuple[flo
 def summary(values: Sequence[float]) -> dict[str, float]:
     """Mean, median and 95th percentile."""
     array = np.asarray(values, np.float64)
-    return {
-        "mean": float(array.mean()),
-        "median": float(np.median(array)),
-        "p95": float(np.percentile(array, 95)),
-    }
+    return {"mean": float(array.mean()), "median": float(np.median(array)), "p95": float(np.percentile(array, 95))}
 
 
 def timer(device: torch.device, clock: str) -> Callable[[Callable[[], object]], float]:

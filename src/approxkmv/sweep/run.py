@@ -195,15 +195,10 @@ def _measure(
         except UnavailableError as error:
             failures[label] = str(error)
             del runs[label]
-    seconds, while_timing = interleaved_seconds(
-        runs,
-        torch.device(settings.device),
-        settings.clock,
-        settings.warmups,
-        settings.repeats,
-        settings.inputs,
-    )
     device = torch.device(settings.device)
+    seconds, while_timing = interleaved_seconds(
+        runs, device, settings.clock, settings.warmups, settings.repeats, settings.inputs
+    )
     for label, taken in seconds.items():
         low, middle, high = quartiles(taken)
         measured[label].update(seconds_q1=low, seconds=middle, seconds_q3=high, repeats=len(taken))
@@ -213,18 +208,15 @@ def _measure(
 
 
 def _errors_and_counts(inputs: Inputs, method: Method, seeds: Sequence[int], parameters: dict[str, Any]) -> Row:
-    of_v, of_exact = [], []
-    kernel_evaluations, inner_products, recomputed = [], [], []
+    found = []
     for i, seed in enumerate(seeds):
         problem = inputs.problem("evaluation", i)
         with counting() as counts:
             out = attend(method, problem, seed, parameters)
-        pair = errors(out, inputs.exact("evaluation", i), problem.v)
-        kernel_evaluations.append(counts.kernel_evaluations)
-        inner_products.append(counts.inner_products)
-        recomputed.append(counts.recomputed_rows / _rows(problem))
-        of_v.append(pair[0])
-        of_exact.append(pair[1])
+        both = errors(out, inputs.exact("evaluation", i), problem.v)
+        recomputed_share = counts.recomputed_rows / _rows(problem)
+        found.append((*both, counts.kernel_evaluations, counts.inner_products, recomputed_share))
+    of_v, of_exact, kernel_evaluations, inner_products, recomputed = zip(*found, strict=True)
     return {
         **{f"error_v_{name}": value for name, value in summary(of_v).items()},
         **{f"error_exact_{name}": value for name, value in summary(of_exact).items()},

@@ -34,7 +34,7 @@ from approxkmv.attention.blocks.light_keys import (
 )
 from approxkmv.attention.blocks.near_keys import sums_of_keys
 from approxkmv.attention.blocks.reach import stand_apart, with_keys_apart
-from approxkmv.attention.causal import Flash, Sums, add_sums, causal_answers
+from approxkmv.attention.causal import Flash, Sums, add_sums, causal_answers, with_ones
 from approxkmv.attention.contract import Method, UnavailableError, per_batch
 from approxkmv.attention.exact import fused as exact_fused
 from approxkmv.attention.exact.fused import exactly_where_lost
@@ -68,7 +68,7 @@ def sums(
     loops, d_v = block_loops(), v.shape[1]
     e = expand(q, side, generator, parameters, scale=scale)
     blocks = e.blocks
-    heavy, scales = sums_of_keys(blocks, k, e.mean, v, e.chosen, e.ends, None, torch.float32)
+    heavy, scales = sums_of_keys(blocks, k, e.mean, v, e.chosen, e.ends)
     seen = e.seen(k if with_own_keys else None)
     lost = e.lost(heavy[:, 0], scales, seen)
     counts = budgets(e, predicted_deviation(e, heavy, scales, seen.log_weight), parameters.samples)
@@ -77,9 +77,8 @@ def sums(
         # Replaced by a key whose exponentials are finite, with weight 0
         drawn = np.isin(sample.keys, apart)
         sample.logs[drawn], sample.keys[drawn] = -np.inf, e.chosen[0]
-    estimate, estimate_scales = sums_of_keys(
-        blocks, k, e.mean, v, sample.keys, sample.ends, torch.from_numpy(sample.logs), torch.float32
-    )
+    extra = torch.from_numpy(sample.logs)
+    estimate, estimate_scales = sums_of_keys(blocks, k, e.mean, v, sample.keys, sample.ends, extra)
 
     def finished(rest: torch.Tensor) -> Sums:
         rest[lost, d_v + 1] = torch.nan
@@ -93,7 +92,9 @@ def sums(
         draws = sample, ScaledSums(estimate.numpy(), estimate_scales.numpy())
         keys = KeyArrays(k.contiguous().numpy(), e.mean.numpy(), v.contiguous().numpy())
         given = blocks.arrays, near, draws, np.float32(CONTROLLED), keys, seen.arrays, out.numpy()
-        over_threads(lambda first, last: loops.controlled_sums(first, last, with_own_keys, *given), len(blocks))
+        over_threads(
+            lambda first, last: loops.sampling.controlled_sums(first, last, with_own_keys, *given), len(blocks)
+        )
         return finished(out)
     means, tilts = sampled_moments(e, sample, k, v)
     leaning = project(blocks, tilts)
@@ -124,11 +125,6 @@ def sums(
     return finished(blocks.of_queries(torch.cat([numerators, torch.stack([absolute, row_sums, shift], 1)], 1)))
 
 
-def with_ones(v: torch.Tensor) -> torch.Tensor:
-    """v (n, d_v) with a column of ones, whose sums are those of the weights."""
-    return torch.cat([v, torch.ones(len(v), 1)], 1)
-
-
 def _approxkmv(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, seed: int, **given: Any
 ) -> torch.Tensor:
@@ -151,14 +147,16 @@ def _approxkmv(
             found = torch.empty(len(q), v.shape[1] + 3)
             one = of_one_block(q, k, v, generator.initial_seed(), scale, near)
             points = torch.rand(parameters.samples, generator=generator, dtype=torch.float64).numpy()
-            number = loops.controlled_sums_of_one_block(own, one, np.float32(CONTROLLED), points, found.numpy())
+            number = loops.one_block.controlled_sums_of_one_block(
+                own, one, np.float32(CONTROLLED), points, found.numpy()
+            )
             count(kernel_evaluations=len(k) + (len(q) + 1) * (number + len(points)) + len(q) * (1 + own))
             numerators, row_sums = found[:, :-2], found[:, -2]
         else:
             side = key_side(k, v, apart, parameters, v)
             numerators, row_sums, _ = sums(q, side, generator, parameters, scale=scale, with_own_keys=own)
         numerators, row_sums = trusted(numerators, row_sums)
-        return exactly_where_lost(numerators / row_sums.unsqueeze(1), row_sums.isnan(), q, k, v, scale)
+        return exactly_where_lost(numerators / row_sums.unsqueeze(1), q, k, v, scale)
 
     return per_batch(single, q, k, v, seed, around_mean=True)
 

@@ -8,8 +8,7 @@ With a number of clusters proportional to sqrt(n) the cost is n^1.5 d, up to con
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from approxkmv.attention.blocks.grouping import block_size, make_blocks
 from approxkmv.attention.blocks.k_means import k_means
 from approxkmv.attention.blocks.near_keys import sums_of_keys
 from approxkmv.attention.blocks.reach import REACH, beyond_reach, stand_apart, variances_of, with_keys_apart, without
-from approxkmv.attention.contract import Method, UnavailableError, per_batch
+from approxkmv.attention.contract import Method
 from approxkmv.attention.exact import fused as exact_fused
 from approxkmv.attention.exact.fused import exactly_where_lost
 from approxkmv.compute.counting import count
@@ -53,13 +52,7 @@ class Parameters:
 
 
 def attend(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    generator: torch.Generator,
-    parameters: Parameters,
-    *,
-    scale: float,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator, parameters: Parameters, scale: float
 ) -> torch.Tensor:
     """The method for one batch entry: float32 q (n_q, d), k (n_k, d), v (n_k, d_v) to (n_q, d_v)."""
     number = min(len(k), math.ceil(parameters.clusters * math.sqrt(len(k))))
@@ -85,7 +78,7 @@ def attend(
     ranks = torch.addmm(log_counts, blocks.centres, centroids.mT)
     nearest = ranks.topk(min(parameters.near, len(counts)), 1, sorted=False).indices
     chosen, ends = members(labels, nearest, counts)
-    exact, scales = sums_of_keys(blocks, k, mean, v, chosen, ends, None, torch.float32)
+    exact, scales = sums_of_keys(blocks, k, mean, v, chosen, ends)
 
     rows = blocks.deltas + blocks.of_rows(blocks.centres)
     far = torch.addmm(log_counts, rows, centroids.mT)
@@ -104,27 +97,17 @@ def attend(
     within = (keys[some] - centroids[labels[some]]).square().mean(0)
     out_of_block = blocks.deltas.square() @ variances_of(keys) > REACH
     out_of_clusters = beyond_reach(rows.square() @ within, exact[:, 0].log(), far_sums.log(), len(counts))
-    lost = blocks.of_queries(out_of_block | out_of_clusters)
-    return exactly_where_lost(numerators / row_sums.unsqueeze(1), lost, *whole, scale)
+    row_sums[blocks.of_queries(out_of_block | out_of_clusters)] = torch.nan
+    return exactly_where_lost(numerators / row_sums.unsqueeze(1), *whole, scale)
 
 
-def _clustered(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, seed: int, **given: Any
-) -> torch.Tensor:
-    if q.device.type != "cpu":
-        raise UnavailableError(f"clustered runs on a CPU only, not on {q.device.type}: its blocks are of unequal sizes")
-
-    def single(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        return attend(q, k, v, generator, Parameters(**given), scale=scale)
-
-    return per_batch(single, q, k, v, seed)
-
-
-method = Method(
-    name="clustered",
-    compute=_clustered,
+method = Method.from_masked(
+    "clustered",
+    attend,
+    Parameters,
+    causal=False,
+    cpu_only=True,
     summary="k-means clusters of keys: near ones exactly, far ones as their centroids",
-    defaults=asdict(Parameters()),
     grid=[
         {"block": 128, "clusters": 0.5, "near": 1},
         {"block": 64, "clusters": 1.0, "near": 2},

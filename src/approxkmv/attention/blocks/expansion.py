@@ -69,8 +69,7 @@ class Seen:
     @cached_property
     def arrays(self) -> SeenArrays:
         """For the compiled loops."""
-        tensors = self.log_weight, self.value, self.axes, self.own_log, self.own_share, self.own_share_seen
-        return SeenArrays(*(t.numpy() for t in tensors))
+        return SeenArrays(*(getattr(self, name).numpy() for name in SeenArrays._fields))
 
 
 @dataclass(frozen=True)
@@ -148,7 +147,7 @@ class Expansion:
             out = Seen(whole[0], value, self.far_axes, whole[1], whole[2], whole[3])
             keys = self.mean.unsqueeze(0) if k is None else k.contiguous()
             given = blocks.arrays, self.arrays, keys.numpy(), self.mean.numpy(), out.arrays
-            over_threads(lambda first, last: loops.see(first, last, k is not None, *given), len(blocks))
+            over_threads(lambda first, last: loops.expansion.see(first, last, k is not None, *given), len(blocks))
             out.own_log[torch.from_numpy(blocks.rows[self._own_apart(k)])] = -torch.inf
             return out
         seen = project(blocks, self.far_axes)
@@ -296,7 +295,7 @@ def expand(
     far_log = torch.empty(len(blocks))
     if loops is not None:
         given = (highest, variances, axes.contiguous(), total, far_log, far_value, far_axes)
-        loops.centre_far(*(t.numpy() for t in given))
+        loops.expansion.centre_far(*(t.numpy() for t in given))
     else:
         total.clamp_min_(1e-30)
         far_axes /= total.view(-1, 1, 1)
@@ -307,22 +306,8 @@ def expand(
         second = 0.5 * (variances * (far_axes[:, 0] @ axes).square()).sum(1)
         torch.sub(total.log() + highest, second, out=far_log)
     rounded = side.keys if low == torch.bfloat16 else None
-    return Expansion(
-        *(
-            blocks,
-            logit_variances,
-            max(1, n_k - clustering.near),
-            side.mean,
-            rounded,
-            logs,
-            weights,
-            apart,
-            thresholds,
-            chosen,
-            ends,
-        ),
-        *(total, far_log, far_value, far_axes),
-    )
+    of_queries = blocks, logit_variances, max(1, n_k - clustering.near), side.mean, rounded
+    return Expansion(*of_queries, logs, weights, apart, thresholds, chosen, ends, total, far_log, far_value, far_axes)
 
 
 def of_one_block(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seed: int, scale: float, near: int) -> OneBlock:

@@ -44,9 +44,7 @@ class Blocks:
     @cached_property
     def arrays(self) -> BlockArrays:
         """For the compiled loops."""
-        tensors = self.centres, self.deltas, self.variances, self.row_variances
-        each = (t.numpy() for t in tensors)
-        return BlockArrays(self.queries, self.rows, self.labels, self.starts, self.sizes, *each)
+        return BlockArrays(*(np.asarray(getattr(self, name)) for name in BlockArrays._fields))
 
     def of_rows(self, per_block: torch.Tensor) -> torch.Tensor:
         """Repeat (blocks, ...) for each row of each block."""
@@ -87,7 +85,7 @@ def make_blocks(
     importance (r,): the weight of a squared deviation along each axis in `row_variances`.
     """
     loops = block_loops()
-    grouped: Grouped = (loops.group if loops is not None else _group)(labels.numpy(), multiple)
+    grouped: Grouped = (loops.clustering.group if loops is not None else _group)(labels.numpy(), multiple)
     queries, rows, block_of, starts, _ = grouped
     number = len(starts)
     deltas = scratch("deltas", len(queries), q.shape[1])
@@ -95,7 +93,7 @@ def make_blocks(
         variances = q.new_empty(number, points.shape[1])
         blocks = Blocks(*grouped, q.new_empty(number, q.shape[1]), deltas, variances, q.new_empty(len(queries)))
         given = q.contiguous().numpy(), np.float32(scale), points.numpy(), importance.numpy()
-        loops.centre_blocks(*given, blocks.arrays)
+        loops.clustering.centre_blocks(*given, blocks.arrays)
         return blocks
     of_query = torch.from_numpy(block_of)
     counts = torch.bincount(of_query).unsqueeze(1)

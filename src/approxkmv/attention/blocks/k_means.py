@@ -25,7 +25,7 @@ def k_means(
             part = some[i : i + 512]
             here = torch.addmm(norms, part, centres.mT, alpha=-2, out=distances[: len(part)])
             if loops is not None:
-                loops.nearest(here.numpy(), part.numpy(), labels[i : i + 512].numpy())
+                loops.clustering.nearest(here.numpy(), part.numpy(), labels[i : i + 512].numpy())
             else:
                 torch.argmin(here, 1, out=labels[i : i + 512])
         return labels

@@ -41,7 +41,7 @@ def predicted_deviation(
     if loops is not None:
         out = torch.empty(len(e.blocks), dtype=torch.float64)
         given = e.blocks.arrays, ScaledSums(heavy.numpy(), scales.numpy()), log_weight.numpy(), out.numpy()
-        over_threads(lambda first, last: loops.far_deviations(first, last, *given), len(e.blocks))
+        over_threads(lambda first, last: loops.sampling.far_deviations(first, last, *given), len(e.blocks))
         return out
     # A row whose sum is not a number counts as all light; it is recomputed exactly at the end.
     share = torch.sigmoid(log_weight - e.blocks.of_rows(scales) - heavy[:, 0].log()).nan_to_num(1.0)
@@ -65,7 +65,7 @@ def draw(e: Expansion, counts: np.ndarray, generator: torch.Generator) -> Sample
     if loops is not None:
         sample = Sample(keys, ends, np.empty(len(keys), np.float32), np.empty(len(keys), np.float32))
         given = e.chosen, e.ends, e.weights.numpy(), e.total.numpy(), points, sample
-        over_threads(lambda first, last: loops.draw_light(first, last, *given), blocks)
+        over_threads(lambda first, last: loops.sampling.draw_light(first, last, *given), blocks)
         return sample
     # Without light keys there is nothing to draw: take any key, with weight 0.
     with np.errstate(divide="ignore"):

@@ -45,27 +45,28 @@ def answers(
     scale: float,
     with_own_keys: bool,
     others: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Answers (n_q, d_v), logs of the row sums (n_q,) for keys less their `mean`, and which rows are lost (n_q,).
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Answers (n_q, d_v) and logs of the row sums (n_q,) for keys less their `mean`.
 
-    For float32 q (n_q, d) on a CPU; lost rows must be computed exactly, as must those that are not finite.
+    For float32 q (n_q, d) on a CPU; rows that are not finite, as lost ones are, must be computed exactly.
     with_own_keys: key i is query i's own (as many keys as queries), and is summed exactly. others: see
     `Expansion.lost`.
     """
-    k, v, apart, low = side.k, side.v, side.apart, side.keys.dtype
+    k, v, apart = side.k, side.v, side.apart
     if q.shape[1] < k.shape[1]:
         q = torch.nn.functional.pad(q, (0, 1))
     loops = block_loops()
     e = expand(q, side, generator, parameters, scale=scale)
-    sums, scales = sums_of_keys(e.blocks, k, e.mean, v, e.chosen, e.ends, None, low, e.rounded)
+    sums, scales = sums_of_keys(e.blocks, k, e.mean, v, e.chosen, e.ends, rounded=e.rounded)
     seen = e.seen(k if with_own_keys else None)
     lost = e.lost(sums[:, 0], scales, seen, others)
     if loops is not None and not len(apart):
         out, logs = torch.empty(len(q), v.shape[1]), torch.empty(len(q))
         near_keys = ScaledSums(sums.numpy(), scales.numpy())
         given = e.tilted, e.blocks.arrays, near_keys, seen.arrays, v.contiguous().numpy(), out.numpy(), logs.numpy()
-        over_threads(lambda first, last: loops.expanded_answers(first, last, *given), len(e.blocks))
-        return out, logs, lost
+        over_threads(lambda first, last: loops.expansion.expanded_answers(first, last, *given), len(e.blocks))
+        out[lost] = torch.nan
+        return out, logs
     scale_of_row = e.blocks.of_rows(scales)
     weight = (seen.log_weight - scale_of_row).exp_()
     # Exactly, instead of its share of the far key.
@@ -80,7 +81,8 @@ def answers(
     row_sums = sums[:, 0] + weight + added - weight * seen.own_share_seen
     rest = (e.blocks.of_queries(t) for t in (numerators, row_sums, scale_of_row))
     numerators, row_sums, scale_of_row = with_keys_apart(tuple(rest), apart, q, k, v, e.mean, scale)  # type: ignore[arg-type]
-    return numerators / row_sums.unsqueeze(1), scale_of_row + row_sums.log(), lost
+    row_sums[lost] = torch.nan
+    return numerators / row_sums.unsqueeze(1), scale_of_row + row_sums.log()
 
 
 def answers_in_one_block(
@@ -94,10 +96,7 @@ def answers_in_one_block(
     with_own_keys: bool,
     others: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same in one block of all queries without axes, by compiled loops; answers of lost rows are NaN.
-
-    The logs are for keys k (n_k, d) less their mean.
-    """
+    """The same in one block of all queries without axes, by compiled loops."""
     out, logs = torch.empty(len(q), v.shape[1]), torch.empty(len(q))
     one = of_one_block(q, k, v, generator.initial_seed(), scale, parameters.near)
     variances = (scale**2 * spreads(q, k)).numpy()
@@ -106,27 +105,13 @@ def answers_in_one_block(
     assert loops is not None
     others = torch.full_like(logs, -torch.inf) if others is None else others
     of_rows = variances, others.numpy()
-    number = loops.answers_of_one_block(with_own_keys, one, of_rows, limits, out.numpy(), logs.numpy())
+    number = loops.one_block.answers_of_one_block(with_own_keys, one, of_rows, limits, out.numpy(), logs.numpy())
     count(kernel_evaluations=len(k) + (len(q) + 1) * number + len(q) * (1 + with_own_keys))
     return out, logs
 
 
-def _chosen(given: dict[str, Any], question: str) -> tuple[Parameters, torch.dtype]:
-    """The parameters, and the dtype of products: which this trial found faster if none is given."""
-    parameters = Parameters(**given)
-    if parameters.products == "fastest":
-        return parameters, fastest_dtype(question)
-    return parameters, torch.bfloat16 if parameters.products == "bfloat16" else torch.float32
-
-
 def _local_expansion(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    scale: float,
-    seed: int,
-    **given: Any,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, seed: int, **given: Any
 ) -> torch.Tensor:
     if q.device.type == "cuda":
         from approxkmv.attention.blocks.cuda import local_expansion as local_expansion_cuda
@@ -134,21 +119,22 @@ def _local_expansion(
         return local_expansion_cuda.attend(q, k, v, scale=scale, seed=seed, **given)
     if q.device.type != "cpu":
         raise UnavailableError(f"local-expansion has no kernel for the device {q.device}")
-    parameters, low = _chosen(given, "attention.blocks.trials.products")
+    parameters = Parameters(**given)
+    low = fastest_dtype("attention.blocks.trials.products", parameters.products)
     parameters = replace(parameters, block=block_size(parameters.block, q.shape[1], k.shape[1]))
     near, loops = parameters.near, block_loops()
 
     def single(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         if near >= len(k) or parameters.block == 1:
             return exact_fused.attend(q, k, v, scale)
-        own, lost = len(q) == len(k), None
+        own = len(q) == len(k)
         apart = stand_apart(q, k, scale)
         if loops is not None and parameters.directions == 0 and not len(apart) and in_one_block(q, k, scale, near):
             out, _ = answers_in_one_block(q, k, v, generator, parameters, scale=scale, with_own_keys=own)
         else:
             side = key_side(k, v, apart, parameters, v.to(low))
-            out, _, lost = answers(q, side, generator, parameters, scale=scale, with_own_keys=own)
-        return exact_fused.exactly_where_lost(out, lost, q, k, v, scale)
+            out, _ = answers(q, side, generator, parameters, scale=scale, with_own_keys=own)
+        return exact_fused.exactly_where_lost(out, q, k, v, scale)
 
     return per_batch(single, q, k, v, seed, around_mean=True)
 
@@ -158,7 +144,8 @@ def _causal(
 ) -> torch.Tensor:
     if q.device.type != "cpu":
         raise UnavailableError(f"the causal form of local-expansion runs on a CPU only, not on {q.device.type}")
-    parameters, low = _chosen(given, FLASH)
+    parameters = Parameters(**given)
+    low = fastest_dtype(FLASH, parameters.products)
     length = chunk_length(q.shape[1], parameters.near)
     one_block = parameters.directions == 0 and block_loops() is not None
 
@@ -173,36 +160,19 @@ def _causal(
         flash = Flash(q, k, values, scale, length, low)
         out, logs = flash.triangles(1)
         out[:length] = first[0]
-        earlier = EarlierKeys(q, k, values, flash, parameters)
+        earlier, given = EarlierKeys(q, k, values, flash, parameters), (generator, parameters)
         for here, apart in earlier:
             # Query i and key i of these belong to different tokens.
             if one_block and not len(apart):
                 some, theirs = k[: here.start], values[: here.start]
                 shift = q[here] @ (scale * some.mean(0))
                 found, log = answers_in_one_block(
-                    q[here],
-                    some,
-                    theirs,
-                    generator,
-                    parameters,
-                    scale=scale,
-                    with_own_keys=False,
-                    others=logs[here] - shift,
+                    q[here], some, theirs, *given, scale=scale, with_own_keys=False, others=logs[here] - shift
                 )
-                log.add_(shift)
             else:
-                side, shifts = earlier.before(here, apart)
-                found, log, beyond = answers(
-                    q[here],
-                    side,
-                    generator,
-                    parameters,
-                    scale=scale,
-                    with_own_keys=False,
-                    others=logs[here] - shifts,
-                )
-                log.add_(shifts)
-                found[beyond] = torch.nan
+                side, shift = earlier.before(here, apart)
+                found, log = answers(q[here], side, *given, scale=scale, with_own_keys=False, others=logs[here] - shift)
+            log.add_(shift)
             lost = (~(found.sum(1) + log).isfinite()).nonzero().squeeze(1)
             if len(lost):
                 found[lost], log[lost] = flash.rows(here.start + lost, here.start)

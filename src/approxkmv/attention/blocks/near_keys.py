@@ -56,10 +56,12 @@ def choose_keys(
         bits = as_numbers(logs)
         found = WeightSums(highest.numpy(), thresholds.numpy(), totals.numpy(), values.numpy())
         given = bits, Threshold(kept, first, SAMPLED_KEYS), columns, as_numbers(weights), counts, found
-        over_threads(lambda low, high: loops.fill_weights(low, high, *given), blocks)
+        over_threads(lambda low, high: loops.expansion.fill_weights(low, high, *given), blocks)
         ends = counts.cumsum()
         chosen = np.empty(ends[-1], np.int64)
-        over_threads(lambda low, high: loops.list_near(low, high, bits, found.thresholds, ends, chosen), blocks)
+        over_threads(
+            lambda low, high: loops.expansion.list_near(low, high, bits, found.thresholds, ends, chosen), blocks
+        )
         return highest, thresholds, chosen, ends, totals, values
     sample = logs[:, first::SAMPLED_KEYS].float()
     thresholds = torch.from_numpy(np.partition(sample.numpy(), kept, axis=1)[:, kept].copy())
@@ -80,14 +82,13 @@ def sums_of_keys(
     v: torch.Tensor,
     chosen: np.ndarray,
     ends: np.ndarray,
-    extra: torch.Tensor | None,
-    low: torch.dtype,
+    extra: torch.Tensor | None = None,
     rounded: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sums (rows, 1 + d_v) of exp(q.(k - mean) + extra) [1, v] over each block's chosen keys, and their log scales.
 
     Block b's keys are chosen[ends[b-1]:ends[b]], its sums are divided by exp(scale_b); extra is (len(chosen),) or 0.
-    rounded: from the expansion; if given, products may be of bfloat16 numbers, if a trial found that faster.
+    rounded: from the expansion; if given, products are of bfloat16 numbers, in loops if a trial found that faster.
     """
     number, d_v = len(blocks), v.shape[1]
     sums, scales = torch.empty(len(blocks.deltas), 1 + d_v), torch.empty(number)
@@ -101,16 +102,16 @@ def sums_of_keys(
     if loops is not None:
         arrays = KeyArrays(*(t.contiguous().numpy() for t in (k, mean, v)))
         out = ScaledSums(sums.numpy(), scales.numpy())
-        few = d_v <= loops.FEW_COLUMNS
+        few = d_v <= loops.gathered.FEW_COLUMNS
         bits = None
         if rounded is not None and has_bfloat16_instructions():
             question = NEAR_KEYS_FEW if few else NEAR_KEYS_MANY
             bits = as_numbers(rounded) if fastest(question, "float32", "bfloat16") == "bfloat16" else None
         given = blocks.arrays, chosen, ends, extra.contiguous().numpy(), arrays, bits, out
-        loop = loops.sums_of_keys if few else loops.wide_sums_of_keys
+        loop = loops.gathered.sums_of_keys if few else loops.gathered.wide_sums_of_keys
         over_threads(lambda first, last: loop(first, last, *given), number)
         return sums, scales
-    step = _KEYS_OF_BFLOAT16 if low == torch.bfloat16 else 1
+    low, step = (torch.float32, 1) if rounded is None else (torch.bfloat16, _KEYS_OF_BFLOAT16)
     indices = torch.from_numpy(chosen)
     most = -(-int(lengths.max()) // step) * step
     keys = torch.zeros(most, k.shape[1])

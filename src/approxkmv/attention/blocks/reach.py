@@ -30,7 +30,7 @@ def spreads(points: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     loops = block_loops()
     if loops is not None:
         out = np.empty(len(points), np.float32)
-        loops.spreads(points.contiguous().numpy(), others.contiguous().numpy(), _SAMPLED_FOR_VARIANCES, out)
+        loops.clustering.spreads(points.contiguous().numpy(), others.contiguous().numpy(), _SAMPLED_FOR_VARIANCES, out)
         return torch.from_numpy(out)
     return (points - _sample(points).mean(0)).square() @ variances_of(others)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -11,7 +10,7 @@ import torch
 from approxkmv.attention.blocks.expansion import Clustering, Expansion, expand, key_side
 from approxkmv.attention.blocks.near_keys import NEAR_KEYS_FEW, NEAR_KEYS_MANY, sums_of_keys
 from approxkmv.compute.loops import has_bfloat16_instructions
-from approxkmv.compute.trial import Runs, forced
+from approxkmv.compute.trial import Runs, by_form
 
 _D = 64
 _CLUSTERING = Clustering(block=128, near=512)
@@ -33,40 +32,28 @@ def _expanded(head: Head, low: torch.dtype) -> Expansion:
     return expand(q, side, generator, _CLUSTERING, scale=_D**-0.5)
 
 
-def _near(e: Expansion, head: Head, low: torch.dtype) -> None:
-    sums_of_keys(e.blocks, head[1], e.mean, head[2], e.chosen, e.ends, None, low, e.rounded)
-
-
-def _with(question: str, form: str, run: Callable[[], object]) -> None:
-    with forced({question: form}):
-        run()
+def _near(e: Expansion, head: Head) -> None:
+    sums_of_keys(e.blocks, head[1], e.mean, head[2], e.chosen, e.ends, rounded=e.rounded)
 
 
 def loops() -> Runs:
     """Blocks by compiled loops, or by library calls."""
     head = _head(1024, 2048, _D)
-
-    def run() -> None:
-        _near(_expanded(head, torch.float32), head, torch.float32)
-
-    return {form: partial(_with, _LOOPS, form, run) for form in ("compiled", "library")}
+    return by_form(_LOOPS, lambda: _near(_expanded(head, torch.float32), head), "compiled", "library")
 
 
 def products() -> Runs:
     """The expansion in float32, or with products of bfloat16 numbers."""
     # Long enough for the products to matter beside what is done once for each key
     head = _head(4096, 8192, _D)
-    return {
-        "float32": partial(_expanded, head, torch.float32),
-        "bfloat16": partial(_expanded, head, torch.bfloat16),
-    }
+    return {"float32": partial(_expanded, head, torch.float32), "bfloat16": partial(_expanded, head, torch.bfloat16)}
 
 
 def _near_keys(question: str, d_v: int) -> Runs:
     head = _head(1024, 2048, d_v)
     e = _expanded(head, torch.bfloat16)
     forms = ("float32", "bfloat16") if has_bfloat16_instructions() else ("float32",)
-    return {form: partial(_with, question, form, partial(_near, e, head, torch.bfloat16)) for form in forms}
+    return by_form(question, partial(_near, e, head), *forms)
 
 
 def near_keys_few_columns() -> Runs:

@@ -9,7 +9,6 @@ query's. All other keys are dropped. Cost: 1.5 n window d, or 3 n window d.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
 from functools import partial
 
 import torch
@@ -20,15 +19,6 @@ from approxkmv.attention.kernels.flash import FLASH, flash
 from approxkmv.compute.counting import count
 from approxkmv.compute.scratch import scratch
 from approxkmv.compute.trial import fastest_dtype
-
-
-@dataclass(frozen=True)
-class Parameters:
-    """Keys of a block, how many first keys, at most a block of them, and the dtype of products."""
-
-    window: int = 1024
-    sinks: int = 16
-    products: str = "fastest"
 
 
 def _window(
@@ -48,7 +38,7 @@ def _window(
     (n_q, n), dtype = (q.shape[1], k.shape[1]), v.dtype
     if n_q > n:
         raise UnavailableError(f"window needs a key for each query, but there are {n_q} and {n}")
-    low = fastest_dtype(FLASH) if products == "fastest" else getattr(torch, products)
+    low = fastest_dtype(FLASH, products)
     window, sinks = min(window, n), min(sinks, window, n)
     # Rounding must not depend on a common offset; no row comes before the first value.
     first = v[:, :1].float()
@@ -138,7 +128,8 @@ method = Method(
     compute=_window,
     causal=partial(_window, is_causal=True),
     summary="the keys next to each query, in blocks, and the first keys of the text",
-    defaults=asdict(Parameters()),
+    # Keys of a block, how many first keys, at most a block of them, and the dtype of products
+    defaults={"window": 1024, "sinks": 16, "products": "fastest"},
     may_be_zero=frozenset({"sinks"}),
     choices={"products": ("fastest", "bfloat16", "float32")},
     grid=[{"window": window} for i in range(6, 13) for window in (2**i, 3 * 2 ** (i - 1))],

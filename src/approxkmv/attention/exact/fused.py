@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from approxkmv.attention.causal import Sums, causal_attention
+from approxkmv.attention.causal import Sums, causal_attention, with_ones
 from approxkmv.attention.contract import Method, UnavailableError, per_batch
 from approxkmv.attention.kernels.exponentials import LOWEST, exp_
 from approxkmv.compute.counting import count
@@ -36,7 +36,7 @@ def _by_bound(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tile: int) -> S
     shift = q.square().sum(1).sqrt() * k.square().sum(1).max().sqrt()
     # The shift is one more column of the product, which saves a pass over every tile.
     shifted_q = torch.cat([q, -shift.unsqueeze(1)], 1)
-    keys_and_one = torch.cat([k, k.new_ones(len(k), 1)], 1)
+    keys_and_one = with_ones(k)
     columns = v.mT.contiguous().mT  # each column contiguous
     numerators, row_sums = q.new_zeros(v.shape[1], n_q), q.new_zeros(n_q)
     buffer = q.new_empty(min(tile, n_q) * min(tile, len(k)))
@@ -97,12 +97,11 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, tile
 
 
 def exactly_where_lost(
-    out: torch.Tensor, lost: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+    out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """Recompute exactly the rows of out (n_q, d_v) that are lost (n_q,) or not finite: an exponential overflowed."""
-    if (lost is not None and bool(lost.any())) or not math.isfinite(float(out.sum())):
-        broken = ~out.isfinite().all(1)
-        lost = (broken if lost is None else lost | broken).nonzero().squeeze(1)
+    """Recompute exactly the rows of out (n_q, d_v) that are not finite: lost, or an exponential overflowed."""
+    if not math.isfinite(float(out.sum())):
+        lost = (~out.isfinite().all(1)).nonzero().squeeze(1)
         count(recomputed_rows=len(lost))
         out[lost] = attend(q[lost], k, v, scale)
     return out
@@ -123,11 +122,8 @@ def _exact_fused(
 
 
 def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, seed: int, tile: int) -> torch.Tensor:
-    def square(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, _: torch.Generator) -> Sums:
-        return sums(q, k, v, tile)
-
     def single(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        return causal_attention(q * scale, k, v, generator, square)
+        return causal_attention(q * scale, k, v, generator, lambda q, k, v, _: sums(q, k, v, tile))
 
     return per_batch(single, q, k, v, seed)
 

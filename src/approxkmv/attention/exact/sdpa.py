@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -41,13 +41,6 @@ def _run(
     return answers[0] if len(answers) == 1 else torch.cat(answers, -1)
 
 
-@contextmanager
-def _without_warnings() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch warns why each backend refuses, then raises
-        yield
-
-
 def _widened(t: torch.Tensor, width: int) -> torch.Tensor:
     """t (batch, n, w) as (batch, 1, n, width), with zero columns where it is narrower."""
     return (t if t.shape[-1] == width else pad(t, (0, width - t.shape[-1]))).unsqueeze(1)
@@ -77,7 +70,7 @@ def choose_backend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: flo
         candidates = ("cudnn", "flash", "efficient") if q.device.type == "cuda" else ("flash",)
         seconds: dict[str, float] = {}
         refusals = []
-        with _without_warnings():
+        with warnings.catch_warnings(action="ignore"):  # torch warns why a backend refuses, then raises
             for backend in candidates:
                 try:
                     seconds[backend] = _seconds(lambda b=backend: _run(b, q, k, v, scale), q.device)  # type: ignore[misc]
@@ -90,14 +83,7 @@ def choose_backend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: flo
 
 
 def attend(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    scale: float,
-    seed: int,
-    backend: str,
-    is_causal: bool = False,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, seed: int, backend: str, is_causal: bool = False
 ) -> torch.Tensor:
     """Attention of checked inputs (batch, n, d) in their own dtype; is_causal: query i attends to keys 0 to i.
 
@@ -111,7 +97,7 @@ def attend(
     count(kernel_evaluations=q.shape[0] * (pairs_seen(q.shape[1]) if is_causal else q.shape[1] * k.shape[1]))
     try:
         # One that was tried needs no filter of warnings, which would be timed.
-        with nullcontext() if chosen else _without_warnings():
+        with nullcontext() if chosen else warnings.catch_warnings(action="ignore"):
             return _run(backend, q, k, v, scale, is_causal)
     except RuntimeError as error:
         raise UnavailableError(f"exact-sdpa: backend {backend} refuses these inputs ({one_line(error)})") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -10,18 +11,9 @@ from approxkmv.attention.contract import Method
 from approxkmv.attention.exact import sdpa
 
 
-def _exact_sdpa_bf16(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    scale: float,
-    seed: int,
-    backend: str,
-    is_causal: bool = False,
-) -> torch.Tensor:
+def _exact_sdpa_bf16(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **given: Any) -> torch.Tensor:
     rounded = (tensor.bfloat16() for tensor in (q, k, v))
-    return sdpa.attend(*rounded, scale=scale, seed=seed, backend=backend, is_causal=is_causal).to(v.dtype)
+    return sdpa.attend(*rounded, **given).to(v.dtype)
 
 
 method = Method(

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import torch
 
-
-def with_ones(v: torch.Tensor) -> torch.Tensor:
-    """[v, 1] (n_k, d_v + 1): its product with a row of exponentials is the row's numerators and row sum."""
-    return torch.cat([v, v.new_ones(len(v), 1)], 1)
+from approxkmv.attention.causal import with_ones
 
 
 def column_probabilities(v: torch.Tensor) -> torch.Tensor:

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 
 import torch
 
-from approxkmv.attention.causal import EXACT_BELOW, Sums
+from approxkmv.attention.causal import EXACT_BELOW, Sums, with_ones
 from approxkmv.attention.contract import Method
 from approxkmv.attention.hashed.angular_hashing import block_sums, sort_into_blocks, sorted_sample
-from approxkmv.attention.hashed.column_sampling import with_ones
 
 
 @dataclass(frozen=True)

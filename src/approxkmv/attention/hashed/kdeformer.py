@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 import torch
 
-from approxkmv.attention.causal import Sums
+from approxkmv.attention.causal import Sums, with_ones
 from approxkmv.attention.contract import Method
 from approxkmv.attention.hashed.angular_hashing import block_sums, sort_into_blocks, sorted_sample
-from approxkmv.attention.hashed.column_sampling import column_probabilities, with_ones
+from approxkmv.attention.hashed.column_sampling import column_probabilities
 from approxkmv.compute.drawing import drawn
 
 

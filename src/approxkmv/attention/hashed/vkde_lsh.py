@@ -26,9 +26,8 @@ from dataclasses import dataclass
 
 import torch
 
-from approxkmv.attention.causal import Sums
+from approxkmv.attention.causal import Sums, with_ones
 from approxkmv.attention.contract import Method
-from approxkmv.attention.hashed.column_sampling import with_ones
 from approxkmv.attention.kernels.exponentials import exp_
 from approxkmv.compute.counting import count
 
@@ -38,11 +37,6 @@ def log_collision_probability(cosine: torch.Tensor, bits: int) -> torch.Tensor:
     # Opposite vectors never collide; only rounding gets here.
     angle = cosine.clamp(-1 + 1e-6, 1).acos_()
     return angle.mul_(-1 / math.pi).log1p_().mul_(bits)
-
-
-def bits_for(bucket: int, n_k: int) -> int:
-    """The number of signs for which about `bucket` keys at a right angle to a query share its bucket."""
-    return max(0, math.ceil(math.log2(n_k / bucket)))
 
 
 @dataclass(frozen=True)
@@ -61,7 +55,8 @@ def table_sums(
 
     For scaled queries q (n_q, d). Zero and -inf for a query that collided with no key.
     """
-    bits = bits_for(parameters.bucket, len(k))
+    # As many signs as leave about that many keys at a right angle in a query's bucket
+    bits = max(0, math.ceil(math.log2(len(k) / parameters.bucket)))
     # With no bits, each table has one bucket.
     tables = parameters.tables if bits else 1
     groups = min(parameters.groups, tables)

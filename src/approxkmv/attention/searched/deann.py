@@ -59,8 +59,7 @@ def estimate(
         if len(lost) and m:
             _add_own_samples(lost, some, k, v, here, m, shift, numerators, row_sums, generator)
         parts.append((numerators, row_sums, shift))
-    together = list(zip(*parts, strict=True))
-    return torch.cat(together[0]), torch.cat(together[1]), torch.cat(together[2])
+    return tuple(torch.cat(part) for part in zip(*parts, strict=True))  # type: ignore[return-value]
 
 
 def _weighted_sums(v: torch.Tensor, keys: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -9,13 +9,12 @@ O_ij at most sqrt(3 |V| log(2 n d_v / delta) / (samples O_ij)) (Chernoff), for a
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
 from approxkmv.attention.causal import pairs_seen
-from approxkmv.attention.contract import Method, per_batch
+from approxkmv.attention.contract import Method
 from approxkmv.attention.exact import fused as exact_fused
 from approxkmv.attention.kernels.exponentials import softmax
 from approxkmv.attention.searched.lazy_gumbel import SampledRows, sample_rows
@@ -67,21 +66,6 @@ def sampled_attention(
     )
 
 
-def _knn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, seed: int, **given: Any) -> torch.Tensor:
-    parameters = Parameters(**given)
-
-    def single(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        if head_size(parameters.top, len(k)) == len(k) and parameters.head == "exact":
-            if q.device.type == "cpu":
-                return exact_fused.attend(q, k, v, scale)
-            count(kernel_evaluations=len(q) * len(k))
-            return softmax((q * scale) @ k.mT) @ v
-        # Attention is invariant to a common shift of the keys; around their mean a graph has shorter distances.
-        return sampled_attention(q * scale, k - k.mean(0), generator, parameters).product(v)
-
-    return per_batch(single, q, k, v, seed)
-
-
 def _causal_block(
     index: Index,
     q: torch.Tensor,
@@ -109,31 +93,40 @@ def _causal_block(
     ).product(v)
 
 
-def _causal(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, seed: int, **given: Any
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    generator: torch.Generator,
+    parameters: Parameters,
+    scale: float,
+    is_causal: bool,
 ) -> torch.Tensor:
-    parameters = Parameters(**given)
+    """Float32 q (n_q, d), k (n_k, d), v (n_k, d_v) to (n_q, d_v); if is_causal, query i sees keys 0 to i."""
+    # Attention is invariant to a common shift of the keys; around their mean a graph has shorter distances.
+    if not is_causal:
+        if head_size(parameters.top, len(k)) < len(k) or parameters.head != "exact":
+            return sampled_attention(q * scale, k - k.mean(0), generator, parameters).product(v)
+        if q.device.type == "cpu":
+            return exact_fused.attend(q, k, v, scale)
+        count(kernel_evaluations=len(q) * len(k))
+        return softmax((q * scale) @ k.mT) @ v
+    # The mean of all keys would include later ones.
+    q, k = q * scale, k - k[:_CAUSAL_ROWS].mean(0)
+    searched = parameters.index_of(k)
+    parts = []
+    for first in range(0, len(q), _CAUSAL_ROWS):
+        last = min(first + _CAUSAL_ROWS, len(q))
+        parts.append(_causal_block(searched, q, k, v, first, last, generator, parameters))
+        searched.add(first, last)
+    return torch.cat(parts)
 
-    def single(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        # As above, but around the mean of the first keys: the mean of all would include later ones.
-        q, k = q * scale, k - k[:_CAUSAL_ROWS].mean(0)
-        searched = parameters.index_of(k)
-        parts = []
-        for first in range(0, len(q), _CAUSAL_ROWS):
-            last = min(first + _CAUSAL_ROWS, len(q))
-            parts.append(_causal_block(searched, q, k, v, first, last, generator, parameters))
-            searched.add(first, last)
-        return torch.cat(parts)
 
-    return per_batch(single, q, k, v, seed)
-
-
-method = Method(
-    name="knn",
-    compute=_knn,
-    causal=_causal,
+method = Method.from_masked(
+    "knn",
+    attend,
+    Parameters,
     summary="nearest keys exactly, the tail by lazy Gumbel sampling; unbiased with an exact index",
-    defaults=asdict(Parameters()),
     may_be_zero=frozenset({"top"}),
     choices={"head": ("exact", "sampled")},
     grid=[

@@ -101,13 +101,7 @@ class _KNNAttention(torch.autograd.Function):
     @staticmethod
     @plain_torch()
     def forward(
-        ctx: Any,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        scale: float,
-        seed: int,
-        parameters: Parameters,
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, seed: int, parameters: Parameters
     ) -> torch.Tensor:
         ctx.save_for_backward(q, k, v)
         ctx.settings = scale, seed, parameters

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 
 import torch
 
 from approxkmv.attention.searched.lazy_gumbel import products_of_pairs
-from approxkmv.compute.trial import Runs, forced
+from approxkmv.compute.trial import Runs, by_form
 
 
 def pairs() -> Runs:
@@ -15,12 +15,5 @@ def pairs() -> Runs:
     generator = torch.Generator().manual_seed(0)
     points = torch.randn(4096, 64, generator=generator)
     rows, keys = torch.randint(4096, (2, 1 << 16), generator=generator)
-
-    def by(form: str) -> Callable[[], object]:
-        def run() -> None:
-            with forced({"attention.searched.trials.pairs": form}):
-                products_of_pairs(points, points, rows, keys)
-
-        return run
-
-    return {form: by(form) for form in ("compiled", "library")}
+    run = partial(products_of_pairs, points, points, rows, keys)
+    return by_form("attention.searched.trials.pairs", run, "compiled", "library")

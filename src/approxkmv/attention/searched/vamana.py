@@ -42,11 +42,7 @@ def sums(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, generator: torch.Gen
     reduced = reduce_attention(q, k, 1.0)
     queries, keys = torch.as_tensor(reduced.queries), torch.as_tensor(reduced.keys)
     graph = build(
-        keys,
-        alpha=parameters.alpha,
-        degree=parameters.degree,
-        beam=parameters.construction,
-        generator=generator,
+        keys, alpha=parameters.alpha, degree=parameters.degree, beam=parameters.construction, generator=generator
     )
     found = graph.search(queries, near, parameters.breadth).keys
     rows = torch.arange(len(q)).repeat_interleave(near)

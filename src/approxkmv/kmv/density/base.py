@@ -65,7 +65,7 @@ class KernelDensity(ABC):
         """Estimates for queries in the units of the points."""
 
     def _rng(self, *purpose: int) -> np.random.Generator:
-        return np.random.default_rng([*(int(w) for w in self._source.generate_state(4)), *purpose])
+        return inputs.generator(self._source, *purpose)
 
 
 def squared_distances(queries: np.ndarray, points: np.ndarray) -> np.ndarray:

@@ -6,28 +6,6 @@ of threads.
 
 from __future__ import annotations
 
-from approxkmv.attention.blocks.loops.clustering import centre_blocks, group, nearest, spreads
-from approxkmv.attention.blocks.loops.expansion import centre_far, expanded_answers, fill_weights, list_near, see
-from approxkmv.attention.blocks.loops.gathered import FEW_COLUMNS, sums_of_keys, wide_sums_of_keys
-from approxkmv.attention.blocks.loops.one_block import answers_of_one_block, controlled_sums_of_one_block
-from approxkmv.attention.blocks.loops.sampling import controlled_sums, draw_light, far_deviations
+from approxkmv.attention.blocks.loops import clustering, expansion, gathered, one_block, sampling
 
-__all__ = [
-    "FEW_COLUMNS",
-    "answers_of_one_block",
-    "centre_blocks",
-    "centre_far",
-    "controlled_sums",
-    "controlled_sums_of_one_block",
-    "draw_light",
-    "expanded_answers",
-    "far_deviations",
-    "fill_weights",
-    "group",
-    "list_near",
-    "nearest",
-    "see",
-    "spreads",
-    "sums_of_keys",
-    "wide_sums_of_keys",
-]
+__all__ = ["clustering", "expansion", "gathered", "one_block", "sampling"]

@@ -1,4 +1,4 @@
-"""Density from a uniform sample of the points."""
+"""Densities from all points, the reference, or from a uniform sample of them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,26 @@ import numpy as np
 from approxkmv.kmv import inputs
 from approxkmv.kmv.costs import Tally
 from approxkmv.kmv.density.base import KernelDensity, row_blocks, squared_distances
+
+
+class ExactDensity(KernelDensity):
+    """The mean kernel value itself.
+
+    >>> ExactDensity(1.0).fit(np.zeros((4, 2))).query(np.zeros((3, 2)))
+    array([1., 1., 1.])
+
+    Args:
+        sigma: the bandwidth. seed: ignored; the result is deterministic.
+    Raises:
+        InputError: sigma not positive, a mismatched width, query before fit.
+    """
+
+    def _estimate(self, queries: np.ndarray) -> np.ndarray:
+        blocks = row_blocks(len(queries), len(self.points), self.block_entries)
+        means = [np.exp(-squared_distances(queries[rows], self.points)).mean(1) for rows in blocks]
+        pairs = len(queries) * len(self.points)
+        self.tally += Tally(pairs, pairs)
+        return np.concatenate(means)
 
 
 class UniformDensity(KernelDensity):
