@@ -35,6 +35,8 @@ MARKERS = (
 LINES = ("-", "--", "-.", ":")
 # The line of the paper's bound, always dotted and named.
 BOUND = "#A00000"
+# Which heads a line shows, as quantiles over a model's heads.
+HEADS = ((0.5, "median head"), (0.9, "90th percentile of heads"), (1.0, "largest head"))
 # The entries of K that a statistic covers, by the prefix of its column.
 ENTRIES = {"": EVERY_KEY, MASKED: OWN_MASK}
 
@@ -107,6 +109,11 @@ def missing_glyphs(figure: Figure) -> list[str]:
     used = {mark for text in figure.findobj(Text) for mark in text.get_text()}
     missing = sorted(mark for mark in used if mark != "\n" and not font.get_char_index(ord(mark)))
     return [mark if mark.isprintable() else f"U+{ord(mark):04X}" for mark in missing]
+
+
+def look(i: int, **more: Any) -> dict[str, Any]:
+    """The colour and marker of a figure's entry i, and more options of a line."""
+    return {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], **more}
 
 
 def entries(before: str, facts: Mapping[str, Any]) -> str:
@@ -184,6 +191,15 @@ def _label_ends_of(axes: Axes, ends: Sequence[tuple[float, float, str, str]], si
             annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3},
         )
+
+
+def ticks_at(axis: Axis, places: Iterable[float]) -> None:
+    """Ticks at these places alone, whatever the axis shows."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    axis.set_major_locator(FixedLocator(list(places)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,g}".replace("-", "−")))
 
 
 def logarithmic_ticks(axis: Axis) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from approxkmv.errors import TableError
 from approxkmv.files import written_whole
+from approxkmv.results.tables import MASKED
 
 if TYPE_CHECKING:
     from approxkmv.models.recording import Layer
@@ -56,6 +57,11 @@ class Shard:
     def count(self) -> int:
         """Number of contexts."""
         return len(self.numbers)
+
+    @property
+    def masks(self) -> tuple[str, ...]:
+        """The prefixes of the columns of its statistics, as in tables.masks_of."""
+        return ("", MASKED) if self.masked else ("",)
 
 
 def write_activations(

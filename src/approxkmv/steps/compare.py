@@ -9,14 +9,7 @@ import pandas as pd
 
 from approxkmv.errors import TableError
 from approxkmv.files import read_table, write_csv
-from approxkmv.results.tables import (
-    masks_of,
-    model_tables,
-    read_heads,
-    read_overview,
-    read_statistics,
-    readings_tables,
-)
+from approxkmv.results.tables import ModelTables, masks_of, read_heads, read_overview, read_statistics
 from approxkmv.slopes import log_log_line
 from approxkmv.statistics.entries import CAUSAL
 from approxkmv.statistics.growth import ENOUGH_TEXTS, FLAT
@@ -40,15 +33,19 @@ def compare(tables: Path, models: Sequence[str], out: Path) -> pd.DataFrame:
     """
     rows = []
     for model in models:
-        names = model_tables(tables, model)
+        names = ModelTables(tables, model)
         overview = read_overview(names.overview, "model", "layers", "heads", "texts_used", "paper_bound")
         heads = read_heads(names.heads, overview, dict.fromkeys(JUDGED, "at least 0"))
-        scaling = read_statistics(names.scaling, {"prefix": "whole", "contexts": "whole"}, {"mean": "at least 0"})
+        scaling = read_statistics(
+            names.context_scaling, {"prefix": "whole", "contexts": "whole"}, {"mean": "at least 0"}
+        )
         for before in masks_of(heads, "max_ratio"):
             if before and f"{before}mean" not in scaling:
-                raise TableError(f"{names.scaling} has no masked values, and {names.heads} has: run summary again")
+                raise TableError(
+                    f"{names.context_scaling} has no masked values, and {names.heads} has: run summary again"
+                )
             rows += claims(overview, heads, scaling, before)
-        readings = read_table(readings_tables(tables, model).readings, READ)
+        readings = read_table(names.readings, READ)
         rows += claims_as_read(overview, readings[readings["entries"] == "all"])
     table = pd.DataFrame(rows)
     write_csv(out, table)
