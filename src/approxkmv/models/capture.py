@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from approxkmv.errors import ApproxKMVError, CaptureError, InputError
+from approxkmv.errors import ApproxKMVError, CaptureError, InputError, one_line
 from approxkmv.models.masks import plain_spans
 from approxkmv.models.recording import ADVICE, Captured, Layer, Recording
 from approxkmv.models.rotary import length_that_changes, scaled_positions
@@ -240,8 +240,6 @@ class CapturableModel:
             raise
         except Exception as error:
             # Anything: it comes from inside an architecture that was never run this way.
-            from approxkmv.errors import one_line
-
             raise CaptureError(
                 f"{self.architecture} does not run on token ids alone "
                 f"({type(error).__name__}: {one_line(error)}): {ADVICE}"

@@ -15,7 +15,7 @@ from approxkmv.files import written_whole
 from approxkmv.results.tables import MASKED
 
 if TYPE_CHECKING:
-    from approxkmv.models.recording import Layer
+    from approxkmv.models.recording import Captured, Layer
 
 
 @dataclass(frozen=True)
@@ -66,33 +66,27 @@ class Shard:
 
 def write_activations(
     path: Path,
-    scales: torch.Tensor,
-    causal: bool,
-    contexts: Mapping[int, tuple[torch.Tensor, torch.Tensor]],
+    texts: Mapping[int, Captured],
+    special: Mapping[int, torch.Tensor],
     origin: str,
-    spans: Mapping[int, torch.Tensor] | None = None,
-    layers: Mapping[int, tuple[Layer, ...]] | None = None,
-    special: Mapping[int, torch.Tensor] | None = None,
+    *,
+    causal: bool,
+    own_masks: bool,
 ) -> None:
-    """Write a safetensors file: `scales` (layers,), `causal`, `masked`, and queries, keys and `special` of each text.
-
-    For a model with masks of its own, also the spans of each text (layers, n, 2), see Captured; from `layers`, each
-    layer's softcap, sinks and bias.
+    """Write a safetensors file: `scales` (layers,), `causal`, `masked`, and of each text, by its index, queries, keys,
+    `special` (see Activations) and each layer's softcap, sinks and bias; for a model with masks of its own also spans.
     """
     from safetensors.torch import save_file
 
-    tensors = {"scales": scales.to(torch.float64).contiguous(), "causal": torch.tensor([int(causal)])}
-    tensors["masked"] = torch.tensor([int(causal or spans is not None)])
-    for context, (queries, keys) in contexts.items():
-        tensors[f"{context:07d}.queries"] = queries.contiguous()
-        tensors[f"{context:07d}.keys"] = keys.contiguous()
-        none = torch.zeros(queries.shape[2], dtype=torch.bool)
-        tensors[f"{context:07d}.special"] = none if special is None else special[context]
-        if spans is not None:
-            tensors[f"{context:07d}.spans"] = spans[context].contiguous()
-        own = () if layers is None else layers[context]
-        for place in range(len(own)):
-            tensors |= {f"{context:07d}.{place}.{name}": value for name, value in _beside(own, place)}
+    scales = next((one.scales for one in texts.values()), torch.zeros(0, dtype=torch.float64))
+    tensors = {"scales": scales, "causal": torch.tensor([int(causal)])}
+    tensors["masked"] = torch.tensor([int(causal or own_masks)])
+    for context, one in texts.items():
+        own = {"queries": one.queries, "keys": one.keys, "special": special[context]}
+        own |= {"spans": one.spans} if own_masks else {}
+        for place in range(len(one.layers)):
+            own |= {f"{place}.{name}": value for name, value in _beside(one.layers, place)}
+        tensors |= {f"{context:07d}.{name}": value.contiguous() for name, value in own.items()}
     with written_whole(path) as temporary:
         save_file(tensors, temporary, metadata={"origin": origin})
 
@@ -106,7 +100,7 @@ def _beside(layers: Sequence[Layer], place: int) -> Iterator[tuple[str, torch.Te
         yield "sinks", layer.sinks.detach().cpu().clone()
     if layer.bias is not None:
         earlier = [i for i in range(place) if _same(layers[i].bias, layer.bias)]
-        yield "bias", torch.tensor(earlier[0]) if earlier else layer.bias.detach().cpu().clone().contiguous()
+        yield "bias", torch.tensor(earlier[0]) if earlier else layer.bias.detach().cpu().clone()
 
 
 def _same(one: torch.Tensor | None, other: torch.Tensor) -> bool:
