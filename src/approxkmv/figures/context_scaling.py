@@ -40,14 +40,8 @@ def draw(tables: Path, models: Sequence[str], stem: Path) -> list[Path]:
     for i, (table, facts) in enumerate(read):
         look = style.look(i)
         prefix, solid = table["prefix"], table["contexts"] >= ENOUGH_TEXTS
-        top.fill_between(
-            prefix,
-            (table["mean"] - table["std"]).clip(lower=table["min"]),
-            table["mean"] + table["std"],
-            color=look["color"],
-            alpha=0.18,
-            linewidth=0,
-        )
+        below, above = (table["mean"] - table["std"]).clip(lower=table["min"]), table["mean"] + table["std"]
+        top.fill_between(prefix, below, above, color=look["color"], alpha=0.18, linewidth=0)
         style.draw_points(top, prefix, table["mean"], solid, label=facts["label"], markersize=5, **look)
         ends.append((prefix.iloc[-1], table["mean"].iloc[-1], _short(facts["label"]), look["color"]))
         if MASKED in masks_of(table, "mean"):

@@ -29,18 +29,12 @@ def draw(table: Path, output_stem: Path) -> list[Path]:
                 continue
             # The rounding errors of exact rows would stretch the axis over six decades.
             error, high = (points[f"{frame.attrs['error']}_{name}"].clip(lower=1e-3) for name in ("median", "p95"))
-            line = drawn.linestyle if points["kind"].iloc[0] == "approximate" else "none"
-            style = {"color": drawn.color, "marker": drawn.marker, "markersize": 4.5, "linestyle": line}
-            draw_points(axis, points["seconds"], error, points["reached"] != "no", linewidth=1, label=method, **style)
-            axis.errorbar(
-                points["seconds"],
-                error,
-                xerr=[points["seconds"] - points["seconds_q1"], points["seconds_q3"] - points["seconds"]],
-                yerr=[error * 0, (high - error).clip(lower=0)],
-                fmt="none",
-                ecolor=drawn.color,
-                elinewidth=1,
-            )
+            own = drawn if points["kind"].iloc[0] == "approximate" else drawn | {"linestyle": "none"}
+            seconds, reached = points["seconds"], points["reached"] != "no"
+            draw_points(axis, seconds, error, reached, linewidth=1, label=method, markersize=4.5, **own)
+            beside = [seconds - points["seconds_q1"], points["seconds_q3"] - seconds]
+            above = [error * 0, (high - error).clip(lower=0)]
+            axis.errorbar(seconds, error, above, beside, fmt="none", ecolor=drawn["color"], elinewidth=1)
         for target in sorted(some["target"].dropna().unique()):
             axis.axhline(target, color="0.75", linewidth=0.7, zorder=0)
         axis.set_xscale("log")

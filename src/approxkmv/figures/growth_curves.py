@@ -66,14 +66,7 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
         below = any((c < axes.get_ylim()[0]).any() for of, c, *_ in drawn if of is axes)
         if not any(of is axes for of, *_ in drawn):
             continue
-        axes.legend(
-            frameon=False,
-            fontsize=7,
-            loc="upper center",
-            bbox_to_anchor=(0.5, -0.14),
-            title=f"points on the axis: c below {axes.get_ylim()[0]:.1g}" if below else "",
-            title_fontsize=7,
-        )
+        style.legend_under(axes, 0.14, f"points on the axis: c below {axes.get_ylim()[0]:.1g}" if below else "")
     for axes, c, solid, look in drawn:
         style.mark_beyond(axes, c.index, c, solid, **look)
     panels[0].set_ylabel("c of the average text")

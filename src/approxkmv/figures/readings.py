@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from approxkmv.figures import style
 from approxkmv.files import read_table
@@ -46,31 +47,13 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
         for row, look in zip(own.itertuples(), looks, strict=True):
             beyond |= style.mark_beyond(axes, [row.largest_ratio], [row.median_double], **look)
         low, bottom = axes.get_xlim()[0], axes.get_ylim()[0]
-        axes.add_patch(
-            Rectangle(
-                (low, bottom),
-                bound - low,
-                DOUBLE - bottom,
-                facecolor="#009E7322",
-                edgecolor="black",
-                hatch="//",
-                linewidth=0,
-                zorder=0,
-            )
-        )
+        hatched: dict[str, Any] = {"facecolor": "#009E7322", "edgecolor": "black", "hatch": "//", "linewidth": 0}
+        axes.add_patch(Rectangle((low, bottom), bound - low, DOUBLE - bottom, zorder=0, **hatched))
         for axis in (axes.xaxis, axes.yaxis):
             style.logarithmic_ticks(axis)
         axes.set_xlabel("largest c over heads and texts")
         axes.set_title(style.entries("" if kind == "all" else MASKED, facts), fontsize=8, loc="left", pad=9)
-        axes.legend(
-            frameon=False,
-            fontsize=7,
-            loc="upper center",
-            bbox_to_anchor=(0.5, -0.16),
-            ncols=2,
-            title=f"heads with c at most {bound:g}",
-            title_fontsize=7,
-        )
+        style.legend_under(axes, 0.16, f"heads with c at most {bound:g}", ncols=2)
     panels[0].set_ylabel("$K_{(n)}\\,/\\,K_{(2n)}$, median over heads")
     fewest, most = int(table["texts"].min()), int(table["texts"].max())
     texts = f"{fewest} texts" if fewest == most else f"{fewest} to {most} texts"

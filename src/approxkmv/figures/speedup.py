@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +41,7 @@ def draw(table: Path, output_stem: Path) -> list[Path]:
         shown += [method for method in known if method != PAPER][: MOST - len(shown)]
         left_out += len(known) - len(shown)
         for method in shown:
-            line, drawn = lines[method], asdict(look[method])
+            line, drawn = lines[method], look[method]
             band = {"where": line["held"], "color": drawn["color"], "alpha": 0.15, "linewidth": 0}
             axis.fill_between(line.index, line["times_faster_q1"], line["times_faster_q3"], **band)
             if len(line) == 1:  # which has no band
@@ -61,7 +60,7 @@ def draw(table: Path, output_stem: Path) -> list[Path]:
         axis.set_ylabel("times faster than the fastest exact", fontsize=8)
         logarithmic_ticks(axis.yaxis)
         last = {m: lines[m].iloc[-1]["times_faster"] for m in shown}
-        ends.append([(float(lines[m].index[-1]), float(last[m]), m, look[m].color) for m in shown])
+        ends.append([(float(lines[m].index[-1]), float(last[m]), m, look[m]["color"]) for m in shown])
     headline(figure, f"Figure 5: {finding(frame)}")
     label_ends(figure, zip(axes, ends, strict=True))
     more = f"; {counted(left_out, 'slower line')} in the table only" if left_out else ""

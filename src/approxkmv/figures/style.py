@@ -113,7 +113,7 @@ def missing_glyphs(figure: Figure) -> list[str]:
 
 def look(i: int, **more: Any) -> dict[str, Any]:
     """The colour and marker of a figure's entry i, and more options of a line."""
-    return {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], **more}
+    return {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]} | more
 
 
 def entries(before: str, facts: Mapping[str, Any]) -> str:
@@ -253,6 +253,12 @@ def legend_below(figure: Figure, text: str, **options: Any) -> None:
     """Put a figure's legend below its axes, with a small heading unless the text is empty."""
     heading = {"title": text, "title_fontsize": 7, "alignment": "left"} if text else {}
     figure.legend(frameon=False, fontsize=8, loc="outside lower left", **options, **heading)
+
+
+def legend_under(axes: Axes, drop: float, title: str, **options: Any) -> None:
+    """Put the legend of axes below them, by `drop` of their height, with a title unless it is empty."""
+    place: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -drop), "frameon": False}
+    axes.legend(fontsize=7, title=title, title_fontsize=7, **place, **options)
 
 
 def wrapped(text: str, width: int) -> str:

@@ -122,7 +122,6 @@ def read_activations(path: Path) -> Shard:
         raise TableError(f"{path} is missing: run extract for this model and shard first") from error
     except (SafetensorError, OSError, KeyError, TypeError) as error:
         raise TableError(f"{path} cannot be read ({error}): delete it and run extract again") from error
-    contexts = tuple(int(name.partition(".")[0]) for name in names if name.endswith(".queries"))
     names_of: dict[int, list[str]] = defaultdict(list)
     for name in names:
         if name[0].isdigit():
@@ -130,8 +129,8 @@ def read_activations(path: Path) -> Shard:
 
     def each() -> Iterator[Activations]:
         with safe_open(path, framework="pt") as handle:
-            for context in contexts:
-                found = {name[8:]: handle.get_tensor(name) for name in names_of[context]}
+            for context, own in names_of.items():
+                found = {name[8:]: handle.get_tensor(name) for name in own}
                 beside: list[dict[str, Any]] = []
                 for place in range(len(scales)):
                     softcap, sinks, bias = (found.get(f"{place}.{what}") for what in ("softcap", "sinks", "bias"))
@@ -143,4 +142,4 @@ def read_activations(path: Path) -> Shard:
                     context, found["queries"], found["keys"], found.get("spans"), tuple(beside), found["special"]
                 )
 
-    return Shard(scales, causal, masked, origin, contexts, each())
+    return Shard(scales, causal, masked, origin, tuple(names_of), each())
