@@ -9,7 +9,7 @@ from typing import TypeAlias
 import numpy as np
 import torch
 
-from approxkmv.arrays import Array, queries_and_keys, resolve_scale
+from approxkmv.arrays import Array, is_whole, queries_and_keys, resolve_scale
 from approxkmv.compute.scratch import scratch
 from approxkmv.compute.threads import over_items
 from approxkmv.compute.torch_state import plain_torch
@@ -212,9 +212,9 @@ def _run(
     least = 3 if masks[-1] is True else 2
     if keys.shape[-2] != n:
         raise InputError(f"q has {n} rows and k has {keys.shape[-2]}: prefixes need the queries and keys of one text")
-    if not isinstance(min_prefix, (int, np.integer)) or isinstance(min_prefix, bool) or min_prefix < 1:
+    if not is_whole(min_prefix) or min_prefix < 1:
         raise InputError(f"min_prefix is {min_prefix!r}: it must be a whole number of at least 1")
-    if not isinstance(memory, (int, np.integer)) or isinstance(memory, bool) or memory < 1:
+    if not is_whole(memory) or memory < 1:
         raise InputError(f"memory is {memory!r}: it must be a whole number of bytes, at least 1")
     if ratios and n < min_prefix:
         raise InputError(f"there are {n} tokens and min_prefix is {min_prefix}: give a longer text or a smaller one")
