@@ -13,7 +13,7 @@ from reference import REFERENCE, ROOT, machine, markdown, number
 
 from approxkmv.figures.gauge import NEEDED_POWER
 from approxkmv.kmv.complexity import bound_exponents
-from approxkmv.results.tables import MASKED, gauge_table, masks_of, model_tables
+from approxkmv.results.tables import MASKED, ModelTables, masks_of
 from approxkmv.statistics.gauge import TOLERANCE
 from approxkmv.statistics.growth import FAST, FLAT, FLOOR, PAPER_BOUND, SIZES, TRENDS
 
@@ -95,7 +95,7 @@ def families() -> str:
 
 def gauge(model: str) -> str:
     """Medians over heads at each t."""
-    table = pd.read_csv(gauge_table(REFERENCE / "embedded" / "tables", model))
+    table = pd.read_csv(ModelTables(REFERENCE / "embedded" / "tables", model).gauge)
     lines = []
     for t, rows in table.groupby("t"):
         medians = rows.select_dtypes("number").median()
@@ -120,7 +120,7 @@ def _tenths(value: float) -> str:
 
 def _errors(model: str, best: bool) -> pd.DataFrame:
     """Per head, the row at t = 1, or at the t that tolerates the largest error."""
-    table = pd.read_csv(gauge_table(REFERENCE / "embedded" / "tables", model)).dropna(subset="log10_bound")
+    table = pd.read_csv(ModelTables(REFERENCE / "embedded" / "tables", model).gauge).dropna(subset="log10_bound")
     if not best:
         return table[table["t"] == 1.0]
     return table.loc[table.groupby(["layer", "head"])["log10_bound"].idxmax()]
@@ -224,7 +224,7 @@ def models() -> str:
     lines = []
     for study, model in (("embedded", MINILM), ("embedded", SMOLLM), *(("families", m) for m in FAMILIES), *GROWTH):
         folder = REFERENCE / study / "tables"
-        path = model_tables(folder, model).overview
+        path = ModelTables(folder, model).overview
         facts = json.loads((path if path.exists() else folder / f"lengths_{model}.json").read_text(encoding="utf-8"))
         lines.append(
             {
@@ -236,7 +236,7 @@ def models() -> str:
                 "largest n": f"{facts['tokens_max'] if 'tokens_max' in facts else max(facts['lengths']):,}",
             }
         )
-    made = machine(model_tables(REFERENCE / "embedded" / "tables", MINILM).overview)
+    made = machine(ModelTables(REFERENCE / "embedded" / "tables", MINILM).overview)
     return f"{markdown(pd.DataFrame(lines))}\n\n{made}.\n"
 
 
@@ -249,7 +249,7 @@ def _reading(study: str, model: str, name: str, entries: str, column: str) -> st
 
 
 def _at(model: str, t: float, what: Callable[[pd.DataFrame], str]) -> str:
-    table = pd.read_csv(gauge_table(REFERENCE / "embedded" / "tables", model))
+    table = pd.read_csv(ModelTables(REFERENCE / "embedded" / "tables", model).gauge)
     return what(table[table["t"] == t])
 
 

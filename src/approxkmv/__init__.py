@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from approxkmv.lazy import attributes
@@ -25,26 +26,20 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 # Imported on first use, so that a machine with only torch can import the parts that need nothing else.
-_HOME = {
-    "ApproxKMVError": "approxkmv.errors",
-    "AttentionReduction": "approxkmv.kernels",
-    "reduce_attention": "approxkmv.kernels",
-    "log_kernel": "approxkmv.kernels",
-    "AttentionStatistics": "approxkmv.statistics",
-    "OrderRatios": "approxkmv.statistics",
-    "attention_statistics": "approxkmv.statistics",
-    "head_to_tail_ratios": "approxkmv.statistics",
-    "order_ratios": "approxkmv.statistics",
-    "approx_kmv": "approxkmv.kmv.algorithm",
-    "KMVResult": "approxkmv.kmv.algorithm",
-    "approx_attention": "approxkmv.kmv.attention_product",
-    "top_eigenvalue": "approxkmv.operator.eigenvalue",
-    "KernelOperator": "approxkmv.operator.kernel_operator",
+_NAMES = {
+    "errors": ["ApproxKMVError"],
+    "kernels": ["AttentionReduction", "log_kernel", "reduce_attention"],
+    "kmv.algorithm": ["KMVResult", "approx_kmv"],
+    "kmv.attention_product": ["approx_attention"],
+    "operator.eigenvalue": ["top_eigenvalue"],
+    "operator.kernel_operator": ["KernelOperator"],
+    "statistics": [
+        *("AttentionStatistics", "OrderRatios", "attention_statistics", "head_to_tail_ratios", "order_ratios"),
+    ],
 }
-
-__all__ = sorted(_HOME)
-__getattr__ = attributes(__name__, _HOME)
+__all__ = sorted(chain(*_NAMES.values()))
+__getattr__ = attributes(__name__, _NAMES)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME])
+    return sorted([*globals(), *__all__])

@@ -84,19 +84,28 @@ def queries_and_keys(q: Array, k: Array) -> tuple[torch.Tensor, torch.Tensor, Ca
     return queries, keys, back
 
 
+def is_whole(value: object) -> bool:
+    """Whether this is a whole number of Python's or NumPy's; True and False are none."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> bool:
+    """Whether this is a whole or floating-point number of Python's or NumPy's."""
+    return is_whole(value) or isinstance(value, (float, np.floating))
+
+
 def resolve_scale(scale: float | None, d: int) -> float:
     """The factor of the logits; None means 1/sqrt(d). Raises InputError unless positive and at most 1e100."""
     if scale is None:
         return 1.0 / math.sqrt(d)
-    is_number = isinstance(scale, (int, float, np.floating, np.integer)) and not isinstance(scale, bool)
-    if not (is_number and 0 < scale <= LARGEST_PRODUCT):
+    if not (is_number(scale) and 0 < scale <= LARGEST_PRODUCT):
         raise InputError(f"scale is {scale!r}: it must be a positive number, at most {LARGEST_PRODUCT:g}")
     return float(scale)
 
 
 def resolve_seed(seed: int) -> int:
     """The seed of a method's random numbers. Raises InputError unless an integer in 0 ... 2^63 - 1."""
-    if not isinstance(seed, (int, np.integer)) or isinstance(seed, bool) or not 0 <= seed < 2**63:
+    if not (is_whole(seed) and 0 <= seed < 2**63):
         raise InputError(f"seed is {seed!r}: it must be a whole number, at least 0 and below 2^63")
     return int(seed)
 

@@ -12,30 +12,15 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = (
-    "numpy",
-    "torch",
-    "numba",
-    "transformers",
-    "datasets",
-    "pandas",
-    "matplotlib",
-    "snakemake",
-    "triton",
-    "faiss-cpu",
-    "scikit-learn",
-    "pykeops",
+    *("numpy", "torch", "numba", "transformers", "datasets", "pandas", "matplotlib", "snakemake", "triton"),
+    *("faiss-cpu", "scikit-learn", "pykeops"),
 )
 
 
 def processor() -> str:
     """The processor's model name, or what the platform calls it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+    name = re.search(r"^model name.*?:(.*)", _cpuinfo(), re.MULTILINE)
+    return name[1].strip() if name else platform.processor() or platform.machine()
 
 
 # What decides how fast exact attention is in either precision; names of processors often hide it.
@@ -44,11 +29,16 @@ _INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 def instructions() -> list[str]:
     """The vector and matrix instructions that the processor says it has, of those that matter for timings."""
-    try:
-        flags = set(re.findall(r"\S+", Path("/proc/cpuinfo").read_text()))
-    except OSError:
-        return []
+    flags = set(_cpuinfo().split())
     return [name for name in _INSTRUCTIONS if name in flags]
+
+
+def _cpuinfo() -> str:
+    """What Linux says of the processors; nothing on other systems."""
+    try:
+        return Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return ""
 
 
 def versions() -> dict[str, str]:

@@ -10,8 +10,24 @@ import transformers
 
 from approxkmv.models import Captured, ModelLocation
 from approxkmv.models.loading import quiet
+from approxkmv.models.recording import Layer
+from approxkmv.results.activations import write_activations
 
 VOCABULARY = 61
+
+
+def save_activations(path: Path, texts: dict[int, Captured], *, causal: bool, own_masks: bool = False) -> None:
+    """What extract writes of these texts, without special tokens."""
+    special = {index: torch.zeros(one.queries.shape[2], dtype=torch.bool) for index, one in texts.items()}
+    write_activations(path, texts, special, "weights a, texts b", causal=causal, own_masks=own_masks)
+
+
+def captured_of(queries: torch.Tensor, keys: torch.Tensor, *scales: float) -> Captured:
+    """Queries and keys (layers, heads, n, d) of plain layers, with a scale for each."""
+    spans = torch.tensor([0, queries.shape[2]]).expand(len(scales), queries.shape[2], 2)
+    return Captured(queries, keys, torch.tensor(scales, dtype=torch.float64), None, spans, (Layer(),) * len(scales))
+
+
 TEXTS = [[5, 17, 40, 8, 23, 11, 52, 30, 9, 14, 33], [7, 29, 12], [44, 6, 18, 50, 21, 13, 19]]
 """Three texts of different lengths, without the ids 0 to 2 that serve as padding somewhere."""
 

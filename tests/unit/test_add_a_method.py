@@ -64,7 +64,7 @@ assert "my-method" in [text.get_text() for text in drawn[0].axes[0].texts]
 assert {{"mean", "my-method"}} <= {{text.get_text() for text in drawn[1].legends[0].get_texts()}}
 found = sweep_table.looks(sweep_table.read_sweep(Path("sweep.csv")))
 assert list(found) == ["mean", "exact-fused", "my-method"], found
-assert len({{(look.color, look.marker) for look in found.values()}}) == 3, found
+assert len({{(look['color'], look['marker']) for look in found.values()}}) == 3, found
 # In the crossovers methods are the names of the rows.
 assert "my-method" in [label.get_text() for label in drawn[2].axes[0].get_yticklabels()]
 """

@@ -6,11 +6,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from models_support import ARCHITECTURES, SMALL, own_attentions, save_random
+from models_support import ARCHITECTURES, SMALL, captured_of, own_attentions, save_activations, save_random
 
 from approxkmv.errors import InputError
 from approxkmv.models import CapturableModel
-from approxkmv.results.activations import read_activations, write_activations
+from approxkmv.results.activations import read_activations
 from approxkmv.results.tables import ATTENTION
 from approxkmv.steps.attention import measure_attention
 
@@ -44,15 +44,7 @@ def test_the_table_is_of_the_models_own_attention(tmp_path, name):
     location = save_random(tmp_path, *MODELS[name])
     model = CapturableModel.load(location)
     captured = dict(enumerate(model.capture(TEXTS)))
-    write_activations(
-        tmp_path / "qk.safetensors",
-        captured[0].scales,
-        model.is_causal,
-        {i: (one.queries, one.keys) for i, one in captured.items()},
-        "weights a, texts b",
-        {i: one.spans for i, one in captured.items()} if model.has_own_masks else None,
-        {i: one.layers for i, one in captured.items()},
-    )
+    save_activations(tmp_path / "qk.safetensors", captured, causal=model.is_causal, own_masks=model.has_own_masks)
     for item in read_activations(tmp_path / "qk.safetensors").contexts:
         for layer, beside in enumerate(item.beside):
             own = captured[item.context].softmax_of(layer)
@@ -74,7 +66,7 @@ def test_the_table_is_of_the_models_own_attention(tmp_path, name):
 
 
 def test_a_shard_without_texts_has_a_table_without_rows(tmp_path):
-    write_activations(tmp_path / "qk.safetensors", torch.ones(2), True, {}, "weights a, texts b")
+    save_activations(tmp_path / "qk.safetensors", {}, causal=True)
     assert measure_attention("m", tmp_path / "qk.safetensors", tmp_path / "attention.parquet") == 0
     table = pd.read_parquet(tmp_path / "attention.parquet")
     assert table.empty
@@ -84,6 +76,6 @@ def test_a_shard_without_texts_has_a_table_without_rows(tmp_path):
 def test_what_is_not_finite_is_refused_by_model_and_text(tmp_path):
     q = torch.ones(1, 1, 9, 4)
     q[0, 0, 3] = torch.nan
-    write_activations(tmp_path / "qk.safetensors", torch.ones(1), True, {7: (q, q.clone())}, "weights a, texts b")
+    save_activations(tmp_path / "qk.safetensors", {7: captured_of(q, q.clone(), 1.0)}, causal=True)
     with pytest.raises(InputError, match="model m, context 7: q holds a NaN"):
         measure_attention("m", tmp_path / "qk.safetensors", tmp_path / "attention.parquet")

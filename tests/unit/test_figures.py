@@ -252,8 +252,8 @@ def test_every_method_has_a_look_of_its_own():
     frame = pd.DataFrame({"method": [*METHODS, "new"], "kind": "approximate"})
     found = list(looks(frame).values())
     # By shape alone: points that no line joins have nothing else.
-    assert len({look.marker for look in found}) == len(found) == len(METHODS) + 1
-    seen = [as_seen_without_green(look.color) for look in found]
+    assert len({look["marker"] for look in found}) == len(found) == len(METHODS) + 1
+    seen = [as_seen_without_green(look["color"]) for look in found]
     assert all(np.linalg.norm(one - other) > 25 for one, other in itertools.pairwise(seen))
     # A table with fewer methods draws them as one with all does.
     assert looks(frame[frame["method"] == "knn"])["knn"] == looks(frame)["knn"]

@@ -8,14 +8,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from models_support import ARCHITECTURES, LENGTH_DEPENDENT, SMALL, own_attentions, save_random
+from models_support import ARCHITECTURES, LENGTH_DEPENDENT, SMALL, own_attentions, save_activations, save_random
 
 from approxkmv import attention_statistics, log_kernel
 from approxkmv.config import load_config, study_of
 from approxkmv.errors import CaptureError
 from approxkmv.models import CapturableModel, recording
 from approxkmv.models.masks import plain_spans, spans_of
-from approxkmv.results.activations import write_activations
 from approxkmv.steps.extract import require_true_prefixes
 from approxkmv.steps.lengths import measure_lengths
 from approxkmv.steps.statistics import measure
@@ -55,11 +54,8 @@ def test_the_masked_statistics_are_those_of_the_models_own_mask(tmp_path, name):
     assert ((place >= captured.spans[..., :1]) & (place < captured.spans[..., 1:])).equal(seen)
     assert int(seen[0].sum()) < int(seen[1].sum()) or name in ("Mistral", "ModernBERT")
 
-    contexts = {i: (one.queries, one.keys) for i, one in enumerate((captured, short))}
-    spans = {i: one.spans for i, one in enumerate((captured, short))}
-    write_activations(
-        tmp_path / "qk.safetensors", captured.scales, model.is_causal, contexts, "weights a, texts b", spans
-    )
+    contexts = {0: captured, 1: short}
+    save_activations(tmp_path / "qk.safetensors", contexts, causal=model.is_causal, own_masks=True)
     measure(name, tmp_path / "qk.safetensors", 20, [30], tmp_path / "heads.parquet", tmp_path / "prefixes.parquet")
     heads = pd.read_parquet(tmp_path / "heads.parquet").query("context == 0")
     prefixes = pd.read_parquet(tmp_path / "prefixes.parquet").query("context == 0")

@@ -8,12 +8,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from models_support import captured_of, save_activations
 
 from approxkmv.config import load_config, study_of
 from approxkmv.errors import TableError
 from approxkmv.files import write_parquet
 from approxkmv.kernels import log_kernel
-from approxkmv.results.activations import write_activations
 from approxkmv.statistics.heads import head_statistics, unmasked_and_masked_statistics
 from approxkmv.statistics.readings import READINGS, even_places, readings
 from approxkmv.steps.readings import measure_readings
@@ -166,8 +166,8 @@ def test_over_all_shards_as_many_texts_are_measured_as_the_study_asks_for(tmp_pa
     write_parquet(tmp_path / "texts.parquet", pd.DataFrame({"index": numbers, "name": "t", "text": "t"}))
     of_shards = []
     for shard in range(3):
-        ours = {number: (torch.randn(1, 1, 6, 4), torch.randn(1, 1, 6, 4)) for number in numbers[4 * shard :][:4]}
-        write_activations(tmp_path / "a.safetensors", torch.ones(1), False, ours, "origin")
+        ours = {number: captured_of(*torch.randn(2, 1, 1, 6, 4), 1.0) for number in numbers[4 * shard :][:4]}
+        save_activations(tmp_path / "a.safetensors", ours, causal=False)
         count, _ = measure_readings(
             study, "m", tmp_path / "a.safetensors", tmp_path / "texts.parquet", tmp_path / "r.parquet"
         )
@@ -181,7 +181,7 @@ def test_over_all_shards_as_many_texts_are_measured_as_the_study_asks_for(tmp_pa
 def test_activations_of_other_texts_are_one_line(tmp_path):
     study = study_of(load_config(Path(__file__).parents[2] / "config.yaml"), "embedded")
     write_parquet(tmp_path / "texts.parquet", pd.DataFrame({"index": [1], "name": "t", "text": "t"}))
-    pair = torch.randn(1, 1, 6, 4), torch.randn(1, 1, 6, 4)
-    write_activations(tmp_path / "a.safetensors", torch.ones(1), False, {2: pair}, "origin")
+    other = captured_of(*torch.randn(2, 1, 1, 6, 4), 1.0)
+    save_activations(tmp_path / "a.safetensors", {2: other}, causal=False)
     with pytest.raises(TableError, match="has texts that"):
         measure_readings(study, "m", tmp_path / "a.safetensors", tmp_path / "texts.parquet", tmp_path / "r.parquet")

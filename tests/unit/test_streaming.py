@@ -11,12 +11,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from models_support import captured_of, save_activations
 
 from approxkmv import log_kernel
 from approxkmv.config import Study, load_config, study_of
 from approxkmv.errors import ConfigError, InputError, NonFiniteError
 from approxkmv.progress import Times
-from approxkmv.results.activations import write_activations
 from approxkmv.statistics import head_statistics
 from approxkmv.statistics.entries import CAUSAL
 from approxkmv.statistics.largest import Largest
@@ -156,7 +156,7 @@ def two_layers(folder: Path) -> Study:
     """Activations of one text of 60 tokens, 2 layers and 3 heads, and a study whose lengths it reaches in part."""
     generator = torch.Generator().manual_seed(9)
     q, k = (torch.randn(2, 3, 60, 8, generator=generator) for _ in range(2))
-    write_activations(folder / "qk.safetensors", torch.tensor([0.3, 0.4]), True, {0: (q, k)}, "weights a, texts b")
+    save_activations(folder / "qk.safetensors", {0: captured_of(q, k, 0.3, 0.4)}, causal=True)
     taken = {"context": [0], "tokens": 60, "cut": 0, "used": True, "causal": True, "mask": CAUSAL, "left_out": ""}
     pd.DataFrame(taken).to_csv(folder / "contexts.csv", index=False)
     study = study_of(load_config(Path(__file__).parents[2] / "config.yaml"), "lengths")

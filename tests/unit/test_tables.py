@@ -10,7 +10,7 @@ import pytest
 
 from approxkmv.config import Study, load_config, study_of
 from approxkmv.errors import TableError
-from approxkmv.figures import context_scaling, max_ratios, order_ratios
+from approxkmv.figures import context_scaling, max_ratios, order_ratios, style
 from approxkmv.files import write_parquet
 from approxkmv.statistics.entries import CAUSAL, EVERY_KEY
 from approxkmv.statistics.readings import POWERS, READINGS
@@ -242,7 +242,7 @@ def test_figures_draw_both_masks_of_a_causal_model(tmp_path, monkeypatch, causal
 
     _, name = summarised(tmp_path, causal=causal)
     drawn = {}
-    for module in (max_ratios, order_ratios, context_scaling):
+    for module in (max_ratios, order_ratios, style):
         monkeypatch.setattr(module, "save", lambda figure, stem: drawn.setdefault(stem, figure) and [])
     max_ratios.draw(tmp_path / "tables", name, "c")
     order_ratios.draw(tmp_path / "tables", name, "order")

@@ -1,25 +1,14 @@
 TABLES = f"{RESULTS}/tables"
-# The tables of a figure of one model, by the name of its rule; in place of {} the model's name.
-OF_MODEL = {
-    "max_ratios": ["heads_{}.csv", "overview_{}.json"],
-    "order_ratios": ["heads_{}.csv", "overview_{}.json"],
-    "readings_figure": ["readings_{}.csv", "readings_path_{}.csv", "overview_{}.json"],
-    "gauge_figure": ["gauge_{}.csv", "overview_{}.json"],
-    "attention_support": ["attention_{}.csv", "overview_{}.json"],
-    "length_scaling_figure": ["length_scaling_{}.csv", "lengths_{}.json"],
-    # Beside the tables of growth, what is known of a model's texts and heads.
-    **dict.fromkeys(
-        ["growth_figure", "growth_curves"],
-        [
-            "growth_{}.csv",
-            "growth_curves_{}.csv",
-            "lengths_{}.json" if STUDY.lengths else "overview_{}.json",
-        ],
-    ),
-}
+# What is known of a model's texts and heads; in place of {} the model's name.
+FACTS = "lengths_{}.json" if STUDY.lengths else "overview_{}.json"
 
-for NAME, FILES in OF_MODEL.items():
+# The rules of the figures of one model; a step has the name of some of these figures.
+for NAME in [
+    *("max_ratios", "order_ratios", "readings_figure", "gauge_figure"),
+    *("attention_support", "length_scaling_figure", "growth_figure", "growth_curves"),
+]:
     FIGURE = NAME.removesuffix("_figure")
+    FILES = (*FIGURES[FIGURE].tables, FACTS)
 
     rule:
         name:

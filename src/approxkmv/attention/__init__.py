@@ -60,4 +60,4 @@ def get(name: str) -> Method:
 
 
 # On demand: method names in a configuration are checked without importing torch.
-__getattr__ = attributes(__name__, dict.fromkeys(("Method", "UnavailableError"), f"{__name__}.contract"))
+__getattr__ = attributes(__name__, {"contract": ["Method", "UnavailableError"]})

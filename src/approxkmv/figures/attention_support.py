@@ -6,7 +6,7 @@ from pathlib import Path
 
 from approxkmv.figures.heatmap import Scale, draw_heatmap, grid, is_wide, new_panels
 from approxkmv.figures.style import as_written, entries, footnote, save, short
-from approxkmv.results.tables import masks_of, model_tables, read_heads, read_overview
+from approxkmv.results.tables import ModelTables, masks_of, read_heads, read_overview
 from approxkmv.words import counted
 
 SUPPORT = Scale(1.0, 512.0, (1, 3, 10, 30, 100, 300), "keys, mean over rows and texts")
@@ -18,7 +18,7 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
 
     One row of panels is over every key; if layers have masks or more, another shows the model's own softmax.
     """
-    names = model_tables(tables, model)
+    names = ModelTables(tables, model)
     facts = as_written(read_overview(names.overview, "label", "layers", "heads", "texts_used", "corpus"))
     table = read_heads(names.attention, facts, dict.fromkeys(("support", "first_mass"), "at least 0"))
     masks = masks_of(table, "support")

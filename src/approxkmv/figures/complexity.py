@@ -10,7 +10,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from approxkmv.errors import TableError
-from approxkmv.figures.style import COLOURS, MARKERS, headline, logarithmic_ticks, new_figure, save
+from approxkmv.figures import style
+from approxkmv.figures.style import headline, logarithmic_ticks, new_figure, save
 from approxkmv.files import read_table
 from approxkmv.kmv.complexity import COLUMNS, FITTED, PAPER_EXPONENT, fit_exponents
 
@@ -52,10 +53,10 @@ def draw(table_path: str | Path, output_stem: str | Path) -> list[Path]:
 def _draw_costs(axes: Axes, table: pd.DataFrame) -> None:
     means = table.groupby(["kernel", "n"], sort=False).mean(numeric_only=True).reset_index()
     n = np.sort(means["n"].unique()).astype(float)
-    for colour, marker, (name, group) in zip(COLOURS, MARKERS, means.groupby("kernel", sort=False), strict=False):
+    for i, (name, group) in enumerate(means.groupby("kernel", sort=False)):
         label = f"asked for: {name}".replace("$", r"\$")
-        axes.plot(group["n"], group["total"], color=colour, marker=marker, ms=4.5, label=label)
-        axes.plot(group["n"], group["heavy"], color=colour, marker=marker, linestyle=":", ms=3, lw=1)
+        axes.plot(group["n"], group["total"], label=label, **style.look(i, markersize=4.5))
+        axes.plot(group["n"], group["heavy"], **style.look(i, markersize=3, linestyle=":", linewidth=1))
     hashes = means.groupby("n")["hash"].mean()
     axes.plot(hashes.index, hashes.to_numpy(), "x--", color="0.45", ms=4, lw=1, label="hash evaluations")
     axes.plot([], [], ":", color="0.3", lw=1, label="kernel evaluations of Algorithm 1")
@@ -76,20 +77,12 @@ def _draw_exponents(axes: Axes, fits: pd.DataFrame) -> None:
     ticks, labels = [], []
     for place, quantity in enumerate(FITTED):
         rows = fits[fits["quantity"] == quantity].set_index("kernel")
-        for offset, (name, colour, marker) in enumerate(zip(kernels, COLOURS, MARKERS, strict=False)):
+        for offset, name in enumerate(kernels):
             row = rows.loc[name]
             y = -(place * height + offset)
             spread = [[row["exponent"] - row["exponent_low"]], [row["exponent_high"] - row["exponent"]]]
-            axes.errorbar(
-                row["exponent"],
-                y,
-                xerr=np.maximum(spread, 0.0),
-                marker=marker,
-                ls="none",
-                color=colour,
-                ms=4.5,
-                capsize=2,
-            )
+            look = style.look(offset, linestyle="none", markersize=4.5)
+            axes.errorbar(row["exponent"], y, xerr=np.maximum(spread, 0.0), capsize=2, **look)
             axes.annotate(
                 _power(row["log10_crossing"]), (1.0, y), xycoords=("axes fraction", "data"), fontsize=8, va="center"
             )

@@ -7,25 +7,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from approxkmv.figures.style import (
-    BOUND,
-    COLOURS,
-    ENTRIES,
-    MARKERS,
-    as_written,
-    draw_points,
-    headline,
-    label_ends,
-    legend_below,
-    logarithmic_ticks,
-    name_of_lengths,
-    new_figure,
-    not_in_kernel,
-    save,
-    short,
-    wrapped,
-)
-from approxkmv.results.tables import MASKED, masks_of, model_tables, read_overview, read_statistics
+from approxkmv.figures import style
+from approxkmv.results.tables import MASKED, ModelTables, masks_of, read_overview, read_statistics
 from approxkmv.statistics.growth import ENOUGH_TEXTS
 
 PLACE = {"prefix": "whole", "contexts": "whole"}
@@ -37,39 +20,36 @@ LONGEST_IN_TWO_COLUMNS = 45
 def draw(tables: Path, models: Sequence[str], stem: Path) -> list[Path]:
     """Write STEM.pdf and STEM.png from each model's scaling table and overview."""
     # Read first, since the labels decide the legend's height and number of columns.
-    names = [model_tables(tables, model) for model in models]
+    names = [ModelTables(tables, model) for model in models]
     read = [
-        (read_statistics(name.scaling, PLACE, VALUES), as_written(read_overview(name.overview, "label", "paper_bound")))
+        (
+            read_statistics(name.context_scaling, PLACE, VALUES),
+            style.as_written(read_overview(name.overview, "label", "paper_bound")),
+        )
         for name in names
     ]
     masks = sorted({facts["mask"] for table, facts in read if MASKED in masks_of(table, "mean")})
     causal = bool(masks)
-    dashed = f"the same model, {masks[0] if len(masks) == 1 else ENTRIES[MASKED]} (mean)" if causal else ""
-    left_out = [f"{facts['label']}, {not_in_kernel(facts)}" for _, facts in read if facts["left_out"]]
+    dashed = f"the same model, {masks[0] if len(masks) == 1 else style.ENTRIES[MASKED]} (mean)" if causal else ""
+    left_out = [f"{facts['label']}, {style.not_in_kernel(facts)}" for _, facts in read if facts["left_out"]]
     labels = [facts["label"] for _, facts in read] + [dashed] * causal
     columns = 2 if max(map(len, labels)) <= LONGEST_IN_TWO_COLUMNS else 1
-    figure = new_figure(8.2, 4.4 + 0.18 * -(-len(labels) // columns))
+    figure = style.new_figure(8.2, 4.4 + 0.18 * -(-len(labels) // columns))
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
     bounds, ends, found = [], [], []
     for i, (table, facts) in enumerate(read):
-        style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+        look = style.look(i)
         prefix, solid = table["prefix"], table["contexts"] >= ENOUGH_TEXTS
-        top.fill_between(
-            prefix,
-            (table["mean"] - table["std"]).clip(lower=table["min"]),
-            table["mean"] + table["std"],
-            color=style["color"],
-            alpha=0.18,
-            linewidth=0,
-        )
-        draw_points(top, prefix, table["mean"], solid, label=facts["label"], markersize=5, **style)
-        ends.append((prefix.iloc[-1], table["mean"].iloc[-1], _short(facts["label"]), str(style["color"])))
+        below, above = (table["mean"] - table["std"]).clip(lower=table["min"]), table["mean"] + table["std"]
+        top.fill_between(prefix, below, above, color=look["color"], alpha=0.18, linewidth=0)
+        style.draw_points(top, prefix, table["mean"], solid, label=facts["label"], markersize=5, **look)
+        ends.append((prefix.iloc[-1], table["mean"].iloc[-1], _short(facts["label"]), look["color"]))
         if MASKED in masks_of(table, "mean"):
             # Mean only: two bands per model would overlap.
             masked = table[f"{MASKED}mean"]
-            draw_points(top, prefix, masked, solid, markersize=3.5, linestyle="--", **style)
-            ends.append((prefix.iloc[-1], masked.iloc[-1], f"{_short(facts['label'])}, masked", str(style["color"])))
-        bottom.plot(prefix, table["contexts"], markersize=3.5, **style)
+            style.draw_points(top, prefix, masked, solid, markersize=3.5, linestyle="--", **look)
+            ends.append((prefix.iloc[-1], masked.iloc[-1], f"{_short(facts['label'])}, masked", look["color"]))
+        bottom.plot(prefix, table["contexts"], markersize=3.5, **look)
         bounds.append(facts["paper_bound"])
         if solid.any():
             known = table[solid]
@@ -80,10 +60,10 @@ def draw(tables: Path, models: Sequence[str], stem: Path) -> list[Path]:
     # Keep the bound's line and the text above it inside the axes, however small c is.
     low, lowest, highest = min(low, 1.0), min(bounds), max(bounds)
     top.set_ylim(low, max(high * 1.2, highest * (highest / low) ** 0.06))
-    logarithmic_ticks(top.yaxis)
+    style.logarithmic_ticks(top.yaxis)
     if lowest < highest:
-        top.axhspan(lowest, highest, color=BOUND, alpha=0.12, linewidth=0)
-    top.axhline(highest, color=BOUND, linewidth=1.0, linestyle=":")
+        top.axhspan(lowest, highest, color=style.BOUND, alpha=0.12, linewidth=0)
+    top.axhline(highest, color=style.BOUND, linewidth=1.0, linestyle=":")
     top.annotate(
         f"the paper's bound {highest:g}" if lowest == highest else f"the paper's bounds {lowest:g} to {highest:g}",
         (1.0, highest),
@@ -93,25 +73,25 @@ def draw(tables: Path, models: Sequence[str], stem: Path) -> list[Path]:
         ha="right",
         va="bottom",
         fontsize=7.5,
-        color=BOUND,
+        color=style.BOUND,
     )
     top.set_ylabel("largest c over layers and heads")
     if causal:
         top.plot([], [], color="#555555", linestyle="--", label=dashed)
-    legend_below(figure, "\n".join(wrapped(line, 110) for line in left_out), ncols=columns)
+    style.legend_below(figure, "\n".join(style.wrapped(line, 110) for line in left_out), ncols=columns)
     bottom.set_yscale("log")
-    logarithmic_ticks(bottom.yaxis)
+    style.logarithmic_ticks(bottom.yaxis)
     bottom.set_ylabel("texts")
-    name_of_lengths(bottom, "prefix length i in tokens", pd.concat([table["contexts"] for table, _ in read]))
+    style.name_of_lengths(bottom, "prefix length i in tokens", pd.concat([table["contexts"] for table, _ in read]))
     title, details = _from_to(found)
-    headline(
+    style.headline(
         figure,
         f"Figure 4: the largest c over layers and heads {title}",
         details,
         "Mean and standard deviation over texts",
     )
-    label_ends(figure, [(top, ends)])
-    return save(figure, stem)
+    style.label_ends(figure, [(top, ends)])
+    return style.save(figure, stem)
 
 
 def _from_to(found: Sequence[tuple[str, pd.Series, pd.Series]]) -> tuple[str, str]:
@@ -123,13 +103,13 @@ def _from_to(found: Sequence[tuple[str, pd.Series, pd.Series]]) -> tuple[str, st
         return "of too few texts to say", ""
     if len(found) <= 2:
         each = [
-            f"from {short(first['mean'])} at {first['prefix']:.0f} tokens to {short(last['mean'])} at "
+            f"from {style.short(first['mean'])} at {first['prefix']:.0f} tokens to {style.short(last['mean'])} at "
             f"{last['prefix']:.0f} ({name})"
             for name, first, last in found
         ]
         return f"goes {'; '.join(each)}", ""
     start, end = (
-        f"{short(min(row['mean'] for row in rows))} to {short(max(row['mean'] for row in rows))}"
+        f"{style.short(min(row['mean'] for row in rows))} to {style.short(max(row['mean'] for row in rows))}"
         for rows in ([first for _, first, _ in found], [last for *_, last in found])
     )
     up = sum(last["mean"] > first["mean"] for _, first, last in found)

@@ -4,18 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from approxkmv.figures import sweep_table
 from approxkmv.figures.style import draw_points, headline, logarithmic_ticks
-from approxkmv.figures.sweep_table import (
-    conditions,
-    contenders,
-    count_of,
-    looks,
-    new_panels,
-    of_what,
-    read_sweep,
-    save,
-    uncounted,
-)
 
 
 def draw(table: Path, output_stem: Path) -> list[Path]:
@@ -24,11 +14,11 @@ def draw(table: Path, output_stem: Path) -> list[Path]:
     Bars are the quartiles of the time and, for the error, the median to the 95th percentile; rows that miss their
     target are hollow. Raises TableError when the table is missing or not from a sweep.
     """
-    frame = read_sweep(table)
-    workloads = conditions(frame)
-    look = looks(frame)
+    frame = sweep_table.read_sweep(table)
+    workloads = sweep_table.conditions(frame)
+    look = sweep_table.looks(frame)
     winners: list[str] = []
-    figure, axes = new_panels(len(workloads), sharey=True)
+    figure, axes = sweep_table.new_panels(len(workloads), sharey=True)
     for axis, workload in zip(axes, workloads, strict=True):
         some = workload.rows(frame)
         length = int(some["n"].max())
@@ -39,38 +29,32 @@ def draw(table: Path, output_stem: Path) -> list[Path]:
                 continue
             # The rounding errors of exact rows would stretch the axis over six decades.
             error, high = (points[f"{frame.attrs['error']}_{name}"].clip(lower=1e-3) for name in ("median", "p95"))
-            line = drawn.linestyle if points["kind"].iloc[0] == "approximate" else "none"
-            style = {"color": drawn.color, "marker": drawn.marker, "markersize": 4.5, "linestyle": line}
-            draw_points(axis, points["seconds"], error, points["reached"] != "no", linewidth=1, label=method, **style)
-            axis.errorbar(
-                points["seconds"],
-                error,
-                xerr=[points["seconds"] - points["seconds_q1"], points["seconds_q3"] - points["seconds"]],
-                yerr=[error * 0, (high - error).clip(lower=0)],
-                fmt="none",
-                ecolor=drawn.color,
-                elinewidth=1,
-            )
+            own = drawn if points["kind"].iloc[0] == "approximate" else drawn | {"linestyle": "none"}
+            seconds, reached = points["seconds"], points["reached"] != "no"
+            draw_points(axis, seconds, error, reached, linewidth=1, label=method, markersize=4.5, **own)
+            beside = [seconds - points["seconds_q1"], points["seconds_q3"] - seconds]
+            above = [error * 0, (high - error).clip(lower=0)]
+            axis.errorbar(seconds, error, above, beside, fmt="none", ecolor=drawn["color"], elinewidth=1)
         for target in sorted(some["target"].dropna().unique()):
             axis.axhline(target, color="0.75", linewidth=0.7, zorder=0)
         axis.set_xscale("log")
         axis.set_yscale("log")
-        able = contenders(some)
+        able = sweep_table.contenders(some)
         held = able[able["reached"].eq("yes") & ((able["target"] - frame.attrs["target"]).abs() < 1e-9)]
         fastest = held.sort_values("seconds").head(1)
         winners += list(fastest.loc[fastest["times_faster_q1"] > 1, "method"])
         axis.set_title(f"{workload.title}\nn = {length:,}", fontsize=8, loc="left")
         axis.set_xlabel("time in seconds", fontsize=8)
-        axis.set_ylabel(f"median error, {of_what(frame)}", fontsize=8)
+        axis.set_ylabel(f"median error, {sweep_table.of_what(frame)}", fontsize=8)
     for ticks in (ticks for axis in axes for ticks in (axis.xaxis, axis.yaxis)):
         logarithmic_ticks(ticks)
     best = max(winners, key=winners.count, default="")
     finding = "no approximate method is faster than exact attention"
     if best:
         finding = f"{best} is the fastest approximate method, and faster than exact attention, on "
-        finding += count_of(winners.count(best), len(workloads), "workload")
-    headline(figure, f"At an error of {frame.attrs['target']:g} {of_what(frame)}, {finding}")
+        finding += sweep_table.count_of(winners.count(best), len(workloads), "workload")
+    headline(figure, f"At an error of {frame.attrs['target']:g} {sweep_table.of_what(frame)}, {finding}")
     note = "Bars: quartiles of the time, error up to its 95th percentile; errors below 0.001 are drawn there; "
     note += "grey lines: targets; hollow: the 95th percentile misses the target, or too many rows were recomputed "
-    note += "exactly" + uncounted(frame)
-    return save(figure, axes, output_stem, note)
+    note += "exactly" + sweep_table.uncounted(frame)
+    return sweep_table.save(figure, axes, output_stem, note)

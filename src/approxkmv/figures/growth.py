@@ -9,7 +9,7 @@ import numpy as np
 
 from approxkmv.figures.heatmap import Scale, draw_heatmap, grid, is_wide, new_panels
 from approxkmv.figures.style import as_written, entries, footnote, not_in_kernel, save
-from approxkmv.results.tables import facts_of, masks_of, model_tables, read_heads, read_overview
+from approxkmv.results.tables import ModelTables, masks_of, read_heads, read_overview
 from approxkmv.statistics.growth import SIZES, TRENDS, in_words
 from approxkmv.words import counted
 
@@ -23,9 +23,10 @@ MARKS = dict(zip(TRENDS, ("→", "↑", "?"), strict=True))
 
 def draw(tables: Path, model: str, stem: Path) -> list[Path]:
     """From the growth table and overview of one model, write STEM.pdf and STEM.png; masked too if there is such."""
-    facts = as_written(read_overview(facts_of(tables, model), "label", "layers", "heads", "paper_bound"))
+    names = ModelTables(tables, model)
+    facts = as_written(read_overview(names.facts, "label", "layers", "heads", "paper_bound"))
     columns = {"exponent": "number", "size": "text", "trend": "text"} | dict.fromkeys(("texts", "length"), "whole")
-    table = read_heads(model_tables(tables, model).growth, facts, columns)
+    table = read_heads(names.growth, facts, columns)
     masks = masks_of(table, "exponent")
     values = grid(table, "exponent")
     shape = (len(masks), 1) if is_wide(values) else (1, len(masks))

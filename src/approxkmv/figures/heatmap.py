@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from approxkmv.figures.style import headline, new_figure, short
+from approxkmv.figures.style import headline, new_figure, short, ticks_at
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -80,7 +80,6 @@ def draw_heatmap(
     the values.
     """
     from matplotlib.colors import LogNorm, Normalize
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     low, high, bound = scale.low, scale.high, scale.bound
     norm = Normalize(low, high) if scale.linear else LogNorm(low, high)
@@ -106,9 +105,7 @@ def draw_heatmap(
     for spine in axes.spines.values():
         spine.set_visible(False)
     bar = figure.colorbar(image, ax=axes, shrink=min(1.0, 3.2 / size_of(values)[1]), pad=0.02, extend="both")
-    bar.ax.yaxis.set_major_locator(FixedLocator(list(scale.ticks)))
-    bar.ax.yaxis.set_minor_locator(NullLocator())
-    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,g}".replace("-", "−")))
+    ticks_at(bar.ax.yaxis, scale.ticks)
     bar.ax.tick_params(labelsize=7)
     bar.set_label(scale.label, fontsize=8)
     if bound is not None and low < bound < high:

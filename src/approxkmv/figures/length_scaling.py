@@ -7,32 +7,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from approxkmv.figures.style import (
-    COLOURS,
-    LINES,
-    MARKERS,
-    as_written,
-    draw_points,
-    headline,
-    legend_below,
-    logarithmic_ticks,
-    mark_beyond,
-    name_of_lengths,
-    new_figure,
-    not_in_kernel,
-    save,
-    short,
-    wrapped,
-)
+from approxkmv.figures import style
 from approxkmv.files import check_columns
-from approxkmv.results.tables import length_tables, masks_of, read_heads, read_overview
+from approxkmv.results.tables import ModelTables, masks_of, read_heads, read_overview
 from approxkmv.statistics.growth import ENOUGH_TEXTS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Which heads are drawn, as quantiles over a model's heads.
-HEADS = ((0.5, "median head"), (0.9, "90th percentile of heads"), (1.0, "largest head"))
 # The longest label, in characters, of which two fit side by side.
 LONGEST_IN_TWO_COLUMNS = 60
 PANELS = (
@@ -47,12 +29,12 @@ LOWEST = {"ratio": 1e-3, "softmax_ratio": 1e-3}
 
 def draw(tables: Path, model: str, stem: Path) -> list[Path]:
     """Write STEM.pdf and STEM.png from the length table and facts of one model."""
-    names = length_tables(tables, model)
-    facts = as_written(read_overview(names.facts, "label", "layers", "heads", "texts_used", "corpus"))
-    table = read_heads(names.scaling, facts, {column: "at least 0" for column, _ in PANELS}, along="length")
+    names = ModelTables(tables, model)
+    facts = style.as_written(read_overview(names.lengths, "label", "layers", "heads", "texts_used", "corpus"))
+    table = read_heads(names.length_scaling, facts, {column: "at least 0" for column, _ in PANELS}, along="length")
     # For both masks.
-    check_columns(names.scaling, table, {"texts": "whole"})
-    figure = new_figure(8.6, 7.0)
+    check_columns(names.length_scaling, table, {"texts": "whole"})
+    figure = style.new_figure(8.6, 7.0)
     panels = figure.subplots(2, 2, sharex=True).ravel()
     masks = masks_of(table, "ratio")
     texts = table.groupby("length")["texts"].min()
@@ -60,30 +42,34 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
     beyond = False
     for axes, (column, title) in zip(panels, PANELS, strict=True):
         drawn = []
-        for before, line in zip(masks, LINES, strict=False):
+        for before, line in zip(masks, style.LINES, strict=False):
             groups = table.groupby("length")[f"{before}{column}"]
-            for (share, name), colour, marker in zip(HEADS, COLOURS, MARKERS, strict=False):
+            for i, (share, name) in enumerate(style.HEADS):
                 values = groups.quantile(share)
                 which = f", {facts['mask']}" if before else ""
-                style = {"color": colour, "marker": marker, "linestyle": line, "markersize": 4 if not before else 3}
-                draw_points(axes, lengths, values, texts >= ENOUGH_TEXTS, label=name + which, **style)
-                drawn.append((values, style))
+                look = style.look(i, linestyle=line, markersize=3 if before else 4)
+                style.draw_points(axes, lengths, values, texts >= ENOUGH_TEXTS, label=name + which, **look)
+                drawn.append((values, look))
         if column == "keys_90_mean":
             axes.plot(lengths, lengths, color="#777777", linewidth=0.8)
             axes.annotate("all n", (lengths[0], lengths[0]), (2, 9), textcoords="offset points", fontsize=7)
         _scales(axes, lengths, LOWEST.get(column, 1.0))
-        for values, style in drawn:
-            beyond |= mark_beyond(axes, lengths, values, texts >= ENOUGH_TEXTS, **style)
+        for values, look in drawn:
+            beyond |= style.mark_beyond(axes, lengths, values, texts >= ENOUGH_TEXTS, **look)
         axes.set_ylabel(title, fontsize=8.5)
     for axes in panels[2:]:
-        name_of_lengths(axes, "length n in tokens", texts)
+        style.name_of_lengths(axes, "length n in tokens", texts)
     handles, labels = panels[0].get_legend_handles_labels()
     columns = len(masks) if max(map(len, labels)) <= LONGEST_IN_TWO_COLUMNS else 1
-    legend_below(figure, wrapped(not_in_kernel(facts), 120), handles=handles, labels=labels, ncols=columns)
+    style.legend_below(
+        figure, style.wrapped(style.not_in_kernel(facts), 120), handles=handles, labels=labels, ncols=columns
+    )
     count = facts["texts_used"]
     c = table.groupby("length")["ratio"]
-    growth = [f"{short(c.quantile(share).iloc[0])} to {short(c.quantile(share).iloc[-1])}" for share in (0.5, 1.0)]
-    headline(
+    growth = [
+        f"{style.short(c.quantile(share).iloc[0])} to {style.short(c.quantile(share).iloc[-1])}" for share in (0.5, 1.0)
+    ]
+    style.headline(
         figure,
         f"{facts['label']}: from n = {lengths[0]:,} to {lengths[-1]:,} c(n) goes from {growth[0]} in the median head, "
         f"from {growth[1]} in the largest",
@@ -92,13 +78,11 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
         + "; points on an edge: beyond the axis"
         * beyond,
     )
-    return save(figure, stem)
+    return style.save(figure, stem)
 
 
 def _scales(axes: Axes, lengths: np.ndarray, lowest: float) -> None:
     """Logarithmic axes, with a tick at each length."""
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
-
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     # A head without a tail would squeeze the others together, and one without a limit too.
@@ -106,7 +90,5 @@ def _scales(axes: Axes, lengths: np.ndarray, lowest: float) -> None:
     low = lowest if lowest == 1.0 else max(low, lowest)
     axes.set_ylim(low, max(min(high, 1e6), 10 * low))
     marks = np.unique(lengths)
-    axes.xaxis.set_major_locator(FixedLocator(marks[:: max(1, len(marks) // 6)].tolist()))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,g}"))
-    logarithmic_ticks(axes.yaxis)
+    style.ticks_at(axes.xaxis, marks[:: max(1, len(marks) // 6)])
+    style.logarithmic_ticks(axes.yaxis)

@@ -6,13 +6,13 @@ from pathlib import Path
 
 from approxkmv.figures.heatmap import Scale, draw_heatmap, grid, is_wide, new_panels
 from approxkmv.figures.style import as_written, entries, footnote, near, not_in_kernel, save, short
-from approxkmv.results.tables import masks_of, model_tables, read_heads, read_overview
+from approxkmv.results.tables import ModelTables, masks_of, read_heads, read_overview
 from approxkmv.words import counted
 
 
 def draw(tables: Path, model: str, stem: Path) -> list[Path]:
     """From the per-head table and the overview of one model, write STEM.pdf and STEM.png; masked too if available."""
-    names = model_tables(tables, model)
+    names = ModelTables(tables, model)
     facts = as_written(read_overview(names.overview, "label", "layers", "heads", "texts_used", "corpus", "paper_bound"))
     table = read_heads(names.heads, facts, {"max_ratio": "at least 0"})
     masks = masks_of(table, "max_ratio")

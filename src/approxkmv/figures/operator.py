@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from approxkmv.errors import TableError
-from approxkmv.figures.style import COLOURS, MARKERS, headline, legend_below, logarithmic_ticks, new_figure, save
+from approxkmv.figures.style import headline, legend_below, logarithmic_ticks, look, new_figure, save
 from approxkmv.files import read_table
 
 _NUMBERS = ("n", "seconds", "error")
@@ -27,23 +27,15 @@ def draw(table_path: Path, output_stem: Path) -> list[Path]:
     figure = new_figure(3.6 * len(found) + 0.6, 4.4)
     axes = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
     methods = [name for name in dict.fromkeys(table["method"]) if name not in _TRIVIAL]
-    looks = dict(zip(methods, zip(COLOURS, MARKERS, strict=False), strict=False))
     gains = []
     least = table["error"].min() < _LEAST
     for axis, kind in zip(axes, found, strict=True):
         rows = table[table["x"] == kind]
         n = int(rows["n"].iloc[0])
-        for method, (colour, marker) in looks.items():
+        for i, method in enumerate(methods):
             points = rows[rows["method"] == method].sort_values("epsilon")
-            line = "-" if method == _OPERATOR else "none"
-            axis.plot(
-                points["seconds"],
-                points["error"].clip(lower=_LEAST),
-                linestyle=line,
-                marker=marker,
-                color=colour,
-                label=method,
-            )
+            own = look(i, linestyle="-" if method == _OPERATOR else "none", label=method)
+            axis.plot(points["seconds"], points["error"].clip(lower=_LEAST), **own)
         for name in _TRIVIAL:
             trivial = rows[rows["method"] == name]
             if len(trivial) and trivial["error"].iloc[0] < 0.99:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from approxkmv.figures.heatmap import Scale, draw_heatmap, grid, is_wide, new_panels
 from approxkmv.figures.style import as_written, entries, footnote, near, not_in_kernel, save
-from approxkmv.results.tables import masks_of, model_tables, read_heads, read_overview
+from approxkmv.results.tables import ModelTables, masks_of, read_heads, read_overview
 from approxkmv.words import counted
 
 # One scale for both ratios and all models, so that a colour means the same everywhere. A ratio is at least 1.
@@ -23,7 +23,7 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
     Without a mask the two panels are the two ratios; with one they are K_(n) / K_(2n) over all entries and under the
     mask, and the titles say in how many heads K_(n) / K_(n+1) is about 1.
     """
-    names = model_tables(tables, model)
+    names = ModelTables(tables, model)
     facts = as_written(read_overview(names.overview, "label", "layers", "heads", "texts_used", "corpus"))
     table = read_heads(names.heads, facts, dict.fromkeys(("median_next_ratio", "median_double_ratio"), "at least 0"))
     masks = masks_of(table, "median_next_ratio")

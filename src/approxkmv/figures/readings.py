@@ -3,22 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from approxkmv.figures.style import (
-    COLOURS,
-    MARKERS,
-    as_written,
-    entries,
-    footnote,
-    headline,
-    logarithmic_ticks,
-    mark_beyond,
-    new_figure,
-    not_in_kernel,
-    save,
-)
+from approxkmv.figures import style
 from approxkmv.files import read_table
-from approxkmv.results.tables import MASKED, model_tables, read_overview, readings_tables
+from approxkmv.results.tables import MASKED, ModelTables, read_overview
 
 COLUMNS = dict.fromkeys(("reading", "entries"), "text")
 COLUMNS |= dict.fromkeys(("largest_ratio", "median_double"), "at least 0 or empty")
@@ -33,71 +22,51 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
     """From a model's two tables of readings and its overview, write STEM.pdf and STEM.png; masked too if there."""
     from matplotlib.patches import Rectangle
 
-    facts = as_written(read_overview(model_tables(tables, model).overview, "label", "paper_bound"))
-    names = readings_tables(tables, model)
-    table, path = read_table(names.readings, COLUMNS), read_table(names.path, {**COLUMNS, "power": "at least 0"})
+    names = ModelTables(tables, model)
+    facts = style.as_written(read_overview(names.overview, "label", "paper_bound"))
+    table = read_table(names.readings, COLUMNS)
+    path = read_table(names.readings_path, {**COLUMNS, "power": "at least 0"})
     highest = 1.5 * max(100.0, table["median_double"].max(), path["median_double"].max())
     beyond = False
     kinds = sorted(table["entries"].unique(), key=lambda kind: kind != "all")
-    figure = new_figure(1.2 + 4.2 * len(kinds), 4.4)
+    figure = style.new_figure(1.2 + 4.2 * len(kinds), 4.4)
     panels = figure.subplots(1, len(kinds), squeeze=False, sharey=True).ravel()
     bound = facts["paper_bound"]
     for axes, kind in zip(panels, kinds, strict=True):
         line = path[path["entries"] == kind].sort_values("power")
         axes.plot(line["largest_ratio"], line["median_double"], color="#888888", linewidth=1.0, zorder=1)
         own = table[table["entries"] == kind]
-        styles = [
-            {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 7, "alpha": 0.85}
-            for i in range(len(own))
-        ]
-        for row, style in zip(own.itertuples(), styles, strict=True):
+        looks = [style.look(i, markersize=7, alpha=0.85) for i in range(len(own))]
+        for row, look in zip(own.itertuples(), looks, strict=True):
             label = f"{row.reading} ({row.heads_within_bound} of {row.heads})"
-            axes.plot(row.largest_ratio, row.median_double, linewidth=0, label=label, **style)
+            axes.plot(row.largest_ratio, row.median_double, linewidth=0, label=label, **look)
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_xlim(min(0.3, 0.7 * own["largest_ratio"].min()), max(10.0, 1.5 * own["largest_ratio"].max()))
         axes.set_ylim(0.8, min(LARGEST, highest))
-        for row, style in zip(own.itertuples(), styles, strict=True):
-            beyond |= mark_beyond(axes, [row.largest_ratio], [row.median_double], **style)
+        for row, look in zip(own.itertuples(), looks, strict=True):
+            beyond |= style.mark_beyond(axes, [row.largest_ratio], [row.median_double], **look)
         low, bottom = axes.get_xlim()[0], axes.get_ylim()[0]
-        axes.add_patch(
-            Rectangle(
-                (low, bottom),
-                bound - low,
-                DOUBLE - bottom,
-                facecolor="#009E7322",
-                edgecolor="black",
-                hatch="//",
-                linewidth=0,
-                zorder=0,
-            )
-        )
+        hatched: dict[str, Any] = {"facecolor": "#009E7322", "edgecolor": "black", "hatch": "//", "linewidth": 0}
+        axes.add_patch(Rectangle((low, bottom), bound - low, DOUBLE - bottom, zorder=0, **hatched))
         for axis in (axes.xaxis, axes.yaxis):
-            logarithmic_ticks(axis)
+            style.logarithmic_ticks(axis)
         axes.set_xlabel("largest c over heads and texts")
-        axes.set_title(entries("" if kind == "all" else MASKED, facts), fontsize=8, loc="left", pad=9)
-        axes.legend(
-            frameon=False,
-            fontsize=7,
-            loc="upper center",
-            bbox_to_anchor=(0.5, -0.16),
-            ncols=2,
-            title=f"heads with c at most {bound:g}",
-            title_fontsize=7,
-        )
+        axes.set_title(style.entries("" if kind == "all" else MASKED, facts), fontsize=8, loc="left", pad=9)
+        style.legend_under(axes, 0.16, f"heads with c at most {bound:g}", ncols=2)
     panels[0].set_ylabel("$K_{(n)}\\,/\\,K_{(2n)}$, median over heads")
     fewest, most = int(table["texts"].min()), int(table["texts"].max())
     texts = f"{fewest} texts" if fewest == most else f"{fewest} to {most} texts"
     inside = table[(table["largest_ratio"] <= bound) & (table["median_double"] <= DOUBLE)]
     names_inside = {kind: ", ".join(inside.loc[inside["entries"] == kind, "reading"]) or "no reading" for kind in kinds}
-    headline(
+    style.headline(
         figure,
         f"{facts['label']}: the paper's numbers (c at most {bound:g}, the ratio at most {DOUBLE:g}) come out "
         + "; ".join(
-            f"under {names_inside[kind]} ({entries('' if kind == 'all' else MASKED, facts)})" for kind in kinds
+            f"under {names_inside[kind]} ({style.entries('' if kind == 'all' else MASKED, facts)})" for kind in kinds
         ),
         f"Readings of the definition on {texts}; line: scales up to 1; hatched: the paper's numbers"
         + "; points on the edge: beyond it" * beyond,
     )
-    footnote(figure, not_in_kernel(facts))
-    return save(figure, stem)
+    style.footnote(figure, style.not_in_kernel(facts))
+    return style.save(figure, stem)

@@ -3,23 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from approxkmv.figures import sweep_table
 from approxkmv.figures.style import draw_points, headline, label_ends, logarithmic_ticks, short
-from approxkmv.figures.sweep_table import (
-    conditions,
-    contenders,
-    count_of,
-    looks,
-    new_panels,
-    of_what,
-    read_sweep,
-    save,
-    select,
-    uncounted,
-)
 from approxkmv.words import counted
 
 if TYPE_CHECKING:
@@ -38,10 +26,10 @@ def draw(table: Path, output_stem: Path) -> list[Path]:
     a method misses the target, its best setting is a hollow point. A band is the ratio at the first and third quartiles
     of both times. Raises TableError when the table is missing or not from a sweep.
     """
-    frame = read_sweep(table)
-    workloads = conditions(frame)
-    look = looks(frame)
-    figure, axes = new_panels(len(workloads), sharey=False, width=3.4)
+    frame = sweep_table.read_sweep(table)
+    workloads = sweep_table.conditions(frame)
+    look = sweep_table.looks(frame)
+    figure, axes = sweep_table.new_panels(len(workloads), sharey=False, width=3.4)
     left_out = 0
     ends = []
     for axis, workload in zip(axes, workloads, strict=True):
@@ -53,7 +41,7 @@ def draw(table: Path, output_stem: Path) -> list[Path]:
         shown += [method for method in known if method != PAPER][: MOST - len(shown)]
         left_out += len(known) - len(shown)
         for method in shown:
-            line, drawn = lines[method], asdict(look[method])
+            line, drawn = lines[method], look[method]
             band = {"where": line["held"], "color": drawn["color"], "alpha": 0.15, "linewidth": 0}
             axis.fill_between(line.index, line["times_faster_q1"], line["times_faster_q3"], **band)
             if len(line) == 1:  # which has no band
@@ -72,18 +60,18 @@ def draw(table: Path, output_stem: Path) -> list[Path]:
         axis.set_ylabel("times faster than the fastest exact", fontsize=8)
         logarithmic_ticks(axis.yaxis)
         last = {m: lines[m].iloc[-1]["times_faster"] for m in shown}
-        ends.append([(float(lines[m].index[-1]), float(last[m]), m, look[m].color) for m in shown])
+        ends.append([(float(lines[m].index[-1]), float(last[m]), m, look[m]["color"]) for m in shown])
     headline(figure, f"Figure 5: {finding(frame)}")
     label_ends(figure, zip(axes, ends, strict=True))
     more = f"; {counted(left_out, 'slower line')} in the table only" if left_out else ""
     note = f"Methods that reach the target somewhere, at most {MOST} in a panel{more}. "
-    note += "Hollow: target missed; dashed: trivial; bands: quartiles of the times" + uncounted(frame)
-    return save(figure, axes, output_stem, note)
+    note += "Hollow: target missed; dashed: trivial; bands: quartiles of the times" + sweep_table.uncounted(frame)
+    return sweep_table.save(figure, axes, output_stem, note)
 
 
 def finding(frame: pd.DataFrame) -> str:
     """Who is fastest at the target, on how many workloads at their longest n, and if a trivial method is faster."""
-    target, workloads = frame.attrs["target"], conditions(frame)
+    target, workloads = frame.attrs["target"], sweep_table.conditions(frame)
     ratios: list[float] = []
     winners: list[str] = []
     beaten = 0
@@ -91,7 +79,9 @@ def finding(frame: pd.DataFrame) -> str:
         some = workload.rows(frame)
         some = some[(some["n"] == some["n"].max()) & (some["reached"] == "yes")]
         some = some[(some["target"] - target).abs() < 1e-9].sort_values("times_faster", ascending=False)
-        approximate, trivial = (rows.head(1) for rows in (contenders(some), some[some["kind"] == "trivial"]))
+        approximate, trivial = (
+            rows.head(1) for rows in (sweep_table.contenders(some), some[some["kind"] == "trivial"])
+        )
         # Beyond the noise, as the documents count
         if (approximate["times_faster_q1"] > 1).any():
             ratios += approximate["times_faster"].tolist()
@@ -106,15 +96,15 @@ def finding(frame: pd.DataFrame) -> str:
             f"longest n, {times} times; it is {best}{_on(winners.count(best), workloads)}"
         )
     trivially = f"; a trivial method is faster still{_on(beaten, workloads)}" if beaten else ""
-    return f"at an error of {target:g} {of_what(frame)} {words}{trivially}"
+    return f"at an error of {target:g} {sweep_table.of_what(frame)} {words}{trivially}"
 
 
 def _on(count: int, workloads: Sequence[Any]) -> str:
     """On how many of the workloads; nothing where there is one."""
-    return f" on {count_of(count, len(workloads), 'workload')}" if len(workloads) > 1 else ""
+    return f" on {sweep_table.count_of(count, len(workloads), 'workload')}" if len(workloads) > 1 else ""
 
 
 def _ratios(some: pd.DataFrame, method: str, target: float) -> pd.DataFrame:
     """The rows of a method with a ratio, by n; `held` says whether its target is reached."""
-    line = select(some, method, target).drop_duplicates("n").set_index("n")
+    line = sweep_table.select(some, method, target).drop_duplicates("n").set_index("n")
     return line[line["times_faster"].notna()].assign(held=line["reached"] == "yes")

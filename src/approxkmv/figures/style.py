@@ -35,6 +35,8 @@ MARKERS = (
 LINES = ("-", "--", "-.", ":")
 # The line of the paper's bound, always dotted and named.
 BOUND = "#A00000"
+# Which heads a line shows, as quantiles over a model's heads.
+HEADS = ((0.5, "median head"), (0.9, "90th percentile of heads"), (1.0, "largest head"))
 # The entries of K that a statistic covers, by the prefix of its column.
 ENTRIES = {"": EVERY_KEY, MASKED: OWN_MASK}
 
@@ -107,6 +109,11 @@ def missing_glyphs(figure: Figure) -> list[str]:
     used = {mark for text in figure.findobj(Text) for mark in text.get_text()}
     missing = sorted(mark for mark in used if mark != "\n" and not font.get_char_index(ord(mark)))
     return [mark if mark.isprintable() else f"U+{ord(mark):04X}" for mark in missing]
+
+
+def look(i: int, **more: Any) -> dict[str, Any]:
+    """The colour and marker of a figure's entry i, and more options of a line."""
+    return {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]} | more
 
 
 def entries(before: str, facts: Mapping[str, Any]) -> str:
@@ -186,6 +193,15 @@ def _label_ends_of(axes: Axes, ends: Sequence[tuple[float, float, str, str]], si
         )
 
 
+def ticks_at(axis: Axis, places: Iterable[float]) -> None:
+    """Ticks at these places alone, whatever the axis shows."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    axis.set_major_locator(FixedLocator(list(places)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,g}".replace("-", "−")))
+
+
 def logarithmic_ticks(axis: Axis) -> None:
     """Ticks of a logarithmic axis in one format, plain numbers or powers of ten. The limits must be final."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
@@ -237,6 +253,12 @@ def legend_below(figure: Figure, text: str, **options: Any) -> None:
     """Put a figure's legend below its axes, with a small heading unless the text is empty."""
     heading = {"title": text, "title_fontsize": 7, "alignment": "left"} if text else {}
     figure.legend(frameon=False, fontsize=8, loc="outside lower left", **options, **heading)
+
+
+def legend_under(axes: Axes, drop: float, title: str, **options: Any) -> None:
+    """Put the legend of axes below them, by `drop` of their height, with a title unless it is empty."""
+    place: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -drop), "frameon": False}
+    axes.legend(fontsize=7, title=title, title_fontsize=7, **place, **options)
 
 
 def wrapped(text: str, width: int) -> str:

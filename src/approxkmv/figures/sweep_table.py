@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from approxkmv.errors import TableError
 from approxkmv.figures import style
-from approxkmv.figures.style import COLOURS, MARKERS
+from approxkmv.figures.style import MARKERS
 from approxkmv.files import read_table
 from approxkmv.sweep.ratios import ERRORS, add_ratios
 from approxkmv.sweep.table import COLUMNS
@@ -20,17 +20,8 @@ if TYPE_CHECKING:
 # No figure needs these in a table, so that tables from before they were recorded can still be drawn.
 NOT_DRAWN = (
     *("kernel_evaluations", "inner_products", "evaluation_exponent", "evaluation_exponent_error", "recomputed_share"),
-    *(
-        "queries",
-        "mask",
-        "precision",
-        "relative_to",
-        "reached",
-        "mean_error_v",
-        "mean_error_exact",
-        "fastest_exact",
-        "host_seconds",
-    ),
+    *("queries", "mask", "precision", "relative_to", "reached", "mean_error_v", "mean_error_exact"),
+    *("fastest_exact", "host_seconds"),
     *("times_faster_q1", "times_faster", "times_faster_q3", "times_faster_float32", "times_faster_bfloat16"),
 )
 # The error at which figures compare, or the nearest to it of those that were asked for.
@@ -57,15 +48,6 @@ METHODS = (
 SHAPES = (*MARKERS, "+", "x", "1", "2", "3", r"$\heartsuit$")
 # Shows what a choice of keys can reach.
 ORACLE = "top-k"
-
-
-@dataclass(frozen=True)
-class Look:
-    """How a method is drawn, in every figure."""
-
-    color: str
-    marker: Any
-    linestyle: str
 
 
 @dataclass(frozen=True)
@@ -160,13 +142,13 @@ def uncounted(frame: pd.DataFrame) -> str:
     return f"; not counted where every score is computed: {', '.join(names)}" if names else ""
 
 
-def looks(frame: pd.DataFrame) -> dict[str, Look]:
-    """The methods of a table and their looks: those in METHODS in its order, then the others in table order."""
+def looks(frame: pd.DataFrame) -> dict[str, dict[str, Any]]:
+    """The methods of a table and how a line of each is drawn: those in METHODS in its order, then the others."""
     kinds = dict(zip(frame["method"].astype(str), frame["kind"], strict=True))
     order = [*METHODS, *(name for name in kinds if name not in METHODS)]
     lines = {"approximate": "-", "trivial": "--"}
     return {
-        name: Look(COLOURS[i % len(COLOURS)], SHAPES[i % len(SHAPES)], lines.get(kinds[name], ":"))
+        name: style.look(i, marker=SHAPES[i % len(SHAPES)], linestyle=lines.get(kinds[name], ":"))
         for i, name in enumerate(order)
         if name in kinds
     }

@@ -18,8 +18,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from approxkmv.errors import CaptureError, InputError
+from approxkmv.models.interface import scale_of
 from approxkmv.perplexity.plan import Plan, read_plan
-from approxkmv.perplexity.replacement import heads, refuse_what_no_method_does, scale_of
+from approxkmv.perplexity.replacement import heads, refuse_what_no_method_does
 
 # A name without "sdpa", "flash" or "flex", which transformers treats specially.
 PLANNED = "approxkmv_plan"

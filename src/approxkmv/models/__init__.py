@@ -7,6 +7,7 @@ captured = model.capture([model.tokenize(text, 512) for text in texts])
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from approxkmv.lazy import attributes
@@ -20,12 +21,11 @@ if TYPE_CHECKING:
     from approxkmv.models.recording import NonFiniteActivation as NonFiniteActivation
 
 # Imported on first use, so that model sources in a configuration can be checked without torch.
-_HOME = {
-    "CapturableModel": f"{__name__}.capture",
-    "Captured": f"{__name__}.recording",
-    "NonFiniteActivation": f"{__name__}.recording",
-    "convert_gguf": f"{__name__}.gguf_weights",
-    "fetch": f"{__name__}.fetching",
+_NAMES = {
+    "capture": ["CapturableModel"],
+    "fetching": ["fetch"],
+    "gguf_weights": ["convert_gguf"],
+    "recording": ["Captured", "NonFiniteActivation"],
 }
-__all__ = [*_HOME, "ModelLocation", "ModelSource", "parse_source"]
-__getattr__ = attributes(__name__, _HOME)
+__all__ = [*chain(*_NAMES.values()), "ModelLocation", "ModelSource", "parse_source"]
+__getattr__ = attributes(__name__, _NAMES)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from approxkmv.errors import ApproxKMVError, CaptureError, InputError
+from approxkmv.errors import ApproxKMVError, CaptureError, InputError, one_line
 from approxkmv.models.masks import plain_spans
 from approxkmv.models.recording import ADVICE, Captured, Layer, Recording
 from approxkmv.models.rotary import length_that_changes, scaled_positions
@@ -240,8 +240,6 @@ class CapturableModel:
             raise
         except Exception as error:
             # Anything: it comes from inside an architecture that was never run this way.
-            from approxkmv.errors import one_line
-
             raise CaptureError(
                 f"{self.architecture} does not run on token ids alone "
                 f"({type(error).__name__}: {one_line(error)}): {ADVICE}"
@@ -270,20 +268,12 @@ def mask_in_words(layers: Sequence[Layer], causal: bool) -> str:
 
 def left_out_in_words(layers: Sequence[Layer], encoder_only: bool) -> tuple[str, ...]:
     """What a model's attention includes but the kernel of its queries and keys does not."""
-
-    def where(has: Sequence[bool]) -> str:
-        return f"in {sum(has)} of {len(has)} layers"
-
-    capped = [layer.softcap is not None for layer in layers]
-    sinks = [layer.sinks is not None for layer in layers]
-    biased = [layer.bias is not None for layer in layers]
     caps = " and ".join(f"{cap:g}" for cap in sorted({layer.softcap for layer in layers if layer.softcap is not None}))
-    return (
-        *([f"the logits' cap of {caps} {where(capped)}"] if any(capped) else []),
-        *([f"the learned sink {where(sinks)}"] if any(sinks) else []),
-        *([f"the bias added to the logits {where(biased)}"] if any(biased) else []),
-        *(["the decoder and its cross-attention (this is the encoder's self-attention)"] if encoder_only else []),
-    )
+    names = {"softcap": f"logits' cap of {caps}", "sinks": "learned sink", "bias": "bias added to the logits"}
+    count = {name: sum(getattr(layer, name) is not None for layer in layers) for name in names}
+    found = [f"the {what} in {count[name]} of {len(layers)} layers" for name, what in names.items() if count[name]]
+    beside = ["the decoder and its cross-attention (this is the encoder's self-attention)"] if encoder_only else []
+    return (*found, *beside)
 
 
 def device_named(device: str) -> torch.device:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
 
@@ -37,6 +37,12 @@ def recording_calls(recording: Recording) -> Iterator[None]:
         yield
     finally:
         _current.reset(token)
+
+
+def scale_of(query: torch.Tensor, options: Mapping[str, Any]) -> float:
+    """The factor of the logits that a layer hands over, or that of its head's width."""
+    scaling = options.get("scaling")
+    return float(query.shape[-1] ** -0.5 if scaling is None else scaling)
 
 
 def implementation_for(model_class: Any) -> str:
@@ -99,10 +105,9 @@ def _require_known(
 
     A sink takes a share of each row, which only some functions return: rows are compared without it.
     """
-    scaling, softcap, bias = (options.get(word) for word in ("scaling", "softcap", "position_bias"))
-    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    softcap, bias = options.get("softcap"), options.get("position_bias")
     keys = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
-    logits = scale * query.double() @ keys.double().mT
+    logits = scale_of(query, options) * query.double() @ keys.double().mT
     if softcap is not None:
         logits = softcap * (logits / softcap).tanh()
     if bias is not None:
@@ -127,8 +132,7 @@ def _record(
     recording = _current.get()
     if recording is None:
         return
-    scaling, width, name = options.get("scaling"), query.shape[-1], type(module).__name__
-    scale = width**-0.5 if scaling is None else float(scaling)
+    scale, width, name = scale_of(query, options), query.shape[-1], type(module).__name__
     if name in SCALED_QUERIES and scale == 1.0:
         scale = width**-0.5
         query = query / scale

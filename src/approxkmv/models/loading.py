@@ -13,17 +13,7 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_MASKED_LM_MAPPING,
-    MODEL_FOR_MULTIPLE_CHOICE_MAPPING,
-    MODEL_FOR_PRETRAINING_MAPPING,
-    MODEL_FOR_QUESTION_ANSWERING_MAPPING,
-    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
-    MODEL_MAPPING,
-)
+from transformers.models.auto import modeling_auto as auto
 from transformers.utils import logging
 
 from approxkmv.errors import CaptureError, SourceError, one_line
@@ -41,14 +31,14 @@ COMPUTED = re.compile(r"(^|\.)(position_ids|token_type_ids|inv_freq|masked_bias)
 # name in files alone (GPT-NeoX).
 OTHER_HEADS = ("v_head", "linear", "embed_out")
 HEADS = (
-    MODEL_FOR_PRETRAINING_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_MASKED_LM_MAPPING,
-    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
-    MODEL_FOR_QUESTION_ANSWERING_MAPPING,
-    MODEL_FOR_MULTIPLE_CHOICE_MAPPING,
+    auto.MODEL_FOR_PRETRAINING_MAPPING,
+    auto.MODEL_FOR_CAUSAL_LM_MAPPING,
+    auto.MODEL_FOR_MASKED_LM_MAPPING,
+    auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING,
+    auto.MODEL_FOR_MULTIPLE_CHOICE_MAPPING,
 )
 SIZES = ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size")
 # Of these transformers or torch make as many entries, or fail, without looking at them.
@@ -131,7 +121,7 @@ def load_config(location: ModelLocation) -> Any:
 def backbone_class(config: Any) -> Any:
     """The class that AutoModel would build for a configuration. Raises CaptureError unless it reads text."""
     try:
-        found = MODEL_MAPPING[type(config)]
+        found = auto.MODEL_MAPPING[type(config)]
     except KeyError as error:
         raise CaptureError(f"{type(config).__name__}: transformers has no backbone for this configuration") from error
     first: Any = found[0] if isinstance(found, tuple) else found
@@ -149,10 +139,10 @@ def causal_class(config: Any) -> Any:
     """The causal language model's class for a configuration. Raises CaptureError if the model is not one."""
     name = type(config).__name__
     # Encoders have such a class too, for use as decoders, and say so in their configuration.
-    is_encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or is_encoder or config.is_encoder_decoder:
+    is_encoder = type(config) in auto.MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+    if type(config) not in auto.MODEL_FOR_CAUSAL_LM_MAPPING or is_encoder or config.is_encoder_decoder:
         raise CaptureError(f"{name} is not that of a causal language model: its tokens are not predicted one by one")
-    found: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    found: Any = auto.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     return found[0] if isinstance(found, tuple) else found
 
 

@@ -103,10 +103,8 @@ class Recording:
         self._keep_values = values
         self._scales: list[float] = []
         self._shape: tuple[int, int, int] | None = None
-        # One tensor per text and kind, filled layer by layer: never more than the batch in memory.
-        self._queries: list[torch.Tensor] = []
-        self._keys: list[torch.Tensor] = []
-        self._values: list[torch.Tensor] = []
+        # Per text the query, key and perhaps value, filled layer by layer: never more than the batch in memory.
+        self._texts: list[dict[str, torch.Tensor]] = []
         self._spans: list[list[torch.Tensor]] = []
         # Layers share masks; the last two are kept, since windows often alternate with none.
         self._masks: list[tuple[torch.Tensor, tuple[list[torch.Tensor], bool]]] = []
@@ -147,24 +145,21 @@ class Recording:
                 f"its {self.n_layers} layers: {ADVICE}"
             )
         shape = (heads, d, values.shape[-1])
+        given = {"query": queries, "key": keys} | ({"value": values} if self._keep_values else {})
         if self._shape is None:
             self._shape = shape
-            self._queries = [queries.new_empty((self.n_layers, heads, length, d)) for length in self.lengths]
-            self._keys = [queries.new_empty((self.n_layers, heads, length, d)) for length in self.lengths]
-            if self._keep_values:
-                self._values = [queries.new_empty((self.n_layers, heads, m, shape[2])) for m in self.lengths]
+            self._texts = [
+                {what: queries.new_empty((self.n_layers, heads, n, x.shape[-1])) for what, x in given.items()}
+                for n in self.lengths
+            ]
         elif shape != self._shape:
             raise CaptureError(
                 f"{self.architecture}: layer {len(self._scales)} has (heads, d, d_v) = {shape} and layer 0 has "
                 f"{self._shape}: layers of different shapes cannot be captured together"
             )
-        place = len(self._scales)
-        repeats = heads // key_heads
-        for index, length in enumerate(self.lengths):
-            self._queries[index][place] = queries[index, :, :length]
-            _repeat_into(self._keys[index][place], keys[index, :, :length], repeats)
-            if self._keep_values:
-                _repeat_into(self._values[index][place], values[index, :, :length], repeats)
+        for index, (text, length) in enumerate(zip(self._texts, self.lengths, strict=True)):
+            for what, x in given.items():
+                _repeat_into(text[what][len(self._scales)], x[index, :, :length])
         self._scales.append(float(scale))
         spans, biased = self._seen(mask, causal)
         self._spans.append(spans)
@@ -203,15 +198,12 @@ class Recording:
             )
         scales = torch.tensor(self._scales, dtype=torch.float64)
         captured = []
-        for index in range(len(self.lengths)):
-            queries, keys = self._queries[index], self._keys[index]
-            values = self._values[index] if self._keep_values else None
-            named = {"query": queries, "key": keys} | ({"value": values} if values is not None else {})
+        for index, text in enumerate(self._texts):
             if require_finite:
-                _require_finite(index if indices is None else indices[index], named)
+                _require_finite(index if indices is None else indices[index], text)
             spans = torch.stack([layer[index] for layer in self._spans])
             layers = tuple(_of_text(layer, index, self.lengths[index]) for layer in self.layers)
-            captured.append(Captured(queries, keys, scales, values, spans, layers))
+            captured.append(Captured(text["query"], text["key"], scales, text.get("value"), spans, layers))
         return captured
 
 
@@ -229,9 +221,9 @@ def _of_text(layer: Layer, index: int, n: int) -> Layer:
 ADVICE = "write an adapter like models/openai_gpt.py, see docs/add-a-model.md"
 
 
-def _repeat_into(target: torch.Tensor, grouped: torch.Tensor, repeats: int) -> None:
-    """target (heads, n, d) <- grouped (heads / repeats, n, d), each head for `repeats` consecutive query heads."""
-    target.view(grouped.shape[0], repeats, *grouped.shape[1:]).copy_(grouped.unsqueeze(1))
+def _repeat_into(target: torch.Tensor, grouped: torch.Tensor) -> None:
+    """target (heads, n, d) <- grouped (groups, n, d), each for as many consecutive heads."""
+    target.view(grouped.shape[0], -1, *grouped.shape[1:]).copy_(grouped.unsqueeze(1))
 
 
 def _require_finite(index: int, named: dict[str, torch.Tensor]) -> None:

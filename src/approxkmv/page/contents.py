@@ -25,11 +25,9 @@ class FigureOfPage:
 
 
 HEADS, LENGTH, DEFINITION, METHODS = "1. Heads", "2. Length", "3. Definition", "4. Methods"
-GROWTH, READINGS, SWEEP = (
-    ("growth_{}.csv", "growth_curves_{}.csv"),
-    ("readings_{}.csv", "readings_path_{}.csv"),
-    ("sweep.csv",),
-)
+GROWTH = ("growth_{}.csv", "growth_curves_{}.csv")
+READINGS = ("readings_{}.csv", "readings_path_{}.csv")
+SWEEP = ("sweep.csv",)
 FIGURES = {
     name: FigureOfPage(*about)
     for name, about in {

@@ -12,7 +12,7 @@ import pandas as pd
 
 from approxkmv.files import read_table
 from approxkmv.page.verdict import is_on_long_texts
-from approxkmv.results.tables import length_tables, masks_of, model_tables, read_heads, readings_tables
+from approxkmv.results.tables import ModelTables, masks_of, read_heads
 from approxkmv.statistics.readings import PRINTED
 
 
@@ -127,13 +127,13 @@ def of_model(tables: Path, facts: dict[str, Any]) -> tuple[dict[str, Any], list[
     Values are lists over heads, layer by layer. `sets` are kinds of entries: `all` and, of a model whose layers hide
     keys, `own`. Raises TableError for a table that is there and cannot be read.
     """
-    names, readings = model_tables(tables, facts["model"]), readings_tables(tables, facts["model"])
+    names = ModelTables(tables, facts["model"])
     long = is_on_long_texts(facts)
-    paths = {"growth": names.growth, "curves": names.curves}
+    paths = {"growth": names.growth, "curves": names.growth_curves}
     if long:
-        paths["lengths"] = length_tables(tables, facts["model"]).scaling
+        paths["lengths"] = names.length_scaling
     else:
-        paths |= {"heads": names.heads, "attention": names.attention, "readings": readings.heads}
+        paths |= {"heads": names.heads, "attention": names.attention, "readings": names.readings_heads}
     missing = [path.name for path in paths.values() if not path.is_file()]
     found = {kind: _read(kind, path, facts) for kind, path in paths.items() if path.is_file()}
     model: dict[str, Any] = {"key": facts["model"] + (", long texts" if long else "")}

@@ -51,13 +51,8 @@ def sentences(tables: Path, facts: dict[str, Any]) -> list[str]:
     first = f"{facts['label']}: {counted(facts['texts_used'], 'text')} of {facts['corpus']}" + (aside and f" ({aside})")
     found = []
     for before in masks_of(facts, "largest_ratio"):
-        within, median, largest, layer, head = (
-            facts[f"{before}{name}"]
-            for name in (
-                *("heads_within_bound", "median_ratio", "largest_ratio"),
-                *("largest_ratio_layer", "largest_ratio_head"),
-            )
-        )
+        names = ("heads_within_bound", "median_ratio", "largest_ratio", "largest_ratio_layer", "largest_ratio_head")
+        within, median, largest, layer, head = (facts[f"{before}{name}"] for name in names)
         where = f"{facts['mask']}: " if before else ""
         found.append(
             f"{where}c is at most {facts['paper_bound']:g}, the paper's bound, for {within} of {heads} heads; "

@@ -18,6 +18,7 @@ from transformers.masking_utils import sdpa_mask
 from approxkmv.attention import Method
 from approxkmv.compute.counting import counting
 from approxkmv.errors import CaptureError
+from approxkmv.models.interface import scale_of
 
 # A name without "sdpa", "flash" or "flex", which transformers treats specially.
 REPLACED = "approxkmv_replaced"
@@ -103,12 +104,6 @@ def _attend(
     current.seconds += _now(query.device) - start
     current.calls += 1
     return out, None
-
-
-def scale_of(query: torch.Tensor, options: Mapping[str, Any]) -> float:
-    """The factor of the logits that the layer hands over, or that of its head's width."""
-    scaling = options.get("scaling")
-    return float(query.shape[-1] ** -0.5 if scaling is None else scaling)
 
 
 def heads(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> list[torch.Tensor]:

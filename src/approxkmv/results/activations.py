@@ -12,9 +12,10 @@ import torch
 
 from approxkmv.errors import TableError
 from approxkmv.files import written_whole
+from approxkmv.results.tables import MASKED
 
 if TYPE_CHECKING:
-    from approxkmv.models.recording import Layer
+    from approxkmv.models.recording import Captured, Layer
 
 
 @dataclass(frozen=True)
@@ -57,36 +58,35 @@ class Shard:
         """Number of contexts."""
         return len(self.numbers)
 
+    @property
+    def masks(self) -> tuple[str, ...]:
+        """The prefixes of the columns of its statistics, as in tables.masks_of."""
+        return ("", MASKED) if self.masked else ("",)
+
 
 def write_activations(
     path: Path,
-    scales: torch.Tensor,
-    causal: bool,
-    contexts: Mapping[int, tuple[torch.Tensor, torch.Tensor]],
+    texts: Mapping[int, Captured],
+    special: Mapping[int, torch.Tensor],
     origin: str,
-    spans: Mapping[int, torch.Tensor] | None = None,
-    layers: Mapping[int, tuple[Layer, ...]] | None = None,
-    special: Mapping[int, torch.Tensor] | None = None,
+    *,
+    causal: bool,
+    own_masks: bool,
 ) -> None:
-    """Write a safetensors file: `scales` (layers,), `causal`, `masked`, and queries, keys and `special` of each text.
-
-    For a model with masks of its own, also the spans of each text (layers, n, 2), see Captured; from `layers`, each
-    layer's softcap, sinks and bias.
+    """Write a safetensors file: `scales` (layers,), `causal`, `masked`, and of each text, by its index, queries, keys,
+    `special` (see Activations) and each layer's softcap, sinks and bias; for a model with masks of its own also spans.
     """
     from safetensors.torch import save_file
 
-    tensors = {"scales": scales.to(torch.float64).contiguous(), "causal": torch.tensor([int(causal)])}
-    tensors["masked"] = torch.tensor([int(causal or spans is not None)])
-    for context, (queries, keys) in contexts.items():
-        tensors[f"{context:07d}.queries"] = queries.contiguous()
-        tensors[f"{context:07d}.keys"] = keys.contiguous()
-        none = torch.zeros(queries.shape[2], dtype=torch.bool)
-        tensors[f"{context:07d}.special"] = none if special is None else special[context]
-        if spans is not None:
-            tensors[f"{context:07d}.spans"] = spans[context].contiguous()
-        own = () if layers is None else layers[context]
-        for place in range(len(own)):
-            tensors |= {f"{context:07d}.{place}.{name}": value for name, value in _beside(own, place)}
+    scales = next((one.scales for one in texts.values()), torch.zeros(0, dtype=torch.float64))
+    tensors = {"scales": scales, "causal": torch.tensor([int(causal)])}
+    tensors["masked"] = torch.tensor([int(causal or own_masks)])
+    for context, one in texts.items():
+        own = {"queries": one.queries, "keys": one.keys, "special": special[context]}
+        own |= {"spans": one.spans} if own_masks else {}
+        for place in range(len(one.layers)):
+            own |= {f"{place}.{name}": value for name, value in _beside(one.layers, place)}
+        tensors |= {f"{context:07d}.{name}": value.contiguous() for name, value in own.items()}
     with written_whole(path) as temporary:
         save_file(tensors, temporary, metadata={"origin": origin})
 
@@ -100,7 +100,7 @@ def _beside(layers: Sequence[Layer], place: int) -> Iterator[tuple[str, torch.Te
         yield "sinks", layer.sinks.detach().cpu().clone()
     if layer.bias is not None:
         earlier = [i for i in range(place) if _same(layers[i].bias, layer.bias)]
-        yield "bias", torch.tensor(earlier[0]) if earlier else layer.bias.detach().cpu().clone().contiguous()
+        yield "bias", torch.tensor(earlier[0]) if earlier else layer.bias.detach().cpu().clone()
 
 
 def _same(one: torch.Tensor | None, other: torch.Tensor) -> bool:
@@ -122,7 +122,6 @@ def read_activations(path: Path) -> Shard:
         raise TableError(f"{path} is missing: run extract for this model and shard first") from error
     except (SafetensorError, OSError, KeyError, TypeError) as error:
         raise TableError(f"{path} cannot be read ({error}): delete it and run extract again") from error
-    contexts = tuple(int(name.partition(".")[0]) for name in names if name.endswith(".queries"))
     names_of: dict[int, list[str]] = defaultdict(list)
     for name in names:
         if name[0].isdigit():
@@ -130,8 +129,8 @@ def read_activations(path: Path) -> Shard:
 
     def each() -> Iterator[Activations]:
         with safe_open(path, framework="pt") as handle:
-            for context in contexts:
-                found = {name[8:]: handle.get_tensor(name) for name in names_of[context]}
+            for context, own in names_of.items():
+                found = {name[8:]: handle.get_tensor(name) for name in own}
                 beside: list[dict[str, Any]] = []
                 for place in range(len(scales)):
                     softcap, sinks, bias = (found.get(f"{place}.{what}") for what in ("softcap", "sinks", "bias"))
@@ -143,4 +142,4 @@ def read_activations(path: Path) -> Shard:
                     context, found["queries"], found["keys"], found.get("spans"), tuple(beside), found["special"]
                 )
 
-    return Shard(scales, causal, masked, origin, contexts, each())
+    return Shard(scales, causal, masked, origin, tuple(names_of), each())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -20,6 +21,12 @@ def shard_count(texts: Path, shard_contexts: int) -> int:
     except (OSError, ValueError) as error:
         raise TableError(f"{texts} cannot be read ({error}): run texts again") from error
     return -(-rows // shard_contexts)
+
+
+def joined(parts: Sequence[pd.DataFrame], columns: Mapping[str, str]) -> pd.DataFrame:
+    """A shard's table from those of its texts, with these columns and types; without rows if all are too short."""
+    table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=list(columns))
+    return table[list(columns)].astype(columns)
 
 
 def write_shard(path: Path, table: pd.DataFrame, origin: str) -> None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from approxkmv.errors import TableError
 from approxkmv.files import Columns, check_columns, check_keys, read_json, read_table
-from approxkmv.statistics.entries import CAUSAL, EVERY_KEY
+from approxkmv.statistics.entries import CAUSAL, EVERY_KEY, SHARES
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,7 +23,7 @@ def masks_of(table: Container[str], column: str) -> list[str]:
     return [before for before in ("", MASKED) if f"{before}{column}" in table]
 
 
-KEYS = [f"keys_{share}_{what}" for share in (90, 99) for what in ("mean", "median", "largest")]
+KEYS = [f"keys_{100 * share:g}_{what}" for share in SHARES for what in ("mean", "median", "largest")]
 # Statistics of the softmax's rows and of the whole matrix: see AttentionStatistics.
 ATTENTION = ["entropy", "support", "keys_90", "keys_99", "first_mass", "sink_mass", "largest_weight"]
 ATTENTION += ["column_norm", "stable_rank"]
@@ -61,78 +60,33 @@ def facts_of_attention(contexts: pd.DataFrame) -> dict[str, Any]:
     return {"causal": bool(first["causal"]), "mask": first["mask"], "left_out": left_out}
 
 
-@dataclass(frozen=True)
 class ModelTables:
-    """The tables of one model."""
+    """The paths of one model's tables in a folder; an attribute is named as its file begins."""
 
-    heads: Path
-    """CSV, one row per layer and head."""
-    scaling: Path
-    """CSV, one row per prefix length."""
-    overview: Path
-    """JSON: counts, the largest c, and the tables' provenance."""
-    growth: Path
-    """CSV, one row per layer and head."""
-    curves: Path
-    """CSV, one row per layer, head and prefix length."""
-    attention: Path
-    """CSV, one row per layer and head."""
+    def __init__(self, folder: Path, model: str) -> None:
+        # JSON: counts, the largest c, and how the tables were made.
+        self.overview = folder / f"overview_{model}.json"
+        # One row per layer and head.
+        self.heads = folder / f"heads_{model}.csv"
+        self.growth = folder / f"growth_{model}.csv"
+        self.attention = folder / f"attention_{model}.csv"
+        # One row per prefix length, for each layer and head or over all of them.
+        self.growth_curves = folder / f"growth_curves_{model}.csv"
+        self.context_scaling = folder / f"context_scaling_{model}.csv"
+        # One row per kind of entries and reading, or scale between the model's own and none, or reading of each head.
+        self.readings = folder / f"readings_{model}.csv"
+        self.readings_path = folder / f"readings_path_{model}.csv"
+        self.readings_heads = folder / f"readings_heads_{model}.csv"
+        # One row per layer, head and factor.
+        self.gauge = folder / f"gauge_{model}.csv"
+        # Of long texts: one row per layer, head and length; JSON: which lengths were run, and how.
+        self.length_scaling = folder / f"length_scaling_{model}.csv"
+        self.lengths = folder / f"lengths_{model}.json"
 
-
-def model_tables(folder: Path, model: str) -> ModelTables:
-    """Paths of a model's tables."""
-    return ModelTables(
-        folder / f"heads_{model}.csv",
-        folder / f"context_scaling_{model}.csv",
-        folder / f"overview_{model}.json",
-        folder / f"growth_{model}.csv",
-        folder / f"growth_curves_{model}.csv",
-        folder / f"attention_{model}.csv",
-    )
-
-
-@dataclass(frozen=True)
-class ReadingsTables:
-    """The tables of one model under several readings of the definition of c."""
-
-    readings: Path
-    """CSV, one row per reading and kind of entries."""
-    path: Path
-    """CSV, one row per scale between the model's own and none."""
-    heads: Path
-    """CSV, one row per layer, head, reading and kind of entries."""
-
-
-def readings_tables(folder: Path, model: str) -> ReadingsTables:
-    """Paths of a model's tables from the readings-table step."""
-    names = (f"{kind}_{model}.csv" for kind in ("readings", "readings_path", "readings_heads"))
-    return ReadingsTables(*(folder / name for name in names))
-
-
-def gauge_table(folder: Path, model: str) -> Path:
-    """Path of a model's table from the gauge step."""
-    return folder / f"gauge_{model}.csv"
-
-
-def facts_of(folder: Path, model: str) -> Path:
-    """Path of a model's overview or, for one measured on long texts only, of its facts about those."""
-    overview = model_tables(folder, model).overview
-    return overview if overview.exists() else length_tables(folder, model).facts
-
-
-@dataclass(frozen=True)
-class LengthTables:
-    """The tables of one model on long texts."""
-
-    scaling: Path
-    """CSV, one row per layer, head and length."""
-    facts: Path
-    """JSON: which lengths were run and which were left out, and the table's provenance."""
-
-
-def length_tables(folder: Path, model: str) -> LengthTables:
-    """Paths of a model's tables from the length-scaling step."""
-    return LengthTables(folder / f"length_scaling_{model}.csv", folder / f"lengths_{model}.json")
+    @property
+    def facts(self) -> Path:
+        """The overview or, for a model measured on long texts only, what is known of those."""
+        return self.overview if self.overview.exists() else self.lengths
 
 
 # Keys of an overview (see steps summary and length_scaling) and their types; some are repeated with prefix masked_.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from approxkmv.lazy import attributes
@@ -17,10 +18,12 @@ if TYPE_CHECKING:
     from approxkmv.statistics.heads import unmasked_and_masked_statistics as unmasked_and_masked_statistics
 
 # On demand: figures and tables import names from here, but do not need numba and torch.
-_HOME = {
-    **dict.fromkeys(("AttentionStatistics", "attention_statistics"), f"{__name__}.attention"),
-    **dict.fromkeys(("HeadStatistics", "OrderRatios", "head_statistics", "head_to_tail_ratios"), f"{__name__}.heads"),
-    **dict.fromkeys(("order_ratios", "unmasked_and_masked_statistics"), f"{__name__}.heads"),
+_NAMES = {
+    "attention": ["AttentionStatistics", "attention_statistics"],
+    "heads": [
+        *("HeadStatistics", "OrderRatios", "head_statistics", "head_to_tail_ratios", "order_ratios"),
+        "unmasked_and_masked_statistics",
+    ],
 }
-__all__ = sorted(_HOME)
-__getattr__ = attributes(__name__, _HOME)
+__all__ = sorted(chain(*_NAMES.values()))
+__getattr__ = attributes(__name__, _NAMES)

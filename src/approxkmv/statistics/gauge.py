@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from approxkmv.arrays import Array, as_float64, queries_and_keys, resolve_scale
+from approxkmv.arrays import Array, as_float64, is_number, queries_and_keys, resolve_scale
 from approxkmv.compute.torch_state import plain_torch
 from approxkmv.errors import InputError
 
@@ -80,9 +80,7 @@ def gauge(
     s = resolve_scale(scale, queries.shape[-1])
     if queries.ndim != 3:
         raise InputError(f"q {tuple(queries.shape)} and k {tuple(keys.shape)} must be (heads, n, d)")
-    if not all(
-        isinstance(t, (int, float, np.number)) and not isinstance(t, bool) and _LEAST < t < _MOST for t in factors
-    ):
+    if not all(is_number(t) and _LEAST < t < _MOST for t in factors):
         raise InputError(f"factors are {factors!r}: they must be numbers between {_LEAST:g} and {_MOST:g}")
     if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool):
         raise InputError("mask must be a torch tensor of bool")

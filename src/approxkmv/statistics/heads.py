@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
 
-from approxkmv.arrays import Array, queries_and_keys, resolve_scale
+from approxkmv.arrays import Array, is_whole, queries_and_keys, resolve_scale
 from approxkmv.compute.scratch import scratch
 from approxkmv.compute.threads import over_items
 from approxkmv.compute.torch_state import plain_torch
@@ -111,15 +112,18 @@ def _mask(causal: bool, mask: Array | None) -> bool | np.ndarray:
 def _statistics(found: list[_Found], n: int) -> list[HeadStatistics]:
     return [
         HeadStatistics(
-            ratios=part.ratios,
-            log_next=np.asarray(part.logs[..., 0] - part.logs[..., 1]),
-            log_double=np.asarray(part.logs[..., 0] - part.logs[..., 2]),
-            softmax_ratio=np.asarray(part.softmax[..., 0]),
-            tail_exponent=np.asarray(-part.softmax[..., 2] / np.log(n)),
-            column_exponent=np.asarray(np.log(part.softmax[..., 3]) / np.log(n)),
+            ratios=ratios,
+            **vars(_order_ratios(logs)),
+            softmax_ratio=np.asarray(softmax[..., 0]),
+            tail_exponent=np.asarray(-softmax[..., 2] / np.log(n)),
+            column_exponent=np.asarray(np.log(softmax[..., 3]) / np.log(n)),
         )
-        for part in found
+        for ratios, logs, softmax in found
     ]
+
+
+def _order_ratios(logs: np.ndarray) -> OrderRatios:
+    return OrderRatios(*(np.asarray(logs[..., 0] - logs[..., i]) for i in (1, 2)))
 
 
 def head_to_tail_ratios(
@@ -152,7 +156,7 @@ def head_to_tail_ratios(
     Raises:
         InputError: mismatched shapes, fewer than min_prefix tokens, non-finite values, an invalid scale.
     """
-    ratios = _run(q, k, min_prefix, scale, (causal,), memory, order=False, softmax=False)[0].ratios
+    ratios, *_ = _run(q, k, min_prefix, scale, (causal,), memory, order=False, softmax=False)[0]
     return ratios if isinstance(q, np.ndarray) else torch.from_numpy(ratios).to(q.device)
 
 
@@ -174,20 +178,15 @@ def order_ratios(
     Raises:
         InputError: mismatched shapes, too few tokens, non-finite values, an invalid scale.
     """
-    logs = _run(q, k, 1, scale, (causal,), memory, ratios=False, softmax=False)[0].logs
-    following, double = np.asarray(logs[..., 0] - logs[..., 1]), np.asarray(logs[..., 0] - logs[..., 2])
+    _, logs, _ = _run(q, k, 1, scale, (causal,), memory, ratios=False, softmax=False)[0]
+    found = _order_ratios(logs)
     if isinstance(q, np.ndarray):
-        return OrderRatios(following, double)
-    return OrderRatios(torch.from_numpy(following).to(q.device), torch.from_numpy(double).to(q.device))
+        return found
+    return OrderRatios(*(torch.from_numpy(part).to(q.device) for part in (found.log_next, found.log_double)))
 
 
-@dataclass(frozen=True)
-class _Found:
-    """The output of the compiled passes for one mask."""
-
-    ratios: np.ndarray
-    logs: np.ndarray
-    softmax: np.ndarray
+# What the compiled passes write for one mask: ratios, logs of order ratios, softmax statistics.
+_Found: TypeAlias = tuple[np.ndarray, ...]
 
 
 @plain_torch()
@@ -213,9 +212,9 @@ def _run(
     least = 3 if masks[-1] is True else 2
     if keys.shape[-2] != n:
         raise InputError(f"q has {n} rows and k has {keys.shape[-2]}: prefixes need the queries and keys of one text")
-    if not isinstance(min_prefix, (int, np.integer)) or isinstance(min_prefix, bool) or min_prefix < 1:
+    if not is_whole(min_prefix) or min_prefix < 1:
         raise InputError(f"min_prefix is {min_prefix!r}: it must be a whole number of at least 1")
-    if not isinstance(memory, (int, np.integer)) or isinstance(memory, bool) or memory < 1:
+    if not is_whole(memory) or memory < 1:
         raise InputError(f"memory is {memory!r}: it must be a whole number of bytes, at least 1")
     if ratios and n < min_prefix:
         raise InputError(f"there are {n} tokens and min_prefix is {min_prefix}: give a longer text or a smaller one")
@@ -227,33 +226,26 @@ def _run(
     batch = queries.shape[:-2]
     count = int(np.prod(batch))
     found = [
-        _Found(
-            np.empty((count, n - min_prefix + 1 if ratios else 0)),
-            np.empty((count, 3 if order else 0)),
-            np.empty((count, WRITTEN if softmax else 0)),
-        )
+        tuple(np.empty((count, width)) for width in (ratios * (n - min_prefix + 1), order * 3, softmax * WRITTEN))
         for _ in masks
     ]
 
     def one_head(index: int, log_values: np.ndarray) -> None:
-        for mask, part in zip(masks, found, strict=True):
+        for mask, (of_prefixes, of_order, of_softmax) in zip(masks, found, strict=True):
             causal = mask if isinstance(mask, bool) else causal_like
             if not isinstance(mask, bool):
                 np.copyto(log_values, HIDDEN, where=hidden)
             if ratios:
-                ratios_of_prefixes(log_values, min_prefix, causal, part.ratios[index])
+                ratios_of_prefixes(log_values, min_prefix, causal, of_prefixes[index])
             if order:
-                order_logarithms(log_values, causal, part.logs[index])
+                order_logarithms(log_values, causal, of_order[index])
             if softmax:
-                softmax_statistics(log_values, causal, part.softmax[index])
+                softmax_statistics(log_values, causal, of_softmax[index])
 
     for start, chunk in _logits(queries.reshape(-1, n, d), keys.reshape(-1, n, d), s, memory):
         # The compiled functions release the GIL.
         over_items(one_head, range(start, start + len(chunk)), chunk)
-    return [
-        _Found(*(table.reshape(*batch, table.shape[1]) for table in (part.ratios, part.logs, part.softmax)))
-        for part in found
-    ]
+    return [tuple(table.reshape(*batch, table.shape[1]) for table in part) for part in found]
 
 
 def _hidden(mask: bool | np.ndarray, n: int, whole: bool) -> np.ndarray | None:

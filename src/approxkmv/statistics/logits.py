@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from approxkmv.arrays import Array, as_float64, queries_and_keys, resolve_scale, tensor_of
+from approxkmv.arrays import Array, as_float64, is_number, is_whole, queries_and_keys, resolve_scale, tensor_of
 from approxkmv.compute.scratch import scratch
 from approxkmv.errors import InputError
 
@@ -166,8 +166,7 @@ def _repeated(q: Array, k: Array) -> Array:
 
 
 def _positive(softcap: float) -> float:
-    is_number = isinstance(softcap, (int, float, np.floating, np.integer)) and not isinstance(softcap, bool)
-    if not (is_number and 1e-28 <= softcap <= 1e28):
+    if not (is_number(softcap) and 1e-28 <= softcap <= 1e28):
         raise InputError(f"softcap is {softcap!r}: it must be a positive number, from 1e-28 to 1e28")
     return float(softcap)
 
@@ -196,7 +195,7 @@ def _masks(mask: Any, shape: tuple[int, ...], device: torch.device) -> tuple[np.
     n_q, n_k = shape[-2:]
     if isinstance(mask, str) and mask == "none":
         return None, None
-    is_window = isinstance(mask, (int, np.integer)) and not isinstance(mask, bool) and mask > 0
+    is_window = is_whole(mask) and mask > 0
     if is_window or (isinstance(mask, str) and mask == "causal"):
         if n_q != n_k:
             raise InputError(f"there are {n_q} queries and {n_k} keys: give their mask as spans or a boolean array")

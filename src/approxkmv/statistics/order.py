@@ -67,13 +67,7 @@ def order_logarithms(log_values: np.ndarray, causal: bool, out: np.ndarray) -> N
                 kept[count] = log_values[i, j]
                 count += 1
     select_largest(kept, count, 2 * n)
-    out[2] = kept[0]
-    for t in range(1, 2 * n):
-        out[2] = min(out[2], kept[t])
+    out[2] = kept[: 2 * n].min()
     select_largest(kept, 2 * n, n)
-    out[0] = kept[0]
-    for t in range(1, n):
-        out[0] = min(out[0], kept[t])
-    out[1] = kept[n]
-    for t in range(n + 1, 2 * n):
-        out[1] = max(out[1], kept[t])
+    out[0] = kept[:n].min()
+    out[1] = kept[n : 2 * n].max()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from approxkmv.arrays import Array, queries_and_keys, resolve_scale
+from approxkmv.arrays import Array, is_whole, queries_and_keys, resolve_scale
 from approxkmv.compute.threads import over_items
 from approxkmv.compute.torch_state import plain_torch
 from approxkmv.errors import InputError
@@ -75,7 +75,7 @@ def readings(
     n = queries.shape[-2]
     if queries.ndim != 3 or keys.shape != queries.shape:
         raise InputError(f"q {tuple(queries.shape)} and k {tuple(keys.shape)} must both be (heads, n, d)")
-    if not isinstance(min_prefix, (int, np.integer)) or isinstance(min_prefix, bool) or min_prefix < 1:
+    if not is_whole(min_prefix) or min_prefix < 1:
         raise InputError(f"min_prefix is {min_prefix!r}: it must be a whole number of at least 1")
     for array, name, shape in ((mask, "mask", (n, n)), (special, "special", (n,))):
         if array is not None and not (

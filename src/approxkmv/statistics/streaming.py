@@ -20,7 +20,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from approxkmv.arrays import Array, queries_and_keys, resolve_scale, tensor_of
+from approxkmv.arrays import Array, is_whole, queries_and_keys, resolve_scale, tensor_of
 from approxkmv.compute.threads import over_items
 from approxkmv.compute.torch_state import plain_torch
 from approxkmv.errors import InputError, NonFiniteError
@@ -90,7 +90,7 @@ def length_statistics(
         raise InputError(f"q {tuple(queries.shape)} and k {tuple(keys.shape)} must both be (heads, n, d)")
     if n < 3:
         raise InputError(f"there are {n} tokens: K_(2n) needs at least 3")
-    if not isinstance(block, (int, np.integer)) or isinstance(block, bool) or block < 1:
+    if not is_whole(block) or block < 1:
         raise InputError(f"block is {block!r}: it must be a whole number of at least 1")
     queries, keys = queries.reshape(-1, n, d), keys.reshape(-1, n, d)
     masks = [every_key(n), *_own_spans(n, causal, spans)]

@@ -11,7 +11,7 @@ import pandas as pd
 from approxkmv.errors import InputError
 from approxkmv.progress import Times, progress
 from approxkmv.results.activations import Activations, Shard, read_activations
-from approxkmv.results.shards import write_shard
+from approxkmv.results.shards import joined, write_shard
 from approxkmv.results.tables import ATTENTION, MASKED
 from approxkmv.statistics import AttentionStatistics, attention_statistics
 
@@ -45,14 +45,10 @@ def measure_attention(model: str, activations: Path, out: Path, times: Times | N
                     raise InputError(f"model {model}, context {item.context}: {error}") from error
             tables.append(pd.DataFrame(values))
             bar.update(1)
-    columns = PLACE | {
-        f"{before}{name}": "float64" for before in (("", MASKED) if own else ("",)) for name in ATTENTION
-    }
+    masks = ("", MASKED) if own else ("",)
+    columns = PLACE | {f"{before}{name}": "float64" for before in masks for name in ATTENTION}
     with times.of("tables"):
-        if tables:
-            table = pd.concat(tables, ignore_index=True)[list(columns)].astype(columns)
-        else:
-            table = pd.DataFrame({name: pd.Series(dtype=kind) for name, kind in columns.items()})
+        table = joined(tables, columns)
         write_shard(out, table, shard.origin)
     return len(table)
 

@@ -10,7 +10,7 @@ from approxkmv.config import Study
 from approxkmv.errors import TableError
 from approxkmv.files import write_csv
 from approxkmv.results.shards import read_shards, shard_count
-from approxkmv.results.tables import ATTENTION, masks_of, model_tables
+from approxkmv.results.tables import ATTENTION, ModelTables, masks_of
 
 
 def write_attention_table(study: Study, model: str, texts: Path, statistics: Path, out: Path) -> pd.DataFrame:
@@ -23,5 +23,5 @@ def write_attention_table(study: Study, model: str, texts: Path, statistics: Pat
     groups = values.groupby(["layer", "head"], sort=True)
     columns = [f"{before}{name}" for before in masks_of(values, ATTENTION[0]) for name in ATTENTION]
     table = pd.DataFrame({"texts": groups.size()}).join(groups[columns].mean()).reset_index()
-    write_csv(model_tables(out, model).attention, table)
+    write_csv(ModelTables(out, model).attention, table)
     return table

@@ -6,6 +6,7 @@ import contextlib
 import json
 import shutil
 from collections.abc import Collection
+from itertools import chain
 from pathlib import Path
 
 from approxkmv.config import Study, load_config, study_of
@@ -134,15 +135,7 @@ def leftovers(results: Path) -> list[Path]:
     study = study_in(results)
     if study is None:
         return []
-    every = [
-        *OF_MODEL,
-        *OF_LONG_TEXTS,
-        *OF_GROWTH,
-        *SHARDS,
-        *OF_MODELS,
-        *OF_PLAN,
-        *(name for names in OF_PART.values() for name in names),
-    ]
+    every = [*OF_MODEL, *OF_LONG_TEXTS, *OF_GROWTH, *SHARDS, *OF_MODELS, *OF_PLAN, *chain(*OF_PART.values())]
     wanted = OF_LONG_TEXTS if study.lengths else OF_MODEL
     kept = [pattern.format(model) for model in study.models for pattern in (*wanted, *OF_GROWTH, *SHARDS)]
     kept += OF_MODELS if study.models and not study.lengths else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -9,14 +10,7 @@ import pandas as pd
 
 from approxkmv.errors import TableError
 from approxkmv.files import read_table, write_csv
-from approxkmv.results.tables import (
-    masks_of,
-    model_tables,
-    read_heads,
-    read_overview,
-    read_statistics,
-    readings_tables,
-)
+from approxkmv.results.tables import ModelTables, masks_of, read_heads, read_overview, read_statistics
 from approxkmv.slopes import log_log_line
 from approxkmv.statistics.entries import CAUSAL
 from approxkmv.statistics.growth import ENOUGH_TEXTS, FLAT
@@ -40,15 +34,19 @@ def compare(tables: Path, models: Sequence[str], out: Path) -> pd.DataFrame:
     """
     rows = []
     for model in models:
-        names = model_tables(tables, model)
+        names = ModelTables(tables, model)
         overview = read_overview(names.overview, "model", "layers", "heads", "texts_used", "paper_bound")
         heads = read_heads(names.heads, overview, dict.fromkeys(JUDGED, "at least 0"))
-        scaling = read_statistics(names.scaling, {"prefix": "whole", "contexts": "whole"}, {"mean": "at least 0"})
+        scaling = read_statistics(
+            names.context_scaling, {"prefix": "whole", "contexts": "whole"}, {"mean": "at least 0"}
+        )
         for before in masks_of(heads, "max_ratio"):
             if before and f"{before}mean" not in scaling:
-                raise TableError(f"{names.scaling} has no masked values, and {names.heads} has: run summary again")
+                raise TableError(
+                    f"{names.context_scaling} has no masked values, and {names.heads} has: run summary again"
+                )
             rows += claims(overview, heads, scaling, before)
-        readings = read_table(readings_tables(tables, model).readings, READ)
+        readings = read_table(names.readings, READ)
         rows += claims_as_read(overview, readings[readings["entries"] == "all"])
     table = pd.DataFrame(rows)
     write_csv(out, table)
@@ -66,58 +64,34 @@ def claims(overview: Mapping, heads: pd.DataFrame, scaling: pd.DataFrame, before
     within = float((heads[f"{before}max_ratio"] <= bound).mean())
     near_one = float((heads[f"{before}median_next_ratio"] <= ABOUT_ONE).mean())
     below_20 = float((heads[f"{before}median_double_ratio"] <= 20).mean())
-    rows: list[tuple[str, str, float | None, float, bool | None]] = [
-        (
-            "c is at most a small constant for every head and text (Figures 1, 3)",
-            f"largest c over {n_heads} heads and {overview['texts_used']} texts <= {bound:g}",
-            bound,
-            largest,
-            largest <= bound,
-        ),
-        (
-            "share of heads whose largest c is within that constant",
-            "all of them",
-            1.0,
-            within,
-            within == 1.0,
-        ),
-        (
-            "K_(n)/K_(n+1) is about 1 for almost all heads (Figure 2)",
-            f"share of heads with median <= {ABOUT_ONE:g} is at least 0.95",
-            None,
-            near_one,
-            near_one >= 0.95,
-        ),
-        (
-            "K_(n)/K_(2n) is about 20 or less for most heads (Figure 2)",
-            "share of heads with median <= 20 is above 0.5",
-            None,
-            below_20,
-            below_20 > 0.5,
-        ),
-    ]
     slope, lengths = growth_exponent(scaling, before)
-    rows.append(
-        (
-            "c does not grow with the length of the context (Figure 4)",
-            f"exponent of mean largest c against length {lengths} is at most {FLAT:g}",
-            0.0,
-            slope,
-            None if slope != slope else bool(slope <= FLAT),
-        )
-    )
-    return [
-        {
-            "claim": claim,
-            "criterion": criterion,
-            "paper": None if before else paper,
-            "model": overview["model"],
-            "entries": "all" if not before else "causal" if overview["mask"] == CAUSAL else "masked",
-            "ours": ours,
-            "holds": "undecided" if holds is None else "yes" if holds else "no",
-        }
-        for claim, criterion, paper, ours, holds in rows
-    ]
+    entries = "all" if not before else "causal" if overview["mask"] == CAUSAL else "masked"
+    rows: list[dict] = []
+
+    def judge(claim: str, criterion: str, paper: float | None, ours: float, holds: bool) -> None:
+        paper = None if before else paper
+        row = {"claim": claim, "criterion": criterion, "paper": paper, "model": overview["model"], "entries": entries}
+        rows.append(row | {"ours": ours, "holds": verdict(ours, holds)})
+
+    claim = "c is at most a small constant for every head and text (Figures 1, 3)"
+    criterion = f"largest c over {n_heads} heads and {overview['texts_used']} texts <= {bound:g}"
+    judge(claim, criterion, bound, largest, largest <= bound)
+    claim = "share of heads whose largest c is within that constant"
+    judge(claim, "all of them", 1.0, within, within == 1.0)
+    claim = "K_(n)/K_(n+1) is about 1 for almost all heads (Figure 2)"
+    criterion = f"share of heads with median <= {ABOUT_ONE:g} is at least 0.95"
+    judge(claim, criterion, None, near_one, near_one >= 0.95)
+    claim = "K_(n)/K_(2n) is about 20 or less for most heads (Figure 2)"
+    judge(claim, "share of heads with median <= 20 is above 0.5", None, below_20, below_20 > 0.5)
+    claim = "c does not grow with the length of the context (Figure 4)"
+    criterion = f"exponent of mean largest c against length {lengths} is at most {FLAT:g}"
+    judge(claim, criterion, 0.0, slope, slope <= FLAT)
+    return rows
+
+
+def verdict(ours: float, holds: bool) -> str:
+    """`yes` or `no`, but `undecided` of what could not be measured."""
+    return "undecided" if math.isnan(ours) else "yes" if holds else "no"
 
 
 def claims_as_read(overview: Mapping, readings: pd.DataFrame) -> list[dict]:
@@ -131,8 +105,7 @@ def claims_as_read(overview: Mapping, readings: pd.DataFrame) -> list[dict]:
             ("K_(n)/K_(2n) is about 20 or less", "median over heads <= 20", 20.0, "median_double"),
         ):
             found = {"claim": f"{claim}, read as {row['reading']}", "criterion": criterion, "paper": paper}
-            holds = "undecided" if row[ours] != row[ours] else "yes" if row[ours] <= paper else "no"
-            rows.append(found | place | {"ours": row[ours], "holds": holds})
+            rows.append(found | place | {"ours": row[ours], "holds": verdict(row[ours], row[ours] <= paper)})
     return rows
 
 

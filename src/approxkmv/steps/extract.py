@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,8 +11,8 @@ import pandas as pd
 import torch
 
 from approxkmv.config import Study
-from approxkmv.corpora import Passage
 from approxkmv.errors import CaptureError, ConfigError, NonFiniteError
+from approxkmv.models.recording import Captured, NonFiniteActivation
 from approxkmv.progress import LOG, Times, progress
 from approxkmv.results.activations import write_activations
 from approxkmv.results.locations import origin
@@ -21,7 +22,6 @@ from approxkmv.steps.texts import read_shard
 
 if TYPE_CHECKING:
     from approxkmv.models import CapturableModel
-    from approxkmv.models.recording import Layer
 
 
 def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
@@ -91,25 +91,25 @@ def extract(
     tokenizer = model.tokenizer
     marks = {tokenizer.bos_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.eos_token_id}
     special = {passages[i].index: torch.tensor([token in marks for token in cut[i]]) for i in taken}
-    captured: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-    spans: dict[int, torch.Tensor] = {}
-    layers: dict[int, tuple[Layer, ...]] = {}
-    scales = torch.zeros(0, dtype=torch.float64)
+    captured: dict[int, Captured] = {}
     title = f"extract    {model_name}, shard {shard}"
     with progress(total=sum(len(cut[i]) for i in taken), unit="token", title=title) as bar:
         for batch in batches_by_length([len(cut[i]) for i in taken], study.batch_tokens):
             members = [taken[i] for i in batch]
             with times.of("model"):
-                results = _capture(model, model_name, [cut[i] for i in members], passages, members)
-            for i, result in zip(members, results, strict=True):
-                captured[passages[i].index] = (result.queries.cpu(), result.keys.cpu())
-                spans[passages[i].index] = result.spans
-                layers[passages[i].index] = result.layers
-                scales = result.scales
+                try:
+                    results = model.capture([cut[i] for i in members])
+                except NonFiniteActivation as error:
+                    context = passages[members[error.index]].index
+                    raise NonFiniteError(
+                        f"model {model_name}, layer {error.layer}, head {error.head}, context {context}: a query or "
+                        "key is NaN or infinite; try dtype float32, or check the model's weights"
+                    ) from error
+            for i, one in zip(members, results, strict=True):
+                captured[passages[i].index] = replace(one, queries=one.queries.cpu(), keys=one.keys.cpu())
                 bar.update(len(cut[i]))
     with times.of("writing"):
-        own_spans = spans if model.has_own_masks else None
-        write_activations(out, scales, model.is_causal, captured, made_of, own_spans, layers, special)
+        write_activations(out, captured, special, made_of, causal=model.is_causal, own_masks=model.has_own_masks)
     write_shard(
         contexts_out,
         pd.DataFrame(
@@ -142,17 +142,3 @@ def require_true_prefixes(study: Study, name: str, model: CapturableModel, token
                 f"a text of {n:,} differ from a text of {wrong[0]:,}: set max_tokens to {change:,}, or all "
                 "lengths above it"
             )
-
-
-def _capture(
-    model: CapturableModel, name: str, batch: list[list[int]], passages: Sequence[Passage], members: list[int]
-) -> list:
-    try:
-        return model.capture(batch)
-    except NonFiniteError as error:
-        layer, head, index = (getattr(error, key, "?") for key in ("layer", "head", "index"))
-        context = passages[members[index]].index if isinstance(index, int) else "?"
-        raise NonFiniteError(
-            f"model {name}, layer {layer}, head {head}, context {context}: a query or key is NaN or infinite; "
-            "try dtype float32, or check the model's weights"
-        ) from error

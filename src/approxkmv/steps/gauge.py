@@ -12,7 +12,7 @@ from approxkmv.config import Study
 from approxkmv.errors import ConfigError
 from approxkmv.files import read_table, write_csv
 from approxkmv.progress import progress
-from approxkmv.results.tables import gauge_table
+from approxkmv.results.tables import ModelTables
 from approxkmv.statistics.gauge import FACTORS, Gauge, gauge
 from approxkmv.steps.fetch import load_model
 from approxkmv.steps.statistics import seen_by
@@ -45,7 +45,7 @@ def measure_gauge(study: Study, model_name: str, location: Path, texts: Path, ta
     table = pd.concat(parts, ignore_index=True)
     place = ["layer", "head", "tokens", "entries", "t"]
     table = table[[*place, *(name for name in table if name not in place)]]
-    write_csv(gauge_table(tables, model_name), table)
+    write_csv(ModelTables(tables, model_name).gauge, table)
     return table
 
 

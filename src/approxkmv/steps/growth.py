@@ -12,7 +12,7 @@ from approxkmv.config import Study
 from approxkmv.errors import TableError
 from approxkmv.files import write_csv
 from approxkmv.results.shards import read_shards, shard_count
-from approxkmv.results.tables import masks_of, model_tables
+from approxkmv.results.tables import ModelTables, masks_of
 from approxkmv.statistics.growth import FLOOR, fit_growth, size, trend
 from approxkmv.steps.summary import read_prefixes
 
@@ -36,10 +36,10 @@ def measure_growth(study: Study, model: str, texts: Path, statistics: Path, tabl
         values = values.rename(columns={"length": "prefix"})
     else:
         values = read_prefixes(study, model, texts, statistics)
-    names = model_tables(tables, model)
+    names = ModelTables(tables, model)
     growth, curves = growth_of(values, study.models[model].paper_bound)
     write_csv(names.growth, growth)
-    write_csv(names.curves, curves)
+    write_csv(names.growth_curves, curves)
     return growth
 
 

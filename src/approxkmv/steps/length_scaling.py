@@ -12,8 +12,8 @@ from approxkmv.config import ModelEntry, Study, corpus_of
 from approxkmv.errors import TableError
 from approxkmv.files import write_csv, write_json
 from approxkmv.results.shards import read_shards, shard_count
-from approxkmv.results.tables import MASKED, facts_of_attention, length_tables
-from approxkmv.steps.lengths import COUNTS, VALUES, too_short
+from approxkmv.results.tables import KEYS, ModelTables, facts_of_attention, masks_of
+from approxkmv.steps.lengths import VALUES, too_short
 
 
 def summarise(
@@ -26,7 +26,7 @@ def summarise(
     and keys_90_mean, keys_90_median, keys_90_largest: how many keys hold 90 % of a row's softmax mass, over the rows of
     a text; likewise keys_99_...; largest_ratio is the largest c of any text.
     """
-    names = length_tables(out, model.name)
+    names = ModelTables(out, model.name)
     shards = shard_count(texts, study.shard_contexts)
     values, taken = read_shards(statistics, shards, "lengths.parquet", "contexts.csv")
     if values.empty:
@@ -34,7 +34,7 @@ def summarise(
             f"model {model.name}: no text reaches the shortest length, {min(study.lengths):,} tokens: shorten lengths"
         )
     table = length_scaling(values)
-    write_csv(names.scaling, table)
+    write_csv(names.length_scaling, table)
     run = sorted({int(length) for length in table["length"]})
     used = taken[taken["used"]]
     facts = {
@@ -55,7 +55,7 @@ def summarise(
         **facts_of_attention(taken),
         "provenance": provenance,
     }
-    write_json(names.facts, facts)
+    write_json(names.lengths, facts)
     return facts
 
 
@@ -64,9 +64,7 @@ def length_scaling(values: pd.DataFrame) -> pd.DataFrame:
     keys = ["layer", "head", "length"]
     groups = values.groupby(keys, sort=True)
     table = pd.DataFrame({"texts": groups.size()})
-    for before in ("", MASKED):
-        if f"{before}ratio" not in values:
-            continue
+    for before in masks_of(values, "ratio"):
         medians = groups[[f"{before}{name}" for name in VALUES]].median()
         table[f"{before}ratio"] = medians[f"{before}ratio"]
         table[f"{before}largest_ratio"] = groups[f"{before}ratio"].max()
@@ -75,6 +73,6 @@ def length_scaling(values: pd.DataFrame) -> pd.DataFrame:
             for name in ("next", "double"):
                 capped = np.minimum(np.exp(medians[f"{before}log_{name}"]), np.finfo(np.float64).max)
                 table[f"{before}{name}_ratio"] = capped
-        for name in ("log_double", "softmax_ratio", "tail_exponent", *COUNTS):
+        for name in ("log_double", "softmax_ratio", "tail_exponent", *KEYS):
             table[f"{before}{name}"] = medians[f"{before}{name}"]
     return table.reset_index()

@@ -5,22 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from approxkmv.config import Study
 from approxkmv.errors import ApproxKMVError, NonFiniteError, TableError
 from approxkmv.progress import Times, progress
 from approxkmv.results.activations import Activations, Shard, read_activations
-from approxkmv.results.shards import write_shard
-from approxkmv.results.tables import MASKED, read_shard_table
-from approxkmv.statistics.entries import SHARES
+from approxkmv.results.shards import joined, write_shard
+from approxkmv.results.tables import KEYS, read_shard_table
 from approxkmv.statistics.streaming import LengthStatistics, length_statistics
 from approxkmv.steps.devices import check_device
 
 PLACE = {"context": "int32", "layer": "int16", "head": "int16", "length": "int32"}
-SHARE_NAMES = [f"{100 * share:g}" for share in SHARES]
-COUNTS = [f"keys_{name}_{what}" for name in SHARE_NAMES for what in ("mean", "median", "largest")]
-VALUES = ["ratio", "log_next", "log_double", "softmax_ratio", "tail_exponent", *COUNTS]
+NUMBERS = ["ratio", "log_next", "log_double", "softmax_ratio", "tail_exponent"]
+VALUES = [*NUMBERS, *KEYS]
 
 
 def measure_lengths(
@@ -53,13 +52,8 @@ def measure_lengths(
                 with times.of(f"{length:,} tokens"):
                     tables.append(_one_length(model, item, shard, length, study.device))
                 bar.update(1)
-    masks = ("", MASKED) if shard.masked else ("",)
-    columns = PLACE | {f"{before}{name}": "float64" for before in masks for name in VALUES}
-    if tables:
-        table = pd.concat(tables, ignore_index=True)[list(columns)].astype(columns)
-    else:
-        table = pd.DataFrame({name: pd.Series(dtype=kind) for name, kind in columns.items()})
-    write_shard(out, table, shard.origin)
+    columns = PLACE | {f"{before}{name}": "float64" for before in shard.masks for name in VALUES}
+    write_shard(out, joined(tables, columns), shard.origin)
     return missing
 
 
@@ -82,16 +76,12 @@ def _one_length(model: str, item: Activations, shard: Shard, length: int, device
             raise NonFiniteError(f"model {model}, context {item.context}, layer {layer}: {error}") from error
         for head, masks in enumerate(heads):
             row: dict[str, Any] = {"context": item.context, "layer": layer, "head": head, "length": length}
-            for found, before in zip(masks, ("", MASKED), strict=False):
+            for found, before in zip(masks, shard.masks, strict=True):
                 row |= {f"{before}{name}": value for name, value in _values(found).items()}
             rows.append(row)
     return pd.DataFrame(rows)
 
 
 def _values(found: LengthStatistics) -> dict[str, float]:
-    names = ("ratio", "log_next", "log_double", "softmax_ratio", "tail_exponent")
-    values = {name: float(getattr(found, name)) for name in names}
-    for name, *counts in zip(SHARE_NAMES, found.mean_keys, found.median_keys, found.largest_keys, strict=True):
-        whats = ("mean", "median", "largest")
-        values |= {f"keys_{name}_{what}": float(count) for what, count in zip(whats, counts, strict=True)}
-    return values
+    counts = np.array([found.mean_keys, found.median_keys, found.largest_keys], np.float64).T.ravel()
+    return {name: getattr(found, name) for name in NUMBERS} | dict(zip(KEYS, counts, strict=True))

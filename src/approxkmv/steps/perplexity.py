@@ -9,8 +9,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from approxkmv.attention import Method, UnavailableError
 from approxkmv.compute.trial import decisions
 from approxkmv.config import CorpusEntry
@@ -24,7 +22,7 @@ from approxkmv.perplexity.model import CausalModel, Perplexity
 from approxkmv.perplexity.plan import Plan
 from approxkmv.perplexity.replacement import OfLayers, Replacement
 from approxkmv.perplexity.settings import chosen_methods
-from approxkmv.sweep.measure import machine, running_out_of_memory
+from approxkmv.sweep.measure import machine, quartiles, running_out_of_memory
 
 
 @dataclass(frozen=True)
@@ -162,6 +160,6 @@ def _times(prefix: str, passes: Sequence[Perplexity]) -> dict[str, float]:
     """Median and quartiles of the seconds of some passes."""
     found: dict[str, float] = {}
     for name in ("seconds", "attention_seconds"):
-        quartiles = np.quantile([getattr(one, name) for one in passes], (0.25, 0.5, 0.75)).tolist()
-        found |= {f"{prefix}{name}{end}": value for end, value in zip(("_q1", "", "_q3"), quartiles, strict=True)}
+        taken = quartiles([getattr(one, name) for one in passes])
+        found |= {f"{prefix}{name}{end}": value for end, value in zip(("_q1", "", "_q3"), taken, strict=True)}
     return found

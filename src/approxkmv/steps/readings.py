@@ -13,7 +13,7 @@ from approxkmv.errors import InputError, NonFiniteError, TableError
 from approxkmv.files import read_table
 from approxkmv.progress import progress
 from approxkmv.results.activations import Activations, Shard, read_activations
-from approxkmv.results.shards import write_shard
+from approxkmv.results.shards import joined, write_shard
 from approxkmv.statistics.readings import Reading, even_places, readings
 from approxkmv.steps.statistics import seen_by
 from approxkmv.steps.texts import TEXTS
@@ -40,8 +40,8 @@ def measure_readings(study: Study, model: str, activations: Path, texts: Path, o
             if place in wanted:
                 parts += _of_text(study, model, item, shard)
                 bar.update(1)
-    table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=list(COLUMNS))
-    write_shard(out, table[list(COLUMNS)].astype(COLUMNS), shard.origin)
+    table = joined(parts, COLUMNS)
+    write_shard(out, table, shard.origin)
     return len(wanted), int(table.loc[table["reading"] == "float32", "undefined"].sum())
 
 

@@ -11,7 +11,7 @@ from approxkmv.config import ModelEntry, Study
 from approxkmv.errors import TableError
 from approxkmv.files import write_csv
 from approxkmv.results.shards import read_shards, shard_count
-from approxkmv.results.tables import readings_tables
+from approxkmv.results.tables import ModelTables
 from approxkmv.statistics.readings import POWERS, PRINTED, READINGS
 from approxkmv.steps.summary import LARGEST_LOG
 
@@ -30,7 +30,7 @@ def summarise(study: Study, model: ModelEntry, texts: Path, statistics: Path, ou
     that the ratio is 0/0). The second has the scales between the model's own
     (`power` 1) and none (0) in place of the readings. A study of sentences calls its first reading `sentences`.
     """
-    names = readings_tables(out, model.name)
+    names = ModelTables(out, model.name)
     values, _ = read_shards(statistics, shard_count(texts, study.shard_contexts), "readings.parquet", "contexts.csv")
     if values.empty:
         raise TableError(f"model {model.name}: no text is long enough for readings: lower min_tokens and min_prefix")
@@ -44,9 +44,9 @@ def summarise(study: Study, model: ModelEntry, texts: Path, statistics: Path, ou
     if study.unit == "sentence":
         for made in (table, heads):
             made["reading"] = made["reading"].replace(PRINTED, OF_SENTENCES)
-    write_csv(names.path, path)
+    write_csv(names.readings_path, path)
     write_csv(names.readings, table)
-    write_csv(names.heads, heads)
+    write_csv(names.readings_heads, heads)
     return table
 
 

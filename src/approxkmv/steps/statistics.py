@@ -14,8 +14,7 @@ import torch
 from approxkmv.errors import InputError, NonFiniteError
 from approxkmv.progress import Times, progress
 from approxkmv.results.activations import Activations, read_activations
-from approxkmv.results.shards import write_shard
-from approxkmv.results.tables import MASKED
+from approxkmv.results.shards import joined, write_shard
 from approxkmv.statistics import HeadStatistics, head_statistics, unmasked_and_masked_statistics
 
 # One value per context and head; for a model with masks each is repeated with the prefix MASKED.
@@ -62,7 +61,7 @@ def measure(
             }
             with times.of("kernels"):
                 found = _statistics(model_name, item, shard.scales, min_prefix, shard.masked)
-            for result, before in zip(found, ("", MASKED), strict=False):
+            for result, before in zip(found, shard.masks, strict=True):
                 ratios = result.ratios.reshape(layers * n_heads, -1)
                 best = ratios.argmax(-1)
                 values[f"{before}max_ratio"] = ratios[np.arange(len(best)), best]
@@ -74,20 +73,12 @@ def measure(
             heads.append(pd.DataFrame(values))
             curves.append(pd.DataFrame(curve))
             bar.update(1)
-    masks = ("", MASKED) if shard.masked else ("",)
-    measured = {f"{before}{name}": kind for before in masks for name, kind in VALUES.items()}
-    ratios_of = {f"{before}ratio": "float64" for before in masks}
+    measured = {f"{before}{name}": kind for before in shard.masks for name, kind in VALUES.items()}
+    ratios_of = {f"{before}ratio": "float64" for before in shard.masks}
     with times.of("tables"):
-        write_shard(heads_out, _table(heads, PLACE | {"tokens": "int32"} | measured), shard.origin)
-        write_shard(prefixes_out, _table(curves, PLACE | {"prefix": "int32"} | ratios_of), shard.origin)
+        write_shard(heads_out, joined(heads, PLACE | {"tokens": "int32"} | measured), shard.origin)
+        write_shard(prefixes_out, joined(curves, PLACE | {"prefix": "int32"} | ratios_of), shard.origin)
     return sum(len(table) for table in heads)
-
-
-def _table(parts: Sequence[pd.DataFrame], columns: dict[str, str]) -> pd.DataFrame:
-    """The parts with these columns and types; without rows when all texts of a shard are too short."""
-    if not parts:
-        return pd.DataFrame({name: pd.Series(dtype=kind) for name, kind in columns.items()})
-    return pd.concat(parts, ignore_index=True)[list(columns)].astype(columns)
 
 
 def _statistics(

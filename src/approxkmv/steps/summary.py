@@ -12,7 +12,7 @@ from approxkmv.config import ModelEntry, Study, corpus_of
 from approxkmv.errors import TableError
 from approxkmv.files import write_csv, write_json
 from approxkmv.results.shards import read_shards, shard_count
-from approxkmv.results.tables import facts_of_attention, masks_of, model_tables
+from approxkmv.results.tables import ModelTables, facts_of_attention, masks_of
 
 # exp(709) is about half of the largest float64, so two such values still have a mean.
 LARGEST_LOG = 709.0
@@ -25,7 +25,7 @@ def summarise(
 
     `statistics` is the folder with the files of the shards: heads.parquet, prefixes.parquet and contexts.csv of each.
     """
-    tables = model_tables(out, model.name)
+    tables = ModelTables(out, model.name)
     shards = shard_count(texts, study.shard_contexts)
     taken, values = read_shards(statistics, shards, "contexts.csv", "heads.parquet")
     if values.empty:
@@ -37,7 +37,7 @@ def summarise(
     # Read before anything is written: without a prefix there is nothing to say about growth.
     scaling = scaling_with_length(read_prefixes(study, model.name, texts, statistics))
     write_csv(tables.heads, table)
-    write_csv(tables.scaling, scaling)
+    write_csv(tables.context_scaling, scaling)
     used = taken[taken["used"]]
     overview = {
         "model": model.name,

@@ -12,4 +12,4 @@ if TYPE_CHECKING:
 
 __all__ = ["SweepSettings", "WorkloadSettings", "run_sweep"]
 # On demand: a configuration is checked for the settings of sweeps without torch.
-__getattr__ = attributes(__name__, {"run_sweep": f"{__name__}.run"})
+__getattr__ = attributes(__name__, {"run": ["run_sweep"]})
