@@ -333,6 +333,18 @@ def test_counts_of_approxkmv():
     assert counts.kernel_evaluations == 160 + 160 * (30 + 16 + 1 + 1)
 
 
+@pytest.mark.parametrize("make", [inputs, self_attention])
+def test_blocks_of_one_query_are_exact_as_on_a_cpu(make):
+    """Their centres would meet all keys, and their bits and samples take 7 GB at 131,072 queries."""
+    q, k, v = make()
+    right = (0.4 * q @ k.mT).softmax(2) @ v
+    for attend, given in ((cuda.attend, GIVEN), (ours.attend, {**OURS, "directions": 0})):
+        with counting() as counts:
+            assert torch.equal(attend(q, k, v, seed=0, **{**given, "block": 1, "near": 30}), right)
+        assert counts.kernel_evaluations == q.shape[1] * k.shape[1]
+        assert counts.other_products == 0
+
+
 def test_first_centres():
     """Every 203 // 11 = 18th query, starting at the first modulo 18."""
     q, k, _ = inputs()
