@@ -1,6 +1,7 @@
 """The code around the CUDA kernels, run on a CPU: graphs (recorded by a fake), counts, estimates, hardware limits."""
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -463,6 +464,17 @@ def test_no_kernel_of_the_fused_form_spills_registers(name, given, d, d_v):
     assert made.metadata.shared <= SHARED
     # Products of a step run together: else each waits until the one before is done.
     assert "serialized" not in ahead_of_time.remarks(made)
+
+
+@compiles
+@pytest.mark.slow
+@pytest.mark.parametrize(("d", "d_v"), [(64, 1), (64, 64), (100, 1), (100, 100)])
+def test_the_products_with_the_weights_run_together(d, d_v):
+    """Of the four of a step of the pass over all keys: the compiler waits for each of the two that make the logits."""
+    made = ahead_of_time.of_the_fused_form("far_kernel", d, d_v)
+    order = re.findall(r"wgmma\.(commit|wait)_group", made.asm["ptx"])
+    # The last wait stands behind the loop.
+    assert order == ["commit", "wait", "commit", "wait", "commit", "commit", "wait", "wait"]
 
 
 @compiles
