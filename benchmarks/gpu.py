@@ -5,9 +5,9 @@
 Needs torch, NumPy and Triton. Each stage is a process with a limit of its own. A row is appended to OUT/rows.jsonl, and
 on the disk, as soon as it is known; what has a row there is not done again, so the same command goes on where an
 earlier one ended; rows that other code made are refused. A stage whose limit exceeds what is left of the minutes waits
-for the next command. Exit code 0: all stages are finished; 3: some wait for the next command; 1: one failed, or a check
-does not hold. --interpret runs each stage on small inputs on a CPU, which shows that they run and nothing about their
-speed.
+for the next command. What breaks has a row with the reason, is not tried again, and stops nothing else. Exit code 0:
+all stages are finished; 3: some wait for the next command; 1: one failed, or a check does not hold. --interpret runs
+each stage on small inputs on a CPU, which shows that they run and nothing about their speed.
 
 0 the machine and its ceilings; 1 kernels against float64; 2 graphs; 3 exact attention; 4 the paper's Figure 5; 5 our
 methods at n = 131,072; 6 sharper inputs; 7 statistics of one long head.
@@ -23,9 +23,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parents[1]
 # Seconds after which a stage is stopped: 20 minutes together.
@@ -67,6 +69,18 @@ class Rows:
             os.fsync(file.fileno())
         self.known.add(what)
         print(line, flush=True)
+
+    @contextmanager
+    def unless_it_breaks(self, what: str) -> Iterator[None]:
+        """Where the block breaks, a row with the reason, so that what follows it is measured."""
+        import torch
+
+        try:
+            yield
+        except Exception as error:  # of the compiler, of a launch, of the device, or of a check
+            self.add(what, holds=False, reason=f"{type(error).__name__}: {error}"[:2000])
+            # An error of the device stays until its process ends; the next process goes on behind this row.
+            torch.cuda.synchronize()
 
     def without(self, whats: list[str]) -> Iterator[str]:
         """Those of which there is no row yet."""
@@ -153,24 +167,21 @@ def kernels(rows: Rows, sizes: dict[str, Any], given: argparse.Namespace) -> Non
         checks += [check_kernels.check_clustering, check_kernels.check_lists]
         checks += [check_kernels.check_fused, check_kernels.check_fused_extremes]
     for name in rows.without([check.__name__ for check in checks]):
-        try:
+        with rows.unless_it_breaks(name):
             getattr(check_kernels, name)()
             rows.add(name, holds=True)
-        except Exception as error:  # errors of the compiler, of a launch, or of the check
-            rows.add(name, holds=False, reason=f"{type(error).__name__}: {error}"[:2000])
-            # An error of the device stays until its process ends; the next command goes on behind this check.
-            torch.cuda.synchronize()
     n, d = sizes["long"], sizes["width"]
     for what in rows.without([f"exact {kind} d_v={d_v}" for kind in ("bfloat16", "float32") for d_v in (1, d)]):
-        _, kind, width = what.split()
-        q, k, v = (t.to("cuda") for t in heads(n, d, int(width[4:])))
-        q, k, v = (t.to(getattr(torch, kind)) for t in (q, k, v))
-        out = triton_kernels.exact(q, k, v, d**-0.5)
-        some = torch.linspace(0, n - 1, min(n, 256), device="cuda").long()
-        right = (d**-0.5 * q[:, some].double() @ k.double().mT).softmax(2) @ v.double()
-        gap = out[:, some].double() - right
-        # float32 products are three of tf32, which the interpreter does not imitate.
-        rows.add(what, n=n, error=float(gap.norm() / v.double().norm() * (n / len(some)) ** 0.5))
+        with rows.unless_it_breaks(what):
+            _, kind, width = what.split()
+            q, k, v = (t.to("cuda") for t in heads(n, d, int(width[4:])))
+            q, k, v = (t.to(getattr(torch, kind)) for t in (q, k, v))
+            out = triton_kernels.exact(q, k, v, d**-0.5)
+            some = torch.linspace(0, n - 1, min(n, 256), device="cuda").long()
+            right = (d**-0.5 * q[:, some].double() @ k.double().mT).softmax(2) @ v.double()
+            gap = out[:, some].double() - right
+            # float32 products are three of tf32, which the interpreter does not imitate.
+            rows.add(what, n=n, error=float(gap.norm() / v.double().norm() * (n / len(some)) ** 0.5))
 
 
 def heads(n: int, d: int, d_v: int, seed: int = 0) -> tuple[Any, Any, Any]:
@@ -197,23 +208,21 @@ def graphs(rows: Rows, sizes: dict[str, Any], given: argparse.Namespace) -> None
     q, k, v = (t.to("cuda") for t in heads(sizes["figure"][0], sizes["width"], 1))
     method = get("local-expansion")
     for products in rows.without(["float32", "bfloat16"]):
-        gaps = []
-        parameters = method.parameters({"block": 32, "near": 16, "products": products})
-        run = partial(method.compute, q, k, v, scale=sizes["width"] ** -0.5, **parameters)
-        # k-means adds in any order: a rounding may move a query to another cluster, in the fused form too.
-        with check_kernels.labelled_by(check_kernels.rolled):
-            answers = [run(seed=seed) for seed in range(3)]
-            has_graphs, cuda_graphs._has_graphs = cuda_graphs._has_graphs, lambda device: False
-            for seed, answer in enumerate(answers):
-                gaps.append(check_kernels.gap(run(seed=seed), answer, v))
-            cuda_graphs._has_graphs = has_graphs
-        before = cuda_graphs.recordings()
-        for seed in range(3):
-            run(seed=seed)
-        recorded = cuda_graphs.recordings() - before
-        holds = recorded == 0 and max(gaps) < (1e-6 if products == "float32" else 1e-2)
-        rows.add(products, largest_gap=max(gaps), recorded_again=recorded, holds=holds)
-        torch.cuda.synchronize()
+        with rows.unless_it_breaks(products):
+            parameters = method.parameters({"block": 32, "near": 16, "products": products})
+            run = partial(method.compute, q, k, v, scale=sizes["width"] ** -0.5, **parameters)
+            # k-means adds in any order: a rounding may move a query to another cluster, in the fused form too.
+            with check_kernels.labelled_by(check_kernels.rolled):
+                answers = [run(seed=seed) for seed in range(3)]
+                with patch.object(cuda_graphs, "_has_graphs", lambda device: False):
+                    gaps = [check_kernels.gap(run(seed=seed), answer, v) for seed, answer in enumerate(answers)]
+            before = cuda_graphs.recordings()
+            for seed in range(3):
+                run(seed=seed)
+            recorded = cuda_graphs.recordings() - before
+            holds = recorded == 0 and max(gaps) < (1e-6 if products == "float32" else 1e-2)
+            rows.add(products, largest_gap=max(gaps), recorded_again=recorded, holds=holds)
+            torch.cuda.synchronize()
 
 
 def exact(rows: Rows, sizes: dict[str, Any], given: argparse.Namespace) -> None:
@@ -231,22 +240,24 @@ def exact(rows: Rows, sizes: dict[str, Any], given: argparse.Namespace) -> None:
     }
     wanted = [f"{shape} {kind}" for shape in shapes for kind in ("bfloat16", "float32")]
     for what in rows.without(wanted):
-        shape, kind = what.rsplit(" ", 1)
-        n, batch, width, d_v = shapes[shape]
-        tensors = [t.expand(batch, -1, -1).to("cuda", getattr(torch, kind)).contiguous() for t in heads(n, width, d_v)]
-        runs, refused = {}, {}
-        for name in EXACT:
-            if name == "exact-naive" and n == long:
-                continue
-            method = get(name)
-            run = partial(method.compute, *tensors, scale=width**-0.5, seed=0, **method.defaults)
-            try:
-                run()
-                runs[name] = lambda _, run=run: run()
-            except (UnavailableError, torch.OutOfMemoryError) as error:
-                refused[name] = str(error).splitlines()[0]
-        backends = {str(key[0]) + str(key[3]): backend for key, backend in sdpa._fastest.items()}
-        rows.add(what, times=timed(runs, sizes["repeats"]), refused=refused, backends=backends)
+        with rows.unless_it_breaks(what):
+            shape, kind = what.rsplit(" ", 1)
+            n, batch, width, d_v = shapes[shape]
+            dtype = getattr(torch, kind)
+            tensors = [t.expand(batch, -1, -1).to("cuda", dtype).contiguous() for t in heads(n, width, d_v)]
+            runs, refused = {}, {}
+            for name in EXACT:
+                if name == "exact-naive" and n == long:
+                    continue
+                method = get(name)
+                run = partial(method.compute, *tensors, scale=width**-0.5, seed=0, **method.defaults)
+                try:
+                    run()
+                    runs[name] = lambda _, run=run: run()
+                except (UnavailableError, torch.OutOfMemoryError) as error:
+                    refused[name] = str(error).splitlines()[0]
+            backends = {str(key[0]) + str(key[3]): backend for key, backend in sdpa._fastest.items()}
+            rows.add(what, times=timed(runs, sizes["repeats"]), refused=refused, backends=backends)
 
 
 def swept(rows: Rows, workload: str, n: int, batch: int, given: argparse.Namespace) -> None:
@@ -277,8 +288,9 @@ def swept(rows: Rows, workload: str, n: int, batch: int, given: argparse.Namespa
 def figure5(rows: Rows, sizes: dict[str, Any], given: argparse.Namespace) -> None:
     """Stage 4."""
     for n in sizes["figure"]:
-        for _ in rows.without([f"glove-paper n={n} batch={sizes['batch']}"]):
-            swept(rows, "glove-paper", n, sizes["batch"], given)
+        for what in rows.without([f"glove-paper n={n} batch={sizes['batch']}"]):
+            with rows.unless_it_breaks(what):
+                swept(rows, "glove-paper", n, sizes["batch"], given)
 
 
 def ours(rows: Rows, sizes: dict[str, Any], given: argparse.Namespace) -> None:
@@ -306,40 +318,44 @@ def ours(rows: Rows, sizes: dict[str, Any], given: argparse.Namespace) -> None:
             parameters = method.parameters(setting)
             what = f"{name} d_v={d_v} {json.dumps(setting)}"
             run = partial(method.compute, *tensors, scale=d**-0.5, seed=0, **parameters)
-            if what not in rows.known:
-                try:
-                    with counting() as counts:
-                        out = run()
-                    of_values, of_answer = errors(out, right, tensors[2])
-                    raced = {"ours": lambda _, run=run: run(), "exact-sdpa": lambda _, run=baseline: run()}
-                    times = timed(raced, sizes["repeats"])
-                    found = {"n": n, "error": of_values, "error_of_answer": of_answer, "times": times}
-                    # Rows of a broken kernel would be made again exactly, and their error be small.
-                    found["recomputed_rows"] = counts.recomputed_rows
-                except (UnavailableError, torch.OutOfMemoryError) as refusal:
-                    found = {"n": n, "reason": str(refusal).splitlines()[0]}
-                earlier[what] = found
-                rows.add(what, **found)
-            if earlier[what].get("error", 1.0) <= 0.05:
+            for _ in rows.without([what]):
+                with rows.unless_it_breaks(what):
+                    try:
+                        with counting() as counts:
+                            out = run()
+                        of_values, of_answer = errors(out, right, tensors[2])
+                        raced = {"ours": lambda _, run=run: run(), "exact-sdpa": lambda _, run=baseline: run()}
+                        times = timed(raced, sizes["repeats"])
+                        found = {"n": n, "error": of_values, "error_of_answer": of_answer, "times": times}
+                        # Rows of a broken kernel would be made again exactly, and their error be small.
+                        found["recomputed_rows"] = counts.recomputed_rows
+                    except (UnavailableError, torch.OutOfMemoryError) as refusal:
+                        found = {"n": n, "reason": str(refusal).splitlines()[0]}
+                    earlier[what] = found
+                    rows.add(what, **found)
+            if earlier.get(what, {}).get("error", 1.0) <= 0.05:
                 break
     for _ in rows.without(["profile"]):
-        tensors = [t.to("cuda", torch.bfloat16) for t in heads(n, d, 1)]
-        method = get("local-expansion")
-        parameters = method.parameters({"block": 32, "near": 16} if given.interpret else {"block": 192, "near": 384})
-        run = partial(method.compute, *tensors, scale=d**-0.5, seed=0, **parameters)
-        run()
-        with torch.profiler.profile() as profile:
+        with rows.unless_it_breaks("profile"):
+            tensors = [t.to("cuda", torch.bfloat16) for t in heads(n, d, 1)]
+            method = get("local-expansion")
+            setting = {"block": 32, "near": 16} if given.interpret else {"block": 192, "near": 384}
+            parameters = method.parameters(setting)
+            run = partial(method.compute, *tensors, scale=d**-0.5, seed=0, **parameters)
             run()
-            torch.cuda.synchronize()
-        rows.add("profile", kernels=profile.key_averages().table(sort_by="cuda_time_total", row_limit=60))
+            with torch.profiler.profile() as profile:
+                run()
+                torch.cuda.synchronize()
+            rows.add("profile", kernels=profile.key_averages().table(sort_by="cuda_time_total", row_limit=60))
 
 
 def sharper(rows: Rows, sizes: dict[str, Any], given: argparse.Namespace) -> None:
     """Stage 6."""
     for workload, lengths in (("glove-sharp", sizes["figure"]), ("glove-split", sizes["split"])):
         for n in lengths:
-            for _ in rows.without([f"{workload} n={n} batch=1"]):
-                swept(rows, workload, n, 1, given)
+            for what in rows.without([f"{workload} n={n} batch=1"]):
+                with rows.unless_it_breaks(what):
+                    swept(rows, workload, n, 1, given)
 
 
 def statistics(rows: Rows, sizes: dict[str, Any], given: argparse.Namespace) -> None:
@@ -364,18 +380,19 @@ def statistics(rows: Rows, sizes: dict[str, Any], given: argparse.Namespace) -> 
     forms = {"c and order ratios": c_alone, "attention_statistics": ratios, "length_statistics": everything}
     lengths = [n for n in (sizes["long"] // 8, sizes["long"] // 4, sizes["long"] // 2, sizes["long"]) if n > 64]
     for what in rows.without([f"{form} n={n}" for form in forms for n in lengths]):
-        form, n = what.split(" n=")[0], int(what.split("=")[1])
-        q, k, _ = (t[0].to("cuda") for t in heads(n, sizes["width"], 1))
-        taken = []
-        for _ in range(1 if given.interpret else 3):
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            found = forms[form](q, k)
-            torch.cuda.synchronize()
-            taken.append(time.perf_counter() - start)
-            if taken[-1] > 2:
-                break
-        rows.add(what, seconds=min(taken), found=found)
+        with rows.unless_it_breaks(what):
+            form, n = what.split(" n=")[0], int(what.split("=")[1])
+            q, k, _ = (t[0].to("cuda") for t in heads(n, sizes["width"], 1))
+            taken = []
+            for _ in range(1 if given.interpret else 3):
+                torch.cuda.synchronize()
+                start = time.perf_counter()
+                found = forms[form](q, k)
+                torch.cuda.synchronize()
+                taken.append(time.perf_counter() - start)
+                if taken[-1] > 2:
+                    break
+            rows.add(what, seconds=min(taken), found=found)
 
 
 STAGES = (machine_and_ceilings, kernels, graphs, exact, figure5, ours, sharper, statistics)
@@ -406,6 +423,20 @@ def one_stage(stage: int, given: argparse.Namespace) -> None:
     with torch.inference_mode():
         STAGES[stage](rows, SMALL if given.interpret else FULL, given)
     rows.add("finished", seconds=time.perf_counter() - start)
+
+
+def exit_code(command: list[str], environment: dict[str, str], path: Path, stage: int, seconds: float) -> int | None:
+    """Of a stage's process, None if it ran out of time; another goes on where one that broke had got further."""
+    end = time.monotonic() + seconds
+    while True:
+        known = Rows(path, stage).known
+        try:
+            left = max(1.0, end - time.monotonic())
+            code = subprocess.run(command, env=environment, cwd=ROOT, check=False, timeout=left).returncode
+        except subprocess.TimeoutExpired:
+            return None
+        if code == 0 or Rows(path, stage).known == known:
+            return code
 
 
 def main() -> int:
@@ -445,10 +476,7 @@ def main() -> int:
         command += ["--interpret"] * given.interpret + (["--commit", given.commit] if given.commit else [])
         # The interpreter on a busy CPU is slow, and not what the limits are for.
         limit = LIMITS[stage] * (5 if given.interpret else 1)
-        try:
-            done = subprocess.run(command, env=environment, cwd=ROOT, check=False, timeout=limit).returncode
-        except subprocess.TimeoutExpired:
-            done = None
+        done = exit_code(command, environment, given.out / "rows.jsonl", stage, limit)
         if done != 0:
             failed.append(stage)
             print(f"gpu: stage {stage} {'ran out of its time' if done is None else 'failed'}", file=sys.stderr)

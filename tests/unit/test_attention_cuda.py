@@ -1,6 +1,7 @@
 """The code around the CUDA kernels, run on a CPU: graphs (recorded by a fake), counts, estimates, hardware limits."""
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -333,6 +334,18 @@ def test_counts_of_approxkmv():
     assert counts.kernel_evaluations == 160 + 160 * (30 + 16 + 1 + 1)
 
 
+@pytest.mark.parametrize("make", [inputs, self_attention])
+def test_blocks_of_one_query_are_exact_as_on_a_cpu(make):
+    """Their centres would meet all keys, and their bits and samples take 7 GB at 131,072 queries."""
+    q, k, v = make()
+    right = (0.4 * q @ k.mT).softmax(2) @ v
+    for attend, given in ((cuda.attend, GIVEN), (ours.attend, {**OURS, "directions": 0})):
+        with counting() as counts:
+            assert torch.equal(attend(q, k, v, seed=0, **{**given, "block": 1, "near": 30}), right)
+        assert counts.kernel_evaluations == q.shape[1] * k.shape[1]
+        assert counts.other_products == 0
+
+
 def test_first_centres():
     """Every 203 // 11 = 18th query, starting at the first modulo 18."""
     q, k, _ = inputs()
@@ -451,6 +464,17 @@ def test_no_kernel_of_the_fused_form_spills_registers(name, given, d, d_v):
     assert made.metadata.shared <= SHARED
     # Products of a step run together: else each waits until the one before is done.
     assert "serialized" not in ahead_of_time.remarks(made)
+
+
+@compiles
+@pytest.mark.slow
+@pytest.mark.parametrize(("d", "d_v"), [(64, 1), (64, 64), (100, 1), (100, 100)])
+def test_the_products_with_the_weights_run_together(d, d_v):
+    """Of the four of a step of the pass over all keys: the compiler waits for each of the two that make the logits."""
+    made = ahead_of_time.of_the_fused_form("far_kernel", d, d_v)
+    order = re.findall(r"wgmma\.(commit|wait)_group", made.asm["ptx"])
+    # The last wait stands behind the loop.
+    assert order == ["commit", "wait", "commit", "wait", "commit", "commit", "wait", "wait"]
 
 
 @compiles

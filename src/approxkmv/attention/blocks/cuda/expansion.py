@@ -128,7 +128,7 @@ def clustering_for(given: Mapping[str, int], n_q: int, n_k: int) -> Clustering |
     clustering = Clustering(**given)
     # No block is larger than all queries together; directions, which are not used, must not tell graphs apart.
     block = min(block_size(clustering.block, n_q, n_k), n_q)
-    if clustering.near >= n_k or (block == 1 and n_q < n_k):
+    if clustering.near >= n_k or block == 1:
         return None
     return replace(clustering, block=block, directions=0)
 
