@@ -62,11 +62,12 @@ def _where(study: str) -> str:
 
 def _about(study: str, where: str = "", table: pd.DataFrame | None = None) -> str:
     """How a study was run, and where, as `_where` says; the sentence under each of its tables."""
+    asked = ASKED | OTHERS
     record, table = _record(study), _sweep(study) if table is None else table
     assert table is not None
     shared = "; * inputs shared with tuning" if table["tuning_inputs"].eq("shared").any() else ""
     return (
-        f"`{study}` ({(ASKED | OTHERS).get(study, 'batches of 8')}): errors {of_what(table)}; {where}{'; ' if where else ''}"
+        f"`{study}` ({asked.get(study, 'batches of 8')}): errors {of_what(table)}; {where}{'; ' if where else ''}"
         f"the sweep alone took {record['seconds'] / 60:.1f} minutes{shared}{_one_input(record, table)}."
     )
 
