@@ -23,6 +23,8 @@ from approxkmv.sweep.table import COLUMNS, write_rows
 FOLDER = REFERENCE / "gpu"
 LONG = 131_072
 TARGETS = (0.15, 0.10, 0.05)
+# Of a stage in which everything broke
+_NOT_YET = "Not measured yet.\n"
 # What was predicted from the earlier code, in ms: what, n, its row, and the name there.
 _FIGURE = "n=16384 batch=8 d=100 d_v=1 bfloat16"
 _PREDICTED = (
@@ -125,6 +127,8 @@ def long() -> str:
     """The cheapest setting at the longest length for each error."""
     rows = [row for row in _rows() if row["stage"] == 5 and "times" in row]
     rows = [row for row in rows if all("seconds" in one for one in row["times"].values())]
+    if not rows:
+        return _NOT_YET
     lines = []
     for start in dict.fromkeys(row["what"].split(" {")[0] for row in rows):
         method, columns = start.split(" d_v=")
@@ -158,6 +162,8 @@ def _of_setting(row: dict[str, Any], note: str) -> tuple[str, ...]:
 def statistics() -> str:
     """Seconds of the statistics of one head."""
     rows = [row for row in _rows() if row["stage"] == 7 and "seconds" in row and " n=" in row["what"]]
+    if not rows:
+        return _NOT_YET
     table = pd.DataFrame([(*row["what"].split(" n="), row["seconds"]) for row in rows], columns=["what", "n", "s"])
     wide = table.pivot(index="what", columns="n", values="s").reindex(columns=table["n"].unique())
     wide = wide.loc[table["what"].unique()].map(lambda s: f"{s:.3g}")

@@ -142,6 +142,7 @@ def test_tables_leave_out_what_was_not_timed(tmp_path, monkeypatch):
         {"stage": 7, "what": "c and order ratios n=131072", "holds": False, "reason": "an illegal instruction"},
     ]
     monkeypatch.setattr(gpu_tables, "FOLDER", tmp_path)
+    gpu_tables._write_rows("earlier", [])
     gpu_tables._write_rows("rows", found)
     ends = [line.split(" | ")[-1] for line in gpu_tables.predicted().splitlines()[2:]]
     assert ends == [*["– |"] * 5, "1 |", *["– |"] * 3]
