@@ -518,7 +518,7 @@ def answer() -> str:
     if (causal := studies.get("causal")) is not None:
         at, found = _in_a_model(causal)
         said.insert(
-            0, f"**In a language model, {at}, the fastest is {found}.** `approxkmv plan` finds which for each head. "
+            0, f"**In SmolLM2 on a novel, {at}, the fastest is {found}.** `approxkmv plan` finds which for each head. "
         )
         there = f"{ELSEWHERE}/causal"
         if (other := _sweep(there)) is not None:

@@ -104,6 +104,7 @@ def test_texts_that_overlap_or_are_cut_are_found():
 
 MODELS = ["minilm-l6", "smollm2-135m"]
 SWEEPS = ("embedded", "long", "rows", "columns", "columns-long", "causal", "causal-long", "few", "figure5", "gpu")
+SWEEPS += ("causal-articles", "causal-gemma")
 OF_THE_REFERENCE = [
     *[("articles", name, [model]) for name in ("growth", "growth_curves") for model in MODELS],
     *[("embedded", name, [model]) for name in ("max_ratios", "order_ratios") for model in MODELS],
