@@ -60,7 +60,7 @@ def test_a_sweep_from_the_command_down(tmp_path):
     assert all(float(row["seconds"]) > 0 and float(row["host_seconds"]) > 0 for row in rows.values())
     # bfloat16 keeps 8 bits.
     assert all(float(rows[name]["error_v_mean"]) < 4e-3 for name in METHODS[:3])
-    assert [rows[name]["precision"] for name in METHODS[:2]] == ["float32", "bfloat16"]
+    assert [rows[name]["precision"] for name in METHODS[:3]] == ["float32", "bfloat16", "bfloat16"]
     assert json.loads(table.with_suffix(".json").read_text())["machine"]["gpu"] == "a CPU named cuda"
 
 

@@ -522,12 +522,13 @@ def test_the_exact_row_to_beat_is_the_fastest_that_is_right_enough(vectors, tmp_
 
 
 def test_the_precision_of_an_exact_row_is_that_in_which_it_computes(vectors, tmp_path):
-    names = ["exact-naive", "exact-sdpa"]
+    names = ["exact-naive", "exact-sdpa", "exact-fused"]
     asked = settings(vectors, methods=names, workload={"lengths": [150]}, dtype="bfloat16")
     run_sweep(asked, tmp_path / "sweep.csv", {}, say=lambda line: None)
     assert [(row["dtype"], row["precision"]) for row in read(tmp_path / "sweep.csv")] == [
         ("bfloat16", "float32"),
         ("bfloat16", "bfloat16"),
+        ("bfloat16", "float32"),
     ]
 
 

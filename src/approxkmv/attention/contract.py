@@ -52,8 +52,8 @@ class Method:
     """Whether it is a baseline that any method should beat, such as the mean of the values."""
     dtype: torch.dtype = torch.float32
     """The type in which it computes when its inputs are float32."""
-    widens: bool = False
-    """Whether it computes in float32 whatever its inputs."""
+    widens: frozenset[str] = frozenset()
+    """Types of device on which it computes in float32 whatever its inputs."""
     seeded: bool = True
     """Whether the answer depends on the seed."""
     may_be_zero: frozenset[str] = frozenset()

@@ -105,7 +105,7 @@ def _rows_of_case(
         method = get(name)
         row: Row = {**common, "method": name, "kind": _kind(method), "target": None}
         if method.exact:
-            of_inputs = "float32" if method.widens else settings.dtype
+            of_inputs = "float32" if torch.device(settings.device).type in method.widens else settings.dtype
             row["precision"] = "bfloat16" if method.dtype == torch.bfloat16 else of_inputs
         tried: Tried = {}
         grid = settings.parameters.get(name, method.grid)

@@ -135,5 +135,6 @@ method = Method(
     summary="exp(QK^T)[v, 1] in tiles, the matrix never stored",
     defaults={"tile": TILE},
     exact=True,
+    widens=frozenset({"cpu"}),
     seeded=False,
 )
