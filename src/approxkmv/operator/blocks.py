@@ -37,8 +37,8 @@ _AXES, _ITERATIONS, _SAMPLED = 48, 3, 16
 _PER_ROOT, _VARY = (1.1, 0.5), 1.0
 # Limit of log2 of a second-order factor: farther out the far keys are hardly Gaussian.
 _MOST_BENT = 2.0
-# Near keys of the plan, and keys, from which each block's covariance is estimated; along so many axes in full.
-PREDICTING, _OF_COVARIANCE, _FULL_AXES = 256, 8192, 128
+# Near keys of the plan, and keys drawn, from which each block's covariance is estimated; along so many axes in full.
+PREDICTING, _OF_COVARIANCE, _FULL_AXES = 256, 1024, 128
 # Blocks whose weights of all keys are in memory at once.
 STRIP = 64
 # oneDNN compiles a kernel for each shape of a bfloat16 product, so shapes should repeat: near keys are padded to a
@@ -221,20 +221,21 @@ class Blocks:
         variances of all keys stand for it.
         """
         keys = self.points.keys
-        n_k, d = keys.shape
-        full, spread = principal_axes(keys, d)
-        along, deltas = keys[:: -(-n_k // _OF_COVARIANCE)] @ full[:, :_FULL_AXES], self.deltas @ full
+        full, spread = principal_axes(keys, keys.shape[1])
+        along, deltas = keys @ full[:, :_FULL_AXES], self.deltas @ full
         # The weights assume the block's variances V along the axes of its second moments.
         assumed = self.keys.axes.mT @ full[:, :_FULL_AXES]
         out = deltas[:, _FULL_AXES:].square() @ spread[_FULL_AXES:]
         deltas = deltas[:, :_FULL_AXES].contiguous()
         of_blocks = self.of_blocks
+        # Evenly spaced in the sum of the weights, so that keys are drawn in proportion to them
+        places = (torch.arange(_OF_COVARIANCE, dtype=torch.float64, device=keys.device) + 0.5) / _OF_COVARIANCE
         for at, (weights, _) in self._strips(plan):
-            weights = weights[:, :: -(-n_k // _OF_COVARIANCE)]
-            weights = weights / weights.sum(1, keepdim=True).clamp_min(1e-30)
-            for b, shares in enumerate(weights, at):
-                mean = shares @ along
-                covariance = (along * shares.unsqueeze(1)).mT @ along - torch.outer(mean, mean)
+            for b, row in enumerate(weights, at):
+                ends = row.cumsum(0, dtype=torch.float64)
+                sample = along[torch.searchsorted(ends, places * ends[-1])]
+                sample -= sample.mean(0)
+                covariance = (sample.mT @ sample).div_(_OF_COVARIANCE)
                 own = of_blocks[b]
                 some = deltas[own]
                 out[own] += ((some @ covariance) * some).sum(1)
