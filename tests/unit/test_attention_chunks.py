@@ -206,8 +206,8 @@ def test_compiled_loops_and_torch_lose_about_the_same_rows_of_one_block(monkeypa
     """Their variances are estimated from other samples of the rows."""
     pytest.importorskip("numba")
     q, k, v = heads(900, 16, 5, spread=1.5)
-    # The mean of the keys before a chunk is another in each.
-    k[256:512] += 2
+    # The keys before each chunk have another mean.
+    q, k[256:] = q + 1, k[256:] + 1
     given = {"products": "float32", "directions": 0, "near": 16}
     found = []
     for works in (True, False):
