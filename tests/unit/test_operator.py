@@ -170,6 +170,20 @@ def test_a_constant_x_is_like_any_other(low, rounding):
     assert relative(alone, beside.double()) < rounding
 
 
+def test_a_row_is_doubted_by_its_far_sum_and_how_much_its_exponents_vary():
+    blocks = make_blocks(in_units(Q, K_, SIGMA, torch.float64), torch.float64, 0)
+    plan, ln2 = blocks.plan(100), np.log(2)
+    points = blocks.points
+    far = (-0.5 * torch.cdist(points.queries[blocks.order], points.keys).square()).exp2()
+    lists = (listed for _, lists in plan.strips for listed in lists)
+    for rows, listed in zip(blocks.of_blocks, lists, strict=True):
+        far[rows, listed] = 0
+    nats = (ln2 * blocks.deltas @ points.keys.mT).var(1)
+    right = far.sum(1) * (nats + (2 * ln2 * blocks.bends.abs()).expm1())
+    # Of the far sums only estimates are known.
+    assert relative(blocks.doubts(plan)[blocks.order], right) < 0.2
+
+
 def test_what_ranks_keys_by_x_is_all_that_is_made_for_an_x():
     blocks = make_blocks(in_units(Q, K_, SIGMA, torch.float64), torch.float64, 0)
     x = (K_[:, :1] ** 3).double()
