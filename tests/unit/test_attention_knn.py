@@ -188,7 +188,7 @@ def test_bad_parameters_are_named():
         get("knn")(q, k, v, samples=0)
     # faiss would put keys on infinitely many levels, which ends the process.
     for name, given in (("hnsw", {"near": 8}), ("knn", {"top": 8, "index": "hnsw"})):
-        with pytest.raises(InputError, match="^links is 1: a graph needs at least 2$"):
+        with pytest.raises(InputError, match=r"^links is 1: a graph needs at least 2$"):
             get(name)(q, k, v, links=1, **given)
     with pytest.raises(InputError, match="head is 'all': give 'exact' or 'sampled'"):
         knn_attention(q, k, v, head="all")

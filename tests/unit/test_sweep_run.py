@@ -751,9 +751,7 @@ def test_inputs_of_a_capture_are_shared_where_one_of_tuning_has_a_row_of_one_of_
     safetensors.save_file({name: numbers.clone() for name in "qkv"}, path)
     given = {"name": "model-qk", "lengths": [50], "batches": [2], "path": str(path), "heads": [0]}
     (case,) = cases(SweepSettings.from_mapping({"workloads": [given]}).workloads[0])
-    one, other = (
-        {row for i in range(inputs) for row in load(case, part, i).q.flatten().tolist()} for part in PARTS
-    )
+    one, other = ({row for i in range(inputs) for row in load(case, part, i).q.flatten().tolist()} for part in PARTS)
     assert bool(one & other) == shares_inputs(case, inputs) == bool(missing)
 
 
