@@ -170,6 +170,13 @@ def test_a_constant_x_is_like_any_other(low, rounding):
     assert relative(alone, beside.double()) < rounding
 
 
+@pytest.mark.parametrize("width", [0.3, 3.0])
+def test_no_row_sees_a_far_entry_above_one(width):
+    blocks = make_blocks(in_units(Q, K_, width * SIGMA, torch.float64), torch.float64, 0)
+    # It is 2^threshold as the row sees it, and far keys weigh less.
+    assert float(blocks.plan(16).factors.max()) <= 1
+
+
 def test_a_row_is_doubted_by_its_far_sum_and_how_much_its_exponents_vary():
     blocks = make_blocks(in_units(Q, K_, SIGMA, torch.float64), torch.float64, 0)
     plan, ln2 = blocks.plan(100), np.log(2)
