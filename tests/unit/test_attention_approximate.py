@@ -12,7 +12,11 @@ from approxkmv.attention.blocks.grouping import make_blocks
 from approxkmv.attention.blocks.k_means import k_means
 from approxkmv.attention.blocks.near_keys import sums_of_keys
 from approxkmv.attention.blocks.reach import stand_apart
+from approxkmv.attention.hashed import approxkmv_paper
+from approxkmv.attention.hashed.angular_hashing import sort_into_blocks
+from approxkmv.attention.hashed.column_sampling import column_probabilities
 from approxkmv.compute import loops as compute_loops
+from approxkmv.compute.drawing import drawn
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -105,6 +109,7 @@ def test_sums_of_keys_against_float64(d, d_v, low):
     q, k, v = clustered(300, d + d % 2 if low == torch.bfloat16 else d, d_v)
     q = 0.3 * q
     e = expanded(q, k, v, Clustering(block=32, near=40, directions=8, iterations=2, sampled=8), 1.0, low)  # fmt: skip
+    assert e.far_keys == 300 - 40
     extra = torch.randn(len(e.chosen), generator=torch.Generator().manual_seed(1))
     sums, scales = sums_of_keys(e.blocks, k, e.mean, v, e.chosen, e.ends, extra, e.rounded)
     begin = 0
@@ -324,6 +329,35 @@ def test_paper_with_one_block_is_exact():
     out = get("approxkmv-paper")(q[None], k[None], v[None], scale=0.5, block=100, samples=16)
     # Every pair is in the block, so that nothing is left to sample.
     assert (out[0].double() - exact(q, k, v, 0.5)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("normalised", [False, True])
+def test_rows_of_the_paper_by_hand(normalised):
+    """In float64: the own block, and the mean of the draws outside it, of more of them where they vary more."""
+    q, k, v = clustered(120, 8, 2)
+    q *= 0.4
+    parameters = approxkmv_paper.Parameters(block=30, samples=20, projections=4, normalised=normalised)
+    numerators, row_sums, logs = approxkmv_paper.sums(q, k, v, torch.Generator().manual_seed(0), parameters)
+    generator = torch.Generator().manual_seed(0)
+    blocks = sort_into_blocks(q, k, generator, block=30, projections=4)
+    p = column_probabilities(v)
+    chosen = drawn(p, 30, generator)
+    block_of_query = torch.empty(120, dtype=torch.int64)
+    block_of_query[blocks.queries] = torch.arange(len(blocks.queries)).unsqueeze(1)
+    own = block_of_query.unsqueeze(1) == blocks.block_of_key
+    weights = (q.double() @ k.double().mT).exp()
+    extended = torch.cat([v, torch.ones(120, 1)], 1).double()
+    heavy = (weights * own) @ extended
+    draws = ((weights * ~own / p)[:, chosen]).unsqueeze(2) * extended[chosen]
+    first = draws[:, :20].mean(1)
+    variance = draws[:, :20].square().sum(2).mean(1) - first.square().sum(1)
+    if normalised:
+        variance /= (heavy + first)[:, -1].square()
+    above = variance > variance.mean()
+    assert 5 < int(above.sum()) < 60
+    right = heavy + torch.where(above.unsqueeze(1), draws.mean(1), first)
+    found = torch.cat([numerators, row_sums.unsqueeze(1)], 1).double() * logs.double().exp().unsqueeze(1)
+    assert ((found - right).abs() / right[:, -1:]).max() < 1e-4
 
 
 def test_paper_improves_with_its_budget():

@@ -6,6 +6,7 @@ import torch
 
 from approxkmv.attention import get
 from approxkmv.attention.coresets.balancekv import Parameters, positive_half, read_stream
+from approxkmv.compute.counting import counting
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -36,6 +37,8 @@ def by_hand(k, v, uniform, gamma):
 @pytest.mark.parametrize("gamma", [1e-6, 0.5, 20.0])
 def test_signs_by_hand(gamma):
     _, k, v = heads(1, 90)
+    # The largest value of a block is not the size of the others.
+    v[::30] *= 5
     uniform = torch.rand(3, 30, generator=torch.Generator().manual_seed(1))
     found = positive_half(k.view(3, 30, -1), v.view(3, 30, -1), uniform, gamma)
     for b in range(3):
@@ -137,6 +140,29 @@ def test_a_budget_for_all_keys_is_exact(given, n_q, n_k):
     q, k, v = heads(n_q, n_k)
     out = get("balancekv")(q[None], k[None], v[None], scale=1.0, **{"block": 8, **given})[0]
     assert (out.double() - (q.double() @ k.double().mT).softmax(1) @ v.double()).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("sink", [5, 300])
+@pytest.mark.parametrize("causal", [True, False])
+def test_an_answer_is_attention_over_the_keys_that_are_kept(causal, sink):
+    """Its first keys, those that the stream of the others keeps, and the window before every 256 queries and on."""
+    q, k, v = heads(600, 600)
+    method, given = get("balancekv"), {"sink": sink, "window": 40, "block": 32}
+    stream = read_stream(0.3**0.5 * k[sink:], v[sink:], torch.Generator().manual_seed(2), Parameters(**given))
+    logs = torch.full((600, 600), -torch.inf, dtype=torch.float64)
+    for first in range(0, 600, 256):
+        recent = max(sink, (first if causal else 600) - 40)
+        keys, weights = stream.kept(recent - sink)
+        rows = logs[first : first + 256]
+        rows[:, sink + keys] = weights.double()
+        rows[:, :sink] = rows[:, recent:] = 0
+    if causal:
+        logs.masked_fill_(torch.ones(600, 600, dtype=torch.bool).triu(1), -torch.inf)
+    with counting() as counts:
+        out = (method.attend_causally if causal else method)(q[None], k[None], v[None], scale=0.3, seed=2, **given)[0]
+    right = (0.3 * q.double() @ k.double().mT + logs).softmax(1) @ v.double()
+    assert (out.double() - right).abs().max() < 1e-5
+    assert counts.kernel_evaluations == int(logs.isfinite().sum())
 
 
 def test_the_error_falls_with_the_keys_that_are_kept():

@@ -123,6 +123,21 @@ def test_answers_beat_the_mean_of_the_values(name):
         assert gap_to_the_means(method, **method.grid[-1]) < 0.2
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("name", methods())
+def test_every_parameter_takes_its_least_value_and_more_than_a_strip_of_queries(name, causal):
+    method, tensors = get(name), inputs(300, 300, 8, 2, batch=1)
+    if causal and method.causal is None:
+        pytest.skip("no causal form")
+    for parameter, default in method.defaults.items():
+        # One link of a graph is refused.
+        least = 2 if parameter == "links" else int(parameter not in method.may_be_zero)
+        for number in (least, 300) if type(default) is int else ():
+            out = (method.attend_causally if causal else method)(*tensors, **{parameter: number})
+            assert bool(out.isfinite().all())
+
+
 @pytest.mark.parametrize("name", methods())
 def test_same_seed_same_answer(name):
     q, k, v = inputs(90, 90, 8, 2)

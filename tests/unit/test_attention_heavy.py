@@ -9,7 +9,8 @@ import torch
 from approxkmv.attention import get
 from approxkmv.attention.blocks import chunks
 from approxkmv.attention.blocks.light_keys import MOST_PARTS
-from approxkmv.attention.blocks.reach import stand_apart
+from approxkmv.attention.blocks.reach import stand_apart, with_keys_apart
+from approxkmv.attention.causal import exact_sums
 from approxkmv.compute import loops as compute_loops
 from approxkmv.compute.counting import counting
 
@@ -165,8 +166,23 @@ def test_what_stands_apart():
     k[7] *= 50
     assert len(stand_apart(q, k, 0.001)) == 0
     assert stand_apart(q, k, 1.0).tolist() == [7]
+    # Logits of this key vary three or five times as much as those of the others, of 40 nats.
+    for times, found in ((3, []), (5, [7])):
+        k[7] = times
+        assert stand_apart(q, k, 10.0).tolist() == found
     k[:100] *= 100
     assert len(stand_apart(q, k, 1.0)) == 0
+
+
+def test_sums_over_keys_apart_are_relative_to_the_mean_of_the_others_too():
+    q, k = heads(50, 0)
+    k, v = k + 1, torch.randn(50, 3, generator=torch.Generator().manual_seed(1))
+    rest = exact_sums(0.4 * q, k[2:] - 1, v[2:])
+    numerators, row_sums, logs = with_keys_apart(rest, np.arange(2), q, k, v, torch.ones(16), 0.4)
+    logits = 0.4 * q.double() @ (k - 1).double().mT
+    torch.testing.assert_close(logs + row_sums.log(), logits.logsumexp(1).float(), rtol=0, atol=1e-5)
+    answers = numerators / row_sums.unsqueeze(1)
+    torch.testing.assert_close(answers, (logits.softmax(1) @ v.double()).float(), rtol=0, atol=1e-5)
 
 
 @pytest.mark.usefixtures("loops")

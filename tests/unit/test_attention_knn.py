@@ -186,6 +186,10 @@ def test_bad_parameters_are_named():
         get("knn")(q, k, v, index="tree")
     with pytest.raises(InputError, match="give a whole number of at least 1"):
         get("knn")(q, k, v, samples=0)
+    # faiss would put keys on infinitely many levels, which ends the process.
+    for name, given in (("hnsw", {"near": 8}), ("knn", {"top": 8, "index": "hnsw"})):
+        with pytest.raises(InputError, match=r"^links is 1: a graph needs at least 2$"):
+            get(name)(q, k, v, links=1, **given)
     with pytest.raises(InputError, match="head is 'all': give 'exact' or 'sampled'"):
         knn_attention(q, k, v, head="all")
 

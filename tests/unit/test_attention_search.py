@@ -56,10 +56,26 @@ def test_sums_are_unbiased_given_the_neighbours(count, samples):
     assert float(shares) > 4.5 * float(error[0])
 
 
-def test_a_sample_of_all_keys_makes_the_sums_exact():
+def test_a_query_that_found_the_whole_sample_draws_from_the_rest():
+    """The rest are two equal keys, so that any three draws tell their sum."""
     q, k, v = heads(40, 80, 6, 2)
+    drawn = torch.randperm(80, generator=torch.Generator().manual_seed(1))[:3]
+    rest = [j for j in range(1, 80) if j not in drawn.tolist()][:2]
+    k[rest], v[rest] = 2 * q[0], v[rest[0]].clone()
+    found = torch.tensor([*(j for j in range(80) if j not in rest), -1]).expand(40, -1)
+    logits = torch.cat([(q @ k.mT)[:, found[0, :-1]], torch.full((40, 1), -torch.inf)], 1)
+    numerators, row_sums, logs = estimate(q, k, v, found, logits, 3, torch.Generator().manual_seed(1))
+    assert (numerators / row_sums.unsqueeze(1) - exact(q, k, v)).abs().max() < 1e-5
+    assert (logs + row_sums.log() - (q.double() @ k.double().mT).logsumexp(1)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("size", [1, 100])
+def test_a_sample_of_all_keys_makes_the_sums_exact(size):
+    """Also where a logit of hundreds is in the sample, and no neighbour's is as large."""
+    q, k, v = heads(40, 80, 6, 2)
+    q *= size
     numerators, row_sums, _ = estimate(q, k, v, *neighbours(q, k, 6, 10), 80, torch.Generator().manual_seed(0))
-    assert (numerators.double() / row_sums.double().unsqueeze(1) - exact(q, k, v)).abs().max() < 1e-5
+    assert (numerators.double() / row_sums.double().unsqueeze(1) - exact(q, k, v)).abs().max() < 1e-5 * size
 
 
 def test_no_samples_is_attention_to_the_neighbours():

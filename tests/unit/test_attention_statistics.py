@@ -220,6 +220,15 @@ def test_one_query_and_one_key():
         _ = found.log_next
 
 
+def test_the_first_key_never_has_more_than_the_largest_weight():
+    """Its logits alone, without those of the other keys, may be rounded otherwise."""
+    q, k = head(1, 700, 16)
+    q, k[0] = q.abs(), k.abs().amax(0)
+    found = attention_statistics(q, k)
+    assert bool((found.first_mass <= found.largest_weight).all())
+    assert float((found.first_mass == found.largest_weight).double().mean()) > 0.5
+
+
 def test_no_heads():
     found = attention_statistics(torch.ones(0, 3, 4), torch.ones(0, 3, 4))
     for name in (*PER_ROW, *PER_HEAD, "stable_rank", "keys_per_share"):

@@ -288,17 +288,21 @@ def test_the_mask_and_what_is_not_in_the_kernel_stand_in_every_figure_of_a_model
 def test_what_evaluates_every_pair_wins_nothing_in_a_title():
     """The oracle beats exact attention with few queries, and computes every score."""
     from approxkmv.figures.speedup import finding
-    from approxkmv.figures.sweep_table import contenders, read_sweep
+    from approxkmv.figures.sweep_table import contenders, read_sweep, uncounted
 
     table = read_sweep(REFERENCE / "few" / "tables" / "sweep.csv")
     oracle = table[(table["method"] == "top-k") & (table["times_faster"] > 1)]
     assert len(oracle)
     assert contenders(oracle).empty
     assert "top-k" not in finding(table)
+    assert uncounted(oracle.assign(times_faster=1.01)) == "; not counted where every score is computed: top-k"
+    assert not uncounted(oracle.assign(times_faster=1.0))
     able = contenders(table)
     pairs = table["batch"] * table["n"] * table["queries"].fillna(table["n"])
     assert contenders(able.assign(kernel_evaluations=pairs)).empty
     assert len(contenders(able)) == len(able) > 0
+    # All pairs of one are half of those of two.
+    assert len(contenders(able.assign(kernel_evaluations=pairs, batch=2 * able["batch"]))) == len(able)
     seen = able["batch"] * able["n"] * (able["n"] + 1) // 2
     masked = able.assign(mask="causal", queries=np.nan, kernel_evaluations=seen)
     assert contenders(masked).empty
@@ -362,11 +366,16 @@ WINNERS = {
 
 def test_a_sweep_without_the_usual_error_compares_at_the_nearest_that_was_asked_for(tmp_path):
     from approxkmv.figures.speedup import finding
-    from approxkmv.figures.sweep_table import read_sweep
+    from approxkmv.figures.sweep_table import read_sweep, select
 
     frame = pd.read_csv(REFERENCE / "rows" / "tables" / "sweep.csv")
     files.write_csv(tmp_path / "sweep.csv", frame[frame["target"].isna() | (frame["target"] < 0.1)])
     assert finding(read_sweep(tmp_path / "sweep.csv")).startswith("at an error of 0.05 of the answer")
+    # The smaller of two that are as near
+    files.write_csv(tmp_path / "sweep.csv", frame.assign(target=frame["target"].replace(0.1, 0.15)))
+    found = read_sweep(tmp_path / "sweep.csv")
+    assert found.attrs["target"] == 0.05
+    assert {*select(found, "approxkmv", 0.05)["target"]} == {0.05}
 
 
 def test_what_recomputes_its_rows_is_not_the_fastest_in_a_title(tmp_path, figures):

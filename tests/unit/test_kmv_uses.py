@@ -9,7 +9,7 @@ import pytest
 import torch
 from kmv_kernels import DATA, background, even_spread
 
-from approxkmv import approx_attention, top_eigenvalue
+from approxkmv import approx_attention, approx_kmv, top_eigenvalue
 from approxkmv.errors import InputError
 from approxkmv.kmv.attention_product import attention_product
 
@@ -45,6 +45,19 @@ def test_one_power_step_is_not_enough():
     points, sigma = points_of("one cluster")
     assert top_eigenvalue(points, sigma, 0.25, seed=1, iterations=1).value < 0.75 * 12
     assert top_eigenvalue(points, sigma, 0.25, seed=1).value > 0.75 * 12
+
+
+def test_power_steps_are_products_to_a_quarter_of_epsilon():
+    points, sigma = points_of("background")
+    x, heavy, quotients, evaluations = np.full(60, 60**-0.5), None, [], 0
+    for seed in np.random.SeedSequence(3).generate_state(2, np.uint64):
+        made = approx_kmv(points, points, x, sigma=sigma, epsilon=0.5 / 4, seed=int(seed), heavy=heavy)
+        heavy, evaluations = made.heavy, evaluations + made.kernel_evaluations
+        quotients.append(x @ made.y)
+        x = made.y / np.linalg.norm(made.y)
+    found = top_eigenvalue(points, sigma, 0.5, seed=3, iterations=2)
+    assert found.value == pytest.approx(max(quotients), rel=1e-12)
+    assert found.kernel_evaluations == evaluations
 
 
 def test_top_eigenvalue_repeats_and_keeps_the_kind():

@@ -170,6 +170,27 @@ def test_a_constant_x_is_like_any_other(low, rounding):
     assert relative(alone, beside.double()) < rounding
 
 
+@pytest.mark.parametrize("width", [0.3, 3.0])
+def test_no_row_sees_a_far_entry_above_one(width):
+    blocks = make_blocks(in_units(Q, K_, width * SIGMA, torch.float64), torch.float64, 0)
+    # It is 2^threshold as the row sees it, and far keys weigh less.
+    assert float(blocks.plan(16).factors.max()) <= 1
+
+
+def test_a_row_is_doubted_by_its_far_sum_and_how_much_its_exponents_vary():
+    blocks = make_blocks(in_units(Q, K_, SIGMA, torch.float64), torch.float64, 0)
+    plan, ln2 = blocks.plan(100), np.log(2)
+    points = blocks.points
+    far = (-0.5 * torch.cdist(points.queries[blocks.order], points.keys).square()).exp2()
+    lists = (listed for _, lists in plan.strips for listed in lists)
+    for rows, listed in zip(blocks.of_blocks, lists, strict=True):
+        far[rows, listed] = 0
+    nats = (ln2 * blocks.deltas @ points.keys.mT).var(1)
+    right = far.sum(1) * (nats + (2 * ln2 * blocks.bends.abs()).expm1())
+    # Of the far sums only estimates are known.
+    assert relative(blocks.doubts(plan)[blocks.order], right) < 0.2
+
+
 def test_what_ranks_keys_by_x_is_all_that_is_made_for_an_x():
     blocks = make_blocks(in_units(Q, K_, SIGMA, torch.float64), torch.float64, 0)
     x = (K_[:, :1] ** 3).double()
@@ -488,13 +509,15 @@ def test_norms_from_drawn_rows_by_hand():
 
 
 def test_the_practical_power_method_finds_the_top_eigenvalue():
-    points = clustered(2500, 10, 1)
+    points = clustered(2500, 10, 1, centres=3)
     found = top_eigenvalue(points, SIGMA, 0.1, method="practical", seed=0)
     full = reference(points, points, torch.eye(2500), SIGMA).numpy()
     top = np.linalg.eigvalsh(full)[-1]
     assert abs(found.value / top - 1) < 0.1
     vector = found.vector.numpy()
     assert vector @ full @ vector > 0.9 * top
+    # A quarter of epsilon each for the product and for where the steps end
+    assert np.linalg.norm(full @ vector - found.value * vector) < 0.05 * found.value
     assert found.kernel_evaluations < 2 * found.iterations * 2500**2
     with pytest.raises(InputError, match="has no option 'alpha'"):
         top_eigenvalue(points, SIGMA, 0.1, method="practical", alpha=0.5)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -124,6 +125,26 @@ def test_rough_attention_is_far_and_more_budget_is_near(location, model):
         for top, samples in ((1, 1), (128, 64))
     ]
     assert gaps[1] < 0.3 * gaps[0]
+
+
+def test_seconds_are_those_of_all_layers_but_the_warm_up_and_every_layer_has_a_seed_of_its_own(model, monkeypatch):
+    seeds = []
+
+    def a_second(q, k, v, *, seed, **given):
+        seeds.append(seed)
+        return v.clone()
+
+    for module in ("model", "replacement"):
+        clock = SimpleNamespace(perf_counter=lambda: float(len(seeds)))
+        monkeypatch.setattr(f"approxkmv.perplexity.{module}.time", clock)
+    for seed in (0, 1):
+        method = replace(get("exact-sdpa"), causal=a_second)
+        found = model.perplexity(IDS[:30], Replacement(method, {}, (0, 1, 2), seed))
+        assert (found.attention_seconds, found.seconds) == (3.0, 3.0)
+    # The first of the three layers is called once more.
+    assert len(seeds) == 8
+    assert seeds[::4] == seeds[1::4]
+    assert len({*seeds}) == 6
 
 
 @pytest.mark.parametrize(

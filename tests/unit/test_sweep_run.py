@@ -25,7 +25,7 @@ from approxkmv.sweep import inputs as inputs_module
 from approxkmv.sweep import run as run_module
 from approxkmv.sweep.table import COLUMNS
 from approxkmv.sweep.word_vectors import word_vectors
-from approxkmv.sweep.workloads import Case, cases, load
+from approxkmv.sweep.workloads import PARTS, Case, cases, load, shares_inputs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -739,6 +739,21 @@ def test_capture_of_a_model(tmp_path):
         load(Case(SweepSettings.from_mapping(
             {"workloads": [{**given, "path": str(tmp_path / "none")}]}
         ).workloads[0], 100, 1, "one", 0), "evaluation", 0)  # fmt: skip
+
+
+@pytest.mark.parametrize("inputs", [1, 3, 7])
+@pytest.mark.parametrize("missing", [0, 1])
+def test_inputs_of_a_capture_are_shared_where_one_of_tuning_has_a_row_of_one_of_evaluation(tmp_path, inputs, missing):
+    safetensors = pytest.importorskip("safetensors.torch")
+    # Two batches of 50 rows for each part, and 64 more for each further input
+    rows = 2 * (100 + 64 * (inputs - 1)) - missing
+    numbers = torch.arange(rows, dtype=torch.float32).view(1, -1, 1)
+    path = tmp_path / "capture.safetensors"
+    safetensors.save_file({name: numbers.clone() for name in "qkv"}, path)
+    given = {"name": "model-qk", "lengths": [50], "batches": [2], "path": str(path), "heads": [0]}
+    (case,) = cases(SweepSettings.from_mapping({"workloads": [given]}).workloads[0])
+    one, other = ({row for i in range(inputs) for row in load(case, part, i).q.flatten().tolist()} for part in PARTS)
+    assert bool(one & other) == shares_inputs(case, inputs) == bool(missing)
 
 
 def test_a_capture_that_is_none_is_one_line(tmp_path):

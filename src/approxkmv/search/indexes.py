@@ -78,9 +78,14 @@ class HNSWIndex:
         """k (n_k, d) float32: the keys that will be added.
 
         Args:
-            links: neighbours of a key on each level above the lowest, which has twice as many.
+            links: neighbours of a key on each level above the lowest, which has twice as many; at least 2.
             construction, breadth: candidates kept while the graph is built and while it is searched.
+        Raises:
+            InputError: fewer links. UnavailableError: another device than a CPU, or no faiss.
         """
+        if links < 2:
+            # With one, faiss would put keys on infinitely many levels.
+            raise InputError(f"links is {links}: a graph needs at least 2")
         if k.device.type != "cpu":
             raise UnavailableError(f"graph search runs on a CPU only, not on {k.device.type}")
         faiss = load_faiss("a graph index of keys")

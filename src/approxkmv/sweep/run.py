@@ -82,7 +82,7 @@ def _rows_of_case(
         "dtype": settings.dtype,
         "mask": "causal" if case.settings.causal else "none",
         "queries": case.queries or case.n,
-        "tuning_inputs": "shared" if shares_inputs(case) else "apart",
+        "tuning_inputs": "shared" if shares_inputs(case, settings.inputs) else "apart",
     }
     inputs = Inputs(case, settings)
     try:

@@ -19,6 +19,8 @@ from approxkmv.sweep.word_vectors import shipped_vectors, word_vectors
 PARTS = ("tuning", "evaluation")
 # KDEformer's demonstration divides the logits by sqrt(10) instead of sqrt(100), which makes them sharp.
 _SHARPER = {"glove-paper": 1.0, "glove-sharp": 10**0.5, "glove-split": 10**0.5}
+# Rows from one input of a capture to the next.
+_STEP = 64
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,8 @@ def files(settings: WorkloadSettings) -> list[Path]:
     return [shipped_vectors() if settings.path is None else Path(settings.path)]
 
 
-def shares_inputs(case: Case) -> bool:
-    """Whether there are too few rows to tune a case on rows other than those it is measured on."""
+def shares_inputs(case: Case, inputs: int) -> bool:
+    """Whether there are too few rows to tune a case on so many inputs of rows other than those it is measured on."""
     settings = case.settings
     if settings.name != "model-qk":
         rows = len(word_vectors(settings.path)[: settings.rows])
@@ -92,8 +94,8 @@ def shares_inputs(case: Case) -> bool:
     if settings.tuning_path is not None:
         return False
     rows = _capture_of(case, "evaluation")[0]["q"].shape[1]
-    # Each of about three inputs moves on by 64.
-    return 2 * case.n * case.batch + 512 > rows
+    # Those of each part move towards the other's.
+    return 2 * (case.n * case.batch + _STEP * (inputs - 1)) > rows
 
 
 def _word_problem(case: Case, part: str, index: int) -> Problem:
@@ -169,7 +171,7 @@ def _model_problem(case: Case, part: str, index: int) -> Problem:
     rows = tensors["q"].shape[1]
     # Tuning starts from the front and evaluation from the back, a little further in for each input if there is room.
     room = rows - case.n * case.batch
-    offset = min(room, index * 64)
+    offset = min(room, index * _STEP)
     first = offset if part == "tuning" else room - offset
     chosen = [
         tensors[name][head, first : first + case.n * case.batch].view(case.batch, case.n, -1).clone()

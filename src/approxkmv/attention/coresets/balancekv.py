@@ -130,7 +130,7 @@ def attend(
             recent = max(sink, (first if is_causal else n_k) - parameters.window)
             kept, weights = stream.kept(recent - sink)
             chosen = torch.cat([torch.arange(sink, device=k.device), kept + sink])
-            chosen = torch.cat([chosen, torch.arange(recent, end, device=k.device)])
+            chosen = torch.cat([chosen, torch.arange(recent, max(recent, end), device=k.device)])
             keys, values, logs = k[chosen], v[chosen], k.new_zeros(len(chosen))
             logs[sink : sink + len(kept)] = weights
         logits = torch.addmm(logs, some, keys.mT)
