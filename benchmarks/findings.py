@@ -205,6 +205,30 @@ def predictions() -> str:
     return markdown(pd.DataFrame(lines)) + "\n"
 
 
+def foretold() -> str:
+    """Of all heads of these tables, how many have a predicted interval above what counts as growth."""
+    above = [rows["predicted_low"] > FLAT for *_, rows in _growth()]
+    return f"{sum(some.sum() for some in above)} of {sum(map(len, above)):,}"
+
+
+def flat_foretold() -> str:
+    """And how many one of no growth."""
+    count = sum(int((rows["predicted_high"] <= FLAT).sum()) for *_, rows in _growth())
+    return f"{count}" if count else "none"
+
+
+def families_growing() -> str:
+    """On how many heads of the study families c grows, over all entries."""
+    tables = [table_of("families", f"growth_{model}") for model in FAMILIES]
+    return f"{sum(int((t['trend'] == TRENDS[1]).sum()) for t in tables)} of {sum(map(len, tables))}"
+
+
+def families_length() -> str:
+    """And at which length."""
+    lengths = {int(n) for model in FAMILIES for n in table_of("families", f"growth_{model}")["length"]}
+    return " to ".join(f"{n:,}" for n in sorted({min(lengths), max(lengths)}))
+
+
 def costs() -> str:
     """The cost bound's exponent with each head's exponent, with beta as printed and rebalanced."""
     lines = []
@@ -317,6 +341,10 @@ NUMBERS: dict[str, Callable[[], str]] = {
             ("n", lambda rows: f"{rows['length'].iloc[0]:,}"),
         )
     },
+    "growth-foretold": foretold,
+    "growth-foretold-flat": flat_foretold,
+    "families-growing": families_growing,
+    "families-growing-at": families_length,
     "spread-error": lambda: number(
         max((10.0 ** rows["log10_bound"] * rows["tokens"] ** 0.5).max() for rows in (_errors(m, True) for m in SHORT))
     ),

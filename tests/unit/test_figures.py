@@ -378,6 +378,27 @@ def test_a_sweep_without_the_usual_error_compares_at_the_nearest_that_was_asked_
     assert {*select(found, "approxkmv", 0.05)["target"]} == {0.05}
 
 
+def test_a_title_says_where_a_trivial_method_reaches_the_error():
+    from approxkmv.figures.speedup import finding
+    from approxkmv.figures.sweep_table import read_sweep
+
+    of_uniform = finding(read_sweep(REFERENCE / "causal-articles" / "tables" / "sweep.csv"))
+    assert of_uniform.endswith("; a trivial method reaches the error too on 1 of 5 workloads")
+    of_mean = finding(read_sweep(REFERENCE / "figure5" / "tables" / "sweep.csv"))
+    assert of_mean.endswith("; a trivial method reaches the error too, and is faster still")
+    assert "trivial" not in finding(read_sweep(REFERENCE / "causal-gemma" / "tables" / "sweep.csv"))
+
+
+@pytest.mark.parametrize(
+    ("study", "said"),
+    [("causal-gemma", "bars: quartiles"), ("figure5", "bands: quartiles"), ("causal", "bands and bars: quartiles")],
+)
+def test_quartiles_are_named_as_they_are_drawn(study, said, tmp_path, figures):
+    catalogue.draw("speedup", REFERENCE / study / "tables", [], tmp_path / "x")
+    words = " ".join(" ".join(word for word, _ in drawn_texts(figures[0])).split())
+    assert f"; {said} of the times" in words
+
+
 def test_what_recomputes_its_rows_is_not_the_fastest_in_a_title(tmp_path, figures):
     table = pd.read_csv(REFERENCE / "figure5" / "tables" / "sweep.csv")
     methods = ["local-expansion", "exact-fused", "exact-sdpa-bf16"]

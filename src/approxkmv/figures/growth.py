@@ -35,8 +35,8 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
     figure, panels = new_panels(
         values,
         *shape,
-        f"{facts['label']}: c(n) grows in {grows.sum()} of {len(table)} heads and is surely above {bound:g} in "
-        f"{(grows & (table['size'] == SIZES[1])).sum()} of them",
+        f"{facts['label']}: c(n) grows in {grows.sum()} of {len(table)} heads and is above {bound:g} in "
+        f"{(grows & (table['size'] == SIZES[1])).sum()} of them, by 95 % intervals",
         f"Exponent of c(n) from n/2 to n = {first['length']:,} on {counted(first['texts'], 'text')}; "
         + ", ".join(f"{mark} {trend}" for trend, mark in MARKS.items())
         + f"; outlined: c(n) above {bound:g} (dashed: undecided)",

@@ -52,10 +52,11 @@ def draw(table_path: Path, output_stem: Path) -> list[Path]:
     finding = "Kernel products to within an error, against exact ones"
     if gains:
         finding = (
-            f"At the largest epsilon products are {min(gains):.2g} to {max(gains):.2g} times as fast as the fastest "
-            "exact one"
+            f"At the largest epsilon products after the first are {min(gains):.2g} to {max(gains):.2g} times as fast "
+            "as the fastest exact one"
         )
     headline(figure, finding)
-    note = f"KernelOperator: a point for each epsilon; errors below {_LEAST:g} are drawn there" if least else ""
+    note = "KernelOperator: a point for each epsilon, the time of a product after the first"
+    note += f"; errors below {_LEAST:g} are drawn there" if least else ""
     legend_below(figure, note, handles=axes[0].get_legend_handles_labels()[0], ncols=3)
     return save(figure, Path(output_stem))

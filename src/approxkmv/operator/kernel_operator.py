@@ -61,8 +61,8 @@ class KernelOperator:
 
     Blocks of near-by queries share a list of near keys, which are summed exactly for each query; the other keys are
     seen from the block's centre, to first order. The result is deterministic given the seed, and biased: the error
-    is measured, not averaged away. A pilot on a few rows, in which at most 2 % of K is evaluated, finds how many near
-    keys epsilon takes, or that the exact product is cheaper. Then rows that did not tune anything are drawn, in
+    is measured, not averaged away. A pilot, in which at most 2 % of K or 16 of its rows are evaluated, finds how many
+    near keys epsilon takes, or that the exact product is cheaper. Then rows that did not tune anything are drawn, in
     equal parts uniformly, in proportion to the predicted sizes of their errors and to the squares of these (a far sum,
     times how much its exponents vary from the block's centre), and computed exactly: they give
     `last.error` and `last.bound`. If the bound exceeds epsilon the product is made again with more near keys, and at

@@ -10,7 +10,7 @@ import torch
 
 from approxkmv.operator.blocks import PREDICTING, Blocks, Plan
 
-# The pilot evaluates at most this share of the kernel, in at most so many rows.
+# The pilot evaluates at most this share of the kernel, or with few queries up to 16 rows, in at most so many rows.
 SHARE, _ROWS = 0.02, 96
 # Rows with which a pilot can be wrong by a factor, but not by a power of ten.
 _LEAST_ROWS = 4

@@ -32,7 +32,7 @@ class Report:
     exponents: str
     """The format of exponents: float32, bfloat16 or float64."""
     kernel_evaluations: int
-    """All of them: pilot, product (of every attempt) and error bar."""
+    """All of them: pilot, product (of every attempt) and error bar, of the first product also preparation."""
     pilot_evaluations: int
     seconds: dict[str, float]
     """Of preparation (made once), pilot, product and error bar."""
