@@ -18,6 +18,7 @@ import pandas as pd
 from findings import FAMILIES, NUMBERS
 from findings import TABLES as OF_FINDINGS
 from gpu_tables import TABLES as OF_A_GPU
+from operator_tables import NUMBERS as NUMBERS_OF_THE_OPERATOR
 from operator_tables import TABLES as OF_THE_OPERATOR
 from race import TABLES as OF_THE_RACE
 from reference import REFERENCE, ROOT, machine, markdown
@@ -280,7 +281,7 @@ TIMES = {f"time-{study}": partial(takes, study) for study in STUDIES}
 def filled(text: str) -> str:
     """The document with every marked table and number regenerated."""
     text = MARKED.sub(lambda found: found[1] + TABLES[found[2]]() + found[3], text)
-    numbers = NUMBERS | TIMES
+    numbers = NUMBERS | NUMBERS_OF_THE_OPERATOR | TIMES
     return NUMBERED.sub(lambda found: found[1] + numbers[found[2]]() + found[3], text)
 
 

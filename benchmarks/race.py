@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from reference import REFERENCE, machine, markdown, number
+from reference import ELSEWHERE, REFERENCE, machine, markdown, number
 from scipy.special import stdtrit
 
 from approxkmv.attention.blocks.chunks import chunk_length
@@ -35,8 +35,6 @@ OTHERS = {
 }
 # A cell is counted once, in whichever study comes first.
 CELL = ["workload", "n", "batch", "columns", "mask", "target"]
-# In results/reference: the same studies on a processor with matrix units for bfloat16, where exact attention is faster.
-ELSEWHERE = "amx"
 _NOT_YET = "Not measured yet: `snakemake --cores all --config study={}`.\n"
 
 

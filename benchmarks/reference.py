@@ -10,6 +10,8 @@ import pandas as pd
 
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = ROOT / "results" / "reference"
+# In it: studies on a processor with matrix units for bfloat16, where exact products and exact attention are faster.
+ELSEWHERE = "amx"
 
 
 def markdown(table: pd.DataFrame) -> str:
