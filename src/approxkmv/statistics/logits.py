@@ -219,9 +219,7 @@ def _masks(mask: Any, shape: tuple[int, ...], device: torch.device) -> tuple[np.
     if spans.shape != (n_q, 2) or spans.min(initial=0) < 0 or spans.max(initial=0) > n_k:
         raise InputError(f"mask of whole numbers has shape {spans.shape}: spans are ({n_q}, 2), each from 0 to {n_k}")
     if (spans[:, 0] > spans[:, 1]).any():
-        raise InputError(
-            "mask has a span that ends before it begins: query i sees the keys from and before"
-        )
+        raise InputError("mask has a span that ends before it begins: give the first key that is seen, and the end")
     return spans, None
 
 
