@@ -67,7 +67,7 @@ def extract(
     made_of = origin(location, texts)
     times = Times() if times is None else times
     with times.of("loading"):
-        model = load_model(study, location)
+        model = load_model(study, model_name, location)
     limit = study.max_tokens if model.max_positions is None else min(study.max_tokens, model.max_positions)
     if limit < study.min_tokens:
         raise ConfigError(
