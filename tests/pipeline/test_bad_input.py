@@ -441,6 +441,16 @@ def test_a_corpus_line_of_the_wrong_shape_is_named(project: Project, line, word)
     assert word in only_line(output)
 
 
+@pytest.mark.parametrize(("unknown", "said"), [(3, False), (4, True)])
+def test_texts_that_a_tokenizer_does_not_know_are_said(project: Project, unknown, said):
+    (project.folder / "words.jsonl").unlink()
+    text = " ".join(["w1"] * (60 - unknown) + ["слово"] * unknown)
+    (project.folder / "words.jsonl").write_text(json.dumps({"context": text}))
+    code, output = extract(project, "bert")
+    assert code == 0, output
+    assert ("model bert: 4 of 60 tokens are unknown to its tokenizer" in output) == said
+
+
 def test_a_shard_that_is_not_there(project: Project):
     assert fetch(project, "bert")[0] == 0
     assert project.approxkmv("texts", "--out", "texts.parquet")[0] == 0
