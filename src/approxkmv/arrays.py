@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ def as_float64(array: Array, name: str) -> torch.Tensor:
     if isinstance(array, np.ndarray):
         if array.dtype.kind not in "fiu":
             raise InputError(f"{name} has dtype {array.dtype}: give real numbers")
-        tensor = torch.from_numpy(np.asarray(array, np.float64, order="C"))
+        tensor = torch.from_numpy(_whole(array, np.float64))
     elif isinstance(array, torch.Tensor):
         if array.is_complex() or array.dtype == torch.bool:
             raise InputError(f"{name} has dtype {array.dtype}: give real numbers")
@@ -39,15 +39,25 @@ def as_float64(array: Array, name: str) -> torch.Tensor:
 
 def tensor_of(array: np.ndarray) -> torch.Tensor:
     """The same real numbers as a tensor: torch has only this machine's byte order, and nothing above float64."""
-    native = np.dtype(np.float64) if array.dtype.type is np.longdouble else array.dtype.newbyteorder("=")
-    return torch.from_numpy(np.ascontiguousarray(array, native))
+    return torch.from_numpy(
+        _whole(array, np.float64 if array.dtype.type is np.longdouble else array.dtype.newbyteorder("="))
+    )
+
+
+def _whole(array: np.ndarray, dtype: Any) -> np.ndarray:
+    """The array in order, and writable, without which torch warns. Raises InputError for one with a mask of its own."""
+    if isinstance(array, np.ma.MaskedArray):
+        raise InputError("a masked array's mask would be ignored: give plain arrays, of what is to be seen")
+    return np.require(array, dtype, ["C", "W", "E"])
 
 
 def _dense(tensor: torch.Tensor, name: str) -> torch.Tensor:
     """The tensor with signs written out. Raises InputError for one without numbers, or that is not dense."""
-    if tensor.layout != torch.strided or tensor.is_meta:
-        kind = "a meta tensor, without numbers" if tensor.is_meta else f"stored as {tensor.layout}"
-        raise InputError(f"{name} is {kind}: give a dense tensor")
+    sparse = tensor.layout != torch.strided
+    kinds = {"nested": tensor.is_nested, "a meta tensor, without numbers": tensor.is_meta, "sparse": sparse}
+    for kind, is_one in kinds.items():
+        if is_one:
+            raise InputError(f"{name} is {kind}: give a dense tensor")
     return tensor.resolve_neg()
 
 
@@ -98,7 +108,7 @@ def resolve_scale(scale: float | None, d: int) -> float:
     """The factor of the logits; None means 1/sqrt(d). Raises InputError unless positive and at most 1e100."""
     if scale is None:
         return 1.0 / math.sqrt(d)
-    if not (is_number(scale) and 0 < scale <= LARGEST_PRODUCT):
+    if not (is_number(scale) and 0 < float(scale) <= LARGEST_PRODUCT):
         raise InputError(f"scale is {scale!r}: it must be a positive number, at most {LARGEST_PRODUCT:g}")
     return float(scale)
 

@@ -30,11 +30,12 @@ def written_whole(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`, renamed to it if the block succeeds and removed if it fails.
 
     It keeps the suffix, which tells matplotlib and pandas the format. Raises TableError, in one line, when the disk
-    is full or the folder cannot be written.
+    is full, the folder cannot be written, or the path is that of a folder or a device.
     """
     path = Path(path)
     temporary = _temporary(path)
     try:
+        _refuse_what_is_no_file(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with open(temporary, "rb") as handle:
@@ -51,6 +52,12 @@ def written_whole(path: Path) -> Iterator[Path]:
         # If the parent is not a folder this fails too, and must not hide the reason.
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def _refuse_what_is_no_file(path: Path) -> None:
+    """Raise TableError for a folder, a device or a pipe: the superuser's rename would replace /dev/null by a file."""
+    if path.exists() and not path.is_file():
+        raise TableError(f"cannot write {path}: it exists and is not a regular file")
 
 
 def _temporary(path: Path) -> Path:
@@ -74,14 +81,13 @@ def check_writable(*paths: Path) -> None:
     for path in [*paths, *(hash_file(path) for path in paths if path.suffix == ".csv")]:
         temporary = _temporary(path)
         try:
+            _refuse_what_is_no_file(path)
             path.parent.mkdir(parents=True, exist_ok=True)
-            if path.exists() and not path.is_file():
-                raise TableError(f"cannot write {path}: it exists and is not a regular file")
             temporary.touch()
             temporary.unlink()
         except OSError as error:
             raise TableError(f"cannot write {path}: {error.strerror or error}") from error
-        if paths.count(path) > 1:
+        if [os.path.realpath(other) for other in paths].count(os.path.realpath(path)) > 1:
             raise TableError(f"cannot write {path}: another output of the same run has this name")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import zipfile
 
@@ -362,6 +363,40 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_half_written(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["table.json"]
 
 
+def test_a_pipe_or_a_device_is_never_replaced_by_a_file(tmp_path):
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    with pytest.raises(TableError, match="exists and is not a regular file"):
+        write_json(path, {})
+    assert path.is_fifo()
+
+
+def test_two_outputs_of_one_name_are_refused_before_any_work(project: Project):
+    """Whichever way the name is written: the second would replace the first."""
+    (project.folder / "here").symlink_to(".")
+    model = ("--model", "bert", "--location", "none.json", "--texts", "none.parquet")
+    for arguments in (
+        ("extract", *model, "--shard", "0", "--out", "one.csv", "--contexts-out", "here/one.csv"),
+        ("statistics", "--model", "bert", "--activations", "none", "--heads-out", "one", "--prefixes-out", "here/one"),
+    ):
+        code, output = project.approxkmv(*arguments)
+        assert code == 2
+        assert "another output of the same run has this name" in only_line(output)
+
+
+def test_the_location_of_another_model_is_refused(project: Project):
+    assert fetch(project, "bert")[0] == 0
+    assert project.approxkmv("texts", "--out", "texts.parquet")[0] == 0
+    common = ("--model", "llama", "--location", "location.json", "--texts", "texts.parquet")
+    for arguments in (
+        ("extract", *common, "--shard", "0", "--out", "out.safetensors", "--contexts-out", "contexts.csv"),
+        ("gauge", *common, "--tables", "tables"),
+    ):
+        code, output = project.approxkmv(*arguments)
+        assert code == 2
+        assert "location.json says where the model bert is, not llama" in only_line(output)
+
+
 @pytest.mark.slow
 def test_a_disk_that_fills_up_while_activations_are_written_is_one_line_and_the_next_run_is_whole(project: Project):
     """A limit on the size of files stops the writing in the middle, as a full disk does; the log is on a full one."""
@@ -393,7 +428,7 @@ def test_a_disk_that_fills_up_while_activations_are_written_is_one_line_and_the_
     [
         ("[1, 2]", "line 2"),
         ('{"context": 5}', "context"),
-        ('{"title": "x"}', "context"),
+        ('{"title": "x", "text": "w1"}', "words.jsonl, line 2 has no `context`, but title, text"),
         ('{"context": "w1", "questions": null}', "questions"),
         ('{"context": "w1", "questions": "Why so?"}', "questions"),
     ],
@@ -404,6 +439,16 @@ def test_a_corpus_line_of_the_wrong_shape_is_named(project: Project, line, word)
     code, output = project.approxkmv("texts", "--out", "texts.parquet")
     assert code == 2
     assert word in only_line(output)
+
+
+@pytest.mark.parametrize(("unknown", "said"), [(3, False), (4, True)])
+def test_texts_that_a_tokenizer_does_not_know_are_said(project: Project, unknown, said):
+    (project.folder / "words.jsonl").unlink()
+    text = " ".join(["w1"] * (60 - unknown) + ["слово"] * unknown)
+    (project.folder / "words.jsonl").write_text(json.dumps({"context": text}))
+    code, output = extract(project, "bert")
+    assert code == 0, output
+    assert ("model bert: 4 of 60 tokens are unknown to its tokenizer" in output) == said
 
 
 def test_a_shard_that_is_not_there(project: Project):

@@ -29,6 +29,29 @@ def test_other_floats_than_the_machine_s_own(name, dtype):
     np.testing.assert_array_equal(np.asarray(CALLS[name](lambda x: x.astype(dtype))), np.asarray(right))
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", CALLS)
+def test_arrays_that_may_not_be_written_are_read_without_a_warning(name):
+    def read_only(array):
+        array = array.copy()
+        array.flags.writeable = False
+        return array
+
+    torch.set_warn_always(True)
+    try:
+        CALLS[name](read_only)
+    finally:
+        torch.set_warn_always(False)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("kind", [np.float16, np.float32])
+def test_factors_may_be_numbers_of_numpy(kind):
+    assert head_to_tail_ratios(Q, K, scale=kind(0.25))[-1] == head_to_tail_ratios(Q, K, scale=0.25)[-1]
+    found = attention_statistics(Q, K, softcap=kind(2)).entropy
+    np.testing.assert_array_equal(found, attention_statistics(Q, K, softcap=2.0).entropy)
+
+
 def test_whole_numbers_in_another_byte_order():
     right = length_statistics(Q, K, spans=SPANS)[0][1]
     assert length_statistics(Q, K, spans=SPANS.astype(">i4"))[0][1] == right

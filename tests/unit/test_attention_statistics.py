@@ -160,11 +160,12 @@ def test_large_logits_in_float64(largest):
         ("causal", CAUSAL),
         (7, CAUSAL & ~CAUSAL.tril(-7)),
         (700, CAUSAL),
+        (10**30, CAUSAL),
         (torch.stack([torch.arange(700) // 90 * 90, torch.arange(700) + 1], 1), None),
         (CAUSAL, CAUSAL),
         (CAUSAL.numpy() & ~np.tri(700, 700, -600, dtype=bool), None),
     ],
-    ids=["causal", "window", "wide window", "chunks", "boolean", "numpy"],
+    ids=["causal", "window", "wide window", "wider window", "chunks", "boolean", "numpy"],
 )
 def test_masks(mask, seen, dtype):
     q, k = HEADS["ordinary"]

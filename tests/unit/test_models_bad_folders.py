@@ -110,3 +110,12 @@ def test_an_empty_auto_map_names_no_code(tmp_path):
     save_small(tmp_path, "llama")
     change("config.json", auto_map={})(tmp_path)
     CapturableModel.load(ModelLocation(tmp_path))
+
+
+def test_a_checkpoint_that_asks_for_its_attentions_is_read_without_them(tmp_path):
+    save_small(tmp_path, "llama")
+    plain = CapturableModel.load(ModelLocation(tmp_path)).capture(TEXTS[:1])[0]
+    change("config.json", output_attentions=True)(tmp_path)
+    assert torch.equal(CapturableModel.load(ModelLocation(tmp_path)).capture(TEXTS[:1])[0].queries, plain.queries)
+    scaling = {"method": "linear", "factor": 4.0}
+    assert CapturableModel.load(ModelLocation(tmp_path), rotary_scaling=scaling).max_positions == 160

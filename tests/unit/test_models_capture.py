@@ -249,6 +249,14 @@ def test_a_batch_that_is_no_batch_is_refused(tmp_path, batch, says):
         model.capture(batch)
 
 
+def test_a_length_at_which_an_architecture_fails_is_one_line(tmp_path):
+    save_random(tmp_path, "BertConfig", SMALL["bert"][1] | {"chunk_size_feed_forward": 2})
+    model = CapturableModel.load(ModelLocation(tmp_path))
+    assert len(model.capture([TEXTS[0][:10]])) == 1
+    with pytest.raises(CaptureError, match=r"BertModel does not run on a text of 11 tokens \(ValueError: .*chunk size"):
+        model.capture(TEXTS[:1])
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_an_architecture_that_hides_its_queries_is_refused_in_one_line(tmp_path, name):
     class_name, settings = REFUSED[name]

@@ -58,6 +58,8 @@ def test_what_is_packed_is_taken_byte_for_byte(package, tmp_path):
         ({"tables/x.py": b"1"}, "holds 'tables/x.py'"),
         ({"manifest.json": None}, "needs one manifest.json"),
         ({"manifest.json": b"{"}, "cannot be read"),
+        ({"manifest.json": b'{"study": 5, "files": {}}'}, "its manifest names no study or no files"),
+        ({"manifest.json": b'{"study": "s", "files": {"tables/complexity.csv": []}}'}, "names no study or no files"),
         ({"manifest.json": b"[]"}, "names no study"),
         ({"manifest.json": b'{"study": "../x", "files": {}}'}, "names no study"),
     ],
@@ -66,6 +68,11 @@ def test_what_is_wrong_is_refused_and_nothing_is_written(package, tmp_path, file
     with pytest.raises(TableError, match=said.replace(".", r"\.")):
         take(changed(package, **files), tmp_path / "into")
     assert not (tmp_path / "into").exists()
+
+
+def test_what_is_no_file_is_no_package(tmp_path):
+    with pytest.raises(TableError, match="it is not a regular file"):
+        take(tmp_path, None)
 
 
 def test_a_package_whose_writing_fails_leaves_nothing(package, tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ from approxkmv.page.contents import CAPTIONS, FIGURES
 from approxkmv.page.heads import STATISTICS, of_model, rounded
 from approxkmv.page.render import figures_of, write_page
 from approxkmv.page.verdict import holds, measured, sentences
+from approxkmv.steps.page import make_page
 
 REFERENCE = Path(__file__).resolve().parents[2] / "results" / "reference"
 STUDIES = sorted(path.parent.name for path in REFERENCE.glob("*/tables"))
@@ -106,6 +107,14 @@ def test_a_folder_without_tables_and_a_broken_table_are_one_line(tables, tmp_pat
     with pytest.raises(TableError, match=r"heads_minilm-l6\.csv does not have one row for each of 6 layers"):
         drawn(tables, tmp_path / "index.html")
     assert not (tmp_path / "index.html").exists()
+
+
+def test_models_and_figures_that_are_not_there_are_named(tables, tmp_path):
+    with pytest.raises(TableError, match="no tables of the model 'minilm'; there is: minilm-l6, smollm2-135m"):
+        make_page(tables, tmp_path / "out", "a study", models=["minilm-l6", "minilm"])
+    with pytest.raises(TableError, match=r"there is no folder .*nowhere: leave out --figures"):
+        make_page(tables, tmp_path / "out", "a study", tmp_path / "nowhere")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_explorer_has_the_numbers_of_the_tables(tables):

@@ -30,7 +30,9 @@ Location = Annotated[
 def model_heads(
     location: Annotated[Path, typer.Option("--location", help="JSON file from `approxkmv fetch`.")],
     out: Annotated[Path, to_write("--out", help="safetensors file to write: q, k, v of the chosen heads.")],
-    tuning_out: Annotated[Path, typer.Option("--tuning-out", help="The same from another text, for tuning.")],
+    tuning_out: Annotated[
+        Path, to_write("--tuning-out", help="File to write: the same from another text, for tuning.")
+    ],
     config: Config = CONFIG,
     study: StudyName = None,
     log: Log = None,
@@ -44,6 +46,7 @@ def model_heads(
     captured = chosen.capture
     if captured is None:
         raise ConfigError(f"study {chosen.name} has no sweep that captures heads")
+    check_writable(out, tuning_out)
     with step(f"heads      {captured.model}, {captured.tokens} tokens"):
         from approxkmv.results.locations import read_location
         from approxkmv.steps.model_heads import capture_heads
@@ -52,7 +55,7 @@ def model_heads(
         corpora = [corpus_entry(catalogue, name) for name in captured.corpora]
         scaling = dict(chosen.rotary_scaling) if chosen.rotary_scaling else None
         texts = list(zip(corpora, (out, tuning_out), strict=True))
-        capture_heads(read_location(location), texts, captured.tokens, captured.heads, scaling)
+        capture_heads(read_location(location, captured.model), texts, captured.tokens, captured.heads, scaling)
 
 
 @app.command()
@@ -151,7 +154,7 @@ def _causal_model(config: Configuration, settings: Perplexity, location: Path | 
 
     entry = model_of(config, settings.model)
     if location is not None:
-        found = read_location(location)
+        found = read_location(location, entry.name)
     else:
         cache = Path(config.cache) / "models" / entry.name
         found = find(parse_source(entry.source), cache, sha256=entry.sha256, files=dict(entry.files))

@@ -70,7 +70,9 @@ def document_of(row: Any, where: str) -> Document:
     if not isinstance(row, dict):
         raise SourceError(f"{where} is neither a text nor an object with a string `context`")
     _refuse_near_names(row, where)
-    context, title, questions = row.get("context"), row.get("title", ""), row.get("questions", [])
+    if "context" not in row:
+        raise SourceError(f"{where} has no `context`, but {', '.join(f'{name:.40}' for name in row) or 'nothing'}")
+    context, title, questions = row["context"], row.get("title", ""), row.get("questions", [])
     if not isinstance(context, str):
         raise SourceError(f"{where} has a `context` that is not text: {reprlib.repr(context)}")
     if not isinstance(questions, list):

@@ -182,7 +182,7 @@ class CapturableModel:
 
     def _capture(self, texts: list[list[int]], indices: Sequence[int], values: bool) -> list[Captured]:
         recording = Recording(self.architecture, self.n_layers, [len(text) for text in texts], values)
-        self._run(texts, recording)
+        self._run(texts, recording, f"a text of {max(recording.lengths)} tokens")
         captured = recording.texts(indices)
         for index, one in zip(indices, captured, strict=True):
             if not self.has_own_masks and not bool(
@@ -205,7 +205,18 @@ class CapturableModel:
         if min(text) < 0 or max(text) >= self._embedded:
             raise InputError(f"text {index} of the batch has a token id outside 0..{self._embedded - 1}")
 
-    def _run(self, texts: list[list[int]], recording: Recording) -> None:
+    def _run(self, texts: list[list[int]], recording: Recording, what: str) -> None:
+        try:
+            self._forward(texts, recording)
+        except (ApproxKMVError, torch.OutOfMemoryError, MemoryError):
+            raise
+        except Exception as error:
+            # Anything: it comes from inside an architecture that was never run this way.
+            raise CaptureError(
+                f"{self.architecture} does not run on {what} ({type(error).__name__}: {one_line(error)}): {ADVICE}"
+            ) from error
+
+    def _forward(self, texts: list[list[int]], recording: Recording) -> None:
         from approxkmv.models.loading import quiet
 
         longest = max(recording.lengths)
@@ -234,16 +245,7 @@ class CapturableModel:
 
     def _probe(self, texts: list[list[int]]) -> Recording:
         recording = Recording(self.architecture, self.n_layers, [len(text) for text in texts], probing=True)
-        try:
-            self._run(texts, recording)
-        except (ApproxKMVError, torch.OutOfMemoryError, MemoryError):
-            raise
-        except Exception as error:
-            # Anything: it comes from inside an architecture that was never run this way.
-            raise CaptureError(
-                f"{self.architecture} does not run on token ids alone "
-                f"({type(error).__name__}: {one_line(error)}): {ADVICE}"
-            ) from error
+        self._run(texts, recording, "token ids alone")
         return recording
 
 

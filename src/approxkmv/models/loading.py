@@ -107,7 +107,7 @@ def load_config(location: ModelLocation) -> Any:
                         f"{name_of(location)}: config.json says {size} is {shown(part[size])}: correct it"
                     )
     with quiet(), reading(location, "configuration"):
-        config = AutoConfig.from_pretrained(location.folder, **source_options(location))
+        config = AutoConfig.from_pretrained(location.folder, output_attentions=False, **source_options(location))
     text = config.get_text_config()
     for size in SIZES:
         value = getattr(text, size, None)
@@ -174,7 +174,8 @@ def _load(kind: Any, location: ModelLocation, dtype: torch.dtype, attention: str
             attn_implementation=attention,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused below, by name
-            **({} if config is None else {"config": config}),
+            # What some checkpoints ask for would be refused; it changes no number.
+            **({"output_attentions": False} if config is None else {"config": config}),
             **source_options(location),
             **_weight_options(location),
         )

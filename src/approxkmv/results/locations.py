@@ -43,9 +43,14 @@ def _identity(source: str, folder: Path) -> str:
             return unchanged(folder)
 
 
-def read_location(path: Path) -> ModelLocation:
-    """The location that a file has. Raises TableError if it is missing, or the model is gone or has changed."""
+def read_location(path: Path, model: str | None = None) -> ModelLocation:
+    """The location that a file has, of the model with this name if one is given.
+
+    Raises TableError if it is missing, of another model, or the model is gone or has changed.
+    """
     value = _read(path)
+    if model is not None and value["name"] not in (model, None):
+        raise TableError(f"{path} says where the model {value['name']} is, not {model}: name the file of {model}")
     folder = Path(value["folder"])
     if not folder.is_dir():
         raise TableError(f"{path} names {folder}, which is gone: delete {path} and run again")
@@ -71,6 +76,6 @@ def origin(location: Path, texts: Path) -> str:
 def _read(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
-        return {key: value[key] for key in ("folder", "gguf_file", "source", "identity")}
+        return {key: value[key] for key in ("folder", "gguf_file", "source", "identity")} | {"name": value.get("name")}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise TableError(f"{path} cannot be read ({error}): run fetch again") from error

@@ -166,7 +166,7 @@ def _repeated(q: Array, k: Array) -> Array:
 
 
 def _positive(softcap: float) -> float:
-    if not (is_number(softcap) and 1e-28 <= softcap <= 1e28):
+    if not (is_number(softcap) and 1e-28 <= float(softcap) <= 1e28):
         raise InputError(f"softcap is {softcap!r}: it must be a positive number, from 1e-28 to 1e28")
     return float(softcap)
 
@@ -200,7 +200,8 @@ def _masks(mask: Any, shape: tuple[int, ...], device: torch.device) -> tuple[np.
         if n_q != n_k:
             raise InputError(f"there are {n_q} queries and {n_k} keys: give their mask as spans or a boolean array")
         stops = np.arange(1, n_q + 1)
-        return np.stack([np.maximum(stops - mask, 0) if is_window else np.zeros_like(stops), stops], 1), None
+        starts = np.maximum(stops - min(mask, n_q), 0) if is_window else np.zeros_like(stops)
+        return np.stack([starts, stops], 1), None
     if isinstance(mask, np.ndarray) and mask.dtype.kind in "biu":
         mask = tensor_of(mask)
     if isinstance(mask, torch.Tensor) and mask.dtype == torch.bool:
@@ -217,6 +218,8 @@ def _masks(mask: Any, shape: tuple[int, ...], device: torch.device) -> tuple[np.
         )
     if spans.shape != (n_q, 2) or spans.min(initial=0) < 0 or spans.max(initial=0) > n_k:
         raise InputError(f"mask of whole numbers has shape {spans.shape}: spans are ({n_q}, 2), each from 0 to {n_k}")
+    if (spans[:, 0] > spans[:, 1]).any():
+        raise InputError("mask has a span that ends before it begins: give the first key that is seen, and the end")
     return spans, None
 
 

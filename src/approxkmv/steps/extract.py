@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from approxkmv.models import CapturableModel
 
 
+# The share of unknown tokens above which a shard's numbers say little of the texts
+MANY_UNKNOWN = 0.05
+
+
 def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
     """Indices in batches of similar length, longest first, each at most batch_tokens with its padding.
 
@@ -67,7 +71,7 @@ def extract(
     made_of = origin(location, texts)
     times = Times() if times is None else times
     with times.of("loading"):
-        model = load_model(study, location)
+        model = load_model(study, model_name, location)
     limit = study.max_tokens if model.max_positions is None else min(study.max_tokens, model.max_positions)
     if limit < study.min_tokens:
         raise ConfigError(
@@ -89,11 +93,18 @@ def extract(
     require_true_prefixes(study, model_name, model, [len(t) for t in cut])
     taken = [i for i, use in enumerate(used) if use]
     tokenizer = model.tokenizer
+    unknown, of_all = sum(cut[i].count(tokenizer.unk_token_id) for i in taken), sum(len(cut[i]) for i in taken)
+    if unknown > MANY_UNKNOWN * of_all:
+        LOG.info(
+            "model %s: %d of %d tokens are unknown to its tokenizer, and all the same to the model: does it read the "
+            "language of these texts?",
+            *(model_name, unknown, of_all),
+        )
     marks = {tokenizer.bos_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.eos_token_id}
     special = {passages[i].index: torch.tensor([token in marks for token in cut[i]]) for i in taken}
     captured: dict[int, Captured] = {}
     title = f"extract    {model_name}, shard {shard}"
-    with progress(total=sum(len(cut[i]) for i in taken), unit="token", title=title) as bar:
+    with progress(total=of_all, unit="token", title=title) as bar:
         for batch in batches_by_length([len(cut[i]) for i in taken], study.batch_tokens):
             members = [taken[i] for i in batch]
             with times.of("model"):

@@ -37,13 +37,16 @@ def check_model(entry: ModelEntry) -> None:
         locate(source, entry.files)
 
 
-def load_model(study: Study, location: Path) -> CapturableModel:
-    """The model at a location as the study runs it. Raises ConfigError for a device that does not exist."""
+def load_model(study: Study, model_name: str, location: Path) -> CapturableModel:
+    """The model at its location as the study runs it.
+
+    Raises ConfigError for a device that does not exist, TableError for the location of another model.
+    """
     from approxkmv.models import CapturableModel
 
     check_device(study)
     return CapturableModel.load(
-        read_location(location),
+        read_location(location, model_name),
         dtype=study.dtype,
         device=study.device,
         rotary_scaling=dict(study.rotary_scaling) if study.rotary_scaling else None,

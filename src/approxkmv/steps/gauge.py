@@ -27,7 +27,7 @@ def measure_gauge(study: Study, model_name: str, location: Path, texts: Path, ta
     column of values is the head's first. Entries are those that the model's attention uses, since what it tolerates
     depends on its rows: `all`, `causal`, or `masked` for a model with masks of its own.
     """
-    model = load_model(study, location)
+    model = load_model(study, model_name, location)
     limit = study.max_tokens if model.max_positions is None else min(study.max_tokens, model.max_positions)
     ids = max((model.tokenize(text, limit) for text in read_table(texts, TEXTS)["text"]), key=len)
     if len(ids) < study.min_tokens:

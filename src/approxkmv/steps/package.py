@@ -75,6 +75,9 @@ def take(package: Path, into: Path | None) -> list[str]:
 
 
 def _read(package: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
+    if package.exists() and not package.is_file():
+        # A device may never end.
+        raise TableError(f"{package} cannot be read as a package of results: it is not a regular file")
     try:
         with zipfile.ZipFile(package) as archive:
             members = archive.infolist()
@@ -90,7 +93,10 @@ def _read(package: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
     except (*UNREADABLE, OSError, NotImplementedError, RuntimeError, ValueError) as error:
         raise TableError(f"{package} cannot be read as a package of results: {error}") from error
     valid = isinstance(manifest, dict) and isinstance(manifest.get("files"), dict)
-    if not valid or not NAME.fullmatch(str(manifest.get("study"))):
+    if valid:
+        named = (manifest.get("study"), *manifest["files"].values())
+        valid = all(isinstance(value, str) for value in named) and bool(NAME.fullmatch(manifest["study"]))
+    if not valid:
         raise TableError(f"{package}: its manifest names no study or no files")
     return manifest, contents
 
