@@ -253,7 +253,7 @@ def test_order_ratios_of_short_texts(n):
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("above", [0.25, 1.5, 4.0, 30.0])
 def test_order_ratios_whatever_the_sample_suggests(above, causal):
-    """`above` n entries or so exceed the bound that a sample suggests: too few for K_(n) or K_(2n), enough, too many."""
+    """About `above` n entries exceed the bound of a sample: too few for K_(n) or K_(2n), enough, too many."""
     n, state, sampled = 1024, SEED, []
     for _ in range(SAMPLE):
         state = next_state(np.uint64(state))
