@@ -187,6 +187,12 @@ def test_queries_and_keys_may_differ_in_number(n_q, n_k):
     result = run(case, x, epsilon=epsilon)
     assert result.y.shape == (n_q,)
     assert within(case, x, result.y, epsilon)
+    # A union over the larger side; n is the number of keys elsewhere.
+    most = math.log(max(n_q, n_k))
+    assert result.averages == max(1, math.ceil(10 * most))
+    assert result.heavy.tables == max(1, math.ceil(10 * n_k ** (1 / 3) * most))
+    assert result.hash_evaluations == result.heavy.tables * (n_q + n_k)
+    assert result.row_error == pytest.approx(epsilon * np.linalg.norm(x) / math.sqrt(n_q))
 
 
 @pytest.mark.parametrize("factor", [1e-300, 1e-12, 1e12, 1e300])

@@ -181,6 +181,58 @@ def test_cost_is_counted_in_kernel_evaluations():
     by_hash.query(queries)
     assert 0 < by_hash.tally.kernel_evaluations <= 6 * 150
     assert by_hash.tally.hash_evaluations == 150 * 306
+    # Nothing is evaluated for a query that shares a bucket with nobody.
+    met = by_hash.tally.kernel_evaluations
+    by_hash.query(queries + 1e6)
+    assert by_hash.tally.kernel_evaluations == by_hash.tally.distinct_evaluations == met
+
+
+@pytest.mark.parametrize("recover", ["scan", "hash"])
+def test_costs_of_levels_by_hand(recover):
+    """Every repetition asks for each point of its sample once, to 5 standard deviations, or wherever it is found.
+
+    What is asked for does not depend on the number of queries held at once, and samples are hashed once.
+    """
+    points, queries = cloud()
+    tallies = []
+    for entries in (1 << 22, 400):
+        levels = DensityLevels(SIGMA, relative_error=0.3, floor=1e-3, failure=0.1, recover=recover, seed=0)
+        levels.block_entries = entries
+        levels.fit(points).query_at(queries, 0.25)
+        tallies.append(levels.tally)
+    assert tallies[0] == tallies[1]
+    found, trials, plan = tallies[0], levels.averages * levels.repetitions, levels.plan(0.25)
+    rates, tables = (np.array([getattr(level, name) for level in plan]) for name in ("rate", "tables"))
+    # Points that some repetition samples
+    sampled = 300 * (1 - (1 - rates) ** trials)
+    assert found.hash_evaluations == pytest.approx(tables @ (6 + sampled), rel=0.03)
+    if recover == "scan":
+        asked = 300 * trials * rates.sum()
+        assert abs(found.kernel_evaluations / 6 - asked) < 5 * math.sqrt(asked)
+        assert found.distinct_evaluations / 6 == pytest.approx(sampled.sum(), rel=0.03)
+    else:
+        # Most samples are found, in several tables of a level.
+        assert 0.8 * 6 * sampled.sum() < found.distinct_evaluations <= 6 * 300 * len(plan)
+        assert found.kernel_evaluations > 2 * 6 * 300 * trials * rates.sum()
+
+
+def test_of_several_averages_the_median_is_taken():
+    """A single sample of two places is all or nothing, and so is the median of three; a mean would be in thirds."""
+    points = np.array([[0.0], [0.0], [1e3], [1e3]])
+    found = {
+        float(UniformDensity(1.0, samples=1, averages=3, seed=s).fit(points).query(points[:1])[0]) for s in range(20)
+    }
+    assert found == {0.0, 1.0}
+    one, query = np.zeros((1, 1)), np.array([[1.5]])
+    found = {HashingBasedDensity(1.0, samples=1, averages=3, seed=s).fit(one).query(query)[0] for s in range(20)}
+    chance = HashingBasedDensity(1.0, samples=1).family.collision_probability(1.5 / math.sqrt(2))
+    assert sorted(found) == [0.0, pytest.approx(math.exp(-(1.5**2) / 2) / float(chance))]
+
+
+@pytest.mark.parametrize("scale", [0.5, 0.02, 1e-6])
+def test_the_default_hash_collides_with_the_root_of_the_kernel_at_its_scale(scale):
+    family = HashingBasedDensity(SIGMA, samples=1, scale=scale).family
+    assert float(family.collision_probability(math.sqrt(-math.log(scale)))) == pytest.approx(math.sqrt(scale))
 
 
 @pytest.mark.parametrize(

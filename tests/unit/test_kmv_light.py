@@ -12,11 +12,12 @@ from scipy import stats
 from approxkmv.errors import InputError
 from approxkmv.kmv.algorithm import approx_kmv
 from approxkmv.kmv.constants import PaperConstants
+from approxkmv.kmv.costs import Tally
 from approxkmv.kmv.gaussian import GaussianKernel
 from approxkmv.kmv.heavy import find_heavy
 from approxkmv.kmv.light import Errors, approx_light, bucket
 from approxkmv.kmv.preprocess import split
-from approxkmv.kmv.sampling import BinomialTable, averages_of_counts, draw_survivors
+from approxkmv.kmv.sampling import BinomialTable, averages_of_counts, draw_survivors, survivors
 
 
 def test_split_partitions_the_keys_and_rescales_x():
@@ -123,7 +124,17 @@ def test_survivors_are_distinct_trials():
 
 def test_repetitions_past_every_integer_give_the_expectation():
     values = np.array([1.0, 2.0])
-    assert averages_of_counts(values, 1 << 63, 3, 10, np.random.default_rng(0))[0].tolist() == [3.0] * 3
+    averages, asked = averages_of_counts(values, 1 << 63, 3, 10, np.random.default_rng(0))
+    assert averages.tolist() == [3.0] * 3
+    assert asked == 3 * (1 << 63) * 2 // 10
+    assert survivors(1 << 70, 8, np.random.default_rng(0)) == 1 << 67
+
+
+def test_survivors_of_keys_of_value_0_are_asked_for_too():
+    """20 keys, 50 repetitions and 4 averages at 1/5: about 800, to five standard deviations."""
+    for values in (np.zeros(20), np.r_[np.zeros(15), np.ones(5)]):
+        _, asked = averages_of_counts(values, 50, 4, 5, np.random.default_rng(1))
+        assert abs(asked - 800) < 5 * math.sqrt(4000 * 0.2 * 0.8)
 
 
 def light_of(case, x, *, density="exact", row_error=0.25, constants=None, seed=0, hidden=0.125, **options):
@@ -179,6 +190,28 @@ def test_budgets_cover_the_light_mass(name, density):
     assert (light.level_buckets > 0) == (density == "levels")
     if density == "levels":
         assert light.density_tally.distinct_evaluations < light.density_tally.kernel_evaluations
+
+
+@pytest.mark.parametrize("rounded", [True, False])
+def test_budgets_by_hand(rounded):
+    """Line 7, with exact densities and no bucket hidden: squares are rounded up, those of heavy keys if `rounded`."""
+    case = SPARSE["even spread"](60)
+    constants = PaperConstants(subtract_rounded=rounded)
+    light, matrix, scaled = light_of(
+        case, np.random.default_rng(4).standard_normal(60), hidden=1e-9, constants=constants
+    )
+    square = scaled**2
+    kept = (square < 60**0.109) & (square > 60**-4.0)
+    up = 1.25 ** np.ceil(np.log(square) / math.log(1.25))
+    heavy = np.where(matrix[:, kept] == 0, case.matrix[:, kept], 0.0)
+    known = heavy**2 @ (up if rounded else square)[kept]
+    expected = case.matrix[:, kept] ** 2 @ up[kept] / (1 - 60**-0.218) - known
+    expected[(heavy > 0).all(1)] = 0.0
+    assert (known > 0).sum() > 30
+    np.testing.assert_allclose(light.squared_sum, expected, rtol=1e-9)
+    np.testing.assert_allclose(light.repetitions, np.ceil(10 * 60 * expected / 0.25**2))
+    assert light.density_tally == Tally(60 * kept.sum(), 60 * kept.sum())
+    assert light.averages == math.ceil(10 * math.log(60))
 
 
 def test_hidden_buckets_add_up_to_their_share_at_most():
@@ -267,6 +300,9 @@ def test_constants_are_the_printed_ones():
     assert c.averages(1000) == math.ceil(10 * math.log(1000))
     assert c.density_error(1000) == pytest.approx(1000**-0.218)
     assert c.density_failure(1000) == pytest.approx(1e-6)
+    # Both are 1 at n = 1, where they would say nothing; a union over more queries than keys has more tables.
+    assert (c.density_error(1), c.density_failure(1)) == (0.5, 0.25)
+    assert c.tables(100, 0.5, 1000) == math.ceil(10 * 10 * math.log(1000))
     assert (c.repetition_factor, c.small_exponent, c.density_exponent) == (10, 4, 0.173)
 
 

@@ -124,6 +124,22 @@ def test_attention_on_a_real_head():
     assert 0 < result.exact_rows < result.rows == 272
 
 
+def test_costs_of_attention_are_those_of_its_products_and_exact_rows():
+    q, k, v = drawn(60.0)
+    one, two = (attention_product(*(t.expand(n, -1, -1) for t in (q, k, v)), 0.5, seed=0) for n in (1, 2))
+    # The row sums' densities meet every pair, and then each row is evaluated exactly.
+    assert 2 * 60 * 70 <= one.distinct_evaluations < 2.2 * 60 * 70
+    assert (two.exact_rows, two.rows) == (2 * one.exact_rows, 2 * one.rows) == (120, 120)
+    assert two.distinct_evaluations == pytest.approx(2 * one.distinct_evaluations, rel=0.05)
+    assert two.hash_evaluations == 2 * one.hash_evaluations
+    # Every key is heavy, found once for all columns; each column and the row sums have densities or large entries.
+    q, k, v = drawn(0.3)
+    for columns in (1, 3):
+        found = attention_product(q, k, v[:, :columns], 0.5, seed=0)
+        assert found.distinct_evaluations == (1 + 1 + columns) * 60 * 70
+        assert found.hash_evaluations == math.ceil(10 * 70 ** (1 / 3) * math.log(70)) * (60 + 70)
+
+
 def test_attention_at_one_large_query_beside_ordinary_ones():
     q, k, v = drawn(0.5)
     q[3] *= 1e4
