@@ -176,7 +176,8 @@ def test_cost_is_counted_in_kernel_evaluations():
     sampled = UniformDensity(SIGMA, samples=50, averages=3, seed=0).fit(points)
     sampled.query(queries)
     assert sampled.tally.kernel_evaluations == 6 * 150
-    assert sampled.tally.distinct_evaluations <= 6 * 150
+    # 150 draws of 300 points meet about 118.
+    assert 6 * 100 < sampled.tally.distinct_evaluations < 6 * 136
     by_hash = HashingBasedDensity(SIGMA, samples=50, averages=3, seed=0).fit(points)
     by_hash.query(queries)
     assert 0 < by_hash.tally.kernel_evaluations <= 6 * 150

@@ -10,9 +10,11 @@ from kmv_kernels import SPARSE, background
 from scipy import stats
 
 from approxkmv.errors import InputError
+from approxkmv.kmv import light as light_module
 from approxkmv.kmv.algorithm import approx_kmv
 from approxkmv.kmv.constants import PaperConstants
 from approxkmv.kmv.costs import Tally
+from approxkmv.kmv.density import ExactDensity
 from approxkmv.kmv.gaussian import GaussianKernel
 from approxkmv.kmv.heavy import find_heavy
 from approxkmv.kmv.light import Errors, approx_light, bucket
@@ -212,6 +214,40 @@ def test_budgets_by_hand(rounded):
     np.testing.assert_allclose(light.repetitions, np.ceil(10 * 60 * expected / 0.25**2))
     assert light.density_tally == Tally(60 * kept.sum(), 60 * kept.sum())
     assert light.averages == math.ceil(10 * math.log(60))
+
+
+@pytest.mark.parametrize("least", [0, 3])
+def test_what_is_asked_of_densities_by_levels(least, monkeypatch):
+    """Line 5: of k^2, relative error n^-0.218, failure n^-2, and floors that hide no more than `hidden` a row."""
+    asked = []
+
+    class Exact(ExactDensity):
+        def __init__(self, sigma, *, seed, **given):
+            super().__init__(sigma)
+            asked.append(given)
+
+        def least_evaluations(self):
+            return least
+
+    monkeypatch.setattr(light_module, "DensityLevels", Exact)
+    case, x = SPARSE["even spread"](60), np.random.default_rng(4).standard_normal(60)
+    exact, _, scaled = light_of(case, x)
+    found, _, _ = light_of(case, x, density="auto" if least else "levels")
+    square = scaled**2
+    powers, sizes = np.unique(
+        np.ceil(np.log(square[(square < 60**0.109) & (square > 60**-4.0)]) / math.log(1.25)), return_counts=True
+    )
+    floors = 0.125**2 / (60 * max(math.log(60), len(sizes)) ** 2 * 1.25**powers * sizes)
+    assert len(sizes) > math.log(60)
+    assert found.level_buckets == (sizes > least).sum() > 2
+    np.testing.assert_allclose([given["floor"] for given in asked], floors)
+    assert {(given["relative_error"], given["failure"]) for given in asked} == {(60**-0.218, 60.0**-2)}
+    # Exact densities by another way
+    np.testing.assert_allclose(found.squared_sum, exact.squared_sum, rtol=1e-9)
+    # Of these each bucket's keys meet every query, of the others all keys.
+    of_levels = 60 * sizes[sizes > least].sum()
+    assert found.density_tally.kernel_evaluations == 60 * sizes.sum()
+    assert found.density_tally.distinct_evaluations == of_levels + (60 * sizes.sum() if least else 0)
 
 
 def test_hidden_buckets_add_up_to_their_share_at_most():
