@@ -217,6 +217,24 @@ def test_costs_of_levels_by_hand(recover):
         assert found.kernel_evaluations > 2 * 6 * 300 * trials * rates.sum()
 
 
+@pytest.mark.parametrize(("error", "floor", "failure"), [(0.3, 1e-3, 0.1), (0.9, 0.25, 1e-4), (0.05, 0.9, 0.5)])
+def test_sizes_of_levels_by_hand(error, floor, failure):
+    levels = DensityLevels(SIGMA, relative_error=error, floor=floor, failure=failure).fit(cloud()[0])
+    # The last guess is the first at most the floor; each may fail.
+    last = 0.5 ** (levels.guesses - 1)
+    assert last <= floor < 2 * last
+    assert levels.repetitions == math.ceil(8 / error**2)
+    assert levels.averages == math.ceil(8 * math.log(levels.guesses / failure))
+    for guess in (1.0, 0.25, last):
+        plan = levels.plan(guess)
+        assert [level.index for level in plan] == list(range(len(plan)))
+        np.testing.assert_allclose(
+            [level.rate for level in plan], [min(1.0, 0.5**j / (300 * guess)) for j in range(len(plan))]
+        )
+        # Kernel values beyond the last shell add up to a quarter of the error at most, and are sampled all the same.
+        assert 0.5 ** plan[-1].index <= error * guess / 4 < 2 * 0.5 ** plan[-1].index
+
+
 def test_of_several_averages_the_median_is_taken():
     """A single sample of two places is all or nothing, and so is the median of three; a mean would be in thirds."""
     points = np.array([[0.0], [0.0], [1e3], [1e3]])

@@ -194,21 +194,31 @@ def test_budgets_cover_the_light_mass(name, density):
         assert light.density_tally.distinct_evaluations < light.density_tally.kernel_evaluations
 
 
+@pytest.mark.parametrize("hidden", [1e-9, 0.5])
 @pytest.mark.parametrize("rounded", [True, False])
-def test_budgets_by_hand(rounded):
-    """Line 7, with exact densities and no bucket hidden: squares are rounded up, those of heavy keys if `rounded`."""
+def test_budgets_by_hand(rounded, hidden):
+    """Line 7, with exact densities: squares are rounded up, those of heavy keys if `rounded`.
+
+    A bucket whose mean of K^2 is below (1 - beta) floor is left out.
+    """
     case = SPARSE["even spread"](60)
     constants = PaperConstants(subtract_rounded=rounded)
     light, matrix, scaled = light_of(
-        case, np.random.default_rng(4).standard_normal(60), hidden=1e-9, constants=constants
+        case, np.random.default_rng(4).standard_normal(60), hidden=hidden, constants=constants
     )
     square = scaled**2
     kept = (square < 60**0.109) & (square > 60**-4.0)
     up = 1.25 ** np.ceil(np.log(square) / math.log(1.25))
-    heavy = np.where(matrix[:, kept] == 0, case.matrix[:, kept], 0.0)
+    sizes = {m: (up[kept] == m).sum() for m in up[kept]}
+    density = {m: (case.matrix[:, kept & (up == m)] ** 2).mean(1) for m in sizes}
+    count, beta = max(math.log(60), len(sizes)), 60**-0.218
+    floors = {m: hidden**2 / (60 * count**2 * m * sizes[m]) for m in sizes}
+    shown = np.stack([density[m] >= (1 - beta) * floors[m] for m in up[kept]], 1)
+    assert (shown.mean() > 0.95) == (hidden < 0.1)
+    heavy = np.where((matrix[:, kept] == 0) & shown, case.matrix[:, kept], 0.0)
     known = heavy**2 @ (up if rounded else square)[kept]
-    expected = case.matrix[:, kept] ** 2 @ up[kept] / (1 - 60**-0.218) - known
-    expected[(heavy > 0).all(1)] = 0.0
+    expected = np.where(shown, case.matrix[:, kept], 0.0) ** 2 @ up[kept] / (1 - beta) - known
+    expected[(matrix[:, kept] * shown == 0).all(1)] = 0.0
     assert (known > 0).sum() > 30
     np.testing.assert_allclose(light.squared_sum, expected, rtol=1e-9)
     np.testing.assert_allclose(light.repetitions, np.ceil(10 * 60 * expected / 0.25**2))
