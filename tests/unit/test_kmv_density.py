@@ -235,6 +235,28 @@ def test_sizes_of_levels_by_hand(error, floor, failure):
         assert 0.5 ** plan[-1].index <= error * guess / 4 < 2 * 0.5 ** plan[-1].index
 
 
+@pytest.mark.parametrize("recover", ["scan", "hash"])
+@pytest.mark.parametrize("log2", [0.0, -0.4, -1.5, -2.5, -3.5, -6.0, -9.0])
+def test_every_kernel_value_lies_in_one_level(log2, recover):
+    """300 points of one kernel value, some beyond the last shell, at a guess of 1: to 5 deviations of a count."""
+    points = np.zeros((300, 2))
+    query = np.array([[SIGMA * math.sqrt(-2 * log2 * math.log(2)), 0.0]])
+    levels = DensityLevels(
+        SIGMA,
+        relative_error=0.9,
+        floor=0.5,
+        failure=0.1,
+        recover=recover,
+        seed=1,
+        repetition_factor=8000,
+        median_factor=1e-9,
+    ).fit(points)
+    rate = [level.rate for level in levels.plan(1.0) if level.index <= -log2][-1]
+    relative = 5 / math.sqrt(levels.repetitions * 300 * rate)
+    assert levels.query_at(query, 1.0)[0] == pytest.approx(2.0**log2, rel=relative)
+    assert relative < 0.2
+
+
 def test_of_several_averages_the_median_is_taken():
     """A single sample of two places is all or nothing, and so is the median of three; a mean would be in thirds."""
     points = np.array([[0.0], [0.0], [1e3], [1e3]])

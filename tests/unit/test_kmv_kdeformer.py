@@ -115,6 +115,14 @@ def test_the_product_is_unbiased():
     assert (np.abs(gaps.mean(0)) < 4.5 * gaps.std(0, ddof=1) / 300**0.5).all()
 
 
+def test_equal_keys_and_values_have_one_answer_whatever_is_drawn():
+    q, k, v = case(n_k=30)
+    k[:], v[:] = k[0], v[0]
+    for m in (1, 7):
+        out = spectral_attention(q, k, v, m, seed=0, density=exact).output
+        np.testing.assert_allclose(out, np.broadcast_to(v[0], out.shape), rtol=1e-9)
+
+
 def test_probabilities_are_of_column_norms_and_values():
     q, k, v = case()
     attention, _ = parts(q, k, v, 0.5)
