@@ -131,6 +131,23 @@ def test_k_means_finds_separate_clusters():
         assert len(truth[labels == label].unique()) == 1
 
 
+@pytest.mark.parametrize("clusters", [1, 2, 3, 5, 17, 64])
+def test_the_compiled_loop_finds_the_nearest_centre(clusters):
+    """To 12 bits of the squared distance, near centres that are far from the origin and others."""
+    pytest.importorskip("numba")
+    from approxkmv.attention.blocks.loops.clustering import nearest
+
+    generator = torch.Generator().manual_seed(0)
+    for far in (0.0, 5.0):
+        centres, points = (far + torch.randn(n, 3, generator=generator) for n in (clusters, 500))
+        labels = np.empty(500, np.int64)
+        nearest((centres.square().sum(1) - 2 * points @ centres.mT).numpy(), points.numpy(), labels)
+        squares = torch.cdist(points.double(), centres.double()).square()
+        chosen = squares[torch.arange(500), torch.from_numpy(labels)]
+        # float32 holds the squares that cancel to seven digits.
+        assert bool((chosen <= squares.amin(1) * (1 + 2**-12) + 1e-6 * (1 + 3 * far**2) * 8).all())
+
+
 CLUSTERING = {"block": 12, "near": 24, "directions": 8, "iterations": 2, "sampled": 16}
 
 

@@ -53,7 +53,8 @@ def test_dropping_small_entries_costs_a_quarter_of_epsilon_at_most():
     """The printed bound x_j^2 <= n^-4 alone would allow 1/n per row: too much where epsilon n < 4."""
     for epsilon in (0.5, 0.01, 1e-6):
         for n in (2, 30, 1000):
-            for entry in (0.999 * n**-2.0, 0.999 * n**-2.0 * min(1.0, epsilon * n / 4)):
+            for power in (0, 0.5, 1):
+                entry = 0.999 * n**-2.0 * min(1.0, epsilon * n / 4) ** power
                 x = np.full(n, entry)
                 x[0] = math.sqrt(n)
                 parts = split(x, gamma=0.109, epsilon=epsilon)

@@ -145,7 +145,7 @@ def test_costs_of_attention_are_those_of_its_products_and_exact_rows():
 
 @pytest.mark.parametrize("offset", [-3.0, 0.0, 0.5, 3.0])
 def test_the_origin_and_balance_are_the_best(offset):
-    """Of 0 and the keys' mean, and of all balances, by the mean of log K; keys on the queries' side, or on the other."""
+    """Of 0 and the keys' mean, and of all balances, by the mean of log K; keys may lie on the queries' side."""
     q, k, _ = drawn(1.0)
     q, k = q + 1.0, k + offset
 
