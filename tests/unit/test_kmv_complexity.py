@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from approxkmv import approx_kmv
 from approxkmv.errors import InputError, TableError
@@ -67,6 +68,18 @@ def test_a_sample_of_rows_stands_for_all():
     assert sample["hash"] == whole["hash"]
 
 
+@pytest.mark.parametrize("name", SPARSE_KERNELS)
+def test_row_sums_of_the_kernels_do_not_grow(name):
+    """To a tenth of their mean, at four times as many keys; the background adds about 1 to its diagonal."""
+    means = []
+    for n in (500, 2000):
+        points = SPARSE_KERNELS[name](n, 0)
+        matrix = np.exp(-torch.cdist(*map(torch.from_numpy, points[:2])).square().numpy() / (2 * points.sigma**2))
+        means.append(matrix.sum(1).mean())
+    assert means[1] == pytest.approx(means[0], rel=0.1)
+    assert name != "background" or means[0] == pytest.approx(2.0, rel=0.1)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SPARSE_KERNELS)
 def test_the_kernels_satisfy_the_assumption_at_every_n(name):
@@ -103,10 +116,11 @@ def test_fits_find_a_known_exponent_inside_their_interval():
     assert fit["plain_high"] - fit["plain_low"] == pytest.approx(2 * 1.96 * plain_error, rel=0.25)
     assert fit["plain_low"] < fit["plain_exponent"] < fit["plain_high"]
     # A line of another slope goes through the middle of the costs, too.
-    for end in ("low", "high"):
-        slope = fit[f"exponent_{end}"]
-        level = math.log(30.0) + (1.7 - slope) * np.log(n).mean()
-        assert fit[f"log10_crossing_{end}"] == pytest.approx(log10_crossing(slope, level), rel=0.1)
+    low, high = (
+        log10_crossing(slope, math.log(30.0) + (1.7 - slope) * np.log(n).mean())
+        for slope in (fit["exponent_low"], fit["exponent_high"])
+    )
+    assert fit["log10_crossing_high"] - fit["log10_crossing_low"] == pytest.approx(high - low, rel=0.25)
     # Without the logarithm the same costs look steeper.
     assert fit["plain_exponent"] > fit["exponent"] + 0.1
 

@@ -16,7 +16,7 @@ from approxkmv.kmv.constants import PaperConstants
 from approxkmv.kmv.costs import Tally
 from approxkmv.kmv.density import ExactDensity
 from approxkmv.kmv.gaussian import GaussianKernel
-from approxkmv.kmv.heavy import find_heavy
+from approxkmv.kmv.heavy import HeavyKeys, find_heavy
 from approxkmv.kmv.light import Errors, approx_light, bucket
 from approxkmv.kmv.preprocess import split
 from approxkmv.kmv.sampling import BinomialTable, averages_of_counts, draw_survivors, survivors
@@ -123,6 +123,10 @@ def test_survivors_are_distinct_trials():
     group, key = draw_survivors(3, 1, 5, 1, rng)
     # With survival probability 1 every key survives in every average, once.
     assert sorted(zip(group.tolist(), key.tolist(), strict=True)) == [(g, k) for g in range(5) for k in range(3)]
+    # Of 2,000 trials about 500: drawn with replacement, some 60 would be the same.
+    group, key = draw_survivors(50, 1, 40, 4, rng)
+    assert len(key) > 400
+    assert len(set(zip(group.tolist(), key.tolist(), strict=True))) == len(key)
 
 
 def test_repetitions_past_every_integer_give_the_expectation():
@@ -259,6 +263,25 @@ def test_what_is_asked_of_densities_by_levels(least, monkeypatch):
     of_levels = 60 * sizes[sizes > least].sum()
     assert found.density_tally.kernel_evaluations == 60 * sizes.sum()
     assert found.density_tally.distinct_evaluations == of_levels + (60 * sizes.sum() if least else 0)
+
+
+@pytest.mark.parametrize("rounds", [1, 7])
+@pytest.mark.parametrize("density", ["exact", "levels"])
+def test_one_key_survives_in_every_repetition(density, rounds):
+    """So its term is what each average is, whether samples are drawn or counted; evaluated once."""
+    kernel = GaussianKernel(np.zeros((1, 2)), np.array([[0.5, 0.7]]), 1.0)
+    none = HeavyKeys(np.zeros(2, int), np.empty(0, int), np.empty(0), 0, Tally())
+    value = math.exp(-0.37)
+    # s = K^2 / (1 - 1/2) in line 7
+    errors = Errors(math.sqrt(10 * 2 * value**2 / (rounds - 0.5)), 0.25, 0.1)
+    given = {"density": density, "constants": PaperConstants(), "source": np.random.SeedSequence(0), "memory": 1 << 24}
+    with pytest.MonkeyPatch.context() as patch:
+        # An exact density, of the squares, by way of levels
+        patch.setattr(light_module, "DensityLevels", lambda sigma, **_: ExactDensity(sigma))
+        light = approx_light(kernel, np.array([-1.0]), np.array([0]), none, errors, **given)
+    assert light.z[0] == pytest.approx(-value, rel=1e-12)
+    assert light.repetitions.tolist() == [rounds]
+    assert light.sampling_tally == Tally(rounds, int(density == "levels"))
 
 
 def test_hidden_buckets_add_up_to_their_share_at_most():
