@@ -9,6 +9,7 @@ import pytest
 
 from approxkmv.errors import InputError
 from approxkmv.kmv.density import DensityLevels, ExactDensity, HashingBasedDensity, KernelDensity, UniformDensity
+from approxkmv.kmv.hashing import PStableHash
 
 SIGMA = 0.8
 
@@ -255,6 +256,15 @@ def test_every_kernel_value_lies_in_one_level(log2, recover):
     relative = 5 / math.sqrt(levels.repetitions * 300 * rate)
     assert levels.query_at(query, 1.0)[0] == pytest.approx(2.0**log2, rel=relative)
     assert relative < 0.2
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_every_point_of_a_bucket_is_drawn(place):
+    """All points in one bucket, of which one is at the query: a third of 900 draws, to 5 standard deviations."""
+    points = np.full((3, 1), 40.0)
+    points[place] = 0.0
+    density = HashingBasedDensity(1.0, samples=900, family=PStableHash(1e9), seed=0).fit(points)
+    assert density.query(np.zeros((1, 1)))[0] == pytest.approx(1 / 3, abs=5 * math.sqrt(2 / 9 / 900))
 
 
 def test_of_several_averages_the_median_is_taken():
