@@ -141,6 +141,17 @@ def test_underflows_in_float32_are_infinite_or_undefined_and_leave_prefixes_with
     assert found["printed"].log_double[0] == 0.0
 
 
+@pytest.mark.parametrize("power", [125.0, 126.5, 149.9, 150.1, 151.0])
+def test_an_entry_underflows_where_float32_has_none(power):
+    """n entries of 1 and others of 2^-power: of the smallest number, 2^-149, more than a half is rounded up."""
+    q, k = np.zeros((2, 1, N, D))
+    q[0, 1:, 0] = np.sqrt(2 * power * np.log(2) * np.sqrt(D))
+    found = readings(torch.from_numpy(q), torch.from_numpy(k), FIRST)["float32"]
+    is_zero = np.float32(2.0**-power) == 0
+    assert found.underflows[0] == is_zero == (power > 150)
+    assert found.log_double[0] == (np.inf if is_zero else pytest.approx(power * np.log(2)))
+
+
 def test_a_text_that_is_too_short_without_its_special_tokens_has_no_c():
     q, k = heads(n=FIRST)
     special = np.arange(FIRST) == 0
