@@ -147,9 +147,19 @@ def test_an_entry_underflows_where_float32_has_none(power):
     q, k = np.zeros((2, 1, N, D))
     q[0, 1:, 0] = np.sqrt(2 * power * np.log(2) * np.sqrt(D))
     found = readings(torch.from_numpy(q), torch.from_numpy(k), FIRST)["float32"]
-    is_zero = np.float32(2.0**-power) == 0
-    assert found.underflows[0] == is_zero == (power > 150)
-    assert found.log_double[0] == (np.inf if is_zero else pytest.approx(power * np.log(2)))
+    rounded = np.float32(2.0**-power)
+    assert found.underflows[0] == (rounded == 0) == (power > 150)
+    assert found.log_double[0] == (np.inf if rounded == 0 else pytest.approx(-np.log(float(rounded))))
+
+
+def test_without_special_tokens_a_mask_is_that_of_the_others():
+    q, k = heads()
+    special = np.arange(N) % 5 == 2
+    mask = (np.random.default_rng(0).random((N, N)) < 0.3) | np.eye(N, dtype=bool)
+    found = readings(q, k, FIRST, mask=mask, special=special)["no-special"]
+    statistics = head_statistics(q[:, ~special], k[:, ~special], FIRST, mask=mask[~special][:, ~special])
+    np.testing.assert_allclose(found.ratio, statistics.ratios.max(-1), rtol=1e-8)
+    np.testing.assert_allclose(found.log_double, statistics.log_double, rtol=1e-8)
 
 
 def test_a_text_that_is_too_short_without_its_special_tokens_has_no_c():
@@ -158,6 +168,9 @@ def test_a_text_that_is_too_short_without_its_special_tokens_has_no_c():
     found = readings(q, k, FIRST, special=special)
     assert np.isnan(found["no-special"].ratio).all()
     assert np.isfinite(found["printed"].ratio).all()
+    # Of two tokens a causal mask leaves three entries, no K_(2n).
+    found = readings(q[:, :2], k[:, :2], 1, mask=np.tri(2, dtype=bool))
+    assert all(np.isnan([one.ratio, one.log_next, one.log_double]).all() for one in found.values())
 
 
 def test_places_are_spread_and_no_more_than_there_are():
