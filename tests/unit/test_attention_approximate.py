@@ -1,5 +1,7 @@
 """The approximate methods: what they promise about error, bias and budget."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -259,6 +261,23 @@ def test_draws_have_the_probability_that_they_say():
     assert bool(((drawn - number * probability)[light].abs() < 4.5 * deviation[light]).all())
     share = e.weights[0, 0].double() / e.weights[0, 0].double().sum()
     assert torch.allclose(torch.from_numpy(sample.control).double(), share[keys] / (number * rate), rtol=1e-4)
+
+
+@pytest.mark.usefixtures("loops")
+def test_draws_are_uniform_where_no_light_key_has_a_weight():
+    q, k, v = clustered(212, 8, 1)
+    e = expanded(q, k, v, Clustering(**{**CLUSTERING, "block": 212}), 0.5)
+    sample = light_keys.draw(
+        replace(e, weights=torch.zeros_like(e.weights)), np.array([20_000]), torch.Generator().manual_seed(1)
+    )
+    light = np.setdiff1d(np.arange(212), e.chosen)
+    np.testing.assert_allclose(sample.logs, np.log(len(light) / 20_000), rtol=1e-5)
+    assert not sample.control.any()
+    drawn = np.bincount(sample.keys, minlength=212)
+    assert not drawn[e.chosen].any()
+    # 4.5 standard deviations for each of about 188 keys
+    mean = 20_000 / len(light)
+    assert (np.abs(drawn[light] - mean) < 4.5 * mean**0.5).all()
 
 
 @pytest.mark.usefixtures("loops")
