@@ -1,5 +1,7 @@
 """The approximate methods: what they promise about error, bias and budget."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -136,6 +138,23 @@ def test_k_means_finds_separate_clusters():
         assert len(truth[labels == label].unique()) == 1
 
 
+@pytest.mark.parametrize("clusters", [1, 2, 3, 5, 17, 64])
+def test_the_compiled_loop_finds_the_nearest_centre(clusters):
+    """To 12 bits of the squared distance, near centres that are far from the origin and others."""
+    pytest.importorskip("numba")
+    from approxkmv.attention.blocks.loops.clustering import nearest
+
+    generator = torch.Generator().manual_seed(0)
+    for far in (0.0, 5.0):
+        centres, points = (far + torch.randn(n, 3, generator=generator) for n in (clusters, 500))
+        labels = np.empty(500, np.int64)
+        nearest((centres.square().sum(1) - 2 * points @ centres.mT).numpy(), points.numpy(), labels)
+        squares = torch.cdist(points.double(), centres.double()).square()
+        chosen = squares[torch.arange(500), torch.from_numpy(labels)]
+        # float32 holds the squares that cancel to seven digits.
+        assert bool((chosen <= squares.amin(1) * (1 + 2**-12) + 1e-6 * (1 + 3 * far**2) * 8).all())
+
+
 CLUSTERING = {"block": 12, "near": 24, "directions": 8, "iterations": 2, "sampled": 16}
 
 
@@ -247,6 +266,23 @@ def test_draws_have_the_probability_that_they_say():
     assert bool(((drawn - number * probability)[light].abs() < 4.5 * deviation[light]).all())
     share = e.weights[0, 0].double() / e.weights[0, 0].double().sum()
     assert torch.allclose(torch.from_numpy(sample.control).double(), share[keys] / (number * rate), rtol=1e-4)
+
+
+@pytest.mark.usefixtures("loops")
+def test_draws_are_uniform_where_no_light_key_has_a_weight():
+    q, k, v = clustered(212, 8, 1)
+    e = expanded(q, k, v, Clustering(**{**CLUSTERING, "block": 212}), 0.5)
+    sample = light_keys.draw(
+        replace(e, weights=torch.zeros_like(e.weights)), np.array([20_000]), torch.Generator().manual_seed(1)
+    )
+    light = np.setdiff1d(np.arange(212), e.chosen)
+    np.testing.assert_allclose(sample.logs, np.log(len(light) / 20_000), rtol=1e-5)
+    assert not sample.control.any()
+    drawn = np.bincount(sample.keys, minlength=212)
+    assert not drawn[e.chosen].any()
+    # 4.5 standard deviations for each of about 188 keys
+    mean = 20_000 / len(light)
+    assert (np.abs(drawn[light] - mean) < 4.5 * mean**0.5).all()
 
 
 @pytest.mark.usefixtures("loops")

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from approxkmv.attention import get, methods
+from approxkmv.attention.blocks.k_means import k_means
 from approxkmv.attention.causal import causal_attention
 from approxkmv.attention.hashed import hyperattention
 from approxkmv.compute import loops as compute_loops
@@ -105,6 +106,44 @@ def test_near_keys_and_centres_of_the_expansion():
     assert 40 <= m <= 90
 
 
+@pytest.mark.parametrize("loops", ["compiled", "torch"])
+@pytest.mark.parametrize("n_q", [N_Q, 150])
+@pytest.mark.parametrize("d_v", [1, 20])
+@pytest.mark.parametrize(("name", "samples"), [("local-expansion", 0), ("approxkmv", 30)])
+def test_one_block_of_first_order_counts_by_hand(name, samples, d_v, n_q, loops, monkeypatch):
+    """The centre and each query meet the near keys and the samples; each query its own key, if there is one, too."""
+    if loops == "compiled":
+        pytest.importorskip("numba")
+    else:
+        monkeypatch.setattr(compute_loops, "numba_works", lambda: False)
+    q, k, v = (t[0] for t in inputs())
+    q, v = q[:n_q], v.expand(-1, d_v)
+    logs = 0.3 * q.double().mean(0) @ (k - k.mean(0)).double().mT
+    # Of every eighth key, from that of the seed on, 64 / 8 are near: the bar is the last of them.
+    near = int((logs >= logs[5::8].sort(descending=True).values[7]).sum())
+    given = {"samples": samples} if samples else {"products": "float32"}
+    with counting() as counts:
+        get(name)(q[None], k[None], v[None], scale=0.3, seed=5, block=2**24, near=64, directions=0, **given)
+    of_rows = n_q * (2 if n_q == N_K else 1)
+    assert counts.kernel_evaluations == N_K + (n_q + 1) * (near + samples) + of_rows
+    assert counts.other_products == 0
+
+
+def test_clusters_count_by_hand():
+    generator = torch.Generator().manual_seed(0)
+    with counting() as counts:
+        k_means(torch.randn(100, 3, generator=generator), 5, 3, 4, generator)
+    # Three iterations on four points a cluster, one on all
+    assert (counts.kernel_evaluations, counts.other_products) == (0, 3 * 20 * 5 + 100 * 5)
+    # Two blocks of queries and eight clusters of keys, far apart, of which each block takes the nearest one.
+    q, k = (10.0 * torch.eye(8)[torch.arange(n) % m] for n, m in ((N_Q, 2), (200, 8)))
+    k = k + 0.01 * torch.randn(200, 8, generator=generator)
+    with counting() as counts:
+        get("clustered")(q[None], k[None], k[None], scale=0.1, block=150, clusters=0.5, near=1)
+    assert counts.kernel_evaluations == N_Q * 8 + (N_Q + 2) * 25
+    assert counts.other_products == (3 * 16 * 8 + 200) * 8 + (3 * 16 * 2 + N_Q) * 2 + 2 * 8
+
+
 @pytest.mark.parametrize("name", ["local-expansion", "approxkmv"])
 def test_rows_made_again_are_counted(name):
     q, k, v = inputs()
@@ -149,3 +188,9 @@ def test_who_listens_hears_everything_and_nobody_else_does():
     count(100)
     assert (outer.kernel_evaluations, outer.other_products, outer.inner_products) == (7, 3, 10)
     assert (inner.kernel_evaluations, inner.other_products) == (2, 3)
+    with counting() as outer:
+        with counting() as inner:
+            count(1)
+        # Both have heard the same so far.
+        count(1)
+    assert (outer.kernel_evaluations, inner.kernel_evaluations) == (2, 1)

@@ -1,5 +1,6 @@
 """No method multiplies subnormal numbers, which are many times slower, and avoiding them loses nothing visible."""
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -74,6 +75,34 @@ def test_exponentials_in_torch():
     assert torch.allclose(weights.double(), right, rtol=1e-6, atol=0)
     assert exp_(torch.tensor([-torch.inf])) == 0
     assert exp_(torch.tensor([torch.nan])).isnan()
+
+
+def test_exponentials_in_compiled_loops():
+    """To 2e-7 over the range of normal numbers, beyond whose ends they stay, or are 0 below if they are to fade."""
+    pytest.importorskip("numba")
+    from approxkmv.attention.kernels.numbers import exp, fading
+
+    logits = torch.linspace(-86.9, 88, 20001).numpy()
+    right = np.exp(logits.astype(np.float64))
+    for function in (exp, fading):
+        np.testing.assert_allclose(np.array([function(x) for x in logits]), right, rtol=2e-7)
+    ends = [exp(np.float32(x)) for x in (-1e30, 1e30)]
+    np.testing.assert_allclose(ends, np.exp([-87.0, 88.0]), rtol=2e-7)
+    assert [fading(np.float32(x)) for x in (-87.1, -1e30, -np.inf)] == [0, 0, 0]
+
+
+def test_bfloat16_in_compiled_loops_is_that_of_torch():
+    """Rounded to the nearest, ties to even: random numbers, and such as lie a quarter, a half and three between two."""
+    pytest.importorskip("numba")
+    from approxkmv.attention.kernels.numbers import bits, widened
+
+    drawn = 100 * torch.randn(5000, generator=torch.Generator().manual_seed(0))
+    steps = (torch.arange(0x3F800000, 0x3F880000, 0x4000, dtype=torch.int32)).view(torch.float32)
+    numbers = torch.cat([drawn, steps, -steps, torch.tensor([0.0, torch.inf, -torch.inf])])
+    right = numbers.to(torch.bfloat16)
+    stored = [bits(x) for x in numbers.numpy()]
+    assert stored == right.view(torch.uint16).tolist()
+    assert [float(widened(x)) for x in stored] == right.tolist()
 
 
 @pytest.mark.parametrize("d_v", [1, 20])

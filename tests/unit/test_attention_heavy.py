@@ -122,6 +122,23 @@ def test_between_what_is_in_reach_and_what_is_far_out(name, given, largest):
 
 
 @pytest.mark.usefixtures("loops")
+@pytest.mark.parametrize("n_k", [400, 700])
+@pytest.mark.parametrize(("name", "given"), SETTINGS)
+def test_a_key_that_stands_apart_has_its_weight_wherever_the_keys_lie(name, given, n_k):
+    """Beside short keys, whose sum is known, of any common offset: it multiplies all weights of a row by one factor."""
+    q, k = heads(400, 0, d=4, n_k=n_k)
+    k *= 0.1
+    k[17] = torch.tensor([5.0, -3.0, 1.0, 1.0])
+    assert stand_apart(q, k, 1.0).tolist() == [17]
+    weights = weights_of(q, k, 1.0)[:, 17:18]
+    assert int(((weights - 0.5).abs() < 0.45).sum()) > 60
+    for offset in (0.0, 1.0):
+        out, again = attend(name, q, k + offset, torch.eye(n_k)[:, 17:18], given, 1.0)
+        assert float((out - weights).abs().max()) < 0.02
+        assert again == 0
+
+
+@pytest.mark.usefixtures("loops")
 @pytest.mark.parametrize(("name", "given"), SETTINGS)
 def test_long_queries_do_not_spoil_their_block(name, given):
     q, k = heads(400, 3)
@@ -172,6 +189,11 @@ def test_what_stands_apart():
         assert stand_apart(q, k, 10.0).tolist() == found
     k[:100] *= 100
     assert len(stand_apart(q, k, 1.0)) == 0
+    # Of keys of one length, four times that of the others is the bar.
+    q, k = (torch.nn.functional.normalize(x) for x in heads(4000, 1, d=64))
+    for long, found in ((3.5, []), (4.5, [7])):
+        k[7] = long * torch.nn.functional.normalize(k[7], dim=0)
+        assert stand_apart(q, k, 100.0).tolist() == found
 
 
 def test_sums_over_keys_apart_are_relative_to_the_mean_of_the_others_too():

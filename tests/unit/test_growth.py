@@ -69,8 +69,9 @@ def test_a_power_law_is_predicted_exactly():
     np.testing.assert_allclose(fit.predicted_low, [0.3, 1.0], atol=1e-12)
 
 
-def test_intervals_are_students_of_the_mean_over_texts():
-    texts, lengths, ratios = sample(CURVES["exploding"], 5)
+@pytest.mark.parametrize("curve", ["exploding", "saturating"])
+def test_intervals_are_students_of_the_mean_over_texts(curve):
+    texts, lengths, ratios = sample(CURVES[curve], 5)
     logs = np.log(ratios.reshape(5, -1))
     fit = fit_growth(texts, lengths, ratios)
 

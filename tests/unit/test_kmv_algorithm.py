@@ -13,8 +13,11 @@ from kmv_kernels import SPARSE, Case, background, clusters, even_spread, raw_hea
 
 from approxkmv import approx_kmv
 from approxkmv.errors import InputError
+from approxkmv.kmv import algorithm
 from approxkmv.kmv.constants import PaperConstants
 from approxkmv.kmv.heavy import find_heavy
+from approxkmv.kmv.light import approx_light
+from approxkmv.kmv.preprocess import split
 
 SEEDS = 200
 CASES = {**{name: (lambda make=make: make(80)) for name, make in SPARSE.items()}, "real head": real_head}
@@ -161,6 +164,32 @@ def test_a_large_entry_at_a_heavy_key_is_counted_once():
     assert within(case, x, result.y, 0.01)
 
 
+@pytest.mark.parametrize("divisor", [2.0, 4.0])
+def test_what_epsilon_is_divided_into(divisor, monkeypatch):
+    """A row's error is that of its samples, of what H_2 loses, a quarter of what it is given, and of hidden buckets."""
+    given = {}
+
+    def watched_split(x, *, epsilon, **rest):
+        given["small"] = epsilon / 4
+        return split(x, epsilon=epsilon, **rest)
+
+    def watched_light(kernel, scaled, kept, heavy, errors, **rest):
+        given.update(vars(errors))
+        return approx_light(kernel, scaled, kept, heavy, errors, **rest)
+
+    monkeypatch.setattr(algorithm, "split", watched_split)
+    monkeypatch.setattr(algorithm, "approx_light", watched_light)
+    case = background(60)
+    case = Case(case.queries[:15], case.keys, case.sigma)
+    run(case, np.ones(60), epsilon=0.4, constants=PaperConstants(epsilon_divisor=divisor))
+    # |x|_2^2 = 60 is shared by 15 rows.
+    row = 0.4 * math.sqrt(60 / 15)
+    assert given["row"] == pytest.approx(row / divisor)
+    assert given["small"] == pytest.approx(given["hidden"])
+    assert given["row"] + given["small"] + given["hidden"] == pytest.approx(row)
+    assert given["bucket"] == pytest.approx(0.4 / divisor)
+
+
 @pytest.mark.parametrize("epsilon", [3.0, 0.5, 1e-3, 1e-9])
 def test_any_epsilon(epsilon):
     case = even_spread(64)
@@ -187,6 +216,12 @@ def test_queries_and_keys_may_differ_in_number(n_q, n_k):
     result = run(case, x, epsilon=epsilon)
     assert result.y.shape == (n_q,)
     assert within(case, x, result.y, epsilon)
+    # A union over the larger side; n is the number of keys elsewhere.
+    most = math.log(max(n_q, n_k))
+    assert result.averages == max(1, math.ceil(10 * most))
+    assert result.heavy.tables == max(1, math.ceil(10 * n_k ** (1 / 3) * most))
+    assert result.hash_evaluations == result.heavy.tables * (n_q + n_k)
+    assert result.row_error == pytest.approx(epsilon * np.linalg.norm(x) / math.sqrt(n_q))
 
 
 @pytest.mark.parametrize("factor", [1e-300, 1e-12, 1e12, 1e300])

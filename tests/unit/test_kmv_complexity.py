@@ -7,12 +7,14 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from approxkmv import approx_kmv
 from approxkmv.errors import InputError, TableError
 from approxkmv.figures.complexity import draw
 from approxkmv.kmv.complexity import COLUMNS, FITTED, bound_exponents, fit_exponents, log10_crossing, measure_costs
 from approxkmv.kmv.sparse_kernels import SPARSE_KERNELS
+from approxkmv.slopes import log_log_line
 
 
 def test_counts_are_those_of_a_full_run():
@@ -30,11 +32,52 @@ def test_counts_are_those_of_a_full_run():
     assert line["heavy"] == pytest.approx(result.phases["heavy"].kernel_evaluations, rel=0.1)
 
 
+def test_every_column_by_hand():
+    """Of a sample of rows; what is counted in them is in the tests beside this one."""
+    n, epsilon = 300, 0.4
+    line = measure_costs([n], kernels=["clusters"], seeds=1, epsilon=epsilon, rows=50).iloc[0]
+    points, rng = SPARSE_KERNELS["clusters"](n, 0), np.random.default_rng([0, n])
+    rows, x = np.sort(rng.permutation(n)[:50]), rng.standard_normal(n)
+    square = x**2 * n / (x**2).sum()
+    large, kept = square >= n**0.109, (square < n**0.109) & (square > n**-4.0)
+    assert line["rows"] == 50
+    assert line["tables"] == math.ceil(10 * n ** (1 / 3) * math.log(n))
+    assert line["hash"] == 2 * n * line["tables"]
+    assert line["large"] == n * large.sum()
+    assert line["density"] == n * kept.sum()
+    # Buckets of squares that differ by 1 + epsilon / 2 at most, rounded up; the floor of each, and Theorem 2.2's cost
+    _, sizes = np.unique(m := np.ceil(np.log(square[kept]) / math.log(1 + epsilon / 2)), return_counts=True)
+    floors = epsilon**2 / (n * math.log(n) ** 2 * (1 + epsilon / 2) ** np.unique(m) * sizes)
+    printed = n * (n ** (2 * 0.218) * floors**-0.173 * math.log(n**2)).sum()
+    assert line["density_printed"] == pytest.approx(printed, rel=1e-9)
+    for light in ("light", "light_printed"):
+        whole = line["large"] + line["heavy"] + min(line["density"], line["density_printed"]) + line[light]
+        assert line[light.replace("light", "total")] == pytest.approx(whole)
+    gaps = ((points.queries[rows, None] - points.keys) ** 2).sum(2)
+    entries = np.sort(np.exp(-gaps / (2 * points.sigma**2)).ravel())[::-1]
+    assert line["tail_to_head"] == pytest.approx(entries[50:].sum() / entries[:50].sum())
+    # At most every pair for the heavy keys, which collide in some table, and each kept column for its density
+    assert line["large"] + line["density"] < line["distinct"] <= line["large"] + line["density"] + n * n
+    assert line["n_squared"] == n * n
+
+
 def test_a_sample_of_rows_stands_for_all():
     whole, sample = (measure_costs([600], kernels=["background"], seeds=1, rows=rows).iloc[0] for rows in (600, 100))
     for column in ("heavy", "light", "total", "distinct"):
         assert sample[column] == pytest.approx(whole[column], rel=0.15)
     assert sample["hash"] == whole["hash"]
+
+
+@pytest.mark.parametrize("name", SPARSE_KERNELS)
+def test_row_sums_of_the_kernels_do_not_grow(name):
+    """To a tenth of their mean, at four times as many keys; the background adds about 1 to its diagonal."""
+    means = []
+    for n in (500, 2000):
+        points = SPARSE_KERNELS[name](n, 0)
+        matrix = np.exp(-torch.cdist(*map(torch.from_numpy, points[:2])).square().numpy() / (2 * points.sigma**2))
+        means.append(matrix.sum(1).mean())
+    assert means[1] == pytest.approx(means[0], rel=0.1)
+    assert name != "background" or means[0] == pytest.approx(2.0, rel=0.1)
 
 
 @pytest.mark.slow
@@ -65,8 +108,31 @@ def test_fits_find_a_known_exponent_inside_their_interval():
     assert fit["exponent_low"] < 1.7 < fit["exponent_high"]
     assert fit["exponent_high"] - fit["exponent_low"] < 0.3
     assert fit["log10_crossing_low"] < log10_crossing(1.7, math.log(30.0)) < fit["log10_crossing_high"]
+    # The 95 % interval of a slope of known error
+    n = np.repeat([256, 1024, 4096, 16384], 3)
+    costs = synthetic(1.7, 30.0, noise=0.1)["total"]
+    error, plain_error = (log_log_line(n, costs / other)[2] for other in (np.log(n), 1.0))
+    assert fit["exponent_high"] - fit["exponent_low"] == pytest.approx(2 * 1.96 * error, rel=0.25)
+    assert fit["plain_high"] - fit["plain_low"] == pytest.approx(2 * 1.96 * plain_error, rel=0.25)
+    assert fit["plain_low"] < fit["plain_exponent"] < fit["plain_high"]
+    # A line of another slope goes through the middle of the costs, too.
+    for end in ("low", "high"):
+        slope = fit[f"exponent_{end}"]
+        level = math.log(30.0) + (1.7 - slope) * np.log(n).mean()
+        assert fit[f"log10_crossing_{end}"] == pytest.approx(log10_crossing(slope, level), abs=0.15)
     # Without the logarithm the same costs look steeper.
     assert fit["plain_exponent"] > fit["exponent"] + 0.1
+
+
+def test_what_a_fit_says_of_costs_without_noise():
+    fit = fit_exponents(synthetic(1.7, 30.0), draws=20).iloc[0]
+    assert fit[["exponent_low", "exponent", "exponent_high"]].tolist() == pytest.approx([1.7, 1.7, 1.7])
+    assert fit["log10_crossing"] == pytest.approx(log10_crossing(1.7, math.log(30)))
+    last = math.log(16384)
+    assert fit["over_n_squared"] == pytest.approx(30 * math.exp(-0.3 * last) * last)
+    # Through the last cost, with the paper's exponent
+    assert fit["paper_exponent"] == 1.89
+    assert fit["log10_crossing_paper"] == pytest.approx(log10_crossing(1.89, math.log(30) - 0.19 * last))
 
 
 def test_crossings_solve_their_equation():

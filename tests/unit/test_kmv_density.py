@@ -9,6 +9,7 @@ import pytest
 
 from approxkmv.errors import InputError
 from approxkmv.kmv.density import DensityLevels, ExactDensity, HashingBasedDensity, KernelDensity, UniformDensity
+from approxkmv.kmv.hashing import PStableHash
 
 SIGMA = 0.8
 
@@ -162,6 +163,14 @@ def test_levels_answer_zero_below_the_floor():
     assert levels.query(far)[0] == 0.0
 
 
+def test_a_density_at_the_floor_is_reported():
+    """Also if it is estimated a little below: of 20 seeds each fails with probability 0.001 at most."""
+    points, query = np.zeros((300, 1)), np.array([[SIGMA * math.sqrt(2 * math.log(4))]])
+    for seed in range(20):
+        levels = DensityLevels(SIGMA, relative_error=0.3, floor=0.25, failure=1e-3, seed=seed).fit(points)
+        assert levels.query(query)[0] == pytest.approx(0.25, rel=0.3)
+
+
 def test_auto_scans_where_hashing_costs_more():
     points, _ = cloud()
     levels = DensityLevels(SIGMA, relative_error=0.3, floor=1e-3, failure=0.1, seed=0).fit(points)
@@ -176,11 +185,113 @@ def test_cost_is_counted_in_kernel_evaluations():
     sampled = UniformDensity(SIGMA, samples=50, averages=3, seed=0).fit(points)
     sampled.query(queries)
     assert sampled.tally.kernel_evaluations == 6 * 150
-    assert sampled.tally.distinct_evaluations <= 6 * 150
+    # 150 draws of 300 points meet about 118.
+    assert 6 * 100 < sampled.tally.distinct_evaluations < 6 * 136
     by_hash = HashingBasedDensity(SIGMA, samples=50, averages=3, seed=0).fit(points)
     by_hash.query(queries)
     assert 0 < by_hash.tally.kernel_evaluations <= 6 * 150
     assert by_hash.tally.hash_evaluations == 150 * 306
+    # Nothing is evaluated for a query that shares a bucket with nobody.
+    met = by_hash.tally.kernel_evaluations
+    by_hash.query(queries + 1e6)
+    assert by_hash.tally.kernel_evaluations == by_hash.tally.distinct_evaluations == met
+
+
+@pytest.mark.parametrize("recover", ["scan", "hash"])
+def test_costs_of_levels_by_hand(recover):
+    """Every repetition asks for each point of its sample once, to 5 standard deviations, or wherever it is found.
+
+    What is asked for does not depend on the number of queries held at once, and samples are hashed once.
+    """
+    points, queries = cloud()
+    tallies = []
+    for entries in (1 << 22, 400):
+        levels = DensityLevels(SIGMA, relative_error=0.3, floor=1e-3, failure=0.1, recover=recover, seed=0)
+        levels.block_entries = entries
+        levels.fit(points).query_at(queries, 0.25)
+        tallies.append(levels.tally)
+    assert tallies[0] == tallies[1]
+    found, trials, plan = tallies[0], levels.averages * levels.repetitions, levels.plan(0.25)
+    rates, tables = (np.array([getattr(level, name) for level in plan]) for name in ("rate", "tables"))
+    # Points that some repetition samples
+    sampled = 300 * (1 - (1 - rates) ** trials)
+    assert found.hash_evaluations == pytest.approx(tables @ (6 + sampled), rel=0.03)
+    if recover == "scan":
+        asked = 300 * trials * rates.sum()
+        assert abs(found.kernel_evaluations / 6 - asked) < 5 * math.sqrt(asked)
+        assert found.distinct_evaluations / 6 == pytest.approx(sampled.sum(), rel=0.03)
+    else:
+        # Most samples are found, in several tables of a level.
+        assert 0.8 * 6 * sampled.sum() < found.distinct_evaluations <= 6 * 300 * len(plan)
+        assert found.kernel_evaluations > 2 * 6 * 300 * trials * rates.sum()
+
+
+@pytest.mark.parametrize(("error", "floor", "failure"), [(0.3, 1e-3, 0.1), (0.9, 0.25, 1e-4), (0.05, 0.9, 0.5)])
+def test_sizes_of_levels_by_hand(error, floor, failure):
+    levels = DensityLevels(SIGMA, relative_error=error, floor=floor, failure=failure).fit(cloud()[0])
+    # The last guess is the first at most the floor; each may fail.
+    last = 0.5 ** (levels.guesses - 1)
+    assert last <= floor < 2 * last
+    assert levels.repetitions == math.ceil(8 / error**2)
+    assert levels.averages == math.ceil(8 * math.log(levels.guesses / failure))
+    for guess in (1.0, 0.25, last):
+        plan = levels.plan(guess)
+        assert [level.index for level in plan] == list(range(len(plan)))
+        np.testing.assert_allclose(
+            [level.rate for level in plan], [min(1.0, 0.5**j / (300 * guess)) for j in range(len(plan))]
+        )
+        # Kernel values beyond the last shell add up to a quarter of the error at most, and are sampled all the same.
+        assert 0.5 ** plan[-1].index <= error * guess / 4 < 2 * 0.5 ** plan[-1].index
+
+
+@pytest.mark.parametrize("recover", ["scan", "hash"])
+@pytest.mark.parametrize("log2", [0.0, -0.4, -1.5, -2.5, -3.5, -6.0, -9.0])
+def test_every_kernel_value_lies_in_one_level(log2, recover):
+    """300 points of one kernel value, some beyond the last shell, at a guess of 1: to 5 deviations of a count."""
+    points = np.zeros((300, 2))
+    query = np.array([[SIGMA * math.sqrt(-2 * log2 * math.log(2)), 0.0]])
+    levels = DensityLevels(
+        SIGMA,
+        relative_error=0.9,
+        floor=0.5,
+        failure=0.1,
+        recover=recover,
+        seed=1,
+        repetition_factor=8000,
+        median_factor=1e-9,
+    ).fit(points)
+    rate = [level.rate for level in levels.plan(1.0) if level.index <= -log2][-1]
+    relative = 5 / math.sqrt(levels.repetitions * 300 * rate)
+    assert levels.query_at(query, 1.0)[0] == pytest.approx(2.0**log2, rel=relative)
+    assert relative < 0.2
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_every_point_of_a_bucket_is_drawn(place):
+    """All points in one bucket, of which one is at the query: a third of 900 draws, to 5 standard deviations."""
+    points = np.full((3, 1), 40.0)
+    points[place] = 0.0
+    density = HashingBasedDensity(1.0, samples=900, family=PStableHash(1e9), seed=0).fit(points)
+    assert density.query(np.zeros((1, 1)))[0] == pytest.approx(1 / 3, abs=5 * math.sqrt(2 / 9 / 900))
+
+
+def test_of_several_averages_the_median_is_taken():
+    """A single sample of two places is all or nothing, and so is the median of three; a mean would be in thirds."""
+    points = np.array([[0.0], [0.0], [1e3], [1e3]])
+    found = {
+        float(UniformDensity(1.0, samples=1, averages=3, seed=s).fit(points).query(points[:1])[0]) for s in range(20)
+    }
+    assert found == {0.0, 1.0}
+    one, query = np.zeros((1, 1)), np.array([[1.5]])
+    found = {HashingBasedDensity(1.0, samples=1, averages=3, seed=s).fit(one).query(query)[0] for s in range(20)}
+    chance = HashingBasedDensity(1.0, samples=1).family.collision_probability(1.5 / math.sqrt(2))
+    assert sorted(found) == [0.0, pytest.approx(math.exp(-(1.5**2) / 2) / float(chance))]
+
+
+@pytest.mark.parametrize("scale", [0.5, 0.02, 1e-6])
+def test_the_default_hash_collides_with_the_root_of_the_kernel_at_its_scale(scale):
+    family = HashingBasedDensity(SIGMA, samples=1, scale=scale).family
+    assert float(family.collision_probability(math.sqrt(-math.log(scale)))) == pytest.approx(math.sqrt(scale))
 
 
 @pytest.mark.parametrize(

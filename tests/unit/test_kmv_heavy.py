@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from kmv_kernels import SPARSE, Case, background, real_head
 
 from approxkmv.errors import InputError
 from approxkmv.kmv.constants import PaperConstants
+from approxkmv.kmv.hashing import near_family
 from approxkmv.kmv.heavy import HeavyKeys, find_heavy
 
 ALPHA = 1 / 3
@@ -101,6 +104,29 @@ def test_cost_is_tables_times_points_and_collisions():
     assert heavy.tally.hash_evaluations == heavy.tables * 400
     assert len(heavy.indices) <= heavy.tally.distinct_evaluations <= 200 * 200
     assert heavy.tally.distinct_evaluations <= heavy.tally.kernel_evaluations
+
+
+@pytest.mark.parametrize(("factor", "seeds"), [(10.0, 1), (0.05, 200)])
+def test_collisions_are_those_of_the_family_at_the_near_distance(factor, seeds):
+    """About 400 tables in all, of two or several hundred a run: to 5 standard deviations of what a table scans.
+
+    At the distance where K = n^-alpha, sqrt(2 alpha ln n) sigma, points collide with that probability in each.
+    """
+    case, n = SPARSE["even spread"](200), 200
+    runs = [
+        run(case, seed=s, constants=PaperConstants(table_factor=factor)).tally.kernel_evaluations for s in range(seeds)
+    ]
+    tables = seeds * math.ceil(factor * n**ALPHA * math.log(n))
+    family = near_family("p-stable", near := math.sqrt(2 * ALPHA * math.log(n)), n**-ALPHA, n=n)
+    distances = np.sqrt(((case.queries[:, None] - case.keys) ** 2).sum(2)) / case.sigma
+    assert float(family.collision_probability(near)) == pytest.approx(n**-ALPHA, rel=1e-4)
+    expected = float(family.collision_probability(distances).sum())
+    drawn = family.draw(3, 400, np.random.default_rng(1))
+    codes_q, codes_k = drawn.codes(case.queries / case.sigma), drawn.codes(case.keys / case.sigma)
+    deviation = (codes_q[:, :, None] == codes_k[:, None]).sum((1, 2)).std()
+    assert abs(sum(runs) / tables - expected) < 5 * deviation / math.sqrt(tables)
+    # Eight tables in a run of two, or a near distance a quarter off, would show.
+    assert 5 * deviation / math.sqrt(tables) < 0.16 * expected
 
 
 def test_torch_gives_the_sets_of_numpy():

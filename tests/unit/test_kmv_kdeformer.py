@@ -115,12 +115,23 @@ def test_the_product_is_unbiased():
     assert (np.abs(gaps.mean(0)) < 4.5 * gaps.std(0, ddof=1) / 300**0.5).all()
 
 
+def test_equal_keys_and_values_have_one_answer_whatever_is_drawn():
+    q, k, v = case(n_k=30)
+    k[:], v[:] = k[0], v[0]
+    for m in (1, 7):
+        out = spectral_attention(q, k, v, m, seed=0, density=exact).output
+        np.testing.assert_allclose(out, np.broadcast_to(v[0], out.shape), rtol=1e-9)
+
+
 def test_probabilities_are_of_column_norms_and_values():
     q, k, v = case()
     attention, _ = parts(q, k, v, 0.5)
     found = spectral_attention(q, k, v, 5, scale=0.5, seed=0, density=exact)
     columns, rows = (attention**2).sum(0), (v**2).sum(1)
     np.testing.assert_allclose(found.probabilities, 0.5 * (columns / columns.sum() + rows / rows.sum()), rtol=1e-9)
+    # Each row sum and column norm from all pairs, and five columns
+    assert found.kernel_evaluations == (2 * 200 + 5) * 150
+    assert found.exact_rows == 0
     logits = 0.5 * q @ k.T
     np.testing.assert_allclose(found.log_row_sums, log_sums(0.5 * q, k, 0.0), atol=1e-9)
     assert np.all(found.log_row_sums >= logits.max(1))
@@ -134,7 +145,10 @@ def test_with_estimated_densities_and_huge_logits():
     assert isinstance(found.output, torch.Tensor)
     # Row sums to within a half, most of them much closer, and 4,000 samples
     assert np.linalg.norm(found.output.numpy() - right, 2) < 0.3 * np.linalg.norm(right, 2)
-    assert np.isfinite(spectral_attention(q, k, v, 10, scale=1e4, seed=0).output).all()
+    sharp = spectral_attention(q, k, v, 10, scale=1e4, seed=0)
+    assert np.isfinite(sharp.output).all()
+    # Rows and columns, of which each alone is fewer
+    assert sharp.exact_rows > max(len(q), len(k))
     assert np.isfinite(spectral_attention(q, k, 0 * v, 10, seed=0).output).all()
 
 

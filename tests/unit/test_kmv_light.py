@@ -10,13 +10,16 @@ from kmv_kernels import SPARSE, background
 from scipy import stats
 
 from approxkmv.errors import InputError
+from approxkmv.kmv import light as light_module
 from approxkmv.kmv.algorithm import approx_kmv
 from approxkmv.kmv.constants import PaperConstants
+from approxkmv.kmv.costs import Tally
+from approxkmv.kmv.density import ExactDensity
 from approxkmv.kmv.gaussian import GaussianKernel
-from approxkmv.kmv.heavy import find_heavy
+from approxkmv.kmv.heavy import HeavyKeys, find_heavy
 from approxkmv.kmv.light import Errors, approx_light, bucket
 from approxkmv.kmv.preprocess import split
-from approxkmv.kmv.sampling import BinomialTable, averages_of_counts, draw_survivors
+from approxkmv.kmv.sampling import BinomialTable, averages_of_counts, draw_survivors, survivors
 
 
 def test_split_partitions_the_keys_and_rescales_x():
@@ -50,7 +53,8 @@ def test_dropping_small_entries_costs_a_quarter_of_epsilon_at_most():
     """The printed bound x_j^2 <= n^-4 alone would allow 1/n per row: too much where epsilon n < 4."""
     for epsilon in (0.5, 0.01, 1e-6):
         for n in (2, 30, 1000):
-            for entry in (0.999 * n**-2.0, 0.999 * n**-2.0 * min(1.0, epsilon * n / 4)):
+            for power in (0, 0.5, 1):
+                entry = 0.999 * n**-2.0 * min(1.0, epsilon * n / 4) ** power
                 x = np.full(n, entry)
                 x[0] = math.sqrt(n)
                 parts = split(x, gamma=0.109, epsilon=epsilon)
@@ -119,11 +123,25 @@ def test_survivors_are_distinct_trials():
     group, key = draw_survivors(3, 1, 5, 1, rng)
     # With survival probability 1 every key survives in every average, once.
     assert sorted(zip(group.tolist(), key.tolist(), strict=True)) == [(g, k) for g in range(5) for k in range(3)]
+    # Of 2,000 trials about 500: drawn with replacement, some 60 would be the same.
+    group, key = draw_survivors(50, 1, 40, 4, rng)
+    assert len(key) > 400
+    assert len(set(zip(group.tolist(), key.tolist(), strict=True))) == len(key)
 
 
 def test_repetitions_past_every_integer_give_the_expectation():
     values = np.array([1.0, 2.0])
-    assert averages_of_counts(values, 1 << 63, 3, 10, np.random.default_rng(0))[0].tolist() == [3.0] * 3
+    averages, asked = averages_of_counts(values, 1 << 63, 3, 10, np.random.default_rng(0))
+    assert averages.tolist() == [3.0] * 3
+    assert asked == 3 * (1 << 63) * 2 // 10
+    assert survivors(1 << 70, 8, np.random.default_rng(0)) == 1 << 67
+
+
+def test_survivors_of_keys_of_value_0_are_asked_for_too():
+    """20 keys, 50 repetitions and 4 averages at 1/5: about 800, to five standard deviations."""
+    for values in (np.zeros(20), np.r_[np.zeros(15), np.ones(5)]):
+        _, asked = averages_of_counts(values, 50, 4, 5, np.random.default_rng(1))
+        assert abs(asked - 800) < 5 * math.sqrt(4000 * 0.2 * 0.8)
 
 
 def light_of(case, x, *, density="exact", row_error=0.25, constants=None, seed=0, hidden=0.125, **options):
@@ -179,6 +197,91 @@ def test_budgets_cover_the_light_mass(name, density):
     assert (light.level_buckets > 0) == (density == "levels")
     if density == "levels":
         assert light.density_tally.distinct_evaluations < light.density_tally.kernel_evaluations
+
+
+@pytest.mark.parametrize("hidden", [1e-9, 0.5])
+@pytest.mark.parametrize("rounded", [True, False])
+def test_budgets_by_hand(rounded, hidden):
+    """Line 7, with exact densities: squares are rounded up, those of heavy keys if `rounded`.
+
+    A bucket whose mean of K^2 is below (1 - beta) floor is left out.
+    """
+    case = SPARSE["even spread"](60)
+    constants = PaperConstants(subtract_rounded=rounded)
+    light, matrix, scaled = light_of(
+        case, np.random.default_rng(4).standard_normal(60), hidden=hidden, constants=constants
+    )
+    square = scaled**2
+    kept = (square < 60**0.109) & (square > 60**-4.0)
+    up = 1.25 ** np.ceil(np.log(square) / math.log(1.25))
+    sizes = {m: (up[kept] == m).sum() for m in up[kept]}
+    density = {m: (case.matrix[:, kept & (up == m)] ** 2).mean(1) for m in sizes}
+    count, beta = max(math.log(60), len(sizes)), 60**-0.218
+    floors = {m: hidden**2 / (60 * count**2 * m * sizes[m]) for m in sizes}
+    shown = np.stack([density[m] >= (1 - beta) * floors[m] for m in up[kept]], 1)
+    assert (shown.mean() > 0.95) == (hidden < 0.1)
+    heavy = np.where((matrix[:, kept] == 0) & shown, case.matrix[:, kept], 0.0)
+    known = heavy**2 @ (up if rounded else square)[kept]
+    expected = np.where(shown, case.matrix[:, kept], 0.0) ** 2 @ up[kept] / (1 - beta) - known
+    expected[(matrix[:, kept] * shown == 0).all(1)] = 0.0
+    assert (known > 0).sum() > 30
+    np.testing.assert_allclose(light.squared_sum, expected, rtol=1e-9)
+    np.testing.assert_allclose(light.repetitions, np.ceil(10 * 60 * expected / 0.25**2))
+    assert light.density_tally == Tally(60 * kept.sum(), 60 * kept.sum())
+    assert light.averages == math.ceil(10 * math.log(60))
+
+
+@pytest.mark.parametrize("least", [0, 3])
+def test_what_is_asked_of_densities_by_levels(least, monkeypatch):
+    """Line 5: of k^2, relative error n^-0.218, failure n^-2, and floors that hide no more than `hidden` a row."""
+    asked = []
+
+    class Exact(ExactDensity):
+        def __init__(self, sigma, *, seed, **given):
+            super().__init__(sigma)
+            asked.append(given)
+
+        def least_evaluations(self):
+            return least
+
+    monkeypatch.setattr(light_module, "DensityLevels", Exact)
+    case, x = SPARSE["even spread"](60), np.random.default_rng(4).standard_normal(60)
+    exact, _, scaled = light_of(case, x)
+    found, _, _ = light_of(case, x, density="auto" if least else "levels")
+    square = scaled**2
+    powers, sizes = np.unique(
+        np.ceil(np.log(square[(square < 60**0.109) & (square > 60**-4.0)]) / math.log(1.25)), return_counts=True
+    )
+    floors = 0.125**2 / (60 * max(math.log(60), len(sizes)) ** 2 * 1.25**powers * sizes)
+    assert len(sizes) > math.log(60)
+    assert found.level_buckets == (sizes > least).sum() > 2
+    np.testing.assert_allclose([given["floor"] for given in asked], floors)
+    assert {(given["relative_error"], given["failure"]) for given in asked} == {(60**-0.218, 60.0**-2)}
+    # Exact densities by another way
+    np.testing.assert_allclose(found.squared_sum, exact.squared_sum, rtol=1e-9)
+    # Of these each bucket's keys meet every query, of the others all keys.
+    of_levels = 60 * sizes[sizes > least].sum()
+    assert found.density_tally.kernel_evaluations == 60 * sizes.sum()
+    assert found.density_tally.distinct_evaluations == of_levels + (60 * sizes.sum() if least else 0)
+
+
+@pytest.mark.parametrize("rounds", [1, 7])
+@pytest.mark.parametrize("density", ["exact", "levels"])
+def test_one_key_survives_in_every_repetition(density, rounds):
+    """So its term is what each average is, whether samples are drawn or counted; evaluated once."""
+    kernel = GaussianKernel(np.zeros((1, 2)), np.array([[0.5, 0.7]]), 1.0)
+    none = HeavyKeys(np.zeros(2, int), np.empty(0, int), np.empty(0), 0, Tally())
+    value = math.exp(-0.37)
+    # s = K^2 / (1 - 1/2) in line 7
+    errors = Errors(math.sqrt(10 * 2 * value**2 / (rounds - 0.5)), 0.25, 0.1)
+    given = {"density": density, "constants": PaperConstants(), "source": np.random.SeedSequence(0), "memory": 1 << 24}
+    with pytest.MonkeyPatch.context() as patch:
+        # An exact density, of the squares, by way of levels
+        patch.setattr(light_module, "DensityLevels", lambda sigma, **_: ExactDensity(sigma))
+        light = approx_light(kernel, np.array([-1.0]), np.array([0]), none, errors, **given)
+    assert light.z[0] == pytest.approx(-value, rel=1e-12)
+    assert light.repetitions.tolist() == [rounds]
+    assert light.sampling_tally == Tally(rounds, int(density == "levels"))
 
 
 def test_hidden_buckets_add_up_to_their_share_at_most():
@@ -267,6 +370,9 @@ def test_constants_are_the_printed_ones():
     assert c.averages(1000) == math.ceil(10 * math.log(1000))
     assert c.density_error(1000) == pytest.approx(1000**-0.218)
     assert c.density_failure(1000) == pytest.approx(1e-6)
+    # Both are 1 at n = 1, where they would say nothing; a union over more queries than keys has more tables.
+    assert (c.density_error(1), c.density_failure(1)) == (0.5, 0.25)
+    assert c.tables(100, 0.5, 1000) == math.ceil(10 * 10 * math.log(1000))
     assert (c.repetition_factor, c.small_exponent, c.density_exponent) == (10, 4, 0.173)
 
 

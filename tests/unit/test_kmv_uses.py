@@ -11,7 +11,10 @@ from kmv_kernels import DATA, background, even_spread
 
 from approxkmv import approx_attention, approx_kmv, top_eigenvalue
 from approxkmv.errors import InputError
-from approxkmv.kmv.attention_product import attention_product
+from approxkmv.kernels import reduce_attention
+from approxkmv.kmv import attention_product as attention_product_module
+from approxkmv.kmv.algorithm import KMVResult
+from approxkmv.kmv.attention_product import attention_product, best_origin
 
 
 def points_of(name: str) -> tuple[np.ndarray, float]:
@@ -135,6 +138,66 @@ def test_attention_on_a_real_head():
     assert isinstance(result.output, np.ndarray)
     assert_within(torch.from_numpy(result.output), exact, torch.from_numpy(v), 0.25)
     assert 0 < result.exact_rows < result.rows == 272
+
+
+def test_costs_of_attention_are_those_of_its_products_and_exact_rows():
+    q, k, v = drawn(60.0)
+    one, two = (attention_product(*(t.expand(n, -1, -1) for t in (q, k, v)), 0.5, seed=0) for n in (1, 2))
+    # The row sums' densities meet every pair, and then each row is evaluated exactly.
+    assert 2 * 60 * 70 <= one.distinct_evaluations < 2.2 * 60 * 70
+    assert (two.exact_rows, two.rows) == (2 * one.exact_rows, 2 * one.rows) == (120, 120)
+    assert two.distinct_evaluations == pytest.approx(2 * one.distinct_evaluations, rel=0.05)
+    assert two.hash_evaluations == 2 * one.hash_evaluations
+    # Every key is heavy, found once for all columns; each column and the row sums have densities or large entries.
+    q, k, v = drawn(0.3)
+    for columns in (1, 3):
+        found = attention_product(q, k, v[:, :columns], 0.5, seed=0)
+        assert found.distinct_evaluations == (1 + 1 + columns) * 60 * 70
+        assert found.hash_evaluations == math.ceil(10 * 70 ** (1 / 3) * math.log(70)) * (60 + 70)
+
+
+@pytest.mark.parametrize("offset", [-3.0, 0.0, 0.5, 3.0])
+def test_the_origin_and_balance_are_the_best(offset):
+    """Of 0 and the keys' mean, and of all balances, by the mean of log K; keys may lie on the queries' side."""
+    q, k, _ = drawn(1.0)
+    q, k = q + 1.0, k + offset
+
+    def mean_log(centre, balance):
+        reduction = reduce_attention(q * balance, (k - centre) / balance, 1.0)
+        return -float(torch.cdist(reduction.queries, reduction.keys).square().mean()) / (2 * reduction.sigma**2)
+
+    centre, balance = best_origin(q, k)
+    best = mean_log(centre, balance)
+    for other in (torch.zeros(8), k.mean(0)):
+        assert all(
+            mean_log(other, factor * balance) <= best + 1e-9 for factor in (0.5, 0.8, 0.95, 1.0, 1.05, 1.25, 2.0)
+        )
+
+
+def test_what_attention_asks_of_its_products(monkeypatch):
+    """Errors of half of epsilon times the floor a row, seeds of their own, exact rows below the floor and its error."""
+    asked = []
+
+    def exact_product(queries, keys, x, *, sigma, epsilon, seed, **given):
+        kernel = np.exp(-torch.cdist(queries, keys).square().numpy() / (2 * sigma**2))
+        asked.append((epsilon, seed, kernel.sum(1)))
+        return KMVResult(kernel @ x.numpy(), None, 7, 5, 3, {}, 0, 0, np.zeros(0), 1, 0.0)
+
+    monkeypatch.setattr(attention_product_module, "approx_kmv", exact_product)
+    q, k, v = drawn(1.0, n_q=200)
+    result = attention_product(q, k, v, 0.4, seed=0, row_floor=0.5)
+    (of_sums, *_), *of_columns = asked
+    # A row of sums is allowed epsilon |1|_2 / sqrt(n_q); all rows of a column together epsilon |v|_2.
+    assert of_sums * math.sqrt(70 / 200) == pytest.approx(0.5 * 0.4 * 0.5)
+    assert [epsilon for epsilon, *_ in of_columns] == pytest.approx(3 * [0.5 * 0.4 * 0.5])
+    assert len({seed for _, seed, _ in asked}) == 4
+    sums = asked[0][2]
+    assert 0 < (sums < 0.5).sum() < (sums < 0.6).sum() < 200
+    assert result.exact_rows == (sums < 0.5 * 1.2).sum()
+    pairs = result.exact_rows * 70
+    assert (result.kernel_evaluations, result.distinct_evaluations) == (4 * 7 + pairs, 4 * 5 + pairs)
+    assert result.hash_evaluations == 4 * 3
+    torch.testing.assert_close(result.output, softmax_attention(q, k, v))
 
 
 def test_attention_at_one_large_query_beside_ordinary_ones():

@@ -141,12 +141,36 @@ def test_underflows_in_float32_are_infinite_or_undefined_and_leave_prefixes_with
     assert found["printed"].log_double[0] == 0.0
 
 
+@pytest.mark.parametrize("power", [125.0, 126.5, 149.9, 150.1, 151.0])
+def test_an_entry_underflows_where_float32_has_none(power):
+    """n entries of 1 and others of 2^-power: of the smallest number, 2^-149, more than a half is rounded up."""
+    q, k = np.zeros((2, 1, N, D))
+    q[0, 1:, 0] = np.sqrt(2 * power * np.log(2) * np.sqrt(D))
+    found = readings(torch.from_numpy(q), torch.from_numpy(k), FIRST)["float32"]
+    rounded = np.float32(2.0**-power)
+    assert found.underflows[0] == (rounded == 0) == (power > 150)
+    assert found.log_double[0] == (np.inf if rounded == 0 else pytest.approx(-np.log(float(rounded))))
+
+
+def test_without_special_tokens_a_mask_is_that_of_the_others():
+    q, k = heads()
+    special = np.arange(N) % 5 == 2
+    mask = (np.random.default_rng(0).random((N, N)) < 0.3) | np.eye(N, dtype=bool)
+    found = readings(q, k, FIRST, mask=mask, special=special)["no-special"]
+    statistics = head_statistics(q[:, ~special], k[:, ~special], FIRST, mask=mask[~special][:, ~special])
+    np.testing.assert_allclose(found.ratio, statistics.ratios.max(-1), rtol=1e-8)
+    np.testing.assert_allclose(found.log_double, statistics.log_double, rtol=1e-8)
+
+
 def test_a_text_that_is_too_short_without_its_special_tokens_has_no_c():
     q, k = heads(n=FIRST)
     special = np.arange(FIRST) == 0
     found = readings(q, k, FIRST, special=special)
     assert np.isnan(found["no-special"].ratio).all()
     assert np.isfinite(found["printed"].ratio).all()
+    # Of two tokens a causal mask leaves three entries, no K_(2n).
+    found = readings(q[:, :2], k[:, :2], 1, mask=np.tri(2, dtype=bool))
+    assert all(np.isnan([one.ratio, one.log_next, one.log_double]).all() for one in found.values())
 
 
 def test_places_are_spread_and_no_more_than_there_are():

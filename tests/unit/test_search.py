@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from approxkmv.compute.counting import counting
 from approxkmv.errors import InputError
 from approxkmv.kernels import reduce_attention
 from approxkmv.search.doubling_dimension import doubling_dimension
@@ -92,6 +93,79 @@ def test_graphs_of_few_and_equal_points(vamana):
         vamana.build(points(5, 2), alpha=0.9, degree=4, beam=4, generator=generator)
 
 
+def test_distances_are_counted_by_hand(vamana):
+    """A shortcut so much nearer does not exist: every point stays, up to the degree, after a comparison with each."""
+    x, n = points(30, 4), 30
+    with counting() as counts:
+        graph = vamana.build_exhaustively(x, alpha=1e6)
+    assert (graph.degrees == n - 1).all()
+    assert counts.other_products == n * (n - 1 + (n - 1) * (n - 2) // 2)
+    with counting() as counts:
+        found = graph.search(points(7, 4, 1), 3, 1)
+    # The start and all its neighbours; the best of these have nothing new.
+    assert (found.evaluations == n).all()
+    assert counts.other_products == 7 * n
+    assert torch.equal(found.steps, 3 + (found.keys != graph.start).all(1))
+    line = torch.tensor([[0.0], [1.0], [3.0], [7.0]])
+    for seed in range(6):
+        with counting() as counts:
+            vamana.build(line, alpha=1e6, degree=2, beam=4, generator=torch.Generator().manual_seed(seed))
+        # Points met in the search, then from the new point, pairs pruned; of the last point's two neighbours each
+        # has one too many: distances from it, and the pair that is pruned.
+        assert counts.other_products == (1 + 1) + (2 + 2 + 1) + (3 + 3 + 1) + 2 * (3 + 1)
+
+
+def test_a_point_with_too_many_links_keeps_the_nearest(vamana):
+    for seed in range(6):
+        generator = torch.Generator().manual_seed(seed)
+        graph = vamana.build(torch.tensor([[0.0], [1.0], [3.0]]), alpha=1.2, degree=1, beam=4, generator=generator)
+        assert graph.start == 1
+        assert graph.degrees.tolist() == [1, 1, 1]
+        assert graph.neighbours.tolist() == [[1], [0], [1]]
+
+
+def test_a_shortcut_is_as_much_nearer_as_alpha_says(vamana):
+    """From 0 the point 2.5 is 1.67 times as far as from 1: a link to it stays at alpha 1.8. From 2.5, 0 is covered."""
+    links = set()
+    for seed in range(6):
+        generator = torch.Generator().manual_seed(seed)
+        graph = vamana.build(torch.tensor([[0.0], [1.0], [2.5]]), alpha=1.8, degree=2, beam=4, generator=generator)
+        links.add(tuple(graph.degrees.tolist()))
+    # 2.5 gets its link to 0 only where 0 comes last, and links both ways.
+    assert links == {(1, 2, 1), (2, 2, 2)}
+
+
+def test_a_search_goes_back_to_what_is_nearer(vamana):
+    """The nearest neighbour of the start leads nowhere; behind the second lie nearer points, one behind the other."""
+    x = np.zeros((5, 16), np.float32)
+    x[:, 0] = [3.0, 2.0, 2.5, 1.0, 0.0]
+    neighbours = np.array([[1, 2], [0, 0], [3, 0], [4, 0], [3, 0]], np.int32)
+    graph = vamana.VamanaGraph(x, neighbours, np.array([2, 1, 1, 1, 1], np.int32), 0)
+    found = graph.search(torch.zeros(2, 1), 3, 3)
+    assert found.keys.tolist() == 2 * [[4, 3, 1]]
+    assert found.distances.tolist() == 2 * [[0.0, 1.0, 2.0]]
+    assert found.evaluations.tolist() == found.steps.tolist() == [5, 5]
+
+
+def test_searches_of_an_index_are_counted():
+    pytest.importorskip("faiss")
+    from approxkmv.search.indexes import make_index
+
+    k, q = points(300, 9), points(40, 9, 1)
+    numbers = {}
+    for name in ("flat", "hnsw"):
+        index = make_index(name, k, links=4, construction=40, breadth=20)
+        index.add(0, 200)
+        for _ in range(2):
+            with counting() as counts:
+                index.search(q, 5)
+            # A second search takes as much as the first.
+            assert numbers.setdefault(name, counts.other_products) == counts.other_products
+    # All but those found, which are counted where they are weighed
+    assert numbers["flat"] == 40 * (200 - 5)
+    assert 40 * 20 < numbers["hnsw"] < 40 * 200
+
+
 def test_indexes_grow_and_return_products():
     pytest.importorskip("faiss")
     from approxkmv.search.indexes import make_index
@@ -162,9 +236,22 @@ def test_doubling_dimension_grows_with_that_of_the_space(d):
     assert doubling_dimension(torch.nn.functional.pad(grid, (0, 7)), centres=None) == found
 
 
+def test_a_star_needs_a_ball_for_each_of_its_points():
+    """Six points at 1 from a seventh, further than 1 from each other: half the radius covers one. And one far."""
+    rays = torch.cat([torch.eye(3), -torch.eye(3)])
+    star = torch.cat([rays[:2], torch.zeros(1, 3), rays[2:], torch.tensor([[0.0, 0.0, 64.0]])])
+    found = doubling_dimension(star, centres=None)
+    assert found.lower == pytest.approx(math.log2(6))
+    assert found.upper == pytest.approx(math.log2(7))
+    assert found.aspect_ratio == pytest.approx(65.0)
+    assert doubling_dimension(star, centres=8, generator=torch.Generator().manual_seed(0)) == found
+
+
 def test_points_at_equal_distances_need_a_ball_each():
     found = doubling_dimension(torch.eye(32), centres=None)
     assert found.upper == pytest.approx(5.0)
+    # None is further from another than the radius.
+    assert found.lower == 0.0
     assert found.aspect_ratio == pytest.approx(1.0)
     with pytest.raises(InputError, match="two different points"):
         doubling_dimension(torch.ones(4, 2))

@@ -16,7 +16,8 @@ from approxkmv import head_to_tail_ratios, log_kernel, order_ratios
 from approxkmv.errors import InputError
 from approxkmv.statistics import head_statistics, unmasked_and_masked_statistics
 from approxkmv.statistics.exponential import exp_and_sum
-from approxkmv.statistics.selection import select_largest
+from approxkmv.statistics.order import SAMPLE, order_logarithms
+from approxkmv.statistics.selection import SEED, next_state, select_largest
 from approxkmv.statistics.streaming import length_statistics
 
 # What the statistics promise; the pass itself is good to about 1e-11.
@@ -247,6 +248,31 @@ def test_order_ratios_of_short_texts(n):
     q, k = random_head(n, n, 3, 1.0)
     ordered = log_kernel(q, k).flatten().sort(descending=True).values
     torch.testing.assert_close(order_ratios(q, k).log_double, ordered[n - 1] - ordered[2 * n - 1])
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("above", [0.25, 1.5, 4.0, 30.0])
+def test_order_ratios_whatever_the_sample_suggests(above, causal):
+    """About `above` n entries exceed the bound of a sample: too few for K_(n) or K_(2n), enough, too many."""
+    n, state, sampled = 1024, SEED, []
+    for _ in range(SAMPLE):
+        state = next_state(np.uint64(state))
+        i, j = (int(state) >> 33) % n, (int(state) >> 3) % n
+        sampled.append((max(i, j), min(i, j)) if causal else (i, j))
+    rng = np.random.default_rng(0)
+    logs = -rng.random((n, n))
+    is_sampled = np.zeros((n, n), dtype=bool)
+    is_sampled[tuple(np.array(sampled).T)] = True
+    seen = np.tril(np.ones((n, n), dtype=bool)) if causal else np.ones((n, n), dtype=bool)
+    others = rng.permutation(np.flatnonzero(seen & ~is_sampled))[: int(above * n)]
+    logs.flat[others] = 1 + rng.random(len(others))
+    # The bound is one of these, for it is their number that a sample is expected to have above it.
+    wanted = 4 * n * SAMPLE // int(seen.sum())
+    logs[tuple(np.array(sampled[:wanted]).T)] = 0.5 + 0.1 * rng.random(wanted)
+    out = np.empty(3)
+    order_logarithms(logs, causal, out)
+    ordered = np.sort(logs[seen])[::-1]
+    assert out.tolist() == [ordered[n - 1], ordered[n], ordered[2 * n - 1]]
 
 
 def test_batches_chunks_and_kinds_of_array_agree():

@@ -112,6 +112,12 @@ def test_strips_equal_the_whole_kernel(head, block, mask):
             assert ours.largest_keys == tuple(counts.amax(0).int().tolist())
 
 
+def test_the_median_of_an_even_number_of_rows_lies_between_two():
+    """Causal rows of equal weights: the 32nd and 33rd of 64 need 29 and 30 keys for 0.9, 32 and 33 for 0.99."""
+    ones = torch.ones(64, 4, dtype=torch.float64)
+    assert length_statistics(ones, ones, causal=True)[0][1].median_keys == (29.5, 32.5)
+
+
 def test_uniform_rows_need_their_share_of_keys():
     found = length_statistics(*HEADS["all equal"])[0][0]
     # One more or less by the rounding of the sum.

@@ -115,8 +115,8 @@ def _statistics(found: list[_Found], n: int) -> list[HeadStatistics]:
             ratios=ratios,
             **vars(_order_ratios(logs)),
             softmax_ratio=np.asarray(softmax[..., 0]),
-            tail_exponent=np.asarray(-softmax[..., 2] / np.log(n)),
-            column_exponent=np.asarray(np.log(softmax[..., 3]) / np.log(n)),
+            tail_exponent=np.asarray(-softmax[..., 1] / np.log(n)),
+            column_exponent=np.asarray(np.log(softmax[..., 2]) / np.log(n)),
         )
         for ratios, logs, softmax in found
     ]

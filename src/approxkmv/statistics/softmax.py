@@ -11,7 +11,7 @@ from approxkmv.statistics.selection import select_largest
 # Replaces 0 where a logarithm is taken: exp_and_sum returns nothing smaller.
 SMALLEST = 1e-307
 # How many numbers softmax_statistics writes; it cannot check the length of `out`.
-WRITTEN = 4
+WRITTEN = 3
 
 
 @cached_njit(nogil=True)
@@ -19,8 +19,8 @@ def softmax_statistics(log_values: np.ndarray, causal: bool, out: np.ndarray) ->
     """Statistics of P = D^-1 A, A = exp(log_values) with its rows divided by their sums, written to `out`.
 
     out[0]: (sum of all entries - sum of the n largest) / (sum of the n largest), like c of the kernel.
-    out[1], out[2]: log P_(n) and log P_(n+1), the smallest entry of the head and the largest outside it.
-    out[3]: n max_j sum_i P_ij^2, the largest squared norm of a column, times n.
+    out[1]: log P_(n+1), the largest entry outside the head.
+    out[2]: n max_j sum_i P_ij^2, the largest squared norm of a column, times n.
 
     A factor per row of log_values cancels in D^-1 A. Every row has an entry of at least 1/n, so the n largest are all
     at least that: only those are gathered and selected from, and working with P instead of its logarithm loses nothing.
@@ -60,15 +60,12 @@ def softmax_statistics(log_values: np.ndarray, causal: bool, out: np.ndarray) ->
                 far_largest = max(far_largest, value)
     select_largest(gathered, count, n)
     head = 0.0
-    smallest = gathered[0]
     for t in range(n):
         head += gathered[t]
-        smallest = min(smallest, gathered[t])
     tail = far
     for t in range(n, count):
         tail += gathered[t]
         far_largest = max(far_largest, gathered[t])
     out[0] = tail / head
-    out[1] = np.log(smallest)
-    out[2] = np.log(max(far_largest, SMALLEST))
-    out[3] = n * columns.max()
+    out[1] = np.log(max(far_largest, SMALLEST))
+    out[2] = n * columns.max()

@@ -135,7 +135,7 @@ class DensityLevels(KernelDensity):
             waiting = waiting[~enough]
             if not len(waiting):
                 break
-        return np.where(out >= (1 - self.relative_error) * self.floor, out, 0.0)
+        return out
 
     def _at_guess(self, queries: np.ndarray, guess: float, step: int) -> np.ndarray:
         sums = np.zeros((len(queries), self.averages))

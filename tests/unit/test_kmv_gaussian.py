@@ -1,0 +1,34 @@
+"""The Gaussian kernel to all digits, wherever the points lie, with every evaluation counted."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from approxkmv.kmv.gaussian import GaussianKernel
+
+ROWS, COLUMNS = np.array([4, 0, 7, 7]), np.array([11, 2, 3])
+
+
+@pytest.mark.parametrize("apart", [0.0, 1e2, 1e4, 1e6, 1e10])
+def test_entries_are_those_of_the_differences(apart):
+    """Queries and keys in two groups this far apart: by |q|^2 + |k|^2 - 2 <q, k> alone, entries would be noise."""
+    rng = np.random.default_rng(0)
+    queries, keys = (rng.standard_normal((n, 5)) for n in (9, 12))
+    queries[::2], keys[::2] = queries[::2] + apart, keys[::2] + apart
+    kernel = GaussianKernel(queries, keys, 0.7)
+    right = -((queries[:, None] - keys) ** 2).sum(2) / (2 * 0.7**2)
+    # Points of size 1e10 themselves have six digits after the point.
+    close = {"rtol": 1e-9, "atol": 1e-8 + 1e-15 * apart}
+    for found, part in (
+        (kernel.log_rows(slice(2, 6)), right[2:6]),
+        (kernel.log_rows(ROWS), right[ROWS]),
+        (kernel.log_rows(ROWS, COLUMNS), right[np.ix_(ROWS, COLUMNS)]),
+        (kernel.log_pairs(ROWS[:3], COLUMNS, chunk=2), right[ROWS[:3], COLUMNS]),
+    ):
+        visible = part > -700
+        assert visible.any()
+        np.testing.assert_allclose(found[visible], part[visible], **close)
+        assert (found <= 0).all()
+        assert not np.exp(found[~visible]).any()
+    assert kernel.computed == 4 * 12 + 4 * 12 + 4 * 3 + 3
