@@ -350,6 +350,16 @@ def test_blocks_are_chosen_where_they_pay_and_exact_where_not():
     assert strict.last.pilot_evaluations < 0.02 * 9000**2
 
 
+def test_no_blocks_are_made_for_few_queries_whose_centres_would_cost_most_of_the_product():
+    q, k = clustered(300, 10, 1), clustered(12_000, 10, 2)
+    K = KernelOperator(q, k, SIGMA, 0.1, seed=0)
+    assert relative(K @ torch.ones(len(k)), reference(q, k, torch.ones(len(k)), SIGMA)) < 1e-2
+    assert K.last.method == "exact"
+    assert not K.last.fell_back
+    # The product, and rows of the pilot and of the error bar
+    assert K.last.kernel_evaluations <= (300 + 16 + 256) * len(k)
+
+
 def test_answers_repeat_with_the_seed_and_preparation_is_made_once():
     q, k, x = clustered(6000, 10, 1), clustered(6000, 10, 2), torch.ones(6000)
     first, second = (KernelOperator(q, k, SIGMA, 0.1, seed=3) for _ in range(2))

@@ -331,6 +331,12 @@ def _ranked(values: torch.Tensor, rank: int) -> torch.Tensor:
     return values.kthvalue(rank + 1, 1).values
 
 
+def clusters_of(n_q: int, n_k: int, times: float = _PER_ROOT[0], block: int | None = None) -> int:
+    """Clusters of about `block` queries, or `times` the root of the larger number; the least of all by default."""
+    usual = max(1, round(max(n_q, n_k) ** 0.5 * times))
+    return max(1, -(-n_q // (block or block_size(usual, n_q, n_k))))
+
+
 def make_blocks(points: Points, low: torch.dtype, seed: int, block: int | None = None) -> Blocks:
     """Cluster the queries into blocks of about `block` of them; None lets their number decide."""
     n_q, n_k = len(points.queries), len(points.keys)
@@ -338,8 +344,7 @@ def make_blocks(points: Points, low: torch.dtype, seed: int, block: int | None =
     # Clustering runs on the CPU: it takes a small part of the time of a product.
     coordinates = (points.queries @ (axes * spread.pow(METRIC_POWER).clamp_min(1e-15))).float().cpu()
     for times in _PER_ROOT:
-        usual = max(1, round(max(n_q, n_k) ** 0.5 * times))
-        clusters = max(1, -(-n_q // (block or block_size(usual, n_q, n_k))))
+        clusters = clusters_of(n_q, n_k, times, block)
         labels = k_means(coordinates, clusters, _ITERATIONS, _SAMPLED, torch.Generator().manual_seed(seed))
         nats = _around_clusters(coordinates, labels, points, axes.cpu(), spread.cpu())
         if block or float(nats.median()) <= _VARY:

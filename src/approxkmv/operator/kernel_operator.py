@@ -22,7 +22,7 @@ from approxkmv.operator import exact
 from approxkmv.operator.bar import ErrorBar, error_bar, proposal
 from approxkmv.operator.blocks import KEPT, ONE_IN, PREDICTING, STRIP, Blocks, Plan, make_blocks
 from approxkmv.operator.linear import of_blocks, of_points
-from approxkmv.operator.pilot import WORTH, Pilot, cost_of_blocks, near_for, pilot_of, pilot_rows
+from approxkmv.operator.pilot import WORTH, Pilot, cost_of_blocks, may_be_worth, near_for, pilot_of, pilot_rows
 from approxkmv.operator.points import Points, in_units
 from approxkmv.operator.report import Clock, Report
 
@@ -42,8 +42,6 @@ _NOMINAL = 0.02
 _ATTEMPTS = 3
 # Plans that are kept: the first, which every pilot tries, and the latest.
 _PLANS = 2
-# With fewer pairs or queries the exact product takes less time than choosing.
-_LEAST_PAIRS, _LEAST_QUERIES = 3_000_000, 100
 # Below this epsilon the rounding of float32 could show.
 _FLOAT32 = 1e-5
 
@@ -216,8 +214,7 @@ class KernelOperator:
             return x.new_zeros(n_q, x.shape[1]), self._report("zero", "x is 0", nothing, (1.0, 1.0), seconds)
         with clock("preparation"):
             blocks, doubts = (None, x.new_ones(n_q))
-            large = n_q * n_k >= _LEAST_PAIRS and n_q >= _LEAST_QUERIES
-            if self.method == "blocks" or (self.method == "auto" and large):
+            if self.method == "blocks" or (self.method == "auto" and may_be_worth(n_q, n_k)):
                 blocks, doubts = self._blocks()
         with clock("pilot"), counting() as tuning:
             by = proposal(doubts, torch.empty(0, dtype=torch.int64))
@@ -275,7 +272,7 @@ class KernelOperator:
                     yield _Choice("blocks", reason, self._low, near=wanted, blocks=ranked, made=made)
                     made = None
         elif self.method != "exact":
-            reason = "there are so few pairs that exact is cheaper"
+            reason = "there are so few queries or keys that exact is cheaper"
         if self.method != "blocks":
             worse = self.method == "auto" and blocks is not None
             why = f"blocks miss epsilon or cost more than {WORTH} of the exact product: {reason}" if worse else reason

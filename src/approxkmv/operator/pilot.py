@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from approxkmv.operator.blocks import PREDICTING, Blocks, Plan
+from approxkmv.operator.blocks import PREDICTING, Blocks, Plan, clusters_of
 
 # The pilot evaluates at most this share of the kernel, or with few queries up to 16 rows, in at most so many rows.
 SHARE, _ROWS = 0.02, 96
@@ -59,10 +59,18 @@ def pilot_of(probabilities: torch.Tensor, rows: torch.Tensor, exact: torch.Tenso
 
 def cost_of_blocks(blocks: Blocks, near: int) -> float:
     """In evaluations of the exact product that take as long."""
-    n_q, n_k = len(blocks.order), len(blocks.points.keys)
     # For an x that ranks the keys the plan is new.
     passes = 1 if blocks.sizes_of_x is None else 2
-    return _NEAR * n_q * near + passes * len(blocks) * (_FAR * n_k + _BLOCK)
+    return _cost(len(blocks.order), len(blocks.points.keys), near, passes * len(blocks))
+
+
+def may_be_worth(n_q: int, n_k: int) -> bool:
+    """Whether blocks of so many queries and keys could cost little enough to be tried."""
+    return _cost(n_q, n_k, _FIRST, clusters_of(n_q, n_k)) < WORTH * n_q * n_k
+
+
+def _cost(n_q: int, n_k: int, near: int, blocks: int) -> float:
+    return _NEAR * n_q * near + blocks * (_FAR * n_k + _BLOCK)
 
 
 def near_for(
