@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 import pytest
+
+from approxkmv.progress import LOG
 
 
 @pytest.fixture(autouse=True)
@@ -17,6 +20,16 @@ def _no_trials() -> Iterator[None]:
     compiled = dict.fromkeys((f"{blocks}.loops", "attention.searched.trials.pairs"), "compiled")
     with forced({f"{blocks}.products": "float32", **compiled, **near}):
         yield
+
+
+@pytest.fixture(autouse=True)
+def log(monkeypatch: pytest.MonkeyPatch) -> Iterator[logging.Logger]:
+    """The project's log without handlers, since this process is not the command line, whose commands leave some."""
+    monkeypatch.setattr(logging, "raiseExceptions", True)
+    yield LOG
+    for handler in LOG.handlers:
+        handler.close()
+    LOG.handlers.clear()
 
 
 @pytest.fixture

@@ -47,18 +47,6 @@ class FullDisk(io.StringIO):
         raise OSError(28, "No space left on device")
 
 
-@pytest.fixture
-def log(monkeypatch: pytest.MonkeyPatch):
-    """The project's log without a handler, before and after, since this process is not the command line."""
-    monkeypatch.setattr(logging, "raiseExceptions", True)
-    # A command that another test called in this process may have left some.
-    progress.LOG.handlers.clear()
-    yield progress.LOG
-    for handler in progress.LOG.handlers:
-        handler.close()
-    progress.LOG.handlers.clear()
-
-
 def test_a_log_on_a_full_disk_prints_no_traceback(tmp_path, capsys, log):
     progress.log_to(tmp_path / "step.log")
     file = log.handlers[1]
