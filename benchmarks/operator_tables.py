@@ -93,7 +93,8 @@ def density() -> str:
         lines[-1] |= {"the first product": number(row["times_faster_first"]) if done else ""}
     return (
         f"{markdown(pd.DataFrame(lines))}\n\n100,000 points. Times of KernelOperator are of later products; last, the "
-        "speed-up of the first, which makes the blocks. Kernel evaluated: with pilot and error bar. One thread of "
+        "speed-up of the first, which makes the blocks, and of making the operator, which scales the points; torch has "
+        "them scaled. Kernel evaluated: with pilot and error bar. One thread of "
         f"{machine(path.with_suffix('.json'))}, `python benchmarks/density.py`.\n"
     )
 
