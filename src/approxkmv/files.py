@@ -267,5 +267,5 @@ def check_sha256(path: Path, expected: str | None) -> None:
     if expected is None:
         return
     found = file_sha256(path)
-    if found != expected:
+    if found != expected.lower():
         raise SourceError(f"{path} has SHA-256 {found}, expected {expected}: replace the file or correct config.yaml")

@@ -176,7 +176,7 @@ CHANGES: list[tuple[str, str, Any]] = [
     ("a model that is a file", "models.m.source", "path:words.txt"),
     ("a model that is a folder without one", "models.m.source", "path:."),
     ("a hash that is too short", "models.m.sha256", "abc"),
-    ("a hash in capitals", "models.m.sha256", "A" * 64),
+    ("a hash of other letters", "models.m.sha256", "g" * 64),
     ("a hash with a line break", "models.m.sha256", "0" * 64 + "\n"),
     ("a hash that is a number", "models.m.sha256", 5),
     ("a hash of a file that is none", "models.m.files", {"model.safetensors": "abc"}),

@@ -11,11 +11,12 @@ import pytest
 from small_project import Project
 
 from approxkmv import head_to_tail_ratios
+from approxkmv.errors import TableError
 from approxkmv.lock import try_lock
 from approxkmv.models import CapturableModel, ModelLocation
 from approxkmv.models.sources import parse_source
 from approxkmv.steps import check as steps
-from approxkmv.steps.check import SHARD_BYTES, Size, name_of, plan, shard_of, size_of
+from approxkmv.steps.check import SHARD_BYTES, Size, name_of, plan, refuse_others, shard_of, size_of
 
 
 @pytest.mark.slow
@@ -90,6 +91,16 @@ def test_a_check_that_fails_at_its_last_step_leaves_the_folder_of_before(project
     assert code == 2
     assert "No space left on device" in output
     assert [path.name for path in out.rglob("*") if path.is_file()] == ["overview_bert.json"]
+
+
+def test_a_check_that_was_killed_while_it_put_its_results_in_place_is_made_again(tmp_path):
+    made = tmp_path / ".work" / "tables" / "overview_bert.json"
+    made.parent.mkdir(parents=True)
+    made.touch()
+    (tmp_path / "index.html").touch()
+    refuse_others(tmp_path, "bert")
+    with pytest.raises(TableError, match="has no check of gpt"):
+        refuse_others(tmp_path, "gpt")
 
 
 def test_a_second_check_into_the_same_folder_is_refused(project: Project):

