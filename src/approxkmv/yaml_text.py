@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ MOST_ENTRIES = 10_000
 MOST_LEVELS = 30
 # Every generator accepts seeds of 32 bits; no other number is larger.
 LARGEST_NUMBER = 2**32 - 1
+# YAML 1.1 reads 12:30 as 750 and 017 as 15.
+SURPRISING = re.compile(r"[-+]?(0[0-9_]+$|[0-9_]+:)")
 
 
 def read_yaml(path: Path) -> Any:
@@ -62,7 +65,8 @@ def _count_entries(node: Any, path: Path, known: dict[int, int], above: tuple[in
     """The number of entries of a node with its aliases expanded.
 
     Raises ConfigError for duplicate keys, of which YAML silently keeps the last, for keys that are not single words,
-    for a node that contains itself, and for more entries or levels than a configuration has.
+    for numbers in base 8 or 60, for a node that contains itself, and for more entries or levels than a configuration
+    has.
     """
     import yaml
 
@@ -75,6 +79,10 @@ def _count_entries(node: Any, path: Path, known: dict[int, int], above: tuple[in
         parts: list[Any] = []
         # A text counts for as many entries as short words that it could be.
         own = 1 + (len(node.value) // 16 if isinstance(node, yaml.ScalarNode) else 0)
+        if node is not None and node.tag.endswith((":int", ":float")) and SURPRISING.match(node.value):
+            raise ConfigError(
+                f"{path}: YAML does not read {node.value} as a decimal number, at line {line}: write one, or use quotes"
+            )
         if isinstance(node, yaml.MappingNode):
             seen: set[str] = set()
             for key, item in node.value:
