@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from approxkmv.arrays import Array, as_float64
+from approxkmv.arrays import Array, as_float64, is_number, is_whole
 from approxkmv.errors import InputError
 
 
@@ -55,7 +55,7 @@ def same_kind(a: Array, name_a: str, b: Array, name_b: str) -> None:
 
 def positive(value: float, name: str) -> float:
     """A positive finite number."""
-    if not _is_number(value) or not (math.isfinite(value) and value > 0):
+    if not is_number(value) or not (math.isfinite(value) and value > 0):
         raise InputError(f"{name} is {value!r}: it must be a positive finite number")
     return float(value)
 
@@ -69,21 +69,21 @@ def error(value: float) -> float:
 
 def fraction(value: float, name: str) -> float:
     """A number in [0, 1]."""
-    if not _is_number(value) or not 0 <= value <= 1:
+    if not is_number(value) or not 0 <= value <= 1:
         raise InputError(f"{name} is {value!r}: it must lie in [0, 1]")
     return float(value)
 
 
 def count(value: int, name: str) -> int:
     """A positive integer."""
-    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
+    if not is_whole(value) or value < 1:
         raise InputError(f"{name} is {value!r}: it must be a positive whole number")
     return int(value)
 
 
 def seed_sequence(seed: int | None) -> np.random.SeedSequence:
     """The source of all random numbers of one call; None draws a fresh one."""
-    if seed is not None and (not isinstance(seed, (int, np.integer)) or isinstance(seed, bool) or seed < 0):
+    if seed is not None and (not is_whole(seed) or seed < 0):
         raise InputError(f"seed is {seed!r}: it must be a whole number, at least 0, or None")
     return np.random.SeedSequence(None if seed is None else int(seed))
 
@@ -114,7 +114,3 @@ def back_to_kind(like: Array) -> Callable[[np.ndarray], Array]:
         device = like.device
         return lambda values: torch.from_numpy(np.ascontiguousarray(values)).to(device)
     return lambda values: values
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float, np.floating, np.integer)) and not isinstance(value, bool)
