@@ -297,7 +297,10 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 # Rows of tables of readings for numbers in sentences, by the first words of a name: study, model, reading, entries.
 ROWS = {
-    **{f"minilm-{reading}": ("embedded", MINILM, reading, "all") for reading in READ},
+    **{
+        f"minilm-{reading}": ("embedded", MINILM, reading, "all")
+        for reading in ("printed", "sigma", "unscaled", "softmax", "no-special")
+    },
     "smollm-sigma": ("families", SMOLLM, "sigma", "all"),
     "smollm-causal-sigma": ("families", SMOLLM, "sigma", "causal"),
     "mpnet-sigma": ("families", "mpnet-base", "sigma", "all"),

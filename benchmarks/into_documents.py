@@ -244,6 +244,7 @@ def reliability() -> str:
     add("bad inputs", inputs, "tried", "one_line", "python benchmarks/reliability.py bad-inputs")
     calls = pd.read_csv(folder / "fuzz.csv", keep_default_na=False)
     calls["good"] = calls["answered"] + calls["refused"]
+    calls["failures"] += np.where(calls["failures"] == "", "", "; ")
     groups = {"method": "attention", "causal": "causal attention", "statistics": "statistics"}
     groups |= {"texts": "readers", "tables": "readers"}
     first = calls["kind"].str.split().str[0]

@@ -35,7 +35,7 @@ def gains() -> str:
             lines[-1] |= {"how": how, "speed-up over torch": number(row["times_faster"])}
             lines[-1] |= {"over the best exact": number(row["times_best_exact"])}
             lines[-1] |= {"the first product": number(_first(row))}
-    exact = table[table["method"].str.startswith("exact")]
+    exact = table[table["method"].str.startswith(("exact", PLAIN))]
     long = exact[exact["n"] == exact["n"].max()].sort_values("seconds")
     keops = table[table["method"] == "KeOps"]
     found = ", ".join(f"{row['times_faster']:.2g} (x {row['x']})" for row in keops.to_dict("records"))

@@ -1,0 +1,424 @@
+"""benchmarks/ on small tables made by hand: each number follows from them as the documents say that it does."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+MACHINE = {"machine": {"cores": 2, "processor": "a CPU"}, "versions": dict.fromkeys(("python", "torch", "numpy"), "1")}
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+
+
+def cells(text):
+    """The cells of each line of a Markdown table but its header."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
+
+
+def test_a_stale_document_is_told_and_then_written(monkeypatch, tmp_path, capsys):
+    import into_documents
+
+    document = tmp_path / "a.md"
+    document.write_text("Above <!-- number: needed -->0.99<!-- end --> of all.\n")
+    monkeypatch.setattr(into_documents, "DOCUMENTS", [document])
+    monkeypatch.setattr(into_documents, "ROOT", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["into_documents.py", "--check"])
+    assert into_documents.main() == 1
+    assert "a.md is out of date" in capsys.readouterr().out
+    assert "0.99" in document.read_text()
+    monkeypatch.setattr(sys, "argv", ["into_documents.py"])
+    assert into_documents.main() == 0
+    assert document.read_text() == "Above <!-- number: needed -->0.61<!-- end --> of all.\n"
+    monkeypatch.setattr(sys, "argv", ["into_documents.py", "--check"])
+    assert into_documents.main() == 0
+
+
+def test_every_number_that_a_document_may_name_can_be_computed():
+    from findings import NUMBERS
+
+    assert [name for name, compute in NUMBERS.items() if not compute()] == []
+
+
+def test_what_failed_is_not_counted_as_passed(monkeypatch, tmp_path):
+    import into_documents
+
+    folder = tmp_path / "reliability"
+    folder.mkdir()
+    kills = [("extract", "yes"), ("summary", "no"), ("sweep, case 2", "yes")]
+    pd.DataFrame(kills, columns=["aimed_at", "survived"]).to_csv(folder / "kills.csv", index=False)
+    inputs = [("texts", 4, 3, "an empty one"), ("tables", 5, 5, "")]
+    pd.DataFrame(inputs, columns=["kind", "tried", "one_line", "failures"]).to_csv(
+        folder / "bad_inputs.csv", index=False
+    )
+    calls = [("method mean", 10, 5, 2, 3, "seed 1: NaN"), ("method knn", 10, 9, 0, 1, "seed 2: a|b")]
+    calls += [("causal mean", 10, 6, 4, 0, ""), ("log_kernel", 10, 10, 0, 0, "")]
+    names = ["kind", "calls", "answered", "refused", "failed", "failures"]
+    pd.DataFrame(calls, columns=names).to_csv(folder / "fuzz.csv", index=False)
+    for name in ("kills", "fuzz"):
+        (folder / f"{name}.json").write_text(json.dumps(MACHINE))
+    monkeypatch.setattr(into_documents, "REFERENCE", tmp_path)
+    text = into_documents.reliability()
+    assert [line[:5] for line in cells(text.replace("\\|", "/"))] == [
+        ["kills", "inside a study", "2", "1", "summary;"],
+        ["kills", "inside a sweep", "1", "1", ""],
+        ["bad inputs", "texts", "4", "3", "an empty one"],
+        ["bad inputs", "tables", "5", "5", ""],
+        ["random calls", "attention", "20", "16", "seed 1: NaN; seed 2: a/b;"],
+        ["random calls", "causal attention", "10", "10", ""],
+        ["random calls", "kernels and ApproxKMV", "10", "10", ""],
+    ]
+    assert "3 kills, 9 bad inputs and 40 random calls, of which 30 were answered and 6 refused" in text
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        *((0, "0"), (0.01, "0.01"), (0.0099, "9.9e-03"), (999.4, "999"), (1000, "1,000"), (2e6, "2.0e+06")),
+        *((math.inf, "∞"), (-math.inf, "–"), (math.nan, "–")),
+    ],
+)
+def test_numbers_have_two_to_three_digits(value, shown):
+    from reference import number
+
+    assert number(value) == shown
+
+
+def gauge_of(heads):
+    """Rows of a gauge, of heads with c and ε* at t = 0, 1 and 2; at t = 0 nothing is known of the error."""
+    rows = []
+    for head, of_t in enumerate(heads):
+        for t, (ratio, bound) in zip((0.0, 1.0, 2.0), of_t, strict=True):
+            row = dict.fromkeys(("log10_largest_row", "log10_norm", "log10_zero_for_ones", "log10_sufficient"), bound)
+            row |= {"layer": 0, "head": head, "t": t, "entries": "all", "tokens": 100, "participation": ratio}
+            rows.append(row | {"ratio": ratio, "log10_bound": bound, "mean_error": 0.1 if head == 0 else 0.2})
+    return pd.DataFrame(rows)
+
+
+def test_the_gauge_counts_the_papers_bound_and_takes_each_heads_best(monkeypatch, tmp_path):
+    import findings
+
+    nan = math.nan
+    heads = [((4.6, nan), (1.0, -3.0), (9.0, -2.0)), ((4.7, nan), (5.0, -1.0), (2.0, -6.0))]
+    heads += [((0.2, nan), (60.0, -8.0), (1.0, -7.0))]
+    folder = tmp_path / "embedded" / "tables"
+    folder.mkdir(parents=True)
+    for model in (findings.MINILM, findings.SMOLLM):
+        gauge_of(heads).to_csv(folder / f"gauge_{model}.csv", index=False)
+    monkeypatch.setattr(findings, "REFERENCE", tmp_path)
+    # t, median and largest c, heads within 4.6, rows that carry K, medians of the logarithms
+    assert cells(findings.gauge(findings.MINILM)) == [
+        ["→ 0 (A)", "4.6", "4.7", "2", "5", "–", "–", "–"],
+        ["1", "5", "60", "1", "5", "−3.0", "−3.0", "−3.0"],
+        ["2", "2", "9", "2", "2", "−6.0", "−6.0", "−6.0"],
+    ]
+    at_one, best = cells(findings.tolerances())[:2]
+    assert at_one[1:] == ["1", "−3.0", "−3.0", "−1.0", "−3.0", "−3.0", "1 of 3 heads"]
+    # −2, −1 and −7
+    assert best[1:] == ["best of each head", "−2.0", "−2.0", "−1.0", "−2.0", "−2.0", "1 of 3 heads"]
+    assert findings.NUMBERS["spread-error"]() == "1"
+
+
+def test_growth_is_counted_above_its_limits_and_predictions_on_both_sides(monkeypatch):
+    import findings
+
+    size, trend = ["small", "small", "large", "undecided"], ["flat", "grows", "grows", "undecided"]
+    rows = {"texts": 8, "length": 8192, "size": size, "trend": trend, "ratio": [1.0, 2.0, 10.0, 1.0]}
+    rows |= {"exponent": [0.1, 0.11, 0.5, 0.6], "exponent_high": 1.0, "predicted_ratio": [0.05, 1.0, 10.0, 2.0]}
+    rows |= {"predicted_low": [0.1, 0.2, 0.2, -1.0], "predicted_high": [0.1, 0.4, 0.5, 0.1]}
+    monkeypatch.setattr(findings, "GROWTH", (("lengths", findings.SMOLLM),))
+    monkeypatch.setattr(findings, "table_of", lambda study, name: pd.DataFrame(rows))
+    assert cells(findings.verdicts()) == [
+        ["SmolLM2, all", "8,192", "8", "2 / 1 / 1", "1 / 1 / 2", "3", "1", "10"],
+    ]
+    # Factors of 0.05, 0.5, 1 and 2; the first and third exponent lie on the edges of their intervals.
+    assert cells(findings.predictions()) == [
+        ["SmolLM2, all", "8,192", "0.75", "0.39 to 1.25", "75%", "25%", "50%", "0.25"],
+    ]
+    assert (findings.foretold(), findings.flat_foretold()) == ("2 of 4", "2")
+
+
+def test_a_length_that_families_do_not_share_is_told(monkeypatch):
+    import findings
+
+    lengths = dict(zip(findings.FAMILIES, (250, 250, 200, 250, 250, 300), strict=True))
+    tables = {f"growth_{model}": pd.DataFrame({"length": [n], "trend": ["grows"]}) for model, n in lengths.items()}
+    monkeypatch.setattr(findings, "table_of", lambda study, name: tables[name])
+    assert findings.families_length() == "200 to 300"
+    assert findings.families_growing() == "6 of 6"
+
+
+def product(n, method, seconds, error=0.0, **more):
+    row = {"x": "ones", "n": n, "method": method, "seconds": seconds, "error": error, "epsilon": math.nan}
+    row |= {"bound": math.nan, "near": math.nan, "way": None, "preparation": math.nan, "times_faster": math.nan}
+    return row | {"times_best_exact": math.nan} | more
+
+
+def test_products_are_told_beside_the_best_exact_and_the_best_trivial_one(monkeypatch, tmp_path):
+    import operator_tables
+
+    plain = operator_tables.PLAIN
+    rows = [product(10, plain, 2.0, times_faster=1.0), product(10, "exact, bfloat16", 1.0, times_faster=2.0)]
+    rows += [product(10, "KeOps", 20.0, times_faster=0.1)]
+    rows += [product(20, plain, 8.0, times_faster=1.0), product(20, "exact, bfloat16", 10.0, times_faster=0.8)]
+    for n, seconds in ((10, 0.5), (20, 2.0)):
+        best = {10: 1.0, 20: 8.0}[n] / seconds
+        ours = {"epsilon": 0.1, "bound": 0.06, "way": "blocks", "near": 64, "preparation": 1.5}
+        ours |= {"times_faster": 4.0, "times_best_exact": best}
+        rows += [product(n, "KernelOperator", seconds, 0.05, **ours)]
+        rows += [product(n, "zero", 0.0, 0.7 if n == 10 else 1.0), product(n, "mean", 0.0, 0.9)]
+    for folder in ("operator", "amx/operator"):
+        path = tmp_path / folder / "tables" / "operator.csv"
+        path.parent.mkdir(parents=True)
+        pd.DataFrame(rows).to_csv(path, index=False)
+        path.with_suffix(".json").write_text(json.dumps(MACHINE))
+    monkeypatch.setattr(operator_tables, "REFERENCE", tmp_path)
+    text = operator_tables.gains()
+    assert cells(text) == [
+        ["ones", "10", "0.7", "0.1", "0.05 (0.06)", "64 near keys", "4", "2", "0.5"],
+        ["ones", "20", "0.9", "0.1", "0.05 (0.06)", "64 near keys", "4", "4", "2.29"],
+    ]
+    # At the longest n plain torch is the best.
+    assert f"at the longest n is `{plain}`, 1 times torch. KeOps, at n = 10: 0.1 (x ones)" in text
+    assert operator_tables.single() == "0.5 at n = 10 and 2.3 at n = 20"
+    assert text.rstrip().endswith("x ones, n = 20: 4.")
+
+
+def row_of(workload, n, method, times, quartile=None, target=0.1, **more):
+    """A row of a sweep, as far as the race reads it."""
+    first = times if quartile is None else quartile
+    row = {"workload": workload, "n": n, "method": method, "kind": "approximate", "reached": "yes", "target": target}
+    row |= {"times_faster": times, "times_faster_q1": first, "times_faster_q3": times, "fastest_exact": "exact-sdpa"}
+    row |= {"times_faster_float32": times, "times_faster_bfloat16": times, "seconds": 1 / times}
+    row |= {"batch": 1, "columns": "all", "mask": "none", "queries": None, "kernel_evaluations": 1.0}
+    return row | {"error_exact_p95": 0.05, "tuning_inputs": "apart", "mean_error_exact": 0.5} | more
+
+
+@pytest.fixture
+def race(monkeypatch):
+    """The race over given tables of studies, from a machine that is not named."""
+    import race
+
+    tables = {}
+
+    def sweep(study, relative_to=None):
+        if study not in tables:
+            return None
+        table = pd.DataFrame(tables[study])
+        table.attrs |= {"error": "error_exact", "relative_to": "answer"}
+        return table
+
+    monkeypatch.setattr(race, "_sweep", sweep)
+    monkeypatch.setattr(race, "_everywhere", lambda: "Times: none.")
+    monkeypatch.setattr(race, "tables", tables, raising=False)
+    return race
+
+
+def test_the_winner_is_the_fastest_of_those_beyond_the_noise(race):
+    rows = [row_of("glove", 64, "knn", 3.0, 0.9), row_of("glove", 64, "window", 2.5, 1.0)]
+    rows += [row_of("glove", 64, "approxkmv", 2.0, 1.2), row_of("glove", 64, "balancekv", 1.5, 1.4)]
+    # Where no exact row is right enough there is nothing to beat.
+    rows += [row_of("glove", 64, "hnsw", math.nan), row_of("glove", 64, "uniform", 5.0, kind="trivial", reached="no")]
+    # As in a table from before masks were recorded
+    race.tables["rows"] = [row | {"mask": None} for row in rows]
+    table = race._sweep("rows")
+    assert race._winner(table).startswith("**approxkmv** 2.0 (1.2 to 2.0) against exact-sdpa")
+    assert "†" not in race._winner(table)
+    line = {cell[0]: cell for cell in cells(race.counts())}
+    # Cells, error reached, faster beyond the noise, faster than float32, first of these, largest gain
+    assert line["knn"][1:] == ["1", "1", "0", "1", "0", "3.0"]
+    assert line["window"][1:] == ["1", "1", "0", "1", "0", "2.5"]
+    assert line["approxkmv"][1:] == ["1", "1", "1", "1", "1", "2.0"]
+    assert line["balancekv"][1:] == ["1", "1", "1", "1", "0", "1.5"]
+    # Nor does a gain that may be none pass exact attention.
+    assert race._passes(table[table["method"] == "window"], 64) == "> 64"
+    assert line["hnsw"][1:] == ["1", "1", "0", "0", "0", "–"]
+    assert line["uniform"][1:] == ["1", "0", "0", "0", "0", "–"]
+
+
+def test_inputs_shared_with_tuning_are_marked_and_not_counted(race):
+    race.tables["rows"] = [row_of("glove", 64, "knn", 3.0, tuning_inputs="shared")]
+    race.tables["rows"] += [row_of("glove", 64, "uniform", 3.0, kind="trivial", reached="no", tuning_inputs="shared")]
+    table = race._sweep("rows")
+    assert race._lines_of_winners(table)[0]["workload"] == "glove*"
+    assert race._passes(table[table["method"] == "knn"], 64) == "≤ 64*"
+    assert race._count(table) == (0, 0, 0)
+    assert cells(race.counts()) == []
+
+
+@pytest.mark.parametrize(
+    ("other", "says"), [({}, True), ({"columns": "one"}, False), ({"mask": "causal"}, False), ({"target": 0.2}, False)]
+)
+def test_uniform_speaks_for_another_study_only_in_the_same_cell(race, other, says):
+    rows = [row_of("glove", 64, "uniform", 0.5, **{"kind": "trivial", **other})]
+    rows += [row_of("glove", 64, "uniform", 0.5, kind="trivial", reached="no")] if other else []
+    race.tables |= {"rows": rows, "long": [row_of("glove", 128, "knn", 3.0)]}
+    assert race._trivial(race._sweep("long")) is says
+
+
+def test_a_gain_rises_where_its_interval_says_so_whatever_the_method(race):
+    gains = {"window": (1.0, 2.0, 4.0), "approxkmv": (4.0, 2.0, 1.0), "balancekv": (1.0, 3.0, 2.0)}
+    rows = [row_of("glove", n, name, g) for name, some in gains.items() for n, g in zip((2, 4, 8), some, strict=True)]
+    # Two lengths say nothing about their distance from a line.
+    rows += [row_of("glove", n, "knn", float(n), reached="yes" if n > 2 else "no") for n in (2, 4, 8)]
+    race.tables["long"] = rows
+    lines = [line for line in cells(race.rising()) if line[0] == "long"]
+    assert [(line[2], line[4], line[6]) for line in lines] == [
+        ("window", "+1.00", "yes"),
+        ("approxkmv", "-1.00", "no"),
+        ("balancekv", "+0.50", "undecided"),
+    ]
+    assert lines[0][5] == "+1.00 to +1.00"
+    # Residuals of a third, -2/3 and a third of log2(3) - 1/2, one degree of freedom: t = 12.706
+    half = 12.706 * math.sqrt(6 * ((math.log2(3) - 0.5) / 3) ** 2 / 2)
+    assert lines[2][5] == f"{0.5 - half:+.2f} to {0.5 + half:+.2f}"
+
+
+def test_twice_as_fast_as_the_papers_recipe_counts_from_twice_on(race):
+    paper = [row_of(f"head {i}", 64, "approxkmv-paper", 1.0) for i in range(4)]
+    ours = [row_of(f"head {i}", 64, "approxkmv", gain) for i, gain in enumerate((1.5, 2.0, 4.0, 8.0))]
+    ours[3]["reached"] = "no"
+    race.tables |= {"rows": paper + ours, "columns": []}
+    race.tables["columns"] = [row_of("head 9", 64, "knn", 1.0)]
+    assert cells(race.against_paper()) == [["64", "3", "1.5 times", "2.0 times", "2"]]
+
+
+def test_a_pass_with_a_perplexity_that_is_too_low_is_not_the_models_own(race):
+    rows = [("exact-sdpa", 1.0, 10.0), ("local-expansion", 0.98, 4.0), ("window", 1.009, 8.0)]
+    table = pd.DataFrame(rows, columns=["method", "ratio", "seconds"])
+    table = table.assign(tokens=64, parameters="{}", seconds_q1=table["seconds"], seconds_q3=table["seconds"])
+    assert "is that of `window`, 8 (8–8) s." in race._plan_wins(table)
+
+
+def test_seconds_of_a_study_are_those_of_its_steps_and_of_short_pauses(tmp_path):
+    from study_times import seconds_in, spans_of
+
+    assert seconds_in([]) == 0
+    # One within another; a pause of 15 s, which counts, and one of 16, which does not
+    assert seconds_in([(25, 30), (0, 10), (5, 8)]) == 30
+    assert seconds_in([(0, 10), (26, 30)]) == 14
+    log = "2026-01-02 10:00:00,500 reading\n  half of it  3.0 s\n2026-01-02 10:01:40,500 summary of bert  90.0 s\n"
+    (tmp_path / "summary_bert.log").write_text(log)
+    (tmp_path / "figure.log").write_text("2026-01-02 10:01:50,000 growth  4.0 s  of which drawing 3.0 s\n")
+    (tmp_path / "other.txt").write_text(log)
+    spans = sorted(spans_of(tmp_path))
+    assert [end - start for start, end in spans] == [90, 4]
+    assert spans[1][1] - spans[0][1] == 9.5
+    assert seconds_in(spans) == 99.5
+
+
+def test_calls_are_timed_in_turn_after_a_round_that_is_not_counted(monkeypatch):
+    from writing import times
+
+    now, order = [0.0], []
+
+    def call(name, seconds):
+        def made():
+            order.append(name)
+            now[0] += 100.0 if len(order) <= 2 else seconds
+
+        return made
+
+    assert times({"a": call("a", 1.0), "b": call("b", 2.0)}, 3, lambda: now[0]) == {"a": [1.0] * 3, "b": [2.0] * 3}
+    assert order == ["a", "b"] * 4
+
+
+def test_the_direct_implementation_of_the_statistics_is_right(monkeypatch):
+    import statistics_speed
+
+    monkeypatch.setattr(statistics_speed, "FIRST", 1)
+    # With queries and keys of 0 every entry is 1: of i² entries i are the head.
+    zero = torch.zeros(4, 2)
+    assert statistics_speed.topk_of_every_prefix(zero, zero, torch.float64).tolist() == [0, 1, 2, 3]
+
+
+def test_entropies_of_the_n_by_n_reference_are_right():
+    from attention_statistics import entropy_of, head
+
+    p = torch.tensor([[0.5, 0.25, 0.25], [1 / 3] * 3, [1.0, 0.0, 0.0]], dtype=torch.float64)
+    assert torch.allclose(entropy_of(p.log()), torch.tensor([1.5 * math.log(2), math.log(3), 0.0]).double())
+    q, k = head(50, 4, 12.0)
+    assert float((q @ k.mT / 2).abs().max()) == pytest.approx(12.0, rel=1e-5)
+
+
+def test_recall_is_the_share_of_the_right_keys():
+    from graph_search import recall
+
+    assert recall(torch.tensor([[1, 2, 9], [5, 7, 6]]), torch.tensor([[2, 1], [6, 8]])) == 0.75
+
+
+def test_jobs_are_counted_by_their_logs(tmp_path):
+    import whole_squad
+
+    for step, names in {"extract": ["_0000", "_0001"], "statistics": ["_0000"], "attention": [""]}.items():
+        for name in names:
+            (tmp_path / f"{step}_{whole_squad.MODEL}{name}.log").touch()
+    with pytest.raises(ValueError, match="lacks the log of a step"):
+        whole_squad.jobs_of(tmp_path)
+    (tmp_path / f"readings_{whole_squad.MODEL}_0000.log").touch()
+    assert whole_squad.jobs_of(tmp_path)["jobs"].tolist() == [2, 1, 1, 1]
+    assert len(whole_squad.targets(101)) == 2 * len(whole_squad.MADE)
+
+
+def test_the_time_of_a_product_is_the_median(monkeypatch):
+    pytest.importorskip("sklearn")
+    import density
+
+    # Products of 1, 9 and 2 seconds
+    clock = iter((0.0, 1.0, 1.0, 10.0, 10.0, 12.0))
+    monkeypatch.setattr(density, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    taken, answer = density.seconds_of(lambda: np.ones(1, np.float32), 3)
+    assert taken == 2
+    assert answer.dtype == np.float64
+
+
+def test_random_calls_and_bad_inputs_are_counted_by_how_they_end(monkeypatch):
+    import reliability
+
+    ends = {"a": ["answered", "failed", "refused"], "b": ["answered"] * 3}
+    monkeypatch.setattr(reliability, "kinds", lambda: list(ends))
+    monkeypatch.setattr(reliability, "call", lambda kind, seed: (ends[kind][seed], "why"))
+    # Five calls of two kinds are three of each.
+    found = reliability.fuzz(5).to_dict("records")
+    assert [list(row.values()) for row in found] == [["a", 3, 1, 1, 1, "seed 1: why"], ["b", 3, 3, 0, 0, ""]]
+    endings = {"good": (2, "approxkmv: no\n"), "two lines": (2, "approxkmv: no\n, no\n"), "an answer": (0, "")}
+    cases = [SimpleNamespace(kind="texts", name=name, run=lambda folder, e=e: e) for name, e in endings.items()]
+    monkeypatch.setattr(reliability, "all_cases", lambda: cases)
+    found = reliability.bad_inputs().to_dict("records")
+    assert [list(row.values()) for row in found] == [["texts", 3, 1, "two lines; an answer"]]
+
+
+def test_a_kill_leaves_nothing_running_and_what_it_cut_short_is_found(tmp_path):
+    import reliability_kills as kills
+
+    process = subprocess.Popen(["sleep", "60"], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    row = kills.kill_at(process, lambda: True)
+    assert row is not None
+    assert row["running"] == "none"
+    assert process.returncode == -9
+    ended = subprocess.Popen(["true"], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert kills.kill_at(ended, lambda: False) is None
+    tables = tmp_path / "tables"
+    tables.mkdir()
+    (tables / "a.json").write_text('{"x": 1, "provenance": {"commit": "a"}}')
+    whole = kills.fingerprints(tmp_path)
+    assert kills.cut_short(tmp_path) == []
+    (tables / "a.json").write_text('{"x": 1, "provenance": {"commit": "b"}}')
+    assert kills.fingerprints(tmp_path) == whole
+    (tables / "a.json").write_text('{"x": 2}')
+    assert kills.fingerprints(tmp_path) != whole
+    (tables / "a.json").write_text('{"x": ')
+    assert kills.cut_short(tmp_path) == [str(tables / "a.json")]
