@@ -235,8 +235,10 @@ def test_signs_agree_as_often_as_the_angle_says():
     cosine = q @ k.mT / (q.norm(dim=1, keepdim=True) * norms.max().sqrt())
     p = vkde_lsh.log_collision_probability(cosine, 3).exp()
     assert bool(((same.double().mean(0) - p).abs() < 4.5 * (p * (1 - p) / 2000).sqrt()).all())
-    # As the angle's definition has it
-    assert float(vkde_lsh.log_collision_probability(torch.tensor([0.0]), 3)) == pytest.approx(3 * math.log(0.5))
+    # As the angle's definition has it, also where rounding puts a cosine beyond 1
+    found = vkde_lsh.log_collision_probability(torch.tensor([0.0, -0.999, 1 + 1e-6, -1 - 1e-6]), 3).tolist()
+    assert found[:3] == pytest.approx([3 * math.log(0.5), 3 * math.log(1 - math.acos(-0.999) / math.pi), 0], rel=1e-3)
+    assert -30 < found[3] < 3 * math.log(1e-3)
 
 
 def test_signs_tell_more_per_collision_than_shifted_grids_do():
@@ -270,7 +272,7 @@ def test_groups_share_the_tables_out():
     assert torch.allclose(together[0], torch.einsum("g,gnw->nw", weights, apart), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("groups", [3, 4])
+@pytest.mark.parametrize("groups", [3, 4, 9])
 @pytest.mark.parametrize(("tables", "bucket"), [(12, 30), (4, 3)])
 def test_the_answer_is_the_quotient_of_the_medians_or_means(groups, tables, bucket):
     q, k, v = inputs(60, 60, 5, 2)
