@@ -9,6 +9,7 @@ import torch
 from approxkmv.attention import get
 from approxkmv.attention.blocks import approxkmv as ours
 from approxkmv.attention.blocks import light_keys, reach
+from approxkmv.attention.blocks.arrays import ScaledSums
 from approxkmv.attention.blocks.expansion import Clustering, expand, key_side
 from approxkmv.attention.blocks.grouping import make_blocks
 from approxkmv.attention.blocks.k_means import k_means
@@ -156,6 +157,22 @@ def test_the_compiled_loop_finds_the_nearest_centre(clusters):
 
 
 CLUSTERING = {"block": 12, "near": 24, "directions": 8, "iterations": 2, "sampled": 16}
+
+
+def test_a_row_whose_far_key_is_at_the_end_of_float32_is_left_to_be_computed_exactly():
+    """The inverse of a sum of 1e38 has lost digits, or is 0, though its answer is finite."""
+    pytest.importorskip("numba")
+    from approxkmv.attention.blocks.loops.expansion import expanded_answers
+
+    q, k, v = clustered(60, 8, 1)
+    e = expanded(q, k, v, Clustering(**CLUSTERING), 1.0)
+    seen, rows = e.seen(None), len(e.blocks.deltas)
+    seen.log_weight[:] = 70.0
+    seen.log_weight[int(e.blocks.rows[7])] = 88.0
+    near = ScaledSums(np.ones((rows, 2), np.float32), np.zeros(len(e.blocks), np.float32))
+    out, logs = np.zeros((60, 1), np.float32), np.zeros(60, np.float32)
+    expanded_answers(0, len(e.blocks), e.tilted, e.blocks.arrays, near, seen.arrays, v.numpy(), out, logs)
+    assert np.flatnonzero(np.isnan(out)).tolist() == [7]
 
 
 def estimates(q, k, v, samples, seeds):

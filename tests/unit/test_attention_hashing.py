@@ -166,7 +166,11 @@ def test_large_logits_stay_finite_and_inside_the_values(name, d_v):
 @pytest.mark.parametrize(("n_q", "n_k", "block"), [(100, 100, 16), (7, 100, 3), (100, 7, 10), (33, 34, 50)])
 def test_blocks_hold_every_point_once_and_are_equal(n_q, n_k, block):
     q, k, _ = inputs(n_q, n_k, 5, 1)
-    blocks = sort_into_blocks(q, k, torch.Generator().manual_seed(0), block=block, projections=4)
+    with counting() as counts:
+        blocks = sort_into_blocks(q, k, torch.Generator().manual_seed(0), block=block, projections=4)
+    assert counts.other_products == 4 * (n_q + n_k)
+    # What fills a short block up is of that block.
+    assert [sum(len(row.unique()) for row in rows) for rows in (blocks.queries, blocks.keys)] == [n_q, n_k]
     assert blocks.queries.shape[1] <= block or n_k < n_q / block
     assert blocks.queries.unique().tolist() == list(range(n_q))
     kept = blocks.keys[~blocks.padded]
@@ -178,6 +182,16 @@ def test_blocks_hold_every_point_once_and_are_equal(n_q, n_k, block):
     assert torch.equal(blocks.block_of_key[kept], block_of)
     rows = torch.arange(n_q)[blocks.queries]
     assert torch.equal(blocks.unsorted(rows, n_q), torch.arange(n_q))
+
+
+def test_queries_and_keys_of_similar_signs_share_a_block():
+    q, _, _ = inputs(100, 1, 5, 1)
+    blocks = sort_into_blocks(q, q, torch.Generator().manual_seed(0), block=16, projections=4)
+    assert torch.equal(blocks.queries, blocks.keys)
+    signs = q @ torch.randn(5, 4, generator=torch.Generator().manual_seed(0)) > 0
+    ranks = gray_rank(signs)[blocks.queries].flatten()
+    assert bool((ranks.diff() >= 0).all())
+    assert len(ranks.unique()) > 4
 
 
 def test_gray_order_changes_one_bit_at_a_time():
@@ -235,8 +249,10 @@ def test_signs_agree_as_often_as_the_angle_says():
     cosine = q @ k.mT / (q.norm(dim=1, keepdim=True) * norms.max().sqrt())
     p = vkde_lsh.log_collision_probability(cosine, 3).exp()
     assert bool(((same.double().mean(0) - p).abs() < 4.5 * (p * (1 - p) / 2000).sqrt()).all())
-    # As the angle's definition has it
-    assert float(vkde_lsh.log_collision_probability(torch.tensor([0.0]), 3)) == pytest.approx(3 * math.log(0.5))
+    # As the angle's definition has it, also where rounding puts a cosine beyond 1
+    found = vkde_lsh.log_collision_probability(torch.tensor([0.0, -0.999, 1 + 1e-6, -1 - 1e-6]), 3).tolist()
+    assert found[:3] == pytest.approx([3 * math.log(0.5), 3 * math.log(1 - math.acos(-0.999) / math.pi), 0], rel=1e-3)
+    assert -30 < found[3] < 3 * math.log(1e-3)
 
 
 def test_signs_tell_more_per_collision_than_shifted_grids_do():
@@ -249,6 +265,13 @@ def test_signs_tell_more_per_collision_than_shifted_grids_do():
     norm = np.logspace(-3, 3, 2001)
     logs = [np.log(PStableHash(1.0).collision_probability(norm * math.sqrt(2 * (1 - c)))) for c in (-step, 0.0, step)]
     assert 0.5 < ((logs[2] - logs[0]) / (2 * step) / -logs[1]).max() < 0.6
+
+
+def test_angles_do_not_depend_on_the_length_of_a_query():
+    q, k, v = (t[None] for t in inputs(60, 60, 5, 1))
+    short, shorter, none = (get("vkde-lsh")(by * q, k, v, scale=1.0, bucket=10) for by in (1e-4, 1e-20, 0))
+    assert torch.allclose(short, shorter, atol=1e-3)
+    assert bool(none.isfinite().all())
 
 
 def test_groups_share_the_tables_out():
@@ -270,7 +293,7 @@ def test_groups_share_the_tables_out():
     assert torch.allclose(together[0], torch.einsum("g,gnw->nw", weights, apart), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("groups", [3, 4])
+@pytest.mark.parametrize("groups", [3, 4, 9])
 @pytest.mark.parametrize(("tables", "bucket"), [(12, 30), (4, 3)])
 def test_the_answer_is_the_quotient_of_the_medians_or_means(groups, tables, bucket):
     q, k, v = inputs(60, 60, 5, 2)

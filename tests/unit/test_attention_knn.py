@@ -9,11 +9,13 @@ from scipy.stats import chi2
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from approxkmv.attention import UnavailableError, get
-from approxkmv.attention.searched import lazy_gumbel
+from approxkmv.attention.searched import knn_gradients, lazy_gumbel
 from approxkmv.attention.searched.knn import Parameters, head_size, sampled_attention
 from approxkmv.attention.searched.knn_gradients import estimated_gradients, knn_attention, random_walks
 from approxkmv.compute import loops as compute_loops
+from approxkmv.compute.counting import counting
 from approxkmv.errors import InputError
+from approxkmv.search.indexes import FlatIndex
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -40,9 +42,17 @@ def within(found, right, axis=0):
     return float(((found.mean(axis) - right).abs() / error.clamp_min(1e-12)).max())
 
 
+def found_fewer(self, q, count, search=FlatIndex.search):
+    """As a graph may that does not reach every key: all but the last of those that were asked for."""
+    keys, logits = search(self, q, count)
+    keys[:, -1], logits[:, -1] = -1, -torch.inf
+    return keys, logits
+
+
 @pytest.mark.parametrize("loops", ["compiled", "torch"])
 @pytest.mark.parametrize("head", ["exact", "sampled"])
-def test_samples_have_the_softmax_as_their_distribution(head, loops, monkeypatch):
+@pytest.mark.parametrize("found", ["all", "fewer"])
+def test_samples_have_the_softmax_as_their_distribution(found, head, loops, monkeypatch):
     """Chi-squared over 40 keys; a correct sampler exceeds the bound with probability 1e-4.
 
     The row is the last of four, each a step of its own: what is marked for the heads of the others must be gone.
@@ -51,6 +61,8 @@ def test_samples_have_the_softmax_as_their_distribution(head, loops, monkeypatch
         pytest.importorskip("numba")
     else:
         monkeypatch.setattr(compute_loops, "numba_works", lambda: False)
+    if found == "fewer":
+        monkeypatch.setattr(FlatIndex, "search", found_fewer)
     q, k, _ = heads(4, 40, 4, 1, spread=0.8)
     samples = 40000
     generator = torch.Generator().manual_seed(2)
@@ -65,10 +77,10 @@ def test_samples_have_the_softmax_as_their_distribution(head, loops, monkeypatch
     else:
         # The head's keys share what the tail left; the tail's own counts are multinomial.
         tail = torch.ones(40, dtype=torch.bool)
-        tail[sampled.head_keys[3]] = False
+        tail[sampled.head_keys[3][sampled.head_weights[3] > 0]] = False
         rest = (frequency[~tail].sum() - right[~tail].sum()).square() / right[~tail].sum()
         statistic = samples * float(((frequency - right)[tail].square() / right[tail]).sum() + rest)
-        freedom = 35
+        freedom = int(tail.sum())
     assert statistic < chi2.isf(1e-4, freedom)
 
 
@@ -154,10 +166,15 @@ def test_the_head_is_the_root_of_the_keys_unless_given():
     assert head_size(50, 20) == 20
 
 
-def test_all_keys_in_the_head_is_exact():
-    q, k, v = heads(50, 70, 8, 3)
-    out = get("knn")(q[None], k[None], v[None], scale=1.0, top=70)[0]
-    assert (out.double() - exact(q, k, v)).abs().max() < 1e-5
+@pytest.mark.parametrize("causal", [False, True])
+def test_all_keys_in_the_head_is_exact_unless_it_is_sampled(causal):
+    q, k, v = heads(70, 70, 8, 3)
+    call = get("knn").attend_causally if causal else get("knn")
+    hidden = torch.ones(70, 70, dtype=torch.bool).triu(1) & causal
+    right = (q.double() @ k.double().mT).masked_fill(hidden, -torch.inf).softmax(1) @ v.double()
+    for head, least, most in (("exact", 0, 1e-5), ("sampled", 0.1, 4)):
+        out = call(q[None], k[None], v[None], scale=1.0, top=70, head=head)[0]
+        assert least < float((out.double() - right).abs().max()) < most
 
 
 def test_large_logits_neither_overflow_nor_lose_the_row():
@@ -180,6 +197,30 @@ def test_a_graph_search_that_looks_everywhere_is_as_good_as_the_exact_index():
     assert gap(index="hnsw", breadth=20) > 1.2 * gap(index="flat")
 
 
+def test_few_keys_of_the_tail_are_looked_at():
+    """At most n_k / top a sample in expectation, and fewer where the smallest logit of a head is small."""
+    q, k, v = heads(300, 400, 6, 1)
+    with counting() as counts:
+        get("knn")(q[None], k[None], v[None], scale=1.0, top=20, samples=8)
+    assert counts.kernel_evaluations == 300 * 20
+    assert 300 * 8 < counts.other_products - 300 * (400 - 20) < 0.5 * 300 * 8 * 400 / 20
+
+
+@pytest.mark.parametrize("missed", [0, 1])
+def test_every_earlier_key_may_be_sampled(missed, monkeypatch):
+    """All pairs weigh the same: sums over rows of the weight of each of 256 keys, within 5 standard errors."""
+    if missed:
+        monkeypatch.setattr(FlatIndex, "search", found_fewer)
+    q, v = torch.zeros(1, 420, 4), torch.eye(420)[None]
+    k = heads(1, 420, 4, 1)[1][None]
+    with counting() as counts:
+        found = get("knn").attend_causally(q, k, v, samples=200)[0, 256:, :256]
+    weights = 1 / torch.arange(257, 421)
+    assert float((found.sum(0) - weights.sum()).abs().max()) < 5 * float((weights / 200).sum().sqrt())
+    # The root of 256 keys, and the triangles of 256 and 164 rows
+    assert counts.kernel_evaluations == 164 * (16 - missed) + (256 * 257 + 164 * 165) // 2
+
+
 def test_bad_parameters_are_named():
     q, k, v = (t[None] for t in heads(30, 40, 4, 1))
     with pytest.raises(InputError, match="unknown index 'tree': use flat or hnsw"):
@@ -192,6 +233,8 @@ def test_bad_parameters_are_named():
             get(name)(q, k, v, links=1, **given)
     with pytest.raises(InputError, match="head is 'all': give 'exact' or 'sampled'"):
         knn_attention(q, k, v, head="all")
+    with pytest.raises(InputError, match="must be"):
+        knn_attention(q, k, v[:, :20])
 
 
 @pytest.mark.parametrize("name", ["knn", "hnsw"])
@@ -240,6 +283,42 @@ def test_gradients_with_a_head_of_all_keys_are_exact():
         assert (one.double() - wanted).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("d_v", [1, 3])
+def test_answers_and_gradients_of_a_batch_are_exact_with_a_head_of_all_keys(d_v, dtype):
+    each = [heads(20, 30, 4, d_v, seed) for seed in (0, 1)]
+    given = [torch.stack(parts).to(dtype).requires_grad_() for parts in zip(*each, strict=True)]
+    gradient = torch.randn(2, 20, d_v, generator=torch.Generator().manual_seed(9)).to(dtype)
+    out = knn_attention(*given, scale=0.7, top=30, samples=1)
+    found = torch.autograd.grad(out, given, gradient)
+    assert {t.dtype for t in (out, *found)} == {dtype}
+    most = 1e-5 if dtype == torch.float32 else 2**-7
+    for b in range(2):
+        q, k, v = (t[b].detach() for t in given)
+        wanted = exact(q, k, v, 0.7), *exact_gradients(q, k, v, gradient[b], 0.7)
+        for one, right in zip((out, *found), wanted, strict=True):
+            assert (one[b].double() - right).abs().max() < most * right.abs().max()
+
+
+def test_each_seed_draws_three_samples_of_its_own(monkeypatch):
+    seeds, asked = [], set()
+
+    def sampled(q, k, generator, parameters):
+        seeds.append(generator.initial_seed())
+        asked.add(parameters)
+        # Around their mean a graph of the keys has shorter distances.
+        assert float(k.mean(0).abs().max()) < 1e-4
+        return sampled_attention(q, k, generator, parameters)
+
+    monkeypatch.setattr(knn_gradients, "sampled_attention", sampled)
+    q, k, v = heads(20, 30, 4, 1)
+    wanted = {"top": 5, "samples": 3, "index": "hnsw", "head": "sampled"}
+    for seed in (0, 1, 2, 3, 2**63 - 1):
+        knn_attention(q[None].requires_grad_(), k[None] + 30, v[None], seed=seed, **wanted).sum().backward()
+    assert len(set(seeds)) == len(seeds) == 5 * 3
+    assert asked == {Parameters(**wanted)}
+
+
 def test_walks_keep_the_bound_of_the_paper():
     """P^T x within |x_j|_1 sqrt(2 log(2 n w / delta) / walks) of the right product, at delta 0.01."""
     q, k, _ = heads(50, 40, 4, 1)
@@ -270,6 +349,17 @@ def test_walks_are_unbiased_even_where_they_use_a_step_again():
     assert within(combined, torch.einsum("cnw,nw->c", signs, right)) < SIGMAS
     # Errors small enough to see a bias of a quarter of the product
     assert float(combined.std(0).mean()) / 300**0.5 * SIGMAS < float(right.abs().sum()) / 4
+
+
+def test_walks_take_each_step_once_before_they_take_one_again():
+    rows, keys = torch.arange(3).repeat_interleave(25), torch.arange(75)
+    sampled = lazy_gumbel.SampledRows(torch.empty(3, 0, dtype=torch.int64), None, rows, keys, 1 / 25)
+    x = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [1.0, 0.0]])
+    found = random_walks(sampled, x, 75, 45, torch.Generator().manual_seed(0))
+    # Each key is the arrival of one step, so of 45 walks no two arrive at the same.
+    assert found[:, 0].abs().unique().tolist() == [0, pytest.approx(3 / 45)]
+    assert int((found[:, 0] != 0).sum()) == 45
+    assert not found[:, 1].any()
 
 
 def test_walks_want_single_steps():

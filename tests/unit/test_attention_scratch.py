@@ -55,7 +55,7 @@ def attend(name, causal, inputs, **parameters):
 
 
 # Queries, keys, dimensions, columns of the values: widths that fill no tile of a product, and such that do.
-SHAPES = [(400, 400, 100, 1), (300, 330, 21, 12), (330, 330, 64, 64)]
+SHAPES = [(400, 400, 100, 1), (300, 330, 12, 21), (330, 330, 64, 64)]
 FORMS = [(name, causal) for name in methods() for causal in (False, True) if not causal or get(name).causal]
 
 

@@ -87,7 +87,7 @@ def test_no_samples_is_attention_to_the_neighbours():
 
 
 def row(name):
-    pytest.importorskip("faiss" if name == "hnsw" else "numba")
+    pytest.importorskip("numba" if name == "vamana" else "faiss")
     return get(name)
 
 
@@ -105,11 +105,11 @@ def test_rows_beat_the_mean_tenfold_and_improve_with_their_budget(name):
     assert (everything.double() - right).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("name", ["hnsw", "vamana"])
-def test_keys_far_from_the_origin_are_searched_around_their_mean(name):
+@pytest.mark.parametrize(("name", "given"), [("hnsw", {}), ("vamana", {}), ("knn", {"index": "hnsw", "samples": 64})])
+def test_keys_far_from_the_origin_are_searched_around_their_mean(name, given):
     q, k, v = heads(200, 600, 12, 2)
     method = row(name)
-    here, there = (method(q[None], keys[None], v[None], scale=1.0)[0].double() for keys in (k, k + 30))
+    here, there = (method(q[None], keys[None], v[None], scale=1.0, **given)[0].double() for keys in (k, k + 30))
     right = exact(q, k, v)
     # The shift takes two digits of the keys; what is left of the gap is the search, on the same graph up to rounding.
     assert float((there - right).norm()) < 1.5 * float((here - right).norm())

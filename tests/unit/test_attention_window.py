@@ -16,7 +16,10 @@ def head(n, d=16, d_v=5, batch=2):
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize(("window", "sinks"), [(7, 3), (7, 0), (7, 50), (16, 4), (24, 4), (25, 4), (100, 4), (1, 1)])
+@pytest.mark.parametrize(
+    ("window", "sinks"),
+    [(7, 3), (7, 0), (7, 50), (16, 4), (24, 4), (25, 4), (30, 4), (100, 4), (150, 4), (1, 1)],
+)
 def test_it_is_attention_under_its_mask(window, sinks, causal):
     """float32 against float64: sums of up to 100 terms of size 4."""
     q, k, v = head(100)
@@ -47,7 +50,7 @@ def test_in_bfloat16_it_errs_by_rounding(causal):
     assert 0 < gap < 2**-8
 
 
-@pytest.mark.parametrize(("n_q", "seen"), [(1, 11), (30, 40), (60, 70), (90, 100)])
+@pytest.mark.parametrize(("n_q", "seen"), [(1, 11), (30, 40), (60, 70), (88, 100), (90, 100)])
 def test_few_queries_are_the_last_ones(n_q, seen):
     """They share their own keys, the 10 before them and the first 3."""
     q, k, v = head(100)

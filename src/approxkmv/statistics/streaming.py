@@ -208,5 +208,4 @@ def add_strip_by_torch(
         far = weights.masked_fill(above, 0.0).sum(1).log() + largest[:, 0]
         target.add(values[above], (far if shift is None else far - shift[:, 0]).logsumexp(0))
     mass = weights.sort(1, descending=True).values.cumsum(1)
-    needed = torch.stack([(mass < share * total).sum(1) + 1 for share in SHARES], 1)
-    keys.append(torch.minimum(needed, own[:, 1:] - own[:, :1]))
+    keys.append(torch.stack([(mass < share * total).sum(1) + 1 for share in SHARES], 1))

@@ -74,7 +74,7 @@ def sort_into_blocks(
     order_q = gray_rank(q @ directions > 0).argsort(stable=True)
     order_k = gray_rank(k @ directions > 0).argsort(stable=True)
     # Leave no block without a key
-    blocks = min(-(-len(q) // block), len(k), len(q))
+    blocks = min(-(-len(q) // block), len(k))
     queries, _ = _cut(order_q, blocks)
     keys, padded = _cut(order_k, blocks)
     block_of_key = torch.empty_like(order_k)

@@ -61,9 +61,10 @@ def table_sums(
     tables = parameters.tables if bits else 1
     groups = min(parameters.groups, tables)
     extended = with_ones(v)
-    norms = q.square().sum(1).sqrt() * k.square().sum(1).amax().sqrt()
+    squares = k.square().sum(1)
+    norms = q.square().sum(1).sqrt() * squares.amax().sqrt()
     inverse_norms = 1 / norms.clamp_min(1e-30)
-    lift = (k.square().sum(1).amax() - k.square().sum(1)).clamp_min(0).sqrt()
+    lift = (squares.amax() - squares).sqrt()
     lifted = torch.cat([k, lift.unsqueeze(1)], 1)
     powers = 2 ** torch.arange(bits, device=q.device)
     out = q.new_zeros(groups, len(q), extended.shape[1])

@@ -121,8 +121,8 @@ class _KNNAttention(torch.autograd.Function):
             first, second = (_rows(q[b], k[b], scale, stream, parameters) for stream in streams)
             queries, keys, values, of_answer = (t[b].float().contiguous() for t in (q, k, v, gradients[0]))
             each.append(estimated_gradients(queries, keys, values, of_answer, scale, first, second))
-        found = (torch.stack(parts).to(t.dtype) for parts, t in zip(zip(*each, strict=True), (q, k, v), strict=True))
-        return (*found, None, None, None)
+        # Rounded by autograd to the types of q, k and v
+        return (*map(torch.stack, zip(*each, strict=True)), None, None, None)
 
 
 def _rows(

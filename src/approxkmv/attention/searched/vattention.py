@@ -57,13 +57,13 @@ def budgets(
     """
     number = is_light.sum(1)
     sums = (exponentials * is_light).sum(1)
-    mean = sums / number.clamp_min(1)
+    mean = sums / number
     squares = ((exponentials - mean.unsqueeze(1)) * is_light).square().sum(1)
-    deviation = (squares / (number - 1).clamp_min(1)).sqrt()
+    deviation = (squares / (number - 1)).sqrt()
     row_sum = known + sums + rest * mean
     quantile = -NormalDist().inv_cdf(p.delta / 2)
     wanted = (quantile * rest * deviation / (p.epsilon * row_sum)).square().ceil().clamp_min(1)
-    # One key says nothing of the deviation.
+    # One key says nothing of the deviation, which is NaN then.
     return torch.minimum(torch.where(number < 2, math.inf, wanted), rest).long()
 
 
