@@ -40,6 +40,12 @@ def test_every_stage_in_the_interpreter(tmp_path):
     assert max(errors) < 0.1
     exact = [row["times"] for row in found if row["stage"] == 3 and "times" in row]
     assert all(one["seconds"] > 0 and one["host_seconds"] > 0 for times in exact for one in times.values())
+    # The choices that a GPU settles: each side is timed, and those that change the answer have its error.
+    settled = [row for row in found if "compared" in row]
+    assert [list(row["compared"]) for row in settled[1:]] == [["call", "graph", "copies"], ["with", "without"]]
+    assert len(settled[0]["compared"]) == 7
+    assert all(side["seconds"] > 0 for row in settled for side in row["compared"].values())
+    assert all(gap < 0.1 for gap in settled[0]["errors"].values())
     swept = [row for one in found if one["stage"] in (4, 6) for row in one.get("rows", ())]
     assert swept
     assert {row["status"] for row in swept} <= {"ok", "unreached"}
@@ -80,10 +86,37 @@ def test_a_check_that_fails_in_any_way_has_its_row(tmp_path, monkeypatch):
     monkeypatch.setattr(check_kernels, "DEVICE", "cpu")
     monkeypatch.setattr(stages, "heads", stops)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    stages.kernels(stages.Rows(tmp_path / "rows.jsonl", 1), stages.SMALL, SimpleNamespace(interpret=True))
+    for stage in (1, 5):
+        stages.STAGES[stage](stages.Rows(tmp_path / "rows.jsonl", stage), stages.SMALL, SimpleNamespace(interpret=True))
     assert not any(row["holds"] for row in rows(tmp_path))
-    reasons = ["RuntimeError: an illegal instruction", *["InterruptedError: the rest of the stage"] * 4]
+    reasons = ["RuntimeError: an illegal instruction", *["InterruptedError: the rest of the stage"] * 11]
     assert [row["reason"] for row in rows(tmp_path)] == reasons
+    names = [row["what"] for row in rows(tmp_path) if row["stage"] == 5]
+    assert names[:4] == ["local-expansion d_v=1", "local-expansion d_v=16", "approxkmv d_v=1", "profile"]
+
+
+def test_a_setting_whose_rows_are_made_exactly_is_not_the_last(tmp_path, monkeypatch):
+    """A broken kernel whose rows are all lost errs by nothing; the settings after it would not be measured."""
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    import gpu as stages
+
+    from approxkmv.compute.counting import count
+
+    lost, grid = iter([190, 0, 0]), [{"block": 32, "near": near} for near in (8, 16, 32)]
+
+    def compute(q, k, v, **_):
+        count(recomputed_rows=next(lost))
+        return v
+
+    method = SimpleNamespace(grid=grid, parameters=lambda setting: setting, compute=compute)
+    exact = SimpleNamespace(compute=lambda *_, **__: None)
+    found = {"local-expansion": method, "exact-sdpa": exact, "exact-fused": lambda q, k, v: v.bfloat16()}
+    monkeypatch.setattr("approxkmv.attention.get", found.__getitem__)
+    monkeypatch.setattr(stages, "timed", lambda *_: {})
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, device: self)
+    out = stages.Rows(tmp_path / "rows.jsonl", 5)
+    stages.settings_of("local-expansion", 1, out, stages.SMALL, SimpleNamespace(interpret=False))
+    assert [(row["error"] < 1e-6, row["recomputed_rows"]) for row in rows(tmp_path)] == [(True, 190), (True, 0)]
 
 
 BREAKS = """
@@ -116,12 +149,19 @@ def test_what_breaks_has_its_row_and_the_rest_is_measured(tmp_path):
     found = rows(tmp_path)
     broken = [(row["stage"], row["what"].split(" ")[0]) for row in found if not row.get("holds", True)]
     assert set(broken) == {
-        *((2, "bfloat16"), (4, "glove-paper"), (5, "local-expansion"), (5, "profile")),
+        *(
+            (2, "bfloat16"),
+            (4, "glove-paper"),
+            (5, "local-expansion"),
+            (5, "profile"),
+            (5, "iterations"),
+            (5, "copies"),
+        ),
         *((6, "glove-sharp"), (6, "glove-split"), (7, "c"), (7, "attention_statistics")),
     }
     assert {row["reason"] for row in found if not row.get("holds", True)} == {"RuntimeError: an illegal instruction"}
     measured = {(row["stage"], row["what"].split(" ")[0]) for row in found} - set(broken)
-    assert measured == {(2, "float32"), (5, "approxkmv"), (7, "length_statistics")}
+    assert measured == {(2, "float32"), (5, "approxkmv"), (5, "near"), (7, "length_statistics")}
 
 
 @pytest.fixture
@@ -250,6 +290,19 @@ def test_a_stage_that_broke_goes_on_where_it_got_further(tmp_path, monkeypatch):
     assert [row["what"] for row in rows(tmp_path)] == ["check 1", "check 2"]
     assert len(limits) == 3
     assert 0 < limits[2] <= limits[1] <= limits[0] <= 60
+
+
+def test_a_relative_folder_is_where_the_command_runs(tmp_path, monkeypatch):
+    """The stages' processes run in the checkout."""
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    import gpu as stages
+
+    commands = []
+    monkeypatch.setattr(stages, "exit_code", lambda command, *_: commands.append(command) or 0)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", "of rows", "--stages", "7", "--interpret"])
+    monkeypatch.chdir(tmp_path)
+    assert stages.main() == 0
+    assert str(tmp_path / "of rows") in commands[0]
 
 
 def test_a_stage_that_may_not_end_in_time_waits(tmp_path):
