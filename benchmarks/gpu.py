@@ -165,7 +165,8 @@ def kernels(rows: Rows, sizes: dict[str, Any], given: argparse.Namespace) -> Non
         checks += [check_kernels.check_exact, check_kernels.check_listed, check_kernels.check_local_expansion]
         checks += [check_kernels.check_approxkmv, check_kernels.check_errors]
         checks += [check_kernels.check_clustering, check_kernels.check_lists]
-        checks += [check_kernels.check_fused, check_kernels.check_fused_extremes]
+        checks += [check_kernels.check_fused, check_kernels.check_sample, check_kernels.check_reach]
+        checks += [check_kernels.check_fused_extremes]
     for name in rows.without([check.__name__ for check in checks]):
         with rows.unless_it_breaks(name):
             getattr(check_kernels, name)()
