@@ -142,14 +142,19 @@ def machine_and_ceilings(rows: Rows, sizes: dict[str, Any], given: argparse.Name
         "graph": lambda _: graph.replay(),
     }
     seconds = {name: one["seconds"] for name, one in timed(runs).items()}
-    found["ceilings"] = {
+    found["ceilings"] = ceilings_of(seconds, n, nodes)
+    (given.out / "machine.json").write_text(json.dumps(found, indent=2, default=str), encoding="utf-8")
+    rows.add("machine", **found)
+
+
+def ceilings_of(seconds: dict[str, float], n: int, nodes: int) -> dict[str, float]:
+    """From the seconds of a copy of n^2 float32, of products of (n, n) matrices, and of a graph of so many nodes."""
+    return {
         "copy_bytes_per_second": 8 * n * n / seconds["copy"],
         "bfloat16_flops": 2 * n**3 / seconds["bfloat16 product"],
         "float32_flops": 2 * n**3 / seconds["float32 product"],
         "seconds_per_graph_node": seconds["graph"] / nodes,
     }
-    (given.out / "machine.json").write_text(json.dumps(found, indent=2, default=str), encoding="utf-8")
-    rows.add("machine", **found)
 
 
 def kernels(rows: Rows, sizes: dict[str, Any], given: argparse.Namespace) -> None:
@@ -158,6 +163,7 @@ def kernels(rows: Rows, sizes: dict[str, Any], given: argparse.Namespace) -> Non
     import torch
 
     from approxkmv.attention.kernels import triton as triton_kernels
+    from approxkmv.sweep.measure import errors
 
     check_kernels.DEVICE = "cuda"
     checks = [check_kernels.check_tiles]
@@ -180,9 +186,8 @@ def kernels(rows: Rows, sizes: dict[str, Any], given: argparse.Namespace) -> Non
             out = triton_kernels.exact(q, k, v, d**-0.5)
             some = torch.linspace(0, n - 1, min(n, 256), device="cuda").long()
             right = (d**-0.5 * q[:, some].double() @ k.double().mT).softmax(2) @ v.double()
-            gap = out[:, some].double() - right
             # float32 products are three of tf32, which the interpreter does not imitate.
-            rows.add(what, n=n, error=float(gap.norm() / v.double().norm() * (n / len(some)) ** 0.5))
+            rows.add(what, n=n, error=errors(out[:, some], right, v)[0])
 
 
 def heads(n: int, d: int, d_v: int, seed: int = 0) -> tuple[Any, Any, Any]:

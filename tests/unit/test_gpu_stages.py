@@ -95,6 +95,16 @@ def test_a_check_that_fails_in_any_way_has_its_row(tmp_path, monkeypatch):
     assert names[:4] == ["local-expansion d_v=1", "local-expansion d_v=16", "approxkmv d_v=1", "profile"]
 
 
+def test_ceilings(monkeypatch):
+    """A copy reads and writes 4 bytes a number; a product multiplies and adds."""
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    import gpu as stages
+
+    seconds = {"copy": 0.5, "bfloat16 product": 0.25, "float32 product": 4.0, "graph": 2e-4}
+    found = stages.ceilings_of(seconds, 10, 200)
+    assert list(found.values()) == pytest.approx([1600.0, 8000.0, 500.0, 1e-6])
+
+
 def test_a_setting_whose_rows_are_made_exactly_is_not_the_last(tmp_path, monkeypatch):
     """A broken kernel whose rows are all lost errs by nothing; the settings after it would not be measured."""
     monkeypatch.syspath_prepend(SCRIPT.parent)
