@@ -142,14 +142,19 @@ def machine_and_ceilings(rows: Rows, sizes: dict[str, Any], given: argparse.Name
         "graph": lambda _: graph.replay(),
     }
     seconds = {name: one["seconds"] for name, one in timed(runs).items()}
-    found["ceilings"] = {
+    found["ceilings"] = ceilings_of(seconds, n, nodes)
+    (given.out / "machine.json").write_text(json.dumps(found, indent=2, default=str), encoding="utf-8")
+    rows.add("machine", **found)
+
+
+def ceilings_of(seconds: dict[str, float], n: int, nodes: int) -> dict[str, float]:
+    """From the seconds of a copy of n^2 float32, of products of (n, n) matrices, and of a graph of so many nodes."""
+    return {
         "copy_bytes_per_second": 8 * n * n / seconds["copy"],
         "bfloat16_flops": 2 * n**3 / seconds["bfloat16 product"],
         "float32_flops": 2 * n**3 / seconds["float32 product"],
         "seconds_per_graph_node": seconds["graph"] / nodes,
     }
-    (given.out / "machine.json").write_text(json.dumps(found, indent=2, default=str), encoding="utf-8")
-    rows.add("machine", **found)
 
 
 def kernels(rows: Rows, sizes: dict[str, Any], given: argparse.Namespace) -> None:
@@ -158,6 +163,7 @@ def kernels(rows: Rows, sizes: dict[str, Any], given: argparse.Namespace) -> Non
     import torch
 
     from approxkmv.attention.kernels import triton as triton_kernels
+    from approxkmv.sweep.measure import errors
 
     check_kernels.DEVICE = "cuda"
     checks = [check_kernels.check_tiles]
@@ -165,7 +171,8 @@ def kernels(rows: Rows, sizes: dict[str, Any], given: argparse.Namespace) -> Non
         checks += [check_kernels.check_exact, check_kernels.check_listed, check_kernels.check_local_expansion]
         checks += [check_kernels.check_approxkmv, check_kernels.check_errors]
         checks += [check_kernels.check_clustering, check_kernels.check_lists]
-        checks += [check_kernels.check_fused, check_kernels.check_fused_extremes]
+        checks += [check_kernels.check_fused, check_kernels.check_sample, check_kernels.check_reach]
+        checks += [check_kernels.check_fused_extremes]
     for name in rows.without([check.__name__ for check in checks]):
         with rows.unless_it_breaks(name):
             getattr(check_kernels, name)()
@@ -179,9 +186,8 @@ def kernels(rows: Rows, sizes: dict[str, Any], given: argparse.Namespace) -> Non
             out = triton_kernels.exact(q, k, v, d**-0.5)
             some = torch.linspace(0, n - 1, min(n, 256), device="cuda").long()
             right = (d**-0.5 * q[:, some].double() @ k.double().mT).softmax(2) @ v.double()
-            gap = out[:, some].double() - right
             # float32 products are three of tf32, which the interpreter does not imitate.
-            rows.add(what, n=n, error=float(gap.norm() / v.double().norm() * (n / len(some)) ** 0.5))
+            rows.add(what, n=n, error=errors(out[:, some], right, v)[0])
 
 
 def heads(n: int, d: int, d_v: int, seed: int = 0) -> tuple[Any, Any, Any]:
@@ -300,41 +306,13 @@ def ours(rows: Rows, sizes: dict[str, Any], given: argparse.Namespace) -> None:
     """
     import torch
 
-    from approxkmv.attention import UnavailableError, get
-    from approxkmv.compute.counting import counting
-    from approxkmv.sweep.measure import errors
+    from approxkmv.attention import get
 
     n, d = sizes["long"], sizes["width"]
-    earlier = {row["what"]: row for row in read_rows(rows.path) if row["stage"] == rows.stage}
     for name, d_v in (("local-expansion", 1), ("local-expansion", d), ("approxkmv", 1)):
-        wide = [t.to("cuda") for t in heads(n, d, d_v)]
-        right = get("exact-fused")(*wide).double()
-        tensors = [t.bfloat16() for t in wide]
-        baseline = partial(get("exact-sdpa").compute, *tensors, scale=d**-0.5, seed=0, backend="fastest")
-        baseline()
-        method = get(name)
-        small = {"block": 32, "near": 16} if name == "local-expansion" else {"block": 64, "near": 16, "samples": 8}
-        for setting in [small] if given.interpret else method.grid:
-            parameters = method.parameters(setting)
-            what = f"{name} d_v={d_v} {json.dumps(setting)}"
-            run = partial(method.compute, *tensors, scale=d**-0.5, seed=0, **parameters)
-            for _ in rows.without([what]):
-                with rows.unless_it_breaks(what):
-                    try:
-                        with counting() as counts:
-                            out = run()
-                        of_values, of_answer = errors(out, right, tensors[2])
-                        raced = {"ours": lambda _, run=run: run(), "exact-sdpa": lambda _, run=baseline: run()}
-                        times = timed(raced, sizes["repeats"])
-                        found = {"n": n, "error": of_values, "error_of_answer": of_answer, "times": times}
-                        # Rows of a broken kernel would be made again exactly, and their error be small.
-                        found["recomputed_rows"] = counts.recomputed_rows
-                    except (UnavailableError, torch.OutOfMemoryError) as refusal:
-                        found = {"n": n, "reason": str(refusal).splitlines()[0]}
-                    earlier[what] = found
-                    rows.add(what, **found)
-            if earlier.get(what, {}).get("error", 1.0) <= 0.05:
-                break
+        for what in rows.without([f"{name} d_v={d_v}"]):
+            with rows.unless_it_breaks(what):
+                settings_of(name, d_v, rows, sizes, given)
     for _ in rows.without(["profile"]):
         with rows.unless_it_breaks("profile"):
             tensors = [t.to("cuda", torch.bfloat16) for t in heads(n, d, 1)]
@@ -347,6 +325,132 @@ def ours(rows: Rows, sizes: dict[str, Any], given: argparse.Namespace) -> None:
                 run()
                 torch.cuda.synchronize()
             rows.add("profile", kernels=profile.key_averages().table(sort_by="cuda_time_total", row_limit=60))
+    undecided(rows, sizes, given)
+
+
+def settings_of(name: str, d_v: int, rows: Rows, sizes: dict[str, Any], given: argparse.Namespace) -> None:
+    """A row of each setting of a method."""
+    import torch
+
+    from approxkmv.attention import UnavailableError, get
+    from approxkmv.compute.counting import counting
+    from approxkmv.sweep.measure import errors
+    from approxkmv.sweep.tuning import MOST_RECOMPUTED
+
+    n, d = sizes["long"], sizes["width"]
+    earlier = {row["what"]: row for row in read_rows(rows.path) if row["stage"] == rows.stage}
+    wide = [t.to("cuda") for t in heads(n, d, d_v)]
+    right = get("exact-fused")(*wide).double()
+    tensors = [t.bfloat16() for t in wide]
+    baseline = partial(get("exact-sdpa").compute, *tensors, scale=d**-0.5, seed=0, backend="fastest")
+    baseline()
+    method = get(name)
+    small = {"block": 32, "near": 16} if name == "local-expansion" else {"block": 64, "near": 16, "samples": 8}
+    for setting in [small] if given.interpret else method.grid:
+        parameters = method.parameters(setting)
+        what = f"{name} d_v={d_v} {json.dumps(setting)}"
+        run = partial(method.compute, *tensors, scale=d**-0.5, seed=0, **parameters)
+        for _ in rows.without([what]):
+            with rows.unless_it_breaks(what):
+                try:
+                    with counting() as counts:
+                        out = run()
+                    of_values, of_answer = errors(out, right, tensors[2])
+                    raced = {"ours": lambda _, run=run: run(), "exact-sdpa": lambda _, run=baseline: run()}
+                    times = timed(raced, sizes["repeats"])
+                    found = {"n": n, "error": of_values, "error_of_answer": of_answer, "times": times}
+                    # Rows of a broken kernel would be made again exactly, and their error be small.
+                    found["recomputed_rows"] = counts.recomputed_rows
+                except (UnavailableError, torch.OutOfMemoryError) as refusal:
+                    found = {"n": n, "reason": str(refusal).splitlines()[0]}
+                earlier[what] = found
+                rows.add(what, **found)
+        one = earlier.get(what, {})
+        if one.get("error", 1.0) <= 0.05 and one["recomputed_rows"] <= MOST_RECOMPUTED * n:
+            break
+
+
+def undecided(rows: Rows, sizes: dict[str, Any], given: argparse.Namespace) -> None:
+    """Choices that only a GPU can settle: the sides of each in a row."""
+    choices = {
+        "iterations of k-means, programs on a multiprocessor": iterations_and_programs,
+        "copies of a graph's inputs": copies,
+        "near keys in float32 with pipelined loads and without": pipelined_loads,
+    }
+    for what in rows.without(list(choices)):
+        with rows.unless_it_breaks(what):
+            runs, more = choices[what](sizes, given)
+            rows.add(what, compared=timed(runs, sizes["repeats"]), **more)
+
+
+# By name, what is timed; more for the row
+Compared = tuple[dict[str, Callable[[int], object]], dict[str, Any]]
+
+
+def recorded(tensors: list[Any], **setting: int) -> tuple[Callable[[], Any], Any, Any]:
+    """A call of local expansion, its answer and its graph, recorded anew."""
+    from approxkmv.attention import get
+    from approxkmv.attention.kernels import cuda_graphs
+
+    cuda_graphs._graphs.clear()
+    method, scale = get("local-expansion"), tensors[0].shape[2] ** -0.5
+    run = partial(method.compute, *tensors, scale=scale, seed=0, **method.parameters(setting))
+    return run, run(), next(iter(cuda_graphs._graphs.values()))
+
+
+def iterations_and_programs(sizes: dict[str, Any], given: argparse.Namespace) -> Compared:
+    """Graphs of the fused form, and how they err."""
+    from approxkmv.attention import get
+    from approxkmv.attention.blocks.cuda import fused
+    from approxkmv.sweep.measure import errors
+
+    wide = [t.to("cuda") for t in heads(sizes["long"], sizes["width"], 1)]
+    right, tensors = get("exact-fused")(*wide).double(), [t.bfloat16() for t in wide]
+    setting = {"block": 32, "near": 16} if given.interpret else {"block": 192, "near": 384}
+    runs, gaps, multiprocessors = {}, {}, fused._MULTIPROCESSORS
+    for iterations, programs in ((3, 3), (2, 3), (1, 3), (3, 1), (3, 2), (3, 4), (3, 6)):
+        with patch.object(fused, "_MULTIPROCESSORS", multiprocessors * programs // 3):
+            _, out, graph = recorded(tensors, iterations=iterations, **setting)
+        name = f"{iterations}, {programs}"
+        runs[name] = lambda _, graph=graph: graph.replay()
+        gaps[name] = errors(out, right, tensors[2])[0]
+    return runs, {"errors": gaps}
+
+
+def copies(sizes: dict[str, Any], given: argparse.Namespace) -> Compared:
+    """A call of Figure 5's largest case, its graph alone, and the copies of its inputs."""
+    import torch
+
+    inputs = heads(sizes["figure"][-1], 100, 1)
+    tensors = [t.expand(sizes["batch"], -1, -1).to("cuda", torch.bfloat16).contiguous() for t in inputs]
+    run, _, graph = recorded(tensors, block=2**24, near=16)
+    pairs = list(zip(graph.inputs, tensors, strict=False))
+    return {
+        "call": lambda _: run(),
+        "graph": lambda _: graph.replay(),
+        "copies": lambda _: [mine.copy_(theirs) for mine, theirs in pairs],
+    }, {}
+
+
+def pipelined_loads(sizes: dict[str, Any], given: argparse.Namespace) -> Compared:
+    """Near keys in float32 of the widest values, of which Triton 3.6 spills some registers."""
+    import torch
+
+    from approxkmv.attention.blocks.cuda import expansion
+    from approxkmv.attention.kernels import triton as triton_kernels
+
+    n = sizes["figure"][-1]
+    q, k, v = (t.to("cuda") for t in heads(n, 112, 100))
+    options, clusters = triton_kernels._options, -(-n // 128)
+    tiles = expansion.Tiles.of(torch.arange(n, device="cuda")[None] // 128, clusters)
+    near = torch.arange(min(512, n), device="cuda").expand(1, clusters, -1)
+    centres = tiles.means(q)
+
+    def near_keys(_: int, **stages: int) -> object:
+        with patch.object(triton_kernels, "_options", lambda *widths: options(*widths) | stages):
+            return triton_kernels.listed(q, tiles.queries, tiles.clusters, centres, k, v, near, None)
+
+    return {"with": near_keys, "without": partial(near_keys, num_stages=1)}, {}
 
 
 def sharper(rows: Rows, sizes: dict[str, Any], given: argparse.Namespace) -> None:
@@ -449,6 +553,8 @@ def main() -> int:
     parser.add_argument("--interpret", action="store_true", help="small inputs on a CPU")
     parser.add_argument("--one", type=int, choices=list(LIMITS), help=argparse.SUPPRESS)
     given = parser.parse_args()
+    # Stages run in the folder of the checkout.
+    given.out = given.out.resolve()
     given.out.mkdir(parents=True, exist_ok=True)
     if given.one is not None:
         one_stage(given.one, given)

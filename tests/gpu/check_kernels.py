@@ -17,6 +17,7 @@ from approxkmv.attention.blocks.cuda import expansion as expansion_cuda
 from approxkmv.attention.blocks.cuda import fused
 from approxkmv.attention.blocks.cuda import local_expansion as local_expansion_cuda
 from approxkmv.attention.blocks.expansion import Clustering
+from approxkmv.attention.blocks.reach import REACH, most_off
 from approxkmv.attention.kernels import cuda_graphs
 from approxkmv.attention.kernels import triton as triton_kernels
 
@@ -326,9 +327,14 @@ def check_fused():
     # Of 1,100 keys there are two pieces.
     shapes = ((150, 170, 20, 1, 16, 40), (90, 100, 100, 5, 32, 20), (90, 90, 20, 1, 32, 20), (70, 70, 24, 4, 70, 9))
     shapes += ((150, 1100, 20, 1, 16, 40), (90, 1100, 16, 3, 32, 40))
+    # Of few keys a query's own, which most of these do not have near, is a large part.
+    equal = ((40, 40, 20, 1, 40, 3), (24, 24, 20, 4, 12, 3))
     for dtype in (torch.float32, torch.bfloat16):
-        for n_q, n_k, d, d_v, block, near in shapes:
+        for n_q, n_k, d, d_v, block, near in shapes + equal:
             q, k, v = inputs(2, n_q, n_k, d, d_v, dtype, n_q)
+            if n_q < 50:
+                # Values that follow the keys, and queries to one side of them: the answer, and its far key, are long.
+                q, k, v = q + 2, q, v + q[..., :1]
             clusters = -(-n_q // block)
             spread = k.float().var(1, correction=0, keepdim=True)
             labels = expansion_cuda.labels_of_queries(q.float(), spread, first, clusters, 2, 8)
@@ -346,6 +352,53 @@ def check_fused():
             assert found < 5e-3
             assert out.dtype == dtype
             assert int(lost) == 0
+
+
+def check_sample():
+    """A threshold from one key in 16, of keys of which each 16th is 0: a sample of these would make all others near."""
+    near = 128
+    q, k, v = inputs(2, 70, 1100, 16, 1, torch.bfloat16, 0)
+    q, k = 0.5 + 0.1 * q, k + 1
+    k[:, ::16] = 0
+    assert fused.listing(near, 1100) == (16, 8, 512)
+    first = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    out, lost = fused.steps(q, k, v, first, Clustering(70, near, 0, 2, 8), scale=1.0)
+    found = gap(out, exact(q, k, v, 1.0), v)
+    print(f"sample: {found:.2e}, {int(lost)} lost")
+    assert found < 4e-3
+    assert int(lost) == 0
+
+
+def check_reach():
+    """Rows that are lost are those of `beyond_reach`: some for their variance alone, some for their sum alone."""
+    n, near, scale = 150, 6, 1.0
+    _, k, v = inputs(1, 2, n, 16, 1, torch.float32, 0)
+    # Queries of rising lengths along the near keys, which outweigh all others together, and across them
+    k[:, :near] *= 2.2
+    q = k[:, :near].repeat(1, 5, 1) * torch.linspace(0, 1.5, 30, device=DEVICE)[:, None]
+    # Most at 0, or one near key would outweigh the others at the centre by more than the 80 nats that near keys span
+    q = torch.cat([q, q.roll(1, 2), torch.zeros(1, 240, 16, device=DEVICE)], 1)
+    first = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    with replaced(listing=lambda near, n_k: (1, near + 1, 64)):
+        out, number = fused.steps(q, k, v, first, Clustering(300, near, 0, 2, 8), scale=scale)
+    keys = (k - k.mean(1, keepdim=True))[0].double()
+    centre, variance = q[0].double().mean(0), q[0].double().var(0, correction=0)
+    ranked = keys @ centre + 0.5 * keys.square() @ variance
+    order = ranked.argsort(descending=True)
+    weights = ranked[order[near:]].exp()
+    far_key, delta = weights @ keys[order[near:]] / weights.sum(), q[0].double() - centre
+    far_log = delta @ far_key + weights.sum().log() - 0.5 * variance @ far_key.square()
+    known = (q[0].double() @ keys[order[:near]].mT).logsumexp(1)
+    variances = delta.square() @ keys.square().mean(0)
+    off = torch.nn.functional.logsigmoid(far_log - known) + 0.5 * variances - most_off(n - near)
+    clear = (off.abs() > 0.3) & ((variances - REACH).abs() > 1)
+    lost = (off > 0) | (variances > REACH)
+    print(f"reach: {int(lost.sum())} of {len(lost)} rows lost, {int((~clear).sum())} in doubt")
+    assert bool(((off > 0) & (variances < REACH) & clear).any())
+    assert bool(((off < 0) & (variances > REACH) & clear).any())
+    assert bool((~lost & clear).any())
+    assert torch.equal(out[0, :, 0].isnan()[clear], lost[clear])
+    assert int(number) == int(out.isnan().sum())
 
 
 def check_fused_extremes():
@@ -451,7 +504,7 @@ def main():
         check_approxkmv,
         check_errors,
     ]
-    checks += [check_fused, check_fused_extremes]
+    checks += [check_fused, check_sample, check_reach, check_fused_extremes]
     if not INTERPRETED:
         checks += [check_graphs] + [check_second_device] * (torch.cuda.device_count() > 1)
     with watched() if INTERPRETED else nullcontext() as sanitizer:

@@ -121,6 +121,37 @@ def test_alternating_settings_keep_their_graphs(recorded):
         assert graphs.recordings() - before == len(recorded) == settings
 
 
+def test_each_of_several_answers_survives_the_next_replay(monkeypatch):
+    """As those of the fused form, an answer and the number of lost rows: a replay writes into the same memory."""
+    monkeypatch.setattr(graphs, "_has_graphs", lambda device: True)
+    monkeypatch.setattr(graphs, "_graphs", type(graphs._graphs)())
+
+    def record(work, device, pool):
+        memory = work()
+
+        def replay():
+            for mine, answer in zip(memory, work(), strict=True):
+                mine.copy_(answer)
+            return memory
+
+        return replay, "pool"
+
+    def both_of(q):
+        return q + 1, q.sum(1)
+
+    monkeypatch.setattr(graphs, "_record", record)
+    answers = [graphs.replayed(both_of, [torch.full((2, 3), x)], {}) for x in (1.0, 5.0)]
+    assert [[int(t.flatten()[0]) for t in both] for both in answers] == [[2, 3], [6, 15]]
+
+
+def test_inputs_of_another_type_have_a_graph_of_their_own(recorded):
+    answers = [
+        graphs.replayed(torch.neg, [torch.full((3,), 1.001).to(kind)], {}) for kind in (torch.bfloat16, torch.float32)
+    ]
+    assert len(recorded) == 2
+    assert [float(answer[0]) for answer in answers] == pytest.approx([-1.0, -1.001])
+
+
 @pytest.mark.parametrize("first", [True, False])
 def test_a_graph_outlives_inference_mode(recorded, first):
     tensors = inputs()

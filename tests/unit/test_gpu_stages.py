@@ -40,6 +40,12 @@ def test_every_stage_in_the_interpreter(tmp_path):
     assert max(errors) < 0.1
     exact = [row["times"] for row in found if row["stage"] == 3 and "times" in row]
     assert all(one["seconds"] > 0 and one["host_seconds"] > 0 for times in exact for one in times.values())
+    # The choices that a GPU settles: each side is timed, and those that change the answer have its error.
+    settled = [row for row in found if "compared" in row]
+    assert [list(row["compared"]) for row in settled[1:]] == [["call", "graph", "copies"], ["with", "without"]]
+    assert len(settled[0]["compared"]) == 7
+    assert all(side["seconds"] > 0 for row in settled for side in row["compared"].values())
+    assert all(gap < 0.1 for gap in settled[0]["errors"].values())
     swept = [row for one in found if one["stage"] in (4, 6) for row in one.get("rows", ())]
     assert swept
     assert {row["status"] for row in swept} <= {"ok", "unreached"}
@@ -80,10 +86,47 @@ def test_a_check_that_fails_in_any_way_has_its_row(tmp_path, monkeypatch):
     monkeypatch.setattr(check_kernels, "DEVICE", "cpu")
     monkeypatch.setattr(stages, "heads", stops)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    stages.kernels(stages.Rows(tmp_path / "rows.jsonl", 1), stages.SMALL, SimpleNamespace(interpret=True))
+    for stage in (1, 5):
+        stages.STAGES[stage](stages.Rows(tmp_path / "rows.jsonl", stage), stages.SMALL, SimpleNamespace(interpret=True))
     assert not any(row["holds"] for row in rows(tmp_path))
-    reasons = ["RuntimeError: an illegal instruction", *["InterruptedError: the rest of the stage"] * 4]
+    reasons = ["RuntimeError: an illegal instruction", *["InterruptedError: the rest of the stage"] * 11]
     assert [row["reason"] for row in rows(tmp_path)] == reasons
+    names = [row["what"] for row in rows(tmp_path) if row["stage"] == 5]
+    assert names[:4] == ["local-expansion d_v=1", "local-expansion d_v=16", "approxkmv d_v=1", "profile"]
+
+
+def test_ceilings(monkeypatch):
+    """A copy reads and writes 4 bytes a number; a product multiplies and adds."""
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    import gpu as stages
+
+    seconds = {"copy": 0.5, "bfloat16 product": 0.25, "float32 product": 4.0, "graph": 2e-4}
+    found = stages.ceilings_of(seconds, 10, 200)
+    assert list(found.values()) == pytest.approx([1600.0, 8000.0, 500.0, 1e-6])
+
+
+def test_a_setting_whose_rows_are_made_exactly_is_not_the_last(tmp_path, monkeypatch):
+    """A broken kernel whose rows are all lost errs by nothing; the settings after it would not be measured."""
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    import gpu as stages
+
+    from approxkmv.compute.counting import count
+
+    lost, grid = iter([190, 0, 0]), [{"block": 32, "near": near} for near in (8, 16, 32)]
+
+    def compute(q, k, v, **_):
+        count(recomputed_rows=next(lost))
+        return v
+
+    method = SimpleNamespace(grid=grid, parameters=lambda setting: setting, compute=compute)
+    exact = SimpleNamespace(compute=lambda *_, **__: None)
+    found = {"local-expansion": method, "exact-sdpa": exact, "exact-fused": lambda q, k, v: v.bfloat16()}
+    monkeypatch.setattr("approxkmv.attention.get", found.__getitem__)
+    monkeypatch.setattr(stages, "timed", lambda *_: {})
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, device: self)
+    out = stages.Rows(tmp_path / "rows.jsonl", 5)
+    stages.settings_of("local-expansion", 1, out, stages.SMALL, SimpleNamespace(interpret=False))
+    assert [(row["error"] < 1e-6, row["recomputed_rows"]) for row in rows(tmp_path)] == [(True, 190), (True, 0)]
 
 
 BREAKS = """
@@ -116,39 +159,127 @@ def test_what_breaks_has_its_row_and_the_rest_is_measured(tmp_path):
     found = rows(tmp_path)
     broken = [(row["stage"], row["what"].split(" ")[0]) for row in found if not row.get("holds", True)]
     assert set(broken) == {
-        *((2, "bfloat16"), (4, "glove-paper"), (5, "local-expansion"), (5, "profile")),
+        *(
+            (2, "bfloat16"),
+            (4, "glove-paper"),
+            (5, "local-expansion"),
+            (5, "profile"),
+            (5, "iterations"),
+            (5, "copies"),
+        ),
         *((6, "glove-sharp"), (6, "glove-split"), (7, "c"), (7, "attention_statistics")),
     }
     assert {row["reason"] for row in found if not row.get("holds", True)} == {"RuntimeError: an illegal instruction"}
     measured = {(row["stage"], row["what"].split(" ")[0]) for row in found} - set(broken)
-    assert measured == {(2, "float32"), (5, "approxkmv"), (7, "length_statistics")}
+    assert measured == {(2, "float32"), (5, "approxkmv"), (5, "near"), (7, "length_statistics")}
 
 
-def test_tables_leave_out_what_was_not_timed(tmp_path, monkeypatch):
+@pytest.fixture
+def tables(tmp_path, monkeypatch):
+    """benchmarks/gpu_tables.py with no results yet."""
     monkeypatch.syspath_prepend(SCRIPT.parent)
     import gpu_tables
 
-    ours = {"seconds": 0.001}
-    long = {
-        "stage": 5,
-        "error": 0.1,
-        "error_of_answer": 0.2,
-        "what": 'local-expansion d_v=1 {"block": 512, "near": 64}',
-    }
-    found = [
-        {"stage": 3, "what": gpu_tables._FIGURE, "holds": False, "reason": "RuntimeError: an illegal instruction"},
-        {**long, "times": {"exact-sdpa": {"reason": ""}, "ours": ours}},
-        {**long, "what": 'local-expansion d_v=1 {"near": 2}', "times": {"ours": ours, "exact-sdpa": {"seconds": 0.01}}},
-        {"stage": 7, "what": "c and order ratios n=131072", "holds": False, "reason": "an illegal instruction"},
-    ]
     monkeypatch.setattr(gpu_tables, "FOLDER", tmp_path)
-    gpu_tables._write_rows("earlier", [])
-    gpu_tables._write_rows("rows", found)
-    ends = [line.split(" | ")[-1] for line in gpu_tables.predicted().splitlines()[2:]]
-    assert ends == [*["– |"] * 5, "1 |", *["– |"] * 3]
-    assert gpu_tables.long().count('`{"near": 2}` | 1 | 10 |') == len(gpu_tables.TARGETS)
-    assert "block" not in gpu_tables.long()
-    assert gpu_tables.statistics() == gpu_tables._NOT_YET
+    (tmp_path / "machine.json").write_text(json.dumps({"machine": {"gpu": "NVIDIA H100 80GB HBM3"}}))
+    return gpu_tables
+
+
+def of_long(setting, seconds=0.001, exact=0.01, **others):
+    """A row of stage 5 of local-expansion."""
+    row = {"stage": 5, "what": f"local-expansion d_v=1 {setting}", "n": 131072, "error": 0.1, "error_of_answer": 0.2}
+    return {**row, "times": {"ours": {"seconds": seconds}, "exact-sdpa": {"seconds": exact}}, **others}
+
+
+def cells(table):
+    """The cells of the rows of a Markdown table."""
+    return [line.strip("| ").split(" | ") for line in table.splitlines()[2:] if line.startswith("|")]
+
+
+def test_tables_leave_out_what_was_not_timed(tables):
+    ours, sdpa = {"seconds": 0.001}, {"exact-sdpa": {"seconds": 0.01}}
+    found = [
+        {"stage": 3, "what": tables._FIGURE, "holds": False, "reason": "RuntimeError: an illegal instruction"},
+        {"stage": 5, "what": "local-expansion d_v=64", "holds": False, "reason": "RuntimeError: a broken reference"},
+        of_long('{"block": 512, "near": 64}', times={"exact-sdpa": {"reason": ""}, "ours": ours}),
+        of_long('{"near": 2}'),
+        {"stage": 5, "what": "copies of a graph's inputs", "compared": {"a call": ours}},
+        {"stage": 7, "what": "c and order ratios n=131072", "holds": False, "reason": "an illegal instruction"},
+        # Of the exact methods only one ran: it stands for no other.
+        {"stage": 3, "what": "n=131072 batch=1 d=64 d_v=1 bfloat16", "times": sdpa},
+    ]
+    tables._write_rows("earlier", [])
+    tables._write_rows("rows", found)
+    ends = [line[-1] for line in cells(tables.predicted())]
+    assert ends == [*["–"] * 3, "10", "–", "1", *["–"] * 3]
+    assert tables.long().count('`{"near": 2}` | 1 | 10 |') == len(tables.TARGETS)
+    assert "block" not in tables.long()
+    assert tables.statistics() == tables._NOT_YET
+    # No case of a sweep ended, and no kernel was compared at the longest length.
+    (tables.FOLDER / "tables").mkdir()
+    (tables.FOLDER / "tables" / "sweep.json").write_text("of an earlier run")
+    tables.collect_sweeps([], [])
+    assert not (tables.FOLDER / "tables" / "sweep.json").exists()
+    assert tables.figure5() == tables._NOT_YET
+    assert tables.checks().startswith("Of 3 checks 0 hold")
+    assert "err by" not in tables.checks()
+
+
+def test_times_before_and_after_name_their_gpu(tables):
+    """The earlier code's was an H200; this one's is whichever was lent."""
+    setting = 'local-expansion {"block": 512, "near": 64}'
+    gpu = {"stage": 0, "what": "machine", "machine": {"gpu": "NVIDIA H200"}}
+    earlier = {"stage": 5, "what": setting, "times": {setting: {"seconds": 0.004}, "exact-sdpa": {"seconds": 1.0}}}
+    tables._write_rows("earlier", [gpu, earlier])
+    tables._write_rows("rows", [of_long('{"block": 512, "near": 64}')])
+    names = tables.predicted().splitlines()[0].strip("| ").split(" | ")
+    assert names[2:] == ["H200, that code, ms", "H100, fused form, ms"]
+    assert cells(tables.predicted())[5][2:] == ["4", "1"]
+
+
+def test_the_long_table_has_the_fastest_setting_whose_own_rows_reach_an_error(tables):
+    rows = [
+        of_long('{"near": 1}', 0.001, error=0.16),
+        of_long('{"near": 2}', 0.002, error=0.12),
+        of_long('{"near": 3}', 0.004, error=0.08),
+        of_long('{"near": 4}', 0.003, error=0.09, recomputed_rows=1000),
+        # Nearly all of its rows were made again, exactly.
+        of_long('{"near": 5}', 0.0005, error=0.001, recomputed_rows=100_000),
+    ]
+    tables._write_rows("rows", rows)
+    found = cells(tables.long())
+    assert [line[2:] for line in found] == [
+        ["0.15", "0.12", "0.2", '`{"near": 2}`', "2", "5"],
+        ["0.1", "0.09", "0.2", '`{"near": 4}`', "3", "3.3"],
+        ["0.05", "0.08 (not reached)", "0.2", '`{"near": 3}`', "4", "2.5"],
+    ]
+
+
+def of_sweep(method, target=None, seconds="0.001", **others):
+    """A row of a case's table, as csv reads it."""
+    row = {"workload": "glove-sharp", "n": "4096", "batch": "1", "method": method, "seconds": seconds}
+    if target is None:
+        return {**row, "kind": "exact", "status": "ok", **others}
+    row |= {"kind": "approximate", "target": f"{target}", "relative_to": "values", "status": "ok", "reached": "yes"}
+    return {**row, "error_v_p95": "0.04", "fastest_exact": "exact-sdpa", "times_faster": "0.5", **others}
+
+
+def test_figure_5_without_what_could_not_run(tables):
+    """A method that is unavailable has a row without target, of which nothing else is known."""
+    exact = [of_sweep("exact-naive", seconds="0.02"), of_sweep("exact-sdpa", seconds="0.0005")]
+    mean = [of_sweep("mean", target, error_v_p95="0.3") for target in tables.TARGETS]
+    ours = [of_sweep("local-expansion", target) for target in tables.TARGETS]
+    other = {"relative_to": "answer", "seconds": "7", "error_v_p95": "7"}
+    swept = [*exact, *({**row, **other} for row in (*ours, *mean)), *ours, *mean]
+    right = ["`glove-sharp`, batch 1", "4,096", "0.15", "0.5 (`exact-sdpa`)", "0.3", "0.04", "1", "0.5", "20"]
+    tables.collect_sweeps(swept, [])
+    assert cells(tables.figure5())[0] == right
+    assert [line[2] for line in cells(tables.figure5())] == ["0.15", "0.1", "0.05"]
+    gone = {"kind": "approximate", "status": "unavailable", "seconds": ""}
+    tables.collect_sweeps([*exact, *mean, of_sweep("local-expansion", **gone)], [])
+    assert cells(tables.figure5())[0] == [*right[:3], "0.5 (`exact-sdpa`)", "0.3", "–", "–", "–", "–"]
+    tables.collect_sweeps([exact[1], of_sweep("mean", **gone), of_sweep("exact-naive", **gone), *ours], [])
+    assert cells(tables.figure5())[0] == [*right[:4], "–", *right[5:8], "–"]
 
 
 def test_a_stage_that_broke_goes_on_where_it_got_further(tmp_path, monkeypatch):
@@ -169,6 +300,19 @@ def test_a_stage_that_broke_goes_on_where_it_got_further(tmp_path, monkeypatch):
     assert [row["what"] for row in rows(tmp_path)] == ["check 1", "check 2"]
     assert len(limits) == 3
     assert 0 < limits[2] <= limits[1] <= limits[0] <= 60
+
+
+def test_a_relative_folder_is_where_the_command_runs(tmp_path, monkeypatch):
+    """The stages' processes run in the checkout."""
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    import gpu as stages
+
+    commands = []
+    monkeypatch.setattr(stages, "exit_code", lambda command, *_: commands.append(command) or 0)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", "of rows", "--stages", "7", "--interpret"])
+    monkeypatch.chdir(tmp_path)
+    assert stages.main() == 0
+    assert str(tmp_path / "of rows") in commands[0]
 
 
 def test_a_stage_that_may_not_end_in_time_waits(tmp_path):
