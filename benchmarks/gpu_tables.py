@@ -17,7 +17,7 @@ import pandas as pd
 from reference import REFERENCE, markdown, number
 
 from approxkmv.files import write_text
-from approxkmv.sweep.exponents import EXPONENT_COLUMNS, evaluation_exponents
+from approxkmv.sweep.exponents import EXPONENT_COLUMNS, add_exponents, evaluation_exponents
 from approxkmv.sweep.table import COLUMNS, write_rows
 from approxkmv.sweep.tuning import MOST_RECOMPUTED
 
@@ -218,6 +218,7 @@ def collect(out: Path, earlier: Path | None) -> None:
 def collect_sweeps(swept: list[dict[str, Any]], records: list[dict[str, Any]]) -> None:
     """One table of the rows of all cases, with one record, none if no case ended."""
     exponents = evaluation_exponents(swept)
+    add_exponents(swept, exponents)
     (FOLDER / "tables").mkdir(parents=True, exist_ok=True)
     write_rows(FOLDER / "tables" / "sweep.csv", swept, COLUMNS)
     write_rows(FOLDER / "tables" / "sweep_exponents.csv", exponents, EXPONENT_COLUMNS)

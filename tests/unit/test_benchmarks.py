@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import subprocess
@@ -422,3 +423,48 @@ def test_a_kill_leaves_nothing_running_and_what_it_cut_short_is_found(tmp_path):
     assert kills.fingerprints(tmp_path) != whole
     (tables / "a.json").write_text('{"x": ')
     assert kills.cut_short(tmp_path) == [str(tables / "a.json")]
+
+
+SWEEPS = sorted((ROOT / "results" / "reference").glob("**/sweep.csv"))
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.parents[1].name)
+def test_what_the_reference_sweeps_derive_from_their_rows_is_what_todays_code_derives(path, tmp_path):
+    from gpu_tables import _typed
+
+    from approxkmv.sweep.exponents import EXPONENT_COLUMNS, add_exponents, evaluation_exponents
+    from approxkmv.sweep.ratios import add_ratios
+    from approxkmv.sweep.table import COLUMNS, write_rows
+
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = [_typed(row) for row in csv.DictReader(file)]
+    derived = ("reached", "fastest_exact", "times_faster", "evaluation_exponent")
+    for row in rows:
+        for name in [name for name in row if name.startswith(derived)]:
+            del row[name]
+    add_ratios(rows)
+    exponents = evaluation_exponents(rows)
+    add_exponents(rows, exponents)
+    write_rows(tmp_path / "sweep.csv", rows, COLUMNS)
+    write_rows(tmp_path / "sweep_exponents.csv", exponents, EXPONENT_COLUMNS)
+    for name in ("sweep.csv", "sweep_exponents.csv"):
+        assert (tmp_path / name).read_bytes() == path.with_name(name).read_bytes()
+
+
+@pytest.mark.parametrize("study", ["embedded", "families"])
+def test_the_reference_comparison_with_the_paper_is_what_todays_code_finds_in_the_tables(study, tmp_path):
+    from approxkmv.steps.compare import compare
+
+    tables = ROOT / "results" / "reference" / study / "tables"
+    known = tables / "paper_comparison.csv"
+    compare(tables, pd.read_csv(known)["model"].unique(), tmp_path / known.name)
+    assert (tmp_path / known.name).read_bytes() == known.read_bytes()
+
+
+def test_the_reference_fits_of_costs_are_what_todays_code_fits():
+    from approxkmv.kmv.complexity import fit_exponents
+
+    tables = ROOT / "results" / "reference" / "complexity" / "tables"
+    found = fit_exponents(pd.read_csv(tables / "complexity.csv"))
+    # Least squares round otherwise on other processors.
+    pd.testing.assert_frame_equal(found, pd.read_csv(tables / "complexity_fits.csv"), rtol=1e-6)
