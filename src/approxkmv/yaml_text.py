@@ -79,7 +79,8 @@ def _count_entries(node: Any, path: Path, known: dict[int, int], above: tuple[in
         parts: list[Any] = []
         # A text counts for as many entries as short words that it could be.
         own = 1 + (len(node.value) // 16 if isinstance(node, yaml.ScalarNode) else 0)
-        if node is not None and node.tag.endswith((":int", ":float")) and SURPRISING.match(node.value):
+        number = isinstance(node, yaml.ScalarNode) and node.tag.endswith((":int", ":float"))
+        if number and SURPRISING.match(node.value):
             raise ConfigError(
                 f"{path}: YAML does not read {node.value} as a decimal number, at line {line}: write one, or use quotes"
             )

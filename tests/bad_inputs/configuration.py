@@ -124,6 +124,8 @@ FILES: dict[str, bytes] = {
     "a number of 300 sixtieths": GOOD + b"other: 1" + b":59" * 300 + b".5\n",
     "a number in sixtieths": GOOD.replace(b"tokens: 64", b"tokens: 1:04"),
     "a number in eighths": GOOD.replace(b"tokens: 64", b"tokens: 0100"),
+    "a list as a whole number": GOOD.replace(b"tokens: 64", b"tokens: !!int [6, 4]"),
+    "an object as a number": GOOD.replace(b"tokens: 64", b"tokens: !!float {a: 64}"),
     "half of a character": GOOD.replace(b"study: tiny", b'study: "\\ud800"'),
 }
 HUGE = 2**64
