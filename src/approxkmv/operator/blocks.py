@@ -56,7 +56,6 @@ _MOST_NATS = 30.0
 # Sizes of x within this factor of each other do not change which keys are near; the least that counts, of their mean.
 _EVEN, _LEAST_SIZE = 1.5, 1e-3
 
-
 Strip = tuple[torch.Tensor, list[torch.Tensor]]
 """Some blocks' weights (blocks, n_k) of their far keys over 2^threshold, 0 for near keys; each block's near keys."""
 
@@ -337,8 +336,8 @@ def clusters_of(n_q: int, n_k: int, times: float = _PER_ROOT[0], block: int | No
     return max(1, -(-n_q // (block or block_size(usual, n_q, n_k))))
 
 
-def make_blocks(points: Points, low: torch.dtype, seed: int, block: int | None = None) -> Blocks:
-    """Cluster the queries into blocks of about `block` of them; None lets their number decide."""
+def make_blocks(points: Points, low: torch.dtype, seed: int, block: int | None = None) -> tuple[Blocks, Plan]:
+    """Cluster the queries into blocks of about `block` of them, or as their number says, and make the first plan."""
     n_q, n_k = len(points.queries), len(points.keys)
     axes, spread = principal_axes(points.keys, min(_AXES, points.keys.shape[1]))
     # Clustering runs on the CPU: it takes a small part of the time of a product.
@@ -372,9 +371,10 @@ def make_blocks(points: Points, low: torch.dtype, seed: int, block: int | None =
     ones = [torch.ones_like(half[:, 0]) for half in parts_of(centres[:, :1], low)]
     ranks = side_by_side(centres.to(low), *ones, (0.5 * _LN2 * variances).to(low))
     made = queries - centres[of_row], _with_zeros(query_side(points, order, low)), ranks
-    bends = torch.zeros_like(points.query_halves)
-    blocks = Blocks(points, keys, order, of_row, sizes, centres, variances, bends, *made)
-    return replace(blocks, bends=blocks.second_order(blocks.plan(min(PREDICTING, max(1, n_k // 4)))))
+    flat = Blocks(points, keys, order, of_row, sizes, centres, variances, torch.zeros_like(points.query_halves), *made)
+    plan = flat.plan(min(PREDICTING, max(1, n_k // 4)))
+    blocks = replace(flat, bends=flat.second_order(plan))
+    return blocks, replace(plan, factors=blocks._factors(plan.thresholds, plan.means))
 
 
 def _variances(deltas: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ from approxkmv.errors import InputError
 from approxkmv.kmv import inputs
 from approxkmv.operator import exact
 from approxkmv.operator.bar import ErrorBar, error_bar, proposal
-from approxkmv.operator.blocks import KEPT, ONE_IN, PREDICTING, STRIP, Blocks, Plan, make_blocks
+from approxkmv.operator.blocks import KEPT, ONE_IN, STRIP, Blocks, Plan, make_blocks
 from approxkmv.operator.linear import of_blocks, of_points
 from approxkmv.operator.pilot import WORTH, Pilot, cost_of_blocks, may_be_worth, near_for, pilot_of, pilot_rows
 from approxkmv.operator.points import Points, in_units
@@ -187,8 +187,9 @@ class KernelOperator:
             free = free_bytes(self._points.keys.device)
             if needed > free:
                 raise InputError(f"{n_k} keys need {needed >> 20} MiB, and {free >> 20} MiB are free: give fewer keys")
-            blocks = make_blocks(self._points, self._low, self._seed)
-            self._prepared = blocks, blocks.doubts(self._plan(blocks, min(PREDICTING, max(1, n_k // 4))))
+            blocks, plan = make_blocks(self._points, self._low, self._seed)
+            self._plans[plan.near] = plan
+            self._prepared = blocks, blocks.doubts(plan)
         return self._prepared
 
     def _plan(self, blocks: Blocks, near: int) -> Plan:
