@@ -395,6 +395,54 @@ def test_no_x_is_lost_where_it_is_zero():
     assert K.last.met
 
 
+@pytest.mark.parametrize("times", [1, 500])
+@pytest.mark.parametrize("row", [1, 5])
+def test_rounding_counts_where_the_error_of_all_rows_is_known(times, row):
+    """They are in the pilot, or all alike, so that the bound has no room for the rounding of float32."""
+    queries, x = Q[row].repeat(times, 1), torch.randn(len(K_), generator=torch.Generator().manual_seed(4))
+    K = KernelOperator(queries, K_, SIGMA, 0.05, method="blocks", seed=0)
+    error = relative(K @ x, reference(queries, K_, x, SIGMA))
+    assert error > 3e-6
+    assert K.last.error == pytest.approx(error, abs=3e-7)
+    assert K.last.bound > error - 3e-7
+
+
+@pytest.mark.parametrize("method", ["auto", "blocks", "exact"])
+def test_answers_too_small_for_float32_are_made_in_float64(method):
+    far, keys, x = Q.double() + 10, K_.double(), torch.ones(len(K_))
+    truth = reference(far, keys, x, SIGMA)
+    assert 1e-70 < float(truth.max()) < 1e-45
+    K = KernelOperator(far, keys, SIGMA, 0.05, method=method, seed=0)
+    # Scaled, since squares of such numbers vanish.
+    assert relative(1e50 * (K @ x), 1e50 * truth) < 0.05
+    assert K.last.exponents == "float64"
+
+
+def test_entries_too_small_for_float32_are_0_in_every_form(monkeypatch):
+    points, x = in_units(Q + 12, K_, SIGMA), torch.ones(len(K_), 2)
+    for low in (torch.float32, torch.bfloat16):
+        assert not exact.product(points, x, low).any()
+        assert not exact.product(points, x[:, :1], low).any()
+    monkeypatch.setattr(exact, "loops_for", lambda logs: None)
+    assert not exact.product(points, x, torch.float32).any()
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("method", ["auto", "blocks", "exact"])
+def test_a_single_key_is_a_case_like_any_other(method):
+    K = KernelOperator(Q, K_[:1], SIGMA, 0.05, method=method, seed=0)
+    x = torch.tensor([-2.0])
+    assert relative(K @ x, reference(Q, K_[:1], x, SIGMA)) < 0.05
+    assert K.last.met
+
+
+@pytest.mark.parametrize("method", ["blocks", "exact"])
+def test_the_linear_operator_takes_complex_vectors(method):
+    A = KernelOperator(Q.numpy(), K_.numpy(), SIGMA, 0.1, method=method, seed=0).as_linear_operator()
+    one, other = K_[:, 0].numpy(), signs(len(K_)).numpy()
+    assert np.array_equal(A @ (one + 1j * other), A @ one + 1j * (A @ other))
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("same", [True, False])
 @pytest.mark.parametrize("method", ["blocks", "exact"])

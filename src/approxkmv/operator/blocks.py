@@ -379,7 +379,7 @@ def make_blocks(points: Points, low: torch.dtype, seed: int, block: int | None =
 
 def _variances(deltas: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """(rows,) of the exponents' changes, in nats, over the keys (n_k, axes), for the deltas (rows, axes)."""
-    return _LN2**2 * (deltas.square() @ keys.var(0))
+    return _LN2**2 * (deltas.square() @ keys.var(0, correction=min(1, len(keys) - 1)))
 
 
 def _around_clusters(

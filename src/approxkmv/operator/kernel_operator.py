@@ -44,6 +44,8 @@ _ATTEMPTS = 3
 _PLANS = 2
 # Below this epsilon the rounding of float32 could show.
 _FLOAT32 = 1e-5
+# Below this |Kx|, for x with a largest entry of 1, entries of K could be too small for float32.
+_LEAST_FLOAT32 = 2.0**-100
 
 
 class KernelOperator:
@@ -223,6 +225,9 @@ class KernelOperator:
             pilot = pilot_of(by, rows, exact.product(self._points, x, self._points.keys.dtype, rows))
             scale = float(x.norm()) if self.relative_to == "x" else pilot.norm(pilot.exact)
             target = self.epsilon * scale
+        if scale < _LEAST_FLOAT32 and self._points is not self._exact_points:
+            self._points, self._low, self._prepared, self._plans = self._exact_points, torch.float64, None, {}
+            return self._product(x64)
         choices = self._choices(pilot, blocks, x, target)
         evaluations = tuning.kernel_evaluations
         for attempt in count_from(0):
@@ -307,25 +312,32 @@ class KernelOperator:
         doubt: float,
         choice: _Choice,
     ) -> ErrorBar:
-        n_q = self.shape[0]
-        if len(known.unique()) == n_q:
-            return ErrorBar(0.0, 0.0, float(y.norm()), float(y.norm()))
+        everything = torch.arange(self.shape[0], device=x.device)
+        if len(known.unique()) == len(everything):
+            # Exact, to rounding
+            error, size = float((self._values(x, everything, True) - y).norm()), float(y.norm())
+            return ErrorBar(error, error, size, max(0.0, size - error))
         by = proposal(doubts if choice.near else y.norm(dim=1), known)
-        number = max(_BAR_ROWS, min(_MOST_BAR_ROWS, n_q // _ONE_IN))
-        kept = self._points.keys.dtype
-        # The reference has more digits than what it judges: those of float64, or distances by differences.
-        rounding = choice.method == "exact" and choice.low == kept
+        number = max(_BAR_ROWS, min(_MOST_BAR_ROWS, len(everything) // _ONE_IN))
+        rounding = choice.method == "exact" and choice.low == self._points.keys.dtype
         rows = drawn(by, _BAR_ROWS if rounding else number, generator).to(x.device)
         distinct, place = rows.unique(return_inverse=True)
-        if rounding and kept == torch.float64:
-            queries, keys = self._exact_points.queries[distinct], self._exact_points.keys
+        bar = error_bar(y, self._values(x, distinct, rounding)[place], rows, by, doubt)
+        # Where so little is seen, the rounding of float32 is part of it.
+        margin = bar.error if bar.bound is None else min(bar.error, bar.bound - bar.error)
+        if margin <= _FLOAT32 * bar.answer and not rounding:
+            bar = error_bar(y, self._values(x, distinct, True)[place], rows, by, doubt)
+        return bar
+
+    def _values(self, x: torch.Tensor, rows: torch.Tensor, fine: bool) -> torch.Tensor:
+        """Exact rows; if fine with more digits than a product's: those of float64, or distances by differences."""
+        if fine and self._points.keys.dtype == torch.float64:
+            queries, keys = self._exact_points.queries[rows], self._exact_points.keys
             distances = torch.cdist(queries, keys, compute_mode="donot_use_mm_for_euclid_dist")
-            values = (-0.5 * distances.square()).exp2_() @ x
             count(kernel_evaluations=distances.numel())
-        else:
-            points = self._exact_points if rounding else self._points
-            values = exact.product(points, x.to(points.keys.dtype), points.keys.dtype, distinct)
-        return error_bar(y, values[place], rows, by, doubt)
+            return (-0.5 * distances.square()).exp2_() @ x
+        points = self._exact_points if fine else self._points
+        return exact.product(points, x.to(points.keys.dtype), points.keys.dtype, rows)
 
     def _report(
         self, method: str, reason: str, bar: ErrorBar, norms: tuple[float, float], seconds: dict[str, float]

@@ -59,6 +59,8 @@ def _linear(points: Points, forward: Product, backward: Product) -> LinearOperat
     def of_arrays(product: Product) -> Callable[[np.ndarray], np.ndarray]:
         @plain_torch()
         def apply(values: np.ndarray) -> np.ndarray:
+            if np.iscomplexobj(values):
+                return apply(values.real) + 1j * apply(values.imag)
             given = tensor_of(values).to(points.keys).reshape(len(values), -1)
             return product(given).cpu().numpy().reshape(-1, *values.shape[1:])
 

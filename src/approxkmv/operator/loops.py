@@ -12,8 +12,8 @@ from approxkmv.compute.exponentials import FLAGS, f32
 
 @njit(inline="always")
 def exp2(x):
-    """2^x in float32 to about 2e-7 for x below 127, at least 2^-126."""
-    x = max(x, f32(-126.0))
+    """2^x in float32 to about 2e-7 for x below 127; 0 below 2^-126.5."""
+    x = max(x, f32(-127.0))
     i = np.floor(x + f32(0.5))
     r = x - i
     p = f32(1.540353e-4)
