@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from approxkmv import KernelOperator, top_eigenvalue
+from approxkmv.attention.blocks.expansion import principal_axes
 from approxkmv.compute import scratch
 from approxkmv.compute.counting import counting
 from approxkmv.compute.drawing import drawn
@@ -17,9 +19,9 @@ from approxkmv.errors import InputError
 from approxkmv.operator import exact
 from approxkmv.operator import kernel_operator as module
 from approxkmv.operator.bar import ErrorBar, error_bar, proposal
-from approxkmv.operator.blocks import make_blocks
+from approxkmv.operator.blocks import _out_of_reach, _ranked, clusters_of, make_blocks
 from approxkmv.operator.pilot import _interpolated, pilot_of
-from approxkmv.operator.points import Points, in_units
+from approxkmv.operator.points import Points, in_units, key_side, query_side
 
 
 def clustered(n: int, d: int, seed: int, centres: int = 20, width: float = 0.7) -> torch.Tensor:
@@ -62,6 +64,14 @@ def test_the_exact_product_in_every_precision(low, tolerance, columns, monkeypat
         y = exact.product(in_units(Q, K_, SIGMA, kept), x, low)
     assert relative(y, reference(Q, K_, x, SIGMA)) < tolerance
     assert counts.kernel_evaluations == len(Q) * len(K_)
+
+
+def test_sides_in_bfloat16_hold_halves_as_two_numbers_and_fill_groups_of_32_columns():
+    points = in_units(Q, K_, SIGMA)
+    of_queries, of_keys = query_side(points, slice(None), torch.bfloat16), key_side(points, torch.bfloat16)
+    assert of_queries.shape[1] == of_keys.shape[1] == 32
+    assert torch.allclose(of_queries[:, 12:14].double().sum(1), -points.query_halves.double(), rtol=2**-15)
+    assert torch.allclose(of_keys[:, 10:12].double().sum(1), -points.key_halves.double(), rtol=2**-15)
 
 
 def test_the_exact_product_without_compiled_loops(monkeypatch):
@@ -123,11 +133,13 @@ def test_blocks_are_the_same_in_every_form(ranked, monkeypatch):
     assert relative(of_blocks(torch.float32, 100, x, ranked), compiled.double()) < 1e-4
 
 
-def test_the_transposed_product_of_blocks_is_the_transpose():
+@pytest.mark.parametrize("ranked", [False, True])
+def test_the_transposed_product_of_blocks_is_the_transpose(ranked):
     blocks = make_blocks(in_units(Q, K_, SIGMA, torch.float64), torch.float64, 0)[0]
-    plan = blocks.plan(100)
     generator = torch.Generator().manual_seed(4)
     x, y = (torch.randn(n, 2, generator=generator, dtype=torch.float64) for n in (len(K_), len(Q)))
+    blocks = blocks.ranked_by(x) if ranked else blocks
+    plan = blocks.plan(100)
     forward, backward = blocks.products(plan, x, y)
     assert torch.allclose(y.mT @ forward, backward.mT @ x, rtol=1e-10)
 
@@ -166,8 +178,110 @@ def test_a_constant_x_is_like_any_other(low, rounding):
     constant = replace(blocks, sizes_of_x=None)
     plan, ones = constant.plan(100), torch.ones_like(x[:, :1])
     alone = constant.products(plan, 3 * ones)[0]
-    beside = constant.products(plan, torch.cat([3 * ones, x], 1))[0][:, :1]
-    assert relative(alone, beside.double()) < rounding
+    beside = constant.products(plan, torch.cat([3 * ones, x], 1))[0]
+    assert relative(alone, beside[:, :1].double()) < rounding
+    assert relative(constant.products(plan, x)[0], beside[:, 1:].double()) < rounding
+
+
+def in_float64(queries: torch.Tensor = Q, keys: torch.Tensor = K_, sigma: float = SIGMA, seed: int = 0):
+    """Blocks and their first plan."""
+    return make_blocks(in_units(queries, keys, sigma, torch.float64), torch.float64, seed)
+
+
+def test_every_row_sees_a_key_that_stands_for_all_far_ones_as_it_is():
+    blocks, _ = in_float64()
+    logs = -0.5 * torch.cdist(blocks.points.queries[blocks.order], blocks.points.keys).square()
+    straight = replace(blocks, bends=torch.zeros_like(blocks.bends))
+    weights = blocks.ranks @ blocks.keys.features.mT
+    for key in range(0, len(K_), 100):
+        factors = straight._factors(weights[:, key], blocks.points.keys[key].expand(len(blocks), -1))
+        assert torch.allclose(factors, logs[:, key].exp2(), rtol=1e-9)
+
+
+@pytest.mark.parametrize("axes", [128, 4])
+def test_the_second_order_is_that_of_the_far_keys_covariance(axes, monkeypatch):
+    """In full along the leading axes, by the variances of all keys along others."""
+    monkeypatch.setattr("approxkmv.operator.blocks._FULL_AXES", axes)
+    blocks, plan = in_float64(sigma=2 * SIGMA)
+    keys = blocks.points.keys
+    full, spread = principal_axes(keys, keys.shape[1])
+    deltas, along = blocks.deltas @ full, keys @ full
+    found = torch.cat([weights for weights, _ in plan.strips])
+    expected = (deltas[:, axes:].square() * spread[axes:]).sum(1)
+    for rows, far, variances in zip(blocks.of_blocks, found, blocks.variances, strict=True):
+        covariance = torch.cov(along.mT, aweights=far, correction=0)[:axes, :axes]
+        expected[rows] += ((deltas[rows, :axes] @ covariance) * deltas[rows, :axes]).sum(1)
+        expected[rows] -= variances[:axes] @ covariance.diagonal()
+    # The covariance is estimated from 1,024 keys.
+    expected = (0.5 * np.log(2) * expected).clamp(-2, 2)
+    assert relative(blocks.bends, expected) < 0.05
+
+
+def test_no_second_order_changes_a_far_sum_more_than_fourfold():
+    blocks, _ = in_float64(sigma=0.3 * SIGMA)
+    assert (float(blocks.bends.min()), float(blocks.bends.max())) == (-2, 2)
+
+
+@pytest.mark.parametrize("near", [40, 100])
+def test_about_so_many_keys_are_near(near):
+    blocks, _ = in_float64()
+    lists = [listed for _, lists in blocks.plan(near).strips for listed in lists]
+    # Of every eighth key, which tell the threshold, exactly an eighth of them
+    assert {int((listed % 8 == 0).sum()) for listed in lists} == {near // 8}
+    assert np.mean([len(listed) for listed in lists]) == pytest.approx(near, rel=0.1)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_lists_of_bfloat16_have_lengths_that_repeat(compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr("approxkmv.operator.blocks.loops_for", lambda logs: None)
+    _, plan = make_blocks(in_units(Q, K_, SIGMA), torch.bfloat16, 0)
+    for weights, lists in plan.strips:
+        for far, listed in zip(weights, lists, strict=True):
+            number = int((listed < len(K_)).sum())
+            assert len(listed) == -(-number // 128) * 128
+            # The row of zeros stands behind the keys.
+            assert set(listed[number:].tolist()) <= {len(K_)}
+            assert not far[listed[:number]].any()
+
+
+def test_queries_are_out_of_reach_beyond_thrice_the_median_and_one_in_32_at_most():
+    nats = torch.full((64,), 0.1)
+    nats[[5, 9, 20]] = torch.tensor([1.9, 2.1, 3.0])
+    assert sorted(_out_of_reach(nats).tolist()) == [9, 20]
+    assert sorted(_out_of_reach(nats + 1).tolist()) == [20]
+    nats[[30, 40]] = 2.5
+    assert sorted(_out_of_reach(nats).tolist()) in ([20, 30], [20, 40])
+
+
+def test_the_number_of_a_rank_on_every_device():
+    class Elsewhere(torch.Tensor):
+        device = SimpleNamespace(type="cuda")
+
+    values = torch.rand(3, 7, generator=torch.Generator().manual_seed(0))
+    for rank in (0, 4, 6):
+        for given in (values, values.as_subclass(Elsewhere)):
+            assert _ranked(given, rank).tolist() == values.sort(1).values[:, rank].tolist()
+
+
+def test_how_many_clusters_there_are():
+    # Blocks of 1.1 times the root of 9,000, which are 104 queries, and smaller ones of fewer queries than keys
+    assert [clusters_of(*numbers) for numbers in ((9000, 9000), (9000, 1000), (1000, 9000))] == [87, 87, 91]
+    assert [clusters_of(number, 500, block=70) for number in (1, 70, 140, 141)] == [1, 1, 2, 3]
+
+
+def test_blocks_depend_on_the_seed_and_not_on_columns_that_are_all_the_same():
+    one, other = (in_float64(seed=seed)[0] for seed in (0, 1))
+    assert not torch.equal(one.order, other.order)
+    wide = (torch.cat([points, torch.full((len(points), 3), 7.0)], 1) for points in (Q, K_))
+    assert abs(len(in_float64(*wide)[0]) - len(one)) <= 3
+
+
+def test_queries_that_are_far_from_their_clusters_are_blocks_of_their_own():
+    queries = torch.cat([Q, 2 * Q[:20]])
+    blocks, _ = in_float64(queries)
+    assert len(blocks) > clusters_of(len(queries), len(K_), 0.5) + 10
+    assert int((blocks.sizes == 1).sum()) > 10
 
 
 @pytest.mark.parametrize("width", [0.3, 3.0])

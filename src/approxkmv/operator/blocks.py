@@ -386,7 +386,7 @@ def _around_clusters(
     coordinates: torch.Tensor, labels: torch.Tensor, points: Points, axes: torch.Tensor, spread: torch.Tensor
 ) -> torch.Tensor:
     """(n_q,) how much each query's exponents vary around those of its cluster's centre, in nats squared."""
-    counts = torch.bincount(labels).clamp_min(1).unsqueeze(1)
+    counts = torch.bincount(labels).unsqueeze(1)
     means = coordinates.new_zeros(len(counts), coordinates.shape[1]).index_add_(0, labels, coordinates) / counts
     deltas = (coordinates - means[labels]) / spread.float().pow(METRIC_POWER).clamp_min(1e-15)
     return _variances(deltas, points.keys.cpu().float() @ axes.float())
