@@ -10,7 +10,7 @@ from approxkmv.attention import get
 from approxkmv.attention.blocks import approxkmv as ours
 from approxkmv.attention.blocks import light_keys, reach
 from approxkmv.attention.blocks.arrays import ScaledSums
-from approxkmv.attention.blocks.expansion import Clustering, expand, key_side
+from approxkmv.attention.blocks.expansion import Clustering, expand, key_side, principal_axes
 from approxkmv.attention.blocks.grouping import make_blocks
 from approxkmv.attention.blocks.k_means import k_means
 from approxkmv.attention.blocks.near_keys import sums_of_keys
@@ -259,6 +259,38 @@ def test_row_variances_are_those_of_the_logits():
     e = expanded(q, k, v, Clustering(**CLUSTERING), 0.7)
     variance = (e.blocks.deltas.double() @ (k - k.mean(0)).double().mT).square().mean(1)
     assert torch.allclose(e.blocks.row_variances.double(), variance, rtol=1e-3, atol=1e-6)
+
+
+def test_axes_are_those_of_keys_from_the_whole_text():
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.zeros(4096, 3)
+    keys[:1024, 0] = 1 + torch.randn(1024, generator=generator)
+    keys[1024:, 1] = 5 + 3 * torch.randn(3072, generator=generator)
+    axes, spread = principal_axes(keys, 2)
+    values, vectors = torch.linalg.eigh(torch.cov(keys[:, :2].mT))
+    # The least is known from 128 keys.
+    assert torch.allclose(spread, values.flip(0), rtol=0.5)
+    assert torch.allclose(axes[:2].abs(), vectors.flip(1).abs(), atol=0.05)
+
+
+@pytest.mark.usefixtures("loops")
+def test_rows_are_lost_from_the_variance_on_that_their_far_keys_allow():
+    q, k, v = clustered(300, 8, 1)
+    e = expanded(q, k, v, Clustering(**CLUSTERING), 1.0)
+    seen, scales = e.seen(k), torch.zeros(len(e.blocks))
+    nothing, everything = torch.zeros(len(e.blocks.deltas)), torch.full((len(e.blocks.deltas),), 1e30)
+    seen.own_log[:] = -torch.inf
+    variances = torch.full_like(e.logit_variances, reach.most_variance(e.far_keys))
+    assert not replace(e, logit_variances=0.99 * variances).lost(nothing, scales, seen).any()
+    above = replace(e, logit_variances=1.01 * variances)
+    assert above.lost(nothing, scales, seen).all()
+    # Unless far keys are little of what they see: their near keys, their own key or others
+    assert not above.lost(everything, scales, seen).any()
+    assert not above.lost(nothing, scales, seen, torch.full((300,), 60.0)).any()
+    others = torch.where(torch.arange(300) < 100, 60.0, -torch.inf)
+    assert above.lost(nothing, scales, seen, others).tolist() == [False] * 100 + [True] * 200
+    seen.own_log[:] = 60.0
+    assert not above.lost(nothing, scales, seen).any()
 
 
 @pytest.mark.usefixtures("loops")

@@ -20,7 +20,7 @@ from approxkmv.operator import exact
 from approxkmv.operator import kernel_operator as module
 from approxkmv.operator.bar import ErrorBar, error_bar, proposal
 from approxkmv.operator.blocks import _out_of_reach, _ranked, clusters_of, make_blocks
-from approxkmv.operator.pilot import _interpolated, pilot_of
+from approxkmv.operator.pilot import Pilot, _interpolated, pilot_of
 from approxkmv.operator.points import Points, in_units, key_side, query_side
 
 
@@ -341,6 +341,9 @@ def test_the_plan_of_every_pilot_is_kept_beside_the_latest():
     assert K._plan(blocks, 256) is plans[0]
     assert K._plan(blocks, 128) is plans[2]
     assert list(K._plans) == [256, 128]
+    ranked = blocks.ranked_by(K_[:, :1] ** 3)
+    assert K._plan(ranked, 128) is not plans[2]
+    assert K._plan(blocks, 128) is plans[2]
 
 
 def test_pilots_that_differ_a_little_ask_for_the_same_plan():
@@ -365,7 +368,8 @@ def test_memory_is_asked_for_all_plans_with_their_lists(monkeypatch):
     with pytest.raises(InputError, match=r"keys need \d+ MiB") as caught:
         K._blocks()
     # Two are kept, and an x that ranks the keys has one of its own.
-    assert int(str(caught.value).split("need ")[1].split()[0]) << 20 > 3 * kept_bytes(largest) > 0
+    asked = int(str(caught.value).split("need ")[1].split()[0]) << 20
+    assert 0 < 3 * kept_bytes(largest) < asked < 10 * kept_bytes(largest)
 
 
 def test_lists_of_near_keys_count_as_kept(monkeypatch):
@@ -430,6 +434,44 @@ def test_products_come_back_in_the_callers_kind_and_shape(kind):
     assert K.last.met
 
 
+@pytest.mark.parametrize(
+    ("queries", "keys", "epsilon", "dtype"),
+    [
+        (Q, K_, 0.05, torch.float32),
+        (0.01 * Q, 0.01 * K_, 2e-5, torch.float64),
+        (1e3 * Q, K_, 0.05, torch.float64),
+        (Q, 1e3 * K_, 0.05, torch.float64),
+    ],
+)
+def test_float64_is_taken_where_the_rounding_of_float32_could_show(queries, keys, epsilon, dtype):
+    assert KernelOperator(queries, keys, SIGMA, epsilon, seed=0)._points.keys.dtype == dtype
+
+
+@pytest.mark.parametrize("method", ["auto", "blocks"])
+def test_the_size_of_x_changes_nothing(method):
+    x = signs(len(K_)).double() + 0.5
+    K, small, large = (KernelOperator(Q.double(), K_.double(), SIGMA, 0.05, method=method, seed=0) for _ in range(3))
+    # In float32 their squares would be 0, or the numbers themselves.
+    y = K @ x
+    for operator, size in ((small, 2.0**-80), (large, 2.0**-800)):
+        assert torch.equal(operator @ (size * x), size * y)
+        assert replace(operator.last, seconds={}) == replace(K.last, seconds={})
+
+
+def test_what_is_too_large_is_refused():
+    K = KernelOperator(Q, K_, SIGMA, seed=0)
+    with pytest.raises(InputError, match="x has an entry of 1e30 or more"):
+        K @ torch.full((len(K_),), 1e30)
+    with pytest.raises(InputError, match="more than a million bandwidths apart"):
+        KernelOperator(Q, K_, 1e-6)
+
+
+def test_answers_are_in_float64_where_the_queries_or_the_keys_are():
+    x = torch.ones(len(K_))
+    for queries, keys in ((Q.double(), K_), (Q, K_.double())):
+        assert (KernelOperator(queries, keys, SIGMA, seed=0) @ x).dtype == torch.float64
+
+
 def test_a_tiny_epsilon_is_met_in_float64():
     K = KernelOperator(Q, K_, SIGMA, 1e-9, seed=0)
     x = signs(len(K_))
@@ -462,6 +504,15 @@ def test_trivial_answers_are_tried_first():
     assert wide.last.method == "constant"
     assert wide.last.met
     assert relative(y, reference(q, k, torch.ones(3000), 50.0)) < 0.05
+
+
+def test_a_choice_is_made_for_four_fifths_of_the_error_that_is_asked():
+    K, x = KernelOperator(Q, K_, SIGMA, seed=0), torch.ones(len(K_), 1)
+    pilot = Pilot(torch.arange(2), torch.tensor([[0.9], [1.1]]), torch.ones(2, dtype=torch.float64))
+    zero, constant = 2.02**0.5, 0.02**0.5
+    targets = (zero / 0.79, zero / 0.81, constant / 0.79, constant / 0.81)
+    chosen = [next(K._choices(pilot, None, x, target)).method for target in targets]
+    assert chosen == ["zero", "constant", "constant", "exact"]
 
 
 def test_blocks_are_chosen_where_they_pay_and_exact_where_not():
@@ -502,6 +553,18 @@ def test_answers_repeat_with_the_seed_and_preparation_is_made_once():
     assert first._prepared is not None
 
 
+def test_rows_are_drawn_anew_for_each_product_and_seed():
+    one, same, other = (KernelOperator(Q, K_, SIGMA, 1e-4, method="exact", seed=seed) for seed in (3, 3, 4))
+
+    def error(K: KernelOperator) -> float:
+        K @ signs(len(K_))
+        return K.last.error
+
+    found = [[error(K) for _ in range(3)] for K in (one, same, other)]
+    assert found[0] == found[1]
+    assert len({*found[0], *found[2]}) == 6
+
+
 def test_no_x_is_lost_where_it_is_zero():
     K = KernelOperator(Q, K_, SIGMA, 0.05, seed=0)
     assert not (K @ torch.zeros(len(K_))).any()
@@ -530,6 +593,9 @@ def test_answers_too_small_for_float32_are_made_in_float64(method):
     # Scaled, since squares of such numbers vanish.
     assert relative(1e50 * (K @ x), 1e50 * truth) < 0.05
     assert K.last.exponents == "float64"
+    less_far = KernelOperator(Q + 5, K_, SIGMA, 0.05, method=method, seed=0)
+    assert 0 < float((less_far @ x).max()) < 1e-6
+    assert less_far.last.exponents != "float64"
 
 
 def test_entries_too_small_for_float32_are_0_in_every_form(monkeypatch):
