@@ -20,6 +20,7 @@ from approxkmv.attention.hashed.angular_hashing import sort_into_blocks
 from approxkmv.attention.hashed.column_sampling import column_probabilities
 from approxkmv.compute import loops as compute_loops
 from approxkmv.compute.drawing import drawn
+from approxkmv.compute.loops import has_bfloat16_instructions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -61,6 +62,17 @@ def test_local_expansion_beats_the_mean_tenfold(products, d_v):
     out = get("local-expansion")(q[None], k[None], v[None], scale=0.5, block=32, near=128, products=products)[0]
     mean_gap = (v.double().mean(0) - right).norm()
     assert (out.double() - right).norm() < 0.1 * mean_gap
+
+
+@pytest.mark.skipif(not has_bfloat16_instructions(), reason="no products of bfloat16 numbers in loops")
+@pytest.mark.parametrize("d_v", [1, 12])
+def test_an_odd_width_is_as_good_as_with_a_column_of_zeros(d_v):
+    pytest.importorskip("numba")
+    q, k, v = clustered(600, 7, d_v)
+    wide = (torch.nn.functional.pad(points, (0, 1)) for points in (q, k))
+    given = {"scale": 0.5, "block": 32, "near": 64, "products": "bfloat16"}
+    odd, even = (get("local-expansion")(*pair, v, **given) for pair in ((q, k), wide))
+    assert torch.allclose(odd, even, atol=1e-5)
 
 
 def test_more_near_keys_less_error():

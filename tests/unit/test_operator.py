@@ -504,6 +504,10 @@ def test_trivial_answers_are_tried_first():
     assert wide.last.method == "constant"
     assert wide.last.met
     assert relative(y, reference(q, k, torch.ones(3000), 50.0)) < 0.05
+    for method in ("blocks", "exact"):
+        asked = KernelOperator(Q, K_, 50.0, 0.05, method=method, seed=0)
+        asked @ torch.ones(len(K_))
+        assert asked.last.method == method
 
 
 def test_a_choice_is_made_for_four_fifths_of_the_error_that_is_asked():
@@ -513,6 +517,25 @@ def test_a_choice_is_made_for_four_fifths_of_the_error_that_is_asked():
     targets = (zero / 0.79, zero / 0.81, constant / 0.79, constant / 0.81)
     chosen = [next(K._choices(pilot, None, x, target)).method for target in targets]
     assert chosen == ["zero", "constant", "constant", "exact"]
+
+
+@pytest.mark.parametrize(("cost", "numbers"), [(1000, [300, 600]), (2000, [300])])
+@pytest.mark.parametrize(("error", "formats"), [(0.39, ["bfloat16", "float32"]), (0.41, ["float32"])])
+def test_what_is_tried_in_which_order(cost, numbers, error, formats, monkeypatch):
+    """More near keys, while they are below half of all keys and cost less than 0.6 of the product; at last exactly."""
+    K, x = KernelOperator(Q, K_, SIGMA, seed=0), torch.ones(len(K_), 1)
+    K._low = torch.bfloat16
+    rows, made = torch.arange(0, len(Q), 100), torch.zeros(len(Q), 1)
+    pilot = Pilot(rows, exact.product(K._points, x, torch.float32, rows), torch.ones(len(rows), dtype=torch.float64))
+    coarse = pilot.norm(exact.product(K._points, x, torch.bfloat16, rows) - pilot.exact)
+    monkeypatch.setattr(module, "near_for", lambda *given: (300, "why", made))
+    monkeypatch.setattr(module, "cost_of_blocks", lambda blocks, near: cost * near)
+    tried = list(K._choices(pilot, K._blocks()[0], x, coarse / error))
+    assert [choice.near for choice in tried] == [*numbers, *(None for _ in formats)]
+    assert [str(choice.low)[6:] for choice in tried] == [*("bfloat16" for _ in numbers), *formats]
+    assert [choice.method for choice in tried] == [*("blocks" for _ in numbers), *("exact" for _ in formats)]
+    # What the pilot has made serves once.
+    assert [choice.made is made for choice in tried] == [True, *(False for _ in tried[1:])]
 
 
 def test_blocks_are_chosen_where_they_pay_and_exact_where_not():

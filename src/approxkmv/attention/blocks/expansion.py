@@ -163,7 +163,7 @@ class Expansion:
             log[at] = own.masked_fill_(~light, -torch.inf)
             log[at[torch.from_numpy(self._own_apart(k))]] = -torch.inf
             lean[at] = (deltas * (keys - self.far_axes[of_query, 0])).sum(1)
-            share[at] = self.weights[of_query, 0, each].float() / self.total[of_query] * light
+            share[at] = self.weights[of_query, 0, each].float() / self.total[of_query]
         return Seen(log_weight, value, self.far_axes, log, share, share * (1 + lean))
 
 
