@@ -125,6 +125,8 @@ def test_sums_of_keys_against_float64(d, d_v, low):
     q = 0.3 * q
     e = expanded(q, k, v, Clustering(block=32, near=40, directions=8, iterations=2, sampled=8), 1.0, low)  # fmt: skip
     assert e.far_keys == 300 - 40
+    in_sixteens = low == torch.bfloat16 and not compute_loops.numba_works()
+    assert bool((e.blocks.sizes % 16 == 0).all()) == in_sixteens
     extra = torch.randn(len(e.chosen), generator=torch.Generator().manual_seed(1))
     sums, scales = sums_of_keys(e.blocks, k, e.mean, v, e.chosen, e.ends, extra, e.rounded)
     begin = 0

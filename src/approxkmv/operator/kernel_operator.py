@@ -44,8 +44,6 @@ _ATTEMPTS = 3
 _PLANS = 2
 # Below this epsilon the rounding of float32 could show.
 _FLOAT32 = 1e-5
-# Below this |Kx|, for x with a largest entry of 1, entries of K could be too small for float32.
-_LEAST_FLOAT32 = 2.0**-100
 
 
 class KernelOperator:
@@ -225,9 +223,6 @@ class KernelOperator:
             pilot = pilot_of(by, rows, exact.product(self._points, x, self._points.keys.dtype, rows))
             scale = float(x.norm()) if self.relative_to == "x" else pilot.norm(pilot.exact)
             target = self.epsilon * scale
-        if scale < _LEAST_FLOAT32 and self._points is not self._exact_points:
-            self._points, self._low, self._prepared, self._plans = self._exact_points, torch.float64, None, {}
-            return self._product(x64)
         choices = self._choices(pilot, blocks, x, target)
         evaluations = tuning.kernel_evaluations
         for attempt in count_from(0):
@@ -246,6 +241,10 @@ class KernelOperator:
             norms = (float(x.norm()),) * 2 if self.relative_to == "x" else (bar.answer, bar.least_answer)
             if bar.bound is not None and bar.bound <= self.epsilon * norms[1]:
                 break
+        if choice.method == "exact" and bar.error > self.epsilon * norms[0] and self._points is not self._exact_points:
+            # So little is left of sums that cancel, or of entries that underflow, that the rounding of float32 shows.
+            self._points, self._low, self._prepared, self._plans = self._exact_points, torch.float64, None, {}
+            return self._product(x64)
         report = self._report(choice.method, choice.reason, bar, norms, seconds)
         return y, replace(
             report,
@@ -315,8 +314,9 @@ class KernelOperator:
         everything = torch.arange(self.shape[0], device=x.device)
         if len(known.unique()) == len(everything):
             # Exact, to rounding
-            error, size = float((self._values(x, everything, True) - y).norm()), float(y.norm())
-            return ErrorBar(error, error, size, max(0.0, size - error))
+            values = self._values(x, everything, True)
+            error, answer = float((values - y).norm()), float(values.norm())
+            return ErrorBar(error, error, answer, answer)
         by = proposal(doubts if choice.near else y.norm(dim=1), known)
         number = max(_BAR_ROWS, min(_MOST_BAR_ROWS, len(everything) // _ONE_IN))
         rounding = choice.method == "exact" and choice.low == self._points.keys.dtype
