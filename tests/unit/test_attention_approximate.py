@@ -8,9 +8,16 @@ import torch
 
 from approxkmv.attention import get
 from approxkmv.attention.blocks import approxkmv as ours
-from approxkmv.attention.blocks import light_keys, reach
+from approxkmv.attention.blocks import light_keys, near_keys, reach
 from approxkmv.attention.blocks.arrays import ScaledSums
-from approxkmv.attention.blocks.expansion import Clustering, expand, key_side, principal_axes
+from approxkmv.attention.blocks.expansion import (
+    Clustering,
+    expand,
+    in_one_block,
+    key_side,
+    of_one_block,
+    principal_axes,
+)
 from approxkmv.attention.blocks.grouping import make_blocks
 from approxkmv.attention.blocks.k_means import k_means
 from approxkmv.attention.blocks.near_keys import sums_of_keys
@@ -19,6 +26,7 @@ from approxkmv.attention.hashed import approxkmv_paper
 from approxkmv.attention.hashed.angular_hashing import sort_into_blocks
 from approxkmv.attention.hashed.column_sampling import column_probabilities
 from approxkmv.compute import loops as compute_loops
+from approxkmv.compute.counting import counting
 from approxkmv.compute.drawing import drawn
 from approxkmv.compute.loops import has_bfloat16_instructions
 
@@ -125,6 +133,7 @@ def test_sums_of_keys_against_float64(d, d_v, low):
     q = 0.3 * q
     e = expanded(q, k, v, Clustering(block=32, near=40, directions=8, iterations=2, sampled=8), 1.0, low)  # fmt: skip
     assert e.far_keys == 300 - 40
+    assert (e.rounded is None) == (low == torch.float32)
     in_sixteens = low == torch.bfloat16 and not compute_loops.numba_works()
     assert bool((e.blocks.sizes % 16 == 0).all()) == in_sixteens
     extra = torch.randn(len(e.chosen), generator=torch.Generator().manual_seed(1))
@@ -352,8 +361,64 @@ def test_draws_are_uniform_where_no_light_key_has_a_weight():
 @pytest.mark.parametrize("name", ["local-expansion", "approxkmv"])
 def test_keys_that_are_all_the_same_leave_nothing_light(name):
     q, k, v = clustered(300, 8, 1)
-    out = get(name)(q[None], k[:1].expand(300, -1)[None], v[None], scale=1.0, block=30, near=20)
+    with counting() as counts:
+        out = get(name)(q[None], k[:1].expand(300, -1)[None], v[None], scale=1.0, block=30, near=20)
     assert torch.allclose(out, v.mean(0).expand(1, 300, 1), atol=1e-3)
+    assert counts.recomputed_rows == 0
+
+
+@pytest.mark.usefixtures("loops")
+def test_keys_of_which_some_stand_apart_and_the_others_are_the_same_leave_nothing_light():
+    q, k, v = clustered(300, 8, 1)
+    k = k[:1].repeat(300, 1)
+    k[17] *= 40
+    assert stand_apart(q, k, 1.0).tolist() == [17]
+    with counting() as counts:
+        out = get("local-expansion")(q[None], k[None], v[None], scale=1.0, block=30, near=20)[0]
+    assert torch.allclose(out.double(), exact(q, k, v, 1.0), atol=1e-3)
+    assert counts.recomputed_rows == 0
+
+
+@pytest.mark.usefixtures("loops")
+@pytest.mark.parametrize("n_k", [2, 5, 9])
+def test_thresholds_are_those_of_keys_however_few_there_are(n_k):
+    q, k, v = clustered(40, 8, 1)
+    for seed in range(9):
+        side = key_side(k[:n_k], v[:n_k], np.empty(0, np.int64), Clustering(**CLUSTERING), v[:n_k])
+        generator = torch.Generator().manual_seed(seed)
+        e = expand(q, side, generator, Clustering(**{**CLUSTERING, "near": 1}), scale=1.0)
+        assert (e.logs == e.thresholds.unsqueeze(1)).any(1).all()
+        one = of_one_block(q, k[:n_k], v[:n_k], seed, 1.0, 1)
+        assert one.threshold.first < n_k
+        for name in ("local-expansion", "approxkmv"):
+            for settings in ({"block": 20}, {"block": 40, "directions": 0}):
+                out = get(name)(q[None], k[None, :n_k], v[None, :n_k], scale=0.5, seed=seed, near=1, **settings)
+                assert torch.isfinite(out).all()
+
+
+def test_the_rank_of_a_threshold_among_every_eighth_key():
+    assert [near_keys.rank_of_bar(80, near, first) for near, first in ((16, 3), (1, 0), (1000, 0))] == [8, 9, 0]
+    assert near_keys.rank_of_bar(81, 16, 0) == 9
+
+
+@pytest.mark.usefixtures("loops")
+def test_keys_of_weight_0_add_nothing():
+    q, k, v = clustered(300, 8, 3)
+    e = expanded(q, k, v, Clustering(**CLUSTERING), 1.0)
+    extra = torch.full((len(e.chosen),), -torch.inf)
+    sums, scales = sums_of_keys(e.blocks, k, e.mean, v, e.chosen, e.ends, extra)
+    assert not sums.any()
+    assert not scales.isnan().any()
+
+
+def test_all_queries_are_in_one_block_while_their_logits_vary_little():
+    pytest.importorskip("numba")
+    q, k = torch.randn(300, 9, generator=torch.Generator().manual_seed(0)), 2 * clustered(700, 9, 1)[1]
+    most, variance = reach.most_variance(700 - 40), float(reach.spreads(q, k).max())
+    for scale in (0.2, 5.0):
+        at_most = q * (most / variance) ** 0.5 / scale
+        assert in_one_block(0.99 * at_most, k, scale, 40)
+        assert not in_one_block(1.01 * at_most, k, scale, 40)
 
 
 @pytest.mark.parametrize("d_v", [1, 2, 5, 12])

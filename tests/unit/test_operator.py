@@ -16,11 +16,11 @@ from approxkmv.compute import scratch
 from approxkmv.compute.counting import counting
 from approxkmv.compute.drawing import drawn
 from approxkmv.errors import InputError
-from approxkmv.operator import exact
+from approxkmv.operator import eigenvalue, exact
 from approxkmv.operator import kernel_operator as module
 from approxkmv.operator.bar import ErrorBar, error_bar, proposal
 from approxkmv.operator.blocks import _out_of_reach, _ranked, clusters_of, make_blocks
-from approxkmv.operator.pilot import Pilot, _interpolated, cost_of_blocks, pilot_of
+from approxkmv.operator.pilot import Pilot, _interpolated, cost_of_blocks, near_for, pilot_of
 from approxkmv.operator.points import Points, in_units, key_side, query_side
 
 
@@ -352,6 +352,9 @@ def test_pilots_that_differ_a_little_ask_for_the_same_plan():
     assert found == {768}
     assert [_interpolated([(256, 2.0), (1024, 1.0)], target) for target in (1.0, 0.5)] == [1024, 4096]
     assert _interpolated([(256, 1.0)], 1.0) == 256
+    # Errors that hardly fall promise nothing; few near keys are rounded up most.
+    assert _interpolated([(256, 1.0), (1024, 0.99)], 0.1) is None
+    assert _interpolated([(16, 2.0), (64, 1.0)], 1.9) == 48
 
 
 def kept_bytes(plan) -> int:
@@ -538,6 +541,46 @@ def test_what_is_tried_in_which_order(cost, numbers, error, formats, monkeypatch
     assert [choice.method for choice in tried] == [*("blocks" for _ in numbers), *("exact" for _ in formats)]
     # What the pilot has made serves once.
     assert [choice.made is made for choice in tried] == [True, *(False for _ in tried[1:])]
+
+
+@pytest.mark.parametrize(("share", "most_tried"), [(0.0, 32), (10.0, 512)])
+def test_the_pilot_tries_more_near_keys_while_its_budget_lasts(share, most_tried, monkeypatch):
+    monkeypatch.setattr("approxkmv.operator.pilot.SHARE", share)
+    monkeypatch.setattr("approxkmv.operator.pilot._FIRST", 32)
+    blocks, _ = in_float64()
+    rows, x = torch.arange(0, len(Q), 100), K_[:, :1].double() ** 3
+    truth = exact.product(blocks.points, x, torch.float64, rows)
+    pilot = Pilot(rows, truth, torch.ones(len(rows), dtype=torch.float64))
+    products = {}
+    for near in (32, 128, 512):
+        products[near] = torch.zeros(len(Q), 1, dtype=torch.float64)
+        products[near][blocks.order] = blocks.products(blocks.plan(near), x)[0]
+    errors = {near: pilot.norm(product[rows] - pilot.exact) for near, product in products.items()}
+    assert errors[32] > 2 * errors[128] > 4 * errors[512]
+
+    def found(target: float, most: float = float("inf")):
+        return near_for(pilot, blocks, lambda given, near: given.plan(near), x, target, 1.0, most)
+
+    near, _, made = found(errors[32] / 1.1)
+    if share:
+        # Nearly, and already made
+        assert near == 32
+        assert torch.equal(made, products[32])
+    else:
+        assert (near, made) == (None, None)
+    near, _, made = found(1.01 * errors[32])
+    assert (near, made is not None) == (32, share > 0)
+    near, reason, made = found(errors[512] / 1e3)
+    assert reason.endswith(f"with {most_tried} near keys per block")
+    assert (near, made) == (None, None)
+    if share:
+        near, reason, made = found(1.01 * errors[128])
+        assert made is None
+        assert 64 <= near <= 128
+        assert reason.endswith("with 128 near keys per block")
+        # More would be needed than may be paid for.
+        assert found(errors[128] / 1.3, cost_of_blocks(blocks, 130))[0] is None
+        assert 128 < found(errors[128] / 1.3)[0] <= 256
 
 
 def test_what_blocks_cost():
@@ -815,6 +858,11 @@ def test_norms_from_drawn_rows_by_hand():
     assert bar.bound == pytest.approx(limit**0.5)
     # |y| squared is 164, and of the answer's square less that, 5, the lower limit is 5 less z (649 / 63)^(1/2).
     assert bar.least_answer == pytest.approx((164 + 5 - z * (649 / 63) ** 0.5) ** 0.5)
+    # What is rarely drawn, but much of the answer, tells less than the triangle inequality.
+    often, seldom = torch.tensor([0.99, 0.01]), torch.tensor([0] * 990 + [1] * 10)
+    large = torch.tensor([[0.0], [100.0]], dtype=torch.float64)
+    told = error_bar(large + 1, large[seldom], seldom, often, 0.05)
+    assert told.least_answer == pytest.approx((1 + 101**2) ** 0.5 - told.bound)
     # Half as many rows are as twelve that contribute alike; without an error there is nothing to tell one from.
     assert error_bar(truth + wrong, truth[rows[:32]], rows[:32], by, 0.05).bound is None
     assert error_bar(truth, truth[rows], rows, by, 0.05).bound is None
@@ -823,6 +871,8 @@ def test_norms_from_drawn_rows_by_hand():
     # A third each uniform, by doubts and by their squares; known rows are never drawn.
     mixed = proposal(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2]))
     assert mixed.tolist() == pytest.approx([(1 / 2 + 1 / 3 + 1 / 5) / 3, (1 / 2 + 2 / 3 + 4 / 5) / 3, 0])
+    unknown = proposal(torch.tensor([float("nan"), float("inf"), 1.0]), torch.tensor([], dtype=torch.int64))
+    assert unknown.tolist() == pytest.approx([1 / 9, 1 / 9, 7 / 9])
 
 
 def test_the_practical_power_method_finds_the_top_eigenvalue():
@@ -838,6 +888,30 @@ def test_the_practical_power_method_finds_the_top_eigenvalue():
     assert found.kernel_evaluations < 2 * found.iterations * 2500**2
     with pytest.raises(InputError, match="has no option 'alpha'"):
         top_eigenvalue(points, SIGMA, 0.1, method="practical", alpha=0.5)
+
+
+def test_the_steps_of_the_practical_power_method(monkeypatch):
+    given, products = [], iter([[3.0, -1.0], [0.5, 0.04], None])
+
+    class Scripted:
+        last = SimpleNamespace(kernel_evaluations=7)
+
+        def __init__(self, queries, keys, sigma, epsilon, seed):
+            assert epsilon == 0.1 / 4
+
+        def __matmul__(self, x: np.ndarray) -> np.ndarray:
+            given.append(x)
+            y = next(products)
+            return 0.7 * x if y is None else np.array(y)
+
+    monkeypatch.setattr(eigenvalue, "KernelOperator", Scripted)
+    found = eigenvalue.top_eigenvalue(np.eye(2), 1.0, 0.1, method="practical", seed=0)
+    # Noise below 0 is left out, and steps go on while what is left is more than a quarter of epsilon of the quotient.
+    assert np.allclose(given, [[0.5**0.5, 0.5**0.5], [1, 0], np.array([0.5, 0.04]) / np.hypot(0.5, 0.04)])
+    assert (found.iterations, found.kernel_evaluations) == (3, 21)
+    # The largest quotient is the first.
+    assert found.value == pytest.approx(2**0.5)
+    assert np.allclose(found.vector, given[0])
 
 
 def test_sums_of_rows_are_the_densities_of_scikit_learn():

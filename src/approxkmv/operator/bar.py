@@ -62,7 +62,7 @@ def error_bar(
     # The norm of the answer is that of y, corrected by the sample.
     corrections = (exact.square() - seen.square()).sum(1) / p
     squared = float(y.double().square().sum()) + float(corrections.mean())
-    bound = math.sqrt(limit) if mean > 0 and spread >= LEAST_SPREAD else None
+    bound = math.sqrt(limit) if spread >= LEAST_SPREAD else None
     # By the triangle inequality, or by the sample where that says more.
     size = float(y.double().norm())
     least = max(0.0, size - (bound or size), math.sqrt(max(0.0, size**2 - _upper(-corrections, doubt))))

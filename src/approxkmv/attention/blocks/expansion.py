@@ -285,7 +285,7 @@ def expand(
     count(kernel_evaluations=logs.numel())
     tilts = d_v if d_v <= TILTED_COLUMNS else 0
     weights = scratch("weights", len(blocks), 1 + tilts, n_k, dtype=low)
-    first = generator.initial_seed() % SAMPLED_KEYS
+    first = _first(generator.initial_seed(), n_k)
     highest, thresholds, chosen, ends, total, far_value = choose_keys(
         logs, clustering.near, first, v[:, :tilts], weights
     )
@@ -306,15 +306,20 @@ def expand(
         second = 0.5 * (variances * (far_axes[:, 0] @ axes).square()).sum(1)
         torch.sub(total.log() + highest, second, out=far_log)
     rounded = side.keys if low == torch.bfloat16 else None
-    of_queries = blocks, logit_variances, max(1, n_k - clustering.near), side.mean, rounded
+    of_queries = blocks, logit_variances, n_k - clustering.near, side.mean, rounded
     return Expansion(*of_queries, logs, weights, apart, thresholds, chosen, ends, total, far_log, far_value, far_axes)
+
+
+def _first(seed: int, n_k: int) -> int:
+    """Where the sample of the keys begins, from which thresholds are estimated."""
+    return min(seed % SAMPLED_KEYS, n_k - 1)
 
 
 def of_one_block(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seed: int, scale: float, near: int) -> OneBlock:
     """Inputs and scratch of the compiled loops for one block of all queries without axes."""
     n_k, d_v = v.shape
     tilts = d_v if d_v <= TILTED_COLUMNS else 0
-    first = seed % SAMPLED_KEYS
+    first = _first(seed, n_k)
     queries, keys, values = (t.contiguous().numpy() for t in (q, k, v))
     threshold = Threshold(rank_of_bar(n_k, near, first), first, SAMPLED_KEYS)
     room = scratch("deltas", *q.shape), scratch("logs", 1, n_k), scratch("weights", 1, 1 + tilts, n_k)

@@ -100,7 +100,7 @@ def answers_in_one_block(
     out, logs = torch.empty(len(q), v.shape[1]), torch.empty(len(q))
     one = of_one_block(q, k, v, generator.initial_seed(), scale, parameters.near)
     variances = (scale**2 * spreads(q, k)).numpy()
-    limits = most_off(max(1, len(k) - parameters.near)), REACH
+    limits = most_off(len(k) - parameters.near), REACH
     loops = block_loops()
     assert loops is not None
     others = torch.full_like(logs, -torch.inf) if others is None else others
