@@ -593,15 +593,21 @@ def test_what_blocks_cost():
 
 
 @pytest.mark.parametrize("queries", [Q[:1], Q])
-def test_sums_that_cancel_are_made_in_float64(queries):
+def test_sums_that_cancel_are_made_in_float64(queries, monkeypatch):
     """In one row, whose error is known from the pilot, or in all rows of a wide kernel."""
     sigma = SIGMA if len(queries) == 1 else 5e3
     x, ones = signs(len(K_)).double(), torch.ones(len(K_))
     x -= (reference(Q[:1], K_, x, sigma) - 1e-9) / reference(Q[:1], K_, ones, sigma)
     truth = reference(queries, K_, x, sigma)
+    # So that there are blocks and plans in float32, which must be made again
+    monkeypatch.setattr(module, "may_be_worth", lambda n_q, n_k: True)
     K = KernelOperator(queries.double(), K_.double(), sigma, 0.05, seed=0)
+    K._plan(K._blocks()[0], 300)
     assert relative(K @ x, truth) < 0.05
     assert K.last.met
+    assert {plan.means.dtype for plan in K._plans.values()} <= {torch.float64}
+    K._plan(K._blocks()[0], 100)
+    assert {plan.means.dtype for plan in K._plans.values()} == {torch.float64}
     assert K.last.exponents == "float64"
     blocks = KernelOperator(queries, K_, sigma, 0.05, method="blocks", seed=0)
     # They never fall back, and say so.
