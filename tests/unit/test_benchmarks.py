@@ -594,6 +594,89 @@ def test_a_kill_leaves_nothing_running_and_what_it_cut_short_is_found(tmp_path):
     assert kills.cut_short(tmp_path) == [str(tables / "a.json")]
 
 
+SWEEP = """
+import sys, time
+from pathlib import Path
+
+out = Path(sys.argv[1])
+part = Path(f"{out}.part")
+if out.stem == "undisturbed" or part.exists():
+    print("resumes after the 1 finished by an earlier run")
+    out.write_text("workload,n,method,status\\nw,1,mean,measured\\n")
+    part.unlink(missing_ok=True)
+else:
+    part.write_text("a line about the run\\nand one of a case\\n")
+    time.sleep(60)
+"""
+
+
+def test_a_kill_is_told_in_the_columns_of_the_reference(monkeypatch, tmp_path):
+    import reliability_kills as kills
+
+    def start(*words):
+        return subprocess.Popen(["sleep", "60"], stdout=subprocess.PIPE, text=True, start_new_session=True)
+
+    project = SimpleNamespace(results=tmp_path / "results", snakemake=lambda: (0, ""), start=start)
+    monkeypatch.setattr(kills, "project_in", lambda folder: project)
+    monkeypatch.setattr(kills, "running", lambda group: kills.STEPS)
+    monkeypatch.setattr(kills, "WITHIN", 0.0)
+    (tmp_path / "sweep.py").write_text(SWEEP)
+    monkeypatch.setattr(kills, "SWEEP", f"{sys.executable} {tmp_path / 'sweep.py'} sweep.csv")
+    monkeypatch.setattr(sys, "argv", ["kills.py", "--kills", "4", "--out", str(tmp_path / "kills.csv")])
+    with pytest.raises(SystemExit) as ended:
+        kills.main()
+    assert ended.value.code == 0
+    table = pd.read_csv(tmp_path / "kills.csv")
+    assert list(table.columns) == columns_of("reliability/kills.csv")
+    assert table["kill"].tolist() == [1, 2, 3, 4]
+    assert table["aimed_at"].tolist() == ["sweep, case 2", "texts", "fetch", "extract"]
+    assert (table["survived"] == "yes").all()
+    record = json.loads((tmp_path / "kills.json").read_text())
+    assert (record["kills"], record["survived"], record["settings"]) == (4, 4, {"kills": 4, "seed": 0})
+    # What was left behind under a final name is not whole.
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "cut.json").write_text("{")
+    with pytest.raises(SystemExit) as ended:
+        kills.main()
+    assert ended.value.code == 1
+    assert pd.read_csv(tmp_path / "kills.csv")["survived"].tolist() == ["yes", "no", "no", "no"]
+
+
+def test_what_kernels_need_is_told_for_a_pair_of_a_query_and_a_key(monkeypatch, tmp_path):
+    triton = pytest.importorskip("triton")
+    import gpu_code
+
+    made = SimpleNamespace(metadata=SimpleNamespace(shared=512, num_warps=4))
+    launches = {"rows_kernel": {"BM": 16, "BN": 32}}
+    compiled = {"FUSED": ("keys_kernel", "rows_kernel"), "of_the_fused_form": lambda *sizes, summing: made}
+    compiled |= {"resources": lambda made: (40, 0), "instructions_of_the_loop": lambda made: 300}
+    compiled |= {"fused": SimpleNamespace(launches=lambda d, d_v, clusters: launches)}
+    monkeypatch.setitem(sys.modules, "ahead_of_time", SimpleNamespace(**compiled))
+    monkeypatch.setattr(gpu_code, "OUT", tmp_path / "code.csv")
+    monkeypatch.setattr(gpu_code, "SIZES", ((64, 1),))
+    names = columns_of("gpu/tables/code.csv")
+    pd.DataFrame([["3.0", *[1] * 8], [triton.__version__, *[2] * 8]], columns=names).to_csv(gpu_code.OUT, index=False)
+    gpu_code.main()
+    table = pd.read_csv(gpu_code.OUT, dtype={"triton": str})
+    assert list(table.columns) == names
+    # Of the other version as it was; 300 instructions of 128 threads for 512 pairs
+    assert table.drop(columns="kernel").fillna(-1).to_numpy().tolist() == [
+        ["3.0", *[1] * 7],
+        [triton.__version__, 64, 1, 40, 0, 512, 128, -1],
+        [triton.__version__, 64, 1, 40, 0, 512, 128, 75],
+    ]
+
+
+@pytest.mark.parametrize("name", ["operator/tables/operator.csv", "complexity/tables/complexity.csv"])
+def test_reference_tables_of_a_study_have_the_columns_of_today(name):
+    from approxkmv.kmv import complexity
+    from approxkmv.steps import operator
+
+    columns = {"operator": operator.COLUMNS, "complexity": complexity.COLUMNS}[Path(name).stem]
+    for path in (ROOT / "results" / "reference").glob(f"**/{name}"):
+        assert columns_of(path) == list(columns)
+
+
 SWEEPS = sorted((ROOT / "results" / "reference").glob("**/sweep.csv"))
 
 
