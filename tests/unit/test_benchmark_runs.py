@@ -50,11 +50,14 @@ def run(monkeypatch, tmp_path, one_thread):
         for constant, value in constants.items():
             monkeypatch.setattr(module, constant, value)
         monkeypatch.setattr(sys, "argv", [str(ROOT / "benchmarks" / f"{script}.py")])
+        # As for the reference tables; those that are made on one thread say so.
+        torch.set_num_threads(2)
         module.main()
         out, known = tmp_path / "results" / "benchmarks" / f"{name or script}.csv", REFERENCE / known
         record, of_the_known = (json.loads(path.with_suffix(".json").read_text()) for path in (out, known))
         assert record["command"] == f"python benchmarks/{script}.py"
         assert (record["machine"]["processor"], record["versions"]["torch"]) == (processor(), torch.__version__)
+        assert record["machine"]["threads"] == of_the_known["machine"]["threads"]
         assert record.keys() == of_the_known.keys()
         assert record["settings"].keys() == of_the_known["settings"].keys()
         table, right = pd.read_csv(out), pd.read_csv(known)
@@ -112,6 +115,7 @@ def test_spectral_errors_with_estimated_densities_are_means_over_seeds(run):
     assert 0 < row["sums_made_exactly"] < 1
 
 
+@pytest.mark.slow
 def test_training_follows_the_losses_of_the_reference(run):
     import knn_training as script
 
@@ -120,7 +124,7 @@ def test_training_follows_the_losses_of_the_reference(run):
     changed = {"GRADIENTS": few, "SETTINGS": script.SETTINGS | {"steps": 5}}
     table, right, settings = run("knn_training", "knn_training/knn_training.csv", changed)
     right = right[(right["step"] <= 5) & right["gradients"].isin(few)].reset_index(drop=True)
-    # The gradients of three of the six runs are of float32 products, which round otherwise on other processors.
+    # Products in float32 round otherwise on other processors.
     pd.testing.assert_frame_equal(table, right, rtol=1e-4)
     known = json.loads((REFERENCE / "knn_training" / "knn_training.json").read_text())["settings"]
     assert known == settings | {"steps": 200, "gradients": every}
@@ -201,7 +205,6 @@ def test_the_speed_of_the_statistics_is_told_per_head_and_round_by_round(run, mo
     seconds = {"a call each": [0.2, 0.4, 0.2], "one call": [0.1, 0.1, 0.4], "product": [0.02, 0.02, 0.06]}
     seconds |= {"float64": [1.0, 2.0, 4.0], "float32": [0.5, 0.5, 0.5]}
     monkeypatch.setattr(script, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    torch.set_num_threads(2)
     table, right, settings = run(
         "statistics_speed",
         "benchmarks/statistics.csv",
@@ -316,6 +319,7 @@ def off_by(right):
     return made
 
 
+@pytest.mark.slow
 def test_densities_are_timed_from_the_second_product_and_told_with_their_error(run, monkeypatch, tmp_path):
     sklearn = pytest.importorskip("sklearn.neighbors")
     import density as script
@@ -379,6 +383,7 @@ def test_densities_are_timed_from_the_second_product_and_told_with_their_error(r
     assert 0 < table["error"][3] < 0.05
 
 
+@pytest.mark.slow
 def test_graphs_are_searched_among_the_keys_of_each_head_and_of_word_vectors(run, tmp_path):
     pytest.importorskip("faiss")
     n, near, beam = 40, 4, 5
@@ -400,10 +405,9 @@ def test_graphs_are_searched_among_the_keys_of_each_head_and_of_word_vectors(run
     words = torch.as_tensor(word_vectors(None))
     kernels = [(captured.queries[0, 2], captured.keys[0, 2]), (captured.queries[1, 1], captured.keys[1, 1])]
     kernels += [(words[: 2 * n : 2], words[1 : 2 * n : 2])]
-    scales = [captured.scales[0], captured.scales[1], 10**-0.5]
-    for place, ((q, k), scale) in enumerate(zip(kernels, map(float, scales), strict=True)):
+    for place, (q, k) in enumerate(kernels):
         rows = table.iloc[6 * place : 6 * place + 6].to_dict("records")
-        expected = searched(q, k, scale, near, beam)
+        expected = searched(q, k, near, beam)
         for row, facts in zip(rows, expected, strict=True):
             assert (row["n"], row["d"]) == tuple(k.shape)
             empty = {name for name, value in row.items() if isinstance(value, float) and math.isnan(value)}
@@ -415,9 +419,9 @@ def test_graphs_are_searched_among_the_keys_of_each_head_and_of_word_vectors(run
     assert table["recall"].min() < table["recall"].max() <= 1
 
 
-def searched(q, k, scale, near, beam):
+def searched(q, k, near, beam):
     """What each row of a kernel says but for its times, from q and k, whose keys are moved to their mean."""
-    reduced = reduce_attention(q, k - k.mean(0), scale)
+    reduced = reduce_attention(q, k - k.mean(0))
     queries, keys = torch.as_tensor(reduced.queries), torch.as_tensor(reduced.keys)
     nearest = (queries[:, None].double() - keys.double()).norm(dim=2)
     heaviest = [set(row) for row in nearest.argsort(1)[:, :near].tolist()]
