@@ -75,6 +75,36 @@ def test_a_script_writes_where_it_is_told_to(monkeypatch, tmp_path):
     assert out_of("What it does: how", "one") == tmp_path / "other.csv"
 
 
+def test_the_constants_of_the_scripts_are_those_of_the_reference_tables(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import attention_statistics
+    import density
+    import graph_search
+    import statistics_speed
+
+    def known(name):
+        path = REFERENCE / f"{name}.csv"
+        return pd.read_csv(path), json.loads(path.with_suffix(".json").read_text())["settings"]
+
+    table, settings = known("benchmarks/density")
+    assert (settings["points"], settings["sigma"]) == (density.POINTS, density.SIGMA)
+    assert settings["repeats"] == density.REPEATS
+    assert tuple(table["queries"].unique()) == density.QUERIES
+    asked = table["method"].str.extract(r"epsilon (\S+)")[0].dropna().unique()
+    assert tuple(map(float, asked)) == density.EPSILONS
+    table, settings = known("graph_search/graph_search")
+    heads, sizes = [list(head) for head in graph_search.HEADS], (graph_search.NEAR, graph_search.BREADTH)
+    assert (settings["heads"], settings["alphas"]) == (heads, graph_search.ALPHAS)
+    assert (settings["n"], settings["near"], settings["breadth"]) == (graph_search.N, *sizes)
+    table, settings = known("benchmarks/statistics")
+    assert (settings["rounds"], settings["heads"]) == (statistics_speed.ROUNDS, statistics_speed.AT_ONCE)
+    assert set(table[["n", "d"]].iloc[:-1].itertuples(index=False, name=None)) == set(statistics_speed.SIZES)
+    assert f" contexts x {statistics_speed.N_HEADS} heads" in table["what"].iloc[-1]
+    table, settings = known("benchmarks/attention_statistics")
+    assert settings["rounds"] == attention_statistics.ROUNDS
+    assert tuple(table["n"].unique()) == (*attention_statistics.LENGTHS, attention_statistics.WHOLE)
+
+
 def test_spectral_errors_are_those_of_the_reference_and_below_their_bound(run):
     table, right, settings = run(
         "spectral_error",
@@ -189,6 +219,16 @@ def test_the_speed_of_the_statistics_is_told_per_head_and_round_by_round(run, mo
         now[0] += 2.0
         return head_statistics(q[:, :60], k[:, :60], first)
 
+    def products(q, k, out):
+        made = []
+        with monkeypatch.context() as patched:
+            patched.setattr(
+                torch, "mm", lambda one, other, out: made.append(right_product(one, other, out=out).clone())
+            )
+            right_products(q, k, out)
+        assert torch.allclose(torch.stack(made), torch.stack([q.double() @ k.double().mT for q, k in drawn[-2:]]))
+        assert out.dtype == torch.float64
+
     def check(name, result):
         assert torch.get_num_threads() == 1
         pair = drawn[-2:]
@@ -201,14 +241,14 @@ def test_the_speed_of_the_statistics_is_told_per_head_and_round_by_round(run, mo
             assert str(result.dtype) == f"torch.{name}"
             assert torch.allclose(result.double(), each[0], rtol=1e-3)
 
-    right_heads = script.heads
+    right_heads, right_products, right_product = script.heads, script.products, torch.mm
     seconds = {"a call each": [0.2, 0.4, 0.2], "one call": [0.1, 0.1, 0.4], "product": [0.02, 0.02, 0.06]}
     seconds |= {"float64": [1.0, 2.0, 4.0], "float32": [0.5, 0.5, 0.5]}
     monkeypatch.setattr(script, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     table, right, settings = run(
         "statistics_speed",
         "benchmarks/statistics.csv",
-        {"SIZES": ((52, 4), (51, 3)), "AT_ONCE": 2, "ROUNDS": 3, "N_HEADS": 2, "heads": heads}
+        {"SIZES": ((52, 4), (51, 3)), "AT_ONCE": 2, "ROUNDS": 3, "N_HEADS": 2, "heads": heads, "products": products}
         | {"times": taken(seconds, script.time.perf_counter, check), "head_statistics": statistics},
         "statistics",
     )

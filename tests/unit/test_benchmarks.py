@@ -388,13 +388,14 @@ def test_graphs_are_shown_by_their_worst_kernel_and_their_mean_cost(documents):
         rows.append(facts | {"graph": "vamana", "alpha": 1.2, "mean_degree": 5.0, "recall": 0.9 + 0.054 * place})
         rows[-1] |= {"mean_evaluations": 7.0}
         rows.append(facts | {"graph": "hnsw", "recall": 0.8 - 0.054 * place})
-    documents.known("graph_search/graph_search", rows)
+    documents.known("graph_search/graph_search", rows, MACHINE | {"settings": {"near": 7}})
     text = documents.graph_search()
     assert cells(text) == [
         ["exhaustive, alpha = 1.5", "5", "2.11", "12", "32", "–"],
         ["vamana, alpha = 1.2", "–", "–", "5", "7", "0.90 or more"],
         ["hnsw", "–", "–", "–", "–", "0.75 or more"],
     ]
+    assert "| of the 7 heaviest keys found |" in text
     assert "2 kernels of 2,048 keys" in text
     assert "at least 4.2 to 5.2 and, by a greedy cover, at most 9.0 to 10.0." in text
 
@@ -417,8 +418,11 @@ def test_training_is_shown_by_its_ends_over_seeds(documents):
 
 def test_attention_statistics_are_shown_beside_sdpa_where_they_were_timed(documents):
     row = {"what": "first pass", "n": 8192, "median_ms": 171.6, "least_ms": 1.0, "times_sdpa": 1.214}
-    documents.known("benchmarks/attention_statistics", [row | {"times_sdpa_least": 9.0}, {"what": "entropy", "n": 4}])
-    assert cells(documents.attention_statistics()) == [["first pass", "8,192", "172", "1.21"]]
+    rows = [row | {"times_sdpa_least": 9.0}, {"what": "entropy", "n": 4}]
+    documents.known("benchmarks/attention_statistics", rows, MACHINE | {"settings": {"d": 8}})
+    text = documents.attention_statistics()
+    assert cells(text) == [["first pass", "8,192", "172", "1.21"]]
+    assert text.startswith("| one head, d = 8, one core |")
 
 
 def test_spectral_errors_are_shown_beside_their_bound(documents):
@@ -477,8 +481,10 @@ def test_densities_are_shown_with_what_only_an_operator_says(documents):
     row = {"queries": 1000, "method": "KernelOperator", "seconds": 0.2345, "error": 9.62e-5, "times_faster": 1.094}
     row |= {"seconds_first": 5.0, "bound": 1.2e-4, "way": "blocks", "evaluated": 0.034, "times_faster_first": 0.4152}
     plain = {"queries": 1000, "method": "torch", "seconds": 37.04, "error": 0.0, "times_faster": 1.0}
-    documents.known("benchmarks/density", [plain, row])
-    assert cells(operator_tables.density()) == [
+    documents.known("benchmarks/density", [plain, row], MACHINE | {"settings": {"points": 3000}})
+    text = operator_tables.density()
+    assert "\n\n3,000 points. " in text
+    assert cells(text) == [
         ["1,000", "torch", "", "", "37", "0", "", "1", ""],
         ["1,000", "KernelOperator", "blocks", "3%", "0.234", "9.6e-05", "1.2e-04", "1.09", "0.415"],
     ]
