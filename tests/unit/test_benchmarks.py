@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -639,13 +640,18 @@ def test_a_kill_is_told_in_the_columns_of_the_reference(monkeypatch, tmp_path):
     assert (table["survived"] == "yes").all()
     record = json.loads((tmp_path / "kills.json").read_text())
     assert (record["kills"], record["survived"], record["settings"]) == (4, 4, {"kills": 4, "seed": 0})
-    # What was left behind under a final name is not whole.
-    (tmp_path / "results").mkdir()
-    (tmp_path / "results" / "cut.json").write_text("{")
-    with pytest.raises(SystemExit) as ended:
-        kills.main()
-    assert ended.value.code == 1
-    assert pd.read_csv(tmp_path / "kills.csv")["survived"].tolist() == ["yes", "no", "no", "no"]
+    # What was cut short under its final name, or left behind under another, is a loss.
+    for name, text in (("cut.json", "{"), (".half.json", "{}")):
+        shutil.rmtree(tmp_path / "results", ignore_errors=True)
+        (tmp_path / "results").mkdir()
+        (tmp_path / "results" / name).write_text(text)
+        with pytest.raises(SystemExit) as ended:
+            kills.main()
+        assert ended.value.code == 1
+        table = pd.read_csv(tmp_path / "kills.csv")
+        assert table["survived"].tolist() == ["yes", "no", "no", "no"]
+        assert table["whole_files"].tolist()[1:] == [name.startswith(".")] * 3
+        assert json.loads((tmp_path / "kills.json").read_text())["survived"] == 1
 
 
 def test_what_kernels_need_is_told_for_a_pair_of_a_query_and_a_key(monkeypatch, tmp_path):
