@@ -105,6 +105,7 @@ def test_the_constants_of_the_scripts_are_those_of_the_reference_tables(monkeypa
     assert tuple(table["n"].unique()) == (*attention_statistics.LENGTHS, attention_statistics.WHOLE)
 
 
+@pytest.mark.slow
 def test_spectral_errors_are_those_of_the_reference_and_below_their_bound(run):
     table, right, settings = run(
         "spectral_error",
