@@ -22,6 +22,8 @@ from approxkmv import attention_statistics
 
 ROUNDS = 7
 LENGTHS = (2048, 8192)
+# Of the n x n matrix
+WHOLE = 4096
 
 
 def head(n: int, d: int, largest: float, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -66,7 +68,7 @@ def accuracy() -> list[dict[str, object]]:
     """Largest relative differences from the n x n matrix in float64."""
     rows = []
     for dtype, largest in (("float32", 30.0), ("float64", 1e4)):
-        q, k = head(4096, 64, largest, seed=1)
+        q, k = head(WHOLE, 64, largest, seed=1)
         found = attention_statistics(q, k, dtype=dtype)
         log_p = (0.125 * q.double() @ k.double().mT).log_softmax(-1)
         p, entropy = log_p.exp(), entropy_of(log_p)
@@ -74,7 +76,7 @@ def accuracy() -> list[dict[str, object]]:
             # Entropies of sharp rows may lie below float64's normal numbers, where the reference has fewer digits.
             smallest = torch.finfo(torch.float64).tiny
             gap = float(((getattr(found, name) - right).abs() / right.clamp_min(smallest)).max())
-            rows.append({"what": f"{name}, {dtype}, logits up to {largest:g}", "n": 4096, "relative_difference": gap})
+            rows.append({"what": f"{name}, {dtype}, logits up to {largest:g}", "n": WHOLE, "relative_difference": gap})
     return rows
 
 

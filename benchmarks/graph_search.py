@@ -32,8 +32,11 @@ ALPHAS = [1.2, 1.5, 2.0]
 NEAR, BREADTH = 32, 64
 
 
-def kernels() -> Iterator[tuple[str, torch.Tensor, torch.Tensor, float]]:
-    """Name, queries, keys and scale of each head, and of word vectors: even rows against odd ones."""
+def kernels() -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    """Name, queries and keys of each head, and of word vectors: even rows against odd ones.
+
+    The keys of Lemma 4.1 do not depend on the scale.
+    """
     config = load_config(Path("config.yaml"))
     entry, corpus = model_of(config, "smollm2-135m"), corpus_entry(config, "moby-dick")
     folder = Path(config.cache) / "models" / entry.name
@@ -41,14 +44,9 @@ def kernels() -> Iterator[tuple[str, torch.Tensor, torch.Tensor, float]]:
     text = read_corpus(corpus.source, corpus.sha256)[0].context
     captured = model.capture([model.tokenize(text, N)])[0]
     for at, head in HEADS:
-        yield (
-            f"{entry.name} {at}.{head}",
-            captured.queries[at, head],
-            captured.keys[at, head],
-            float(captured.scales[at]),
-        )
+        yield f"{entry.name} {at}.{head}", captured.queries[at, head], captured.keys[at, head]
     words = torch.as_tensor(word_vectors(None))[: 2 * N]
-    yield "glove-split", words[::2], words[1::2], 10**-0.5
+    yield "glove-split", words[::2], words[1::2]
 
 
 def recall(found: torch.Tensor, right: torch.Tensor) -> float:
@@ -78,10 +76,10 @@ def main() -> None:
     rows = []
     # Compiled before anything is timed.
     build(torch.randn(50, 4), alpha=1.2, degree=4, beam=4, generator=torch.Generator()).search(torch.randn(5, 4), 2, 4)
-    for name, q, k, scale in kernels():
+    for name, q, k in kernels():
         # As the methods do: shifting all keys together does not change attention.
         k = k - k.mean(0)
-        reduced = reduce_attention(q, k, scale)
+        reduced = reduce_attention(q, k)
         queries, keys = torch.as_tensor(reduced.queries), torch.as_tensor(reduced.keys)
         nearest = torch.cdist(queries.double(), keys.double()).amin(1)
         heaviest = (q @ k.mT).topk(NEAR).indices

@@ -7,7 +7,6 @@ nothing is written; the exit code is the number of outdated documents.
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from reference import REFERENCE, ROOT, machine, markdown
 from whole_squad import STEPS
 
 from approxkmv.config import load_config, study_of
+from approxkmv.files import read_json
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MARKED = re.compile(r"(<!-- table: ([a-z0-9-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -58,7 +58,8 @@ def statistics_speed() -> str:
 
 def graph_search() -> str:
     """The guarantee of the graph, the doubling dimension, and the recall of the practical graphs."""
-    table = pd.read_csv(REFERENCE / "graph_search" / "graph_search.csv")
+    path = REFERENCE / "graph_search" / "graph_search.csv"
+    table, near = pd.read_csv(path), read_json(path.with_suffix(".json"))["settings"]["near"]
     lines = []
     for (graph, alpha), rows in table.groupby(["graph", "alpha"], dropna=False, sort=False):
         proven = rows["guarantee"].notna().any()
@@ -71,7 +72,7 @@ def graph_search() -> str:
                 "kernel evaluations per query": (
                     f"{rows['mean_evaluations'].mean():.0f}" if rows["mean_evaluations"].notna().any() else "–"
                 ),
-                "of the 32 heaviest keys found": "–" if proven else f"{rows['recall'].min():.2f} or more",
+                f"of the {near} heaviest keys found": "–" if proven else f"{rows['recall'].min():.2f} or more",
             }
         )
     once = table.drop_duplicates("kernel")
@@ -109,10 +110,11 @@ def attention_statistics() -> str:
     """The benchmark of attention_statistics."""
     folder = REFERENCE / "benchmarks"
     table = pd.read_csv(folder / "attention_statistics.csv")
+    d = read_json(folder / "attention_statistics.json")["settings"]["d"]
     timed = table[table["median_ms"].notna()]
     shown = pd.DataFrame(
         {
-            "one head, d = 64, one core": timed["what"],
+            f"one head, d = {d}, one core": timed["what"],
             "n": timed["n"].map("{:,}".format),
             "ms": timed["median_ms"].map("{:.0f}".format),
             "times sdpa": timed["times_sdpa"].map("{:.2f}".format),
@@ -145,7 +147,7 @@ def whole_squad() -> str:
     """The pipeline on contexts of the development set, with a model of BERT-base's shape."""
     path = REFERENCE / "benchmarks" / "whole_squad.csv"
     table = pd.read_csv(path)
-    record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    record = read_json(path.with_suffix(".json"))
     contexts = record["settings"]["contexts"]
     shown = pd.DataFrame(
         {
@@ -171,7 +173,7 @@ def predicted(study: str) -> str:
     Two are encoders; GPT's masked statistics are over a second kind of entries, for which as much again is counted.
     """
     path = REFERENCE / "benchmarks" / "whole_squad.csv"
-    made_of = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["settings"]["contexts"]
+    made_of = read_json(path.with_suffix(".json"))["settings"]["contexts"]
     seconds = pd.read_csv(path).set_index("step")["processor"] / made_of
     config = load_config(ROOT / "config.yaml")
     asked = study_of(config, study)
@@ -191,7 +193,7 @@ def takes(study: str) -> str:
     seconds = pd.read_csv(path, index_col="study")["seconds"]
     if study not in seconds:
         return "not timed"
-    cores = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["machine"]["cores"]
+    cores = read_json(path.with_suffix(".json"))["machine"]["cores"]
     took = seconds[study]
     span = f"{took / 60:.0f} minutes" if took < 5400 else f"{took / 3600:.1f} hours"
     span = f"{round(took, -1)} seconds" if took < 100 else span
@@ -203,7 +205,7 @@ def families() -> str:
     folder = REFERENCE / "families"
     lines = []
     for model in FAMILIES:
-        facts = json.loads((folder / "tables" / f"overview_{model}.json").read_text(encoding="utf-8"))
+        facts = read_json(folder / "tables" / f"overview_{model}.json")
         heads = facts["layers"] * facts["heads"]
         for before, entries in (("", "all"), ("masked_", facts["mask"])):
             if f"{before}largest_ratio" not in facts:

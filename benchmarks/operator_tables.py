@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 from reference import ELSEWHERE, REFERENCE, machine, markdown, number
 
+from approxkmv.files import read_json
 from approxkmv.steps.operator import REFERENCE as PLAIN
 
 OPERATOR = Path("operator", "tables", "operator.csv")
@@ -83,7 +84,7 @@ def _there() -> str:
 def density() -> str:
     """Densities of word vectors beside scikit-learn's."""
     path = REFERENCE / "benchmarks" / "density.csv"
-    lines = []
+    points, lines = read_json(path.with_suffix(".json"))["settings"]["points"], []
     for row in pd.read_csv(path).to_dict("records"):
         done = isinstance(row["way"], str)
         lines.append({"queries": f"{row['queries']:,}", "method": row["method"], "how": row["way"] if done else ""})
@@ -92,9 +93,9 @@ def density() -> str:
         lines[-1] |= {"speed-up over torch": number(row["times_faster"])}
         lines[-1] |= {"the first product": number(row["times_faster_first"]) if done else ""}
     return (
-        f"{markdown(pd.DataFrame(lines))}\n\n100,000 points. Times of KernelOperator are of later products; last, the "
-        "speed-up of the first, which makes the blocks, and of making the operator, which scales the points; torch has "
-        "them scaled. Kernel evaluated: with pilot and error bar. One thread of "
+        f"{markdown(pd.DataFrame(lines))}\n\n{points:,} points. Times of KernelOperator are of later products; last, "
+        "the speed-up of the first, which makes the blocks, and of making the operator, which scales the points; torch "
+        "has them scaled. Kernel evaluated: with pilot and error bar. One thread of "
         f"{machine(path.with_suffix('.json'))}, `python benchmarks/density.py`.\n"
     )
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+
+from approxkmv.files import read_json
 
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = ROOT / "results" / "reference"
@@ -22,7 +23,7 @@ def markdown(table: pd.DataFrame) -> str:
 
 def machine(path: Path) -> str:
     """One line with the machine and the versions that produced a table."""
-    record = json.loads(path.read_text(encoding="utf-8"))
+    record = read_json(path)
     record = record.get("provenance", record)
     versions = record["versions"]
     instructions = record["machine"].get("instructions", [])

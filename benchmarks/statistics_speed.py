@@ -22,6 +22,9 @@ from approxkmv.statistics import head_statistics
 FIRST = 50
 N_HEADS = 144
 AT_ONCE = 24
+# n and d
+SIZES = ((512, 64), (155, 32))
+ROUNDS = 9
 
 
 def topk_of_every_prefix(q: torch.Tensor, k: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -53,7 +56,7 @@ def main() -> None:
     rows = []
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    for n, d in ((512, 64), (155, 32)):
+    for n, d in SIZES:
         for kind in ("diffuse", "ordinary", "sharp"):
             # As many as in a small model, so that a head has left the cache before it is used again.
             pairs = [heads(kind, n, d, generator) for _ in range(AT_ONCE)]
@@ -67,7 +70,7 @@ def main() -> None:
                     "float64": lambda q=q, k=k: topk_of_every_prefix(q[0], k[0], torch.float64),
                     "float32": lambda q=q, k=k: topk_of_every_prefix(q[0], k[0], torch.float32),
                 },
-                9,
+                ROUNDS,
                 time.perf_counter,
             )
             right = topk_of_every_prefix(q[0], k[0], torch.float64)
@@ -93,7 +96,7 @@ def main() -> None:
     torch.set_num_threads(threads)
     rows.append(whole_dev_set(generator))
     table = pd.DataFrame(rows)
-    write(out, table, {"rounds": 9, "heads": AT_ONCE, "threads_of_the_last_row": threads})
+    write(out, table, {"rounds": ROUNDS, "heads": AT_ONCE, "threads_of_the_last_row": threads})
     print(table.to_string(index=False, float_format=lambda x: f"{x:.3g}"))
 
 

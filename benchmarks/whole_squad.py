@@ -129,12 +129,12 @@ def watched(command: list[str], folder: Path) -> tuple[dict[str, float], dict[st
     }, processor
 
 
-def jobs_of(folder: Path) -> pd.DataFrame:
-    """A row per step: its jobs, by their logs, STEP_MODEL.log or STEP_MODEL_SHARD.log for each shard."""
+def table_of(folder: Path, processor: dict[str, float]) -> pd.DataFrame:
+    """A row per step: its seconds, and its jobs by their logs, STEP_MODEL.log or STEP_MODEL_SHARD.log of each shard."""
     jobs = {step: len(list(folder.glob(f"{step}_{MODEL}*.log"))) for step in STEPS}
     if not all(jobs.values()):
         raise ValueError(f"{folder} lacks the log of a step: {jobs}")
-    return pd.DataFrame({"step": list(jobs), "jobs": list(jobs.values())})
+    return pd.DataFrame([{"step": step, "jobs": jobs[step], "processor": processor[step]} for step in STEPS])
 
 
 def main() -> None:
@@ -149,8 +149,7 @@ def main() -> None:
         snakemake = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--cores", "1"]
         snakemake += targets(contexts or CONTEXTS)
         found, processor = watched(snakemake, folder)
-        table = jobs_of(folder / "results" / "whole" / "logs")
-    table["processor"] = table["step"].map(processor)
+        table = table_of(folder / "results" / "whole" / "logs", processor)
     write_csv(OUT, table)
     write_json(
         OUT.with_suffix(".json"), describe({"contexts": contexts or CONTEXTS, "heads": 144}) | {"measured": found}

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from small_project import Project
+from small_project import ROOT, Project
 
 VALUES = ["ratio", "log_double", "softmax_ratio", "tail_exponent"]
 
@@ -53,6 +53,9 @@ def test_the_study_through_snakemake_writes_its_table_and_figure(project: Projec
     facts = json.loads((project.results / "tables" / "lengths_llama.json").read_text())
     assert facts["causal"]
     assert facts["provenance"]["versions"]["torch"]
+    known = ROOT / "results" / "reference" / "lengths" / "tables"
+    assert pd.read_csv(known / "length_scaling_smollm2-135m.csv", nrows=0).columns.equals(table.columns)
+    assert json.loads((known / "lengths_smollm2-135m.json").read_text()).keys() == facts.keys()
     assert (project.results / "figures" / "length_scaling_llama.png").read_bytes().startswith(b"\x89PNG")
     assert "a Llama: n = 20 to" in output
 

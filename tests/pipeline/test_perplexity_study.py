@@ -7,7 +7,7 @@ import json
 import pandas as pd
 import pytest
 import torch
-from small_project import WORDS, Project, kill_when, save_tokenizer
+from small_project import ROOT, WORDS, Project, kill_when, save_tokenizer
 
 
 @pytest.fixture
@@ -44,6 +44,9 @@ def test_the_study_through_snakemake_writes_its_table(speaker: Project):
     assert (table[["seconds", "exact_seconds", "attention_seconds", "exact_attention_seconds"]] > 0).all(axis=None)
     record = json.loads((speaker.results / "tables" / "perplexity.json").read_text())
     assert record["settings"]["tokens"] == [40, 300]
+    for known in (ROOT / "results" / "reference").glob("**/perplexity.csv"):
+        assert pd.read_csv(known, nrows=0).columns.equals(table.columns), known
+        assert json.loads(known.with_suffix(".json").read_text()).keys() == record.keys(), known
     assert record["versions"]["torch"]
 
 

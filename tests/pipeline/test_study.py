@@ -69,6 +69,26 @@ def test_the_study_writes_its_tables_and_figures(finished):
     assert "1 too short" in output
 
 
+def test_the_reference_tables_of_models_have_the_columns_of_todays(finished):
+    project, _ = finished
+
+    def names_in(path: Path) -> list[str]:
+        return list(pd.read_csv(path, nrows=0)) if path.suffix == ".csv" else sorted(json.loads(path.read_text()))
+
+    compared = set()
+    for path in (ROOT / "results" / "reference").glob("*/tables/*_*.*"):
+        kind, names = path.stem.rpartition("_")[0], names_in(path)
+        small = "llama" if any(name.startswith("masked_") for name in names) else "bert"
+        today = project.results / "tables" / f"{kind}_{small}{path.suffix}"
+        if today.exists():
+            assert names == names_in(today), path
+            compared.add(today.name)
+    # Tables of readings and gauges name the entries in their rows.
+    of_rows = {f"{kind}_llama.csv" for kind in ("readings", "readings_heads", "readings_path", "gauge")}
+    made = {path.name for model in ("bert", "llama") for path in (project.results / "tables").glob(f"*_{model}.*")}
+    assert compared == {name for name in made if not name.endswith(".sha256")} - of_rows
+
+
 def test_the_statistics_agree_with_topk_on_captured_tensors(finished):
     project, _ = finished
     texts = pd.read_parquet(project.results / "texts.parquet")

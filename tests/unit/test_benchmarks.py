@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +24,11 @@ MACHINE = {"machine": {"cores": 2, "processor": "a CPU"}, "versions": dict.fromk
 @pytest.fixture(autouse=True)
 def importable(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
+
+
+def columns_of(name):
+    """Those of a reference table, which today's code writes too."""
+    return list(pd.read_csv(ROOT / "results" / "reference" / name, nrows=0).columns)
 
 
 def cells(text):
@@ -321,6 +328,169 @@ def test_seconds_of_a_study_are_those_of_its_steps_and_of_short_pauses(tmp_path)
     assert seconds_in(spans) == 99.5
 
 
+def test_times_of_studies_that_are_not_given_stay(monkeypatch, tmp_path):
+    import study_times
+
+    monkeypatch.setattr(study_times, "OUT", tmp_path / "study_times.csv")
+    for study, seconds in (("rows", [5.0]), ("long", [5.0, 3.0]), ("rows", [7.6])):
+        folder = tmp_path / study
+        for name in ("logs", "tables"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        for place, took in enumerate(seconds):
+            (folder / "logs" / f"{place}.log").write_text(f"2026-01-02 10:00:00,000 a step  {took} s\n")
+        made = {"commit": f"of {study}", "machine": {"processor": f"a CPU for {study}"}}
+        (folder / "tables" / "sweep.json").write_text(json.dumps({"machine": {}, "provenance": made}))
+        monkeypatch.setattr(sys, "argv", ["study_times.py", str(folder)])
+        study_times.main()
+    table = pd.read_csv(tmp_path / "study_times.csv")
+    assert list(table.columns) == columns_of("benchmarks/study_times.csv")
+    known = [["long", 2, 5, "a CPU for long", "of long"], ["rows", 1, 8, "a CPU for rows", "of rows"]]
+    assert table.to_numpy().tolist() == known
+    assert json.loads((tmp_path / "study_times.json").read_text())["machine"]["cores"] == os.cpu_count()
+
+
+@pytest.fixture
+def documents(monkeypatch, tmp_path):
+    """The functions of into_documents, and what writes the tables that they read, with a record."""
+    import into_documents
+    import operator_tables
+
+    for module in (into_documents, operator_tables):
+        monkeypatch.setattr(module, "REFERENCE", tmp_path)
+
+    def known(name, rows, record=MACHINE):
+        path = tmp_path / f"{name}.csv"
+        path.parent.mkdir(exist_ok=True)
+        pd.DataFrame(rows).to_csv(path, index=False)
+        path.with_suffix(".json").write_text(json.dumps(record))
+
+    monkeypatch.setattr(into_documents, "known", known, raising=False)
+    return into_documents
+
+
+def test_the_speed_of_the_statistics_is_shown_against_topk_in_float64(documents):
+    row = {"what": "sharp heads", "n": 50, "d": 8, "ours_ms": 0.126, "other_ms": 8.6, "product_ms": 0.054}
+    rows = [row | {"against": "topk float64", "times_faster": 67.6, "lowest": 60.4, "highest": 70.6}]
+    rows += [row | {"against": "topk float32", "times_faster": 1, "lowest": 1, "highest": 1}]
+    rows += [{"what": "9 contexts x 2 heads, all cores", "n": 3, "d": 4, "ours_ms": 154_400.0}]
+    documents.known("benchmarks/statistics", rows)
+    text = documents.statistics_speed()
+    assert cells(text) == [["sharp heads, n = 50, d = 8", "0.13 ms", "0.05 ms", "9 ms", "68 (60 to 71)"]]
+    assert "\n\n9 contexts x 2 heads, all cores: 154 s. Measured on 2 cores of a CPU, Python 1" in text
+
+
+def test_graphs_are_shown_by_their_worst_kernel_and_their_mean_cost(documents):
+    rows = []
+    for place, name in enumerate("ab"):
+        facts = {"kernel": name, "n": 2048, "doubling_dimension_at_least": 4.21 + place, "greedy_cover_log2": 9 + place}
+        of_greedy = {"guarantee": 5.0, "largest_ratio": 1.111 + place, "median_ratio": 1.0}
+        rows.append(facts | {"graph": "exhaustive", "alpha": 1.5, "mean_degree": 10.0 + 4 * place} | of_greedy)
+        rows[-1] |= {"mean_evaluations": 30.0 + 4 * place}
+        rows.append(facts | {"graph": "vamana", "alpha": 1.2, "mean_degree": 5.0, "recall": 0.9 + 0.054 * place})
+        rows[-1] |= {"mean_evaluations": 7.0}
+        rows.append(facts | {"graph": "hnsw", "recall": 0.8 - 0.054 * place})
+    documents.known("graph_search/graph_search", rows, MACHINE | {"settings": {"near": 7}})
+    text = documents.graph_search()
+    assert cells(text) == [
+        ["exhaustive, alpha = 1.5", "5", "2.11", "12", "32", "–"],
+        ["vamana, alpha = 1.2", "–", "–", "5", "7", "0.90 or more"],
+        ["hnsw", "–", "–", "–", "–", "0.75 or more"],
+    ]
+    assert "| of the 7 heaviest keys found |" in text
+    assert "2 kernels of 2,048 keys" in text
+    assert "at least 4.2 to 5.2 and, by a greedy cover, at most 9.0 to 10.0." in text
+
+
+def test_training_is_shown_by_its_ends_over_seeds(documents):
+    losses = {("exact", 0): (0.4, 0.3, 0.1234), ("sampled", 0): (0.4, 0.3, 0.2), ("sampled", 1): (0.5, 0.3, 0.1)}
+    rows = [
+        {"problem": "convex", "gradients": gradients, "seed": seed, "step": 5 * place, "loss": loss}
+        for (gradients, seed), some in losses.items()
+        for place, loss in enumerate(some)
+    ]
+    documents.known("knn_training/knn_training", rows)
+    text = documents.knn_training()
+    assert cells(text) == [
+        ["convex", "exact", "1", "0.400", "0.123"],
+        ["convex", "sampled", "2", "0.450", "0.100 to 0.200"],
+    ]
+    assert "| after 10 steps |" in text
+
+
+def test_attention_statistics_are_shown_beside_sdpa_where_they_were_timed(documents):
+    row = {"what": "first pass", "n": 8192, "median_ms": 171.6, "least_ms": 1.0, "times_sdpa": 1.214}
+    rows = [row | {"times_sdpa_least": 9.0}, {"what": "entropy", "n": 4}]
+    documents.known("benchmarks/attention_statistics", rows, MACHINE | {"settings": {"d": 8}})
+    text = documents.attention_statistics()
+    assert cells(text) == [["first pass", "8,192", "172", "1.21"]]
+    assert text.startswith("| one head, d = 8, one core |")
+
+
+def test_spectral_errors_are_shown_beside_their_bound(documents):
+    row = {"scale": "1", "densities": "levels", "samples": 32, "spectral_error": 0.5049, "largest": 0.9, "bound": 0.567}
+    documents.known(
+        "benchmarks/spectral_error", [row | {"kernel_evaluations_per_pair": 1008.4, "sums_made_exactly": 0.216}]
+    )
+    assert cells(documents.spectral_error()) == [["1", "levels", "32", "0.50", "0.57", "1008", "22%"]]
+
+
+def test_times_of_studies_are_those_of_a_context_times_contexts_and_of_logs(documents, monkeypatch):
+    measured = {"memory_of_all_processes_gb": 1.62, "memory_of_the_largest_process_gb": 1.44, "activations_gb": 0.26}
+    made = MACHINE | {"settings": {"contexts": 20}, "measured": measured, "command": "python whole_squad.py"}
+    steps = {"extract": 15.4, "statistics": 7.0, "attention": 8.0, "readings": 28.4}
+    rows = [{"step": step, "jobs": 1 + (step == "extract"), "processor": took} for step, took in steps.items()]
+    documents.known("benchmarks/whole_squad", rows, made)
+    text = documents.whole_squad()
+    assert cells(text)[0] == ["extract", "2", "15", "0.77"]
+    assert cells(text)[3] == ["readings", "1", "28", "1.42"]
+    assert "20 contexts; peak memory 1.6 GB of all processes together and 1.4 GB of the largest one; " in text
+    assert "on disk at most 0.3 GB. 2 cores of a CPU, Python 1, torch 1, NumPy 1, `python whole_squad.py`." in text
+    study = SimpleNamespace(corpus=SimpleNamespace(name="squad-dev"), models=["a", "b"], readings_texts=None)
+    monkeypatch.setattr(documents, "study_of", lambda config, name: study)
+    # Of three kinds of entries, as one of two models is causal; hours
+    of_all = 2067 / 20 * (2 * 15.4 + 3 * (7.0 + 8.0 + 28.4)) / 3600
+    assert documents.takes("paper") == f"about {of_all:.1f} hours of one core"
+    study.readings_texts, study.corpus.name = 100, "squad"
+    of_all = (20_963 / 20 * (2 * 15.4 + 3 * (7.0 + 8.0)) + 100 / 20 * 3 * 28.4) / 3600
+    assert documents.takes("paper") == f"about {of_all:.0f} hours of one core"
+    times = {"a": 99, "b": 100, "c": 5399, "d": 5400}
+    documents.known("benchmarks/study_times", [{"study": name, "seconds": took} for name, took in times.items()])
+    spans = ["100 seconds", "2 minutes", "90 minutes", "1.5 hours"]
+    assert [documents.takes(name) for name in times] == [f"about {span} on 2 cores" for span in spans]
+    assert documents.takes("e") == "not timed"
+
+
+def test_families_are_shown_over_all_entries_and_over_those_of_a_causal_model(documents, monkeypatch, tmp_path):
+    facts = {"label": "A", "layers": 2, "heads": 3, "mask": "no key after its query", "largest_ratio": 57.84}
+    facts |= {"largest_ratio_layer": 1, "largest_ratio_head": 2, "heads_within_bound": 4, "median_ratio": 4.726}
+    causal = {"label": "B", "masked_largest_ratio": 26.0, "masked_largest_ratio_layer": 0}
+    causal |= {"masked_largest_ratio_head": 1, "masked_heads_within_bound": 5, "masked_median_ratio": 0.19}
+    monkeypatch.setattr(documents, "FAMILIES", ["a", "b"])
+    (tmp_path / "families" / "tables").mkdir(parents=True)
+    for name, some in (("a", facts), ("b", facts | causal)):
+        (tmp_path / "families" / "tables" / f"overview_{name}.json").write_text(json.dumps(some))
+    assert cells(documents.families()) == [
+        ["A", "all", "4 of 6", "4.73", "57.8 (layer 1, head 2)"],
+        ["B", "all", "4 of 6", "4.73", "57.8 (layer 1, head 2)"],
+        ["B", "no key after its query", "5 of 6", "0.19", "26 (layer 0, head 1)"],
+    ]
+
+
+def test_densities_are_shown_with_what_only_an_operator_says(documents):
+    import operator_tables
+
+    row = {"queries": 1000, "method": "KernelOperator", "seconds": 0.2345, "error": 9.62e-5, "times_faster": 1.094}
+    row |= {"seconds_first": 5.0, "bound": 1.2e-4, "way": "blocks", "evaluated": 0.034, "times_faster_first": 0.4152}
+    plain = {"queries": 1000, "method": "torch", "seconds": 37.04, "error": 0.0, "times_faster": 1.0}
+    documents.known("benchmarks/density", [plain, row], MACHINE | {"settings": {"points": 3000}})
+    text = operator_tables.density()
+    assert "\n\n3,000 points. " in text
+    assert cells(text) == [
+        ["1,000", "torch", "", "", "37", "0", "", "1", ""],
+        ["1,000", "KernelOperator", "blocks", "3%", "0.234", "9.6e-05", "1.2e-04", "1.09", "0.415"],
+    ]
+
+
 def test_calls_are_timed_in_turn_after_a_round_that_is_not_counted(monkeypatch):
     from writing import times
 
@@ -367,10 +537,14 @@ def test_jobs_are_counted_by_their_logs(tmp_path):
     for step, names in {"extract": ["_0000", "_0001"], "statistics": ["_0000"], "attention": [""]}.items():
         for name in names:
             (tmp_path / f"{step}_{whole_squad.MODEL}{name}.log").touch()
+    seconds = {"extract": 1.5, "statistics": 2.5, "attention": 3.5, "readings": 4.5}
     with pytest.raises(ValueError, match="lacks the log of a step"):
-        whole_squad.jobs_of(tmp_path)
+        whole_squad.table_of(tmp_path, seconds)
     (tmp_path / f"readings_{whole_squad.MODEL}_0000.log").touch()
-    assert whole_squad.jobs_of(tmp_path)["jobs"].tolist() == [2, 1, 1, 1]
+    table = whole_squad.table_of(tmp_path, dict(reversed(seconds.items())))
+    assert table["jobs"].tolist() == [2, 1, 1, 1]
+    assert dict(zip(table["step"], table["processor"], strict=True)) == seconds
+    assert list(table.columns) == columns_of("benchmarks/whole_squad.csv")
     assert len(whole_squad.targets(101)) == 2 * len(whole_squad.MADE)
 
 
@@ -393,13 +567,15 @@ def test_random_calls_and_bad_inputs_are_counted_by_how_they_end(monkeypatch):
     monkeypatch.setattr(reliability, "kinds", lambda: list(ends))
     monkeypatch.setattr(reliability, "call", lambda kind, seed: (ends[kind][seed], "why"))
     # Five calls of two kinds are three of each.
-    found = reliability.fuzz(5).to_dict("records")
-    assert [list(row.values()) for row in found] == [["a", 3, 1, 1, 1, "seed 1: why"], ["b", 3, 3, 0, 0, ""]]
+    found = reliability.fuzz(5)
+    assert list(found.columns) == columns_of("reliability/fuzz.csv")
+    assert found.to_numpy().tolist() == [["a", 3, 1, 1, 1, "seed 1: why"], ["b", 3, 3, 0, 0, ""]]
     endings = {"good": (2, "approxkmv: no\n"), "two lines": (2, "approxkmv: no\n, no\n"), "an answer": (0, "")}
     cases = [SimpleNamespace(kind="texts", name=name, run=lambda folder, e=e: e) for name, e in endings.items()]
     monkeypatch.setattr(reliability, "all_cases", lambda: cases)
-    found = reliability.bad_inputs().to_dict("records")
-    assert [list(row.values()) for row in found] == [["texts", 3, 1, "two lines; an answer"]]
+    found = reliability.bad_inputs()
+    assert list(found.columns) == columns_of("reliability/bad_inputs.csv")
+    assert found.to_numpy().tolist() == [["texts", 3, 1, "two lines; an answer"]]
 
 
 def test_a_kill_leaves_nothing_running_and_what_it_cut_short_is_found(tmp_path):
@@ -423,6 +599,94 @@ def test_a_kill_leaves_nothing_running_and_what_it_cut_short_is_found(tmp_path):
     assert kills.fingerprints(tmp_path) != whole
     (tables / "a.json").write_text('{"x": ')
     assert kills.cut_short(tmp_path) == [str(tables / "a.json")]
+
+
+SWEEP = """
+import sys, time
+from pathlib import Path
+
+out = Path(sys.argv[1])
+part = Path(f"{out}.part")
+if out.stem == "undisturbed" or part.exists():
+    print("resumes after the 1 finished by an earlier run")
+    out.write_text("workload,n,method,status\\nw,1,mean,measured\\n")
+    part.unlink(missing_ok=True)
+else:
+    part.write_text("a line about the run\\nand one of a case\\n")
+    time.sleep(60)
+"""
+
+
+def test_a_kill_is_told_in_the_columns_of_the_reference(monkeypatch, tmp_path):
+    import reliability_kills as kills
+
+    def start(*words):
+        return subprocess.Popen(["sleep", "60"], stdout=subprocess.PIPE, text=True, start_new_session=True)
+
+    project = SimpleNamespace(results=tmp_path / "results", snakemake=lambda: (0, ""), start=start)
+    monkeypatch.setattr(kills, "project_in", lambda folder: project)
+    monkeypatch.setattr(kills, "running", lambda group: kills.STEPS)
+    monkeypatch.setattr(kills, "WITHIN", 0.0)
+    (tmp_path / "sweep.py").write_text(SWEEP)
+    monkeypatch.setattr(kills, "SWEEP", f"{sys.executable} {tmp_path / 'sweep.py'} sweep.csv")
+    monkeypatch.setattr(sys, "argv", ["kills.py", "--kills", "4", "--out", str(tmp_path / "kills.csv")])
+    with pytest.raises(SystemExit) as ended:
+        kills.main()
+    assert ended.value.code == 0
+    table = pd.read_csv(tmp_path / "kills.csv")
+    assert list(table.columns) == columns_of("reliability/kills.csv")
+    assert table["kill"].tolist() == [1, 2, 3, 4]
+    assert table["aimed_at"].tolist() == ["sweep, case 2", "texts", "fetch", "extract"]
+    assert (table["survived"] == "yes").all()
+    record = json.loads((tmp_path / "kills.json").read_text())
+    assert (record["kills"], record["survived"], record["settings"]) == (4, 4, {"kills": 4, "seed": 0})
+    # What was cut short under its final name, or left behind under another, is a loss.
+    for name, text in (("cut.json", "{"), (".half.json", "{}")):
+        shutil.rmtree(tmp_path / "results", ignore_errors=True)
+        (tmp_path / "results").mkdir()
+        (tmp_path / "results" / name).write_text(text)
+        with pytest.raises(SystemExit) as ended:
+            kills.main()
+        assert ended.value.code == 1
+        table = pd.read_csv(tmp_path / "kills.csv")
+        assert table["survived"].tolist() == ["yes", "no", "no", "no"]
+        assert table["whole_files"].tolist()[1:] == [name.startswith(".")] * 3
+        assert json.loads((tmp_path / "kills.json").read_text())["survived"] == 1
+
+
+def test_what_kernels_need_is_told_for_a_pair_of_a_query_and_a_key(monkeypatch, tmp_path):
+    triton = pytest.importorskip("triton")
+    import gpu_code
+
+    made = SimpleNamespace(metadata=SimpleNamespace(shared=512, num_warps=4))
+    launches = {"rows_kernel": {"BM": 16, "BN": 32}}
+    compiled = {"FUSED": ("keys_kernel", "rows_kernel"), "of_the_fused_form": lambda *sizes, summing: made}
+    compiled |= {"resources": lambda made: (40, 0), "instructions_of_the_loop": lambda made: 300}
+    compiled |= {"fused": SimpleNamespace(launches=lambda d, d_v, clusters: launches)}
+    monkeypatch.setitem(sys.modules, "ahead_of_time", SimpleNamespace(**compiled))
+    monkeypatch.setattr(gpu_code, "OUT", tmp_path / "code.csv")
+    monkeypatch.setattr(gpu_code, "SIZES", ((64, 1),))
+    names = columns_of("gpu/tables/code.csv")
+    pd.DataFrame([["3.0", *[1] * 8], [triton.__version__, *[2] * 8]], columns=names).to_csv(gpu_code.OUT, index=False)
+    gpu_code.main()
+    table = pd.read_csv(gpu_code.OUT, dtype={"triton": str})
+    assert list(table.columns) == names
+    # Of the other version as it was; 300 instructions of 128 threads for 512 pairs
+    assert table.drop(columns="kernel").fillna(-1).to_numpy().tolist() == [
+        ["3.0", *[1] * 7],
+        [triton.__version__, 64, 1, 40, 0, 512, 128, -1],
+        [triton.__version__, 64, 1, 40, 0, 512, 128, 75],
+    ]
+
+
+@pytest.mark.parametrize("name", ["operator/tables/operator.csv", "complexity/tables/complexity.csv"])
+def test_reference_tables_of_a_study_have_the_columns_of_today(name):
+    from approxkmv.kmv import complexity
+    from approxkmv.steps import operator
+
+    columns = {"operator": operator.COLUMNS, "complexity": complexity.COLUMNS}[Path(name).stem]
+    for path in (ROOT / "results" / "reference").glob(f"**/{name}"):
+        assert columns_of(path) == list(columns)
 
 
 SWEEPS = sorted((ROOT / "results" / "reference").glob("**/sweep.csv"))

@@ -109,7 +109,7 @@ def read_overview(path: Path, *names: str) -> dict[str, Any]:
     Raises TableError if it is missing, truncated or invalid.
     """
     facts = read_json(path)
-    # Older reference tables lack these two keys; their models have neither windows nor anything left out.
+    # Overviews of earlier versions lack these two keys; their models have neither windows nor anything left out.
     facts = {"mask": CAUSAL if facts.get("causal") else EVERY_KEY, "left_out": []} | facts
     names = (*names, "mask", "left_out")
     check_keys(path, facts, {name: OVERVIEW[name] for name in names})
