@@ -227,7 +227,7 @@ def listed(
     options = _options(d, d_v, v.dtype)
     out = torch.empty(batch, n_q, d_v, device=q.device, dtype=torch.float32)
     totals, logs = torch.empty_like(out[..., 0]), torch.empty_like(out[..., 0])
-    more = logs if extra is None else (extra.float() * _LOG2_E).clamp_min(-1e30).contiguous()
+    more = logs if extra is None else (extra.float() * _LOG2_E).contiguous()
     with on_device(q.device):
         _listed_kernel[(tiles.shape[1], batch)](
             q.contiguous(), tiles, clusters, centres.contiguous(), k.contiguous(), v.contiguous(),

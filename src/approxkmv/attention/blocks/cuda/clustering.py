@@ -235,9 +235,7 @@ def centres_kernel(
     number = (last - first + step - 1) // step
     for i in range(number):
         place = first + i * step
-        in_tile = tl.arange(0, BM)
-        exists = in_tile < (last - place) * BM
-        rows = tl.load(query_pointer + (entry * tiles + place) * BM + in_tile, mask=exists, other=-1).to(tl.int64)
+        rows = tl.load(query_pointer + (entry * tiles + place) * BM + tl.arange(0, BM)).to(tl.int64)
         mine = rows >= 0
         q = tl.load(
             q_pointer + (entry * n + rows[:, None]) * D + along[None, :],
