@@ -39,18 +39,28 @@ def exact(q, k, v, scale):
     return (scale * q.double() @ k.double().mT).softmax(-1) @ v.double()
 
 
+def apart_in_memory(t):
+    """t, whose rows are not in one piece."""
+    return t.mT.contiguous().mT
+
+
 def gap(out, right, v):
     return float((out.double() - right).norm() / v.double().norm())
 
 
 def check_exact():
-    shapes = ((70, 90, 24, 1), (33, 129, 100, 5), (64, 64, 16, 16), (5, 200, 40, 3), (17, 40, 256, 200))
+    """With logits of about 1, and of hundreds, of which the largest are among the first keys."""
+    shapes = ((70, 90, 24, 1), (33, 129, 100, 5), (64, 64, 16, 16), (5, 127, 40, 3), (17, 40, 256, 200))
     for dtype in (torch.float32, torch.bfloat16):
         for n_q, n_k, d, d_v in shapes:
-            q, k, v = inputs(2, n_q, n_k, d, d_v, dtype, n_q)
-            found = gap(triton_kernels.exact(q, k, v, d**-0.5), exact(q, k, v, d**-0.5), v)
-            print(f"exact {dtype} {n_q} x {n_k}, d {d}, d_v {d_v}: {found:.2e}")
-            assert found < LARGEST[dtype]
+            q, k, v = map(apart_in_memory, inputs(2, n_q, n_k, d, d_v, dtype, n_q))
+            for long in (1, 40):
+                k[:, :5] *= long
+                out = triton_kernels.exact(q, k, v, d**-0.5)
+                found = gap(out, exact(q, k, v, d**-0.5), v)
+                print(f"exact {dtype} {n_q} x {n_k}, d {d}, d_v {d_v}, {long} times as long: {found:.2e}")
+                assert found < LARGEST[dtype] * (10 if long > 1 else 1)
+                assert out.dtype == dtype
 
 
 def dealt(labels, clusters):
@@ -91,9 +101,10 @@ def check_listed():
             weights = torch.randn(2, clusters, near, generator=generator)
             # Some are not there at all.
             weights[..., 1::3] = -torch.inf
-            for extra in (None, weights.to(DEVICE)):
-                of_tiles = tiles.queries, tiles.clusters, centres
-                sums, total, log = triton_kernels.listed(q, *of_tiles, k, v, chosen, extra)
+            for extra in (None, apart_in_memory(weights.to(DEVICE))):
+                of_tiles = tiles.queries, tiles.clusters, apart_in_memory(centres)
+                rows = map(apart_in_memory, (k, v, chosen))
+                sums, total, log = triton_kernels.listed(apart_in_memory(q), *of_tiles, *rows, extra)
                 right, right_log = plain_listed(q, labels, k, v, chosen, extra)
                 found = gap(sums / total.unsqueeze(2), right, v)
                 apart = float((log.double() + total.double().log() - right_log).abs().max())
@@ -369,6 +380,47 @@ def check_sample():
     assert int(lost) == 0
 
 
+def of_one_block(q, k, v, near, apart=0):
+    """Answers of one block, fused and in float32, with these near keys besides so many that stand apart."""
+    first = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    with replaced(listing=lambda near, n_k: (1, near + 1, 64)):
+        yield "fused", fused.steps(q, k, v, first, Clustering(q.shape[1], near, 0, 2, 8), scale=1.0)[0]
+    clustering = Clustering(q.shape[1], near + apart, 0, 2, 8)
+    yield "float32", local_expansion_cuda.steps(q, k, v, first, clustering, scale=1.0, products=torch.float32)
+
+
+def check_apart():
+    """Keys that stand apart are near, even one that weighs little at the centre, and take no other key's place."""
+    q, k, v = inputs(1, 500, 170, 16, 1, torch.float32, 0)
+    q, k = 0.1 * q, 0.3 * k
+    # Two keys that outweigh all others, each for half of the queries
+    q[..., :3], k[..., :3] = torch.tensor([0.0, 5.0, 2.5], device=DEVICE), 0.0
+    q[:, ::2, 2] *= -1
+    k[:, 4:6, 1:3] = torch.tensor([[2.0, 1.0], [2.0, -1.0]], device=DEVICE)
+    # One query to the side, for which keys count that weigh little for all others: the last, nothing at the centre
+    q[:, 7, 0] = 10
+    k[:, :4, :2] = torch.tensor([[10.0, 1.0]] * 3 + [[13.0, -4.0]], device=DEVICE)
+    v[:, 3:6] = torch.tensor([[9.0], [3.0], [-3.0]], device=DEVICE)
+    right = exact(q, k, v, 1.0)
+    for name, out in of_one_block(q, k, v, 2, apart=4):
+        off = float((out - right).abs().max())
+        print(f"apart, {name}: {off:.2e}")
+        assert off < 0.1
+
+
+def check_span():
+    """A row whose far keys outweigh its near ones by more than 80 nats is lost: what it sees is an extrapolation."""
+    q, k, v = inputs(1, 1100, 800, 16, 1, torch.float32, 0)
+    q, k = torch.zeros_like(q), 0.1 * k
+    q[..., 1], q[:, 1, 0], k[..., 0] = 10, 10, 0
+    # One near key, against the query to the side; of the far ones two that are heavy, and for it by no means equal
+    k[:, :3, :2] = torch.tensor([[-4.0, 1.4], [6.0, 1.2], [3.0, 1.2]], device=DEVICE)
+    for name, out in of_one_block(q, k, v, 1):
+        lost = out.isnan().flatten()
+        print(f"span, {name}: {int(lost.sum())} lost")
+        assert lost.nonzero().flatten().tolist() == [1]
+
+
 def check_reach():
     """Rows that are lost are those of `beyond_reach`: some for their variance alone, some for their sum alone."""
     n, near, scale = 150, 6, 1.0
@@ -504,7 +556,7 @@ def main():
         check_approxkmv,
         check_errors,
     ]
-    checks += [check_fused, check_sample, check_reach, check_fused_extremes]
+    checks += [check_fused, check_sample, check_apart, check_span, check_reach, check_fused_extremes]
     if not INTERPRETED:
         checks += [check_graphs] + [check_second_device] * (torch.cuda.device_count() > 1)
     with watched() if INTERPRETED else nullcontext() as sanitizer:

@@ -2,6 +2,7 @@
 
 import os
 import re
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -144,12 +145,72 @@ def test_each_of_several_answers_survives_the_next_replay(monkeypatch):
     assert [[int(t.flatten()[0]) for t in both] for both in answers] == [[2, 3], [6, 15]]
 
 
-def test_inputs_of_another_type_have_a_graph_of_their_own(recorded):
-    answers = [
-        graphs.replayed(torch.neg, [torch.full((3,), 1.001).to(kind)], {}) for kind in (torch.bfloat16, torch.float32)
+def test_inputs_of_another_type_or_shape_have_a_graph_of_their_own(recorded):
+    kinds = ((3, torch.bfloat16), (3, torch.float32), (1, torch.float32))
+    answers = [graphs.replayed(torch.neg, [torch.full((n,), 1.001).to(kind)], {}) for n, kind in kinds]
+    assert len(recorded) == 3
+    assert [answer.tolist() for answer in answers] == [[-1.0] * 3, *(pytest.approx([-1.001] * n) for n in (3, 1))]
+
+
+def test_a_graph_reads_rows_in_one_piece(recorded):
+    """Kernels take them for contiguous."""
+    pieces = []
+    graphs.replayed(lambda t: pieces.append(t.is_contiguous()) or -t, [torch.ones(2, 3).mT], {})
+    assert pieces == [True]
+
+
+def test_each_device_has_graphs_and_memory_of_its_own(monkeypatch):
+    pools = []
+    monkeypatch.setattr(graphs, "_record", lambda work, device, pool: pools.append(pool) or (work, device))
+    monkeypatch.setattr(graphs, "_has_graphs", lambda device: True)
+    monkeypatch.setattr(graphs, "_graphs", type(graphs._graphs)())
+    for device in ("cpu", "meta", "cpu", "meta"):
+        for steps in (torch.neg, torch.abs):
+            answer = graphs.replayed(steps, [torch.ones(3, device=device)], {})
+            assert answer.device.type == device
+    assert pools == [None, torch.device("cpu"), None, torch.device("meta")]
+
+
+def test_work_runs_on_the_stream_of_recordings_before_it_is_recorded_there(monkeypatch):
+    """Each stream waits for the other; a graph cannot record the compilation of kernels."""
+    events = []
+
+    class Stream:
+        def __init__(self, name):
+            self.name = name
+
+        def wait_stream(self, other):
+            events.append(f"{self.name} waits for {other.name}")
+
+    @contextmanager
+    def within(what):
+        events.append(what)
+        yield
+
+    class Graph:
+        def pool(self):
+            return "its pool"
+
+        def replay(self):
+            events.append("replay")
+
+    fakes = {
+        "Stream": lambda device: Stream(f"recordings of {device}"),
+        "current_stream": lambda device: Stream(f"current of {device}"),
+        "stream": lambda stream: within(f"on {stream.name}"),
+        "CUDAGraph": Graph,
+        "graph": lambda graph, pool, stream: within(f"recorded on {stream.name} in {pool}"),
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    graphs._recording_stream.cache_clear()
+    replay, pool = graphs._record(lambda: events.append("work") or 7, "a", "a pool")
+    assert (replay(), pool) == (7, "its pool")
+    assert [event for i, event in enumerate(events) if event != events[i - 1]] == [
+        *("recordings of a waits for current of a", "on recordings of a", "work"),
+        *("current of a waits for recordings of a", "recorded on recordings of a in a pool", "work", "replay"),
     ]
-    assert len(recorded) == 2
-    assert [float(answer[0]) for answer in answers] == pytest.approx([-1.0, -1.001])
+    graphs._recording_stream.cache_clear()
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -441,8 +502,25 @@ def test_a_kernel_too_large_for_the_chip_is_unavailable(monkeypatch):
     ) as error:
         kernels.exact(*inputs(), 0.4)
     assert "\n" not in str(error.value)
-    with pytest.raises(UnavailableError, match="up to 256 columns"):
-        kernels.exact(*(t.expand(-1, -1, 257) for t in (inputs()[2],) * 3), 0.4)
+    for d, d_v in ((257, 1), (1, 257)):
+        with pytest.raises(UnavailableError, match="up to 256 columns"):
+            kernels.exact(torch.ones(1, 5, d), torch.ones(1, 5, d), torch.ones(1, 5, d_v), 0.4)
+
+
+def test_kernels_run_on_the_device_of_their_inputs(monkeypatch):
+    current = []
+    monkeypatch.setattr(torch.cuda, "device", lambda device: current.append(device) or nullcontext())
+    for device in (torch.device("cuda", 1), torch.device("cpu")):
+        with kernels.on_device(device):
+            pass
+    assert current == [torch.device("cuda", 1), -1]
+
+
+def test_rows_are_widened_to_whole_sixteens():
+    for d, width in ((1, 16), (16, 16), (24, 32), (100, 112)):
+        wide = kernels.widened(torch.ones(2, 3, d), 16)
+        assert wide.sum(2).tolist() == [[d] * 3] * 2
+        assert wide.shape[2] == width
 
 
 KERNELS = pytest.mark.parametrize("name", ["_exact_kernel", "_listed_kernel"])
