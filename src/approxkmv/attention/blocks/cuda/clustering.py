@@ -86,7 +86,7 @@ def sampled_kernel(
         low = tl.where(enough, low, middle + 1)
         high = tl.where(enough, middle, high)
     bar = tl.maximum(factor * high.to(tl.float32, bitcast=True), least)
-    many = tl.sum(((place < k_number) & (spreads > bar)).to(tl.int32), 0) * 16 > k_number
+    many = tl.sum((spreads > bar).to(tl.int32), 0) * 16 > k_number
     bar = tl.where(many, float("inf"), bar)
     tl.store(bar_pointer + entry, bar)
     kept = tl.zeros((BN,), tl.float32)
