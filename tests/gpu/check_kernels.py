@@ -237,6 +237,29 @@ def check_clustering():
         assert torch.equal(one[0], tiles.queries)
         assert torch.equal(one[1], tiles.clusters)
 
+    # All queries in the first cluster, whose tiles may be all there are: a centre is of at most sixteen of them.
+    for n, clusters, step in ((33, 2, 1), (40, 3, 1), (1300, 2, 3)):
+        q, _, _ = inputs(1, n, 1, 20, 1, torch.float32, n)
+        counts = torch.tensor([[n, *[0] * (clusters - 1)]], dtype=torch.int32, device=DEVICE)
+        queries, _, ends = clustering_cuda.tiles_of(torch.zeros(1, n, dtype=torch.int16, device=DEVICE), counts, clusters)
+        found = clustering_cuda.ranks_of(q, queries, ends, 0.3)[0, 0].float().view(2, 32)[:, :20]
+        some = 0.3 * q[0, torch.arange(n, device=DEVICE) // 32 % step == 0]
+        right = torch.stack([some.mean(0), 0.5 * some.var(0, correction=0)])
+        assert float(((found - right).abs() / right.abs()).max()) < 2**-7
+
+    # A centre without queries stays where it is.
+    totals, _, _ = inputs(1, 3, 3, 16, 1, torch.float32, 0)
+    counts = torch.tensor([[4, 0, 2]], dtype=torch.int32, device=DEVICE)
+    centres, norms = torch.full_like(totals, 5.0, dtype=torch.bfloat16), torch.full((1, 3), 7.0, device=DEVICE)
+    right = (totals / counts.unsqueeze(2)).nan_to_num(5.0, 5.0, 5.0)
+    clustering_cuda.means_kernel[(1, 1)](
+        totals, totals, totals, counts, centres, norms, totals, counts, 3, 1, 3,
+        FIRST=False, **clustering_cuda.launches(16, 1)["means_kernel"],
+    )  # fmt: skip
+    assert float((centres - right).abs().max()) < 0.02
+    assert torch.allclose(norms, right.square().sum(2).index_fill(1, torch.tensor([1], device=DEVICE), 7.0))
+    assert not bool(totals.any() or counts.any())
+
 
 def check_lists():
     """Bits of 1 in words become the places of the bits, in their order: in empty words, full ones and those between."""

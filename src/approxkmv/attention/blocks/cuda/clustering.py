@@ -133,8 +133,7 @@ def means_kernel(
         moves = count > 0
         centre = tl.load(total_pointer + at, mask=inside, other=0.0) / tl.maximum(count, 1).to(tl.float32)[:, None]
     tl.store(centre_pointer + at, centre.to(tl.bfloat16), mask=inside & moves[:, None])
-    norm = tl.sum(tl.where(inside, centre * centre, 0.0), 1)
-    tl.store(norm_pointer + of_row, norm, mask=moves)
+    tl.store(norm_pointer + of_row, tl.sum(centre * centre, 1), mask=moves)
     # Other threads may read what each sets to 0.
     tl.debug_barrier()
     tl.store(total_pointer + at, tl.zeros((BM, BD), tl.float32), mask=inside)
