@@ -187,11 +187,12 @@ def check_tiles():
 def check_clustering():
     """Samples, k-means and tiles in few kernels are those of torch."""
     first = torch.full((1,), 3, device=DEVICE)
-    for n_q, n_k, d, d_v, clusters in (
-        (150, 170, 20, 1, 9),
-        (1100, 70, 100, 5, 40),
-        (40, 608, 16, 4, 40),
-        (70, 70, 24, 1, 2),
+    for n_q, n_k, d, d_v, clusters, scale in (
+        (150, 170, 20, 1, 9, 0.3),
+        (1100, 70, 100, 5, 40, 0.3),
+        # So small that keys apart are those that move logits by four, whatever the others do
+        (40, 608, 16, 4, 40, 0.05),
+        (70, 70, 24, 1, 2, 0.3),
     ):
         q, k, v = inputs(2, n_q, n_k, d, d_v, torch.float32, n_q)
         # Apart from zero and from each other, so that no two centres are equally near
@@ -200,18 +201,18 @@ def check_clustering():
         few = n_k // 16
         k[0, :few] *= 30
         k[1, : few + 1] *= 30
-        s = clustering_cuda.Sampled.of(q, k, v, 0.3)
+        s = clustering_cuda.Sampled.of(q, k, v, scale)
         some_q, some_k, some_v = (t[:, :: max(1, t.shape[1] // 512)] for t in (q, k, v))
-        variance = 0.09 * some_q.var(1, correction=0)
+        variance = scale**2 * some_q.var(1, correction=0)
         squares = (some_k - some_k.mean(1, keepdim=True)).square()
         spreads = (squares * variance.unsqueeze(1)).sum(2)
         bar = (16 * spreads.median(1).values).clamp_min(16)
         bar[1] = torch.inf
         usual = (spreads <= bar.unsqueeze(1)).unsqueeze(2).float()
         right = (some_q.mean(1), variance, some_k.mean(1), (squares * usual).sum(1) / usual.sum(1), bar[:, None])
-        right = (*right, some_v.mean(1), 0.3 * right[3].pow(expansion_cuda.METRIC_POWER))
+        right = (*right, some_v.mean(1), scale * right[3].pow(expansion_cuda.METRIC_POWER))
         ranks = torch.zeros(2, 1, 2, -(-d // 16) * 16, device=DEVICE)
-        ranks[:, 0, :, :d] = torch.stack([0.3 * right[0], 0.5 * variance], 1)
+        ranks[:, 0, :, :d] = torch.stack([scale * right[0], 0.5 * variance], 1)
         # bfloat16 keeps 8 bits, and the interpreter cuts the others off.
         assert float((s.ranks.float() - ranks.flatten(2)).abs().max() / ranks.abs().max()) < 2**-7
         assert int((usual == 0).sum()) == few
@@ -241,7 +242,8 @@ def check_clustering():
     for n, clusters, step in ((33, 2, 1), (40, 3, 1), (1300, 2, 3)):
         q, _, _ = inputs(1, n, 1, 20, 1, torch.float32, n)
         counts = torch.tensor([[n, *[0] * (clusters - 1)]], dtype=torch.int32, device=DEVICE)
-        queries, _, ends = clustering_cuda.tiles_of(torch.zeros(1, n, dtype=torch.int16, device=DEVICE), counts, clusters)
+        labels = torch.zeros(1, n, dtype=torch.int16, device=DEVICE)
+        queries, _, ends = clustering_cuda.tiles_of(labels, counts, clusters)
         found = clustering_cuda.ranks_of(q, queries, ends, 0.3)[0, 0].float().view(2, 32)[:, :20]
         some = 0.3 * q[0, torch.arange(n, device=DEVICE) // 32 % step == 0]
         right = torch.stack([some.mean(0), 0.5 * some.var(0, correction=0)])
@@ -259,6 +261,18 @@ def check_clustering():
     assert float((centres - right).abs().max()) < 0.02
     assert torch.allclose(norms, right.square().sum(2).index_fill(1, torch.tensor([1], device=DEVICE), 7.0))
     assert not bool(totals.any() or counts.any())
+
+
+def check_threshold():
+    """Fewer than `rank` numbers exceed it, but for 0.001 as many, unless they are 80 below the largest."""
+    x, rank = inputs(1, 4, 100, 100, 1, torch.float32, 0)[0][0] - 9, 7
+    x[2], x[3, 0] = -3, 200
+    bound = torch.empty(4, device=DEVICE)
+    fused.kernels.threshold_kernel[(4,)](x, bound, 100, rank, ROOM=128)
+    assert bool(((x > bound[:, None]).sum(1) < rank).all())
+    assert bool(((x > bound[:, None] - 0.001).sum(1) >= rank)[:3].all())
+    assert abs(float(bound[3]) - 120) < 0.001
+    print("threshold: below the numbers wanted")
 
 
 def check_lists():
@@ -578,6 +592,7 @@ def main():
         check_listed,
         check_tiles,
         check_clustering,
+        check_threshold,
         check_lists,
         check_local_expansion,
         check_approxkmv,

@@ -4,6 +4,7 @@ import os
 import re
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ triton = pytest.importorskip("triton")
 cuda = pytest.importorskip("approxkmv.attention.blocks.cuda.local_expansion")
 ours = pytest.importorskip("approxkmv.attention.blocks.cuda.approxkmv")
 expansion = pytest.importorskip("approxkmv.attention.blocks.cuda.expansion")
+clustering = pytest.importorskip("approxkmv.attention.blocks.cuda.clustering")
 fused = pytest.importorskip("approxkmv.attention.blocks.cuda.fused")
 graphs = pytest.importorskip("approxkmv.attention.kernels.cuda_graphs")
 kernels = pytest.importorskip("approxkmv.attention.kernels.triton")
@@ -610,6 +612,22 @@ class Launches(TorchDispatchMode):
         free = func.is_view or func.overloadpacket.__name__ in ("empty", "empty_like", "new_empty", "_unsafe_view")
         self.count += not free
         return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("clusters", "kind"), [(2**15 - 1, torch.int16), (2**15 + 5, torch.int32)])
+def test_labels_of_many_clusters_have_four_bytes(monkeypatch, clusters, kind):
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *_, **__: None
+
+    for name in ("means_kernel", "nearest_kernel"):
+        monkeypatch.setattr(clustering, name, Kernel())
+    q = torch.ones(1, clusters, 1)
+    labels, _ = clustering.labels_of_queries(q, SimpleNamespace(query_mean=0, weight=0), None, clusters, 1, 1)
+    assert labels.dtype == kind
+    each = torch.arange(clusters)[None]
+    tiles = expansion.Tiles.of(each, clusters)
+    assert torch.equal(tiles.queries[..., 0], each.int())
 
 
 def test_kernels_per_call(monkeypatch):
