@@ -462,6 +462,17 @@ def check_span():
         assert lost.nonzero().flatten().tolist() == [1]
 
 
+def check_one_key():
+    """Where one key outweighs all others by more than float32 holds, no far key is left, and no row is lost."""
+    q, k, v = inputs(1, 40, 100, 16, 1, torch.float32, 0)
+    q, k = 0.1 * q, 0.1 * k
+    q[..., 0], k[:, 0, 0] = 10, 30
+    for name, out in of_one_block(q, k, v, 3):
+        off = float((out - v[:, :1]).abs().max())
+        print(f"one key, {name}: {off:.2e}")
+        assert off < 1e-2
+
+
 def check_reach():
     """Rows that are lost are those of `beyond_reach`: some for their variance alone, some for their sum alone."""
     n, near, scale = 150, 6, 1.0
@@ -598,7 +609,7 @@ def main():
         check_approxkmv,
         check_errors,
     ]
-    checks += [check_fused, check_sample, check_apart, check_span, check_reach, check_fused_extremes]
+    checks += [check_fused, check_sample, check_apart, check_span, check_one_key, check_reach, check_fused_extremes]
     if not INTERPRETED:
         checks += [check_graphs] + [check_second_device] * (torch.cuda.device_count() > 1)
     with watched() if INTERPRETED else nullcontext() as sanitizer:

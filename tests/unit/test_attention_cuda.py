@@ -1,5 +1,6 @@
 """The code around the CUDA kernels, run on a CPU: graphs (recorded by a fake), counts, estimates, hardware limits."""
 
+import math
 import os
 import re
 from contextlib import contextmanager, nullcontext
@@ -612,6 +613,36 @@ class Launches(TorchDispatchMode):
         free = func.is_view or func.overloadpacket.__name__ in ("empty", "empty_like", "new_empty", "_unsafe_view")
         self.count += not free
         return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("near", "n_k"), [(1, 100), (4, 131_072), (8, 8193), (20, 170), (128, 1100), (512, 131_072), (2048, 10**6)]
+)
+def test_a_sample_is_small_and_a_list_long_enough(near, n_k):
+    """More keys than `room` are above the rank-th of a sample as often as a Poisson variable is below `rank`."""
+    stride, rank, room = fused.listing(near, n_k)
+    assert n_k // stride <= 8192
+    assert stride == -(-n_k // 8192) or rank >= 8 or stride == 1
+    assert rank >= 1
+    assert rank == 1 or abs(stride * rank - near) <= stride / 2
+    mean = room / stride
+    assert sum(math.exp(i * math.log(mean) - mean - math.lgamma(i + 1)) for i in range(rank)) < 2e-6
+    assert room % 64 == 0
+
+
+def test_what_has_a_fused_form():
+    """Up to 128 columns, but not two values, whose tilt is no one row; a threshold within the half of the sample."""
+    sizes = [(1100, 128, 1, 40), (1100, 20, 128, 40), (1100, 20, 3, 40), (170, 20, 1, 80)]
+    assert all(fused.fits(*size) for size in sizes)
+    sizes = [(1100, 129, 1, 40), (1100, 20, 129, 40), (1100, 20, 2, 40), (170, 20, 1, 90)]
+    assert not any(fused.fits(*size) for size in sizes)
+
+
+@pytest.mark.parametrize(("keys", "own"), [(150, 0), (N_Q, N_Q)])
+def test_evaluations_of_the_fused_form(keys, own):
+    """At eleven centres all keys, one in three again, and 30 near ones; 30 in 17 tiles of 32, the far key, its own."""
+    at_centres = 11 * (keys + keys // 3 + 30)
+    assert fused.evaluations(2, N_Q, keys, 11, 30) == 2 * (at_centres + 544 * 30 + N_Q + own)
 
 
 @pytest.mark.parametrize(("clusters", "kind"), [(2**15 - 1, torch.int16), (2**15 + 5, torch.int32)])
