@@ -390,6 +390,8 @@ def check_fused():
             clusters = -(-n_q // block)
             spread = k.float().var(1, correction=0, keepdim=True)
             labels = expansion_cuda.labels_of_queries(q.float(), spread, first, clusters, 2, 8)
+            # The first query alone, in a tile of its own
+            labels[0, 1:] = torch.where(labels[0, 1:] == labels[0, 0], (labels[0, 1:] + 1) % clusters, labels[0, 1:])
             right = plain_local_expansion(q, k, v, d**-0.5, labels, near)
 
             def given(q, s, first, clusters, *_, labels=labels):
@@ -419,6 +421,10 @@ def check_sample():
     print(f"sample: {found:.2e}, {int(lost)} lost")
     assert found < 4e-3
     assert int(lost) == 0
+    # A list that is too short loses the rows, and no more than there are.
+    with replaced(listing=lambda near, n_k: (16, 8, 8)):
+        _, lost = fused.steps(q, k, v, first, Clustering(70, near, 0, 2, 8), scale=1.0)
+    assert int(lost) == 2 * 70
 
 
 def of_one_block(q, k, v, near, apart=0):
