@@ -92,8 +92,8 @@ def test_one_graph_serves_every_seed_and_input(recorded):
     assert len(recorded) == 1
     for seed, answer in enumerate(answers):
         assert torch.equal(answer, eager(inputs(seed=seed % 3), seed, block=20, near=30))
-    # On the same input, the seed does something.
-    assert not torch.equal(answers[0], answers[3])
+    # On the same input, each seed has an answer of its own.
+    assert len({tuple(answers[seed].flatten().tolist()) for seed in (0, 3, 6, 9)}) == 4
 
 
 def test_answers_survive_the_replays_of_other_graphs(recorded):

@@ -61,6 +61,7 @@ def test_a_sweep_from_the_command_down(tmp_path):
     # bfloat16 keeps 8 bits.
     assert all(float(rows[name]["error_v_mean"]) < 4e-3 for name in METHODS[:3])
     assert [rows[name]["precision"] for name in METHODS[:3]] == ["float32", "bfloat16", "bfloat16"]
+    assert {float(rows[name]["kernel_evaluations"]) for name in METHODS[:3]} == {2 * 96**2}
     assert json.loads(table.with_suffix(".json").read_text())["machine"]["gpu"] == "a CPU named cuda"
 
 
