@@ -397,6 +397,41 @@ def test_approxkmv_by_a_graph_is_approxkmv_without(recorded):
     assert not torch.equal(answers[0], answers[1])
 
 
+@pytest.mark.parametrize("samples", [64, 3])
+@pytest.mark.parametrize("variances", [(0.1, 1.0, 2.0), (0.0, 9.0, 12.0), (0.0, 0.0, 0.0)])
+def test_a_clusters_samples_follow_the_deviation_of_its_rows(variances, samples):
+    """Equally many where no row deviates; at least four, but no more than asked for, and at most twice the average."""
+    labels = torch.arange(3).repeat_interleave(torch.tensor([10, 10, 20]))[None]
+    given = {"variances": torch.tensor(variances)[labels], "log_weight": torch.zeros(1, 40)}
+    row_sums = torch.ones(1, 40)
+    # Half of each row's weight is light, and all of the last row's, whose sum is lost
+    row_sums[0, -1] = torch.nan
+    e = SimpleNamespace(tiles=expansion.Tiles.of(labels, 3), **given)
+    found = ours.budgets(e, row_sums, torch.zeros(1, 40), samples).flatten()
+    s = torch.tensor(variances).double().clamp_max(10)
+    deviation = (torch.tensor([0.25, 0.25, 0.95 * 0.25 + 0.05]) * (s.exp() - 1 - s)).sqrt()
+    right = samples * deviation / ((deviation * torch.tensor([10, 10, 20])).sum() / 40)
+    right = right.nan_to_num(samples).clamp(min(4, samples), 2 * samples).round()
+    assert float((found - right).abs().max()) <= (0 if float(s.max()) == 0 else 1)
+
+
+@pytest.mark.parametrize("method", [cuda, ours])
+def test_answers_are_of_the_type_of_the_values(method):
+    given = {"directions": 0, **(OURS if method is ours else {**GIVEN, "block": 20, "near": 30})}
+    assert method.attend(*(t.bfloat16() for t in inputs()), seed=0, **given).dtype == torch.bfloat16
+
+
+def test_a_near_key_is_never_drawn():
+    """Nor by the lowest of all random numbers, though the first keys are near."""
+    q, k, v = inputs()
+    k[0, :30] *= 3
+    first = torch.zeros(1, dtype=torch.int64)
+    clustering = Clustering(block=N_Q, near=30, iterations=1, sampled=3)
+    points = torch.zeros(1, 1, 16, dtype=torch.float64)
+    sums = ours.sums(q, k, v, first, points, clustering=clustering, scale=0.4, samples=16, with_own_keys=False)
+    assert all(t.isfinite().all() for t in sums)
+
+
 def test_rows_of_noise_are_made_exactly(monkeypatch):
     tensors = inputs(batch=2)
 
