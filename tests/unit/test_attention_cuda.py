@@ -397,6 +397,59 @@ def test_approxkmv_by_a_graph_is_approxkmv_without(recorded):
     assert not torch.equal(answers[0], answers[1])
 
 
+def test_a_centre_without_queries_stays_where_it_is():
+    """The second, which is the first one's equal, has none at first; then it is the nearest."""
+    q = torch.tensor([5.0, 5.0, 5.0, 0.1]).view(1, 4, 1)
+    labels = expansion.labels_of_queries(q, torch.ones(1, 1, 1), torch.tensor([0]), 2, 1, 4)
+    assert labels.tolist() == [[1, 1, 1, 0]]
+
+
+@pytest.mark.parametrize(
+    ("usual", "long", "number", "apart"),
+    [(0.5, 4.1, 2, 2), (0.5, 3.9, 2, 0), (0.5, 4.1, 3, 0), (2, 8.1, 2, 2), (2, 7.9, 2, 0)],
+)
+def test_keys_stand_apart_by_four_nats_and_four_times_the_others(usual, long, number, apart):
+    """At most one key in sixteen, here two."""
+    keys = torch.full((1, 32, 1), float(usual))
+    keys[0, :number] = long
+    assert int(expansion.stand_apart(torch.tensor([[[1.0], [-1.0]]]), keys).sum()) == apart
+
+
+def test_the_clustering_of_a_call():
+    """No more queries in a block than there are; exact where near keys are all keys, or blocks are of one query."""
+    given = {"near": 30, "directions": 8, "iterations": 2, "sampled": 3}
+    found = expansion.clustering_for({**given, "block": 2**24}, N_Q, N_K)
+    assert (found.block, found.directions) == (N_Q, 0)
+    assert expansion.clustering_for({**given, "block": 20, "near": N_K - 1}, N_Q, N_K)
+    assert expansion.clustering_for({**given, "block": 20, "near": N_K}, N_Q, N_K) is None
+    assert expansion.clustering_for({**given, "block": 20}, 1, N_K) is None
+
+
+def test_an_own_key_without_weight_is_not_taken_for_near():
+    q, k, v = self_attention()
+    clustering = Clustering(block=160, near=30, iterations=1, sampled=3)
+    e = expansion.expand(q, k, v, torch.tensor([0]), clustering, scale=0.4, products=torch.float32)
+    e.weights.mul_(0.0)
+    near = e.own_keys().log[0] == -torch.inf
+    assert near.nonzero().flatten().tolist() == e.chosen[0, 0].sort().values.tolist()
+
+
+def test_lost_rows_are_made_exactly_and_no_others(monkeypatch):
+    """Some rows at a time, and whichever of their columns is lost."""
+    monkeypatch.setattr(expansion, "_EXACT_LOGITS", 2 * N_K)
+    q, k, v = inputs(batch=2)
+    v = torch.cat([v, v + 1], 2).bfloat16()
+    out = torch.zeros(2, N_Q, 2).bfloat16()
+    out[0, [3, 5, 8], 0], out[1, 7] = torch.nan, torch.inf
+    lost = ~out.isfinite().all(2)
+    with counting() as counts:
+        out = expansion.exactly_where_lost(out, q, k, v, 0.4)
+    assert (counts.recomputed_rows, counts.kernel_evaluations) == (4, 4 * N_K)
+    right = (0.4 * q @ k.mT).softmax(2) @ v.float()
+    assert torch.allclose(out[lost].float(), right[lost], rtol=2**-8, atol=1e-6)
+    assert not out[~lost].any()
+
+
 @pytest.mark.parametrize("samples", [64, 3])
 @pytest.mark.parametrize("variances", [(0.1, 1.0, 2.0), (0.0, 9.0, 12.0), (0.0, 0.0, 0.0)])
 def test_a_clusters_samples_follow_the_deviation_of_its_rows(variances, samples):
