@@ -39,18 +39,28 @@ def exact(q, k, v, scale):
     return (scale * q.double() @ k.double().mT).softmax(-1) @ v.double()
 
 
+def apart_in_memory(t):
+    """t, whose rows are not in one piece."""
+    return t.mT.contiguous().mT
+
+
 def gap(out, right, v):
     return float((out.double() - right).norm() / v.double().norm())
 
 
 def check_exact():
-    shapes = ((70, 90, 24, 1), (33, 129, 100, 5), (64, 64, 16, 16), (5, 200, 40, 3), (17, 40, 256, 200))
+    """With logits of about 1, and of hundreds, of which the largest are among the first keys."""
+    shapes = ((70, 90, 24, 1), (33, 129, 100, 5), (64, 64, 16, 16), (5, 127, 40, 3), (17, 40, 256, 200))
     for dtype in (torch.float32, torch.bfloat16):
         for n_q, n_k, d, d_v in shapes:
-            q, k, v = inputs(2, n_q, n_k, d, d_v, dtype, n_q)
-            found = gap(triton_kernels.exact(q, k, v, d**-0.5), exact(q, k, v, d**-0.5), v)
-            print(f"exact {dtype} {n_q} x {n_k}, d {d}, d_v {d_v}: {found:.2e}")
-            assert found < LARGEST[dtype]
+            q, k, v = map(apart_in_memory, inputs(2, n_q, n_k, d, d_v, dtype, n_q))
+            for long in (1, 40):
+                k[:, :5] *= long
+                out = triton_kernels.exact(q, k, v, d**-0.5)
+                found = gap(out, exact(q, k, v, d**-0.5), v)
+                print(f"exact {dtype} {n_q} x {n_k}, d {d}, d_v {d_v}, {long} times as long: {found:.2e}")
+                assert found < LARGEST[dtype] * (10 if long > 1 else 1)
+                assert out.dtype == dtype
 
 
 def dealt(labels, clusters):
@@ -91,9 +101,10 @@ def check_listed():
             weights = torch.randn(2, clusters, near, generator=generator)
             # Some are not there at all.
             weights[..., 1::3] = -torch.inf
-            for extra in (None, weights.to(DEVICE)):
-                of_tiles = tiles.queries, tiles.clusters, centres
-                sums, total, log = triton_kernels.listed(q, *of_tiles, k, v, chosen, extra)
+            for extra in (None, apart_in_memory(weights.to(DEVICE))):
+                of_tiles = tiles.queries, tiles.clusters, apart_in_memory(centres)
+                rows = map(apart_in_memory, (k, v, chosen))
+                sums, total, log = triton_kernels.listed(apart_in_memory(q), *of_tiles, *rows, extra)
                 right, right_log = plain_listed(q, labels, k, v, chosen, extra)
                 found = gap(sums / total.unsqueeze(2), right, v)
                 apart = float((log.double() + total.double().log() - right_log).abs().max())
@@ -176,33 +187,38 @@ def check_tiles():
 def check_clustering():
     """Samples, k-means and tiles in few kernels are those of torch."""
     first = torch.full((1,), 3, device=DEVICE)
-    for n_q, n_k, d, d_v, clusters in (
-        (150, 170, 20, 1, 9),
-        (1100, 70, 100, 5, 40),
-        (40, 600, 16, 4, 40),
-        (70, 70, 24, 1, 2),
+    for n_q, n_k, d, d_v, clusters, scale in (
+        (150, 170, 20, 1, 9, 0.3),
+        (1100, 70, 100, 5, 40, 0.3),
+        # So small that keys apart are those that move logits by four, whatever the others do
+        (40, 608, 16, 4, 40, 0.05),
+        (70, 70, 24, 1, 2, 0.3),
     ):
         q, k, v = inputs(2, n_q, n_k, d, d_v, torch.float32, n_q)
         # Apart from zero and from each other, so that no two centres are equally near
         q, k, v = 3 * q + 5, k - 7, v + 2
-        k[0, 0] *= 30
-        s = clustering_cuda.Sampled.of(q, k, v, 0.3)
+        # A sixteenth of the first keys stand apart, of the second one more, which are no exceptions.
+        few = n_k // 16
+        k[0, :few] *= 30
+        k[1, : few + 1] *= 30
+        s = clustering_cuda.Sampled.of(q, k, v, scale)
         some_q, some_k, some_v = (t[:, :: max(1, t.shape[1] // 512)] for t in (q, k, v))
-        variance = 0.09 * some_q.var(1, correction=0)
+        variance = scale**2 * some_q.var(1, correction=0)
         squares = (some_k - some_k.mean(1, keepdim=True)).square()
         spreads = (squares * variance.unsqueeze(1)).sum(2)
         bar = (16 * spreads.median(1).values).clamp_min(16)
+        bar[1] = torch.inf
         usual = (spreads <= bar.unsqueeze(1)).unsqueeze(2).float()
         right = (some_q.mean(1), variance, some_k.mean(1), (squares * usual).sum(1) / usual.sum(1), bar[:, None])
-        right = (*right, some_v.mean(1), 0.3 * right[3].pow(expansion_cuda.METRIC_POWER))
+        right = (*right, some_v.mean(1), scale * right[3].pow(expansion_cuda.METRIC_POWER))
         ranks = torch.zeros(2, 1, 2, -(-d // 16) * 16, device=DEVICE)
-        ranks[:, 0, :, :d] = torch.stack([0.3 * right[0], 0.5 * variance], 1)
+        ranks[:, 0, :, :d] = torch.stack([scale * right[0], 0.5 * variance], 1)
         # bfloat16 keeps 8 bits, and the interpreter cuts the others off.
         assert float((s.ranks.float() - ranks.flatten(2)).abs().max() / ranks.abs().max()) < 2**-7
-        assert not bool(usual[0, 0])
+        assert int((usual == 0).sum()) == few
+        assert s.bar[1] == torch.inf
         for name, one in zip(list(s.__dataclass_fields__)[:-1], right, strict=True):
-            apart = float(((getattr(s, name) - one) / one).abs().max())
-            assert apart < 1e-4, (name, apart)
+            assert torch.allclose(getattr(s, name), one, rtol=1e-4, atol=0), name
 
         for sampled in (3, 10**6):
             labels, counts = clustering_cuda.labels_of_queries(q, s, first, clusters, 2, sampled)
@@ -221,6 +237,42 @@ def check_clustering():
         tiles = expansion_cuda.Tiles.of(torch.zeros_like(labels), 1)
         assert torch.equal(one[0], tiles.queries)
         assert torch.equal(one[1], tiles.clusters)
+
+    # All queries in the first cluster, whose tiles may be all there are: a centre is of at most sixteen of them.
+    for n, clusters, step in ((33, 2, 1), (40, 3, 1), (1300, 2, 3)):
+        q, _, _ = inputs(1, n, 1, 20, 1, torch.float32, n)
+        counts = torch.tensor([[n, *[0] * (clusters - 1)]], dtype=torch.int32, device=DEVICE)
+        labels = torch.zeros(1, n, dtype=torch.int16, device=DEVICE)
+        queries, _, ends = clustering_cuda.tiles_of(labels, counts, clusters)
+        found = clustering_cuda.ranks_of(q, queries, ends, 0.3)[0, 0].float().view(2, 32)[:, :20]
+        some = 0.3 * q[0, torch.arange(n, device=DEVICE) // 32 % step == 0]
+        right = torch.stack([some.mean(0), 0.5 * some.var(0, correction=0)])
+        assert float(((found - right).abs() / right.abs()).max()) < 2**-7
+
+    # A centre without queries stays where it is.
+    totals, _, _ = inputs(1, 3, 3, 16, 1, torch.float32, 0)
+    counts = torch.tensor([[4, 0, 2]], dtype=torch.int32, device=DEVICE)
+    centres, norms = torch.full_like(totals, 5.0, dtype=torch.bfloat16), torch.full((1, 3), 7.0, device=DEVICE)
+    right = (totals / counts.unsqueeze(2)).nan_to_num(5.0, 5.0, 5.0)
+    clustering_cuda.means_kernel[(1, 1)](
+        totals, totals, totals, counts, centres, norms, totals, counts, 3, 1, 3,
+        FIRST=False, **clustering_cuda.launches(16, 1)["means_kernel"],
+    )  # fmt: skip
+    assert float((centres - right).abs().max()) < 0.02
+    assert torch.allclose(norms, right.square().sum(2).index_fill(1, torch.tensor([1], device=DEVICE), 7.0))
+    assert not bool(totals.any() or counts.any())
+
+
+def check_threshold():
+    """Fewer than `rank` numbers exceed it, but for 0.001 as many, unless they are 80 below the largest."""
+    x, rank = inputs(1, 4, 100, 100, 1, torch.float32, 0)[0][0] - 9, 7
+    x[2], x[3, 0] = -3, 200
+    bound = torch.empty(4, device=DEVICE)
+    fused.kernels.threshold_kernel[(4,)](x, bound, 100, rank, ROOM=128)
+    assert bool(((x > bound[:, None]).sum(1) < rank).all())
+    assert bool(((x > bound[:, None] - 0.001).sum(1) >= rank)[:3].all())
+    assert abs(float(bound[3]) - 120) < 0.001
+    print("threshold: below the numbers wanted")
 
 
 def check_lists():
@@ -338,6 +390,8 @@ def check_fused():
             clusters = -(-n_q // block)
             spread = k.float().var(1, correction=0, keepdim=True)
             labels = expansion_cuda.labels_of_queries(q.float(), spread, first, clusters, 2, 8)
+            # The first query alone, in a tile of its own
+            labels[0, 1:] = torch.where(labels[0, 1:] == labels[0, 0], (labels[0, 1:] + 1) % clusters, labels[0, 1:])
             right = plain_local_expansion(q, k, v, d**-0.5, labels, near)
 
             def given(q, s, first, clusters, *_, labels=labels):
@@ -367,6 +421,62 @@ def check_sample():
     print(f"sample: {found:.2e}, {int(lost)} lost")
     assert found < 4e-3
     assert int(lost) == 0
+    # A list that is too short loses the rows, and no more than there are.
+    with replaced(listing=lambda near, n_k: (16, 8, 8)):
+        _, lost = fused.steps(q, k, v, first, Clustering(70, near, 0, 2, 8), scale=1.0)
+    assert int(lost) == 2 * 70
+
+
+def of_one_block(q, k, v, near, apart=0):
+    """Answers of one block, fused and in float32, with these near keys besides so many that stand apart."""
+    first = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    with replaced(listing=lambda near, n_k: (1, near + 1, 64)):
+        yield "fused", fused.steps(q, k, v, first, Clustering(q.shape[1], near, 0, 2, 8), scale=1.0)[0]
+    clustering = Clustering(q.shape[1], near + apart, 0, 2, 8)
+    yield "float32", local_expansion_cuda.steps(q, k, v, first, clustering, scale=1.0, products=torch.float32)
+
+
+def check_apart():
+    """Keys that stand apart are near, even one that weighs little at the centre, and take no other key's place."""
+    q, k, v = inputs(1, 500, 170, 16, 1, torch.float32, 0)
+    q, k = 0.1 * q, 0.3 * k
+    # Two keys that outweigh all others, each for half of the queries
+    q[..., :3], k[..., :3] = torch.tensor([0.0, 5.0, 2.5], device=DEVICE), 0.0
+    q[:, ::2, 2] *= -1
+    k[:, 4:6, 1:3] = torch.tensor([[2.0, 1.0], [2.0, -1.0]], device=DEVICE)
+    # One query to the side, for which keys count that weigh little for all others: the last, nothing at the centre
+    q[:, 7, 0] = 10
+    k[:, :4, :2] = torch.tensor([[10.0, 1.0]] * 3 + [[13.0, -4.0]], device=DEVICE)
+    v[:, 3:6] = torch.tensor([[9.0], [3.0], [-3.0]], device=DEVICE)
+    right = exact(q, k, v, 1.0)
+    for name, out in of_one_block(q, k, v, 2, apart=4):
+        off = float((out - right).abs().max())
+        print(f"apart, {name}: {off:.2e}")
+        assert off < 0.1
+
+
+def check_span():
+    """A row whose far keys outweigh its near ones by more than 80 nats is lost: what it sees is an extrapolation."""
+    q, k, v = inputs(1, 1100, 800, 16, 1, torch.float32, 0)
+    q, k = torch.zeros_like(q), 0.1 * k
+    q[..., 1], q[:, 1, 0], k[..., 0] = 10, 10, 0
+    # One near key, against the query to the side; of the far ones two that are heavy, and for it by no means equal
+    k[:, :3, :2] = torch.tensor([[-4.0, 1.4], [6.0, 1.2], [3.0, 1.2]], device=DEVICE)
+    for name, out in of_one_block(q, k, v, 1):
+        lost = out.isnan().flatten()
+        print(f"span, {name}: {int(lost.sum())} lost")
+        assert lost.nonzero().flatten().tolist() == [1]
+
+
+def check_one_key():
+    """Where one key outweighs all others by more than float32 holds, no far key is left, and no row is lost."""
+    q, k, v = inputs(1, 40, 100, 16, 1, torch.float32, 0)
+    q, k = 0.1 * q, 0.1 * k
+    q[..., 0], k[:, 0, 0] = 10, 30
+    for name, out in of_one_block(q, k, v, 3):
+        off = float((out - v[:, :1]).abs().max())
+        print(f"one key, {name}: {off:.2e}")
+        assert off < 1e-2
 
 
 def check_reach():
@@ -499,12 +609,13 @@ def main():
         check_listed,
         check_tiles,
         check_clustering,
+        check_threshold,
         check_lists,
         check_local_expansion,
         check_approxkmv,
         check_errors,
     ]
-    checks += [check_fused, check_sample, check_reach, check_fused_extremes]
+    checks += [check_fused, check_sample, check_apart, check_span, check_one_key, check_reach, check_fused_extremes]
     if not INTERPRETED:
         checks += [check_graphs] + [check_second_device] * (torch.cuda.device_count() > 1)
     with watched() if INTERPRETED else nullcontext() as sanitizer:

@@ -234,6 +234,10 @@ def test_every_usual_form_of_queries_keys_and_values_has_the_same_answer(dtype, 
 
 
 def test_naive_says_how_much_memory_it_lacks(monkeypatch):
-    monkeypatch.setattr(naive_module, "free_bytes", lambda device: 1000)
+    """It holds the logits and their softmax at once, 4 bytes a number."""
+    free = 8 * 2 * 50 * 60
+    monkeypatch.setattr(naive_module, "free_bytes", lambda device: free)
+    assert get("exact-naive")(*inputs(50, 60, 4, 1)).isfinite().all()
+    free -= 1
     with pytest.raises(UnavailableError, match=r"stores the 50 x 60 matrix"):
         get("exact-naive")(*inputs(50, 60, 4, 1))

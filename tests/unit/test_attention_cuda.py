@@ -1,8 +1,11 @@
 """The code around the CUDA kernels, run on a CPU: graphs (recorded by a fake), counts, estimates, hardware limits."""
 
+import math
 import os
 import re
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +21,7 @@ triton = pytest.importorskip("triton")
 cuda = pytest.importorskip("approxkmv.attention.blocks.cuda.local_expansion")
 ours = pytest.importorskip("approxkmv.attention.blocks.cuda.approxkmv")
 expansion = pytest.importorskip("approxkmv.attention.blocks.cuda.expansion")
+clustering = pytest.importorskip("approxkmv.attention.blocks.cuda.clustering")
 fused = pytest.importorskip("approxkmv.attention.blocks.cuda.fused")
 graphs = pytest.importorskip("approxkmv.attention.kernels.cuda_graphs")
 kernels = pytest.importorskip("approxkmv.attention.kernels.triton")
@@ -88,8 +92,8 @@ def test_one_graph_serves_every_seed_and_input(recorded):
     assert len(recorded) == 1
     for seed, answer in enumerate(answers):
         assert torch.equal(answer, eager(inputs(seed=seed % 3), seed, block=20, near=30))
-    # On the same input, the seed does something.
-    assert not torch.equal(answers[0], answers[3])
+    # On the same input, each seed has an answer of its own.
+    assert len({tuple(answers[seed].flatten().tolist()) for seed in (0, 3, 6, 9)}) == 4
 
 
 def test_answers_survive_the_replays_of_other_graphs(recorded):
@@ -144,12 +148,72 @@ def test_each_of_several_answers_survives_the_next_replay(monkeypatch):
     assert [[int(t.flatten()[0]) for t in both] for both in answers] == [[2, 3], [6, 15]]
 
 
-def test_inputs_of_another_type_have_a_graph_of_their_own(recorded):
-    answers = [
-        graphs.replayed(torch.neg, [torch.full((3,), 1.001).to(kind)], {}) for kind in (torch.bfloat16, torch.float32)
+def test_inputs_of_another_type_or_shape_have_a_graph_of_their_own(recorded):
+    kinds = ((3, torch.bfloat16), (3, torch.float32), (1, torch.float32))
+    answers = [graphs.replayed(torch.neg, [torch.full((n,), 1.001).to(kind)], {}) for n, kind in kinds]
+    assert len(recorded) == 3
+    assert [answer.tolist() for answer in answers] == [[-1.0] * 3, *(pytest.approx([-1.001] * n) for n in (3, 1))]
+
+
+def test_a_graph_reads_rows_in_one_piece(recorded):
+    """Kernels take them for contiguous."""
+    pieces = []
+    graphs.replayed(lambda t: pieces.append(t.is_contiguous()) or -t, [torch.ones(2, 3).mT], {})
+    assert pieces == [True]
+
+
+def test_each_device_has_graphs_and_memory_of_its_own(monkeypatch):
+    pools = []
+    monkeypatch.setattr(graphs, "_record", lambda work, device, pool: pools.append(pool) or (work, device))
+    monkeypatch.setattr(graphs, "_has_graphs", lambda device: True)
+    monkeypatch.setattr(graphs, "_graphs", type(graphs._graphs)())
+    for device in ("cpu", "meta", "cpu", "meta"):
+        for steps in (torch.neg, torch.abs):
+            answer = graphs.replayed(steps, [torch.ones(3, device=device)], {})
+            assert answer.device.type == device
+    assert pools == [None, torch.device("cpu"), None, torch.device("meta")]
+
+
+def test_work_runs_on_the_stream_of_recordings_before_it_is_recorded_there(monkeypatch):
+    """Each stream waits for the other; a graph cannot record the compilation of kernels."""
+    events = []
+
+    class Stream:
+        def __init__(self, name):
+            self.name = name
+
+        def wait_stream(self, other):
+            events.append(f"{self.name} waits for {other.name}")
+
+    @contextmanager
+    def within(what):
+        events.append(what)
+        yield
+
+    class Graph:
+        def pool(self):
+            return "its pool"
+
+        def replay(self):
+            events.append("replay")
+
+    fakes = {
+        "Stream": lambda device: Stream(f"recordings of {device}"),
+        "current_stream": lambda device: Stream(f"current of {device}"),
+        "stream": lambda stream: within(f"on {stream.name}"),
+        "CUDAGraph": Graph,
+        "graph": lambda graph, pool, stream: within(f"recorded on {stream.name} in {pool}"),
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    graphs._recording_stream.cache_clear()
+    replay, pool = graphs._record(lambda: events.append("work") or 7, "a", "a pool")
+    assert (replay(), pool) == (7, "its pool")
+    assert [event for i, event in enumerate(events) if event != events[i - 1]] == [
+        *("recordings of a waits for current of a", "on recordings of a", "work"),
+        *("current of a waits for recordings of a", "recorded on recordings of a in a pool", "work", "replay"),
     ]
-    assert len(recorded) == 2
-    assert [float(answer[0]) for answer in answers] == pytest.approx([-1.0, -1.001])
+    graphs._recording_stream.cache_clear()
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -333,6 +397,94 @@ def test_approxkmv_by_a_graph_is_approxkmv_without(recorded):
     assert not torch.equal(answers[0], answers[1])
 
 
+def test_a_centre_without_queries_stays_where_it_is():
+    """The second, which is the first one's equal, has none at first; then it is the nearest."""
+    q = torch.tensor([5.0, 5.0, 5.0, 0.1]).view(1, 4, 1)
+    labels = expansion.labels_of_queries(q, torch.ones(1, 1, 1), torch.tensor([0]), 2, 1, 4)
+    assert labels.tolist() == [[1, 1, 1, 0]]
+
+
+@pytest.mark.parametrize(
+    ("usual", "long", "number", "apart"),
+    [(0.5, 4.1, 2, 2), (0.5, 3.9, 2, 0), (0.5, 4.1, 3, 0), (2, 8.1, 2, 2), (2, 7.9, 2, 0)],
+)
+def test_keys_stand_apart_by_four_nats_and_four_times_the_others(usual, long, number, apart):
+    """At most one key in sixteen, here two."""
+    keys = torch.full((1, 32, 1), float(usual))
+    keys[0, :number] = long
+    assert int(expansion.stand_apart(torch.tensor([[[1.0], [-1.0]]]), keys).sum()) == apart
+
+
+def test_the_clustering_of_a_call():
+    """No more queries in a block than there are; exact where near keys are all keys, or blocks are of one query."""
+    given = {"near": 30, "directions": 8, "iterations": 2, "sampled": 3}
+    found = expansion.clustering_for({**given, "block": 2**24}, N_Q, N_K)
+    assert (found.block, found.directions) == (N_Q, 0)
+    assert expansion.clustering_for({**given, "block": 20, "near": N_K - 1}, N_Q, N_K)
+    assert expansion.clustering_for({**given, "block": 20, "near": N_K}, N_Q, N_K) is None
+    assert expansion.clustering_for({**given, "block": 20}, 1, N_K) is None
+
+
+def test_an_own_key_without_weight_is_not_taken_for_near():
+    q, k, v = self_attention()
+    clustering = Clustering(block=160, near=30, iterations=1, sampled=3)
+    e = expansion.expand(q, k, v, torch.tensor([0]), clustering, scale=0.4, products=torch.float32)
+    e.weights.mul_(0.0)
+    near = e.own_keys().log[0] == -torch.inf
+    assert near.nonzero().flatten().tolist() == e.chosen[0, 0].sort().values.tolist()
+
+
+def test_lost_rows_are_made_exactly_and_no_others(monkeypatch):
+    """Some rows at a time, and whichever of their columns is lost."""
+    monkeypatch.setattr(expansion, "_EXACT_LOGITS", 2 * N_K)
+    q, k, v = inputs(batch=2)
+    v = torch.cat([v, v + 1], 2).bfloat16()
+    out = torch.zeros(2, N_Q, 2).bfloat16()
+    out[0, [3, 5, 8], 0], out[1, 7] = torch.nan, torch.inf
+    lost = ~out.isfinite().all(2)
+    with counting() as counts:
+        out = expansion.exactly_where_lost(out, q, k, v, 0.4)
+    assert (counts.recomputed_rows, counts.kernel_evaluations) == (4, 4 * N_K)
+    right = (0.4 * q @ k.mT).softmax(2) @ v.float()
+    assert torch.allclose(out[lost].float(), right[lost], rtol=2**-8, atol=1e-6)
+    assert not out[~lost].any()
+
+
+@pytest.mark.parametrize("samples", [64, 3])
+@pytest.mark.parametrize("variances", [(0.1, 1.0, 2.0), (0.0, 9.0, 12.0), (0.0, 0.0, 0.0)])
+def test_a_clusters_samples_follow_the_deviation_of_its_rows(variances, samples):
+    """Equally many where no row deviates; at least four, but no more than asked for, and at most twice the average."""
+    labels = torch.arange(3).repeat_interleave(torch.tensor([10, 10, 20]))[None]
+    given = {"variances": torch.tensor(variances)[labels], "log_weight": torch.zeros(1, 40)}
+    row_sums = torch.ones(1, 40)
+    # Half of each row's weight is light, and all of the last row's, whose sum is lost
+    row_sums[0, -1] = torch.nan
+    e = SimpleNamespace(tiles=expansion.Tiles.of(labels, 3), **given)
+    found = ours.budgets(e, row_sums, torch.zeros(1, 40), samples).flatten()
+    s = torch.tensor(variances).double().clamp_max(10)
+    deviation = (torch.tensor([0.25, 0.25, 0.95 * 0.25 + 0.05]) * (s.exp() - 1 - s)).sqrt()
+    right = samples * deviation / ((deviation * torch.tensor([10, 10, 20])).sum() / 40)
+    right = right.nan_to_num(samples).clamp(min(4, samples), 2 * samples).round()
+    assert float((found - right).abs().max()) <= (0 if float(s.max()) == 0 else 1)
+
+
+@pytest.mark.parametrize("method", [cuda, ours])
+def test_answers_are_of_the_type_of_the_values(method):
+    given = {"directions": 0, **(OURS if method is ours else {**GIVEN, "block": 20, "near": 30})}
+    assert method.attend(*(t.bfloat16() for t in inputs()), seed=0, **given).dtype == torch.bfloat16
+
+
+def test_a_near_key_is_never_drawn():
+    """Nor by the lowest of all random numbers, though the first keys are near."""
+    q, k, v = inputs()
+    k[0, :30] *= 3
+    first = torch.zeros(1, dtype=torch.int64)
+    clustering = Clustering(block=N_Q, near=30, iterations=1, sampled=3)
+    points = torch.zeros(1, 1, 16, dtype=torch.float64)
+    sums = ours.sums(q, k, v, first, points, clustering=clustering, scale=0.4, samples=16, with_own_keys=False)
+    assert all(t.isfinite().all() for t in sums)
+
+
 def test_rows_of_noise_are_made_exactly(monkeypatch):
     tensors = inputs(batch=2)
 
@@ -441,8 +593,25 @@ def test_a_kernel_too_large_for_the_chip_is_unavailable(monkeypatch):
     ) as error:
         kernels.exact(*inputs(), 0.4)
     assert "\n" not in str(error.value)
-    with pytest.raises(UnavailableError, match="up to 256 columns"):
-        kernels.exact(*(t.expand(-1, -1, 257) for t in (inputs()[2],) * 3), 0.4)
+    for d, d_v in ((257, 1), (1, 257)):
+        with pytest.raises(UnavailableError, match="up to 256 columns"):
+            kernels.exact(torch.ones(1, 5, d), torch.ones(1, 5, d), torch.ones(1, 5, d_v), 0.4)
+
+
+def test_kernels_run_on_the_device_of_their_inputs(monkeypatch):
+    current = []
+    monkeypatch.setattr(torch.cuda, "device", lambda device: current.append(device) or nullcontext())
+    for device in (torch.device("cuda", 1), torch.device("cpu")):
+        with kernels.on_device(device):
+            pass
+    assert current == [torch.device("cuda", 1), -1]
+
+
+def test_rows_are_widened_to_whole_sixteens():
+    for d, width in ((1, 16), (16, 16), (24, 32), (100, 112)):
+        wide = kernels.widened(torch.ones(2, 3, d), 16)
+        assert wide.sum(2).tolist() == [[d] * 3] * 2
+        assert wide.shape[2] == width
 
 
 KERNELS = pytest.mark.parametrize("name", ["_exact_kernel", "_listed_kernel"])
@@ -532,6 +701,52 @@ class Launches(TorchDispatchMode):
         free = func.is_view or func.overloadpacket.__name__ in ("empty", "empty_like", "new_empty", "_unsafe_view")
         self.count += not free
         return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("near", "n_k"), [(1, 100), (4, 131_072), (8, 8193), (20, 170), (128, 1100), (512, 131_072), (2048, 10**6)]
+)
+def test_a_sample_is_small_and_a_list_long_enough(near, n_k):
+    """More keys than `room` are above the rank-th of a sample as often as a Poisson variable is below `rank`."""
+    stride, rank, room = fused.listing(near, n_k)
+    assert n_k // stride <= 8192
+    assert stride == -(-n_k // 8192) or rank >= 8 or stride == 1
+    assert rank >= 1
+    assert rank == 1 or abs(stride * rank - near) <= stride / 2
+    mean = room / stride
+    assert sum(math.exp(i * math.log(mean) - mean - math.lgamma(i + 1)) for i in range(rank)) < 2e-6
+    assert room % 64 == 0
+
+
+def test_what_has_a_fused_form():
+    """Up to 128 columns, but not two values, whose tilt is no one row; a threshold within the half of the sample."""
+    sizes = [(1100, 128, 1, 40), (1100, 20, 128, 40), (1100, 20, 3, 40), (170, 20, 1, 80)]
+    assert all(fused.fits(*size) for size in sizes)
+    sizes = [(1100, 129, 1, 40), (1100, 20, 129, 40), (1100, 20, 2, 40), (170, 20, 1, 90)]
+    assert not any(fused.fits(*size) for size in sizes)
+
+
+@pytest.mark.parametrize(("keys", "own"), [(150, 0), (N_Q, N_Q)])
+def test_evaluations_of_the_fused_form(keys, own):
+    """At eleven centres all keys, one in three again, and 30 near ones; 30 in 17 tiles of 32, the far key, its own."""
+    at_centres = 11 * (keys + keys // 3 + 30)
+    assert fused.evaluations(2, N_Q, keys, 11, 30) == 2 * (at_centres + 544 * 30 + N_Q + own)
+
+
+@pytest.mark.parametrize(("clusters", "kind"), [(2**15 - 1, torch.int16), (2**15 + 5, torch.int32)])
+def test_labels_of_many_clusters_have_four_bytes(monkeypatch, clusters, kind):
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *_, **__: None
+
+    for name in ("means_kernel", "nearest_kernel"):
+        monkeypatch.setattr(clustering, name, Kernel())
+    q = torch.ones(1, clusters, 1)
+    labels, _ = clustering.labels_of_queries(q, SimpleNamespace(query_mean=0, weight=0), None, clusters, 1, 1)
+    assert labels.dtype == kind
+    each = torch.arange(clusters)[None]
+    tiles = expansion.Tiles.of(each, clusters)
+    assert torch.equal(tiles.queries[..., 0], each.int())
 
 
 def test_kernels_per_call(monkeypatch):

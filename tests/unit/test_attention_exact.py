@@ -1,9 +1,12 @@
 """The exact methods against float64, with logits at which a careless shift overflows or underflows."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from approxkmv.attention import get
+from approxkmv.attention.exact import sdpa
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -73,3 +76,51 @@ def test_all_keys_moved_together_change_nothing():
     q, k, v = (torch.randn(1, 300, 8, generator=generator) for _ in range(3))
     moved = get("exact-fused")(q, k + 5.0, v, scale=1.0)
     assert torch.allclose(moved, get("exact-fused")(q, k, v, scale=1.0), atol=1e-4)
+
+
+def test_the_fastest_backend_that_takes_the_inputs_is_found_once_for_each_kind(monkeypatch):
+    """Kinds differ in the shape of each input, the type of number and the device."""
+    timed = []
+
+    def run(backend, q, k, v, scale):
+        timed.append(backend)
+        if backend == "cudnn":
+            raise RuntimeError("no")
+        return {"flash": 2.0, "efficient": 1.0 if len(timed) < 4 else 3.0}[backend]
+
+    monkeypatch.setattr(sdpa, "_run", run)
+    monkeypatch.setattr(sdpa, "_seconds", lambda run, device: run())
+    monkeypatch.setattr(sdpa, "_fastest", {})
+
+    def inputs(n_q=5, n_k=6, d_v=7, dtype=torch.float32, device=0):
+        shapes = (n_q, 4), (n_k, 4), (n_k, d_v)
+        return [SimpleNamespace(shape=shape, dtype=dtype, device=torch.device("cuda", device)) for shape in shapes]
+
+    assert sdpa.choose_backend(*inputs(), 1.0) == "efficient"
+    assert sdpa.choose_backend(*inputs(), 1.0) == "efficient"
+    assert timed == ["cudnn", "flash", "efficient"]
+    for other in ({"n_q": 6}, {"n_k": 7}, {"d_v": 8}, {"dtype": torch.bfloat16}, {"device": 1}):
+        assert sdpa.choose_backend(*inputs(**other), 1.0) == "flash"
+    assert len(timed) == 6 * 3
+
+
+def test_of_several_times_the_shortest_counts(monkeypatch):
+    times = iter([0.0, 3.0, 10.0, 11.0, 20.0, 22.0])
+    monkeypatch.setattr(sdpa.time, "perf_counter", lambda: next(times))
+    assert sdpa._seconds(lambda: None, torch.device("cpu")) == 1.0
+
+
+def test_wide_values_are_taken_256_columns_at_a_time(monkeypatch):
+    """The fused backends of a GPU take no more."""
+    given = []
+
+    def attention(q, k, v, **others):
+        given.append({t.shape[-1] for t in (q, k, v)})
+        return scaled_dot_product_attention(q, k, v, **others)
+
+    scaled_dot_product_attention = sdpa.scaled_dot_product_attention
+    monkeypatch.setattr(sdpa, "scaled_dot_product_attention", attention)
+    q, k, v = (torch.randn(1, 9, width, generator=torch.Generator().manual_seed(1)) for width in (24, 24, 300))
+    out = sdpa._run("math", q, k, v, 1.0)
+    assert given == [{256}, {256}]
+    assert torch.allclose(out, (q @ k.mT).softmax(2) @ v, atol=1e-5)

@@ -61,6 +61,7 @@ def test_a_sweep_from_the_command_down(tmp_path):
     # bfloat16 keeps 8 bits.
     assert all(float(rows[name]["error_v_mean"]) < 4e-3 for name in METHODS[:3])
     assert [rows[name]["precision"] for name in METHODS[:3]] == ["float32", "bfloat16", "bfloat16"]
+    assert {float(rows[name]["kernel_evaluations"]) for name in METHODS[:3]} == {2 * 96**2}
     assert json.loads(table.with_suffix(".json").read_text())["machine"]["gpu"] == "a CPU named cuda"
 
 
@@ -121,6 +122,7 @@ def test_what_a_gpu_refuses_the_mock_refuses(tmp_path):
 STATISTICS = """
 import mock_cuda, sanitizer, torch
 from approxkmv import attention_statistics
+from approxkmv.statistics.largest import Largest
 from approxkmv.statistics.streaming import length_statistics
 mock_cuda.install()
 from approxkmv.statistics import largest_cuda
@@ -149,11 +151,31 @@ for n, d, size in ((150, 64, 1.0), (190, 100, 1.5), (131, 20, 3.0), (140, 16, 0.
     for name in ("entropy", "largest_weight", "first_mass", "keys_per_share", "column_norm", "stable_rank"):
         here, there = getattr(own, name), getattr(found, name).cpu()
         assert torch.allclose(here.double(), there.double(), rtol=1e-5, atol=1e-5), name
+
+def compared(q, k, scale, terms):
+    right = Largest(len(k), torch.device("cpu"))
+    right.add_strip(torch.addmm(terms[:, None], q.double(), k.double().mT, alpha=scale))
+    found = largest_cuda.largest_of(q.to("cuda"), k.to("cuda"), scale, terms.to("cuda"))
+    (ratio, *logs), (right, *right_logs) = found.finish(), right.finish()
+    print(ratio / right - 1, [x - y for x, y in zip(logs, right_logs)])
+    assert abs(ratio / right - 1) < 1e-6
+    assert max(abs(x - y) for x, y in zip(logs, right_logs)) < 1e-6
+
+q, k = (torch.randn(150, 16, generator=generator) for _ in range(2))
+q[:, 15] = k[:, 15] = 100.3
+compared(q, k, 0.25, q[:, 0].double())
+rising = torch.arange(100)
+sides = 0.97 - 1.94 * (rising % 2)
+compared(torch.full((100, 16), 1.01), sides[:, None].expand(-1, 16), 64.0, 1e-3 * rising.double())
 """
 
 
 def test_statistics_are_those_of_the_cpu(tmp_path):
-    """c, order ratios and softmax c by the kernel, to 1e-6 of the CPU's float64, also where all entries are equal."""
+    """c, order ratios and softmax c by the kernel, to 1e-6 of the CPU's float64, also where all entries are equal.
+
+    Also where all queries and keys share a long part, and where each row's entries, of logits of 1,000, exceed those of
+    all rows before by so little that the kernel's rounding hides it.
+    """
     script = tmp_path / "compare.py"
     script.write_text(STATISTICS)
     done = in_mock(script)

@@ -27,7 +27,7 @@ _ENTRIES = 1 << 20
 @triton.jit
 def _strip_kernel(
     qh_pointer, qm_pointer, kh_pointer, km_pointer, shift_pointer, far_pointer, count_pointer, place_pointer,
-    first, last, n_k, piece, capacity, scale, margin,
+    first, last, n_k, piece, scale, margin,
     LISTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Rows first to last - 1 of x = scale q.k + shift, relative to the bound, in powers of two; a piece of the keys."""
@@ -59,7 +59,7 @@ def _strip_kernel(
             part = (tl.program_id(0) + (begin + start) // BN) % LISTS
             where = rows[:, None].to(tl.int64) * n_k + keys[None, :]
             place = tl.atomic_add(count_pointer + part + tl.zeros((BM, BN), tl.int32), 1, mask=above, sem="relaxed")
-            tl.store(place_pointer + part.to(tl.int64) * capacity + place, where, mask=above & (place < capacity))
+            tl.store(place_pointer + part.to(tl.int64) * n_k + place, where, mask=above & (place < n_k))
     tl.store(far_pointer + tl.program_id(1) * (last - first) + rows - first, far, mask=here)
 
 
@@ -75,6 +75,9 @@ def largest_of(q: torch.Tensor, k: torch.Tensor, scale: float, row_terms: torch.
     (n_q, d), n_k, device = q.shape, len(k), q.device
     found = Largest(n_k, device)
     q64, k64 = q.double(), k.double()
+    # What is common to all keys belongs to the rows: the kernel's rounding is relative to the lengths of the keys.
+    mean = k64.mean(0)
+    k64, row_terms = k64 - mean, row_terms + scale * (q64 @ mean)
     done = min(n_q, _FIRST)
     found.add_strip(torch.addmm(row_terms[:done, None], q64[:done], k64.mT, alpha=scale))
     if done == n_q:
@@ -84,10 +87,9 @@ def largest_of(q: torch.Tensor, k: torch.Tensor, scale: float, row_terms: torch.
     most = 2 ** max(0, min(_PROGRAMS, n_k // (8 * _KEYS)).bit_length() - 1)
     shortest = -(-n_k // (most * _KEYS)) * _KEYS
     padded = most * shortest
-    queries, keys = _split(q, n_q, width), _split(k, padded, width)
+    queries, keys = _split(q, n_q, width), _split(k64, padded, width)
     # A row fits into one list, so that a step of one row always does.
-    capacity = max(n_k, 32 * n_k // _LISTS)
-    places = torch.empty(_LISTS, capacity, dtype=torch.int64, device=device)
+    places = torch.empty(_LISTS, n_k, dtype=torch.int64, device=device)
     counts = torch.zeros(_LISTS, dtype=torch.int32, device=device)
     longest = scale * float(q64.square().sum(1).max().sqrt() * k64.square().sum(1).max().sqrt())
     step = done
@@ -99,18 +101,18 @@ def largest_of(q: torch.Tensor, k: torch.Tensor, scale: float, row_terms: torch.
         margin = _LOG2_E * 2.0**-15 * longest + 2.0**-20 * float(shift.abs().max()) + 1e-3
         programs = triton.cdiv(last - done, _ROWS)
         pieces = most
-        while pieces > 1 and pieces * programs > _PROGRAMS:
+        while pieces * programs > _PROGRAMS:
             pieces //= 2
         piece = padded // pieces
         far = torch.empty(pieces, last - done, dtype=torch.float64, device=device)
         with torch.cuda.device(device):
             _strip_kernel[(programs, pieces)](
-                *queries, *keys, shift.float(), far, counts, places, done, last, n_k, piece, capacity,
+                *queries, *keys, shift.float(), far, counts, places, done, last, n_k, piece,
                 scale * _LOG2_E, -margin, LISTS=_LISTS, BM=_ROWS, BN=_KEYS, BD=width,
             )  # fmt: skip
         listed = counts.tolist()
-        if max(listed) > capacity:
-            step = max(1, step // 2)
+        if max(listed) > n_k:
+            step //= 2
             continue
         at = torch.cat([places[i, :number] for i, number in enumerate(listed)])
         exact = [

@@ -150,7 +150,7 @@ def _tiles(dtype: torch.dtype, listed: bool) -> dict[str, int]:
 def _options(d: int, d_v: int, dtype: torch.dtype) -> dict[str, Any]:
     """Launch options other than tiles: padded widths, precision, pipeline stages."""
     if d > 256 or d_v > 256:
-        raise UnavailableError(f"the CUDA kernels hold up to 256 columns on chip, but these inputs have {max(d, d_v)}")
+        raise UnavailableError("the CUDA kernels hold up to 256 columns on chip, but these inputs have more")
     width, value_width = max(16, triton.next_power_of_2(d)), 1 if d_v == 1 else max(16, triton.next_power_of_2(d_v))
     full = dtype == torch.float32
     options: dict[str, Any] = {
@@ -227,7 +227,7 @@ def listed(
     options = _options(d, d_v, v.dtype)
     out = torch.empty(batch, n_q, d_v, device=q.device, dtype=torch.float32)
     totals, logs = torch.empty_like(out[..., 0]), torch.empty_like(out[..., 0])
-    more = logs if extra is None else (extra.float() * _LOG2_E).clamp_min(-1e30).contiguous()
+    more = logs if extra is None else (extra.float() * _LOG2_E).contiguous()
     with on_device(q.device):
         _listed_kernel[(tiles.shape[1], batch)](
             q.contiguous(), tiles, clusters, centres.contiguous(), k.contiguous(), v.contiguous(),

@@ -86,7 +86,7 @@ def sampled_kernel(
         low = tl.where(enough, low, middle + 1)
         high = tl.where(enough, middle, high)
     bar = tl.maximum(factor * high.to(tl.float32, bitcast=True), least)
-    many = tl.sum(((place < k_number) & (spreads > bar)).to(tl.int32), 0) * 16 > k_number
+    many = tl.sum((spreads > bar).to(tl.int32), 0) * 16 > k_number
     bar = tl.where(many, float("inf"), bar)
     tl.store(bar_pointer + entry, bar)
     kept = tl.zeros((BN,), tl.float32)
@@ -133,8 +133,7 @@ def means_kernel(
         moves = count > 0
         centre = tl.load(total_pointer + at, mask=inside, other=0.0) / tl.maximum(count, 1).to(tl.float32)[:, None]
     tl.store(centre_pointer + at, centre.to(tl.bfloat16), mask=inside & moves[:, None])
-    norm = tl.sum(tl.where(inside, centre * centre, 0.0), 1)
-    tl.store(norm_pointer + of_row, norm, mask=moves)
+    tl.store(norm_pointer + of_row, tl.sum(centre * centre, 1), mask=moves)
     # Other threads may read what each sets to 0.
     tl.debug_barrier()
     tl.store(total_pointer + at, tl.zeros((BM, BD), tl.float32), mask=inside)
@@ -235,9 +234,7 @@ def centres_kernel(
     number = (last - first + step - 1) // step
     for i in range(number):
         place = first + i * step
-        in_tile = tl.arange(0, BM)
-        exists = in_tile < (last - place) * BM
-        rows = tl.load(query_pointer + (entry * tiles + place) * BM + in_tile, mask=exists, other=-1).to(tl.int64)
+        rows = tl.load(query_pointer + (entry * tiles + place) * BM + tl.arange(0, BM)).to(tl.int64)
         mine = rows >= 0
         q = tl.load(
             q_pointer + (entry * n + rows[:, None]) * D + along[None, :],

@@ -30,17 +30,17 @@ def listing(near: int, n_k: int) -> tuple[int, int, int]:
     the longest list.
 
     The number of keys above the r-th largest of a sample of one key in s is about s r, with deviation s sqrt(r). The
-    rows of a list that is too long, far fewer than one in a million, are made exactly.
+    rows of a list that is too long, two in a million at most, are made exactly.
     """
     stride = max(-(-n_k // _SAMPLE), min(_STRIDE, max(1, near // 8)))
     rank = max(1, round(near / stride))
     return stride, rank, -(-int(stride * (rank + 6 * rank**0.5 + 6)) // 64) * 64
 
 
-def fits(n_q: int, n_k: int, d: int, d_v: int, near: int) -> bool:
+def fits(n_k: int, d: int, d_v: int, near: int) -> bool:
     """Whether these sizes have a fused form."""
     stride, rank, _ = listing(near, n_k)
-    return max(d, d_v) <= _WIDEST and (d_v == 1 or d_v > TILTED_COLUMNS) and 2 * rank <= n_k // stride and n_q > 1
+    return max(d, d_v) <= _WIDEST and (d_v == 1 or d_v > TILTED_COLUMNS) and 2 * rank <= n_k // stride
 
 
 def evaluations(batch: int, n_q: int, n_k: int, blocks: int, near: int) -> int:

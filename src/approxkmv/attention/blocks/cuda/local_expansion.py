@@ -95,7 +95,7 @@ def attend(
     settings: dict[str, Any] = {"clustering": clustering, "scale": scale}
     first = torch.full((1,), seed % clustering.block, device=q.device)
     count_clustering(batch, n_q, blocks, clustering.iterations, clustering.sampled)
-    if products != "float32" and fused.fits(n_q, n_k, q.shape[2], v.shape[2], near):
+    if products != "float32" and fused.fits(n_k, q.shape[2], v.shape[2], near):
         count(kernel_evaluations=fused.evaluations(batch, n_q, n_k, blocks, near))
         with triton_kernels.on_device(q.device):
             out, lost = cuda_graphs.replayed(fused.steps, [q, k, v, first], settings)
