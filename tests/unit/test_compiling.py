@@ -169,3 +169,20 @@ def test_no_loop_asks_numba_for_its_own_cache():
         assert "cache=True" not in file.read_text(), (
             f"{file}: cached_njit of approxkmv/compute/compiling.py keeps the code"
         )
+
+
+@pytest.mark.slow
+def test_loops_for_another_cpu_have_none_of_the_bfloat16_instructions_that_this_one_may_have(tmp_path):
+    """The assembler would end the process."""
+    program = """
+import torch
+from approxkmv.attention import get
+from approxkmv.attention.blocks import trials
+from approxkmv.compute import trial
+torch.cpu._is_avx512_bf16_supported = lambda: True
+q, k, v = torch.randn(3, 1, 300, 16, generator=torch.Generator().manual_seed(0)).unbind(0)
+with trial.forced({trials._LOOPS: "compiled", trials.NEAR_KEYS_MANY: "bfloat16"}):
+    out = get("local-expansion")(q, k, v, scale=0.25, seed=0, block=32, near=40, products="bfloat16")
+print(bool(out.isfinite().all()))
+"""
+    assert said(program, NUMBA_CACHE_DIR=str(tmp_path), NUMBA_CPU_NAME="generic") == ["True"]

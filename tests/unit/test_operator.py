@@ -689,7 +689,8 @@ def test_rounding_counts_where_the_error_of_all_rows_is_known(times, row):
     queries, x = Q[row].repeat(times, 1), torch.randn(len(K_), generator=torch.Generator().manual_seed(4))
     K = KernelOperator(queries, K_, SIGMA, 0.05, method="blocks", seed=0)
     error = relative(K @ x, reference(queries, K_, x, SIGMA))
-    assert error > 3e-6
+    # Far above the tolerance; how much depends on the CPU's sums.
+    assert error > 1e-6
     assert K.last.error == pytest.approx(error, abs=3e-7)
     assert K.last.bound > error - 3e-7
 

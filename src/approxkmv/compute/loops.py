@@ -32,6 +32,14 @@ def compiled_loops(module: str, trial: str | None = None) -> ModuleType | None:
 
 
 def has_bfloat16_instructions() -> bool:
-    """Whether loops may use bfloat16 instructions. No trial can find out: without them the process would be killed."""
+    """Whether loops may use bfloat16 instructions: the CPU has them, and numba compiles for them.
+
+    NUMBA_CPU_NAME and NUMBA_CPU_FEATURES may name another CPU. No trial can find out: the process would be killed.
+    """
     supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return bool(supported and supported())
+    if not (supported and supported() and numba_works()):
+        return False
+    from numba.core.registry import cpu_target
+
+    features = cpu_target.target_context.codegen().magic_tuple()[2]
+    return "+avx512bf16" in features.split(",")
