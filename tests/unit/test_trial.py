@@ -85,6 +85,14 @@ def test_it_is_decided_once_per_machine(machine, monkeypatch):
     assert machine.ran == []
     (decision,) = trial.decisions().values()
     assert decision == {"form": "other", "seconds": {"plain": 1.0, "other": 0.5}, "how": "by an earlier trial"}
+    # A library that is told to run as on another CPU
+    for name in trial._SETTINGS:
+        with monkeypatch.context() as told:
+            told.setenv(name, "another")
+            machine.forget()
+            assert ask() == "plain"
+    machine.forget()
+    assert ask() == "other"
     # Another processor, version or source
     for name, other in (("processor", lambda: "another"), ("versions", lambda: {"torch": "9"})):
         machine.forget()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -32,6 +33,11 @@ clock = time.perf_counter
 _ROUNDS, _MOST_ROUNDS, _SECONDS = 3, 20, 0.1
 # The first form, the plainest, stays unless another takes less than this share of its time: near a tie, noise decides.
 _CLEARLY_FASTER = 0.9
+# Settings of torch's libraries and of numba that say for which CPU they run: what is fastest depends on them.
+_SETTINGS = (
+    *("ATEN_CPU_CAPABILITY", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS"),
+    *("NUMBA_CPU_FEATURES", "NUMBA_CPU_NAME", "ONEDNN_DEFAULT_FPMATH_MODE", "ONEDNN_MAX_CPU_ISA"),
+)
 # A form that took this many times the best so far, and more seconds than an interruption, is not timed again: products
 # of bfloat16 numbers may be emulated.
 _HOPELESS, _INTERRUPTED = 3.0, 0.03
@@ -53,8 +59,9 @@ _forced: dict[str, str] = {}
 def fastest(question: str, *forms: str) -> str:
     """The fastest of the forms by a trial of under a second, the first of them unless another is clearly faster.
 
-    The trial is made once for a processor, a number of threads, versions and sources, and kept in `cache_folder`. Where
-    nothing can be kept no trial is made, since processes might decide differently: the first form is used.
+    The trial is made once for a processor, a number of threads, versions and sources, and kept in `cache_folder`; again
+    where environment variables restrict a library to another CPU's instructions. Where nothing can be kept no trial is
+    made, since processes might decide differently: the first form is used.
 
     Args:
         question: module and function that returns `Runs`, such as "attention.blocks.trials.products".
@@ -135,7 +142,8 @@ def _path(question: str, forms: tuple[str, ...]) -> Path | None:
         return None
     source = Path(__file__).resolve().parents[1].joinpath(*question.split(".")[:-1]).with_suffix(".py")
     sources = digest_of(files_behind(source))
-    known = (question, forms, processor(), torch.get_num_threads(), sorted(versions().items()), sources)
+    settings = [os.environ.get(name) for name in _SETTINGS]
+    known = (question, forms, processor(), settings, torch.get_num_threads(), sorted(versions().items()), sources)
     return folder / "trials" / f"{question}-{hashlib.sha256(repr(known).encode()).hexdigest()[:32]}.json"
 
 
