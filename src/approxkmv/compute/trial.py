@@ -33,10 +33,10 @@ clock = time.perf_counter
 _ROUNDS, _MOST_ROUNDS, _SECONDS = 3, 20, 0.1
 # The first form, the plainest, stays unless another takes less than this share of its time: near a tie, noise decides.
 _CLEARLY_FASTER = 0.9
-# Settings of torch's libraries and of numba that say for which CPU they run: what is fastest depends on them.
+# Settings of torch's libraries and of numba: for which CPU they run, or how precisely. What is fastest depends on them.
 _SETTINGS = (
-    *("ATEN_CPU_CAPABILITY", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS"),
-    *("NUMBA_CPU_FEATURES", "NUMBA_CPU_NAME", "ONEDNN_DEFAULT_FPMATH_MODE", "ONEDNN_MAX_CPU_ISA"),
+    *("ATEN_CPU_CAPABILITY", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "NUMBA_CPU_FEATURES", "NUMBA_CPU_NAME"),
+    *("DNNL_DEFAULT_FPMATH_MODE", "DNNL_MAX_CPU_ISA", "ONEDNN_DEFAULT_FPMATH_MODE", "ONEDNN_MAX_CPU_ISA"),
 )
 # A form that took this many times the best so far, and more seconds than an interruption, is not timed again: products
 # of bfloat16 numbers may be emulated.

@@ -125,7 +125,10 @@ class KernelOperator:
 
     @plain_torch()
     def __matmul__(self, x: Array) -> Array:
-        """Kx for x (n_k,) or (n_k, m): (n_q,) or (n_q, m), of the points' kind, float64 if they or one of them are."""
+        """Kx for x (n_k,) or (n_k, m): (n_q,) or (n_q, m), of the points' kind.
+
+        In float64 if the points or one of them are, or if all of it is too small for float32.
+        """
         values, back = self._columns(x)
         # Squares of very small or large entries would leave float32.
         size = float(values.abs().max()) or 1.0
@@ -150,11 +153,11 @@ class KernelOperator:
         if self.last is None:
             ones = torch.ones(self.shape[1], dtype=torch.float64, device=self._points.keys.device)
             self @ (ones.numpy() if self._numpy else ones)
-        near = self.last.near if self.last is not None else None
-        if near is None:
-            return of_points(self._points)
+        assert self.last is not None
+        if self.last.near is None:
+            return of_points(self._exact_points if self.last.exponents == "float64" else self._points)
         blocks, _ = self._blocks()
-        return of_blocks(blocks, self._plan(blocks, near), self._same)
+        return of_blocks(blocks, self._plan(blocks, self.last.near), self._same)
 
     def _columns(self, x: Array) -> tuple[torch.Tensor, Any]:
         if isinstance(x, np.ndarray) != self._numpy:
@@ -169,7 +172,9 @@ class KernelOperator:
             raise InputError("x has an entry of 1e30 or more: scale it down")
 
         def back(y: torch.Tensor) -> Array:
-            shaped = (y[:, 0] if values.ndim == 1 else y).to(self._answers)
+            shaped = y[:, 0] if values.ndim == 1 else y
+            if not 0 < float(shaped.abs().max()) < torch.finfo(torch.float32).tiny:
+                shaped = shaped.to(self._answers)
             return shaped.numpy() if self._numpy else shaped
 
         return values if values.ndim == 2 else values.unsqueeze(1), back
@@ -233,18 +238,17 @@ class KernelOperator:
                 break
             choice = following
             with clock("product"):
-                y = self._made(choice, x)
-            # Known exactly, and never drawn again.
-            y[rows] = pilot.exact
+                y = self._made(choice, x64 if choice.low == torch.float64 else x)
+            if not choice.in_full:
+                # Known exactly, and never drawn again
+                y[rows] = pilot.exact
             with clock("error bar"):
                 bar = self._bar(x64, y, doubts, rows, generator, _NOMINAL * (1 - CONFIDENCE) * 0.5**attempt, choice)
             norms = (float(x.norm()),) * 2 if self.relative_to == "x" else (bar.answer, bar.least_answer)
             if bar.bound is not None and bar.bound <= self.epsilon * norms[1]:
                 break
-        if choice.method == "exact" and bar.error > self.epsilon * norms[0] and self._points is not self._exact_points:
-            # So little is left of sums that cancel, or of entries that underflow, that the rounding of float32 shows.
-            self._points, self._low, self._prepared, self._plans = self._exact_points, torch.float64, None, {}
-            return self._product(x64)
+            if choice.in_full and bar.error <= self.epsilon * norms[0]:
+                break
         report = self._report(choice.method, choice.reason, bar, norms, seconds)
         return y, replace(
             report,
@@ -281,12 +285,15 @@ class KernelOperator:
         if self.method != "blocks":
             worse = self.method == "auto" and blocks is not None
             why = f"blocks miss epsilon or cost more than {WORTH} of the exact product: {reason}" if worse else reason
-            in_full = _Choice("exact", why, full, fell_back=worse)
+            in_full = _Choice("exact", why, full, fell_back=worse, in_full=True)
             if self._low != full:
                 error = pilot.norm(exact.product(self._points, x, self._low, pilot.rows) - pilot.exact)
                 if error <= 0.5 * aim:
-                    yield replace(in_full, low=self._low)
+                    yield replace(in_full, low=self._low, in_full=False)
             yield in_full
+            if full != torch.float64:
+                # So little is left of sums that cancel, or of entries that underflow, that rounding shows.
+                yield replace(in_full, low=torch.float64, reason=f"float32 misses epsilon: {why}")
 
     def _made(self, choice: _Choice, x: torch.Tensor) -> torch.Tensor:
         if choice.made is not None:
@@ -298,7 +305,8 @@ class KernelOperator:
             plan = self._plan(choice.blocks, choice.near or 1)
             y[choice.blocks.order] = choice.blocks.products(plan, x)[0]
         elif choice.method == "exact":
-            y = exact.product(self._points, x, choice.low)
+            points = self._exact_points if choice.low == torch.float64 else self._points
+            y = exact.product(points, x, choice.low)
         return y
 
     def _bar(
@@ -312,31 +320,32 @@ class KernelOperator:
         choice: _Choice,
     ) -> ErrorBar:
         everything = torch.arange(self.shape[0], device=x.device)
+        kept = torch.promote_types(choice.low, self._points.keys.dtype)
         if len(known.unique()) == len(everything):
             # Exact, to rounding
-            values = self._values(x, everything, True)
+            values = self._values(x, everything, kept)
             error, answer = float((values - y).norm()), float(values.norm())
             return ErrorBar(error, error, answer, answer)
-        by = proposal(doubts if choice.near else y.norm(dim=1), known)
+        # The rows of the pilot are rounded as all others of an exact product.
+        by = proposal(doubts if choice.near else y.norm(dim=1), known[:0] if choice.in_full else known)
         number = max(_BAR_ROWS, min(_MOST_BAR_ROWS, len(everything) // _ONE_IN))
-        rounding = choice.method == "exact" and choice.low == self._points.keys.dtype
-        rows = drawn(by, _BAR_ROWS if rounding else number, generator).to(x.device)
+        rows = drawn(by, _BAR_ROWS if choice.in_full else number, generator).to(x.device)
         distinct, place = rows.unique(return_inverse=True)
-        bar = error_bar(y, self._values(x, distinct, rounding)[place], rows, by, doubt)
+        bar = error_bar(y, self._values(x, distinct, kept if choice.in_full else None)[place], rows, by, doubt)
         # Where so little is seen, the rounding of float32 is part of it.
         margin = bar.error if bar.bound is None else min(bar.error, bar.bound - bar.error)
-        if margin <= _FLOAT32 * bar.answer and not rounding:
-            bar = error_bar(y, self._values(x, distinct, True)[place], rows, by, doubt)
+        if margin <= _FLOAT32 * bar.answer and not choice.in_full:
+            bar = error_bar(y, self._values(x, distinct, kept)[place], rows, by, doubt)
         return bar
 
-    def _values(self, x: torch.Tensor, rows: torch.Tensor, fine: bool) -> torch.Tensor:
-        """Exact rows; if fine with more digits than a product's: those of float64, or distances by differences."""
-        if fine and self._points.keys.dtype == torch.float64:
+    def _values(self, x: torch.Tensor, rows: torch.Tensor, than: torch.dtype | None) -> torch.Tensor:
+        """Exact rows; with more digits than products in this type: those of float64, or distances by differences."""
+        if than == torch.float64:
             queries, keys = self._exact_points.queries[rows], self._exact_points.keys
             distances = torch.cdist(queries, keys, compute_mode="donot_use_mm_for_euclid_dist")
             count(kernel_evaluations=distances.numel())
             return (-0.5 * distances.square()).exp2_() @ x
-        points = self._exact_points if fine else self._points
+        points = self._exact_points if than is not None else self._points
         return exact.product(points, x.to(points.keys.dtype), points.keys.dtype, rows)
 
     def _report(
@@ -366,6 +375,8 @@ class _Choice:
     made: torch.Tensor | None = None
     """The product, where the pilot has made it."""
     fell_back: bool = False
+    in_full: bool = False
+    """Whether it is the exact product but for the rounding of its type."""
 
 
 def _points(queries: Array, keys: Array) -> tuple[torch.Tensor, torch.Tensor]:

@@ -75,7 +75,7 @@ def largest_of(q: torch.Tensor, k: torch.Tensor, scale: float, row_terms: torch.
     (n_q, d), n_k, device = q.shape, len(k), q.device
     found = Largest(n_k, device)
     q64, k64 = q.double(), k.double()
-    # What is common to all keys belongs to the rows: the kernel's rounding is relative to the lengths of the keys.
+    # What is common to all keys belongs to the rows: the kernel's rounding is relative to |q| |k|.
     mean = k64.mean(0)
     k64, row_terms = k64 - mean, row_terms + scale * (q64 @ mean)
     done = min(n_q, _FIRST)

@@ -30,7 +30,7 @@ def listing(near: int, n_k: int) -> tuple[int, int, int]:
     the longest list.
 
     The number of keys above the r-th largest of a sample of one key in s is about s r, with deviation s sqrt(r). The
-    rows of a list that is too long, two in a million at most, are made exactly.
+    rows of a list that is too long, about two in a million at most, are made exactly.
     """
     stride = max(-(-n_k // _SAMPLE), min(_STRIDE, max(1, near // 8)))
     rank = max(1, round(near / stride))
