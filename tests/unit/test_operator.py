@@ -853,6 +853,18 @@ def test_the_error_is_below_its_bound_in_at_least_465_of_500_cases():
     assert unknown <= 180
 
 
+@pytest.mark.parametrize("n", [3, 5])
+def test_blocks_of_very_few_keys_know_their_error(n):
+    """Most of it lies in a few rows, which the sample misses; the rows' own products are cheap."""
+    sigma = 3.0 / n
+    for seed in range(20):
+        random = torch.Generator().manual_seed(seed)
+        q, k, x = (torch.randn(shape, generator=random) for shape in ((2000, 4), (n, 4), (n, 1)))
+        K = KernelOperator(q, k, sigma, 0.1, method="blocks", seed=seed)
+        error = relative(K @ x, reference(q, k, x, sigma))
+        assert K.last.error == K.last.bound == pytest.approx(error, rel=1e-4)
+
+
 def planted(case: int) -> bool:
     generator = torch.Generator().manual_seed(case)
     n = 4000

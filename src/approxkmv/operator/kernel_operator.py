@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 METHODS = ("auto", "exact", "blocks")
 RELATIVE_TO = ("Kx", "x")
 CONFIDENCE = 0.95
-# Rows that the error bar draws: at least, and one in so many of all, up to a limit.
-_BAR_ROWS, _ONE_IN, _MOST_BAR_ROWS = 256, 100, 384
+# Rows that the error bar draws: at least, and one in so many of all, up to a limit; all where keys are so few.
+_BAR_ROWS, _ONE_IN, _MOST_BAR_ROWS, _FEW_KEYS = 256, 100, 384, 32
 # The error at which settings aim, relative to epsilon: the bound is above the error, and the pilot is noisy.
 _AIM = 0.8
 # The share of the doubt at which bounds are computed: contributions are more skewed than their samples show.
@@ -321,7 +321,7 @@ class KernelOperator:
     ) -> ErrorBar:
         everything = torch.arange(self.shape[0], device=x.device)
         kept = torch.promote_types(choice.low, self._points.keys.dtype)
-        if len(known.unique()) == len(everything):
+        if len(known.unique()) == len(everything) or (self.shape[1] <= _FEW_KEYS and not choice.in_full):
             # Exact, to rounding
             values = self._values(x, everything, kept)
             error, answer = float((values - y).norm()), float(values.norm())
