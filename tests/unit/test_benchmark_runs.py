@@ -12,6 +12,7 @@ import math
 import shutil
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -56,7 +57,7 @@ def run(monkeypatch, tmp_path, one_thread):
         out, known = tmp_path / "results" / "benchmarks" / f"{name or script}.csv", REFERENCE / known
         record, of_the_known = (json.loads(path.with_suffix(".json").read_text()) for path in (out, known))
         assert record["command"] == f"python benchmarks/{script}.py"
-        assert (record["machine"]["processor"], record["versions"]["torch"]) == (processor(), torch.__version__)
+        assert (record["machine"]["processor"], record["versions"]["torch"]) == (processor(), version("torch"))
         assert record["machine"]["threads"] == min(threads, of_the_known["machine"]["threads"])
         assert record.keys() == of_the_known.keys()
         assert record["settings"].keys() == of_the_known["settings"].keys()
