@@ -12,6 +12,7 @@ import torch
 
 from approxkmv.errors import TableError
 from approxkmv.files import written_whole
+from approxkmv.results.shards import own_origin
 from approxkmv.results.tables import MASKED
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class Shard:
     masked: bool
     """Whether some layer masks keys, so that masked statistics are also computed."""
     origin: str
-    """Identifies the weights and texts (see fetch.origin)."""
+    """Identifies the model, its weights and the texts (see locations.origin)."""
     numbers: tuple[int, ...]
     """The passages' indices, in order."""
     contexts: Iterator[Activations]
@@ -108,8 +109,11 @@ def _same(one: torch.Tensor | None, other: torch.Tensor) -> bool:
     return one is not None and one.data_ptr() == other.data_ptr() and one.shape == other.shape
 
 
-def read_activations(path: Path) -> Shard:
-    """Read a file of write_activations, one context at a time. Raises TableError if it is missing or truncated."""
+def read_activations(path: Path, model: str) -> Shard:
+    """Read a file of write_activations, one context at a time.
+
+    Raises TableError if it is missing, truncated or of another model.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -122,6 +126,7 @@ def read_activations(path: Path) -> Shard:
         raise TableError(f"{path} is missing: run extract for this model and shard first") from error
     except (SafetensorError, OSError, KeyError, TypeError) as error:
         raise TableError(f"{path} cannot be read ({error}): delete it and run extract again") from error
+    own_origin(path, origin, model)
     names_of: dict[int, list[str]] = defaultdict(list)
     for name in names:
         if name[0].isdigit():

@@ -65,10 +65,10 @@ def read_location(path: Path, model: str | None = None) -> ModelLocation:
     return ModelLocation(folder, value["gguf_file"])
 
 
-def origin(location: Path, texts: Path) -> str:
-    """The weights and texts that a shard is made from, as a string. Raises TableError when either cannot be read."""
+def origin(location: Path, texts: Path, model: str) -> str:
+    """What a shard is made from: model, weights and texts. Raises TableError when a file cannot be read."""
     try:
-        return f"weights {_read(location)['identity']}, texts {file_sha256(texts)}"
+        return f"model {model}, weights {_read(location)['identity']}, texts {file_sha256(texts)}"
     except OSError as error:
         raise TableError(f"{texts} cannot be read ({error.strerror}): run texts again") from error
 

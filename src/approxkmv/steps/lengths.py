@@ -12,7 +12,7 @@ from approxkmv.config import Study
 from approxkmv.errors import ApproxKMVError, NonFiniteError, TableError
 from approxkmv.progress import Times, progress
 from approxkmv.results.activations import Activations, Shard, read_activations
-from approxkmv.results.shards import joined, write_shard
+from approxkmv.results.shards import joined, origin_of, own_origin, write_shard
 from approxkmv.results.tables import KEYS, read_shard_table
 from approxkmv.statistics.streaming import LengthStatistics, length_statistics
 from approxkmv.steps.devices import check_device
@@ -36,7 +36,10 @@ def measure_lengths(
     """
     check_device(study)
     times = Times() if times is None else times
-    shard = read_activations(activations)
+    shard = read_activations(activations, model)
+    made_of = own_origin(contexts, origin_of(contexts), model)
+    if made_of and made_of != own_origin(activations, shard.origin, model):
+        raise TableError(f"{contexts} and {activations} come from different weights or texts: run extract again")
     taken = read_shard_table(contexts, "contexts.csv").set_index("context")
     tables: list[pd.DataFrame] = []
     missing: list[str] = []

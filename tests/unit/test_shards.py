@@ -1,0 +1,119 @@
+"""What steps take from each other is of the model that a command is given, and of its texts, all of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from bad_inputs import command, is_one_line, tables
+from models_support import captured_of
+
+from approxkmv.files import file_sha256, write_parquet
+from approxkmv.results.activations import write_activations
+from approxkmv.results.shards import write_shard
+from approxkmv.results.tables import SHARDS
+
+OF_SHARDS = {
+    "summary": ("--out", "tables"),
+    "growth": ("--tables", "."),
+    "growth of long texts": ("--tables", ".", "--study", "long"),
+    "readings-table": ("--out", "tables"),
+    "attention-table": ("--out", "tables"),
+    "length-scaling": ("--out", "tables", "--study", "long"),
+}
+OF_ACTIVATIONS = {
+    "statistics": ("--heads-out", "heads.parquet", "--prefixes-out", "prefixes.parquet"),
+    "attention": ("--out", "attention.parquet"),
+    "readings": ("--out", "readings.parquet", "--texts", "texts.parquet"),
+    "lengths": ("--out", "lengths.parquet", "--study", "long", "--contexts", "0000.contexts.csv"),
+}
+
+
+def shards(folder: Path, model: str | None = "m", of: str = "texts.parquet", texts: int = 2) -> None:
+    """The shard of the tables that the bad inputs damage, with its origin; without a model's name as once written."""
+    tables.whole(folder)
+    write_parquet(folder / "others.parquet", pd.DataFrame({"index": [0, 1], "name": "t", "text": "Two."}))
+    write_parquet(folder / "more.parquet", pd.DataFrame({"index": [0, 1, 2], "name": "t", "text": "One."}))
+    origin = f"weights a, texts {file_sha256(folder / of)}"
+    for kind in SHARDS:
+        path = folder / f"0000.{kind}"
+        table = pd.read_csv(path).head(texts) if path.suffix == ".csv" else pd.read_parquet(path)
+        write_shard(path, table, f"model {model}, {origin}" if model else origin)
+
+
+def activations(folder: Path, model: str | None = "m", weights: str = "a") -> None:
+    """The queries and keys of a text, likewise."""
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(2, 3, 24, 8, generator=generator) for _ in range(2))
+    origin = f"weights {weights}, texts {file_sha256(folder / 'texts.parquet')}"
+    origin = f"model {model}, {origin}" if model else origin
+    special = {0: torch.zeros(24, dtype=torch.bool)}
+    path = folder / "qk.safetensors"
+    write_activations(path, {0: captured_of(q, k, 0.3, 0.3)}, special, origin, causal=True, own_masks=False)
+
+
+def merge(name: str, folder: Path) -> tuple[int, str]:
+    given = ("--model", "m", "--statistics", ".", "--texts", "texts.parquet", *OF_SHARDS[name])
+    return command(folder, name.partition(" ")[0], *given)
+
+
+def measure(name: str, folder: Path) -> tuple[int, str]:
+    return command(folder, name, "--model", "m", "--activations", "qk.safetensors", *OF_ACTIVATIONS[name])
+
+
+@pytest.mark.parametrize("name", OF_SHARDS)
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [({"model": "other"}, "is of the model other, not of m"), ({"of": "others.parquet"}, "other texts than texts")],
+)
+def test_shards_of_another_model_or_of_other_texts_are_refused(name, change, says, tmp_path):
+    shards(tmp_path, **change)
+    code, printed = merge(name, tmp_path)
+    assert is_one_line(code, printed), printed
+    assert says in printed
+    assert not list(tmp_path.glob("tables/*"))
+
+
+@pytest.mark.parametrize("name", OF_SHARDS)
+def test_shards_of_some_of_the_texts_are_refused(name, tmp_path):
+    shards(tmp_path, texts=1)
+    code, printed = merge(name, tmp_path)
+    assert is_one_line(code, printed), printed
+    assert "1 of the 2 texts" in printed
+
+
+@pytest.mark.parametrize("name", OF_SHARDS)
+@pytest.mark.parametrize("model", ["m", None])
+def test_shards_of_the_model_and_older_ones_without_its_name_are_read(name, model, tmp_path):
+    shards(tmp_path, model)
+    assert merge(name, tmp_path)[0] == 0
+
+
+@pytest.mark.parametrize("name", OF_ACTIVATIONS)
+def test_queries_and_keys_of_another_model_are_refused(name, tmp_path):
+    shards(tmp_path)
+    activations(tmp_path, "other")
+    code, printed = measure(name, tmp_path)
+    assert is_one_line(code, printed), printed
+    assert "qk.safetensors is of the model other, not of m" in printed
+
+
+@pytest.mark.parametrize("name", OF_ACTIVATIONS)
+@pytest.mark.parametrize("model", ["m", None])
+def test_queries_and_keys_of_the_model_and_older_ones_are_read_and_their_shards_say_so(name, model, tmp_path):
+    shards(tmp_path)
+    activations(tmp_path, model)
+    code, printed = measure(name, tmp_path)
+    assert code == 0, printed
+    (made,) = {line for path in tmp_path.glob("[hpral]*.parquet.sha256") for line in path.read_text().splitlines()[1:]}
+    assert made.startswith("# model m, weights a" if model else "# weights a")
+
+
+def test_lengths_take_no_list_of_texts_of_another_run(tmp_path):
+    shards(tmp_path)
+    activations(tmp_path, weights="b")
+    code, printed = measure("lengths", tmp_path)
+    assert is_one_line(code, printed), printed
+    assert "0000.contexts.csv and qk.safetensors come from different weights or texts" in printed
