@@ -24,6 +24,19 @@ def test_the_instructions_that_matter_are_recorded(monkeypatch, flags, found):
     assert machine("cpu")["processor"] == "A CPU"
 
 
+def test_variables_that_restrict_a_library_are_recorded_where_they_are_set(monkeypatch):
+    from approxkmv.sweep.measure import machine
+
+    for name in provenance._SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+    before = machine("cpu"), provenance.describe()["machine"]
+    assert not any("settings" in record for record in before)
+    told = {"ONEDNN_MAX_CPU_ISA": "AVX2", "NUMBA_CPU_NAME": "haswell"}
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    assert (machine("cpu"), provenance.describe()["machine"]) == tuple(record | {"settings": told} for record in before)
+
+
 def test_a_script_of_the_checkout_is_named_by_its_place(monkeypatch):
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", None, raising=False)
     monkeypatch.setattr(sys, "argv", [str(ROOT / "benchmarks" / "findings.py"), "--check"])

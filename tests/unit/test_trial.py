@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 
-from approxkmv import files
+from approxkmv import files, provenance
 from approxkmv.attention import get
 from approxkmv.attention.blocks import trials
 from approxkmv.attention.blocks.near_keys import NEAR_KEYS_FEW, NEAR_KEYS_MANY
@@ -86,7 +86,7 @@ def test_it_is_decided_once_per_machine(machine, monkeypatch):
     (decision,) = trial.decisions().values()
     assert decision == {"form": "other", "seconds": {"plain": 1.0, "other": 0.5}, "how": "by an earlier trial"}
     # A library that is told to run as on another CPU
-    for name in trial._SETTINGS:
+    for name in provenance._SETTINGS:
         with monkeypatch.context() as told:
             told.setenv(name, "another")
             machine.forget()
