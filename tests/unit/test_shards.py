@@ -9,9 +9,12 @@ import pytest
 import torch
 from bad_inputs import command, is_one_line, tables
 from models_support import captured_of
+from safetensors import safe_open
+from safetensors.torch import save_file
 
-from approxkmv.files import file_sha256, write_parquet
-from approxkmv.results.activations import write_activations
+from approxkmv.errors import TableError
+from approxkmv.files import file_sha256, write_csv, write_parquet
+from approxkmv.results.activations import read_activations, write_activations
 from approxkmv.results.shards import write_shard
 from approxkmv.results.tables import SHARDS
 
@@ -117,3 +120,66 @@ def test_lengths_take_no_list_of_texts_of_another_run(tmp_path):
     code, printed = measure("lengths", tmp_path)
     assert is_one_line(code, printed), printed
     assert "0000.contexts.csv and qk.safetensors come from different weights or texts" in printed
+
+
+def spans(*span: float, layers: int = 2, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+    return torch.tensor(span, dtype=dtype).expand(layers, 24, len(span))
+
+
+DAMAGED: dict[str, dict[str, torch.Tensor | None]] = {
+    "no keys": {"0000000.keys": None},
+    "fewer keys than queries": {"0000000.keys": torch.ones(2, 3, 20, 8)},
+    "queries without heads": {"0000000.queries": torch.ones(2, 24, 8)},
+    "whole numbers": {"0000000.queries": torch.ones(2, 3, 24, 8, dtype=torch.int64)},
+    "eight bits": {"0000000.keys": torch.ones(2, 3, 24, 8, dtype=torch.float8_e4m3fn)},
+    "no head": {f"0000000.{what}": torch.ones(2, 0, 24, 8) for what in ("queries", "keys")},
+    "no token": {f"0000000.{what}": torch.ones(2, 3, 0, 8) for what in ("queries", "keys")}
+    | {"0000000.special": torch.zeros(0, dtype=torch.bool)},
+    "more layers than scales": {f"0000000.{what}": torch.ones(3, 3, 24, 8) for what in ("queries", "keys")},
+    "fewer layers than scales": {"scales": torch.ones(3)},
+    "no scale": {"scales": torch.ones(0)},
+    "one scale for all": {"scales": torch.tensor(0.3)},
+    "scales of 0": {"scales": torch.zeros(2)},
+    "an infinite scale": {"scales": torch.tensor([0.3, torch.inf])},
+    "several answers to one question": {"causal": torch.ones(3)},
+    "marks of fewer tokens": {"0000000.special": torch.zeros(4, dtype=torch.bool)},
+    "numbers for marks": {"0000000.special": torch.zeros(24)},
+    "no marks": {"0000000.special": None},
+    "spans of three numbers": {"0000000.spans": spans(0, 24, 24)},
+    "spans of fractions": {"0000000.spans": spans(0, 24, dtype=torch.float32)},
+    "spans of fewer layers": {"0000000.spans": spans(0, 24, layers=1)},
+    "spans beyond the text": {"0000000.spans": spans(0, 25)},
+    "spans from before the text": {"0000000.spans": spans(-1, 24)},
+    "spans of no key": {"0000000.spans": spans(5, 5)},
+    "a bias of a later layer": {"0000000.0.bias": torch.tensor(1)},
+    "a bias of a layer before all": {"0000000.1.bias": torch.tensor(-1)},
+    "three caps": {"0000000.0.softcap": torch.ones(3)},
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_queries_and_keys_that_extract_does_not_write_so_are_refused(damage, tmp_path):
+    shards(tmp_path)
+    activations(tmp_path)
+    path = tmp_path / "qk.safetensors"
+    with safe_open(path, "pt") as file:
+        metadata, whole = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    save_file(whole | {"0000000.spans": spans(0, 24).contiguous()}, path, metadata=metadata)
+    assert [item.context for item in read_activations(path, "m").contexts] == [0]
+    changed = {name: tensor for name, tensor in (whole | DAMAGED[damage]).items() if tensor is not None}
+    save_file({name: tensor.contiguous() for name, tensor in changed.items()}, path, metadata=metadata)
+    with pytest.raises(TableError, match=r"qk.safetensors .*: delete it and run extract again"):
+        list(read_activations(path, "m").contexts)
+
+
+def test_a_text_may_be_listed_twice_where_long_texts_are_measured(tmp_path):
+    shards(tmp_path)
+    activations(tmp_path)
+    path = tmp_path / "0000.contexts.csv"
+    table = pd.read_csv(path)
+    write_csv(path, pd.concat([table, table]))
+    config = (tmp_path / "config.yaml").read_text()
+    (tmp_path / "config.yaml").write_text(config.replace("lengths:\n    - 10\n    - 20", "lengths: [10, 20, 30]"))
+    code, printed = measure("lengths", tmp_path)
+    assert code == 0, printed
+    assert "no 30" in printed

@@ -40,17 +40,18 @@ def measure_lengths(
     made_of = own_origin(contexts, origin_of(contexts), model)
     if made_of and made_of != own_origin(activations, shard.origin, model):
         raise TableError(f"{contexts} and {activations} come from different weights or texts: run extract again")
-    taken = read_shard_table(contexts, "contexts.csv").set_index("context")
+    taken = read_shard_table(contexts, "contexts.csv")
+    cut = dict(zip(taken["context"], taken["cut"], strict=True))
     tables: list[pd.DataFrame] = []
     missing: list[str] = []
     with progress(total=shard.count * len(study.lengths), unit="length", title=f"lengths    {model}") as bar:
         for item in shard.contexts:
             n = item.queries.shape[2]
-            if item.context not in taken.index:
+            if item.context not in cut:
                 raise TableError(f"{contexts} has no text {item.context}, which {activations} has: run extract again")
             fitting = [length for length in study.lengths if length <= n]
             if len(fitting) < len(study.lengths):
-                missing.append(too_short(item.context, n, bool(taken.loc[item.context, "cut"]), study.lengths))
+                missing.append(too_short(item.context, n, bool(cut[item.context]), study.lengths))
             for length in fitting:
                 with times.of(f"{length:,} tokens"):
                     tables.append(_one_length(model, item, shard, length, study.device))
