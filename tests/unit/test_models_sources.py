@@ -205,6 +205,13 @@ def test_a_wheel_is_unzipped_and_only_what_is_wanted(index, tmp_path):
     assert list(destination.parent.iterdir()) == [destination]
 
 
+def test_a_wheel_may_hold_what_has_the_name_of_the_record(index, tmp_path):
+    write_wheel(index, FILES | {"tinymodel/model/source.json/x.json": b"{}", "tinymodel/model/1_P/source.json": b"1"})
+    fetch(parse_source(SOURCE), tmp_path / "tiny")
+    assert json.loads((tmp_path / "tiny" / "source.json").read_text())["source"] == SOURCE
+    assert (tmp_path / "tiny" / "1_P" / "source.json").read_bytes() == b"1"
+
+
 @pytest.mark.slow
 def test_a_complete_destination_is_used_again_and_another_source_replaces_it(index, tmp_path):
     write_wheel(index, FILES)
@@ -753,6 +760,34 @@ def test_a_hub_repository_that_cannot_be_used_is_one_line(hub):
         assert printed.count("\n") == 1
         assert source in printed
         assert says in printed
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        *(({key: 5}, f"{key} is 5") for key in ("folder", "gguf_file", "source", "identity", "name")),
+        *(({key: None}, f"{key} is None") for key in ("folder", "source", "identity")),
+        ({"source": "nonsense"}, "none of the forms"),
+        ({"folder": "nowhere\0"}, "which is gone"),
+        ({"identity": "another"}, "is not the one that"),
+        ({"name": "another"}, "the model another is, not tiny"),
+        ({"name": None}, None),
+    ],
+)
+def test_a_location_that_fetch_does_not_write_so_is_one_line(tmp_path, change, says):
+    from approxkmv.errors import TableError
+    from approxkmv.results.locations import read_location, write_location
+
+    (tmp_path / "model").mkdir()
+    written = tmp_path / "tiny.json"
+    write_location(written, ModelLocation(tmp_path / "model"), f"path:{tmp_path / 'model'}", "tiny")
+    written.write_text(json.dumps(json.loads(written.read_text()) | change))
+    if says is None:
+        assert read_location(written, "tiny").folder == tmp_path / "model"
+        return
+    with pytest.raises(TableError) as error:
+        read_location(written, "tiny")
+    assert says in one_line(error)
 
 
 @pytest.mark.slow
