@@ -1,9 +1,11 @@
 """The provenance recorded with a result."""
 
+import platform
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from approxkmv import provenance
@@ -35,6 +37,11 @@ def test_variables_that_restrict_a_library_are_recorded_where_they_are_set(monke
     for name, value in told.items():
         monkeypatch.setenv(name, value)
     assert (machine("cpu"), provenance.describe()["machine"]) == tuple(record | {"settings": told} for record in before)
+
+
+def test_versions_are_those_of_the_packages_that_are_there(monkeypatch):
+    monkeypatch.setattr(provenance, "PACKAGES", ("no-such-package", "numpy"))
+    assert provenance.versions() == {"python": platform.python_version(), "numpy": np.__version__}
 
 
 def test_a_script_of_the_checkout_is_named_by_its_place(monkeypatch):

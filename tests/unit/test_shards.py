@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -14,6 +16,7 @@ from safetensors.torch import save_file
 
 from approxkmv.errors import TableError
 from approxkmv.files import file_sha256, write_csv, write_parquet
+from approxkmv.models.recording import Layer
 from approxkmv.results.activations import read_activations, write_activations
 from approxkmv.results.shards import write_shard
 from approxkmv.results.tables import SHARDS
@@ -34,15 +37,17 @@ OF_ACTIVATIONS = {
 }
 
 
-def shards(folder: Path, model: str | None = "m", of: str = "texts.parquet", texts: int = 2) -> None:
+def shards(folder: Path, model: str | None = "m", of: str = "texts.parquet", texts: Sequence[int] = (0, 1)) -> None:
     """The shard of the tables that the bad inputs damage, with its origin; without a model's name as once written."""
     tables.whole(folder)
     write_parquet(folder / "others.parquet", pd.DataFrame({"index": [0, 1], "name": "t", "text": "Two."}))
-    write_parquet(folder / "more.parquet", pd.DataFrame({"index": [0, 1, 2], "name": "t", "text": "One."}))
     origin = f"weights a, texts {file_sha256(folder / of)}"
     for kind in SHARDS:
         path = folder / f"0000.{kind}"
-        table = pd.read_csv(path).head(texts) if path.suffix == ".csv" else pd.read_parquet(path)
+        if path.suffix == ".csv":
+            table = pd.read_csv(path).head(len(texts)).assign(context=texts)
+        else:
+            table = pd.read_parquet(path)
         write_shard(path, table, f"model {model}, {origin}" if model else origin)
 
 
@@ -67,24 +72,28 @@ def measure(name: str, folder: Path) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize("name", OF_SHARDS)
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [({"model": "other"}, "is of the model other, not of m"), ({"of": "others.parquet"}, "other texts than texts")],
-)
-def test_shards_of_another_model_or_of_other_texts_are_refused(name, change, says, tmp_path):
-    shards(tmp_path, **change)
+def test_shards_of_another_model_are_refused(name, tmp_path):
+    shards(tmp_path, "other")
     code, printed = merge(name, tmp_path)
     assert is_one_line(code, printed), printed
-    assert says in printed
+    assert "is of the model other, not of m" in printed
     assert not list(tmp_path.glob("tables/*"))
 
 
-@pytest.mark.parametrize("name", OF_SHARDS)
-def test_shards_of_some_of_the_texts_are_refused(name, tmp_path):
-    shards(tmp_path, texts=1)
-    code, printed = merge(name, tmp_path)
-    assert is_one_line(code, printed), printed
-    assert "1 of the 2 texts" in printed
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"of": "others.parquet"}, "other texts than texts.parquet"),
+        ({"texts": [0]}, "1 of the 2 texts"),
+        ({"texts": [0, 5]}, "1 of the 2 texts"),
+    ],
+)
+def test_shards_of_other_texts_or_of_some_of_them_are_refused(change, says, tmp_path):
+    shards(tmp_path, **change)
+    for name in ("summary", "growth of long texts"):
+        code, printed = merge(name, tmp_path)
+        assert is_one_line(code, printed), printed
+        assert says in printed
 
 
 @pytest.mark.parametrize("name", OF_SHARDS)
@@ -183,3 +192,42 @@ def test_a_text_may_be_listed_twice_where_long_texts_are_measured(tmp_path):
     code, printed = measure("lengths", tmp_path)
     assert code == 0, printed
     assert "no 30" in printed
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_what_is_written_of_a_text_is_read_again_and_a_bias_that_layers_share_is_written_once(dtype, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(4, 3, 24, 8, generator=generator).to(dtype) for _ in range(2))
+    shared, other = (torch.randn(3, 24, 24, generator=generator) for _ in range(2))
+    sinks = torch.randn(3, generator=generator)
+    layers = (
+        Layer(bias=shared),
+        Layer(bias=other, softcap=5.0),
+        Layer(bias=shared, sinks=sinks),
+        Layer(bias=shared[:1]),
+    )
+    one = replace(captured_of(q, k, 0.1, 0.2, 0.3, 0.4), layers=layers, spans=spans(0, 24, layers=4))
+    special = torch.arange(24) < 2
+    path = tmp_path / "qk.safetensors"
+    write_activations(path, {5: one}, {5: special}, "model m, weights a, texts b", causal=False, own_masks=True)
+    shard = read_activations(path, "m")
+    assert (shard.numbers, shard.causal, shard.masked, shard.scales.tolist()) == (
+        (5,),
+        False,
+        True,
+        [0.1, 0.2, 0.3, 0.4],
+    )
+    (item,) = shard.contexts
+    assert item.context == 5
+    for ours, theirs in ((item.queries, q), (item.keys, k), (item.special, special), (item.spans, one.spans)):
+        assert torch.equal(ours, theirs)
+        assert ours.dtype == theirs.dtype
+    for found, layer in zip(item.beside, layers, strict=True):
+        assert torch.equal(found["bias"], layer.bias)
+        assert found["softcap"] == layer.softcap
+        assert (found["sinks"] is None) if layer.sinks is None else torch.equal(found["sinks"], layer.sinks)
+    with safe_open(path, "pt") as file:
+        assert [file.get_slice(f"0000005.{i}.bias").get_shape() for i in range(4)] == [[3, 24, 24]] * 2 + [
+            [],
+            [1, 24, 24],
+        ]
