@@ -108,7 +108,7 @@ def test_it_is_decided_once_per_machine(machine, monkeypatch):
     ):
         machine.forget()
         monkeypatch.setattr(place, name, other)
-        assert ask() == "plain"
+        assert (ask(), machine.ran == []) == ("plain", False)
     machine.forget()
     machine.costs = {"plain": 1.0, "other": 0.5}
     monkeypatch.setattr(trial, "files_behind", lambda source: [source, files.Path(__file__)])
