@@ -83,7 +83,7 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ],
 )
 def test_a_source_string_is_read_and_written_back(text, source):
-    assert parse_source(text) == source
+    assert parse_source(text) == parse_source(f" {text}\n") == source
     assert str(source) == text
 
 
@@ -103,6 +103,10 @@ def test_a_source_string_is_read_and_written_back(text, source):
         ("pypi:--index-url==1/model", "NAME==VERSION"),
         ("pypi:a==1", "inside the wheel"),
         ("pypi:a==1/../../etc", "inside the wheel"),
+        ("pypi:a==1//etc", "inside the wheel"),
+        ("pypi:a==1/.", "inside the wheel"),
+        ("hub:a/b@../../c", "pin one"),
+        ("hub:a/b@-c", "pin one"),
     ],
 )
 def test_a_source_that_names_nothing_definite_is_refused(text, says):
@@ -111,10 +115,10 @@ def test_a_source_that_names_nothing_definite_is_refused(text, says):
     assert says in one_line(error)
 
 
-@pytest.mark.parametrize("change", ["weights", "time", "name", "tokenizer", "added"])
+@pytest.mark.parametrize("change", ["weights", "time", "name", "tokenizer", "added", "size"])
 def test_the_identity_of_a_model_changes_with_any_of_its_files(tmp_path, change):
     for name in ("config.json", "model.safetensors", "vocab.txt"):
-        (tmp_path / name).write_bytes(b"0123")
+        (tmp_path / name).write_bytes(b"0123" * (1 << 18))
         os.utime(tmp_path / name, ns=(10**18, 10**18))
     before = identity(tmp_path)
     (tmp_path / "notes.md").write_text("not of the model")
@@ -127,8 +131,9 @@ def test_the_identity_of_a_model_changes_with_any_of_its_files(tmp_path, change)
     elif change == "added":
         (tmp_path / "more.safetensors").write_bytes(b"")
     else:
-        changed = weights if change == "weights" else tokenizer
-        changed.write_bytes(b"0124")
+        changed = tokenizer if change == "tokenizer" else weights
+        data = changed.read_bytes()
+        changed.write_bytes(data + b"0" if change == "size" else b"1" + data[1:])
         os.utime(changed, ns=(10**18, 10**18))
     assert identity(tmp_path) != before
 
