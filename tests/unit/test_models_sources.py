@@ -597,6 +597,18 @@ def test_the_text_of_a_gguf_is_split_as_the_file_says(tmp_path, pre, pieces):
     assert [piece for piece, _ in splits] == ["a", *pieces]
 
 
+def test_a_gguf_that_was_replaced_is_converted_again(tmp_path):
+    from models_support import write_gguf
+
+    weights = []
+    for seed in (0, 1, 1):
+        source = parse_source(f"path:{write_gguf(tmp_path / 'tiny.gguf', seed=seed)}")
+        file = fetch(source, tmp_path / "converted").folder / "model.safetensors"
+        weights.append((file.read_bytes(), file.stat().st_mtime_ns))
+    assert weights[0][0] != weights[1][0]
+    assert weights[1] == weights[2]
+
+
 def test_a_damaged_gguf_is_one_line(tmp_path):
     (tmp_path / "tiny.gguf").write_bytes(b"GGUF" + bytes(20))
     with pytest.raises(SourceError) as error:
