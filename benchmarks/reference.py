@@ -28,9 +28,10 @@ def machine(path: Path) -> str:
     versions = record["versions"]
     instructions = record["machine"].get("instructions", [])
     matrix = " with AMX" if "amx_bf16" in instructions else " without AMX" if instructions else ""
+    told = "".join(f" under {name}={value}" for name, value in record["machine"].get("settings", {}).items())
     return (
-        f"{record['machine']['cores']} cores of {record['machine']['processor']}{matrix}, Python {versions['python']}, "
-        f"torch {versions['torch']}, NumPy {versions['numpy']}"
+        f"{record['machine']['cores']} cores of {record['machine']['processor']}{matrix}{told}, "
+        f"Python {versions['python']}, torch {versions['torch']}, NumPy {versions['numpy']}"
     )
 
 

@@ -10,8 +10,9 @@ class ApproxKMVError(Exception):
     """Base of every error that the command line prints as one line, with exit code 2."""
 
     def __init__(self, message: object) -> None:
-        # A message quoted from another library may have several lines.
-        super().__init__(" ".join(str(message).split("\n")).strip())
+        # What is quoted from a file or another library may have several lines, or codes that a terminal would obey.
+        shown = (c if c.isprintable() else " " if c.isspace() else ascii(c)[1:-1] for c in str(message))
+        super().__init__("".join(shown).strip())
 
 
 class InputError(ApproxKMVError, ValueError):

@@ -33,6 +33,23 @@ def instructions() -> list[str]:
     return [name for name in _INSTRUCTIONS if name in flags]
 
 
+# Settings of torch's libraries and of numba: for which CPU they run, or how precisely. What is fastest depends on them.
+_SETTINGS = (
+    *("ATEN_CPU_CAPABILITY", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "NUMBA_CPU_FEATURES", "NUMBA_CPU_NAME"),
+    *("DNNL_DEFAULT_FPMATH_MODE", "DNNL_MAX_CPU_ISA", "ONEDNN_DEFAULT_FPMATH_MODE", "ONEDNN_MAX_CPU_ISA"),
+)
+
+
+def instruction_settings() -> dict[str, str]:
+    """The environment variables that are set of those that have libraries run as on another CPU than this one."""
+    return {name: os.environ[name] for name in _SETTINGS if name in os.environ}
+
+
+def as_on_another_cpu() -> dict[str, dict[str, str]]:
+    """These variables as a record of a machine names them; empty where none is set, as in records of before."""
+    return {"settings": found} if (found := instruction_settings()) else {}
+
+
 def _cpuinfo() -> str:
     """What Linux says of the processors; nothing on other systems."""
     try:
@@ -93,6 +110,7 @@ def describe(settings: dict[str, Any] | None = None) -> dict[str, Any]:
         "machine": {
             "processor": processor(),
             "instructions": instructions(),
+            **as_on_another_cpu(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "system": f"{platform.system()} {platform.machine()}",

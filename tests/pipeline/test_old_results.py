@@ -17,9 +17,10 @@ import yaml
 from small_project import ROOT, Project, environment, kill_when, save_model
 
 from approxkmv.errors import BusyError, TableError
-from approxkmv.files import hash_file, read_table
+from approxkmv.files import file_sha256, hash_file, read_table, write_parquet
 from approxkmv.lock import hold, try_lock
 from approxkmv.results import shards
+from approxkmv.results.locations import origin
 from approxkmv.results.shards import origin_of, read_shards, write_shard
 from approxkmv.steps.cleaning import leftovers, remove_damaged, remove_half_written, remove_leftovers
 from approxkmv.steps.page import make_page
@@ -94,18 +95,23 @@ def test_weights_that_change_before_a_step_reads_them_stop_it(project: Project):
 def test_shards_of_two_origins_are_refused_in_one_table(tmp_path: Path, monkeypatch):
     # What columns there are is of no account here.
     monkeypatch.setattr(shards, "read_shard_table", lambda path, kind: read_table(path))
-    folder = tmp_path / "statistics" / "bert"
-    table = pd.DataFrame({"context": [0]})
-    for shard, origin in enumerate(["weights a, texts t", "weights b, texts t"]):
-        write_shard(folder / f"{shard:04d}.contexts.csv", table, origin)
-        write_shard(folder / f"{shard:04d}.heads.parquet", table, "weights a, texts t")
-    assert len(read_shards(folder, 1, "contexts.csv", "heads.parquet")) == 2
+    folder, texts = tmp_path / "statistics" / "bert", tmp_path / "texts.parquet"
+    write_parquet(texts, pd.DataFrame({"index": [0, 1]}))
+    a, b = (f"model bert, weights {weights}, texts {file_sha256(texts)}" for weights in "ab")
+    for shard, made_of in enumerate([a, b]):
+        write_shard(folder / f"{shard:04d}.contexts.csv", pd.DataFrame({"context": [shard]}), made_of)
+        write_shard(folder / f"{shard:04d}.heads.parquet", pd.DataFrame({"context": [shard]}), a)
+    assert len(read_shards(folder, "bert", texts, 1, "heads.parquet")) == 1
     with pytest.raises(TableError, match=r"0000.contexts.csv.*0001.contexts.csv come from different weights or texts"):
-        read_shards(folder, 2, "contexts.csv")
+        read_shards(folder, "bert", texts, 1, "contexts.csv")
     # Queries and keys were captured anew and their statistics not yet.
-    write_shard(folder / "0000.contexts.csv", table, "weights b, texts t")
+    write_shard(folder / "0000.contexts.csv", pd.DataFrame({"context": [0]}), b)
     with pytest.raises(TableError, match="different weights or texts"):
-        read_shards(folder, 2, "contexts.csv", "heads.parquet")
+        read_shards(folder, "bert", texts, 1, "contexts.csv", "heads.parquet")
+    # A version before wrote no model.
+    write_shard(folder / "0000.contexts.csv", pd.DataFrame({"context": [0]}), a.removeprefix("model bert, "))
+    write_shard(folder / "0001.contexts.csv", pd.DataFrame({"context": [1]}), a)
+    assert [len(table) for table in read_shards(folder, "bert", texts, 1, "contexts.csv", "heads.parquet")] == [2, 2]
     assert remove_damaged(tmp_path) == [], "while there is no location nothing is known of the weights"
     (folder / "0001.heads.parquet").write_bytes(b"")
     assert len(remove_damaged(tmp_path)) == 1
@@ -127,6 +133,10 @@ def test_a_location_of_changed_weights_goes_before_a_run_and_old_shards_once_the
     assert ["other weights or texts" in line for line in remove_damaged(project.results)] == [True]
     assert not shard.exists()
     assert not made_of_it.exists()
+    now = origin(project.results / "models" / "bert.json", project.results / "texts.parquet", "bert")
+    for kept, named in [(True, now), (True, now.removeprefix("model bert, ")), (False, now.replace("bert", "llama"))]:
+        write_shard(shard, pd.DataFrame({"context": [0]}), named)
+        assert (remove_damaged(project.results) == []) == shard.exists() == kept
     replace_weights(project, seed=5)
     remove_half_written(project.results)
     assert not (project.results / "models" / "bert.json").exists()

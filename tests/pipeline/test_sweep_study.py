@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from small_project import Project, kill_when
 
@@ -41,6 +42,8 @@ def test_the_study_through_snakemake_writes_table_and_figures(sweeper: Project):
     assert code == 0, output
     heads = load_file(sweeper.results / "sweep" / "heads.safetensors")
     assert heads["q"].shape == heads["k"].shape == (2, 30, 8)
+    with safe_open(sweeper.results / "sweep" / "heads.safetensors", "pt") as file:
+        assert {name: file.metadata()[name] for name in ("model", "heads")} == {"model": "llama", "heads": "0.1 1.3"}
     tuning = load_file(sweeper.results / "sweep" / "heads_tuning.safetensors")
     assert not torch.equal(heads["q"], tuning["q"])
     table = pd.read_csv(sweeper.results / "tables" / "sweep.csv")
@@ -55,6 +58,28 @@ def test_the_study_through_snakemake_writes_table_and_figures(sweeper: Project):
     code, output = sweeper.snakemake("-n", "--quiet", "host")
     assert code == 0
     assert "Nothing to be done" in output
+
+
+@pytest.mark.parametrize(
+    ("named", "says"),
+    [
+        ({"model": "bert", "heads": "0.1 1.3"}, "heads.safetensors has the model 'bert', the sweep 'llama'"),
+        ({"model": "llama", "heads": "0.1 1.2"}, "heads.safetensors has the heads '0.1 1.2', the sweep '0.1 1.3'"),
+        ({"model": "llama", "heads": "0.1 1.3"}, None),
+        ({}, None),
+    ],
+)
+def test_heads_of_another_model_or_other_heads_are_refused(sweeper: Project, named: dict[str, str], says: str | None):
+    config = sweeper.read()
+    config["sweeps"]["little"] |= {"methods": ["mean"], "workloads": [{"name": "model-qk", "lengths": [8]}]}
+    sweeper.write(config)
+    for name, metadata in (("heads", named), ("plain", {})):
+        tensors = {part: torch.randn(2, 30, 4) for part in "qkv"}
+        save_file(tensors, sweeper.folder / f"{name}.safetensors", metadata=metadata)
+    for option, other in (("--capture", "--tuning-capture"), ("--tuning-capture", "--capture")):
+        given = (option, f"{sweeper.folder}/heads.safetensors", other, f"{sweeper.folder}/plain.safetensors")
+        code, output = sweeper.approxkmv("sweep", *given, "--out", "sweep.csv")
+        assert (code, says is None or says in output) == (2 if says else 0, True), output
 
 
 @pytest.mark.slow

@@ -46,6 +46,24 @@ def test_a_fault_in_any_part_is_raised(threads):
             over_threads(loop, 10)
 
 
+def test_a_fault_of_a_helping_thread_is_raised():
+    before, taken = torch.get_num_threads(), threading.Event()
+
+    def loop(low, high):
+        if threading.current_thread() is threading.main_thread():
+            taken.wait(10)
+        else:
+            taken.set()
+            raise ValueError("here")
+
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(ValueError, match="here"):
+            over_threads(loop, 2)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_from_many_threads_at_once(threads):
     results = []
     callers = [threading.Thread(target=lambda: results.append(met(30))) for _ in range(8)]

@@ -45,7 +45,7 @@ def test_the_table_is_of_the_models_own_attention(tmp_path, name):
     model = CapturableModel.load(location)
     captured = dict(enumerate(model.capture(TEXTS)))
     save_activations(tmp_path / "qk.safetensors", captured, causal=model.is_causal, own_masks=model.has_own_masks)
-    for item in read_activations(tmp_path / "qk.safetensors").contexts:
+    for item in read_activations(tmp_path / "qk.safetensors", name).contexts:
         for layer, beside in enumerate(item.beside):
             own = captured[item.context].softmax_of(layer)
             for what in ("softcap", "sinks", "bias"):

@@ -105,6 +105,19 @@ def test_numbers_have_two_to_three_digits(value, shown):
     assert number(value) == shown
 
 
+@pytest.mark.parametrize(
+    ("more", "shown"),
+    [({}, ""), ({"settings": {"ONEDNN_MAX_CPU_ISA": "AVX2"}}, " without AMX under ONEDNN_MAX_CPU_ISA=AVX2")],
+)
+def test_a_machine_that_was_told_to_run_as_another_is_named_so(more, shown, tmp_path):
+    from reference import machine
+
+    about = {"cores": 2, "processor": "A CPU"} | ({"instructions": ["avx2"]} if more else {}) | more
+    record = {"machine": about, "versions": dict.fromkeys(("python", "torch", "numpy"), "1")}
+    (tmp_path / "r.json").write_text(json.dumps(record))
+    assert machine(tmp_path / "r.json") == f"2 cores of A CPU{shown}, Python 1, torch 1, NumPy 1"
+
+
 def gauge_of(heads):
     """Rows of a gauge, of heads with c and ε* at t = 0, 1 and 2; at t = 0 nothing is known of the error."""
     rows = []

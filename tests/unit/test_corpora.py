@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from approxkmv.corpora import choose_passages, formats, read_corpus
-from approxkmv.corpora.passages import Document, cut_into_passages, cut_into_windows
+from approxkmv.corpora.passages import Document, Passage, cut_into_passages, cut_into_windows
 from approxkmv.errors import ConfigError, SourceError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,6 +52,8 @@ def test_units_of_text():
     assert [p.index for p in pairs] == [0, 1, 2]
     with pytest.raises(ConfigError, match="no questions"):
         cut_into_passages([Document("c", "x")], "question_context")
+    assert cut_into_passages([Document("d", " \n ")], "sentence") == []
+    assert cut_into_passages([Document("d", "x", (" Why? ",))], "question_context")[0].text == "Why? x"
 
 
 def test_windows_hold_all_of_a_long_text_and_at_most_the_limit():
@@ -72,6 +74,10 @@ def test_windows_hold_all_of_a_long_text_and_at_most_the_limit():
         assert tokens_of(f"{one.text} {other.text.split()[0]}") > 20
     # Without white space, between any letters.
     assert "".join(w.text for w in windows if w.name.startswith("c")) == "x" * 1000
+    # Where the limit has no room for a word, each is a window.
+    assert [w.text for w in cut_into_windows(passages[1:2], 2, tokens_of)] == long.split()
+    (whole,) = cut_into_windows([Passage(7, "d", " two words ")], 5, tokens_of)
+    assert whole == Passage(0, "d", " two words ")
 
 
 def test_a_draw_is_seeded_nested_and_in_order():
@@ -81,6 +87,8 @@ def test_a_draw_is_seeded_nested_and_in_order():
     assert ten != choose_passages(passages, 10, 8)
     assert set(ten) < set(twenty)
     assert [p.index for p in twenty] == sorted(p.index for p in twenty)
+    # A later version draws the same.
+    assert [p.index for p in choose_passages(passages, 5, 0)] == [7, 8, 11, 23, 48]
     assert choose_passages(passages, None, 7) == passages
     assert choose_passages(passages, 1000, 7) == passages
 
@@ -248,3 +256,43 @@ def test_bad_sources_are_one_line(tmp_path):
     broken.write_bytes(b"not xz")
     with pytest.raises(SourceError, match="cannot be read"):
         read_corpus(f"path:{broken}")
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "says"),
+    [
+        ("x.txt", b"One.\nOs\xe9.\n", "x.txt, line 2, is not UTF-8 text"),
+        ("x.txt", b"One.\n\nTwo\0\n", "x.txt, line 3, has a null character"),
+        ("x.jsonl", b'"One."\n\n{"context": 5}\n', "x.jsonl, line 3 has a `context` that is not text: 5"),
+        (
+            "x.jsonl",
+            b'"One."\n{"context": "a", "context": "b"}\n',
+            "x.jsonl, line 2, cannot be read: the key 'context'",
+        ),
+        ("x.jsonl", b'"One."\r{broken\n', "x.jsonl, line 2, is not JSON"),
+        ("x.jsonl", '"One.\u2028Two."\n{broken\n'.encode(), "x.jsonl, line 2, is not JSON"),
+        ("x.json", b'[\n"One.",\n{"context": "Two.", }]', "x.json, line 3, is not JSON"),
+        ("x.json", b'["One.", 5]', "x.json, entry 2 of the array is neither a text"),
+        ("x.json", b'{"data": [{"paragraphs": []}, {"paragraphs": 3}]}', "x.json, article 2, is not in SQuAD's format"),
+        ("x.csv", b'context,title\n"One.\nTwo.",a\nThree.\n', "x.csv, line 4, has 1 fields, but the first line has 2"),
+        ("x.csv", b"context,title\nOne.,a,b\n", "x.csv, line 2, has 3 fields"),
+        ("x.csv", b'context\nOne.\n"Two."three\n', "x.csv, line 3, is not CSV"),
+        ("x.parquet", pd.DataFrame({"context": ["One.", None]}).to_parquet(), "x.parquet, row 2 has a `context`"),
+    ],
+)
+def test_what_is_wrong_in_a_file_is_named_by_its_line(tmp_path, name, data, says):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(SourceError) as caught:
+        read_corpus(f"path:{tmp_path / name}")
+    assert says in str(caught.value)
+
+
+def test_a_column_before_those_of_a_document_and_a_text_longer_than_csv_takes_by_itself(tmp_path):
+    text = "One.\r\n" + "w " * 100_000
+    (tmp_path / "x.csv").write_bytes(f'id,title,context\r\n1,a,"{text}"\r\n'.encode())
+    assert read_corpus(f"path:{tmp_path / 'x.csv'}") == [Document("a", text)]
+
+
+def test_questions_of_white_space_are_none_and_one_question_joins_a_list(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"context": "a", "questions": ["Why?", " "], "question": "How?"}\n')
+    assert read_corpus(f"path:{tmp_path / 'x.jsonl'}") == [Document("", "a", ("Why?", "How?"))]

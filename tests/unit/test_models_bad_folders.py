@@ -32,6 +32,14 @@ def test_a_tokenizer_of_sentencepiece_asks_for_its_package(tmp_path, monkeypatch
     assert "pip install sentencepiece" in printed
 
 
+def test_what_a_file_would_have_a_terminal_do_is_shown_and_not_done(tmp_path):
+    name = "encoder.layer.0.\x1b[2J\x1b]0;title\a\r\u202eevil\u2028.weight"
+    code, printed = bad_folder(tmp_path, extra_weight(name, 32))
+    assert code == 2
+    assert r"encoder.layer.0.\x1b[2J\x1b]0;title\x07 \u202eevil .weight" in printed
+    assert printed.rstrip("\n").isprintable()
+
+
 @pytest.mark.parametrize(
     ("name", "shape", "prefix"),
     [
@@ -112,10 +120,20 @@ def test_an_empty_auto_map_names_no_code(tmp_path):
     CapturableModel.load(ModelLocation(tmp_path))
 
 
-def test_a_checkpoint_that_asks_for_its_attentions_is_read_without_them(tmp_path):
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"output_attentions": True},
+        *({"_attn_implementation": name} for name in ("eager", "somebody/kernels:attend", 3)),
+        {"_attn_implementation": "sdpa", "output_attentions": True},
+        {"_experts_implementation": "somebody/kernels"},
+    ],
+    ids=str,
+)
+def test_a_checkpoint_that_asks_for_its_attentions_or_for_a_kernel_is_read_without(tmp_path, asked):
     save_small(tmp_path, "llama")
     plain = CapturableModel.load(ModelLocation(tmp_path)).capture(TEXTS[:1])[0]
-    change("config.json", output_attentions=True)(tmp_path)
+    change("config.json", **asked)(tmp_path)
     assert torch.equal(CapturableModel.load(ModelLocation(tmp_path)).capture(TEXTS[:1])[0].queries, plain.queries)
     scaling = {"method": "linear", "factor": 4.0}
     assert CapturableModel.load(ModelLocation(tmp_path), rotary_scaling=scaling).max_positions == 160

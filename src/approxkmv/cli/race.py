@@ -55,7 +55,8 @@ def model_heads(
         corpora = [corpus_entry(catalogue, name) for name in captured.corpora]
         scaling = dict(chosen.rotary_scaling) if chosen.rotary_scaling else None
         texts = list(zip(corpora, (out, tuning_out), strict=True))
-        capture_heads(read_location(location, captured.model), texts, captured.tokens, captured.heads, scaling)
+        place = read_location(location, captured.model)
+        capture_heads(captured.model, place, texts, captured.tokens, captured.heads, scaling)
 
 
 @app.command()
@@ -84,7 +85,13 @@ def sweep(
         named = asked(config, study, log)
         if named.sweep is None:
             raise ConfigError(f"study {named.name} has no sweep: add one of the configuration's sweeps to it")
-        chosen = named.sweep.with_capture(*(str(path) if path else None for path in (capture, tuning_capture)))
+        captures = [str(path) if path else None for path in (capture, tuning_capture)]
+        if named.capture is not None:
+            from approxkmv.sweep.workloads import check_capture
+
+            for path in filter(None, captures):
+                check_capture(path, named.capture)
+        chosen = named.sweep.with_capture(*captures)
         chosen = replace(chosen, cache=chosen.cache or load_config(config).cache)
     with step(f"sweep      {out.stem}"):
         from approxkmv.provenance import describe

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +21,7 @@ from approxkmv.compute.counting import not_counting
 from approxkmv.errors import TableError
 from approxkmv.files import cache_folder, check_writable, write_json
 from approxkmv.imports import digest_of, files_behind
-from approxkmv.provenance import processor, versions
+from approxkmv.provenance import instruction_settings, processor, versions
 
 Runs = Mapping[str, Callable[[], object]]
 """What to time for each form."""
@@ -33,11 +32,6 @@ clock = time.perf_counter
 _ROUNDS, _MOST_ROUNDS, _SECONDS = 3, 20, 0.1
 # The first form, the plainest, stays unless another takes less than this share of its time: near a tie, noise decides.
 _CLEARLY_FASTER = 0.9
-# Settings of torch's libraries and of numba: for which CPU they run, or how precisely. What is fastest depends on them.
-_SETTINGS = (
-    *("ATEN_CPU_CAPABILITY", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "NUMBA_CPU_FEATURES", "NUMBA_CPU_NAME"),
-    *("DNNL_DEFAULT_FPMATH_MODE", "DNNL_MAX_CPU_ISA", "ONEDNN_DEFAULT_FPMATH_MODE", "ONEDNN_MAX_CPU_ISA"),
-)
 # A form that took this many times the best so far, and more seconds than an interruption, is not timed again: products
 # of bfloat16 numbers may be emulated.
 _HOPELESS, _INTERRUPTED = 3.0, 0.03
@@ -142,8 +136,8 @@ def _path(question: str, forms: tuple[str, ...]) -> Path | None:
         return None
     source = Path(__file__).resolve().parents[1].joinpath(*question.split(".")[:-1]).with_suffix(".py")
     sources = digest_of(files_behind(source))
-    settings = [os.environ.get(name) for name in _SETTINGS]
-    known = (question, forms, processor(), settings, torch.get_num_threads(), sorted(versions().items()), sources)
+    here = processor(), instruction_settings(), torch.get_num_threads(), sorted(versions().items())
+    known = (question, forms, *here, sources)
     return folder / "trials" / f"{question}-{hashlib.sha256(repr(known).encode()).hexdigest()[:32]}.json"
 
 

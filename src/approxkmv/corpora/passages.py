@@ -110,7 +110,7 @@ def choose_passages(passages: Sequence[Passage], count: int | None, seed: int) -
 
     The draw of a smaller count is a subset of the draw of a larger one with the same seed.
     """
-    if count is None or count >= len(passages):
+    if count is None:
         return list(passages)
     order = list(range(len(passages)))
     random.Random(seed).shuffle(order)

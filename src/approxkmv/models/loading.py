@@ -87,6 +87,15 @@ def source_options(location: ModelLocation) -> dict[str, Any]:
     return options
 
 
+def _changed(attention: str | None) -> dict[str, Any]:
+    """What a checkpoint may ask for in its configuration and does not get.
+
+    Its attentions would be refused, and change no number; another implementation would hand over no queries and keys,
+    or be a kernel that transformers loads from the hub and runs.
+    """
+    return {"output_attentions": False, "_attn_implementation": attention, "_experts_implementation": None}
+
+
 def _weight_options(location: ModelLocation) -> dict[str, Any]:
     if location.gguf_file is None:
         return {"use_safetensors": True}
@@ -107,7 +116,7 @@ def load_config(location: ModelLocation) -> Any:
                         f"{name_of(location)}: config.json says {size} is {shown(part[size])}: correct it"
                     )
     with quiet(), reading(location, "configuration"):
-        config = AutoConfig.from_pretrained(location.folder, output_attentions=False, **source_options(location))
+        config = AutoConfig.from_pretrained(location.folder, **_changed(None), **source_options(location))
     text = config.get_text_config()
     for size in SIZES:
         value = getattr(text, size, None)
@@ -174,8 +183,7 @@ def _load(kind: Any, location: ModelLocation, dtype: torch.dtype, attention: str
             attn_implementation=attention,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused below, by name
-            # What some checkpoints ask for would be refused; it changes no number.
-            **({"output_attentions": False} if config is None else {"config": config}),
+            **(_changed(attention) if config is None else {"config": config}),
             **source_options(location),
             **_weight_options(location),
         )

@@ -38,7 +38,8 @@ def spans_of(mask: torch.Tensor, lengths: Sequence[int]) -> tuple[list[torch.Ten
             raise CaptureError("the heads of a layer see different keys: only a mask for all of them is understood")
         rows = seen[0].expand(n, n).to(torch.uint8)
         first, count = rows.argmax(-1), rows.sum(-1)
-        if not bool(((count > 0) & (n - rows.flip(-1).argmax(-1) == first + count)).all()):
+        # Of a row without a visible key both places are 0.
+        if not bool((n - rows.flip(-1).argmax(-1) == first + count).all()):
             raise CaptureError("a query sees no key, or keys that are not contiguous: no such mask is understood")
         spans.append(torch.stack([first, first + count], 1).int().cpu())
     return spans, biased

@@ -229,14 +229,13 @@ def _repeat_into(target: torch.Tensor, grouped: torch.Tensor) -> None:
 def _require_finite(index: int, named: dict[str, torch.Tensor]) -> None:
     found: list[tuple[int, int, str]] = []
     for what, tensor in named.items():
-        # A sum is finite only if every term is; it reads the tensor once and needs no mask. The second check tells an
-        # overflow of the sum itself apart.
+        # A sum is finite only if every term is; it reads the tensor once and needs no mask. In float64 it does not
+        # overflow.
         if bool(torch.isfinite(tensor.sum(dtype=torch.float64))):
             continue
         broken = (~torch.isfinite(tensor)).flatten(2).any(-1).nonzero()
-        if len(broken):
-            layer, head = (int(x) for x in broken[0])
-            found.append((layer, head, what))
+        layer, head = (int(x) for x in broken[0])
+        found.append((layer, head, what))
     if found:
         layer, head, what = min(found, key=lambda place: place[:2])
         raise NonFiniteActivation(layer, head, index, what, next(iter(named.values())).dtype)

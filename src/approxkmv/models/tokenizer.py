@@ -34,6 +34,7 @@ def load_tokenizer(location: ModelLocation) -> Any:
             f"{name_of(location)}: its tokenizer is for the package SentencePiece ({pieces[0]}): "
             "pip install sentencepiece protobuf, or save a tokenizer.json there"
         ) from error
+    tokenizer.truncation_side = "right"  # of a long text its beginning is kept, whatever the checkpoint asks for
     # Without these files transformers builds a tokenizer with an empty vocabulary, to which every text is unknown.
     files = list(tokenizer.vocab_files_names.values())
     if location.gguf_file is None and files and not any((location.folder / file).is_file() for file in files):

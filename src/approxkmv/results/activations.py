@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch
 
 from approxkmv.errors import TableError
 from approxkmv.files import written_whole
+from approxkmv.results.shards import own_origin
 from approxkmv.results.tables import MASKED
 
 if TYPE_CHECKING:
@@ -47,7 +49,7 @@ class Shard:
     masked: bool
     """Whether some layer masks keys, so that masked statistics are also computed."""
     origin: str
-    """Identifies the weights and texts (see fetch.origin)."""
+    """Identifies the model, its weights and the texts (see locations.origin)."""
     numbers: tuple[int, ...]
     """The passages' indices, in order."""
     contexts: Iterator[Activations]
@@ -108,38 +110,80 @@ def _same(one: torch.Tensor | None, other: torch.Tensor) -> bool:
     return one is not None and one.data_ptr() == other.data_ptr() and one.shape == other.shape
 
 
-def read_activations(path: Path) -> Shard:
-    """Read a file of write_activations, one context at a time. Raises TableError if it is missing or truncated."""
+def read_activations(path: Path, model: str) -> Shard:
+    """Read a file of write_activations, one context at a time.
+
+    Raises TableError if it is missing, truncated, of another model or not as write_activations writes it.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as handle:
-            names = sorted(handle.keys())
             scales = handle.get_tensor("scales")
-            causal, masked = (bool(handle.get_tensor(name)) for name in ("causal", "masked"))
+            if scales.ndim != 1 or not bool(((scales > 0) & scales.isfinite()).all()):
+                raise ValueError("scales are not a positive number per layer")
+            causal, masked = (bool(handle.get_tensor(name).item()) for name in ("causal", "masked"))
             origin = (handle.metadata() or {})["origin"]
+            names_of = _names_of_texts(handle, len(scales))
     except FileNotFoundError as error:
         raise TableError(f"{path} is missing: run extract for this model and shard first") from error
-    except (SafetensorError, OSError, KeyError, TypeError) as error:
+    except (SafetensorError, OSError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise TableError(f"{path} cannot be read ({error}): delete it and run extract again") from error
-    names_of: dict[int, list[str]] = defaultdict(list)
-    for name in names:
-        if name[0].isdigit():
-            names_of[int(name[:7])].append(name)
+    own_origin(path, origin, model)
 
     def each() -> Iterator[Activations]:
         with safe_open(path, framework="pt") as handle:
             for context, own in names_of.items():
                 found = {name[8:]: handle.get_tensor(name) for name in own}
-                beside: list[dict[str, Any]] = []
-                for place in range(len(scales)):
-                    softcap, sinks, bias = (found.get(f"{place}.{what}") for what in ("softcap", "sinks", "bias"))
-                    if bias is not None and bias.ndim == 0:
-                        bias = beside[int(bias)]["bias"]
-                    cap = None if softcap is None else float(softcap)
-                    beside.append({"softcap": cap, "sinks": sinks, "bias": bias})
-                yield Activations(
-                    context, found["queries"], found["keys"], found.get("spans"), tuple(beside), found["special"]
-                )
+                spans = found.get("spans")
+                try:
+                    if spans is not None and not bool(_inside(spans, found["queries"].shape[2]).all()):
+                        raise ValueError("a query sees no key")
+                    beside = _read_beside(found, len(scales))
+                except (LookupError, TypeError, ValueError, RuntimeError) as error:
+                    raise TableError(
+                        f"{path} is damaged at text {context} ({error}): delete it and run extract again"
+                    ) from error
+                yield Activations(context, found["queries"], found["keys"], spans, beside, found["special"])
 
     return Shard(scales, causal, masked, origin, tuple(names_of), each())
+
+
+_FLOATS = ("F16", "BF16", "F32", "F64")
+
+
+def _names_of_texts(handle: Any, layers: int) -> dict[int, list[str]]:
+    """The names of each text's tensors. Raises KeyError or ValueError unless they have the shapes of Activations."""
+    names_of: dict[int, list[str]] = defaultdict(list)
+    for name in sorted(handle.keys()):
+        if re.match(r"[0-9]{7}\.", name):
+            names_of[int(name[:7])].append(name)
+    for context, own in names_of.items():
+        found = {name[8:]: handle.get_slice(name) for name in own}
+        shape = found["queries"].get_shape()
+        if len(shape) != 4 or shape[0] != layers or 0 in shape:
+            raise ValueError(f"text {context} has queries of the shape {shape}, and {layers} scales")
+        n = shape[2]
+        wanted = {"queries": (shape, _FLOATS), "keys": (shape, _FLOATS), "special": ([n], ("BOOL",))}
+        wanted |= {"spans": ([layers, n, 2], ("I32",))} if "spans" in found else {}
+        for what, (of_shape, kinds) in wanted.items():
+            if found[what].get_shape() != of_shape or found[what].get_dtype() not in kinds:
+                raise ValueError(f"text {context} has {what} of another shape or type than its queries ask for")
+    return names_of
+
+
+def _inside(spans: torch.Tensor, n: int) -> torch.Tensor:
+    """(layers, n) bool: whether a span holds at least one of n keys, and none besides."""
+    return (spans[..., 0] >= 0) & (spans[..., 0] < spans[..., 1]) & (spans[..., 1] <= n)
+
+
+def _read_beside(found: Mapping[str, torch.Tensor], layers: int) -> tuple[dict[str, Any], ...]:
+    """What _beside wrote of each layer."""
+    beside: list[dict[str, Any]] = []
+    for place in range(layers):
+        softcap, sinks, bias = (found.get(f"{place}.{what}") for what in ("softcap", "sinks", "bias"))
+        if bias is not None and bias.ndim == 0:
+            bias = {i: earlier["bias"] for i, earlier in enumerate(beside)}[int(bias)]
+        cap = None if softcap is None else float(softcap)
+        beside.append({"softcap": cap, "sinks": sinks, "bias": bias})
+    return tuple(beside)

@@ -11,6 +11,7 @@ from approxkmv.files import file_sha256, write_json
 from approxkmv.models import ModelLocation, parse_source
 from approxkmv.models.folders import unchanged
 from approxkmv.models.sources import HubSource, PathSource, PypiSource, identity
+from approxkmv.typed import shown
 
 
 def write_location(path: Path, location: ModelLocation, source: str, name: str) -> None:
@@ -65,10 +66,10 @@ def read_location(path: Path, model: str | None = None) -> ModelLocation:
     return ModelLocation(folder, value["gguf_file"])
 
 
-def origin(location: Path, texts: Path) -> str:
-    """The weights and texts that a shard is made from, as a string. Raises TableError when either cannot be read."""
+def origin(location: Path, texts: Path, model: str) -> str:
+    """What a shard is made from: model, weights and texts. Raises TableError when a file cannot be read."""
     try:
-        return f"weights {_read(location)['identity']}, texts {file_sha256(texts)}"
+        return f"model {model}, weights {_read(location)['identity']}, texts {file_sha256(texts)}"
     except OSError as error:
         raise TableError(f"{texts} cannot be read ({error.strerror}): run texts again") from error
 
@@ -76,6 +77,10 @@ def origin(location: Path, texts: Path) -> str:
 def _read(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
-        return {key: value[key] for key in ("folder", "gguf_file", "source", "identity")} | {"name": value.get("name")}
+        found = {key: value[key] for key in ("folder", "gguf_file", "source", "identity")} | {"name": value.get("name")}
+        for key, word in found.items():
+            if not isinstance(word, str) and (word is not None or key not in ("gguf_file", "name")):
+                raise TypeError(f"{key} is {shown(word)}")
+        return found
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise TableError(f"{path} cannot be read ({error}): run fetch again") from error

@@ -28,7 +28,7 @@ def measure_attention(model: str, activations: Path, out: Path, times: Times | N
     with all of these, as the model computes it.
     """
     times = Times() if times is None else times
-    shard = read_activations(activations)
+    shard = read_activations(activations, model)
     tables = []
     own = shard.masked
     with progress(total=shard.count, unit="context", title=f"attention  {model}") as bar:

@@ -9,15 +9,15 @@ import pandas as pd
 from approxkmv.config import Study
 from approxkmv.errors import TableError
 from approxkmv.files import write_csv
-from approxkmv.results.shards import read_shards, shard_count
+from approxkmv.results.shards import read_shards
 from approxkmv.results.tables import ATTENTION, ModelTables, masks_of
 
 
 def write_attention_table(study: Study, model: str, texts: Path, statistics: Path, out: Path) -> pd.DataFrame:
     """Write attention_MODEL.csv: per layer and head, texts and means over them of the columns of measure_attention."""
-    shards = shard_count(texts, study.shard_contexts)
     # contexts.csv is read only to check that both come from the same weights and texts.
-    values, _ = read_shards(statistics, shards, "attention.parquet", "contexts.csv")
+    kinds = "attention.parquet", "contexts.csv"
+    values, _ = read_shards(statistics, model, texts, study.shard_contexts, *kinds)
     if values.empty:
         raise TableError(f"model {model}: no text has {study.min_tokens} tokens: lower min_tokens (and min_prefix)")
     groups = values.groupby(["layer", "head"], sort=True)

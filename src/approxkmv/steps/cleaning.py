@@ -76,7 +76,7 @@ def remove_damaged(results: Path) -> list[str]:
             lines.append(_remove(path, "has no checksum"))
         elif is_damaged(path):
             lines.append(_remove(path, "does not match its checksum"))
-        elif origin_of(path) != (_origin_now(results, path.parent.name) or origin_of(path)):
+        elif (now := _origins_now(results, path.parent.name)) and origin_of(path) not in now:
             lines.append(_remove(path, "was made from other weights or texts"))
     for path in sorted((results / "activations").glob("*/[!.]*.safetensors")):
         if not is_complete(path):
@@ -84,10 +84,13 @@ def remove_damaged(results: Path) -> list[str]:
     return lines
 
 
-def _origin_now(results: Path, model: str) -> str | None:
-    """The origin that a model's shards must have; None while its location or the texts do not exist yet."""
+def _origins_now(results: Path, model: str) -> list[str]:
+    """The origins a model's shards may have, the latter of earlier versions; none without its location or texts."""
     location, texts = results / "models" / f"{model}.json", results / "texts.parquet"
-    return origin(location, texts) if location.is_file() and texts.is_file() else None
+    if not (location.is_file() and texts.is_file()):
+        return []
+    found = origin(location, texts, model)
+    return [found, found.removeprefix(f"model {model}, ")]
 
 
 def _remove(path: Path, why: str) -> str:

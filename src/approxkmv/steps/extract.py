@@ -68,7 +68,7 @@ def extract(
     if shard >= (count := shard_count(texts, study.shard_contexts)):
         raise ConfigError(f"there is no shard {shard}: {texts} makes {count} of them, counted from 0")
     passages = read_shard(texts, shard, study.shard_contexts)
-    made_of = origin(location, texts)
+    made_of = origin(location, texts, model_name)
     times = Times() if times is None else times
     with times.of("loading"):
         model = load_model(study, model_name, location)

@@ -11,7 +11,7 @@ import pandas as pd
 from approxkmv.config import Study
 from approxkmv.errors import TableError
 from approxkmv.files import write_csv
-from approxkmv.results.shards import read_shards, shard_count
+from approxkmv.results.shards import read_shards
 from approxkmv.results.tables import ModelTables, masks_of
 from approxkmv.statistics.growth import FLOOR, fit_growth, size, trend
 from approxkmv.steps.summary import read_prefixes
@@ -30,7 +30,8 @@ def measure_growth(study: Study, model: str, texts: Path, statistics: Path, tabl
     model each column of both is repeated with the prefix masked_.
     """
     if study.lengths:
-        (values,) = read_shards(statistics, shard_count(texts, study.shard_contexts), "lengths.parquet")
+        kinds = "lengths.parquet", "contexts.csv"
+        values, _ = read_shards(statistics, model, texts, study.shard_contexts, *kinds)
         if values.empty:
             raise TableError(f"model {model}: no text reaches any of lengths: shorten them")
         values = values.rename(columns={"length": "prefix"})

@@ -11,7 +11,7 @@ import pandas as pd
 from approxkmv.config import ModelEntry, Study, corpus_of
 from approxkmv.errors import TableError
 from approxkmv.files import write_csv, write_json
-from approxkmv.results.shards import read_shards, shard_count
+from approxkmv.results.shards import read_shards
 from approxkmv.results.tables import KEYS, ModelTables, facts_of_attention, masks_of
 from approxkmv.steps.lengths import VALUES, too_short
 
@@ -27,8 +27,8 @@ def summarise(
     a text; likewise keys_99_...; largest_ratio is the largest c of any text.
     """
     names = ModelTables(out, model.name)
-    shards = shard_count(texts, study.shard_contexts)
-    values, taken = read_shards(statistics, shards, "lengths.parquet", "contexts.csv")
+    kinds = "lengths.parquet", "contexts.csv"
+    values, taken = read_shards(statistics, model.name, texts, study.shard_contexts, *kinds)
     if values.empty:
         raise TableError(
             f"model {model.name}: no text reaches the shortest length, {min(study.lengths):,} tokens: shorten lengths"

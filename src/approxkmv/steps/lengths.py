@@ -12,7 +12,7 @@ from approxkmv.config import Study
 from approxkmv.errors import ApproxKMVError, NonFiniteError, TableError
 from approxkmv.progress import Times, progress
 from approxkmv.results.activations import Activations, Shard, read_activations
-from approxkmv.results.shards import joined, write_shard
+from approxkmv.results.shards import joined, origin_of, own_origin, write_shard
 from approxkmv.results.tables import KEYS, read_shard_table
 from approxkmv.statistics.streaming import LengthStatistics, length_statistics
 from approxkmv.steps.devices import check_device
@@ -36,18 +36,22 @@ def measure_lengths(
     """
     check_device(study)
     times = Times() if times is None else times
-    shard = read_activations(activations)
-    taken = read_shard_table(contexts, "contexts.csv").set_index("context")
+    shard = read_activations(activations, model)
+    made_of = own_origin(contexts, origin_of(contexts), model)
+    if made_of and made_of != own_origin(activations, shard.origin, model):
+        raise TableError(f"{contexts} and {activations} come from different weights or texts: run extract again")
+    taken = read_shard_table(contexts, "contexts.csv")
+    cut = dict(zip(taken["context"], taken["cut"], strict=True))
     tables: list[pd.DataFrame] = []
     missing: list[str] = []
     with progress(total=shard.count * len(study.lengths), unit="length", title=f"lengths    {model}") as bar:
         for item in shard.contexts:
             n = item.queries.shape[2]
-            if item.context not in taken.index:
+            if item.context not in cut:
                 raise TableError(f"{contexts} has no text {item.context}, which {activations} has: run extract again")
             fitting = [length for length in study.lengths if length <= n]
             if len(fitting) < len(study.lengths):
-                missing.append(too_short(item.context, n, bool(taken.loc[item.context, "cut"]), study.lengths))
+                missing.append(too_short(item.context, n, bool(cut[item.context]), study.lengths))
             for length in fitting:
                 with times.of(f"{length:,} tokens"):
                     tables.append(_one_length(model, item, shard, length, study.device))

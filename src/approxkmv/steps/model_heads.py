@@ -17,6 +17,7 @@ from approxkmv.progress import LOG
 
 
 def capture_heads(
+    model_name: str,
     location: ModelLocation,
     texts: Sequence[tuple[CorpusEntry, Path]],
     tokens: int,
@@ -28,7 +29,8 @@ def capture_heads(
     A document that is too short is followed by every second one after it, so that the two share no text.
 
     Args:
-        location: of the model. texts: two corpora, for measuring and for tuning, each with the file to write.
+        model_name: written into the files. location: of the model.
+        texts: two corpora, for measuring and for tuning, each with the file to write.
         tokens: the length of each text. heads: (layer, head) pairs, counted from 0.
         rotary_scaling: see CapturableModel.load.
     Raises:
@@ -71,6 +73,7 @@ def capture_heads(
             for name, tensor in (("q", captured.queries), ("k", captured.keys), ("v", captured.values))
         }
         metadata = {
+            "model": model_name,
             "scale": repr(scales.pop()),
             "heads": " ".join(f"{layer}.{head}" for layer, head in heads),
             "text": "; ".join(names),

@@ -29,7 +29,7 @@ def measure_readings(study: Study, model: str, activations: Path, texts: Path, o
 
     Raises NonFiniteError for a query or key that is not finite; TableError for activations of other texts.
     """
-    shard = read_activations(activations)
+    shard = read_activations(activations, model)
     known = read_table(texts, TEXTS)["index"].tolist()
     if not set(shard.numbers) <= set(known):
         raise TableError(f"{activations} has texts that {texts} does not have: run extract again")

@@ -10,7 +10,7 @@ import pandas as pd
 from approxkmv.config import ModelEntry, Study
 from approxkmv.errors import TableError
 from approxkmv.files import write_csv
-from approxkmv.results.shards import read_shards, shard_count
+from approxkmv.results.shards import read_shards
 from approxkmv.results.tables import ModelTables
 from approxkmv.statistics.readings import POWERS, PRINTED, READINGS
 from approxkmv.steps.summary import LARGEST_LOG
@@ -31,7 +31,8 @@ def summarise(study: Study, model: ModelEntry, texts: Path, statistics: Path, ou
     (`power` 1) and none (0) in place of the readings. A study of sentences calls its first reading `sentences`.
     """
     names = ModelTables(out, model.name)
-    values, _ = read_shards(statistics, shard_count(texts, study.shard_contexts), "readings.parquet", "contexts.csv")
+    kinds = "readings.parquet", "contexts.csv"
+    values, _ = read_shards(statistics, model.name, texts, study.shard_contexts, *kinds)
     if values.empty:
         raise TableError(f"model {model.name}: no text is long enough for readings: lower min_tokens and min_prefix")
     heads = _per_head(values)

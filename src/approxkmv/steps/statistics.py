@@ -45,7 +45,7 @@ def measure(
     its window.
     """
     times = Times() if times is None else times
-    shard = read_activations(activations)
+    shard = read_activations(activations, model_name)
     heads, curves = [], []
     with progress(total=shard.count, unit="context", title=f"statistics {model_name}") as bar:
         for item in shard.contexts:

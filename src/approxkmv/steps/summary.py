@@ -11,7 +11,7 @@ import pandas as pd
 from approxkmv.config import ModelEntry, Study, corpus_of
 from approxkmv.errors import TableError
 from approxkmv.files import write_csv, write_json
-from approxkmv.results.shards import read_shards, shard_count
+from approxkmv.results.shards import read_shards
 from approxkmv.results.tables import ModelTables, facts_of_attention, masks_of
 
 # exp(709) is about half of the largest float64, so two such values still have a mean.
@@ -26,8 +26,8 @@ def summarise(
     `statistics` is the folder with the files of the shards: heads.parquet, prefixes.parquet and contexts.csv of each.
     """
     tables = ModelTables(out, model.name)
-    shards = shard_count(texts, study.shard_contexts)
-    taken, values = read_shards(statistics, shards, "contexts.csv", "heads.parquet")
+    of_study = statistics, model.name, texts, study.shard_contexts
+    taken, values = read_shards(*of_study, "contexts.csv", "heads.parquet")
     if values.empty:
         raise TableError(
             f"model {model.name}: none of {len(taken)} texts has {study.min_tokens} tokens: lower min_tokens "
@@ -83,9 +83,9 @@ def read_prefixes(study: Study, model: str, texts: Path, statistics: Path) -> pd
 
     Raises TableError when no text reaches any prefix: then neither scaling with length nor growth has a value.
     """
-    shards = shard_count(texts, study.shard_contexts)
     # The contexts are read to check that all come from the same weights and texts.
-    values, _ = read_shards(statistics, shards, "prefixes.parquet", "contexts.csv")
+    kinds = "prefixes.parquet", "contexts.csv"
+    values, _ = read_shards(statistics, model, texts, study.shard_contexts, *kinds)
     if values.empty:
         shortest = min(prefix for prefix in study.prefixes if prefix >= study.min_prefix)
         raise TableError(

@@ -16,7 +16,7 @@ from approxkmv.attention import UnavailableError
 from approxkmv.attention.kernels.cuda_graphs import recordings
 from approxkmv.errors import one_line
 from approxkmv.progress import is_of_memory
-from approxkmv.provenance import instructions, processor
+from approxkmv.provenance import as_on_another_cpu, instructions, processor
 
 Run = Callable[[int], object]
 # About 10 ms of a GPU's clock: longer than Python takes to queue the kernels of one run.
@@ -30,6 +30,7 @@ def machine(device: str) -> dict[str, Any]:
         "system": platform.platform(),
         "processor": processor(),
         "instructions": instructions(),
+        **as_on_another_cpu(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -13,8 +13,9 @@ import torch
 
 from approxkmv.compute.memory import free_bytes
 from approxkmv.errors import InputError, SourceError, one_line
-from approxkmv.sweep.settings import WorkloadSettings
+from approxkmv.sweep.settings import CaptureSettings, WorkloadSettings
 from approxkmv.sweep.word_vectors import shipped_vectors, word_vectors
+from approxkmv.typed import shown
 
 PARTS = ("tuning", "evaluation")
 # KDEformer's demonstration divides the logits by sqrt(10) instead of sqrt(100), which makes them sharp.
@@ -129,7 +130,7 @@ def _word_problem(case: Case, part: str, index: int) -> Problem:
 
 
 @cache
-def _capture(path: str) -> tuple[dict[str, torch.Tensor], float]:
+def _capture(path: str) -> tuple[dict[str, torch.Tensor], float, dict[str, str]]:
     try:
         from safetensors import safe_open
     except ImportError as error:
@@ -149,14 +150,23 @@ def _capture(path: str) -> tuple[dict[str, torch.Tensor], float]:
         raise SourceError(f"{path}: q, k or v holds a NaN or an infinity")
     if not 0 < scale < float("inf"):
         raise SourceError(f"{path}: its scale is {scale}, which is not a number above 0")
-    return tensors, scale
+    return tensors, scale, metadata
+
+
+def check_capture(path: str, wanted: CaptureSettings) -> None:
+    """Raise SourceError for a capture of another model or of other heads; those of earlier versions name no model."""
+    named = _capture(path)[2]
+    heads = " ".join(f"{layer}.{head}" for layer, head in wanted.heads)
+    for what, value in (("model", wanted.model), ("heads", heads)):
+        if (found := named.get(what, value)) != value:
+            raise SourceError(f"{path} has the {what} {shown(found)}, the sweep {value!r}: run model-heads again")
 
 
 def _capture_of(case: Case, part: str) -> tuple[dict[str, torch.Tensor], float]:
     settings, head = case.settings, case.head or 0
     elsewhere = part == "tuning" and settings.tuning_path is not None
     path = str(settings.tuning_path if elsewhere else settings.path)
-    tensors, scale = _capture(path)
+    tensors, scale, _ = _capture(path)
     heads, rows, _ = tensors["q"].shape
     if head >= heads:
         raise InputError(f"model-qk: head {head} was requested, but {path} holds {heads}")
