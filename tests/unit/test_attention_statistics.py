@@ -481,6 +481,30 @@ def test_products_beyond_float32_that_cancel():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("largest", [1e8, 1e10, 1e20])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_largest_logits_of_any_size_share_their_row(sign, largest, dtype):
+    """Three keys have the largest logit of a row, or one has, and all others have no weight."""
+    q, k = torch.full((4, 1), sign), torch.tensor([largest, largest, 0.0, largest]).unsqueeze(1)
+    found = attention_statistics(q, k, scale=1.0, dtype=dtype)
+    torch.testing.assert_close(found.support, torch.full((4,), 3.0 if sign > 0 else 1.0, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("short", [0.0, 1e-310, 1e-170])
+@pytest.mark.parametrize("scale", [1e-300, 1.0, 1e60])
+def test_zeros_beside_what_no_float32_holds(scale, short, dtype):
+    """Their products are 0, and the weights equal."""
+    short, long = torch.full((5, 3), short, dtype=torch.float64), torch.full((5, 3), 1e49, dtype=torch.float64)
+    for q, k in ((short, long), (long, short), (short, short)):
+        found = attention_statistics(q, k, scale=scale, dtype=dtype)
+        for name in ("support", "largest_weight", "first_mass", "column_norm", "stable_rank"):
+            right = {"support": 5.0, "largest_weight": 0.2, "first_mass": 0.2}.get(name, 1.0)
+            values = getattr(found, name)
+            torch.testing.assert_close(values, torch.full_like(values, right))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("size", [None, 2**14])
 def test_answers_do_not_depend_on_the_number_of_threads(size, dtype, monkeypatch):
     # In one piece, and in pieces whose sums are added up.
