@@ -93,6 +93,12 @@ def test_graphs_of_few_and_equal_points(vamana):
         vamana.build(points(5, 2), alpha=0.9, degree=4, beam=4, generator=generator)
 
 
+def test_queries_of_another_width_are_refused(vamana):
+    graph = vamana.build_exhaustively(points(20, 3), alpha=1.5)
+    with pytest.raises(InputError, match="width 40"):
+        graph.search(points(2, 40), 1, 1)
+
+
 def test_distances_are_counted_by_hand(vamana):
     """A shortcut so much nearer does not exist: every point stays, up to the degree, after a comparison with each."""
     x, n = points(30, 4), 30
@@ -219,6 +225,24 @@ def test_the_exact_index_of_other_devices_agrees():
     other_keys, other_products = index.search(q, 7)
     assert torch.equal(keys, other_keys)
     assert torch.allclose(products, other_products, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["flat", "hnsw", "flat elsewhere"])
+def test_fewer_keys_than_are_asked_for(name):
+    pytest.importorskip("faiss")
+    from approxkmv.search.indexes import make_index
+
+    k, q = points(10, 3), points(4, 3, 1)
+    index = make_index(name.split()[0], k, links=4, construction=20, breadth=20)
+    index.add(0, 3)
+    if name == "flat elsewhere":
+        index._index = None
+    with counting() as counts:
+        keys, products = index.search(q, 5)
+    right = (q @ k[:3].mT).topk(3)
+    assert torch.equal(keys, torch.nn.functional.pad(right.indices, (0, 2), value=-1))
+    torch.testing.assert_close(products, torch.nn.functional.pad(right.values, (0, 2), value=-torch.inf))
+    assert counts.other_products >= 0
 
 
 @pytest.mark.slow
