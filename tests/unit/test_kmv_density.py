@@ -76,6 +76,23 @@ def test_exact_is_the_mean_kernel_value():
     assert density.tally.kernel_evaluations == density.tally.distinct_evaluations == 6 * 300
 
 
+@pytest.mark.parametrize(
+    ("make", "error"),
+    [
+        (lambda: ExactDensity(SIGMA), 1e-6),
+        (lambda: UniformDensity(SIGMA, samples=2000, seed=0), 0.3),
+        (lambda: DensityLevels(SIGMA, relative_error=0.3, floor=1e-3, failure=1e-4, recover="scan", seed=0), 0.3),
+    ],
+)
+def test_points_far_from_the_origin_keep_their_densities(make, error):
+    """Their squares have no digits left for the distances between neighbours."""
+    points, queries = (part + 1e9 for part in cloud())
+    dense = truth(points, queries) > 0.02
+    assert dense.sum() > 2
+    found = make().fit(points).query(queries)
+    np.testing.assert_allclose(found[dense], truth(points, queries)[dense], rtol=error)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("make", [uniform, hashed])
 def test_uniform_and_hashing_based_are_unbiased(make):
