@@ -197,6 +197,19 @@ def test_any_epsilon(epsilon):
     assert within(case, x, run(case, x, epsilon=epsilon).y, epsilon)
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("density", ["exact", "levels"])
+@pytest.mark.parametrize(("epsilon", "factor"), [(1e-30, 1.0), (1e-30, 1e-300), (1e30, 1e300)])
+def test_epsilon_at_its_limits(epsilon, factor, density):
+    """Budgets that no integer of 64 bits holds, buckets of one square, and an error beyond float64."""
+    case, x = even_spread(4), np.array([1.0, -0.9, 0.8, 0.9])
+    few = PaperConstants(density_error_exponent=0.6)
+    result = run(case, factor * x, epsilon=epsilon, density=density, constants=few)
+    gap = case.matrix @ x - result.y / factor
+    assert np.linalg.norm(gap) <= max(epsilon, 1e-15) * np.linalg.norm(x)
+    assert result.row_error == pytest.approx(epsilon * (factor * float(np.linalg.norm(x)) / 2))
+
+
 @pytest.mark.parametrize(("alpha", "gamma"), [(0.0, 0.0), (0.0, 1.0), (0.8, 0.109), (1 / 3, 0.0), (0.2, 1.0)])
 def test_any_alpha_and_gamma(alpha, gamma):
     case = even_spread(40)

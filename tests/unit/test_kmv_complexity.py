@@ -161,6 +161,8 @@ def test_the_figure_is_drawn_from_the_table_alone(tmp_path):
 def test_bad_input_is_refused(tmp_path):
     with pytest.raises(InputError, match="sizes"):
         measure_costs([])
+    with pytest.raises(InputError, match="sizes is 1: it must be at least 2"):
+        measure_costs([1])
     with pytest.raises(InputError, match="kernels"):
         measure_costs([64], kernels=["dense"])
     with pytest.raises(InputError, match="epsilon"):

@@ -76,6 +76,15 @@ def test_every_kept_key_is_in_the_bucket_of_its_square(epsilon):
     assert np.all(rounded <= square * ratio * (1 + 1e-9))
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("epsilon", [1e-12, 1e-16, 1e-30])
+def test_buckets_of_an_epsilon_that_float64_cannot_add_to_1(epsilon):
+    scaled = np.array([1e-8, 0.3, 0.3, 1.0, 1.2])
+    b = bucket(scaled, np.arange(5), epsilon)
+    assert b.sizes.tolist() == [1, 2, 1, 1]
+    np.testing.assert_allclose(np.repeat(b.rounded, b.sizes), scaled**2, rtol=1e-9)
+
+
 @pytest.mark.parametrize(("repetitions", "n"), [(1, 3), (7, 5), (40, 400), (5000, 100), (10**6, 300), (10**9, 128)])
 def test_counts_are_binomial(repetitions, n):
     """Chi-square over cells of expectation 50 or more, 200,000 draws; false alarm 1e-4 per case."""
