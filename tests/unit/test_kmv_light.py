@@ -43,6 +43,15 @@ def test_split_survives_extreme_scales(factor):
     assert parts.norm_factor == pytest.approx(factor * math.sqrt(14 / 4))
 
 
+def test_squares_at_the_bounds_of_definition_3_1():
+    """Large from n^gamma on, and small up to the other bound; one entry alone is large, whatever the error."""
+    assert split(np.ones(4), gamma=0.0, epsilon=0.5).large.tolist() == [0, 1, 2, 3]
+    tiny = split(np.array([0.0, 1.0, 1.0]), gamma=0.5, epsilon=0.5, constants=PaperConstants(small_exponent=1e4))
+    assert (tiny.small.tolist(), tiny.kept.tolist()) == ([0], [1, 2])
+    one = split(np.array([3.0]), gamma=0.109, epsilon=10.0)
+    assert (one.large.tolist(), one.small.tolist()) == ([0], [])
+
+
 def test_split_of_zero():
     parts = split(np.zeros(5), gamma=0.109, epsilon=0.5)
     assert len(parts.large) == len(parts.kept) == 0
@@ -53,8 +62,8 @@ def test_dropping_small_entries_costs_a_quarter_of_epsilon_at_most():
     """The printed bound x_j^2 <= n^-4 alone would allow 1/n per row: too much where epsilon n < 4."""
     for epsilon in (0.5, 0.01, 1e-6):
         for n in (2, 30, 1000):
-            for power in (0, 0.5, 1):
-                entry = 0.999 * n**-2.0 * min(1.0, epsilon * n / 4) ** power
+            for power, factor in ((0, 1.999), (0.5, 1.999), (1, 1.999), (0, 0.999), (0.5, 0.999), (1, 0.999)):
+                entry = factor * n**-2.0 * min(1.0, epsilon * n / 4) ** power
                 x = np.full(n, entry)
                 x[0] = math.sqrt(n)
                 parts = split(x, gamma=0.109, epsilon=epsilon)
@@ -366,9 +375,10 @@ def test_counts_only_asks_for_what_a_full_run_asks_for():
 
 
 @pytest.mark.parametrize("field", ["table_factor", "repetition_factor", "density_error_exponent"])
-def test_constants_must_be_positive(field):
+@pytest.mark.parametrize("value", [0.0, math.inf, math.nan])
+def test_constants_must_be_positive_and_finite(field, value):
     with pytest.raises(InputError, match=field):
-        PaperConstants(**{field: 0.0})
+        PaperConstants(**{field: value})
     with pytest.raises(InputError, match="exceed 1"):
         PaperConstants(epsilon_divisor=1.0)
 
