@@ -15,6 +15,8 @@ from approxkmv import approx_kmv
 from approxkmv.errors import InputError
 from approxkmv.kmv import algorithm
 from approxkmv.kmv.constants import PaperConstants
+from approxkmv.kmv.costs import Tally
+from approxkmv.kmv.gaussian import GaussianKernel
 from approxkmv.kmv.heavy import find_heavy
 from approxkmv.kmv.light import approx_light
 from approxkmv.kmv.preprocess import split
@@ -162,6 +164,15 @@ def test_a_large_entry_at_a_heavy_key_is_counted_once():
     assert result.n_large >= 1
     assert sum(5 in keys for keys in result.heavy) > 0
     assert within(case, x, result.y, 0.01)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 20])
+def test_columns_of_large_entries_are_exact_in_blocks_of_any_size(rows):
+    case, x, large = even_spread(20), np.arange(20.0), np.array([2, 5, 17])
+    kernel = GaussianKernel(case.queries, case.keys, case.sigma)
+    y, tally = algorithm.exact_columns(kernel, x, large, 4 * 8 * 3 * len(large) * rows)
+    np.testing.assert_allclose(y, case.matrix[:, large] @ x[large], rtol=1e-12)
+    assert tally == Tally(60, 60)
 
 
 @pytest.mark.parametrize("divisor", [2.0, 4.0])
@@ -379,6 +390,7 @@ def test_memory_is_bounded_and_too_little_is_refused_with_the_least():
         ({"family": "x"}, "family"),
         ({"density": "x"}, "density"),
         ({"heavy": find_heavy(np.ones((2, 2)), np.ones((3, 2)), sigma=1.0, seed=0)}, "heavy has 2 sets"),
+        ({"heavy": find_heavy(np.ones((3, 2)), np.ones((4, 2)), sigma=1.0, seed=0)}, "do not fit 3 queries and 3 keys"),
     ],
 )
 def test_bad_input_is_one_clear_line(change, word):
