@@ -379,6 +379,8 @@ def test_memory_is_bounded_and_too_little_is_refused_with_the_least():
         ({"sigma": float("inf")}, "sigma"),
         ({"epsilon": 0.0}, "epsilon"),
         ({"epsilon": float("nan")}, "epsilon"),
+        ({"epsilon": 0.9e-30}, "between 1e-30 and 1e30"),
+        ({"epsilon": 1.1e30}, "between 1e-30 and 1e30"),
         ({"alpha": -0.1}, "alpha"),
         ({"alpha": 1.1}, "alpha"),
         ({"gamma": 1.1}, "gamma"),

@@ -44,3 +44,15 @@ def test_one_far_key_costs_the_others_no_digits(size):
     np.testing.assert_allclose(found[:, near], right[:, near], rtol=1e-12)
     assert (found[:, 2] < -1000).all()
     np.testing.assert_allclose(kernel.log_pairs(np.arange(4), np.array(near)), right[np.arange(4), near], rtol=1e-12)
+
+
+@pytest.mark.parametrize("apart", [0.0, 1e9])
+def test_no_entry_is_above_1_and_those_of_equal_points_are_1(apart):
+    """300 x 300 pairs, more than are computed together."""
+    points = np.random.default_rng(2).standard_normal((300, 5)) + apart * (np.arange(300) == 0)[:, None]
+    found = GaussianKernel(points, points, 0.5).log_rows(slice(0, 300))
+    assert found.max() <= 0.0
+    assert found.diagonal() == pytest.approx(0.0, abs=1e-12)
+    near = np.equal.outer(np.arange(300) == 0, np.arange(300) == 0)
+    right = -2.0 * ((points[:, None] - points) ** 2).sum(2)
+    np.testing.assert_allclose(found[near], right[near], rtol=1e-9, atol=1e-12)

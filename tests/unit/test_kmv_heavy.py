@@ -158,6 +158,7 @@ def test_torch_gives_the_sets_of_numpy():
         ({"seed": 1.5}, "seed"),
         ({"memory": 1000}, "at least"),
         ({"sigma": 1e-300}, "bandwidths apart"),
+        ({"queries": np.full((3, 2), 1e160)}, "bandwidths apart"),
     ],
 )
 def test_bad_input_is_one_clear_line(change, word):
