@@ -292,6 +292,14 @@ def test_every_point_of_a_bucket_is_drawn(place):
     assert density.query(np.zeros((1, 1)))[0] == pytest.approx(1 / 3, abs=5 * math.sqrt(2 / 9 / 900))
 
 
+@pytest.mark.parametrize("recover", ["scan", "hash"])
+def test_points_at_the_query_are_in_the_first_level(recover):
+    """Rounding may put their squared distance below 0."""
+    places = np.random.default_rng(3).standard_normal((40, 4))
+    levels = DensityLevels(SIGMA, relative_error=0.5, floor=0.02, failure=0.1, recover=recover, seed=0).fit(places)
+    assert (levels.query_at(places, 2.0**-5) >= 0.5 / 40).all()
+
+
 def test_of_several_averages_the_median_is_taken():
     """A single sample of two places is all or nothing, and so is the median of three; a mean would be in thirds."""
     points = np.array([[0.0], [0.0], [1e3], [1e3]])
@@ -335,6 +343,8 @@ def test_same_seed_same_answer(make):
         (lambda: ExactDensity(0.0), "sigma"),
         (lambda: ExactDensity(1.0).query(np.zeros((1, 2))), "call fit"),
         (lambda: ExactDensity(1.0).fit(np.zeros((0, 2))), "empty"),
+        (lambda: ExactDensity(1.0).fit(np.full((3, 2), 1e155)), r"more than 1e\+150"),
+        (lambda: ExactDensity(1e-300).fit(np.ones((3, 2))).query(np.ones((1, 2))), r"more than 1e\+150"),
         (lambda: ExactDensity(1.0).fit(np.zeros((3, 2))).query(np.zeros((1, 3))), "width"),
         (lambda: UniformDensity(1.0, samples=0), "samples"),
         (lambda: HashingBasedDensity(1.0, samples=3, averages=0), "averages"),
