@@ -316,7 +316,22 @@ def test_of_several_averages_the_median_is_taken():
 @pytest.mark.parametrize("scale", [0.5, 0.02, 1e-6])
 def test_the_default_hash_collides_with_the_root_of_the_kernel_at_its_scale(scale):
     family = HashingBasedDensity(SIGMA, samples=1, scale=scale).family
-    assert float(family.collision_probability(math.sqrt(-math.log(scale)))) == pytest.approx(math.sqrt(scale))
+    distance = math.sqrt(-math.log(scale))
+    assert float(family.collision_probability(distance)) == pytest.approx(math.sqrt(scale))
+    # Nearer, too, it is closer to the root than one or many functions come.
+    nearer, root = float(family.collision_probability(distance / 2)), math.exp(-(distance**2) / 8)
+    assert root**1.85 < nearer < root
+
+
+def test_the_default_hash_at_the_ends_of_its_scale():
+    assert float(HashingBasedDensity(SIGMA, samples=1, scale=1.0).family.collision_probability(0.1)) > 0.99
+    assert float(HashingBasedDensity(SIGMA, samples=1, scale=0.0).family.collision_probability(0.0)) == 1.0
+
+
+def test_points_so_far_that_they_cannot_collide_have_no_weight_if_they_do():
+    density = HashingBasedDensity(1.0, samples=20, scale=1e-4, seed=0).fit(np.array([[2e100]]))
+    assert density.query(np.array([[1e100]])).tolist() == [0.0]
+    assert density.tally.kernel_evaluations > 0
 
 
 @pytest.mark.parametrize(
