@@ -261,6 +261,28 @@ def test_sizes_of_levels_by_hand(error, floor, failure):
         assert 0.5 ** plan[-1].index <= error * guess / 4 < 2 * 0.5 ** plan[-1].index
 
 
+@pytest.mark.parametrize("failure", [0.1, 1e-6])
+def test_tables_miss_a_sample_as_rarely_as_is_said(failure):
+    levels = DensityLevels(SIGMA, relative_error=0.5, floor=0.1, failure=failure, recover="hash").fit(cloud()[0])
+    for level in levels.plan(0.125)[:-1]:
+        chance = float(level.family.collision_probability(math.sqrt((level.index + 1) * math.log(2))))
+        assert (1 - chance) ** level.tables <= min(failure, 0.5 / 100)
+
+
+@pytest.mark.parametrize(("density", "asked"), [(1.0, 1), (0.49, 3), (0.3, 3), (0.25, 3), (0.24, 4), (0.01, 5)])
+def test_the_guess_is_halved_until_the_estimate_reaches_it(density, asked):
+    guesses = []
+
+    class Known(DensityLevels):
+        def _at_guess(self, queries, guess, step):
+            guesses.append(guess)
+            return np.full(len(queries), density)
+
+    levels = Known(SIGMA, relative_error=0.5, floor=0.07, failure=0.1).fit(np.zeros((3, 2)))
+    assert levels.query(np.zeros((2, 2))).tolist() == [density if density > 0.07 else 0.0] * 2
+    assert guesses == [1.0, 0.5, 0.25, 0.125, 0.0625][:asked]
+
+
 @pytest.mark.parametrize("recover", ["scan", "hash"])
 @pytest.mark.parametrize("log2", [0.0, -0.4, -1.5, -2.5, -3.5, -6.0, -9.0])
 def test_every_kernel_value_lies_in_one_level(log2, recover):
