@@ -271,6 +271,24 @@ def test_a_star_needs_a_ball_for_each_of_its_points():
     assert doubling_dimension(star, centres=8, generator=torch.Generator().manual_seed(0)) == found
 
 
+@pytest.mark.parametrize("factor", [1.0, 1e-300, 1e300])
+def test_points_on_a_line_need_as_many_balls_in_any_unit(factor):
+    """Of five, those at the ends and the middle one; of two, each its own."""
+    for number, balls in ((5, 3), (2, 2)):
+        line = factor * torch.arange(float(number), dtype=torch.float64).unsqueeze(1)
+        found = doubling_dimension(line, centres=None)
+        assert found.upper == pytest.approx(math.log2(balls))
+        assert found.aspect_ratio == pytest.approx(number - 1.0)
+
+
+def test_a_point_far_away_costs_the_others_no_digits():
+    line = torch.arange(40, dtype=torch.float64).unsqueeze(1)
+    line[-1] = 1e9
+    assert doubling_dimension(line, centres=None).aspect_ratio == pytest.approx(1e9)
+    # Points at one place are one.
+    assert doubling_dimension(line.repeat(2, 1), centres=None) == doubling_dimension(line, centres=None)
+
+
 def test_points_at_equal_distances_need_a_ball_each():
     found = doubling_dimension(torch.eye(32), centres=None)
     assert found.upper == pytest.approx(5.0)
