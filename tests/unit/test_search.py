@@ -89,8 +89,24 @@ def test_graphs_of_few_and_equal_points(vamana):
         found = graph.search(points(5, 3), 3, 8)
         assert bool((found.keys[:, 0] >= 0).all())
         assert bool((found.keys < len(x)).all())
-    with pytest.raises(InputError, match="alpha is"):
-        vamana.build(points(5, 2), alpha=0.9, degree=4, beam=4, generator=generator)
+    for alpha in (0.9, math.nan):
+        with pytest.raises(InputError, match="alpha is"):
+            vamana.build(points(5, 2), alpha=alpha, degree=4, beam=4, generator=generator)
+    for factor in (1e18, math.nan):
+        with pytest.raises(InputError, match=r"points hold a NaN or a number beyond 1e\+17"):
+            vamana.build_exhaustively(factor * torch.ones(5, 2), alpha=1.5)
+
+
+def test_points_at_one_place_link_to_each_other_and_not_to_themselves(vamana):
+    x = points(12, 3).repeat(3, 1)
+    graph = vamana.build_exhaustively(x, alpha=1.5)
+    for i in range(36):
+        linked = graph.neighbours[i, : graph.degrees[i]]
+        assert i not in linked
+        assert any(other % 12 == i % 12 for other in linked)
+    found = graph.search(x, 1, 1)
+    assert bool((found.distances == 0).all())
+    assert bool((found.keys[:, 0] % 12 == torch.arange(36) % 12).all())
 
 
 def test_queries_of_another_width_are_refused(vamana):
@@ -139,6 +155,11 @@ def test_a_shortcut_is_as_much_nearer_as_alpha_says(vamana):
         links.add(tuple(graph.degrees.tolist()))
     # 2.5 gets its link to 0 only where 0 comes last, and links both ways.
     assert links == {(1, 2, 1), (2, 2, 2)}
+
+
+def test_a_shortcut_exactly_as_much_nearer_is_one(vamana):
+    graph = vamana.build_exhaustively(torch.tensor([[0.0], [1.0], [2.0]]), alpha=2.0)
+    assert [graph.neighbours[i, :size].tolist() for i, size in enumerate(graph.degrees)] == [[1], [0, 2], [1]]
 
 
 def test_a_search_goes_back_to_what_is_nearer(vamana):
@@ -216,7 +237,7 @@ def test_the_exact_index_of_other_devices_agrees():
     pytest.importorskip("faiss")
     from approxkmv.search.indexes import FlatIndex
 
-    k, q = points(600, 9), points(30, 9, 1)
+    k, q = points(600, 9), points(530, 9, 1)
     index = FlatIndex(k)
     index.add(0, 500)
     keys, products = index.search(q, 7)
@@ -283,8 +304,8 @@ def test_points_on_a_line_need_as_many_balls_in_any_unit(factor):
 
 def test_a_point_far_away_costs_the_others_no_digits():
     line = torch.arange(40, dtype=torch.float64).unsqueeze(1)
-    line[-1] = 1e9
-    assert doubling_dimension(line, centres=None).aspect_ratio == pytest.approx(1e9)
+    line[0] = -1e9
+    assert doubling_dimension(line, centres=None).aspect_ratio == pytest.approx(1e9 + 39)
     # Points at one place are one.
     assert doubling_dimension(line.repeat(2, 1), centres=None) == doubling_dimension(line, centres=None)
 
