@@ -375,6 +375,17 @@ def test_stable_rank_where_the_iteration_rests_before_its_end():
     assert float(found.stable_rank) == pytest.approx(right, rel=0.01)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_stable_rank_where_the_start_is_nearly_a_smaller_singular_vector(dtype):
+    """898 queries see 900 keys alike, two see one alone. P^T P = 898/900^2 1 1^T + 2 e e^T has two eigenvalues."""
+    bias = torch.zeros(900, 900)
+    bias[:2, 7] = 200.0
+    found = attention_statistics(torch.zeros(900, 4), torch.zeros(900, 4), bias=bias, dtype=dtype)
+    largest = np.linalg.eigvals(np.diag([898 / 900**2, 2.0]) @ np.array([[900.0, 1.0], [1.0, 1.0]])).max()
+    assert float(found.stable_rank) == pytest.approx((898 / 900 + 2) / largest, rel=1e-2)
+    assert largest == pytest.approx(2.0, rel=1e-2)
+
+
 @pytest.mark.parametrize(("dtype", "sink"), [("float32", 30.0), ("float32", 100.0), ("float64", 400.0)])
 def test_norms_of_what_sinks_leave_do_not_underflow(dtype, sink):
     q, k = (x.numpy() for x in head(2, 90, 8))
