@@ -399,6 +399,16 @@ def test_norms_of_what_sinks_leave_do_not_underflow(dtype, sink):
     assert float(found.column_norm) == pytest.approx(float(norm), rel=1e-4, abs=1e-300)
 
 
+def test_sinks_of_each_query():
+    generator = torch.Generator().manual_seed(8)
+    q, k = torch.randn(2, 30, 4, generator=generator), torch.randn(2, 20, 4, generator=generator)
+    sinks = torch.randn(2, 30, generator=generator)
+    found = attention_statistics(q, k, sinks=sinks, dtype="float64")
+    logits = torch.cat([q.double() @ k.double().mT / 2, sinks.double().unsqueeze(-1)], -1)
+    torch.testing.assert_close(found.sink_mass, logits.softmax(-1)[..., -1])
+    torch.testing.assert_close(found.entropy, entropy_of(logits.log_softmax(-1)))
+
+
 def test_no_shares_no_counts_and_a_change_of_an_answer_changes_no_other():
     q, k = head(2, 30, 8)
     for dtype in ("float32", "float64"):
