@@ -52,7 +52,7 @@ def reduce_attention(q: Array, k: Array, scale: float | None = None) -> Attentio
     s = resolve_scale(scale, queries.shape[-1])
     key_norms = keys.square().sum(-1)
     largest = key_norms.amax(-1, keepdim=True)
-    lift = (largest - key_norms).clamp_min(0.0).sqrt()
+    lift = (largest - key_norms).sqrt()
     lifted_keys = torch.cat([keys, lift.unsqueeze(-1)], -1)
     lifted_queries = torch.cat([queries, queries.new_zeros((*queries.shape[:-1], 1))], -1)
     log_row_scale = 0.5 * s * (queries.square().sum(-1) + largest)

@@ -375,6 +375,17 @@ def test_stable_rank_where_the_iteration_rests_before_its_end():
     assert float(found.stable_rank) == pytest.approx(right, rel=0.01)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_stable_rank_where_the_start_is_nearly_a_smaller_singular_vector(dtype):
+    """898 queries see 900 keys alike, two see one alone. P^T P = 898/900^2 1 1^T + 2 e e^T has two eigenvalues."""
+    bias = torch.zeros(900, 900)
+    bias[:2, 7] = 200.0
+    found = attention_statistics(torch.zeros(900, 4), torch.zeros(900, 4), bias=bias, dtype=dtype)
+    largest = np.linalg.eigvals(np.diag([898 / 900**2, 2.0]) @ np.array([[900.0, 1.0], [1.0, 1.0]])).max()
+    assert float(found.stable_rank) == pytest.approx((898 / 900 + 2) / largest, rel=1e-2)
+    assert largest == pytest.approx(2.0, rel=1e-2)
+
+
 @pytest.mark.parametrize(("dtype", "sink"), [("float32", 30.0), ("float32", 100.0), ("float64", 400.0)])
 def test_norms_of_what_sinks_leave_do_not_underflow(dtype, sink):
     q, k = (x.numpy() for x in head(2, 90, 8))
@@ -386,6 +397,16 @@ def test_norms_of_what_sinks_leave_do_not_underflow(dtype, sink):
     assert float(found.stable_rank) == pytest.approx(float(right), rel=0.01)
     norm = 90 * p.square().sum(0).amax() * math.exp(-2 * sink)
     assert float(found.column_norm) == pytest.approx(float(norm), rel=1e-4, abs=1e-300)
+
+
+def test_sinks_of_each_query():
+    generator = torch.Generator().manual_seed(8)
+    q, k = torch.randn(2, 30, 4, generator=generator), torch.randn(2, 20, 4, generator=generator)
+    sinks = torch.randn(2, 30, generator=generator)
+    found = attention_statistics(q, k, sinks=sinks, dtype="float64")
+    logits = torch.cat([q.double() @ k.double().mT / 2, sinks.double().unsqueeze(-1)], -1)
+    torch.testing.assert_close(found.sink_mass, logits.softmax(-1)[..., -1])
+    torch.testing.assert_close(found.entropy, entropy_of(logits.log_softmax(-1)))
 
 
 def test_no_shares_no_counts_and_a_change_of_an_answer_changes_no_other():
@@ -478,6 +499,30 @@ def test_products_beyond_float32_that_cancel():
     plain = attention_statistics(q.double(), k.double())
     moved = attention_statistics(q.double() * 2.0**150, k.double() * 2.0**-150)
     assert torch.equal(moved.entropy, plain.entropy)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("largest", [1e8, 1e10, 1e20])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_largest_logits_of_any_size_share_their_row(sign, largest, dtype):
+    """Three keys have the largest logit of a row, or one has, and all others have no weight."""
+    q, k = torch.full((4, 1), sign), torch.tensor([largest, largest, 0.0, largest]).unsqueeze(1)
+    found = attention_statistics(q, k, scale=1.0, dtype=dtype)
+    torch.testing.assert_close(found.support, torch.full((4,), 3.0 if sign > 0 else 1.0, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("short", [0.0, 1e-310, 1e-170])
+@pytest.mark.parametrize("scale", [1e-300, 1.0, 1e60])
+def test_zeros_beside_what_no_float32_holds(scale, short, dtype):
+    """Their products are 0, and the weights equal."""
+    short, long = torch.full((5, 3), short, dtype=torch.float64), torch.full((5, 3), 1e49, dtype=torch.float64)
+    for q, k in ((short, long), (long, short), (short, short)):
+        found = attention_statistics(q, k, scale=scale, dtype=dtype)
+        for name in ("support", "largest_weight", "first_mass", "column_norm", "stable_rank"):
+            right = {"support": 5.0, "largest_weight": 0.2, "first_mass": 0.2}.get(name, 1.0)
+            values = getattr(found, name)
+            torch.testing.assert_close(values, torch.full_like(values, right))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

@@ -41,6 +41,14 @@ def test_log_kernel_is_at_most_zero_and_finite_at_logits_of_ten_thousand():
     assert float(values.max()) <= 0.0
 
 
+def test_a_query_that_equals_the_longest_key_has_an_entry_of_1():
+    """But for rounding, which never lifts it above."""
+    q, _ = pair(3, (300, 1, 7), (1, 1))
+    values = log_kernel(q, q)
+    assert float(values.max()) <= 0.0
+    torch.testing.assert_close(values, torch.zeros_like(values), rtol=0, atol=1e-13)
+
+
 def test_numpy_in_numpy_out():
     q, k = pair(2, (5, 3), (6, 3))
     ours = log_kernel(q.numpy(), k.numpy())

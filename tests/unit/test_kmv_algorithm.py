@@ -15,6 +15,8 @@ from approxkmv import approx_kmv
 from approxkmv.errors import InputError
 from approxkmv.kmv import algorithm
 from approxkmv.kmv.constants import PaperConstants
+from approxkmv.kmv.costs import Tally
+from approxkmv.kmv.gaussian import GaussianKernel
 from approxkmv.kmv.heavy import find_heavy
 from approxkmv.kmv.light import approx_light
 from approxkmv.kmv.preprocess import split
@@ -164,6 +166,15 @@ def test_a_large_entry_at_a_heavy_key_is_counted_once():
     assert within(case, x, result.y, 0.01)
 
 
+@pytest.mark.parametrize("rows", [1, 3, 20])
+def test_columns_of_large_entries_are_exact_in_blocks_of_any_size(rows):
+    case, x, large = even_spread(20), np.arange(20.0), np.array([2, 5, 17])
+    kernel = GaussianKernel(case.queries, case.keys, case.sigma)
+    y, tally = algorithm.exact_columns(kernel, x, large, 4 * 8 * 3 * len(large) * rows)
+    np.testing.assert_allclose(y, case.matrix[:, large] @ x[large], rtol=1e-12)
+    assert tally == Tally(60, 60)
+
+
 @pytest.mark.parametrize("divisor", [2.0, 4.0])
 def test_what_epsilon_is_divided_into(divisor, monkeypatch):
     """A row's error is that of its samples, of what H_2 loses, a quarter of what it is given, and of hidden buckets."""
@@ -195,6 +206,19 @@ def test_any_epsilon(epsilon):
     case = even_spread(64)
     x = np.ones(64)
     assert within(case, x, run(case, x, epsilon=epsilon).y, epsilon)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("density", ["exact", "levels"])
+@pytest.mark.parametrize(("epsilon", "factor"), [(1e-30, 1.0), (1e-30, 1e-300), (1e30, 1e300)])
+def test_epsilon_at_its_limits(epsilon, factor, density):
+    """Budgets that no integer of 64 bits holds, buckets of one square, and an error beyond float64."""
+    case, x = even_spread(4), np.array([1.0, -0.9, 0.8, 0.9])
+    few = PaperConstants(density_error_exponent=0.6)
+    result = run(case, factor * x, epsilon=epsilon, density=density, constants=few)
+    gap = case.matrix @ x - result.y / factor
+    assert np.linalg.norm(gap) <= max(epsilon, 1e-15) * np.linalg.norm(x)
+    assert result.row_error == pytest.approx(epsilon * (factor * float(np.linalg.norm(x)) / 2))
 
 
 @pytest.mark.parametrize(("alpha", "gamma"), [(0.0, 0.0), (0.0, 1.0), (0.8, 0.109), (1 / 3, 0.0), (0.2, 1.0)])
@@ -355,6 +379,8 @@ def test_memory_is_bounded_and_too_little_is_refused_with_the_least():
         ({"sigma": float("inf")}, "sigma"),
         ({"epsilon": 0.0}, "epsilon"),
         ({"epsilon": float("nan")}, "epsilon"),
+        ({"epsilon": 0.9e-30}, "between 1e-30 and 1e30"),
+        ({"epsilon": 1.1e30}, "between 1e-30 and 1e30"),
         ({"alpha": -0.1}, "alpha"),
         ({"alpha": 1.1}, "alpha"),
         ({"gamma": 1.1}, "gamma"),
@@ -366,6 +392,7 @@ def test_memory_is_bounded_and_too_little_is_refused_with_the_least():
         ({"family": "x"}, "family"),
         ({"density": "x"}, "density"),
         ({"heavy": find_heavy(np.ones((2, 2)), np.ones((3, 2)), sigma=1.0, seed=0)}, "heavy has 2 sets"),
+        ({"heavy": find_heavy(np.ones((3, 2)), np.ones((4, 2)), sigma=1.0, seed=0)}, "do not fit 3 queries and 3 keys"),
     ],
 )
 def test_bad_input_is_one_clear_line(change, word):

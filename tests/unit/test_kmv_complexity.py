@@ -135,8 +135,18 @@ def test_what_a_fit_says_of_costs_without_noise():
     assert fit["log10_crossing_paper"] == pytest.approx(log10_crossing(1.89, math.log(30) - 0.19 * last))
 
 
+def test_intervals_where_samples_of_few_sizes_or_quadratic_costs_are_drawn():
+    """Three sizes have one line, whichever is drawn twice elsewhere; some lines of noisy costs never fall below n^2."""
+    three = fit_exponents(synthetic(1.7, 30.0, noise=0.1).query("seed == 0 and n < 10000"), draws=200).iloc[0]
+    assert three[["exponent_low", "exponent_high"]].tolist() == pytest.approx([three["exponent"]] * 2)
+    noisy = fit_exponents(synthetic(1.98, 30.0, noise=0.5), draws=200).iloc[0]
+    assert noisy["exponent_low"] < 1.95 < 2.0 < noisy["exponent_high"]
+    assert math.isfinite(noisy["log10_crossing_low"])
+    assert math.isinf(noisy["log10_crossing_high"])
+
+
 def test_crossings_solve_their_equation():
-    for exponent, factor in ((1.5, 50.0), (1.89, 1000.0), (1.2, 10.0)):
+    for exponent, factor in ((1.5, 50.0), (1.89, 1000.0), (1.89, 1.0), (1.2, 10.0)):
         log_n = log10_crossing(exponent, math.log(factor)) * math.log(10)
         assert math.log(factor) + math.log(log_n) == pytest.approx((2 - exponent) * log_n, rel=1e-6)
     assert math.isinf(log10_crossing(2.0, 0.0))
@@ -161,6 +171,8 @@ def test_the_figure_is_drawn_from_the_table_alone(tmp_path):
 def test_bad_input_is_refused(tmp_path):
     with pytest.raises(InputError, match="sizes"):
         measure_costs([])
+    with pytest.raises(InputError, match="sizes is 1: it must be at least 2"):
+        measure_costs([1])
     with pytest.raises(InputError, match="kernels"):
         measure_costs([64], kernels=["dense"])
     with pytest.raises(InputError, match="epsilon"):

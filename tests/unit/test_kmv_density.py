@@ -76,6 +76,23 @@ def test_exact_is_the_mean_kernel_value():
     assert density.tally.kernel_evaluations == density.tally.distinct_evaluations == 6 * 300
 
 
+@pytest.mark.parametrize(
+    ("make", "error"),
+    [
+        (lambda: ExactDensity(SIGMA), 1e-6),
+        (lambda: UniformDensity(SIGMA, samples=2000, seed=0), 0.3),
+        (lambda: DensityLevels(SIGMA, relative_error=0.3, floor=1e-3, failure=1e-4, recover="scan", seed=0), 0.3),
+    ],
+)
+def test_points_far_from_the_origin_keep_their_densities(make, error):
+    """Their squares have no digits left for the distances between neighbours."""
+    points, queries = (part + 1e9 for part in cloud())
+    dense = truth(points, queries) > 0.02
+    assert dense.sum() > 2
+    found = make().fit(points).query(queries)
+    np.testing.assert_allclose(found[dense], truth(points, queries)[dense], rtol=error)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("make", [uniform, hashed])
 def test_uniform_and_hashing_based_are_unbiased(make):
@@ -244,6 +261,28 @@ def test_sizes_of_levels_by_hand(error, floor, failure):
         assert 0.5 ** plan[-1].index <= error * guess / 4 < 2 * 0.5 ** plan[-1].index
 
 
+@pytest.mark.parametrize("failure", [0.1, 1e-6])
+def test_tables_miss_a_sample_as_rarely_as_is_said(failure):
+    levels = DensityLevels(SIGMA, relative_error=0.5, floor=0.1, failure=failure, recover="hash").fit(cloud()[0])
+    for level in levels.plan(0.125)[:-1]:
+        chance = float(level.family.collision_probability(math.sqrt((level.index + 1) * math.log(2))))
+        assert (1 - chance) ** level.tables <= min(failure, 0.5 / 100)
+
+
+@pytest.mark.parametrize(("density", "asked"), [(1.0, 1), (0.49, 3), (0.3, 3), (0.25, 3), (0.24, 4), (0.01, 5)])
+def test_the_guess_is_halved_until_the_estimate_reaches_it(density, asked):
+    guesses = []
+
+    class Known(DensityLevels):
+        def _at_guess(self, queries, guess, step):
+            guesses.append(guess)
+            return np.full(len(queries), density)
+
+    levels = Known(SIGMA, relative_error=0.5, floor=0.07, failure=0.1).fit(np.zeros((3, 2)))
+    assert levels.query(np.zeros((2, 2))).tolist() == [density if density > 0.07 else 0.0] * 2
+    assert guesses == [1.0, 0.5, 0.25, 0.125, 0.0625][:asked]
+
+
 @pytest.mark.parametrize("recover", ["scan", "hash"])
 @pytest.mark.parametrize("log2", [0.0, -0.4, -1.5, -2.5, -3.5, -6.0, -9.0])
 def test_every_kernel_value_lies_in_one_level(log2, recover):
@@ -275,6 +314,14 @@ def test_every_point_of_a_bucket_is_drawn(place):
     assert density.query(np.zeros((1, 1)))[0] == pytest.approx(1 / 3, abs=5 * math.sqrt(2 / 9 / 900))
 
 
+@pytest.mark.parametrize("recover", ["scan", "hash"])
+def test_points_at_the_query_are_in_the_first_level(recover):
+    """Rounding may put their squared distance below 0."""
+    places = np.random.default_rng(3).standard_normal((40, 4))
+    levels = DensityLevels(SIGMA, relative_error=0.5, floor=0.02, failure=0.1, recover=recover, seed=0).fit(places)
+    assert (levels.query_at(places, 2.0**-5) >= 0.5 / 40).all()
+
+
 def test_of_several_averages_the_median_is_taken():
     """A single sample of two places is all or nothing, and so is the median of three; a mean would be in thirds."""
     points = np.array([[0.0], [0.0], [1e3], [1e3]])
@@ -291,7 +338,22 @@ def test_of_several_averages_the_median_is_taken():
 @pytest.mark.parametrize("scale", [0.5, 0.02, 1e-6])
 def test_the_default_hash_collides_with_the_root_of_the_kernel_at_its_scale(scale):
     family = HashingBasedDensity(SIGMA, samples=1, scale=scale).family
-    assert float(family.collision_probability(math.sqrt(-math.log(scale)))) == pytest.approx(math.sqrt(scale))
+    distance = math.sqrt(-math.log(scale))
+    assert float(family.collision_probability(distance)) == pytest.approx(math.sqrt(scale))
+    # Nearer, too, it is closer to the root than one or many functions come.
+    nearer, root = float(family.collision_probability(distance / 2)), math.exp(-(distance**2) / 8)
+    assert root**1.85 < nearer < root
+
+
+def test_the_default_hash_at_the_ends_of_its_scale():
+    assert float(HashingBasedDensity(SIGMA, samples=1, scale=1.0).family.collision_probability(0.1)) > 0.99
+    assert float(HashingBasedDensity(SIGMA, samples=1, scale=0.0).family.collision_probability(0.0)) == 1.0
+
+
+def test_points_so_far_that_they_cannot_collide_have_no_weight_if_they_do():
+    density = HashingBasedDensity(1.0, samples=20, scale=1e-4, seed=0).fit(np.array([[2e100]]))
+    assert density.query(np.array([[1e100]])).tolist() == [0.0]
+    assert density.tally.kernel_evaluations > 0
 
 
 @pytest.mark.parametrize(
@@ -318,6 +380,8 @@ def test_same_seed_same_answer(make):
         (lambda: ExactDensity(0.0), "sigma"),
         (lambda: ExactDensity(1.0).query(np.zeros((1, 2))), "call fit"),
         (lambda: ExactDensity(1.0).fit(np.zeros((0, 2))), "empty"),
+        (lambda: ExactDensity(1.0).fit(np.full((3, 2), 1e155)), r"more than 1e\+150"),
+        (lambda: ExactDensity(1e-300).fit(np.ones((3, 2))).query(np.ones((1, 2))), r"more than 1e\+150"),
         (lambda: ExactDensity(1.0).fit(np.zeros((3, 2))).query(np.zeros((1, 3))), "width"),
         (lambda: UniformDensity(1.0, samples=0), "samples"),
         (lambda: HashingBasedDensity(1.0, samples=3, averages=0), "averages"),

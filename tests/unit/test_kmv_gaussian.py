@@ -18,8 +18,7 @@ def test_entries_are_those_of_the_differences(apart):
     queries[::2], keys[::2] = queries[::2] + apart, keys[::2] + apart
     kernel = GaussianKernel(queries, keys, 0.7)
     right = -((queries[:, None] - keys) ** 2).sum(2) / (2 * 0.7**2)
-    # Points of size 1e10 themselves have six digits after the point.
-    close = {"rtol": 1e-9, "atol": 1e-8 + 1e-15 * apart}
+    close = {"rtol": 1e-9, "atol": 1e-8 if apart < 1e4 else 1e-12}
     for found, part in (
         (kernel.log_rows(slice(2, 6)), right[2:6]),
         (kernel.log_rows(ROWS), right[ROWS]),
@@ -32,3 +31,28 @@ def test_entries_are_those_of_the_differences(apart):
         assert (found <= 0).all()
         assert not np.exp(found[~visible]).any()
     assert kernel.computed == 4 * 12 + 4 * 12 + 4 * 3 + 3
+
+
+@pytest.mark.parametrize("size", [1e6, 1e17, 1e100])
+def test_one_far_key_costs_the_others_no_digits(size):
+    rng = np.random.default_rng(1)
+    queries, keys = rng.standard_normal((4, 3)), rng.standard_normal((5, 3))
+    keys[2] = size
+    kernel = GaussianKernel(queries, keys, 1.3)
+    right = -((queries[:, None] - keys) ** 2).sum(2) / (2 * 1.3**2)
+    found, near = kernel.log_rows(slice(0, 4)), [0, 1, 3, 4]
+    np.testing.assert_allclose(found[:, near], right[:, near], rtol=1e-12)
+    assert (found[:, 2] < -1000).all()
+    np.testing.assert_allclose(kernel.log_pairs(np.arange(4), np.array(near)), right[np.arange(4), near], rtol=1e-12)
+
+
+@pytest.mark.parametrize("apart", [0.0, 1e9])
+def test_no_entry_is_above_1_and_those_of_equal_points_are_1(apart):
+    """300 x 300 pairs, more than are computed together."""
+    points = np.random.default_rng(2).standard_normal((300, 5)) + apart * (np.arange(300) == 0)[:, None]
+    found = GaussianKernel(points, points, 0.5).log_rows(slice(0, 300))
+    assert found.max() <= 0.0
+    assert found.diagonal() == pytest.approx(0.0, abs=1e-12)
+    near = np.equal.outer(np.arange(300) == 0, np.arange(300) == 0)
+    right = -2.0 * ((points[:, None] - points) ** 2).sum(2)
+    np.testing.assert_allclose(found[near], right[near], rtol=1e-9, atol=1e-12)

@@ -56,6 +56,11 @@ def test_the_p_stable_curve_is_the_integral_that_defines_it(distance):
     assert curve == pytest.approx(single**2, rel=1e-7)
 
 
+def test_the_p_stable_curve_at_distances_whose_squares_overflow():
+    found = PStableHash(1.7).collision_probability(np.array([1e100, 1e200, 1e300]))
+    assert found.tolist() == pytest.approx([1.7 / math.sqrt(2 * math.pi) * x for x in (1e-100, 1e-200, 1e-300)])
+
+
 @pytest.mark.parametrize("t", [1, 2, 3, 4, 7])
 def test_the_ball_carving_curve_is_the_expected_share_of_two_balls(t):
     radius = 1.3
@@ -85,6 +90,15 @@ def test_near_property_of_lemma_2_1(name, n, alpha):
     assert curve[-1] <= n**-alpha * 1.01
 
 
+@pytest.mark.parametrize(("name", "probability"), [("p-stable", 0.5), ("ball-carving", 0.05)])
+def test_no_more_functions_are_joined_than_gain_a_tenth(name, probability):
+    chosen = near_family(name, 1.0, probability, n=4096)
+    others = [near_family(name, 1.0, probability, n=4096, concatenation=joined) for joined in range(1, 9)]
+    far = np.array([float(family.collision_probability(2.0)) for family in others])
+    assert [family.concatenation for family in others] == list(range(1, 9))
+    assert chosen.concatenation == 1 + np.flatnonzero(far <= 1.1 * far.min())[0] < 1 + far.argmin()
+
+
 @pytest.mark.parametrize("name", ["p-stable", "ball-carving"])
 def test_far_points_collide_less_than_a_linear_exponent_allows(name):
     """Both families beat n^(-c alpha), the exponent of a hash whose log-probability is linear in distance.
@@ -111,6 +125,7 @@ def test_codes_do_not_depend_on_how_points_are_batched(family):
         assert (whole == parts).mean() > 0.99
 
 
+@pytest.mark.filterwarnings("error")
 def test_extremely_far_points_hash_without_overflow():
     points = np.array([[1e300, 0.0], [-1e300, 1.0], [0.0, 0.0]])
     for family in (PStableHash(1.0, 2), BallCarvingHash(1.0, 2)):

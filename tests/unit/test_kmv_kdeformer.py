@@ -75,9 +75,10 @@ def test_what_lies_below_the_floor_is_summed_exactly():
     q, p, _ = case(n_q=20)
     q[3] *= 40
     density = DensityLevels(1.0, relative_error=0.5, floor=1e-2, failure=0.1, seed=0, median_factor=1.0)
-    found = weighted_exponential_density(q, p, np.zeros(len(p)), density)
+    log_w = np.random.default_rng(1).standard_normal(len(p))
+    found = weighted_exponential_density(q, p, log_w, density)
     assert found.exact_rows >= 1
-    assert found.log_sums[3] == pytest.approx(log_sums(q, p, 0.0)[3], abs=1e-9)
+    assert found.log_sums[3] == pytest.approx(log_sums(q, p, log_w)[3], abs=1e-9)
     assert np.isfinite(found.log_sums).all()
 
 
@@ -156,6 +157,8 @@ def test_bad_input_is_one_line():
     q, k, v = case()
     with pytest.raises(InputError, match="a row for each of the 200 keys"):
         spectral_attention(q, k, v[:7], 5)
+    with pytest.raises(InputError, match=r"logits may be 1e\+20"):
+        spectral_attention(np.full((5, 1), 1e10), np.linspace(0.0, 1e10, 7)[:, None], v[:7], 5)
     with pytest.raises(InputError, match="samples is 0"):
         spectral_attention(q, k, v, 0)
     with pytest.raises(InputError, match=r"bandwidth 2\.0"):

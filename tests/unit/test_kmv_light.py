@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from kmv_kernels import SPARSE, background
+from kmv_kernels import SPARSE, Case, background
 from scipy import stats
 
 from approxkmv.errors import InputError
@@ -43,6 +43,15 @@ def test_split_survives_extreme_scales(factor):
     assert parts.norm_factor == pytest.approx(factor * math.sqrt(14 / 4))
 
 
+def test_squares_at_the_bounds_of_definition_3_1():
+    """Large from n^gamma on, and small up to the other bound; one entry alone is large, whatever the error."""
+    assert split(np.ones(4), gamma=0.0, epsilon=0.5).large.tolist() == [0, 1, 2, 3]
+    tiny = split(np.array([0.0, 1.0, 1.0]), gamma=0.5, epsilon=0.5, constants=PaperConstants(small_exponent=1e4))
+    assert (tiny.small.tolist(), tiny.kept.tolist()) == ([0], [1, 2])
+    one = split(np.array([3.0]), gamma=0.109, epsilon=10.0)
+    assert (one.large.tolist(), one.small.tolist()) == ([0], [])
+
+
 def test_split_of_zero():
     parts = split(np.zeros(5), gamma=0.109, epsilon=0.5)
     assert len(parts.large) == len(parts.kept) == 0
@@ -53,8 +62,8 @@ def test_dropping_small_entries_costs_a_quarter_of_epsilon_at_most():
     """The printed bound x_j^2 <= n^-4 alone would allow 1/n per row: too much where epsilon n < 4."""
     for epsilon in (0.5, 0.01, 1e-6):
         for n in (2, 30, 1000):
-            for power in (0, 0.5, 1):
-                entry = 0.999 * n**-2.0 * min(1.0, epsilon * n / 4) ** power
+            for power, factor in ((0, 1.999), (0.5, 1.999), (1, 1.999), (0, 0.999), (0.5, 0.999), (1, 0.999)):
+                entry = factor * n**-2.0 * min(1.0, epsilon * n / 4) ** power
                 x = np.full(n, entry)
                 x[0] = math.sqrt(n)
                 parts = split(x, gamma=0.109, epsilon=epsilon)
@@ -74,6 +83,15 @@ def test_every_kept_key_is_in_the_bucket_of_its_square(epsilon):
     ratio = 1 + min(epsilon, 1.0)
     assert np.all(square <= rounded * (1 + 1e-9))
     assert np.all(rounded <= square * ratio * (1 + 1e-9))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("epsilon", [1e-12, 1e-16, 1e-30])
+def test_buckets_of_an_epsilon_that_float64_cannot_add_to_1(epsilon):
+    scaled = np.array([1e-8, 0.3, 0.3, 1.0, 1.2])
+    b = bucket(scaled, np.arange(5), epsilon)
+    assert b.sizes.tolist() == [1, 2, 1, 1]
+    np.testing.assert_allclose(np.repeat(b.rounded, b.sizes), scaled**2, rtol=1e-9)
 
 
 @pytest.mark.parametrize(("repetitions", "n"), [(1, 3), (7, 5), (40, 400), (5000, 100), (10**6, 300), (10**9, 128)])
@@ -116,6 +134,13 @@ def test_single_survivors_have_the_law_of_the_counts():
         # The variance of 4,000 values with kurtosis below 9 is within 4.5 * sqrt(8 / 4000) = 20 %.
         assert sample.var() == pytest.approx(variance, rel=0.2)
     assert np.mean(numbers) == pytest.approx(30 * repetitions / n, rel=0.05)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 40])
+def test_as_many_survive_as_were_drawn(n):
+    for seed in range(5):
+        wanted = survivors(6 * 5 * 4, n, np.random.default_rng(seed))
+        assert len(draw_survivors(6, 5, 4, n, np.random.default_rng(seed))[1]) == wanted
 
 
 def test_survivors_are_distinct_trials():
@@ -265,6 +290,75 @@ def test_what_is_asked_of_densities_by_levels(least, monkeypatch):
     assert found.density_tally.distinct_evaluations == of_levels + (60 * sizes.sum() if least else 0)
 
 
+def test_a_density_asks_for_the_larger_side_where_failures_are_united():
+    """And log n stands for the number of buckets where there are fewer."""
+    asked = {}
+
+    class Exact(ExactDensity):
+        def __init__(self, sigma, *, seed, **given):
+            super().__init__(sigma)
+            asked.update(given)
+
+    case = SPARSE["even spread"](60)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(light_module, "DensityLevels", Exact)
+        light_of(Case(case.queries, case.keys[:40], case.sigma), np.ones(40), density="levels")
+    assert (asked["relative_error"], asked["failure"]) == (40**-0.218, 60.0**-2)
+    assert asked["floor"] == pytest.approx(0.125**2 / (40 * math.log(40) ** 2 * 40))
+
+
+def light_of_two(density, *, row_error=1e3, seed=0, constants=None):
+    """Two keys at distance 0 and 1 of a query, one of them heavy, among 8."""
+    kernel = GaussianKernel(np.zeros((1, 1)), np.array([[0.0], [1.0], *6 * [[9.0]]]), 1.0)
+    heavy = HeavyKeys(np.array([0, 1]), np.array([0]), np.zeros(1), 1, Tally())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(light_module, "DensityLevels", density)
+        return approx_light(
+            kernel,
+            np.r_[1.0, 1.0, np.zeros(6)],
+            np.array([0, 1]),
+            heavy,
+            Errors(row_error, 0.25, 1e-3),
+            density="levels",
+            constants=constants or PaperConstants(),
+            source=np.random.SeedSequence(seed),
+            memory=1 << 24,
+        )
+
+
+def test_a_density_that_is_too_low_leaves_one_repetition():
+    class Low(ExactDensity):
+        def __init__(self, sigma, **_):
+            super().__init__(sigma)
+
+        def query(self, queries):
+            return 0.1 * super().query(queries)
+
+    light = light_of_two(Low)
+    assert (light.squared_sum.tolist(), light.repetitions.tolist()) == ([0.0], [1.0])
+    assert np.isfinite(light.z).all()
+
+
+def test_of_the_averages_the_median_is_taken():
+    """One repetition of a key that survives in one of eight: most of 21 averages are 0."""
+    for seed in range(8):
+        light = light_of_two(lambda sigma, **_: ExactDensity(sigma), seed=seed)
+        assert (light.averages, light.repetitions.tolist()) == (21, [1.0])
+        assert light.sampling_tally.kernel_evaluations > 0
+        assert light.z.tolist() == [0.0]
+
+
+def test_samples_of_some_of_the_keys_are_weighed_by_all():
+    """The light key of T, one of 8: an average of R repetitions is its term times 8 / R times how often it survived."""
+    one = PaperConstants(median_factor=1e-9)
+    for seed in range(5):
+        light = light_of_two(lambda sigma, **_: ExactDensity(sigma), row_error=4.0, seed=seed, constants=one)
+        times = light.sampling_tally.kernel_evaluations
+        assert 3 < light.repetitions[0] < 16
+        assert light.sampling_tally.distinct_evaluations == min(times, 1)
+        assert light.z[0] == pytest.approx(math.exp(-0.5) * 8 / light.repetitions[0] * times)
+
+
 @pytest.mark.parametrize("rounds", [1, 7])
 @pytest.mark.parametrize("density", ["exact", "levels"])
 def test_one_key_survives_in_every_repetition(density, rounds):
@@ -357,9 +451,10 @@ def test_counts_only_asks_for_what_a_full_run_asks_for():
 
 
 @pytest.mark.parametrize("field", ["table_factor", "repetition_factor", "density_error_exponent"])
-def test_constants_must_be_positive(field):
+@pytest.mark.parametrize("value", [0.0, math.inf, math.nan])
+def test_constants_must_be_positive_and_finite(field, value):
     with pytest.raises(InputError, match=field):
-        PaperConstants(**{field: 0.0})
+        PaperConstants(**{field: value})
     with pytest.raises(InputError, match="exceed 1"):
         PaperConstants(epsilon_divisor=1.0)
 

@@ -208,6 +208,22 @@ def test_attention_at_one_large_query_beside_ordinary_ones():
     assert result.exact_rows >= 1
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("factor", [1.0, 1e-200, 1e45])
+def test_attention_where_queries_or_keys_are_zero_or_equal(factor):
+    rng = np.random.default_rng(6)
+    q, k, v = rng.standard_normal((5, 3)), rng.standard_normal((7, 3)), rng.standard_normal((7, 2))
+    zeros = np.zeros((5, 3))
+    cases = [(zeros, factor * k), (factor * q, np.zeros((7, 3))), (zeros, np.zeros((7, 3))), (q, 0 * k + 2.0 * factor)]
+    cases += [(0 * q + factor, k), (factor * q[:1], k[:1]), (factor * q, np.repeat(k[:1], 7, 0))]
+    for queries, keys in cases:
+        logits = queries @ keys.T / math.sqrt(3)
+        weights = np.exp(logits - logits.max(1, keepdims=True))
+        right = weights @ v[: len(keys)] / weights.sum(1, keepdims=True)
+        gap = attention_product(queries, keys, v[: len(keys)], 0.1, seed=0).output - right
+        assert (np.linalg.norm(gap, axis=0) <= 0.1 * np.linalg.norm(v[: len(keys)], axis=0)).all()
+
+
 def test_attention_takes_batches_scale_and_other_sizes():
     g = torch.Generator().manual_seed(4)
     q, k, v = (torch.randn(2, 2, n, d, generator=g) for n, d in ((9, 5), (30, 5), (30, 2)))

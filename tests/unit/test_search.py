@@ -89,8 +89,30 @@ def test_graphs_of_few_and_equal_points(vamana):
         found = graph.search(points(5, 3), 3, 8)
         assert bool((found.keys[:, 0] >= 0).all())
         assert bool((found.keys < len(x)).all())
-    with pytest.raises(InputError, match="alpha is"):
-        vamana.build(points(5, 2), alpha=0.9, degree=4, beam=4, generator=generator)
+    for alpha in (0.9, math.nan):
+        with pytest.raises(InputError, match="alpha is"):
+            vamana.build(points(5, 2), alpha=alpha, degree=4, beam=4, generator=generator)
+    for factor in (1e18, math.nan):
+        with pytest.raises(InputError, match=r"points hold a NaN or a number beyond 1e\+17"):
+            vamana.build_exhaustively(factor * torch.ones(5, 2), alpha=1.5)
+
+
+def test_points_at_one_place_link_to_each_other_and_not_to_themselves(vamana):
+    x = points(12, 3).repeat(3, 1)
+    graph = vamana.build_exhaustively(x, alpha=1.5)
+    for i in range(36):
+        linked = graph.neighbours[i, : graph.degrees[i]]
+        assert i not in linked
+        assert any(other % 12 == i % 12 for other in linked)
+    found = graph.search(x, 1, 1)
+    assert bool((found.distances == 0).all())
+    assert bool((found.keys[:, 0] % 12 == torch.arange(36) % 12).all())
+
+
+def test_queries_of_another_width_are_refused(vamana):
+    graph = vamana.build_exhaustively(points(20, 3), alpha=1.5)
+    with pytest.raises(InputError, match="width 40"):
+        graph.search(points(2, 40), 1, 1)
 
 
 def test_distances_are_counted_by_hand(vamana):
@@ -133,6 +155,11 @@ def test_a_shortcut_is_as_much_nearer_as_alpha_says(vamana):
         links.add(tuple(graph.degrees.tolist()))
     # 2.5 gets its link to 0 only where 0 comes last, and links both ways.
     assert links == {(1, 2, 1), (2, 2, 2)}
+
+
+def test_a_shortcut_exactly_as_much_nearer_is_one(vamana):
+    graph = vamana.build_exhaustively(torch.tensor([[0.0], [1.0], [2.0]]), alpha=2.0)
+    assert [graph.neighbours[i, :size].tolist() for i, size in enumerate(graph.degrees)] == [[1], [0, 2], [1]]
 
 
 def test_a_search_goes_back_to_what_is_nearer(vamana):
@@ -210,7 +237,7 @@ def test_the_exact_index_of_other_devices_agrees():
     pytest.importorskip("faiss")
     from approxkmv.search.indexes import FlatIndex
 
-    k, q = points(600, 9), points(30, 9, 1)
+    k, q = points(600, 9), points(530, 9, 1)
     index = FlatIndex(k)
     index.add(0, 500)
     keys, products = index.search(q, 7)
@@ -219,6 +246,24 @@ def test_the_exact_index_of_other_devices_agrees():
     other_keys, other_products = index.search(q, 7)
     assert torch.equal(keys, other_keys)
     assert torch.allclose(products, other_products, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["flat", "hnsw", "flat elsewhere"])
+def test_fewer_keys_than_are_asked_for(name):
+    pytest.importorskip("faiss")
+    from approxkmv.search.indexes import make_index
+
+    k, q = points(10, 3), points(4, 3, 1)
+    index = make_index(name.split()[0], k, links=4, construction=20, breadth=20)
+    index.add(0, 3)
+    if name == "flat elsewhere":
+        index._index = None
+    with counting() as counts:
+        keys, products = index.search(q, 5)
+    right = (q @ k[:3].mT).topk(3)
+    assert torch.equal(keys, torch.nn.functional.pad(right.indices, (0, 2), value=-1))
+    torch.testing.assert_close(products, torch.nn.functional.pad(right.values, (0, 2), value=-torch.inf))
+    assert counts.other_products >= 0
 
 
 @pytest.mark.slow
@@ -245,6 +290,24 @@ def test_a_star_needs_a_ball_for_each_of_its_points():
     assert found.upper == pytest.approx(math.log2(7))
     assert found.aspect_ratio == pytest.approx(65.0)
     assert doubling_dimension(star, centres=8, generator=torch.Generator().manual_seed(0)) == found
+
+
+@pytest.mark.parametrize("factor", [1.0, 1e-300, 1e300])
+def test_points_on_a_line_need_as_many_balls_in_any_unit(factor):
+    """Of five, those at the ends and the middle one; of two, each its own."""
+    for number, balls in ((5, 3), (2, 2)):
+        line = factor * torch.arange(float(number), dtype=torch.float64).unsqueeze(1)
+        found = doubling_dimension(line, centres=None)
+        assert found.upper == pytest.approx(math.log2(balls))
+        assert found.aspect_ratio == pytest.approx(number - 1.0)
+
+
+def test_a_point_far_away_costs_the_others_no_digits():
+    line = torch.arange(40, dtype=torch.float64).unsqueeze(1)
+    line[0] = -1e9
+    assert doubling_dimension(line, centres=None).aspect_ratio == pytest.approx(1e9 + 39)
+    # Points at one place are one.
+    assert doubling_dimension(line.repeat(2, 1), centres=None) == doubling_dimension(line, centres=None)
 
 
 def test_points_at_equal_distances_need_a_ball_each():

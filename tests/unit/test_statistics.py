@@ -16,6 +16,7 @@ from approxkmv import head_to_tail_ratios, log_kernel, order_ratios
 from approxkmv.errors import InputError
 from approxkmv.statistics import head_statistics, unmasked_and_masked_statistics
 from approxkmv.statistics.exponential import exp_and_sum
+from approxkmv.statistics.head_to_tail import ratios_of_prefixes
 from approxkmv.statistics.order import SAMPLE, order_logarithms
 from approxkmv.statistics.selection import SEED, next_state, select_largest
 from approxkmv.statistics.streaming import length_statistics
@@ -118,6 +119,17 @@ def test_a_tiny_tail_keeps_its_digits():
     ours = head_to_tail_ratios(eye * 40.0**0.5, eye * 40.0**0.5, scale=1.0)
     expected = torch.tensor([(i * i - i) * np.exp(-40.0) / i for i in range(50, n + 1)], dtype=torch.float64)
     torch.testing.assert_close(ours, expected, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("jump", [300.0, 730.0, 900.0, 1250.0])
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_tail_keeps_its_digits_when_an_entry_exceeds_all_before_it(causal, jump):
+    """Those lie far above the first entry, and that one e^jump above it."""
+    logs = torch.full((24, 24), 560.0, dtype=torch.float64) + torch.linspace(0.0, 1.0, 576).view(24, 24)
+    logs[0, 0], logs[20, 19] = 0.0, jump
+    out = np.empty(20)
+    ratios_of_prefixes(logs.numpy(), 5, causal, out)
+    np.testing.assert_allclose(out, plain_ratios(logs, 5, causal), rtol=1e-9)
 
 
 def test_all_equal_entries_give_n_minus_one():

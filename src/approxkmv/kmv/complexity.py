@@ -95,7 +95,8 @@ def measure_costs(
     if not len(sizes):
         raise InputError("sizes is empty: give at least one n")
     for n in sizes:
-        inputs.count(n, "an entry of sizes")
+        if inputs.count(n, "an entry of sizes") < 2:
+            raise InputError(f"an entry of sizes is {n}: it must be at least 2, since costs have a factor ln n")
     for name in kernels:
         inputs.choice(name, "an entry of kernels", tuple(SPARSE_KERNELS))
     error = inputs.error(epsilon)

@@ -21,7 +21,7 @@ class PaperConstants:
     expensive. So the constants can be changed, and the defaults are the printed ones.
 
     Raises:
-        InputError: a constant that is not positive and finite, or a density error outside (0, 1].
+        InputError: a constant that is not positive and finite, or an epsilon_divisor of at most 1.
     Source: Algorithms 1, 2 and 3 and Definition 3.1 of Indyk, Kapralov, Sheth & Wagner (ICLR 2025).
     """
 

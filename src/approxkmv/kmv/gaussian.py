@@ -7,7 +7,19 @@ import numpy as np
 from approxkmv.errors import InputError
 
 # Above this squared norm the expansion |q|^2 + |k|^2 - 2<q,k> loses too many digits for nearby pairs.
-_CANCELLATION = 1e7
+CANCELLATION = 1e7
+
+
+def restore_digits(logs: np.ndarray, queries: np.ndarray, keys: np.ndarray, largest: float, unit: float = 1.0) -> None:
+    """Recompute the entries of logs = -|q_i - k_j|^2 unit^2 that may be visible after exp, from the differences.
+
+    logs: (n_q, n_k), made by the expansion and changed in place. largest: the largest squared norm in it.
+    """
+    i, j = np.nonzero(logs > -800.0 - 64.0 * largest * np.finfo(np.float64).eps)
+    for part in range(0, len(i), 65536):
+        s = slice(part, part + 65536)
+        difference = (queries[i[s]] - keys[j[s]]) * unit
+        logs[i[s], j[s]] = -np.einsum("pd,pd->p", difference, difference)
 
 
 class GaussianKernel:
@@ -25,7 +37,8 @@ class GaussianKernel:
     """
 
     def __init__(self, queries: np.ndarray, keys: np.ndarray, sigma: float) -> None:
-        # The kernel depends on differences only; centring minimises the norms, and so the cancellation.
+        # The kernel depends on differences only; centring minimises the norms, and so the cancellation. Where it cannot
+        # avoid that, pairs are computed from the points as given: a far centre rounds the points near the origin.
         centre = keys.mean(0)
         with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
             unit = 1.0 / (sigma * np.sqrt(2.0))
@@ -36,8 +49,9 @@ class GaussianKernel:
             largest = max(self._query_norms.max(), self._key_norms.max())
         if not largest < 1e300:
             raise InputError(f"the points lie more than 1e150 bandwidths apart at sigma = {sigma!r}: rescale them")
-        self._cancels = largest > _CANCELLATION
-        self._slack = 64.0 * largest * np.finfo(np.float64).eps
+        self._largest = float(largest)
+        self._cancels = largest > CANCELLATION
+        self._given = (queries, keys, unit) if self._cancels else (self.queries, self.keys, 1.0)
         self.n_queries, self.n_keys = len(queries), len(keys)
         self.computed = 0
 
@@ -51,20 +65,17 @@ class GaussianKernel:
         np.minimum(values, 0.0, out=values)
         self.computed += values.size
         if self._cancels:
-            # Recompute the entries that may be visible after exp from the differences themselves.
-            i, j = np.nonzero(values > -800.0 - self._slack)
-            for part in range(0, len(i), 65536):
-                s = slice(part, part + 65536)
-                difference = q[i[s]] - k[j[s]]
-                values[i[s], j[s]] = -np.einsum("pd,pd->p", difference, difference)
+            q, k, unit = self._given
+            restore_digits(values, q[rows], k if columns is None else k[columns], self._largest, unit)
         return values
 
     def log_pairs(self, i: np.ndarray, j: np.ndarray, chunk: int = 65536) -> np.ndarray:
         """log K of the pairs (i_p, j_p), gathered in chunks."""
         values = np.empty(len(i))
+        queries, keys, unit = self._given
         for part in range(0, len(i), chunk):
             s = slice(part, part + chunk)
-            difference = self.queries[i[s]] - self.keys[j[s]]
+            difference = (queries[i[s]] - keys[j[s]]) * unit
             np.einsum("pd,pd->p", difference, difference, out=values[s])
         self.computed += len(i)
         return np.negative(values, out=values)

@@ -88,7 +88,7 @@ class PStableHash(HashFamily):
         ratio = np.where(near, 1.0, r)
         inside = torch.erf(torch.from_numpy(np.atleast_1d(ratio) / math.sqrt(2))).numpy().reshape(ratio.shape)
         edge = -np.expm1(-0.5 * ratio**2) * math.sqrt(2 / math.pi) / ratio
-        # At large distances both terms share their leading digits: use r / sqrt(2 pi), their difference to first order.
+        # Far away r^2 underflows: use r / sqrt(2 pi), the difference of the two terms to first order.
         single = np.where(near, 1.0, np.where(ratio < 1e-4, ratio / math.sqrt(2 * math.pi), inside - edge))
         return np.clip(single, 0.0, 1.0) ** self.concatenation
 

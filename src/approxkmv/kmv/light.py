@@ -16,8 +16,8 @@ from approxkmv.kmv.heavy import HeavyKeys
 
 DENSITIES = ("auto", "exact", "levels")
 
-# Largest epsilon of a bucket, so that (1 + epsilon)^m stays in range.
-_WIDEST_BUCKET = 1.0
+# Bounds on a bucket's epsilon: (1 + epsilon)^m stays in range, and 1 + epsilon has digits of epsilon left.
+_NARROWEST_BUCKET, _WIDEST_BUCKET = 1e-12, 1.0
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def bucket(scaled: np.ndarray, kept: np.ndarray, epsilon: float) -> Buckets:
 
     Source: Algorithm 2, lines 3 and 4.
     """
-    ratio = 1.0 + min(epsilon, _WIDEST_BUCKET)
+    ratio = 1.0 + min(max(epsilon, _NARROWEST_BUCKET), _WIDEST_BUCKET)
     square = scaled[kept] ** 2
     m = np.ceil(np.log(square) / math.log(ratio) - 1e-12).astype(np.int64)
     order = np.argsort(m, kind="stable")
@@ -203,7 +203,7 @@ def approx_light(
         means = np.zeros((stop - start, averages))
         for i in np.flatnonzero(lights):
             row_rounds = int(rounds[i])
-            if values is not None or row_rounds * averages * lights[i] > n * n_t:
+            if values is not None or row_rounds * averages * int(lights[i]) > n * n_t:
                 keys = np.flatnonzero(light[i])
                 if values is not None:
                     weights = values[i, keys]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,5 +57,5 @@ def split(x: np.ndarray, *, gamma: float, epsilon: float, constants: PaperConsta
     large = square >= float(n) ** gamma
     small = (square <= bound) & ~large
     # |x| / sqrt(n) in this order: |x| alone may overflow when the factor does not.
-    factor = largest * (norm / np.sqrt(n))
+    factor = largest * (norm / math.sqrt(n))
     return Split(scaled, factor, np.flatnonzero(large), np.flatnonzero(small), np.flatnonzero(~large & ~small))

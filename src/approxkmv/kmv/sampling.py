@@ -44,7 +44,7 @@ class BinomialTable:
         self._cumulative /= self._cumulative[-1]
         size = 1 << _TABLE_BITS
         jumps = np.ceil(self._cumulative * size).astype(np.int64)
-        below = np.cumsum(np.bincount(np.minimum(jumps, size + 1), minlength=size + 2))[: size + 1]
+        below = np.cumsum(np.bincount(jumps, minlength=size + 1))
         # below[b] counts the jumps at or before step b: the value at the left end of step b.
         self._values = (below[:-1] + self._low).astype(np.float64)
         self._values[below[1:] != below[:-1]] = -1.0

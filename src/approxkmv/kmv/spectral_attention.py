@@ -138,7 +138,8 @@ def spectral_attention(
     Returns:
         A SampledAttention; output in float64, of the same kind of array as q.
     Raises:
-        InputError: mismatched shapes, a non-finite value, samples or scale not positive.
+        InputError: mismatched shapes, a non-finite value, samples or scale not positive, logits beyond 1e15, of which
+        float64 holds nothing after the point.
     """
     queries, keys = (inputs.bounded(part, "q or k", 1e50) for part in inputs.points(q, k))
     inputs.same_kind(q, "q", v, "v")
@@ -147,6 +148,9 @@ def spectral_attention(
         raise InputError(f"v {values.shape} must have a row for each of the {len(keys)} keys")
     s = resolve_scale(scale, queries.shape[1])
     m = inputs.count(samples, "samples")
+    largest = s * float(np.linalg.norm(queries, axis=1).max() * np.linalg.norm(keys, axis=1).max())
+    if largest > 1e15:
+        raise InputError(f"logits may be {largest:.0e}, but float64 holds weights up to 1e15: scale q or k down")
     seeds = [int(part) for part in inputs.seed_sequence(seed).generate_state(3)]
 
     rows = weighted_exponential_density(s * queries, keys, np.zeros(len(keys)), density(seeds[0]))

@@ -61,8 +61,6 @@ def doubling_dimension(
         from_centre = distances[centre]
         for radius in from_centre.quantile(torch.tensor(_QUANTILES, dtype=x.dtype)).tolist():
             ball = (from_centre <= radius).nonzero().squeeze(1)
-            if radius == 0 or len(ball) < 2:
-                continue
             inside = distances[ball][:, ball]
             most_apart = max(most_apart, _separated(inside, radius))
             most_balls = max(most_balls, _separated(inside, radius / 2))

@@ -60,11 +60,16 @@ class FlatIndex:
     def search(self, q: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """See Index."""
         # The products of found keys are counted by the code that weighs them.
-        report(other_products=len(q) * (self._count - count))
+        report(other_products=len(q) * max(0, self._count - count))
         if self._index is not None:
             return _found(self._index, q, count)
-        parts = [(some @ self._k[: self._count].mT).topk(count) for some in q.split(512)]
-        return torch.cat([part.indices for part in parts]), torch.cat([part.values for part in parts])
+        there = min(count, self._count)
+        parts = [(some @ self._k[: self._count].mT).topk(there) for some in q.split(512)]
+        pad = torch.nn.functional.pad
+        return (
+            pad(torch.cat([part.indices for part in parts]), (0, count - there), value=-1),
+            pad(torch.cat([part.values for part in parts]), (0, count - there), value=-torch.inf),
+        )
 
 
 class HNSWIndex:

@@ -53,9 +53,13 @@ class VamanaGraph:
 
         Args:
             beam: candidates kept during the search, at least `count`.
+        Raises:
+            InputError: queries wider than the points or beyond float32.
         """
         n_q = len(queries)
         padded = _padded(queries)
+        if padded.shape[1] != self.points.shape[1]:
+            raise InputError(f"queries have width {queries.shape[1]}, another than the graph's points")
         keys, distances = np.full((n_q, count), -1, np.int64), np.full((n_q, count), np.inf, np.float32)
         steps, evaluations = np.zeros(n_q, np.int64), np.zeros(n_q, np.int64)
         out = keys, distances, steps, evaluations

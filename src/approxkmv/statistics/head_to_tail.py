@@ -103,14 +103,16 @@ def ratios_of_prefixes(log_values: np.ndarray, first: int, causal: bool, out: np
                 width = 1
                 continue
             largest = _largest(log_values, stop, causal)
-            factor = np.exp(reference - largest)
+            # In two factors: sums of up to TOO_LARGE may be normal numbers where the whole factor is none.
+            factor = np.exp(max(reference - largest, -700.0))
+            other = np.exp(min(reference - largest + 700.0, 0.0))
             for t in range(head_size):
-                head[t] *= factor
+                head[t] = head[t] * factor * other
             for t in range(rest_size):
-                rest[t] *= factor
-            far *= factor
+                rest[t] = rest[t] * factor * other
+            far = far * factor * other
             if bound > 0.0:
-                bound *= factor
+                bound = bound * factor * other
             reference = largest
             continue
         for t in range(width):

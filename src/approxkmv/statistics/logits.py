@@ -20,6 +20,8 @@ COLUMNS = 32
 # Replaces a logit that a mask hides, by dtype; and the limit on logits, far enough from it.
 HIDDEN = {torch.float32: -1e30, torch.float64: -1e300}
 LARGEST = {torch.float32: 1e28, torch.float64: 1e290}
+# Queries or keys shorter than this, whose squared length may underflow, are balanced as if they had this length.
+_SHORTEST = 1e-150
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
@@ -141,7 +143,7 @@ def checked_logits(
     if most > LARGEST[kind]:
         raise InputError(f"logits may be {most:.0e}, but {dtype} allows {LARGEST[kind]:.0e}: scale q or k or bias down")
     # Moving a power of 2 from one to the other changes no product and keeps both within float32.
-    shift = 0.5 * (math.log2(other / s) - math.log2(one)) if one > 0 and 0 < other / s < math.inf else 0.0
+    shift = 0.5 * (math.log2(max(other, _SHORTEST)) - math.log2(s) - math.log2(max(one, _SHORTEST)))
     power = 2.0 ** round(max(-900.0, min(shift, 600.0)))
     return Logits(
         torch.mul(queries, s * power, out=torch.empty_like(queries, dtype=kind)),

@@ -9,11 +9,13 @@ from approxkmv.compute.compiling import cached_njit
 from approxkmv.compute.exponentials import FLAGS, exp, f32
 from approxkmv.compute.threads import over_threads
 from approxkmv.statistics.exponential import exp_and_sum
+from approxkmv.statistics.logits import HIDDEN
 from approxkmv.statistics.rows import RowSums
 from approxkmv.statistics.streaming_cpu import count_keys as count_keys_of_row
 
 # Weights below its exponential are dropped: n of them add less than n 2e-38 to a row's largest weight, 1.
 LOWEST = f32(-87.0)
+_HIDDEN = f32(HIDDEN[torch.float32])
 
 
 def add_tile(tile: torch.Tensor, sums: RowSums) -> None:
@@ -66,7 +68,7 @@ def _add_rows(low, high, tile, tops, largest, others, moment):
             ties = 0
             for j in range(width):
                 ties += line[j] == tops[i]
-                line[j] = line[j] if line[j] < tops[i] else tops[i] - f32(100.0)
+                line[j] = line[j] if line[j] < tops[i] else _HIDDEN
             others[i] = fade * (others[i] + 1.0) + (ties - 1)
         top = f32(largest[i])
         weights = f32(0.0)

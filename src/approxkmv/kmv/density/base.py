@@ -10,6 +10,7 @@ import numpy as np
 from approxkmv.errors import InputError
 from approxkmv.kmv import inputs
 from approxkmv.kmv.costs import Tally
+from approxkmv.kmv.gaussian import CANCELLATION, restore_digits
 
 
 class KernelDensity(ABC):
@@ -68,10 +69,14 @@ class KernelDensity(ABC):
         return inputs.generator(self._source, *purpose)
 
 
-def squared_distances(queries: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """(n_q, n_p) squared distances, at least 0."""
-    values = (queries**2).sum(1)[:, None] + (points**2).sum(1)[None, :] - 2.0 * queries @ points.T
-    return np.maximum(values, 0.0, out=values)
+def log_kernel_values(queries: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """(n_q, n_p) log k = -|q - p|^2, at most 0, however far from the origin the points lie."""
+    query_norms, point_norms = (queries**2).sum(1), (points**2).sum(1)
+    logs = -np.maximum(query_norms[:, None] + point_norms[None, :] - 2.0 * queries @ points.T, 0.0)
+    largest = max(query_norms.max(), point_norms.max())
+    if largest > CANCELLATION:
+        restore_digits(logs, queries, points, largest)
+    return logs
 
 
 def row_blocks(rows: int, columns: int, entries: int) -> list[slice]:

@@ -10,7 +10,7 @@ import numpy as np
 from approxkmv.errors import InputError
 from approxkmv.kmv import inputs
 from approxkmv.kmv.costs import Tally
-from approxkmv.kmv.density.base import KernelDensity, row_blocks, squared_distances
+from approxkmv.kmv.density.base import KernelDensity, log_kernel_values, row_blocks
 from approxkmv.kmv.hashing import HashFamily, collisions, mark_collisions, near_family
 
 
@@ -165,7 +165,7 @@ class DensityLevels(KernelDensity):
     ) -> tuple[np.ndarray, int, int]:
         """log k of the samples that the level's search finds, +inf elsewhere; and asked and distinct evaluations."""
         if level.family is None:
-            logs = -squared_distances(queries, self.points[sampled])
+            logs = log_kernel_values(queries, self.points[sampled])
             return logs, int(times.sum()) * len(queries), logs.size
         # The same tables for every block of queries: the generator is recreated from the level's seed.
         seed = self._rng(level.index, 1, 1)

@@ -6,7 +6,7 @@ import numpy as np
 
 from approxkmv.kmv import inputs
 from approxkmv.kmv.costs import Tally
-from approxkmv.kmv.density.base import KernelDensity, row_blocks, squared_distances
+from approxkmv.kmv.density.base import KernelDensity, log_kernel_values, row_blocks
 
 
 class ExactDensity(KernelDensity):
@@ -23,7 +23,7 @@ class ExactDensity(KernelDensity):
 
     def _estimate(self, queries: np.ndarray) -> np.ndarray:
         blocks = row_blocks(len(queries), len(self.points), self.block_entries)
-        means = [np.exp(-squared_distances(queries[rows], self.points)).mean(1) for rows in blocks]
+        means = [np.exp(log_kernel_values(queries[rows], self.points)).mean(1) for rows in blocks]
         pairs = len(queries) * len(self.points)
         self.tally += Tally(pairs, pairs)
         return np.concatenate(means)
@@ -58,7 +58,7 @@ class UniformDensity(KernelDensity):
         place = place.reshape(self._chosen.shape)
         out = np.empty(len(queries))
         for rows in row_blocks(len(queries), max(self._chosen.size, len(distinct)), self.block_entries):
-            values = np.exp(-squared_distances(queries[rows], self.points[distinct]))
+            values = np.exp(log_kernel_values(queries[rows], self.points[distinct]))
             out[rows] = np.median(values[:, place].mean(2), axis=1)
         self.tally += Tally(len(queries) * self._chosen.size, len(queries) * len(distinct))
         return out
