@@ -252,3 +252,68 @@ def test_a_phone_scrolls_one_way_only(opened, scheme, state):
     page.click("#map-a .chosen")
     tip = page.locator("#tip").bounding_box()
     assert tip is None or (tip["x"] >= 0 and tip["x"] + tip["width"] <= SIZES["phone"][0])
+
+
+@pytest.fixture
+def shown(browser: Any, tmp_path: Path) -> Iterator[Callable[..., Any]]:
+    """Opens the page of a folder of tables; at the end there must have been no error."""
+    pages, wrong = [], []
+
+    def open_page(tables: Path, state: str = "", size: str = "desk") -> Any:
+        write_page(tables, Path("nowhere"), tmp_path / "index.html", "a study")
+        width, height = SIZES[size]
+        page = browser.new_page(viewport={"width": width, "height": height})
+        pages.append(page)
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.goto((tmp_path / "index.html").as_uri() + state)
+        return page
+
+    yield open_page
+    for page in pages:
+        page.close()
+    assert wrong == []
+
+
+def test_a_model_with_a_bias_and_no_mask_has_c_of_all_entries_and_attention_of_its_own(shown, tmp_path):
+    """MPNet: of its tables only that of attention has masked columns."""
+    tables = REFERENCE / "families" / "tables"
+    page = shown(tables, "#set=own&a=mpnet-base~3~4")
+    row = pd.read_csv(tables / "growth_mpnet-base.csv").query("layer == 3 and head == 4").iloc[0]
+    assert page.locator(".badges").inner_text() == f"{row['size']}, {row['trend']}"
+    assert page.locator("#a-3-4").get_attribute("aria-label").endswith(f"; {row['size']}, {row['trend']}")
+    assert "entries: every query with every key." in page.locator(".frame .note").inner_text()
+    page.select_option("#filter", "growing")
+    growing = (pd.read_csv(tables / "growth_mpnet-base.csv")["trend"] == "grows").sum()
+    assert page.locator("#counted").inner_text() == f"{growing} of 144 heads"
+    page.select_option("#stat", "entropy")
+    bias = json.loads((tables / "overview_mpnet-base.json").read_text())["left_out"][0]
+    assert f"entries: every query with every key, {bias}." in page.locator(".frame .note").inner_text()
+    own = pd.read_csv(tables / "attention_mpnet-base.csv").query("layer == 3 and head == 4")["masked_entropy"].iloc[0]
+    assert page.locator("#a-3-4").inner_text() == f"{own:.1f}"
+
+
+@pytest.mark.parametrize("size", list(SIZES))
+def test_no_number_of_a_wide_map_is_cut_and_a_choice_leaves_it_where_it_is(shown, tmp_path, size):
+    folder = tmp_path / "tables"
+    folder.mkdir()
+    heads = pd.read_csv(REFERENCE / "embedded" / "tables" / "heads_minilm-l6.csv")
+    heads = pd.concat([heads] * 2).assign(layer=[layer for layer in range(3) for _ in range(48)], head=[*range(48)] * 3)
+    heads["median_double_ratio"] = [1.7e308, 1234.0, 0.0512] * 48
+    heads["max_ratio"] = [1234.0, 8.6, 0.05] * 48
+    heads.to_csv(folder / "heads_minilm-l6.csv", index=False)
+    facts = json.loads((REFERENCE / "embedded" / "tables" / "overview_minilm-l6.json").read_text())
+    (folder / "overview_minilm-l6.json").write_text(json.dumps(facts | {"layers": 3, "heads": 48}))
+    page = shown(folder, size=size)
+    # Of an outlined cell three pixels at each side are lines.
+    cut = """() => [...document.querySelectorAll("#map-a button")].filter((button) => {
+      const words = document.createRange();
+      words.selectNodeContents(button);
+      const room = button.clientWidth - (button.classList.contains("above") ? 6 : 0);
+      return words.getBoundingClientRect().width > room;
+    }).map((button) => button.textContent)"""
+    for statistic in ("c", "double"):
+        page.select_option("#stat", statistic)
+        assert page.evaluate(cut) == []
+    page.evaluate("document.querySelector('#scroll-a').scrollLeft = 600")
+    page.evaluate("document.querySelector('#a-1-40').click()")
+    assert page.evaluate("document.querySelector('#scroll-a').scrollLeft") == 600
