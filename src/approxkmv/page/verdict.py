@@ -76,11 +76,14 @@ def holds(tables: Path, facts: dict[str, Any]) -> tuple[str, str]:
         small = facts["heads_within_bound"]
         large = heads - small
     word = "no" if large else "yes" if small == heads else "undecided"
-    return word, (
-        f"The sparsity assumption, with c at most {facts['paper_bound']:g} as the paper reports, holds{at} on "
-        + (f"{'all ' if heads > 1 else ''}{counted(heads, 'head')}" if word == "yes" else f"{small} of {heads} heads")
-        + (f" and fails on {large}." if large else ".")
-    )
+    others = {"fails": large, "is undecided": heads - small - large}
+    *first, last = [
+        f"{'all ' if heads > 1 else ''}{counted(heads, 'head')}" if word == "yes" else f"{small} of {heads} heads",
+        *(f"{what} on {count}" for what, count in others.items() if count),
+    ]
+    said = f"{', '.join(first)} and {last}" if first else last
+    bound = f"with c at most {facts['paper_bound']:g} as the paper reports"
+    return word, f"The sparsity assumption, {bound}, holds{at} on {said}."
 
 
 def growth_sentences(tables: Path, facts: dict[str, Any]) -> list[str]:
