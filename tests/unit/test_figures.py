@@ -567,6 +567,121 @@ def test_growth_is_drawn_with_its_verdicts_and_nothing_overlapping(tmp_path, fig
         assert misplaced_texts(figure) == []
 
 
+def title(figure: Any) -> str:
+    return " ".join(figure.get_suptitle().split())
+
+
+def test_one_length_and_one_head_are_no_range(tmp_path, figures):
+    tables(tmp_path, "m", 1, 1)
+    growth_tables(tmp_path, 1, 1, masked=False)
+    path = tmp_path / "context_scaling_m.csv"
+    pd.read_csv(path).assign(contexts=[9, 4, 1]).to_csv(path, index=False)
+    for name in ("context_scaling", "growth_curves"):
+        catalogue.draw(name, tmp_path, ["m"], tmp_path / "x")
+    pd.read_csv(path).assign(contexts=[9, 5, 1]).to_csv(path, index=False)
+    catalogue.draw("context_scaling", tmp_path, ["m"], tmp_path / "x")
+    pd.read_csv(path).assign(contexts=[4, 4, 1]).to_csv(path, index=False)
+    catalogue.draw("context_scaling", tmp_path, ["m"], tmp_path / "x")
+    exponent = pd.read_csv(tmp_path / "growth_m.csv")["exponent"][0]
+    largest = "Figure 4: the largest c over layers and heads"
+    assert title(figures[0]).startswith(f"{largest} is 5.0 at 50 tokens (model m) Mean")
+    assert title(figures[1]).startswith(f"model m: c(n) of typical heads goes as n to the power {exponent:.2f} One")
+    assert title(figures[2]).startswith(f"{largest} goes from 5.0 at 50 tokens to 10 at 100 (model m) Mean")
+    assert title(figures[3]).startswith(f"{largest} of too few texts to say Mean")
+
+
+def test_a_title_of_many_models_counts_those_whose_c_grows(tmp_path, figures):
+    for i, name in enumerate("abc"):
+        tables(tmp_path, name, 2, 3)
+        path = tmp_path / f"context_scaling_{name}.csv"
+        pd.read_csv(path).assign(mean=[2.0 + i, 7.0 - 2 * i, 900.0]).to_csv(path, index=False)
+    catalogue.draw("context_scaling", tmp_path, list("abc"), tmp_path / "x")
+    assert title(figures[0]) == (
+        "Figure 4: the largest c over layers and heads grows with the length in 2 of 3 models 2.0 to 4.0 at the "
+        "shortest prefix, 3.0 to 7.0 at the longest that 5 texts reach Mean and standard deviation over texts"
+    )
+
+
+def test_a_mean_c_of_nothing_is_on_the_axis_and_said(tmp_path, figures):
+    tables(tmp_path, "m", 2, 3)
+    path = tmp_path / "context_scaling_m.csv"
+    pd.read_csv(path).assign(mean=[0.0, 1e-9, 0.5], std=0.0, min=0.0).to_csv(path, index=False)
+    catalogue.draw("context_scaling", tmp_path, ["m"], tmp_path / "x")
+    assert misplaced_texts(figures[0]) == []
+    edge = [list(line.get_xdata()) for line in figures[0].axes[0].lines if not line.get_clip_on()]
+    assert edge == [[50, 100]]
+    assert title(figures[0]).endswith("; points on the axis: smaller c")
+    assert 1e-5 < figures[0].axes[0].get_ylim()[0] < 1
+
+
+def reading_tables(folder: Path) -> pd.DataFrame:
+    """Of a model without a mask: c of nothing, both in the paper's range, one beyond it, and one of 0/0."""
+    tables(folder, "m", 2, 3)
+    table = pd.DataFrame({"reading": ["printed", "sigma", "unscaled", "float32"], "entries": "all", "heads": 6})
+    table["texts"] = 1
+    table = table.assign(largest_ratio=[4.7, 4.6, 0.0, 9.0], median_double=[3.0, 20.0, 1e9, np.nan])
+    table = table.assign(heads_within_bound=[5, 6, 6, 2])
+    table.to_csv(folder / "readings_m.csv", index=False)
+    table.assign(power=[1.0, 0.5, 0.0, 0.25]).to_csv(folder / "readings_path_m.csv", index=False)
+    return table
+
+
+def test_readings_are_where_their_numbers_are_and_none_is_lost(tmp_path, figures):
+    table = reading_tables(tmp_path)
+    catalogue.draw("readings", tmp_path, ["m"], tmp_path / "x")
+    axes = figures[0].axes[0]
+    assert misplaced_texts(figures[0]) == []
+    names = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert names == ["printed (5 of 6)", "sigma (6 of 6)", "unscaled (6 of 6)", "float32 (2 of 6), ratio 0/0"]
+    places = {line.get_label(): (*line.get_xdata(), *line.get_ydata()) for line in axes.lines[1:5]}
+    assert places[names[0]] == (4.7, 3.0)
+    assert places[names[1]] == (4.6, 20.0)
+    # On the edges at the left and above, since neither axis reaches as far.
+    edges = [(*line.get_xdata(), *line.get_ydata()) for line in axes.lines if not line.get_clip_on()]
+    assert (axes.get_xlim()[0], axes.get_ylim()[1]) in edges
+    assert title(figures[0]) == (
+        "model m: the paper's numbers (c at most 4.6, the ratio at most 20) come out under sigma (every query with "
+        "every key) Readings of the definition on 1 text; line: scales up to 1; hatched: the paper's numbers; points "
+        "on the edge: beyond it"
+    )
+    table.assign(texts=[3, 3, 4, 3]).to_csv(tmp_path / "readings_m.csv", index=False)
+    catalogue.draw("readings", tmp_path, ["m"], tmp_path / "x")
+    assert "on 3 to 4 texts; " in title(figures[1])
+
+
+def test_kernel_products_are_those_of_the_longest_n_and_the_title_has_the_largest_epsilon(tmp_path, figures):
+    row = {"n": 2048, "seconds": 0.5, "error": 0.2}
+    own = row | {"method": "KernelOperator"}
+    rows = [
+        *(
+            row | {"x": x, "method": "exact, float32", "error": 1e-7, "times_best_exact": 1.0}
+            for x in ("ones", "signs")
+        ),
+        own | {"x": "ones", "epsilon": 0.3, "times_best_exact": 7.0, "seconds": 0.1},
+        own | {"x": "ones", "epsilon": 0.1, "times_best_exact": 2.0, "error": 0.05},
+        own | {"x": "signs", "epsilon": 0.3, "times_best_exact": 3.0},
+        own | {"x": "signs", "epsilon": 0.3, "times_best_exact": 99.0, "n": 1024},
+        row | {"x": "ones", "method": "mean", "error": 0.4, "seconds": 0.0},
+        row | {"x": "ones", "method": "zero", "error": 1.0, "seconds": 0.0},
+    ]
+    table = pd.DataFrame(rows)
+    table.to_csv(tmp_path / "operator.csv", index=False)
+    catalogue.draw("operator", tmp_path, [], tmp_path / "x")
+    wanted = "At the largest epsilon products after the first are 3 to 7 times as fast as the fastest exact one"
+    assert title(figures[0]) == wanted
+    assert misplaced_texts(figures[0]) == []
+    assert [axes.get_title(loc="left") for axes in figures[0].axes] == ["x = 1, n = 2,048", "x = ±1, n = 2,048"]
+    lines = {line.get_label(): np.transpose(line.get_data()).tolist() for line in figures[0].axes[0].lines}
+    assert lines["KernelOperator"] == [[0.5, 0.05], [0.1, 0.2]]
+    assert lines["exact, float32"] == [[0.5, 1e-3]]
+    assert [point[1] for point in lines["mean of the answer"]] == [0.4, 0.4]
+    assert not any("zero" in name for name in lines)
+    for name in ("epsilon", "times_best_exact"):
+        table.drop(columns=name).to_csv(tmp_path / "operator.csv", index=False)
+        with pytest.raises(TableError, match=name):
+            catalogue.draw("operator", tmp_path, [], tmp_path / "x")
+
+
 def attention_tables(folder: Path, layers: int, heads: int, masked: bool) -> None:
     generator = np.random.default_rng(3)
     layer, head = (index.ravel() for index in np.indices((layers, heads)))
@@ -654,6 +769,21 @@ def test_a_label_is_drawn_as_it_is_written_and_is_no_mathematics(tmp_path, figur
         assert not [words for words, math in shown if math and words.count("$") - words.count(r"\$") > 4]
         assert misplaced_texts(figure) == []
     assert not caplog.messages
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Glyph")
+@pytest.mark.parametrize("label", ["W" * 60, "MIXTURE-OF-EXPERTS " * 3, r"$" * 60, "模" * 60])
+def test_wide_letters_leave_no_figure(tmp_path, figures, label):
+    draw_all(tmp_path, label)
+    assert [line for figure in figures for line in misplaced_texts(figure)] == []
+    # The axes keep their room beside a long name.
+    scaling = next(figure for figure in figures if figure.get_suptitle().startswith("Figure 4"))
+    assert scaling.axes[0].get_window_extent().width > 0.4 * scaling.bbox.width
+
+
+def test_a_long_name_is_its_beginning_and_its_end():
+    assert [style.abridged("abcdefgh", most) for most in (8, 7, 6)] == ["abcdefgh", "abc…fgh", "abc…gh"]
 
 
 @pytest.mark.slow
