@@ -737,6 +737,230 @@ def test_no_text_of_long_texts_lies_on_another(tmp_path, figures, masked):
     assert misplaced_texts(figures[0]) == []
 
 
+MASK = f"{OWN_MASK}: windows of 512 keys"
+
+
+def two_masks(folder: Path) -> dict[str, pd.DataFrame]:
+    """Tables of 2 layers x 3 heads with both masks, all values different, rows in no order; their bound of c is 5."""
+    generator = np.random.default_rng(4)
+    columns = {
+        "heads": {"max_ratio": 5.0, "median_next_ratio": 1.05, "median_double_ratio": 20.0},
+        "attention": {"support": 50.0, "first_mass": 0.5},
+        "growth": {"exponent": 0.5},
+    }
+    made = {}
+    for kind, middles in columns.items():
+        table = pd.MultiIndex.from_product([range(2), range(3)], names=["layer", "head"]).to_frame(index=False)
+        for before, above in (("", 2), ("masked_", 4)):
+            for name, middle in middles.items():
+                # The bound itself, then so many above it.
+                values = middle * np.r_[1.0, np.linspace(1.02, 1.9, above), np.linspace(0.96, 0.3, 5 - above)]
+                table[f"{before}{name}"] = generator.permutation(np.maximum(values, 1.0) if "next" in name else values)
+        made[kind] = table
+    words = {"size": ["small", "large", "large", "undecided", "small", "large"]}
+    words |= {"trend": ["flat", "grows", "flat", "grows", "grows", "undecided"]}
+    words |= {"masked_size": ["small"] * 5 + ["large"], "masked_trend": ["grows"] * 4 + ["flat"] * 2}
+    words |= {f"{before}{name}": n for before in ("", "masked_") for name, n in (("texts", 8), ("length", 1200))}
+    made["growth"] = made["growth"].assign(**words, start=600, masked_start=600)
+    for kind, table in made.items():
+        table.sample(frac=1, random_state=0).to_csv(folder / f"{kind}_m.csv", index=False)
+    facts = {"label": "model m", "texts_used": 9, "corpus": "a corpus", "paper_bound": 5.0, "layers": 2, "heads": 3}
+    facts |= {"mask": MASK, "left_out": ["the learned sink in 2 of 2 layers"]}
+    (folder / "overview_m.json").write_text(json.dumps(facts))
+    return made
+
+
+def cells(axes: Any) -> dict[tuple[int, int], str]:
+    """What stands in each cell of a heat map, by layer and head."""
+    return {(int(layer), int(head)): text.get_text() for text in axes.texts for head, layer in [text.get_position()]}
+
+
+def outlined(axes: Any) -> set[tuple[int, int]]:
+    """Layers and heads of the outlined cells."""
+    return {(round(patch.get_y() + 0.43), round(patch.get_x() + 0.45)) for patch in axes.patches}
+
+
+def written(table: pd.DataFrame, column: str, write: Any) -> dict[tuple[int, int], str]:
+    return {(row["layer"], row["head"]): write(row[column]) for row in table.to_dict("records")}
+
+
+def test_each_cell_has_the_number_of_its_head_and_titles_count_the_cells(tmp_path, figures):
+    made = two_masks(tmp_path)
+    heads, attention, growth = made["heads"], made["attention"], made["growth"]
+    for name in ("max_ratios", "order_ratios", "attention_support", "growth"):
+        catalogue.draw(name, tmp_path, ["m"], tmp_path / "x")
+    panels = [[axes for axes in figure.axes if axes.texts] for figure in figures]
+    every = "every query with every key"
+
+    def above(column: str, bound: float, table: pd.DataFrame = heads) -> set[tuple[int, int]]:
+        return {(row["layer"], row["head"]) for row in table.to_dict("records") if row[column] > bound}
+
+    for axes, before, count in zip(panels[0], ("", "masked_"), (2, 4), strict=True):
+        assert cells(axes) == written(heads, f"{before}max_ratio", near(5.0))
+        assert outlined(axes) == above(f"{before}max_ratio", 5.0)
+        assert axes.get_title(loc="left") == f"{MASK if before else every}: {count} heads above 5"
+    worst = heads.loc[heads["max_ratio"].idxmax()]
+    place = f"(layer {worst['layer']:.0f}, head {worst['head']:.0f})"
+    assert title(figures[0]).startswith(f"model m: c exceeds 5 in 2 of 6 heads; the largest is 9.5 {place}")
+    assert "over prefixes and 9 texts of a corpus; outlined: above the paper's bound 5" in title(figures[0])
+
+    for axes, before, count in zip(panels[1], ("", "masked_"), (2, 4), strict=True):
+        assert cells(axes) == written(heads, f"{before}median_double_ratio", up_to_the_scale)
+        assert outlined(axes) == above(f"{before}median_double_ratio", 20.0)
+        words = axes.get_title(loc="left").split("\n")
+        assert words[0] == (MASK if before else every)
+        assert [line.rpartition("$ is at most ")[2] for line in words[1:]] == [
+            f"20 in {6 - count} heads",
+            f"1.05 in {6 - count} heads",
+        ]
+    assert title(figures[1]).startswith("model m: $K_{(n)}\\,/\\,K_{(2n)}$ is at most 20 in 4 of 6 heads")
+
+    for i, (before, column) in enumerate(itertools.product(("", "masked_"), ("support", "first_mass"))):
+        assert cells(panels[2][i]) == written(attention, f"{before}{column}", short)
+        over = f"{MASK}, and what is named below" if before else every
+        what = "effective support" if column == "support" else "weight on the first token"
+        assert panels[2][i].get_title(loc="left") == f"{what}\n{over}"
+    middle = short(attention["support"].median())
+    assert title(figures[2]).startswith(f"model m: a row of the median head attends to {middle} keys; the first token")
+    assert "has more than half of the weight in 2 of 6 heads" in title(figures[2])
+
+    marks = {"grows": "↑", "flat": "→", "undecided": "?"}
+    for axes, before in zip(panels[3], ("", "masked_"), strict=True):
+        shown = growth.assign(
+            cell=growth[f"{before}trend"].map(marks) + growth[f"{before}exponent"].map("\u2009{:.2f}".format)
+        )
+        assert cells(axes) == written(shown, "cell", str)
+        sizes = growth[f"{before}size"]
+        chosen = growth[sizes != "small"]
+        assert outlined(axes) == set(zip(chosen["layer"], chosen["head"], strict=True))
+        counts = "size: small 5, large 1\ntrend: flat 2, grows 4"
+        counts = counts if before else "size: small 2, large 3, undecided 1\ntrend: flat 2, grows 3, undecided 1"
+        assert axes.get_title(loc="left") == f"{MASK if before else every}\n{counts}"
+    assert title(figures[3]) == (
+        "model m: c(n) grows in 3 of 6 heads and is above 5 in 1 of them, by 95 % intervals Exponent of c(n) from n/2 "
+        "to n = 1,200 on 8 texts; → flat, ↑ grows, ? undecided; outlined: c(n) above 5 (dashed: undecided)"
+    )
+
+
+def test_a_panel_of_neighbours_has_their_ratio_and_no_outline(tmp_path, figures):
+    heads = two_masks(tmp_path)["heads"]
+    heads = heads[[name for name in heads if "masked" not in name]].assign(
+        median_next_ratio=[1.0, 1.05, 1.5, 12, 25, 1e9]
+    )
+    heads.to_csv(tmp_path / "heads_m.csv", index=False)
+    catalogue.draw("order_ratios", tmp_path, ["m"], tmp_path / "x")
+    axes = next(axes for axes in figures[0].axes if axes.texts)
+    assert list(cells(axes).values()) == ["1.000", "1.050", "1.500", "12", "25", ">1,000"]
+    assert not outlined(axes)
+    assert axes.get_title(loc="left").endswith("$ is at most 1.05 in 2 heads")
+
+
+def series(axes: Any) -> dict[str, list[list[float]]]:
+    """Points of the lines of axes that a legend names."""
+    return {
+        line.get_label(): np.transpose(line.get_data()).tolist() for line in axes.lines if line.get_label()[0] != "_"
+    }
+
+
+def test_curves_are_those_of_their_heads_and_lines_go_through_the_middle_of_the_octave(tmp_path, figures):
+    made = two_masks(tmp_path)
+    growth = made["growth"]
+    along = pd.MultiIndex.from_product([range(2), range(3), [300, 600, 1200]], names=["layer", "head", "prefix"])
+    curves = along.to_frame(index=False).assign(texts=8, masked_texts=8)
+    generator = np.random.default_rng(6)
+    for before in ("", "masked_"):
+        curves[f"{before}adjusted_ratio"] = generator.uniform(0.5, 20.0, len(curves))
+    curves.sample(frac=1, random_state=0).sort_values("prefix", kind="stable").to_csv(
+        tmp_path / "growth_curves_m.csv", index=False
+    )
+    catalogue.draw("growth_curves", tmp_path, ["m"], tmp_path / "x")
+    exponents = []
+    for axes, before in zip(figures[0].axes, ("", "masked_"), strict=True):
+        # Of each size and trend the head in the middle of its exponents, the upper of two.
+        chosen = {}
+        for row in growth.sort_values(f"{before}exponent").to_dict("records"):
+            chosen.setdefault((row[f"{before}size"], row[f"{before}trend"]), []).append(row)
+        chosen = [rows[len(rows) // 2] for _, rows in sorted(chosen.items())]
+        expected = {}
+        for row in chosen:
+            exponent = row[f"{before}exponent"]
+            exponents.append(exponent)
+            own = curves[(curves["layer"] == row["layer"]) & (curves["head"] == row["head"])].set_index("prefix")
+            name = f"layer {row['layer']}, head {row['head']}: {row[f'{before}size']}, {row[f'{before}trend']}, "
+            c = own[f"{before}adjusted_ratio"]
+            expected[f"{name}exponent {exponent:.2f}"] = [[float(n), c[n]] for n in (300, 600, 1200)]
+            middle = np.sqrt(c[600] * c[1200])
+            ends = [middle / 2 ** (exponent / 2), middle * 2 ** (exponent / 2)]
+            assert any(
+                np.allclose(line.get_ydata(), ends) for line in axes.lines if list(line.get_xdata()) == [600, 1200]
+            )
+        assert {name: np.array(points).tolist() for name, points in series(axes).items()} == expected
+        assert axes.get_title(loc="left") == f"{MASK if before else 'every query with every key'} (dotted: c = 5)"
+    ends = f"{min(exponents):.2f} to {max(exponents):.2f}"
+    assert title(figures[0]).startswith(
+        f"model m: c(n) of typical heads goes as n to the power {ends} One head of each"
+    )
+
+
+def test_lines_of_long_texts_are_quantiles_over_heads_of_what_their_axis_names(tmp_path, figures):
+    long_tables(tmp_path, masked=True)
+    table = pd.read_csv(tmp_path / "length_scaling_m.csv")
+    generator = np.random.default_rng(7)
+    columns = {"c(n) of K": "ratio", "c(n) of the softmax matrix": "softmax_ratio"}
+    columns |= {"$K_{(n)}\\,/\\,K_{(2n)}$": "double_ratio", "keys that hold 90 % of a row's mass": "keys_90_mean"}
+    for before, name in itertools.product(("", "masked_"), columns.values()):
+        table[f"{before}{name}"] = generator.uniform(1.5, 40.0, len(table))
+    texts = table["length"].map({64: 8, 128: 5, 256: 4})
+    table.assign(texts=texts).sample(frac=1, random_state=0).to_csv(tmp_path / "length_scaling_m.csv", index=False)
+    facts = json.loads((tmp_path / "lengths_m.json").read_text()) | {"texts_used": 8}
+    (tmp_path / "lengths_m.json").write_text(json.dumps(facts))
+    catalogue.draw("length_scaling", tmp_path, ["m"], tmp_path / "x")
+    shares = {"median head": 0.5, "90th percentile of heads": 0.9, "largest head": 1.0}
+    for axes in figures[0].axes[:4]:
+        expected = {}
+        for before, (name, share) in itertools.product(("", "masked_"), shares.items()):
+            of = table.groupby("length")[f"{before}{columns[axes.get_ylabel()]}"].quantile(share)
+            expected[name + f", {CAUSAL}" * bool(before)] = [[64, of[64]], [128, of[128]], [256, np.nan]]
+        found = series(axes)
+        assert found.keys() == expected.keys()
+        for name, points in expected.items():
+            np.testing.assert_allclose(found[name], points)
+    c = table.groupby("length")["ratio"]
+    ends = [f"{short(of[64])} to {short(of[256])}" for of in (c.median(), c.max())]
+    assert title(figures[0]) == (
+        f"model m: from n = 64 to 256 c(n) goes from {ends[0]} in the median head, from {ends[1]} in the largest "
+        "6 heads on 8 long texts (medians) of a corpus"
+    )
+
+
+def test_the_scaling_shows_the_means_their_deviations_and_the_texts(tmp_path, figures):
+    tables(tmp_path, "m", 2, 3, bound=5.0)
+    table = pd.DataFrame({"prefix": [50, 100, 200, 400], "contexts": [9, 8, 5, 4], "mean": [2.0, 3.0, 5.0, 8.0]})
+    table = table.assign(std=[0.5, 2.0, 1.0, 1.0], min=[1.0, 2.5, 3.0, 4.0], max=30.0)
+    for name in ("mean", "std", "min", "max"):
+        table[f"masked_{name}"] = table[name] / 4
+    table.to_csv(tmp_path / "context_scaling_m.csv", index=False)
+    catalogue.draw("context_scaling", tmp_path, ["m"], tmp_path / "x")
+    top, bottom = figures[0].axes[:2]
+    assert series(top)["model m"][:3] == [[50, 2.0], [100, 3.0], [200, 5.0]]
+    dashed = [
+        list(line.get_ydata())[:3] for line in top.lines if line.get_linestyle() == "--" and len(line.get_xdata())
+    ]
+    assert dashed == [[0.5, 0.75, 1.25]]
+    assert list(bottom.lines[0].get_ydata()) == [9, 8, 5, 4]
+    # A band is no wider than the texts: below 2.5 there is none at 100.
+    band = {tuple(point) for point in top.collections[0].get_paths()[0].vertices.tolist()}
+    assert {(50, 1.5), (50, 2.5), (100, 2.5), (100, 5.0), (200, 4.0), (400, 9.0)} <= band
+    (words,) = [text.get_text() for text in top.texts if "bound" in text.get_text()]
+    assert words == "the paper's bound 5"
+    names = {text.get_text(): text.xy for text in top.texts if "bound" not in text.get_text()}
+    assert names == {"model m": (400, 8.0), "model m, masked": (400, 2.0)}
+    tables(tmp_path, "n", 2, 3, bound=4.6)
+    catalogue.draw("context_scaling", tmp_path, ["m", "n"], tmp_path / "x")
+    (words,) = [text.get_text() for text in figures[1].axes[0].texts if "bound" in text.get_text()]
+    assert words == "the paper's bounds 4.6 to 5"
+
+
 LABELS = ["$x_1$ at $5", "one $ alone", r"a \$ and a \ too", "_underscore", "{braces} %s &amp; <b>x</b>", "Модель ελ 1"]
 
 
