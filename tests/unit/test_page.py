@@ -17,7 +17,7 @@ from approxkmv.errors import TableError
 from approxkmv.figures import catalogue
 from approxkmv.page.contents import CAPTIONS, FIGURES
 from approxkmv.page.heads import STATISTICS, of_model, rounded
-from approxkmv.page.render import figures_of, write_page
+from approxkmv.page.render import _records, figures_of, write_page
 from approxkmv.page.verdict import holds, measured, sentences
 from approxkmv.statistics.entries import OWN_MASK
 from approxkmv.steps.page import make_page
@@ -403,6 +403,32 @@ def test_a_perplexity_is_shown_to_four_digits_and_what_could_not_run_has_dashes(
     words = {"model": "m", "method": "plan", "parameters": "target 0.1, exact-fused 3", "tokens": "2,048"}
     numbers = {"perplexity": "17.35", "exact perplexity": "16.91", "seconds": "2.346", "exact seconds": "4.322"}
     assert cells == [words | numbers, words | {"method": "hnsw"} | dict.fromkeys(numbers, "–")]
+
+
+def test_records_are_those_of_the_tables_and_one_of_another_form_is_one_line(tmp_path):
+    tables = tmp_path / "tables"
+    tables.mkdir()
+    machine = {"cores": 3, "processor": "a <processor>", "device": "cpu"}
+    record = {"command": "approxkmv x", "commit": None, "machine": machine, "versions": {"b": "2", "a": "1"}}
+    files = {"sweep": record, "overview": {"source": "path:m", "provenance": record | {"commit": "abc"}}}
+    files |= {"plan": {"provenance": [1]}, "left": record}
+    for name, value in files.items():
+        (tables / f"{name}.json").write_text(json.dumps(value))
+    found = list(_records(tables, [tables / "left.json"]))
+    assert [(one["table"], one["source"], one["commit"]) for one in found] == [
+        ("overview", "path:m", "abc"),
+        ("sweep", None, None),
+    ]
+    for name in ("overview", "left"):
+        (tables / f"{name}.json").unlink()
+    page = drawn(tables, tmp_path / "index.html")
+    assert "<dd>3 cores of a &lt;processor&gt;, cpu</dd>" in page
+    assert "<code>not from a checkout</code>" in page
+    assert "<dd>a 1, b 2</dd>" in page
+    for wrong in ({"machine": "x"}, {"machine": machine | {"cores": "3"}}, {"versions": ["a"]}):
+        (tables / "sweep.json").write_text(json.dumps(record | wrong))
+        with pytest.raises(TableError, match=r"sweep\.json"):
+            drawn(tables, tmp_path / "index.html")
 
 
 def test_a_model_measured_on_long_texts_too_has_each_figure_once(one, tmp_path):

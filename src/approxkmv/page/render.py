@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from approxkmv.errors import TableError
-from approxkmv.files import read_json, read_table, write_text
+from approxkmv.files import check_keys, read_json, read_table, write_text
 from approxkmv.page.contents import ASSETS, CAPTIONS, FIGURES
 from approxkmv.page.heads import explorer, of_model
 from approxkmv.page.verdict import holds, is_on_long_texts, is_there, measured, sentences, sweep_sentence
@@ -161,12 +161,14 @@ def _parameters(text: str) -> str:
 
 
 def _records(tables: Path, left: Collection[Path]) -> list[dict[str, Any]]:
-    """The provenance of each table that records one."""
+    """The provenance of each table that records one. Raises TableError for a record of another form."""
     found = []
     for path in sorted(set(tables.glob("*.json")).difference(left)):
         facts = read_json(path)
         record = facts.get("provenance", facts)
-        if {"command", "machine", "versions"} <= record.keys():
+        if isinstance(record, dict) and {"command", "machine", "versions"} <= record.keys():
+            check_keys(path, record, {"machine": dict, "versions": dict})
+            check_keys(path, record["machine"], {"cores": int, "processor": str, "device": str})
             made = {name: record.get(name) for name in ("command", "commit", "machine", "versions")}
             found.append({"table": path.stem, "source": facts.get("source")} | made)
     return found
