@@ -933,6 +933,41 @@ def test_lines_of_long_texts_are_quantiles_over_heads_of_what_their_axis_names(t
     )
 
 
+@pytest.mark.parametrize("entries", ["all", "causal"])
+def test_the_gauge_shows_quantiles_over_heads_at_each_t_and_counts_the_heads_that_bear_enough(
+    tmp_path, figures, entries
+):
+    tables(tmp_path, "m", 2, 3, bound=5.0)
+    along = pd.MultiIndex.from_product([range(2), range(3), [0.0, 0.5, 1.0, 2.0]], names=["layer", "head", "t"])
+    table = along.to_frame(index=False).assign(tokens=1000, entries=entries)
+    generator = np.random.default_rng(8)
+    for name in ("ratio", "participation", "log10_largest_row", "log10_norm"):
+        table[name] = generator.uniform(1.0, 90.0, len(table))
+    # An error of 1000^-0.055 is needed: two heads of six bear it at some t.
+    table["log10_bound"] = -0.166 - generator.uniform(0.0, 9.0, len(table))
+    table.loc[[2, 13], "log10_bound"] = -0.164
+    table.loc[table["t"] == 0, ["log10_largest_row", "log10_norm", "log10_bound"]] = np.nan
+    table.sample(frac=1, random_state=0).to_csv(tmp_path / "gauge_m.csv", index=False)
+    catalogue.draw("gauge", tmp_path, ["m"], tmp_path / "x")
+    shares = {"median head": 0.5, "90th percentile of heads": 0.9, "largest head": 1.0}
+    for axes, column in zip(figures[0].axes, ("ratio", "participation", "log10_norm", "log10_bound"), strict=True):
+        of = {name: table.groupby("t")[column].quantile(share) for name, share in shares.items()}
+        assert series(axes).keys() == of.keys()
+        for name, points in series(axes).items():
+            np.testing.assert_allclose(points, [[t, of[name][t]] for t in (0.5, 1.0, 2.0)])
+        # The limit stands apart, where there is one.
+        limits = sorted(line.get_ydata()[0] for line in axes.lines if list(line.get_xdata()) == [0.25])
+        assert limits == pytest.approx(sorted(values[0.0] for values in of.values()) if "log10" not in column else [])
+        dotted = [line.get_ydata()[0] for line in axes.lines if line.get_linestyle() == ":"]
+        needed = {"ratio": [5.0], "log10_bound": [-0.165]}
+        assert dotted == pytest.approx(needed.get(column, []))
+    over = "all entries" if entries == "all" else CAUSAL
+    assert title(figures[0]).startswith(
+        "model m: 2 of 6 heads have a t at which attention tolerates the error that a cost below n² needs One text of "
+        f"1,000 tokens, {over}; dotted: c = 5 and the error needed; "
+    )
+
+
 def test_the_scaling_shows_the_means_their_deviations_and_the_texts(tmp_path, figures):
     tables(tmp_path, "m", 2, 3, bound=5.0)
     table = pd.DataFrame({"prefix": [50, 100, 200, 400], "contexts": [9, 8, 5, 4], "mean": [2.0, 3.0, 5.0, 8.0]})
