@@ -358,6 +358,148 @@ def test_two_figures_of_a_sweep_name_the_same_winner_on_as_many_workloads(study)
     assert found[0].groups() == found[1].groups()
 
 
+def made_sweep(folder: Path) -> None:
+    """Two workloads at three lengths: exact attention takes n / 1000 seconds, methods so many times less.
+
+    On a, `approxkmv` misses the error at the longest n; `hnsw` is the fastest there but within the noise on b.
+    """
+    from approxkmv.sweep.table import COLUMNS
+
+    rows = []
+
+    def add(workload: str, n: int, method: str, kind: str, gain: float, error: float, **more: Any) -> None:
+        seconds = n / 1000 / gain
+        row = {"workload": workload, "n": n, "batch": 1, "columns": "all", "device": "cpu", "dtype": "float32"}
+        row |= {"mask": "none", "queries": n, "method": method, "kind": kind, "status": "ok", "parameters": f"{gain}"}
+        row |= {"seconds_q1": seconds * 0.9, "seconds": seconds, "seconds_q3": seconds * 1.2, "recomputed_share": 0.0}
+        row |= {"kernel_evaluations": n, "relative_to": "answer" if kind != "exact" else None}
+        row |= {"target": 0.1 if kind != "exact" else np.nan}
+        row |= {f"error_exact_{name}": error * part for name, part in (("mean", 0.6), ("median", 0.5), ("p95", 1.0))}
+        row |= {f"error_v_{name}": error for name in ("mean", "median", "p95")}
+        rows.append(dict.fromkeys(COLUMNS) | row | more)
+
+    gains = {"a": {1000: (0.5, 0.25), 2000: (2.0, 0.5), 4000: (9.0, 4.0)}}
+    gains["b"] = {1000: (0.5, 0.5), 2000: (0.8, 2.0), 4000: (1.1, 3.0)}
+    for workload, of in gains.items():
+        for n, (graph, blocks) in of.items():
+            add(workload, n, "exact-sdpa", "exact", 1.0, 1e-7)
+            add(workload, n, "exact-naive", "exact", 0.4, 1e-7)
+            add(workload, n, "hnsw", "approximate", graph, 0.08)
+            add(workload, n, "clustered", "approximate", blocks, 0.09)
+            add(workload, n, "approxkmv", "approximate", 20.0, 0.3 if (workload, n) == ("a", 4000) else 0.05)
+            add(workload, n, "clustered", "approximate", 50.0, 0.4, target=0.5)
+        add(workload, 4000, "mean", "trivial", 100.0, 0.05 if workload == "b" else 0.7)
+    pd.DataFrame(rows, columns=list(COLUMNS)).to_csv(folder / "sweep.csv", index=False)
+
+
+def panel(figure: Any, workload: str) -> Any:
+    return next(axes for axes in figure.axes if axes.get_title(loc="left").startswith(workload))
+
+
+def test_a_sweep_s_errors_and_times_are_those_of_the_longest_n_with_their_bars(tmp_path, figures):
+    made_sweep(tmp_path)
+    catalogue.draw("error_vs_time", tmp_path, [], tmp_path / "x")
+    axes = panel(figures[0], "a")
+    assert axes.get_title(loc="left") == "a, batch 1, all columns\nn = 4,000"
+    found = series(axes)
+    # Exact ones at the floor, and of two settings the fast one first.
+    assert found["exact-sdpa"] == [[4.0, 1e-3]]
+    assert found["hnsw"] == [[pytest.approx(4 / 9), pytest.approx(0.04)]]
+    assert found["clustered"] == [[pytest.approx(0.08), pytest.approx(0.2)], [1.0, pytest.approx(0.045)]]
+    # What misses its target is hollow, and no line goes through it.
+    hollow = [line.get_xydata().tolist() for line in axes.lines if line.get_markerfacecolor() == "white"]
+    assert [points for points in hollow if points] == [
+        [[pytest.approx(0.2), pytest.approx(0.15)]],
+        [[pytest.approx(0.04), pytest.approx(0.35)]],
+    ]
+    bars = {tuple(np.round(np.ravel(segment), 4)) for lines in axes.collections for segment in lines.get_segments()}
+    times = [round(4 / 9 * part, 4) for part in (0.9, 1.2)]
+    assert (times[0], 0.04, times[1], 0.04) in bars
+    assert (round(4 / 9, 4), 0.04, round(4 / 9, 4), 0.08) in bars
+    grey = {line.get_ydata()[0] for line in axes.lines if line.get_color() == "0.75"}
+    assert grey == {0.1, 0.5}
+    # On b approxkmv is the fastest of those within 0.1.
+    assert title(figures[0]) == (
+        "At an error of 0.1 of the answer, hnsw is the fastest approximate method, and faster than exact attention, on "
+        "1 of 2 workloads"
+    )
+
+
+def test_a_sweep_s_lines_are_times_faster_and_the_paper_s_own_bands(tmp_path, figures):
+    made_sweep(tmp_path)
+    catalogue.draw("speedup", tmp_path, [], tmp_path / "x")
+    axes = panel(figures[0], "a")
+    lines = {line.get_marker(): line.get_xydata().tolist() for line in axes.lines if len(line.get_xdata()) > 1}
+    from approxkmv.figures.sweep_table import looks
+
+    look = looks(pd.read_csv(tmp_path / "sweep.csv"))
+    assert lines[look["hnsw"]["marker"]] == [[1000, 0.5], [2000, 2.0], [4000, 9.0]]
+    assert lines[look["clustered"]["marker"]] == [[1000, 0.25], [2000, 0.5], [4000, 4.0]]
+    np.testing.assert_allclose(lines[look["approxkmv"]["marker"]], [[1000, 20.0], [2000, 20.0], [4000, np.nan]])
+    hollow = [line.get_xydata().tolist() for line in axes.lines if line.get_markerfacecolor() == "white"]
+    assert [points for points in hollow if points] == [[[4000, 20.0]]]
+    # By the first and third quartiles of both times
+    paths = [path for of in axes.collections for path in of.get_paths()]
+    band = {tuple(np.round(point, 4)) for path in paths for point in path.vertices}
+    assert {(4000, round(9.0 * 0.9 / 1.2, 4)), (4000, round(9.0 * 1.2 / 0.9, 4))} <= band
+    # mean misses the error on a, and is not there.
+    names = {text.get_text(): tuple(text.xy) for text in axes.texts}
+    assert names == {"hnsw": (4000, 9.0), "clustered": (4000, 4.0), "approxkmv": (4000, 20.0)}
+    assert title(figures[0]) == (
+        "Figure 5: at an error of 0.1 of the answer the best approximate method is faster than the fastest exact one "
+        "on 2 of 2 workloads at the longest n, 9.0 to 20 times; it is hnsw on 1 of 2 workloads; a trivial method reaches "
+        "the error too on 1 of 2 workloads, and is faster still on 1 of 2 workloads"
+    )
+
+
+def test_a_sweep_s_crossings_are_between_the_lengths_where_times_cross(tmp_path, figures):
+    made_sweep(tmp_path)
+    catalogue.draw("crossover", tmp_path, [], tmp_path / "x")
+    axes = figures[0].axes[0]
+    rows = [label.get_text() for label in axes.get_yticklabels()]
+    columns = [label.get_text() for label in axes.get_xticklabels()]
+    found = {}
+    for text in axes.texts:
+        column, row = text.get_position()
+        found[rows[int(row)], columns[int(column)]] = text.get_text()
+    # hnsw from 0.5 to 2 is 1 half of the way, clustered from 0.5 to 4 a third of it.
+    assert found == {
+        ("approxkmv", "a"): "missed",
+        ("approxkmv", "b"): "≤ 1,000",
+        ("hnsw", "a"): f"{1000 * 2**0.5:,.0f}",
+        ("hnsw", "b"): "as fast",
+        ("clustered", "a"): f"{2000 * 2 ** (1 / 3):,.0f}",
+        ("clustered", "b"): f"{1000 * 2**0.5:,.0f}",
+        ("mean", "a"): "missed",
+        ("mean", "b"): "≤ 4,000",
+    }
+    assert title(figures[0]) == (
+        "At an error of 0.1 of the answer, with n up to 4,000, clustered becomes faster than exact attention on 2 of 2 "
+        "workloads, no other approximate method on as many"
+    )
+
+
+@pytest.mark.parametrize(
+    ("ratios", "n", "how"),
+    [
+        ([0.25, 0.5, 1.0, 2.0], 4000, "measured"),
+        ([2.0, 0.5, 2.0, 2.0], 2000 * 2**0.5, "measured"),
+        ([2.0, 3.0, 4.0, 5.0], 1000, "below"),
+        # The last three lengths rise, whatever the first did.
+        ([0.9, 0.125, 0.25, 0.5], 16000, "extrapolated"),
+        ([0.5, 0.5, 0.5, 0.5], None, "never"),
+        ([0.1, 0.100001, 0.100002, 0.100003], None, "never"),
+        ([4.0, 2.0, 1.0, 0.5], None, "never"),
+    ],
+)
+def test_where_ratios_cross(ratios, n, how):
+    from approxkmv.figures.crossover import crossover
+
+    found, said = crossover(np.array([1000, 2000, 4000, 8000]), np.array(ratios))
+    assert said == how
+    assert np.isnan(found) if n is None else found == pytest.approx(n)
+
+
 WINNERS = {
     "speedup": r"it is (\S+) on (\d+ of \d+) workloads",
     "error_vs_time": r", (\S+) is the fastest approximate method, .* on (\d+ of \d+) workloads",
