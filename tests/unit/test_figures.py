@@ -447,8 +447,8 @@ def test_a_sweep_s_lines_are_times_faster_and_the_paper_s_own_bands(tmp_path, fi
     assert names == {"hnsw": (4000, 9.0), "clustered": (4000, 4.0), "approxkmv": (4000, 20.0)}
     assert title(figures[0]) == (
         "Figure 5: at an error of 0.1 of the answer the best approximate method is faster than the fastest exact one "
-        "on 2 of 2 workloads at the longest n, 9.0 to 20 times; it is hnsw on 1 of 2 workloads; a trivial method reaches "
-        "the error too on 1 of 2 workloads, and is faster still on 1 of 2 workloads"
+        "on 2 of 2 workloads at the longest n, 9.0 to 20 times; it is hnsw on 1 of 2 workloads; a trivial method "
+        "reaches the error too on 1 of 2 workloads, and is faster still on 1 of 2 workloads"
     )
 
 
