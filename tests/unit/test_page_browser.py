@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -317,3 +318,94 @@ def test_no_number_of_a_wide_map_is_cut_and_a_choice_leaves_it_where_it_is(shown
     page.evaluate("document.querySelector('#scroll-a').scrollLeft = 600")
     page.evaluate("document.querySelector('#a-1-40').click()")
     assert page.evaluate("document.querySelector('#scroll-a').scrollLeft") == 600
+
+
+def near(words: str) -> Any:
+    """A number of the page, which has three digits, and two with an exponent."""
+    return pytest.approx(float(words.replace("−", "-").replace(",", "")), rel=6e-2 if "e" in words else 6e-3)
+
+
+def test_the_numbers_beside_the_map_are_those_of_the_head_and_of_the_median_head(shown):
+    tables = REFERENCE / "embedded" / "tables"
+    page = shown(tables, "#set=own&a=smollm2-135m~17~4")
+    rows = page.locator(".details > table.numbers tbody tr").all()
+    found = {row.locator("th").inner_text(): row.locator("td").all_inner_texts() for row in rows}
+    heads, growth, attention = (
+        pd.read_csv(tables / f"{kind}_smollm2-135m.csv") for kind in ("heads", "growth", "attention")
+    )
+    taken = {"largest c": heads["masked_max_ratio"], "K(n)/K(2n)": heads["masked_median_double_ratio"]}
+    taken |= {"exponent of c": growth["masked_exponent"], "entropy of a row": attention["masked_entropy"]}
+    for name, column in taken.items():
+        own, interval, middle = found[name]
+        assert column[17 * 9 + 4] == near(own)
+        assert column.median() == near(middle)
+        if name == "exponent of c":
+            low, high = interval.split(" to ")
+            assert growth["masked_exponent_low"][17 * 9 + 4] == near(low)
+            assert growth["masked_exponent_high"][17 * 9 + 4] == near(high)
+        else:
+            assert interval == "–"
+    (strip,) = [one for one in page.locator(".details figcaption").all_inner_texts() if one.startswith("K(n)/K(2n)")]
+    assert heads["masked_median_double_ratio"].median() == near(strip.rpartition(" ")[2])
+    curves = pd.read_csv(tables / "growth_curves_smollm2-135m.csv")
+    own = curves.query("layer == 17 and head == 4").set_index("prefix")
+    page.locator(".details summary").click()
+    cells = [row.locator("td").all_inner_texts() for row in page.locator(".details details tbody tr").all()]
+    assert [int(row[0]) for row in cells] == own.index.tolist()
+    for length, texts, this, middle in cells:
+        part = curves[curves["prefix"] == int(length)]
+        assert int(texts) == own["masked_texts"][int(length)]
+        assert own["masked_adjusted_ratio"][int(length)] == near(this)
+        assert part["masked_adjusted_ratio"].median() == near(middle)
+
+
+def test_the_curve_has_its_points_and_the_thick_line_its_exponent_through_their_middle(shown):
+    tables = REFERENCE / "embedded" / "tables"
+    page = shown(tables, "#set=own&a=smollm2-135m~17~4")
+    growth = pd.read_csv(tables / "growth_smollm2-135m.csv").query("layer == 17 and head == 4").iloc[0]
+    curve = (
+        pd.read_csv(tables / "growth_curves_smollm2-135m.csv").query("layer == 17 and head == 4").set_index("prefix")
+    )
+    dots = page.locator(".chart").first.locator("circle.own").all()
+    x, y = (np.array([float(dot.get_attribute(name)) for dot in dots]) for name in ("cx", "cy"))
+    c, n = curve["masked_adjusted_ratio"].to_numpy(), curve.index.to_numpy()
+    # Both axes are logarithmic.
+    (across, left), (up, bottom) = np.polyfit(np.log(n), x, 1), np.polyfit(np.log(c), y, 1)
+    np.testing.assert_allclose(left + across * np.log(n), x, atol=0.1)
+    np.testing.assert_allclose(bottom + up * np.log(c), y, atol=0.3)
+    few = ["few" in dot.get_attribute("class").split() for dot in dots]
+    assert few == (curve["masked_texts"] < 5).tolist()
+    line = page.locator(".chart").first.locator("line.octave.own")
+    x1, x2, y1, y2 = (float(line.get_attribute(name)) for name in ("x1", "x2", "y1", "y2"))
+    ends = growth["masked_start"], growth["masked_length"]
+    assert [x1, x2] == pytest.approx([left + across * np.log(end) for end in ends], abs=0.3)
+    assert y2 - y1 == pytest.approx(up * growth["masked_exponent"] * np.log(ends[1] / ends[0]), abs=0.3)
+    assert (y1 + y2) / 2 == pytest.approx(np.mean([bottom + up * np.log(c[n == end][0]) for end in ends]), abs=0.3)
+    bound = page.locator(".chart").first.locator("line.bound")
+    facts = json.loads((tables / "overview_smollm2-135m.json").read_text())
+    assert float(bound.get_attribute("y1")) == pytest.approx(bottom + up * np.log(facts["paper_bound"]), abs=0.5)
+    # Cells above the bound are outlined where the statistic is a c, and no others.
+    heads = pd.read_csv(tables / "heads_smollm2-135m.csv")
+    assert page.locator("#map-a .above").count() == (heads["masked_max_ratio"] > facts["paper_bound"]).sum()
+    assert f"Outlined: above {facts['paper_bound']:g}." in page.locator(".frame .note").inner_text()
+    page.select_option("#stat", "double")
+    assert page.locator("#map-a .above").count() == 0
+    page.select_option("#filter", "undecided")
+    table = pd.read_csv(tables / "growth_smollm2-135m.csv")
+    count = (table[["masked_size", "masked_trend"]] == "undecided").any(axis=1).sum()
+    assert page.locator("#counted").inner_text() == f"{count} of 270 heads"
+    assert "As printed, whatever the reading" not in page.locator(".details").inner_text()
+    page.select_option("#reading", "sigma")
+    assert "As printed, whatever the reading" in page.locator(".details").inner_text()
+
+
+def test_numbers_are_written_to_three_digits_or_as_they_fit(shown):
+    page = shown(REFERENCE / "embedded" / "tables")
+    numbers = "[null, 0, 0.004, 0.0512, 0.996, 8.649, 57.76, 1234.5, 98765, -0.451, 1.7e308, Infinity, -Infinity]"
+    assert page.evaluate(f"{numbers}.map(brief)") == [
+        *("–", "0", "≈0", "0.05", "1.0", "8.6", "58", "1235", "1e5", "−0.45", "2e308", "∞", "−∞"),
+    ]
+    assert page.evaluate(f"{numbers}.map(shown)") == [
+        *("–", "0", "0.004", "0.0512", "0.996", "8.65", "57.8", "1235", "98765", "−0.451", "1.7e308", "∞", "−∞"),
+    ]
+    assert page.evaluate("[[], [3, null, 1], [4, 1, 2, 8]].map(median)") == [None, 2, 3]
