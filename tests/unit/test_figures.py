@@ -1005,6 +1005,17 @@ def test_a_panel_of_neighbours_has_their_ratio_and_no_outline(tmp_path, figures)
     assert axes.get_title(loc="left").endswith("$ is at most 1.05 in 2 heads")
 
 
+def test_exponents_are_written_with_a_true_minus_and_the_colours_hold_all_but_a_few_of_them():
+    from approxkmv.figures.growth import _limits, two_decimals
+
+    assert [two_decimals(value) for value in (-0.451, -0.001, 0.725, 9.99, -12.3)] == [
+        *("−0.45", "0.00", "0.72", "9.99", "−12"),
+    ]
+    assert _limits(np.r_[np.full(98, 0.3), -7.0, 9.0]) == (0.0, 1.0)
+    assert _limits(np.r_[np.linspace(-0.9, 1.6, 99), np.nan]) == (-1.0, 2.0)
+    assert _limits(np.full(3, np.nan)) == (0.0, 1.0)
+
+
 def series(axes: Any) -> dict[str, list[list[float]]]:
     """Points of the lines of axes that a legend names."""
     return {

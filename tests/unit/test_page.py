@@ -313,6 +313,12 @@ def test_the_sentences_are_what_the_tables_say(one):
     assert last.endswith(": at n = 400 c is undecided on 6 heads")
 
 
+def test_what_an_earlier_study_left_is_no_model_of_this_one(one):
+    folder, _ = one
+    assert measured(folder, left=[folder / "overview_m.json"]) == measured(folder, ["another"]) == []
+    assert [facts["model"] for facts in measured(folder, ["m"], [folder / "overview_n.json"])] == ["m"]
+
+
 def test_long_texts_are_told_from_the_shortest_to_the_longest_with_those_that_end_before():
     (facts,) = measured(REFERENCE / "lengths" / "tables")
     missing = ["text 3: no 8,192, it has 5,000 tokens"]
