@@ -36,7 +36,7 @@ STATISTICS = (
         "c",
         "largest c",
         (("heads", "max_ratio"), ("lengths", "largest_ratio")),
-        "The head-to-tail ratio: the largest over texts and prefixes.",
+        "The head-to-tail ratio: the largest over texts and prefixes; of long texts, at the longest length.",
         low=0.05,
         high=100.0,
     ),
