@@ -1226,6 +1226,9 @@ def test_characters_that_the_font_does_not_have_are_named(tmp_path, caplog, recw
 
 def test_a_cell_near_the_bound_says_on_which_side_it_is():
     assert [near(4.6)(value) for value in (4.5, 4.58, 4.62, 57.8, 0.001)] == ["4.50", "4.58", "4.62", "58", "<.01"]
+    # 4.60 alone would be the bound.
+    assert [near(4.6)(value) for value in (4.6, 4.604, 4.60004, 4.599)] == ["4.60", "4.604", "4.60", "4.60"]
+    assert [near(4.6)(value) for value in (float("nan"), float("inf"))] == ["–", "∞"]
     assert [up_to_the_scale(value) for value in (1.92, 20.3, 1e9)] == ["1.9", "20.30", ">1,000"]
 
 

@@ -286,8 +286,15 @@ def abridged(text: str, most: int) -> str:
 
 
 def near(bound: float) -> Callable[[float], str]:
-    """`short`, but with two decimals near a bound, so that the side on which a value lies can be read."""
-    return lambda value: f"{value:.2f}" if abs(value / bound - 1) < 0.05 else short(value)
+    """`short`, but near a bound with two to four decimals, so that the side on which a value lies can be read."""
+
+    def write(value: float) -> str:
+        if not abs(value / bound - 1) < 0.05:
+            return short(value)
+        shown = [f"{value:.{places}f}" for places in (2, 3, 4)]
+        return next((text for text in shown if (float(text) > bound) == (value > bound)), shown[0])
+
+    return write
 
 
 def short(value: float) -> str:
