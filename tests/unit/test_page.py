@@ -313,6 +313,15 @@ def test_the_sentences_are_what_the_tables_say(one):
     assert last.endswith(": at n = 400 c is undecided on 6 heads")
 
 
+def test_a_verdict_of_another_word_is_one_line(one):
+    folder, tables = one
+    (facts,) = measured(folder)
+    for column in ("size", "masked_trend"):
+        tables["growth"].assign(**{column: "huge"}).to_csv(folder / "growth_m.csv", index=False)
+        with pytest.raises(TableError, match=rf"growth_m\.csv: {column} is 'huge', not "):
+            sentences(folder, facts)
+
+
 def test_what_an_earlier_study_left_is_no_model_of_this_one(one):
     folder, _ = one
     assert measured(folder, left=[folder / "overview_m.json"]) == measured(folder, ["another"]) == []

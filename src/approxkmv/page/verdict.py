@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+from approxkmv.errors import TableError
 from approxkmv.results.tables import MASKED_FACTS, masks_of, read_overview, read_statistics
 from approxkmv.statistics.growth import ENOUGH_TEXTS, FAST, FLAT, SIZES, TRENDS
 from approxkmv.words import counted, significant
@@ -41,7 +42,7 @@ def is_on_long_texts(facts: dict[str, Any]) -> bool:
 
 
 def sentences(tables: Path, facts: dict[str, Any]) -> list[str]:
-    """First what was measured, then what was found."""
+    """First what was measured, then what was found. Raises TableError for a table of growth that cannot be read."""
     if is_on_long_texts(facts):
         first = f"{facts['label']}: n = {facts['lengths'][0]:,} to {facts['lengths'][-1]:,} on {facts['corpus']}"
         return [first, *_beside(facts), *facts["texts_missing"], *growth_sentences(tables, facts)]
@@ -132,7 +133,16 @@ def _counted(found: Any, words: Sequence[str]) -> str:
 def _growth(tables: Path, facts: dict[str, Any]) -> Any:
     path = tables / f"growth_{facts['model']}.csv"
     columns = {"exponent": "number", "size": "text", "trend": "text"} | dict.fromkeys(("length", "start"), "whole")
-    return read_statistics(path, {}, columns) if path.is_file() else None
+    if not path.is_file():
+        return None
+    table = read_statistics(path, {}, columns)
+    for column, words in (("size", SIZES), ("trend", TRENDS)):
+        for before in masks_of(table, column):
+            if unknown := set(table[f"{before}{column}"]) - {*words}:
+                raise TableError(
+                    f"{path}: {before}{column} is {min(unknown)!r}, not {', '.join(words)}: run growth again"
+                )
+    return table
 
 
 def _beside(facts: dict[str, Any]) -> list[str]:
