@@ -386,10 +386,10 @@ def made_sweep(folder: Path) -> None:
             add(workload, n, "exact-sdpa", "exact", 1.0, 1e-7)
             add(workload, n, "exact-naive", "exact", 0.4, 1e-7)
             add(workload, n, "hnsw", "approximate", graph, 0.08)
+            add(workload, n, "clustered", "approximate", 50.0, 0.4, target=0.5)
             add(workload, n, "clustered", "approximate", blocks, 0.09)
             if workload != "c":
                 add(workload, n, "approxkmv", "approximate", 20.0, 0.3 if (workload, n) == ("a", 4000) else 0.05)
-            add(workload, n, "clustered", "approximate", 50.0, 0.4, target=0.5)
         add(workload, 4000, "mean", "trivial", 100.0, 0.05 if workload == "b" else 0.7)
     pd.DataFrame(rows, columns=list(COLUMNS)).to_csv(folder / "sweep.csv", index=False)
 
@@ -454,6 +454,28 @@ def test_a_sweep_s_lines_are_times_faster_and_the_paper_s_own_bands(tmp_path, fi
     )
 
 
+def test_a_sweep_s_slower_lines_are_counted_and_a_slower_trivial_method_wins_nothing(tmp_path, figures, monkeypatch):
+    from approxkmv.figures import speedup
+    from approxkmv.figures.sweep_table import count_of, read_sweep
+
+    made_sweep(tmp_path)
+    monkeypatch.setattr(speedup, "MOST", 2)
+    catalogue.draw("speedup", tmp_path, [], tmp_path / "x")
+    names = {workload: {text.get_text() for text in panel(figures[0], workload).texts} for workload in "abc"}
+    assert names == {"a": {"approxkmv", "hnsw"}, "b": {"mean", "approxkmv"}, "c": {"hnsw", "clustered"}}
+    words = " ".join(" ".join(word for word, _ in drawn_texts(figures[0])).split())
+    assert "at most 2 in a panel; 3 slower lines in the table only. " in words
+    table = pd.read_csv(tmp_path / "sweep.csv")
+    times = [name for name in table if name.startswith("seconds")]
+    table.loc[table["method"] == "mean", times] *= 10
+    table.to_csv(tmp_path / "sweep.csv", index=False)
+    # Ten times as fast as exact attention, but approxkmv is twenty times.
+    words = speedup.finding(read_sweep(tmp_path / "sweep.csv"))
+    assert words.endswith("; a trivial method reaches the error too on 1 of 3 workloads")
+    said = [count_of(*counts, "workload") for counts in ((1, 1), (0, 1), (2, 3))]
+    assert said == ["the one workload", "not the one workload", "2 of 3 workloads"]
+
+
 def test_a_sweep_s_crossings_are_between_the_lengths_where_times_cross(tmp_path, figures):
     made_sweep(tmp_path)
     catalogue.draw("crossover", tmp_path, [], tmp_path / "x")
@@ -493,6 +515,8 @@ def test_a_sweep_s_crossings_are_between_the_lengths_where_times_cross(tmp_path,
         ([2.0, 3.0, 4.0, 5.0], 1000, "below"),
         # The last three lengths rise, whatever the first did.
         ([0.9, 0.125, 0.25, 0.5], 16000, "extrapolated"),
+        # As fast is not faster.
+        ([0.5, 0.5, 0.5, 1.0], 4000 * 2 ** (4 / 3), "extrapolated"),
         ([0.5, 0.5, 0.5, 0.5], None, "never"),
         ([0.1, 0.100001, 0.100002, 0.100003], None, "never"),
         ([4.0, 2.0, 1.0, 0.5], None, "never"),
@@ -792,9 +816,19 @@ def test_readings_are_where_their_numbers_are_and_none_is_lost(tmp_path, figures
         "every key) Readings of the definition on 1 text; line: scales up to 1; hatched: the paper's numbers; points "
         "on the edge: beyond it"
     )
-    table.assign(texts=[3, 3, 4, 3]).to_csv(tmp_path / "readings_m.csv", index=False)
+    # What the paper's numbers allow is hatched.
+    (box,) = axes.patches
+    assert (box.get_x() + box.get_width(), box.get_y() + box.get_height()) == pytest.approx((4.6, 20.0))
+    masked = table.assign(texts=[3, 3, 4, 3], entries="masked", largest_ratio=[4.0, 5.0, 6.0, 7.0], median_double=9.0)
+    pd.concat([masked, table]).to_csv(tmp_path / "readings_m.csv", index=False)
     catalogue.draw("readings", tmp_path, ["m"], tmp_path / "x")
-    assert "on 3 to 4 texts; " in title(figures[1])
+    assert "on 1 to 4 texts; " in title(figures[1])
+    assert f"come out under sigma (every query with every key); under printed ({CAUSAL}) R" in title(figures[1])
+    drawn = [
+        {line.get_label(): (*line.get_xdata(), *line.get_ydata()) for line in axes.lines} for axes in figures[1].axes
+    ]
+    assert [one["sigma (6 of 6)"] for one in drawn] == [(4.6, 20.0), (5.0, 9.0)]
+    assert [len(axes.get_legend().get_texts()) for axes in figures[1].axes] == [4, 4]
 
 
 def test_kernel_products_are_those_of_the_longest_n_and_the_title_has_the_largest_epsilon(tmp_path, figures):
@@ -1166,6 +1200,10 @@ def test_the_scaling_shows_the_means_their_deviations_and_the_texts(tmp_path, fi
     assert words == "the paper's bound 5"
     names = {text.get_text(): text.xy for text in top.texts if "bound" not in text.get_text()}
     assert names == {"model m": (400, 8.0), "model m, masked": (400, 2.0)}
+    assert bottom.get_xlabel() == "prefix length i in tokens (hollow: fewer than 5 texts)"
+    table.assign(contexts=5).to_csv(tmp_path / "context_scaling_m.csv", index=False)
+    catalogue.draw("context_scaling", tmp_path, ["m"], tmp_path / "x")
+    assert figures.pop().axes[1].get_xlabel() == "prefix length i in tokens"
     tables(tmp_path, "n", 2, 3, bound=4.6)
     catalogue.draw("context_scaling", tmp_path, ["m", "n"], tmp_path / "x")
     (words,) = [text.get_text() for text in figures[1].axes[0].texts if "bound" in text.get_text()]

@@ -313,6 +313,22 @@ def test_the_sentences_are_what_the_tables_say(one):
     assert last.endswith(": at n = 400 c is undecided on 6 heads")
 
 
+def test_a_page_heads_each_verdict_with_what_was_measured_and_has_no_explorer_of_nothing(one, tmp_path):
+    folder, tables = one
+    texts = Tags(drawn(folder, tmp_path / "index.html")).texts
+    place = texts.index("a model: 9 texts of a corpus (4 too short, 2 cut)")
+    (facts,) = measured(folder)
+    assert holds(folder, facts)[1] in texts[place : place + 4]
+    for kind in tables:
+        (folder / f"{kind}_m.csv").unlink()
+    page = drawn(folder, tmp_path / "index.html")
+    assert 'id="explorer"' not in page
+    for kind in (*tables, "paper_comparison"):
+        assert f"{kind}_m.csv" in page or f"{kind}.csv" in page
+    # The paper claims nothing about long texts.
+    assert "paper_comparison.csv" not in drawn(REFERENCE / "lengths" / "tables", tmp_path / "index.html")
+
+
 def test_a_verdict_of_another_word_is_one_line(one):
     folder, tables = one
     (facts,) = measured(folder)
