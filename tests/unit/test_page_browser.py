@@ -409,3 +409,8 @@ def test_numbers_are_written_to_three_digits_or_as_they_fit(shown):
         *("–", "0", "0.004", "0.0512", "0.996", "8.65", "57.8", "1235", "98765", "−0.451", "1.7e308", "∞", "−∞"),
     ]
     assert page.evaluate("[[], [3, null, 1], [4, 1, 2, 8]].map(median)") == [None, 2, 3]
+    for found in page.evaluate("Array.from({ length: 101 }, (_, i) => colour(i / 100))"):
+        channels = np.array([int(part) for part in found["back"][4:-1].split()]) / 255
+        light = float(channels**2.2 @ [0.2126, 0.7152, 0.0722]) + 0.05
+        # WCAG's contrast of large letters, nearly
+        assert (1.05 / light if found["ink"] == "#fff" else light / 0.05) > 2.9

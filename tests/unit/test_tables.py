@@ -17,11 +17,13 @@ from approxkmv.statistics.readings import POWERS, READINGS
 from approxkmv.steps import readings_table
 from approxkmv.steps.attention_table import write_attention_table
 from approxkmv.steps.compare import claims, claims_as_read, compare, growth_exponent
-from approxkmv.steps.growth import measure_growth
+from approxkmv.steps.growth import growth_of, measure_growth
 from approxkmv.steps.length_scaling import length_scaling
+from approxkmv.steps.length_scaling import summarise as summarise_lengths
 from approxkmv.steps.lengths import too_short
 from approxkmv.steps.show import lines
 from approxkmv.steps.summary import per_head, scaling_with_length, summarise
+from approxkmv.words import counted, significant
 
 HEADS = pd.DataFrame(
     {
@@ -165,6 +167,42 @@ def test_each_column_of_long_texts_is_over_the_texts_of_one_head_at_one_length()
                 for name in ("next", "double"):
                     expected[f"{name}_ratio"] = min(np.exp(median[f"log_{name}"]), np.finfo(float).max)
             assert {name: row[f"{before}{name}"] for name in expected} == pytest.approx(expected)
+
+
+def test_long_texts_that_end_before_the_longest_length_are_named_and_no_others(tmp_path):
+    from approxkmv.results.tables import KEYS
+
+    names = ("ratio", "log_next", "log_double", "softmax_ratio", "tail_exponent", *KEYS)
+    study = shards(tmp_path, causal=True).model_copy(update={"lengths": (64, 128, 256)})
+    values = random_texts(names, {"length": [64, 128]}, texts=3)
+    write_parquet(tmp_path / "0000.lengths.parquet", values[(values["context"] > 0) | (values["length"] == 64)])
+    taken = pd.read_csv(tmp_path / "0000.contexts.csv", keep_default_na=False).iloc[:5]
+    taken.assign(tokens=[100, 300, 256, 50, 30], cut=[0, 44, 0, 0, 0], used=[True] * 4 + [False]).to_csv(
+        tmp_path / "0000.contexts.csv", index=False
+    )
+    model = next(iter(study.models.values()))
+    facts = summarise_lengths(study, model, tmp_path / "texts.parquet", tmp_path, tmp_path, {})
+    assert facts["texts_used"] == 3
+    assert facts["lengths"] == [64, 128]
+    assert facts["lengths_left_out"] == {"256": "no text reaches it"}
+    assert facts["texts_missing"] == [
+        "text 0: no 128, 256, it has 100 tokens",
+        "text 3: no 64, 128, 256, it has 50 tokens",
+    ]
+    assert (facts["layers"], facts["heads"]) == (2, 3)
+
+
+def test_curves_keep_a_small_c_and_a_c_of_nothing_is_a_millionth():
+    values = pd.DataFrame({"context": [0, 0, 1, 1], "prefix": [50, 100] * 2, "layer": 0, "head": 0})
+    _, curves = growth_of(values.assign(ratio=[4e-5, 0.0, 1e-5, 0.0]), 4.6)
+    assert curves["ratio"].tolist() == pytest.approx([2e-5, 1e-6])
+
+
+def test_numbers_of_things():
+    assert [counted(number, "text") for number in (0, 1, 2)] == ["0 texts", "1 text", "2 texts"]
+    assert [significant(value) for value in (0.0, 0.00571, 57.76, 999.4, 999.6, 12345.6)] == [
+        *("0", "0.00571", "57.8", "999", "1,000", "12,346"),
+    ]
 
 
 def test_a_length_that_a_text_has_is_not_missing():
@@ -357,7 +395,7 @@ def test_the_overview_counts_the_texts_and_the_bound_is_within_itself(tmp_path):
     name, model = next(iter(study.models.items()))
     values = pd.read_parquet(tmp_path / "0000.heads.parquet")
     # The largest c of all is of another head.
-    values.loc[(values["layer"] == 1) & (values["head"] == 1) & (values["context"] == 2), "max_ratio"] = 99.0
+    values.loc[(values["layer"] == 2) & (values["head"] == 1) & (values["context"] == 2), "max_ratio"] = 99.0
     values.to_parquet(tmp_path / "0000.heads.parquet")
     hash_file(tmp_path / "0000.heads.parquet").unlink()
     ratios = np.sort(values.groupby(["layer", "head"])["max_ratio"].max())
@@ -365,7 +403,7 @@ def test_the_overview_counts_the_texts_and_the_bound_is_within_itself(tmp_path):
     facts = summarise(study, model, tmp_path / "texts.parquet", tmp_path, tmp_path / "tables", {})
     counts = {"texts": 9, "texts_used": 6, "texts_too_short": 3, "texts_cut": 2, "tokens_median": 125.0}
     counts |= {"tokens_max": 190, "layers": 3, "heads": 2, "heads_within_bound": 3, "largest_ratio": 99.0}
-    counts |= {"largest_ratio_layer": 1, "largest_ratio_head": 1, "median_ratio": pytest.approx(np.median(ratios))}
+    counts |= {"largest_ratio_layer": 2, "largest_ratio_head": 1, "median_ratio": pytest.approx(np.median(ratios))}
     assert {key: facts[key] for key in counts} == counts
     # A head is large by the model's bound and no other.
     growth = measure_growth(
