@@ -396,6 +396,8 @@ def test_the_curve_has_its_points_and_the_thick_line_its_exponent_through_their_
     heads = pd.read_csv(tables / "heads_smollm2-135m.csv")
     assert page.locator("#map-a .above").count() == (heads["masked_max_ratio"] > facts["paper_bound"]).sum()
     assert f"Outlined: above {facts['paper_bound']:g}." in page.locator(".frame .note").inner_text()
+    # One scale of c for all models
+    assert page.locator(".marks").inner_text().split() == ["0.1", "1", "10", "100"]
     page.select_option("#stat", "double")
     assert page.locator("#map-a .above").count() == 0
     page.select_option("#filter", "undecided")
