@@ -358,6 +358,178 @@ def test_two_figures_of_a_sweep_name_the_same_winner_on_as_many_workloads(study)
     assert found[0].groups() == found[1].groups()
 
 
+def made_sweep(folder: Path) -> None:
+    """Workloads where exact attention takes n / 1000 seconds and methods so many times less.
+
+    On a, `approxkmv` misses the error at the longest n; `hnsw` is the fastest there but within the noise on b and c.
+    """
+    from approxkmv.sweep.table import COLUMNS
+
+    rows = []
+
+    def add(workload: str, n: int, method: str, kind: str, gain: float, error: float, **more: Any) -> None:
+        seconds = n / 1000 / gain
+        row = {"workload": workload, "n": n, "batch": 1, "columns": "all", "device": "cpu", "dtype": "float32"}
+        row |= {"mask": "none", "queries": n, "method": method, "kind": kind, "status": "ok", "parameters": f"{gain}"}
+        row |= {"seconds_q1": seconds * 0.9, "seconds": seconds, "seconds_q3": seconds * 1.2, "recomputed_share": 0.0}
+        row |= {"kernel_evaluations": n, "relative_to": "answer" if kind != "exact" else None}
+        row |= {"target": 0.1 if kind != "exact" else np.nan}
+        row |= {f"error_exact_{name}": error * part for name, part in (("mean", 0.6), ("median", 0.5), ("p95", 1.0))}
+        row |= {f"error_v_{name}": error for name in ("mean", "median", "p95")}
+        rows.append(dict.fromkeys(COLUMNS) | row | more)
+
+    gains = {"a": {1000: (0.5, 0.25), 2000: (2.0, 0.5), 4000: (9.0, 4.0)}}
+    gains["b"] = {1000: (0.5, 0.5), 2000: (0.8, 2.0), 4000: (1.1, 3.0)}
+    gains["c"] = {4000: (1.1, 0.5)}
+    for workload, of in gains.items():
+        for n, (graph, blocks) in of.items():
+            add(workload, n, "exact-sdpa", "exact", 1.0, 1e-7)
+            add(workload, n, "exact-naive", "exact", 0.4, 1e-7)
+            add(workload, n, "hnsw", "approximate", graph, 0.08)
+            add(workload, n, "clustered", "approximate", 50.0, 0.4, target=0.5)
+            add(workload, n, "clustered", "approximate", blocks, 0.09)
+            if workload != "c":
+                add(workload, n, "approxkmv", "approximate", 20.0, 0.3 if (workload, n) == ("a", 4000) else 0.05)
+        add(workload, 4000, "mean", "trivial", 100.0, 0.05 if workload == "b" else 0.7)
+    pd.DataFrame(rows, columns=list(COLUMNS)).to_csv(folder / "sweep.csv", index=False)
+
+
+def panel(figure: Any, workload: str) -> Any:
+    return next(axes for axes in figure.axes if axes.get_title(loc="left").startswith(workload))
+
+
+def test_a_sweep_s_errors_and_times_are_those_of_the_longest_n_with_their_bars(tmp_path, figures):
+    made_sweep(tmp_path)
+    catalogue.draw("error_vs_time", tmp_path, [], tmp_path / "x")
+    axes = panel(figures[0], "a")
+    assert axes.get_title(loc="left") == "a, batch 1, all columns\nn = 4,000"
+    found = series(axes)
+    # Exact ones at the floor, and of two settings the fast one first.
+    assert found["exact-sdpa"] == [[4.0, 1e-3]]
+    assert found["hnsw"] == [[pytest.approx(4 / 9), pytest.approx(0.04)]]
+    assert found["clustered"] == [[pytest.approx(0.08), pytest.approx(0.2)], [1.0, pytest.approx(0.045)]]
+    # What misses its target is hollow, and no line goes through it.
+    hollow = [line.get_xydata().tolist() for line in axes.lines if line.get_markerfacecolor() == "white"]
+    assert [points for points in hollow if points] == [
+        [[pytest.approx(0.2), pytest.approx(0.15)]],
+        [[pytest.approx(0.04), pytest.approx(0.35)]],
+    ]
+    bars = {tuple(np.round(np.ravel(segment), 4)) for lines in axes.collections for segment in lines.get_segments()}
+    times = [round(4 / 9 * part, 4) for part in (0.9, 1.2)]
+    assert (times[0], 0.04, times[1], 0.04) in bars
+    assert (round(4 / 9, 4), 0.04, round(4 / 9, 4), 0.08) in bars
+    grey = {line.get_ydata()[0] for line in axes.lines if line.get_color() == "0.75"}
+    assert grey == {0.1, 0.5}
+    # On b approxkmv is the fastest of those within 0.1.
+    assert title(figures[0]) == (
+        "At an error of 0.1 of the answer, hnsw is the fastest approximate method, and faster than exact attention, on "
+        "1 of 3 workloads"
+    )
+
+
+def test_a_sweep_s_lines_are_times_faster_and_the_paper_s_own_bands(tmp_path, figures):
+    made_sweep(tmp_path)
+    catalogue.draw("speedup", tmp_path, [], tmp_path / "x")
+    axes = panel(figures[0], "a")
+    lines = {line.get_marker(): line.get_xydata().tolist() for line in axes.lines if len(line.get_xdata()) > 1}
+    from approxkmv.figures.sweep_table import looks
+
+    look = looks(pd.read_csv(tmp_path / "sweep.csv"))
+    assert lines[look["hnsw"]["marker"]] == [[1000, 0.5], [2000, 2.0], [4000, 9.0]]
+    assert lines[look["clustered"]["marker"]] == [[1000, 0.25], [2000, 0.5], [4000, 4.0]]
+    np.testing.assert_allclose(lines[look["approxkmv"]["marker"]], [[1000, 20.0], [2000, 20.0], [4000, np.nan]])
+    hollow = [line.get_xydata().tolist() for line in axes.lines if line.get_markerfacecolor() == "white"]
+    assert [points for points in hollow if points] == [[[4000, 20.0]]]
+    # By the first and third quartiles of both times
+    paths = [path for of in axes.collections for path in of.get_paths()]
+    band = {tuple(np.round(point, 4)) for path in paths for point in path.vertices}
+    assert {(4000, round(9.0 * 0.9 / 1.2, 4)), (4000, round(9.0 * 1.2 / 0.9, 4))} <= band
+    # mean misses the error on a, and is not there.
+    names = {text.get_text(): tuple(text.xy) for text in axes.texts}
+    assert names == {"hnsw": (4000, 9.0), "clustered": (4000, 4.0), "approxkmv": (4000, 20.0)}
+    assert title(figures[0]) == (
+        "Figure 5: at an error of 0.1 of the answer the best approximate method is faster than the fastest exact one "
+        "on 2 of 3 workloads at the longest n, 9.0 to 20 times; it is hnsw on 1 of 3 workloads; a trivial method "
+        "reaches the error too on 1 of 3 workloads, and is faster still on 1 of 3 workloads"
+    )
+
+
+def test_a_sweep_s_slower_lines_are_counted_and_a_slower_trivial_method_wins_nothing(tmp_path, figures, monkeypatch):
+    from approxkmv.figures import speedup
+    from approxkmv.figures.sweep_table import count_of, read_sweep
+
+    made_sweep(tmp_path)
+    monkeypatch.setattr(speedup, "MOST", 2)
+    catalogue.draw("speedup", tmp_path, [], tmp_path / "x")
+    names = {workload: {text.get_text() for text in panel(figures[0], workload).texts} for workload in "abc"}
+    assert names == {"a": {"approxkmv", "hnsw"}, "b": {"mean", "approxkmv"}, "c": {"hnsw", "clustered"}}
+    words = " ".join(" ".join(word for word, _ in drawn_texts(figures[0])).split())
+    assert "at most 2 in a panel; 3 slower lines in the table only. " in words
+    table = pd.read_csv(tmp_path / "sweep.csv")
+    times = [name for name in table if name.startswith("seconds")]
+    table.loc[table["method"] == "mean", times] *= 10
+    table.to_csv(tmp_path / "sweep.csv", index=False)
+    # Ten times as fast as exact attention, but approxkmv is twenty times.
+    words = speedup.finding(read_sweep(tmp_path / "sweep.csv"))
+    assert words.endswith("; a trivial method reaches the error too on 1 of 3 workloads")
+    said = [count_of(*counts, "workload") for counts in ((1, 1), (0, 1), (2, 3))]
+    assert said == ["the one workload", "not the one workload", "2 of 3 workloads"]
+
+
+def test_a_sweep_s_crossings_are_between_the_lengths_where_times_cross(tmp_path, figures):
+    made_sweep(tmp_path)
+    catalogue.draw("crossover", tmp_path, [], tmp_path / "x")
+    axes = figures[0].axes[0]
+    rows = [label.get_text() for label in axes.get_yticklabels()]
+    columns = [label.get_text() for label in axes.get_xticklabels()]
+    found = {}
+    for text in axes.texts:
+        column, row = text.get_position()
+        found[rows[int(row)], columns[int(column)]] = text.get_text()
+    # hnsw from 0.5 to 2 is 1 half of the way, clustered from 0.5 to 4 a third of it.
+    assert found == {
+        ("approxkmv", "a"): "missed",
+        ("approxkmv", "b"): "≤ 1,000",
+        ("hnsw", "a"): f"{1000 * 2**0.5:,.0f}",
+        ("hnsw", "b"): "as fast",
+        ("clustered", "a"): f"{2000 * 2 ** (1 / 3):,.0f}",
+        ("clustered", "b"): f"{1000 * 2**0.5:,.0f}",
+        ("mean", "a"): "missed",
+        ("mean", "b"): "≤ 4,000",
+        ("approxkmv", "c"): "missed",
+        ("hnsw", "c"): "as fast",
+        ("clustered", "c"): "slower",
+        ("mean", "c"): "missed",
+    }
+    assert title(figures[0]) == (
+        "At an error of 0.1 of the answer, with n up to 4,000, clustered becomes faster than exact attention on 2 of 3 "
+        "workloads, no other approximate method on as many"
+    )
+
+
+@pytest.mark.parametrize(
+    ("ratios", "n", "how"),
+    [
+        ([0.25, 0.5, 1.0, 2.0], 4000, "measured"),
+        ([2.0, 0.5, 2.0, 2.0], 2000 * 2**0.5, "measured"),
+        ([2.0, 3.0, 4.0, 5.0], 1000, "below"),
+        # The last three lengths rise, whatever the first did.
+        ([0.9, 0.125, 0.25, 0.5], 16000, "extrapolated"),
+        # As fast is not faster.
+        ([0.5, 0.5, 0.5, 1.0], 4000 * 2 ** (4 / 3), "extrapolated"),
+        ([0.5, 0.5, 0.5, 0.5], None, "never"),
+        ([0.1, 0.100001, 0.100002, 0.100003], None, "never"),
+        ([4.0, 2.0, 1.0, 0.5], None, "never"),
+    ],
+)
+def test_where_ratios_cross(ratios, n, how):
+    from approxkmv.figures.crossover import crossover
+
+    found, said = crossover(np.array([1000, 2000, 4000, 8000]), np.array(ratios))
+    assert said == how
+    assert np.isnan(found) if n is None else found == pytest.approx(n)
+
+
 WINNERS = {
     "speedup": r"it is (\S+) on (\d+ of \d+) workloads",
     "error_vs_time": r", (\S+) is the fastest approximate method, .* on (\d+ of \d+) workloads",
@@ -567,6 +739,131 @@ def test_growth_is_drawn_with_its_verdicts_and_nothing_overlapping(tmp_path, fig
         assert misplaced_texts(figure) == []
 
 
+def title(figure: Any) -> str:
+    return " ".join(figure.get_suptitle().split())
+
+
+def test_one_length_and_one_head_are_no_range(tmp_path, figures):
+    tables(tmp_path, "m", 1, 1)
+    growth_tables(tmp_path, 1, 1, masked=False)
+    path = tmp_path / "context_scaling_m.csv"
+    pd.read_csv(path).assign(contexts=[9, 4, 1]).to_csv(path, index=False)
+    for name in ("context_scaling", "growth_curves"):
+        catalogue.draw(name, tmp_path, ["m"], tmp_path / "x")
+    pd.read_csv(path).assign(contexts=[9, 5, 1]).to_csv(path, index=False)
+    catalogue.draw("context_scaling", tmp_path, ["m"], tmp_path / "x")
+    pd.read_csv(path).assign(contexts=[4, 4, 1]).to_csv(path, index=False)
+    catalogue.draw("context_scaling", tmp_path, ["m"], tmp_path / "x")
+    exponent = pd.read_csv(tmp_path / "growth_m.csv")["exponent"][0]
+    largest = "Figure 4: the largest c over layers and heads"
+    assert title(figures[0]).startswith(f"{largest} is 5.0 at 50 tokens (model m) Mean")
+    assert title(figures[1]).startswith(f"model m: c(n) of typical heads goes as n to the power {exponent:.2f} One")
+    assert title(figures[2]).startswith(f"{largest} goes from 5.0 at 50 tokens to 10 at 100 (model m) Mean")
+    assert title(figures[3]).startswith(f"{largest} of too few texts to say Mean")
+
+
+def test_a_title_of_many_models_counts_those_whose_c_grows(tmp_path, figures):
+    for i, name in enumerate("abc"):
+        tables(tmp_path, name, 2, 3)
+        path = tmp_path / f"context_scaling_{name}.csv"
+        pd.read_csv(path).assign(mean=[2.0 + i, 7.0 - 2 * i, 900.0]).to_csv(path, index=False)
+    catalogue.draw("context_scaling", tmp_path, list("abc"), tmp_path / "x")
+    assert title(figures[0]) == (
+        "Figure 4: the largest c over layers and heads grows with the length in 2 of 3 models 2.0 to 4.0 at the "
+        "shortest prefix, 3.0 to 7.0 at the longest that 5 texts reach Mean and standard deviation over texts"
+    )
+
+
+def test_a_mean_c_of_nothing_is_on_the_axis_and_said(tmp_path, figures):
+    tables(tmp_path, "m", 2, 3)
+    path = tmp_path / "context_scaling_m.csv"
+    pd.read_csv(path).assign(mean=[0.0, 1e-9, 0.5], std=0.0, min=0.0).to_csv(path, index=False)
+    catalogue.draw("context_scaling", tmp_path, ["m"], tmp_path / "x")
+    assert misplaced_texts(figures[0]) == []
+    edge = [list(line.get_xdata()) for line in figures[0].axes[0].lines if not line.get_clip_on()]
+    assert edge == [[50, 100]]
+    assert title(figures[0]).endswith("; points on the axis: smaller c")
+    assert 1e-5 < figures[0].axes[0].get_ylim()[0] < 1
+
+
+def reading_tables(folder: Path) -> pd.DataFrame:
+    """Of a model without a mask: c of nothing, both in the paper's range, one beyond it, and one of 0/0."""
+    tables(folder, "m", 2, 3)
+    table = pd.DataFrame({"reading": ["printed", "sigma", "unscaled", "float32"], "entries": "all", "heads": 6})
+    table["texts"] = 1
+    table = table.assign(largest_ratio=[4.7, 4.6, 0.0, 9.0], median_double=[3.0, 20.0, 1e9, np.nan])
+    table = table.assign(heads_within_bound=[5, 6, 6, 2])
+    table.to_csv(folder / "readings_m.csv", index=False)
+    table.assign(power=[1.0, 0.5, 0.0, 0.25]).to_csv(folder / "readings_path_m.csv", index=False)
+    return table
+
+
+def test_readings_are_where_their_numbers_are_and_none_is_lost(tmp_path, figures):
+    table = reading_tables(tmp_path)
+    catalogue.draw("readings", tmp_path, ["m"], tmp_path / "x")
+    axes = figures[0].axes[0]
+    assert misplaced_texts(figures[0]) == []
+    names = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert names == ["printed (5 of 6)", "sigma (6 of 6)", "unscaled (6 of 6)", "float32 (2 of 6), ratio 0/0"]
+    places = {line.get_label(): (*line.get_xdata(), *line.get_ydata()) for line in axes.lines[1:5]}
+    assert places[names[0]] == (4.7, 3.0)
+    assert places[names[1]] == (4.6, 20.0)
+    # On the edges at the left and above, since neither axis reaches as far.
+    edges = [(*line.get_xdata(), *line.get_ydata()) for line in axes.lines if not line.get_clip_on()]
+    assert (axes.get_xlim()[0], axes.get_ylim()[1]) in edges
+    assert title(figures[0]) == (
+        "model m: the paper's numbers (c at most 4.6, the ratio at most 20) come out under sigma (every query with "
+        "every key) Readings of the definition on 1 text; line: scales up to 1; hatched: the paper's numbers; points "
+        "on the edge: beyond it"
+    )
+    # What the paper's numbers allow is hatched.
+    (box,) = axes.patches
+    assert (box.get_x() + box.get_width(), box.get_y() + box.get_height()) == pytest.approx((4.6, 20.0))
+    masked = table.assign(texts=[3, 3, 4, 3], entries="masked", largest_ratio=[4.0, 5.0, 6.0, 7.0], median_double=9.0)
+    pd.concat([masked, table]).to_csv(tmp_path / "readings_m.csv", index=False)
+    catalogue.draw("readings", tmp_path, ["m"], tmp_path / "x")
+    assert "on 1 to 4 texts; " in title(figures[1])
+    assert f"come out under sigma (every query with every key); under printed ({CAUSAL}) R" in title(figures[1])
+    drawn = [
+        {line.get_label(): (*line.get_xdata(), *line.get_ydata()) for line in axes.lines} for axes in figures[1].axes
+    ]
+    assert [one["sigma (6 of 6)"] for one in drawn] == [(4.6, 20.0), (5.0, 9.0)]
+    assert [len(axes.get_legend().get_texts()) for axes in figures[1].axes] == [4, 4]
+
+
+def test_kernel_products_are_those_of_the_longest_n_and_the_title_has_the_largest_epsilon(tmp_path, figures):
+    row = {"n": 2048, "seconds": 0.5, "error": 0.2}
+    own = row | {"method": "KernelOperator"}
+    rows = [
+        *(
+            row | {"x": x, "method": "exact, float32", "error": 1e-7, "times_best_exact": 1.0}
+            for x in ("ones", "signs")
+        ),
+        own | {"x": "ones", "epsilon": 0.3, "times_best_exact": 7.0, "seconds": 0.1},
+        own | {"x": "ones", "epsilon": 0.1, "times_best_exact": 2.0, "error": 0.05},
+        own | {"x": "signs", "epsilon": 0.3, "times_best_exact": 3.0},
+        own | {"x": "signs", "epsilon": 0.3, "times_best_exact": 99.0, "n": 1024},
+        row | {"x": "ones", "method": "mean", "error": 0.4, "seconds": 0.0},
+        row | {"x": "ones", "method": "zero", "error": 1.0, "seconds": 0.0},
+    ]
+    table = pd.DataFrame(rows)
+    table.to_csv(tmp_path / "operator.csv", index=False)
+    catalogue.draw("operator", tmp_path, [], tmp_path / "x")
+    wanted = "At the largest epsilon products after the first are 3 to 7 times as fast as the fastest exact one"
+    assert title(figures[0]) == wanted
+    assert misplaced_texts(figures[0]) == []
+    assert [axes.get_title(loc="left") for axes in figures[0].axes] == ["x = 1, n = 2,048", "x = ±1, n = 2,048"]
+    lines = {line.get_label(): np.transpose(line.get_data()).tolist() for line in figures[0].axes[0].lines}
+    assert lines["KernelOperator"] == [[0.5, 0.05], [0.1, 0.2]]
+    assert lines["exact, float32"] == [[0.5, 1e-3]]
+    assert [point[1] for point in lines["mean of the answer"]] == [0.4, 0.4]
+    assert not any("zero" in name for name in lines)
+    for name in ("epsilon", "times_best_exact"):
+        table.drop(columns=name).to_csv(tmp_path / "operator.csv", index=False)
+        with pytest.raises(TableError, match=name):
+            catalogue.draw("operator", tmp_path, [], tmp_path / "x")
+
+
 def attention_tables(folder: Path, layers: int, heads: int, masked: bool) -> None:
     generator = np.random.default_rng(3)
     layer, head = (index.ravel() for index in np.indices((layers, heads)))
@@ -622,6 +919,297 @@ def test_no_text_of_long_texts_lies_on_another(tmp_path, figures, masked):
     assert misplaced_texts(figures[0]) == []
 
 
+MASK = f"{OWN_MASK}: windows of 512 keys"
+
+
+def two_masks(folder: Path) -> dict[str, pd.DataFrame]:
+    """Tables of 2 layers x 3 heads with both masks, all values different, rows in no order; their bound of c is 5."""
+    generator = np.random.default_rng(4)
+    columns = {
+        "heads": {"max_ratio": 5.0, "median_next_ratio": 1.05, "median_double_ratio": 20.0},
+        "attention": {"support": 50.0, "first_mass": 0.5},
+        "growth": {"exponent": 0.5},
+    }
+    made = {}
+    for kind, middles in columns.items():
+        table = pd.MultiIndex.from_product([range(2), range(3)], names=["layer", "head"]).to_frame(index=False)
+        for before, above in (("", 2), ("masked_", 4)):
+            for name, middle in middles.items():
+                # The bound itself, then so many above it.
+                values = middle * np.r_[1.0, np.linspace(1.02, 1.9, above), np.linspace(0.96, 0.3, 5 - above)]
+                table[f"{before}{name}"] = generator.permutation(np.maximum(values, 1.0) if "next" in name else values)
+        made[kind] = table
+    words = {"size": ["small", "large", "large", "undecided", "small", "large"]}
+    words |= {"trend": ["flat", "grows", "flat", "grows", "grows", "undecided"]}
+    words |= {"masked_size": ["small"] * 5 + ["large"], "masked_trend": ["grows"] * 4 + ["flat"] * 2}
+    words |= {f"{before}{name}": n for before in ("", "masked_") for name, n in (("texts", 8), ("length", 1200))}
+    made["growth"] = made["growth"].assign(**words, start=600, masked_start=600)
+    for kind, table in made.items():
+        table.sample(frac=1, random_state=0).to_csv(folder / f"{kind}_m.csv", index=False)
+    facts = {"label": "model m", "texts_used": 9, "corpus": "a corpus", "paper_bound": 5.0, "layers": 2, "heads": 3}
+    facts |= {"mask": MASK, "left_out": ["the learned sink in 2 of 2 layers"]}
+    (folder / "overview_m.json").write_text(json.dumps(facts))
+    return made
+
+
+def cells(axes: Any) -> dict[tuple[int, int], str]:
+    """What stands in each cell of a heat map, by layer and head."""
+    return {(int(layer), int(head)): text.get_text() for text in axes.texts for head, layer in [text.get_position()]}
+
+
+def outlined(axes: Any) -> set[tuple[int, int]]:
+    """Layers and heads of the outlined cells."""
+    return {(round(patch.get_y() + 0.43), round(patch.get_x() + 0.45)) for patch in axes.patches}
+
+
+def written(table: pd.DataFrame, column: str, write: Any) -> dict[tuple[int, int], str]:
+    return {(row["layer"], row["head"]): write(row[column]) for row in table.to_dict("records")}
+
+
+def test_each_cell_has_the_number_of_its_head_and_titles_count_the_cells(tmp_path, figures):
+    made = two_masks(tmp_path)
+    heads, attention, growth = made["heads"], made["attention"], made["growth"]
+    for name in ("max_ratios", "order_ratios", "attention_support", "growth"):
+        catalogue.draw(name, tmp_path, ["m"], tmp_path / "x")
+    panels = [[axes for axes in figure.axes if axes.texts] for figure in figures]
+    every = "every query with every key"
+
+    def above(column: str, bound: float, table: pd.DataFrame = heads) -> set[tuple[int, int]]:
+        return {(row["layer"], row["head"]) for row in table.to_dict("records") if row[column] > bound}
+
+    for axes, before, count in zip(panels[0], ("", "masked_"), (2, 4), strict=True):
+        assert cells(axes) == written(heads, f"{before}max_ratio", near(5.0))
+        assert outlined(axes) == above(f"{before}max_ratio", 5.0)
+        assert axes.get_title(loc="left") == f"{MASK if before else every}: {count} heads above 5"
+    worst = heads.loc[heads["max_ratio"].idxmax()]
+    place = f"(layer {worst['layer']:.0f}, head {worst['head']:.0f})"
+    assert title(figures[0]).startswith(f"model m: c exceeds 5 in 2 of 6 heads; the largest is 9.5 {place}")
+    assert "over prefixes and 9 texts of a corpus; outlined: above the paper's bound 5" in title(figures[0])
+
+    for axes, before, count in zip(panels[1], ("", "masked_"), (2, 4), strict=True):
+        assert cells(axes) == written(heads, f"{before}median_double_ratio", up_to_the_scale)
+        assert outlined(axes) == above(f"{before}median_double_ratio", 20.0)
+        words = axes.get_title(loc="left").split("\n")
+        assert words[0] == (MASK if before else every)
+        assert [line.rpartition("$ is at most ")[2] for line in words[1:]] == [
+            f"20 in {6 - count} heads",
+            f"1.05 in {6 - count} heads",
+        ]
+    assert title(figures[1]).startswith("model m: $K_{(n)}\\,/\\,K_{(2n)}$ is at most 20 in 4 of 6 heads")
+
+    for i, (before, column) in enumerate(itertools.product(("", "masked_"), ("support", "first_mass"))):
+        assert cells(panels[2][i]) == written(attention, f"{before}{column}", short)
+        over = f"{MASK}, and what is named below" if before else every
+        what = "effective support" if column == "support" else "weight on the first token"
+        assert panels[2][i].get_title(loc="left") == f"{what}\n{over}"
+    middle = short(attention["support"].median())
+    assert title(figures[2]).startswith(f"model m: a row of the median head attends to {middle} keys; the first token")
+    assert "has more than half of the weight in 2 of 6 heads" in title(figures[2])
+
+    marks = {"grows": "↑", "flat": "→", "undecided": "?"}
+    for axes, before in zip(panels[3], ("", "masked_"), strict=True):
+        shown = growth.assign(
+            cell=growth[f"{before}trend"].map(marks) + growth[f"{before}exponent"].map("\u2009{:.2f}".format)
+        )
+        assert cells(axes) == written(shown, "cell", str)
+        sizes = growth[f"{before}size"]
+        chosen = growth[sizes != "small"]
+        assert outlined(axes) == set(zip(chosen["layer"], chosen["head"], strict=True))
+        counts = "size: small 5, large 1\ntrend: flat 2, grows 4"
+        counts = counts if before else "size: small 2, large 3, undecided 1\ntrend: flat 2, grows 3, undecided 1"
+        assert axes.get_title(loc="left") == f"{MASK if before else every}\n{counts}"
+    assert title(figures[3]) == (
+        "model m: c(n) grows in 3 of 6 heads and is above 5 in 1 of them, by 95 % intervals Exponent of c(n) from n/2 "
+        "to n = 1,200 on 8 texts; → flat, ↑ grows, ? undecided; outlined: c(n) above 5 (dashed: undecided)"
+    )
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_numbers_stand_out_from_the_colour_of_their_cell(linear):
+    from approxkmv.figures.heatmap import Scale, draw_heatmap
+
+    figure = style.new_figure(20, 3)
+    axes = figure.subplots()
+    values = np.r_[np.geomspace(0.01, 1000.0, 60), np.nan].reshape(1, -1)
+    draw_heatmap(figure, axes, values, Scale(0.05, 100.0, (0.1, 1, 10), "c", linear=linear))
+    (image,) = axes.images
+    assert len(axes.texts) == 60
+    for text, colour in zip(axes.texts, image.to_rgba(image.get_array())[0, :60], strict=True):
+        linear_rgb = np.where(colour[:3] <= 0.04045, colour[:3] / 12.92, ((colour[:3] + 0.055) / 1.055) ** 2.4)
+        light = float(linear_rgb @ [0.2126, 0.7152, 0.0722]) + 0.05
+        # WCAG's contrast of large letters, nearly
+        assert (1.05 / light if text.get_color() == "white" else light / 0.05) > 2.9
+
+
+def test_a_panel_of_neighbours_has_their_ratio_and_no_outline(tmp_path, figures):
+    heads = two_masks(tmp_path)["heads"]
+    heads = heads[[name for name in heads if "masked" not in name]].assign(
+        median_next_ratio=[1.0, 1.05, 1.5, 12, 25, 1e9]
+    )
+    heads.to_csv(tmp_path / "heads_m.csv", index=False)
+    catalogue.draw("order_ratios", tmp_path, ["m"], tmp_path / "x")
+    axes = next(axes for axes in figures[0].axes if axes.texts)
+    assert list(cells(axes).values()) == ["1.000", "1.050", "1.500", "12", "25", ">1,000"]
+    assert not outlined(axes)
+    assert axes.get_title(loc="left").endswith("$ is at most 1.05 in 2 heads")
+
+
+def test_exponents_are_written_with_a_true_minus_and_the_colours_hold_all_but_a_few_of_them():
+    from approxkmv.figures.growth import _limits, two_decimals
+
+    assert [two_decimals(value) for value in (-0.451, -0.001, 0.725, 9.99, -12.3)] == [
+        *("−0.45", "0.00", "0.72", "9.99", "−12"),
+    ]
+    assert _limits(np.r_[np.full(98, 0.3), -7.0, 9.0]) == (0.0, 1.0)
+    assert _limits(np.r_[np.linspace(-0.9, 1.6, 99), np.nan]) == (-1.0, 2.0)
+    assert _limits(np.full(3, np.nan)) == (0.0, 1.0)
+
+
+def series(axes: Any) -> dict[str, list[list[float]]]:
+    """Points of the lines of axes that a legend names."""
+    return {
+        line.get_label(): np.transpose(line.get_data()).tolist() for line in axes.lines if line.get_label()[0] != "_"
+    }
+
+
+def test_curves_are_those_of_their_heads_and_lines_go_through_the_middle_of_the_octave(tmp_path, figures):
+    made = two_masks(tmp_path)
+    growth = made["growth"]
+    along = pd.MultiIndex.from_product([range(2), range(3), [300, 600, 1200]], names=["layer", "head", "prefix"])
+    curves = along.to_frame(index=False).assign(texts=8, masked_texts=8)
+    generator = np.random.default_rng(6)
+    for before in ("", "masked_"):
+        curves[f"{before}adjusted_ratio"] = generator.uniform(0.5, 20.0, len(curves))
+    curves.sample(frac=1, random_state=0).sort_values("prefix", kind="stable").to_csv(
+        tmp_path / "growth_curves_m.csv", index=False
+    )
+    catalogue.draw("growth_curves", tmp_path, ["m"], tmp_path / "x")
+    exponents = []
+    for axes, before in zip(figures[0].axes, ("", "masked_"), strict=True):
+        # Of each size and trend the head in the middle of its exponents, the upper of two.
+        chosen = {}
+        for row in growth.sort_values(f"{before}exponent").to_dict("records"):
+            chosen.setdefault((row[f"{before}size"], row[f"{before}trend"]), []).append(row)
+        chosen = [rows[len(rows) // 2] for _, rows in sorted(chosen.items())]
+        expected = {}
+        for row in chosen:
+            exponent = row[f"{before}exponent"]
+            exponents.append(exponent)
+            own = curves[(curves["layer"] == row["layer"]) & (curves["head"] == row["head"])].set_index("prefix")
+            name = f"layer {row['layer']}, head {row['head']}: {row[f'{before}size']}, {row[f'{before}trend']}, "
+            c = own[f"{before}adjusted_ratio"]
+            expected[f"{name}exponent {exponent:.2f}"] = [[float(n), c[n]] for n in (300, 600, 1200)]
+            middle = np.sqrt(c[600] * c[1200])
+            ends = [middle / 2 ** (exponent / 2), middle * 2 ** (exponent / 2)]
+            assert any(
+                np.allclose(line.get_ydata(), ends) for line in axes.lines if list(line.get_xdata()) == [600, 1200]
+            )
+        assert {name: np.array(points).tolist() for name, points in series(axes).items()} == expected
+        assert axes.get_title(loc="left") == f"{MASK if before else 'every query with every key'} (dotted: c = 5)"
+    ends = f"{min(exponents):.2f} to {max(exponents):.2f}"
+    assert title(figures[0]).startswith(
+        f"model m: c(n) of typical heads goes as n to the power {ends} One head of each"
+    )
+
+
+def test_lines_of_long_texts_are_quantiles_over_heads_of_what_their_axis_names(tmp_path, figures):
+    long_tables(tmp_path, masked=True)
+    table = pd.read_csv(tmp_path / "length_scaling_m.csv")
+    generator = np.random.default_rng(7)
+    columns = {"c(n) of K": "ratio", "c(n) of the softmax matrix": "softmax_ratio"}
+    columns |= {"$K_{(n)}\\,/\\,K_{(2n)}$": "double_ratio", "keys that hold 90 % of a row's mass": "keys_90_mean"}
+    for before, name in itertools.product(("", "masked_"), columns.values()):
+        table[f"{before}{name}"] = generator.uniform(1.5, 40.0, len(table))
+    texts = table["length"].map({64: 8, 128: 5, 256: 4})
+    table.assign(texts=texts).sample(frac=1, random_state=0).to_csv(tmp_path / "length_scaling_m.csv", index=False)
+    facts = json.loads((tmp_path / "lengths_m.json").read_text()) | {"texts_used": 8}
+    (tmp_path / "lengths_m.json").write_text(json.dumps(facts))
+    catalogue.draw("length_scaling", tmp_path, ["m"], tmp_path / "x")
+    shares = {"median head": 0.5, "90th percentile of heads": 0.9, "largest head": 1.0}
+    for axes in figures[0].axes[:4]:
+        expected = {}
+        for before, (name, share) in itertools.product(("", "masked_"), shares.items()):
+            of = table.groupby("length")[f"{before}{columns[axes.get_ylabel()]}"].quantile(share)
+            expected[name + f", {CAUSAL}" * bool(before)] = [[64, of[64]], [128, of[128]], [256, np.nan]]
+        found = series(axes)
+        assert found.keys() == expected.keys()
+        for name, points in expected.items():
+            np.testing.assert_allclose(found[name], points)
+    c = table.groupby("length")["ratio"]
+    ends = [f"{short(of[64])} to {short(of[256])}" for of in (c.median(), c.max())]
+    assert title(figures[0]) == (
+        f"model m: from n = 64 to 256 c(n) goes from {ends[0]} in the median head, from {ends[1]} in the largest "
+        "6 heads on 8 long texts (medians) of a corpus"
+    )
+
+
+@pytest.mark.parametrize("entries", ["all", "causal"])
+def test_the_gauge_shows_quantiles_over_heads_at_each_t_and_counts_the_heads_that_bear_enough(
+    tmp_path, figures, entries
+):
+    tables(tmp_path, "m", 2, 3, bound=5.0)
+    along = pd.MultiIndex.from_product([range(2), range(3), [0.0, 0.5, 1.0, 2.0]], names=["layer", "head", "t"])
+    table = along.to_frame(index=False).assign(tokens=1000, entries=entries)
+    generator = np.random.default_rng(8)
+    for name in ("ratio", "participation", "log10_largest_row", "log10_norm"):
+        table[name] = generator.uniform(1.0, 90.0, len(table))
+    # An error of 1000^-0.055 is needed: two heads of six bear it at some t.
+    table["log10_bound"] = -0.166 - generator.uniform(0.0, 9.0, len(table))
+    table.loc[[2, 13], "log10_bound"] = -0.164
+    table.loc[table["t"] == 0, ["log10_largest_row", "log10_norm", "log10_bound"]] = np.nan
+    table.sample(frac=1, random_state=0).to_csv(tmp_path / "gauge_m.csv", index=False)
+    catalogue.draw("gauge", tmp_path, ["m"], tmp_path / "x")
+    shares = {"median head": 0.5, "90th percentile of heads": 0.9, "largest head": 1.0}
+    for axes, column in zip(figures[0].axes, ("ratio", "participation", "log10_norm", "log10_bound"), strict=True):
+        of = {name: table.groupby("t")[column].quantile(share) for name, share in shares.items()}
+        assert series(axes).keys() == of.keys()
+        for name, points in series(axes).items():
+            np.testing.assert_allclose(points, [[t, of[name][t]] for t in (0.5, 1.0, 2.0)])
+        # The limit stands apart, where there is one.
+        limits = sorted(line.get_ydata()[0] for line in axes.lines if list(line.get_xdata()) == [0.25])
+        assert limits == pytest.approx(sorted(values[0.0] for values in of.values()) if "log10" not in column else [])
+        dotted = [line.get_ydata()[0] for line in axes.lines if line.get_linestyle() == ":"]
+        needed = {"ratio": [5.0], "log10_bound": [-0.165]}
+        assert dotted == pytest.approx(needed.get(column, []))
+    over = "all entries" if entries == "all" else CAUSAL
+    assert title(figures[0]).startswith(
+        "model m: 2 of 6 heads have a t at which attention tolerates the error that a cost below n² needs One text of "
+        f"1,000 tokens, {over}; dotted: c = 5 and the error needed; "
+    )
+
+
+def test_the_scaling_shows_the_means_their_deviations_and_the_texts(tmp_path, figures):
+    tables(tmp_path, "m", 2, 3, bound=5.0)
+    table = pd.DataFrame({"prefix": [50, 100, 200, 400], "contexts": [9, 8, 5, 4], "mean": [2.0, 3.0, 5.0, 8.0]})
+    table = table.assign(std=[0.5, 2.0, 1.0, 1.0], min=[1.0, 2.5, 3.0, 4.0], max=30.0)
+    for name in ("mean", "std", "min", "max"):
+        table[f"masked_{name}"] = table[name] / 4
+    table.to_csv(tmp_path / "context_scaling_m.csv", index=False)
+    catalogue.draw("context_scaling", tmp_path, ["m"], tmp_path / "x")
+    top, bottom = figures[0].axes[:2]
+    assert series(top)["model m"][:3] == [[50, 2.0], [100, 3.0], [200, 5.0]]
+    dashed = [
+        list(line.get_ydata())[:3] for line in top.lines if line.get_linestyle() == "--" and len(line.get_xdata())
+    ]
+    assert dashed == [[0.5, 0.75, 1.25]]
+    assert list(bottom.lines[0].get_ydata()) == [9, 8, 5, 4]
+    # A band is no wider than the texts: below 2.5 there is none at 100.
+    band = {tuple(point) for point in top.collections[0].get_paths()[0].vertices.tolist()}
+    assert {(50, 1.5), (50, 2.5), (100, 2.5), (100, 5.0), (200, 4.0), (400, 9.0)} <= band
+    (words,) = [text.get_text() for text in top.texts if "bound" in text.get_text()]
+    assert words == "the paper's bound 5"
+    names = {text.get_text(): text.xy for text in top.texts if "bound" not in text.get_text()}
+    assert names == {"model m": (400, 8.0), "model m, masked": (400, 2.0)}
+    assert bottom.get_xlabel() == "prefix length i in tokens (hollow: fewer than 5 texts)"
+    table.assign(contexts=5).to_csv(tmp_path / "context_scaling_m.csv", index=False)
+    catalogue.draw("context_scaling", tmp_path, ["m"], tmp_path / "x")
+    assert figures.pop().axes[1].get_xlabel() == "prefix length i in tokens"
+    tables(tmp_path, "n", 2, 3, bound=4.6)
+    catalogue.draw("context_scaling", tmp_path, ["m", "n"], tmp_path / "x")
+    (words,) = [text.get_text() for text in figures[1].axes[0].texts if "bound" in text.get_text()]
+    assert words == "the paper's bounds 4.6 to 5"
+
+
 LABELS = ["$x_1$ at $5", "one $ alone", r"a \$ and a \ too", "_underscore", "{braces} %s &amp; <b>x</b>", "Модель ελ 1"]
 
 
@@ -657,6 +1245,21 @@ def test_a_label_is_drawn_as_it_is_written_and_is_no_mathematics(tmp_path, figur
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Glyph")
+@pytest.mark.parametrize("label", ["W" * 60, "MIXTURE-OF-EXPERTS " * 3, r"$" * 60, "模" * 60])
+def test_wide_letters_leave_no_figure(tmp_path, figures, label):
+    draw_all(tmp_path, label)
+    assert [line for figure in figures for line in misplaced_texts(figure)] == []
+    # The axes keep their room beside a long name.
+    scaling = next(figure for figure in figures if figure.get_suptitle().startswith("Figure 4"))
+    assert scaling.axes[0].get_window_extent().width > 0.4 * scaling.bbox.width
+
+
+def test_a_long_name_is_its_beginning_and_its_end():
+    assert [style.abridged("abcdefgh", most) for most in (8, 7, 6)] == ["abcdefgh", "abc…fgh", "abc…gh"]
+
+
+@pytest.mark.slow
 def test_characters_that_the_font_does_not_have_are_named(tmp_path, caplog, recwarn):
     tables(tmp_path, "m", 2, 3)
     facts = json.loads((tmp_path / "overview_m.json").read_text()) | {"label": "模型 at $5\ue000"}
@@ -676,6 +1279,9 @@ def test_characters_that_the_font_does_not_have_are_named(tmp_path, caplog, recw
 
 def test_a_cell_near_the_bound_says_on_which_side_it_is():
     assert [near(4.6)(value) for value in (4.5, 4.58, 4.62, 57.8, 0.001)] == ["4.50", "4.58", "4.62", "58", "<.01"]
+    # 4.60 alone would be the bound.
+    assert [near(4.6)(value) for value in (4.6, 4.604, 4.60004, 4.599)] == ["4.60", "4.604", "4.60", "4.60"]
+    assert [near(4.6)(value) for value in (float("nan"), float("inf"))] == ["–", "∞"]
     assert [up_to_the_scale(value) for value in (1.92, 20.3, 1e9)] == ["1.9", "20.30", ">1,000"]
 
 

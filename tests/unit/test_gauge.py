@@ -9,7 +9,7 @@ import torch
 from approxkmv.errors import InputError
 from approxkmv.figures.gauge import NEEDED_POWER
 from approxkmv.kernels import log_kernel
-from approxkmv.statistics.gauge import FACTORS, gauge
+from approxkmv.statistics.gauge import FACTORS, Gauge, gauge
 from approxkmv.statistics.heads import head_statistics
 
 HEADS, N, D = 4, 48, 8
@@ -225,3 +225,27 @@ def test_a_mask_of_another_shape_or_with_a_row_without_keys_is_refused():
     for mask in (CAUSAL[:-1], CAUSAL.tril(-1)):
         with pytest.raises(InputError, match="at least one key"):
             gauge(q, k, v, mask=mask)
+
+
+def test_the_table_has_each_number_of_each_head_and_factor_under_its_name():
+    from approxkmv.steps.gauge import _rows
+
+    count = 3
+    numbers = iter(np.arange(1.0, 1e4))
+
+    def some(*shape: int) -> np.ndarray:
+        return np.array([next(numbers) for _ in range(int(np.prod(shape)))]).reshape(shape)
+
+    found = Gauge(*(some(count, len(FACTORS)) for _ in range(7)), *(some(count) for _ in range(3)))
+    table = _rows(found).set_index(["head", "t"])
+    assert len(table) == count * (len(FACTORS) + 1)
+    for head in range(count):
+        for i, t in enumerate(FACTORS):
+            row = table.loc[(head, t)]
+            assert (row["ratio"], row["participation"]) == (found.ratio[head, i], found.participation[head, i])
+            for name in ("largest_row", "norm", "zero_for_ones", "sufficient", "bound"):
+                assert row[f"log10_{name}"] == pytest.approx(getattr(found, f"log_{name}")[head, i] / np.log(10))
+        limit = table.loc[(head, 0.0)]
+        assert (limit["ratio"], limit["participation"]) == (found.limit_ratio[head], found.limit_participation[head])
+        assert limit[[name for name in table if "log10" in name]].isna().all()
+        assert (table.loc[head, "mean_error"] == found.mean_error[head]).all()

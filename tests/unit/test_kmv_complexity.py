@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -166,6 +167,54 @@ def test_the_figure_is_drawn_from_the_table_alone(tmp_path):
     assert [p.suffix for p in outputs] == [".pdf", ".png"]
     assert all(p.stat().st_size > 10_000 for p in outputs)
     assert not list((tmp_path / "figures").glob("*.part"))
+
+
+@pytest.mark.parametrize("first", [1.3, 1.72, 2.1])
+def test_the_figure_shows_mean_costs_and_fitted_exponents_with_their_intervals(tmp_path, monkeypatch, first):
+    from approxkmv.figures import complexity
+
+    table = pd.DataFrame({"kernel": np.repeat(["a", "b"], 12), "n": np.tile(np.repeat([256, 1024, 4096, 16384], 3), 2)})
+    generator = np.random.default_rng(0)
+    for i, name in enumerate(name for name in COLUMNS if name not in table):
+        power = np.where(table["kernel"] == "a", first, first + 0.1) + 0.02 * i
+        noise = np.exp(0.05 * generator.standard_normal(len(table)))
+        table[name] = 1e4 * table["n"] ** power * np.log(table["n"]) * noise
+    table.assign(seed=np.tile(range(3), 8)).to_csv(tmp_path / "complexity.csv", index=False)
+    figures = []
+    monkeypatch.setattr(complexity, "save", lambda figure, stem: figures.append(figure))
+    monkeypatch.setattr(complexity, "fit_exponents", lambda table: fit_exponents(table, draws=50))
+    draw(tmp_path / "complexity.csv", tmp_path / "x")
+    costs, exponents = figures[0].axes
+    means = table.groupby(["kernel", "n"]).mean()
+    lines = {line.get_label(): line.get_ydata() for line in costs.lines}
+    for name in "ab":
+        np.testing.assert_allclose(lines[f"asked for: {name}"], means.loc[name]["total"])
+        assert any(
+            np.allclose(line.get_ydata(), means.loc[name]["heavy"]) for line in costs.lines if len(line.get_xdata())
+        )
+    np.testing.assert_allclose(lines["hash evaluations"], table.groupby("n")["hash"].mean())
+    n = np.array([256, 1024, 4096, 16384])
+    np.testing.assert_allclose(lines["exact product, $n^2$"], n**2)
+    slope = lines["slope 1.89"]
+    assert np.diff(np.log(slope)) / np.diff(np.log(n)) == pytest.approx([1.89] * 3)
+    fits = fit_exponents(table, draws=50).set_index(["quantity", "kernel"])
+    drawn = [container.lines for container in exponents.containers]
+    assert len(drawn) == 2 * len(FITTED)
+    for (quantity, name), (point, _, (bar,)) in zip(itertools.product(FITTED, "ab"), drawn, strict=True):
+        fit = fits.loc[quantity, name]
+        assert point.get_xdata()[0] == pytest.approx(fit["exponent"])
+        assert bar.get_segments()[0][:, 0] == pytest.approx([fit["exponent_low"], fit["exponent_high"]])
+    total = fits.loc["total"]
+    times = [f"{end:,.0f}" for end in (total["over_n_squared"].min(), total["over_n_squared"].max())]
+    ends = [f"$10^{{{end:.0f}}}$" for end in (total["log10_crossing_low"].min(), total["log10_crossing_high"].max())]
+    words = " ".join(figures[0].get_suptitle().split())
+    assert words.startswith(
+        f"At n = 16,384 the printed constants (line 7 mended) ask for {times[0]} to {times[1]} times"
+    )
+    said = {1.3: f"they win only beyond an n between {ends[0]} and {ends[1]}", 2.1: "no n is found at which"}
+    assert said.get(first, f"they win only beyond an n of {ends[0]}, if at all") in words
+    assert ("(astronomical)" in words) == (first < 2 and total["log10_crossing_low"].min() > 12)
+    assert [complexity._power(power) for power in (3.0, 4.9, 5.0, math.inf)] == ["1,000", "79,433", "$10^{5}$", "never"]
 
 
 def test_bad_input_is_refused(tmp_path):

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -252,3 +253,174 @@ def test_a_phone_scrolls_one_way_only(opened, scheme, state):
     page.click("#map-a .chosen")
     tip = page.locator("#tip").bounding_box()
     assert tip is None or (tip["x"] >= 0 and tip["x"] + tip["width"] <= SIZES["phone"][0])
+
+
+@pytest.fixture
+def shown(browser: Any, tmp_path: Path) -> Iterator[Callable[..., Any]]:
+    """Opens the page of a folder of tables; at the end there must have been no error."""
+    pages, wrong = [], []
+
+    def open_page(tables: Path, state: str = "", size: str = "desk") -> Any:
+        write_page(tables, Path("nowhere"), tmp_path / "index.html", "a study")
+        width, height = SIZES[size]
+        page = browser.new_page(viewport={"width": width, "height": height})
+        pages.append(page)
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.goto((tmp_path / "index.html").as_uri() + state)
+        return page
+
+    yield open_page
+    for page in pages:
+        page.close()
+    assert wrong == []
+
+
+def test_a_model_with_a_bias_and_no_mask_has_c_of_all_entries_and_attention_of_its_own(shown, tmp_path):
+    """MPNet: of its tables only that of attention has masked columns."""
+    tables = REFERENCE / "families" / "tables"
+    page = shown(tables, "#set=own&a=mpnet-base~3~4")
+    row = pd.read_csv(tables / "growth_mpnet-base.csv").query("layer == 3 and head == 4").iloc[0]
+    assert page.locator(".badges").inner_text() == f"{row['size']}, {row['trend']}"
+    assert page.locator("#a-3-4").get_attribute("aria-label").endswith(f"; {row['size']}, {row['trend']}")
+    assert "entries: every query with every key." in page.locator(".frame .note").inner_text()
+    page.select_option("#filter", "growing")
+    growing = (pd.read_csv(tables / "growth_mpnet-base.csv")["trend"] == "grows").sum()
+    assert page.locator("#counted").inner_text() == f"{growing} of 144 heads"
+    page.select_option("#stat", "entropy")
+    bias = json.loads((tables / "overview_mpnet-base.json").read_text())["left_out"][0]
+    assert f"entries: every query with every key, {bias}." in page.locator(".frame .note").inner_text()
+    own = pd.read_csv(tables / "attention_mpnet-base.csv").query("layer == 3 and head == 4")["masked_entropy"].iloc[0]
+    assert page.locator("#a-3-4").inner_text() == f"{own:.1f}"
+
+
+@pytest.mark.parametrize("size", list(SIZES))
+def test_no_number_of_a_wide_map_is_cut_and_a_choice_leaves_it_where_it_is(shown, tmp_path, size):
+    folder = tmp_path / "tables"
+    folder.mkdir()
+    heads = pd.read_csv(REFERENCE / "embedded" / "tables" / "heads_minilm-l6.csv")
+    heads = pd.concat([heads] * 2).assign(layer=[layer for layer in range(3) for _ in range(48)], head=[*range(48)] * 3)
+    heads["median_double_ratio"] = [1.7e308, 1234.0, 0.0512] * 48
+    heads["max_ratio"] = [1234.0, 8.6, 0.05] * 48
+    heads.to_csv(folder / "heads_minilm-l6.csv", index=False)
+    facts = json.loads((REFERENCE / "embedded" / "tables" / "overview_minilm-l6.json").read_text())
+    (folder / "overview_minilm-l6.json").write_text(json.dumps(facts | {"layers": 3, "heads": 48}))
+    page = shown(folder, size=size)
+    # Of an outlined cell three pixels at each side are lines.
+    cut = """() => [...document.querySelectorAll("#map-a button")].filter((button) => {
+      const words = document.createRange();
+      words.selectNodeContents(button);
+      const room = button.clientWidth - (button.classList.contains("above") ? 6 : 0);
+      return words.getBoundingClientRect().width > room;
+    }).map((button) => button.textContent)"""
+    for statistic in ("c", "double"):
+        page.select_option("#stat", statistic)
+        assert page.evaluate(cut) == []
+    page.evaluate("document.querySelector('#scroll-a').scrollLeft = 600")
+    page.evaluate("document.querySelector('#a-1-40').click()")
+    assert page.evaluate("document.querySelector('#scroll-a').scrollLeft") == 600
+
+
+def near(words: str) -> Any:
+    """A number of the page, which has three digits, and two with an exponent."""
+    return pytest.approx(float(words.replace("−", "-").replace(",", "")), rel=6e-2 if "e" in words else 6e-3)
+
+
+def test_the_numbers_beside_the_map_are_those_of_the_head_and_of_the_median_head(shown):
+    tables = REFERENCE / "embedded" / "tables"
+    page = shown(tables, "#set=own&a=smollm2-135m~17~4")
+    rows = page.locator(".details > table.numbers tbody tr").all()
+    found = {row.locator("th").inner_text(): row.locator("td").all_inner_texts() for row in rows}
+    heads, growth, attention = (
+        pd.read_csv(tables / f"{kind}_smollm2-135m.csv") for kind in ("heads", "growth", "attention")
+    )
+    taken = {"largest c": heads["masked_max_ratio"], "K(n)/K(2n)": heads["masked_median_double_ratio"]}
+    taken |= {"exponent of c": growth["masked_exponent"], "entropy of a row": attention["masked_entropy"]}
+    for name, column in taken.items():
+        own, interval, middle = found[name]
+        assert column[17 * 9 + 4] == near(own)
+        assert column.median() == near(middle)
+        if name == "exponent of c":
+            low, high = interval.split(" to ")
+            assert growth["masked_exponent_low"][17 * 9 + 4] == near(low)
+            assert growth["masked_exponent_high"][17 * 9 + 4] == near(high)
+        else:
+            assert interval == "–"
+    (strip,) = [one for one in page.locator(".details figcaption").all_inner_texts() if one.startswith("K(n)/K(2n)")]
+    assert heads["masked_median_double_ratio"].median() == near(strip.rpartition(" ")[2])
+    mark = page.locator(".details .chart").last.locator(".median-mark title").text_content()
+    assert heads["masked_median_double_ratio"].median() == near(mark.removeprefix("median "))
+    curves = pd.read_csv(tables / "growth_curves_smollm2-135m.csv")
+    own = curves.query("layer == 17 and head == 4").set_index("prefix")
+    page.locator(".details summary").click()
+    cells = [row.locator("td").all_inner_texts() for row in page.locator(".details details tbody tr").all()]
+    assert [int(row[0]) for row in cells] == own.index.tolist()
+    for length, texts, this, middle in cells:
+        part = curves[curves["prefix"] == int(length)]
+        assert int(texts) == own["masked_texts"][int(length)]
+        assert own["masked_adjusted_ratio"][int(length)] == near(this)
+        assert part["masked_adjusted_ratio"].median() == near(middle)
+
+
+def test_the_curve_has_its_points_and_the_thick_line_its_exponent_through_their_middle(shown, tmp_path):
+    tables = Path(shutil.copytree(REFERENCE / "embedded" / "tables", tmp_path / "tables"))
+    path = tables / "growth_curves_smollm2-135m.csv"
+    # Five texts are enough.
+    pd.read_csv(path).replace({"masked_texts": {8: 5}}).to_csv(path, index=False)
+    (tables / f"{path.name}.sha256").unlink(missing_ok=True)
+    page = shown(tables, "#set=own&a=smollm2-135m~17~4")
+    growth = pd.read_csv(tables / "growth_smollm2-135m.csv").query("layer == 17 and head == 4").iloc[0]
+    curve = (
+        pd.read_csv(tables / "growth_curves_smollm2-135m.csv").query("layer == 17 and head == 4").set_index("prefix")
+    )
+    dots = page.locator(".chart").first.locator("circle.own").all()
+    x, y = (np.array([float(dot.get_attribute(name)) for dot in dots]) for name in ("cx", "cy"))
+    c, n = curve["masked_adjusted_ratio"].to_numpy(), curve.index.to_numpy()
+    # Both axes are logarithmic.
+    (across, left), (up, bottom) = np.polyfit(np.log(n), x, 1), np.polyfit(np.log(c), y, 1)
+    np.testing.assert_allclose(left + across * np.log(n), x, atol=0.1)
+    np.testing.assert_allclose(bottom + up * np.log(c), y, atol=0.3)
+    few = ["few" in dot.get_attribute("class").split() for dot in dots]
+    assert few == (curve["masked_texts"] < 5).tolist()
+    assert 5 in curve["masked_texts"].tolist()
+    line = page.locator(".chart").first.locator("line.octave.own")
+    x1, x2, y1, y2 = (float(line.get_attribute(name)) for name in ("x1", "x2", "y1", "y2"))
+    ends = growth["masked_start"], growth["masked_length"]
+    assert [x1, x2] == pytest.approx([left + across * np.log(end) for end in ends], abs=0.3)
+    assert y2 - y1 == pytest.approx(up * growth["masked_exponent"] * np.log(ends[1] / ends[0]), abs=0.3)
+    assert (y1 + y2) / 2 == pytest.approx(np.mean([bottom + up * np.log(c[n == end][0]) for end in ends]), abs=0.3)
+    bound = page.locator(".chart").first.locator("line.bound")
+    facts = json.loads((tables / "overview_smollm2-135m.json").read_text())
+    for end in ("y1", "y2"):
+        assert float(bound.get_attribute(end)) == pytest.approx(bottom + up * np.log(facts["paper_bound"]), abs=0.5)
+    # Cells above the bound are outlined where the statistic is a c, and no others.
+    heads = pd.read_csv(tables / "heads_smollm2-135m.csv")
+    assert page.locator("#map-a .above").count() == (heads["masked_max_ratio"] > facts["paper_bound"]).sum()
+    assert f"Outlined: above {facts['paper_bound']:g}." in page.locator(".frame .note").inner_text()
+    # One scale of c for all models
+    assert page.locator(".marks").inner_text().split() == ["0.1", "1", "10", "100"]
+    page.select_option("#stat", "double")
+    assert page.locator("#map-a .above").count() == 0
+    page.select_option("#filter", "undecided")
+    table = pd.read_csv(tables / "growth_smollm2-135m.csv")
+    count = (table[["masked_size", "masked_trend"]] == "undecided").any(axis=1).sum()
+    assert page.locator("#counted").inner_text() == f"{count} of 270 heads"
+    assert "As printed, whatever the reading" not in page.locator(".details").inner_text()
+    page.select_option("#reading", "sigma")
+    assert "As printed, whatever the reading" in page.locator(".details").inner_text()
+
+
+def test_numbers_are_written_to_three_digits_or_as_they_fit(shown):
+    page = shown(REFERENCE / "embedded" / "tables")
+    numbers = "[null, 0, 0.004, 0.0512, 0.996, 8.649, 57.76, 1234.5, 98765, -0.451, 1.7e308, Infinity, -Infinity]"
+    assert page.evaluate(f"{numbers}.map(brief)") == [
+        *("–", "0", "≈0", "0.05", "1.0", "8.6", "58", "1235", "1e5", "−0.45", "2e308", "∞", "−∞"),
+    ]
+    assert page.evaluate(f"{numbers}.map(shown)") == [
+        *("–", "0", "0.004", "0.0512", "0.996", "8.65", "57.8", "1235", "98765", "−0.451", "1.7e308", "∞", "−∞"),
+    ]
+    assert page.evaluate("[[], [3, null, 1], [4, 1, 2, 8]].map(median)") == [None, 2, 3]
+    for found in page.evaluate("Array.from({ length: 101 }, (_, i) => colour(i / 100))"):
+        channels = np.array([int(part) for part in found["back"][4:-1].split()]) / 255
+        light = float(channels**2.2 @ [0.2126, 0.7152, 0.0722]) + 0.05
+        # WCAG's contrast of large letters, nearly
+        assert (1.05 / light if found["ink"] == "#fff" else light / 0.05) > 2.9

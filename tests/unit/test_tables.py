@@ -11,14 +11,19 @@ import pytest
 from approxkmv.config import Study, load_config, study_of
 from approxkmv.errors import TableError
 from approxkmv.figures import context_scaling, max_ratios, order_ratios, style
-from approxkmv.files import write_parquet
+from approxkmv.files import hash_file, write_parquet
 from approxkmv.statistics.entries import CAUSAL, EVERY_KEY
 from approxkmv.statistics.readings import POWERS, READINGS
 from approxkmv.steps import readings_table
-from approxkmv.steps.compare import claims, compare, growth_exponent
-from approxkmv.steps.growth import measure_growth
+from approxkmv.steps.attention_table import write_attention_table
+from approxkmv.steps.compare import claims, claims_as_read, compare, growth_exponent
+from approxkmv.steps.growth import growth_of, measure_growth
+from approxkmv.steps.length_scaling import length_scaling
+from approxkmv.steps.length_scaling import summarise as summarise_lengths
+from approxkmv.steps.lengths import too_short
 from approxkmv.steps.show import lines
 from approxkmv.steps.summary import per_head, scaling_with_length, summarise
+from approxkmv.words import counted, significant
 
 HEADS = pd.DataFrame(
     {
@@ -89,6 +94,123 @@ def test_of_a_causal_model_the_scaling_is_there_again_over_the_masked_ratios():
     assert not [name for name in scaling_with_length(values.drop(columns="masked_ratio")) if "masked" in name]
 
 
+def random_texts(names: tuple[str, ...], along: dict[str, list[int]], texts: int = 5) -> pd.DataFrame:
+    """Rows of 2 layers x 3 heads on some texts, all values different, with and without the mask, in no order."""
+    axes = {"context": range(texts), "layer": range(2), "head": range(3)} | along
+    table = pd.MultiIndex.from_product(axes.values(), names=list(axes)).to_frame(index=False)
+    generator = np.random.default_rng(5)
+    columns = {f"{before}{name}": generator.gamma(0.5, 3.0, len(table)) for before in ("", "masked_") for name in names}
+    return table.assign(**columns).sample(frac=1, random_state=2)
+
+
+def test_each_column_of_the_heads_is_over_the_texts_of_one_head_under_one_mask():
+    exponents = ("last_ratio", "softmax_ratio", "tail_exponent", "column_exponent")
+    values = random_texts(("max_ratio", "log_next", "log_double", *exponents), {})
+    for before in ("", "masked_"):
+        values[f"{before}max_prefix"] = np.random.default_rng(len(before)).permutation(len(values))
+    table = per_head(values)
+    assert table["contexts"].tolist() == [5] * 6
+    for row in table.to_dict("records"):
+        texts = values[(values["layer"] == row["layer"]) & (values["head"] == row["head"])].reset_index(drop=True)
+        for before in ("", "masked_"):
+            of = {name.removeprefix(before): texts[name].to_numpy() for name in texts if name.startswith(before)}
+            worst = int(np.argmax(of["max_ratio"]))
+            expected = {
+                "max_ratio": of["max_ratio"][worst],
+                "max_ratio_context": texts["context"][worst],
+                "max_ratio_prefix": of["max_prefix"][worst],
+                "median_ratio": np.median(of["max_ratio"]),
+                "p95_ratio": np.quantile(of["max_ratio"], 0.95),
+                "median_log_next": np.median(of["log_next"]),
+                "median_log_double": np.median(of["log_double"]),
+                "median_next_ratio": np.exp(np.median(of["log_next"])),
+                "median_double_ratio": np.exp(np.median(of["log_double"])),
+                **{f"median_{name}": np.median(of[name]) for name in exponents},
+                "max_softmax_ratio": of["softmax_ratio"].max(),
+            }
+            assert {name: row[f"{before}{name}"] for name in expected} == pytest.approx(expected)
+    assert len(table.columns) == 3 + 2 * len(expected)
+
+
+def test_each_column_of_the_scaling_is_over_texts_of_the_largest_or_the_median_head():
+    values = random_texts(("ratio",), {"prefix": [50, 100]})
+    values = values[(values["prefix"] == 50) | (values["context"] < 3)]
+    table = scaling_with_length(values).set_index("prefix")
+    assert table["contexts"].tolist() == [5, 3]
+    for prefix, row in table.iterrows():
+        for before in ("", "masked_"):
+            part = values[values["prefix"] == prefix].pivot_table(f"{before}ratio", "context", ["layer", "head"])
+            largest, middle = part.to_numpy().max(1), np.median(part.to_numpy(), 1)
+            expected = {"mean": largest.mean(), "std": largest.std(), "min": largest.min(), "max": largest.max()}
+            expected |= {"median_of_heads": middle.mean()}
+            assert {name: row[f"{before}{name}"] for name in expected} == pytest.approx(expected)
+
+
+def test_each_column_of_long_texts_is_over_the_texts_of_one_head_at_one_length():
+    from approxkmv.results.tables import KEYS
+
+    names = ("ratio", "log_next", "log_double", "softmax_ratio", "tail_exponent", *KEYS)
+    values = random_texts(names, {"length": [64, 128]})
+    values.loc[values["length"] == 128, "masked_log_double"] += 800.0
+    table = length_scaling(values[(values["length"] == 64) | (values["context"] < 4)])
+    assert table.groupby("length")["texts"].unique().to_dict() == {64: [5], 128: [4]}
+    for row in table.to_dict("records"):
+        texts = values[
+            (values[["layer", "head", "length"]] == [row[n] for n in ("layer", "head", "length")]).all(axis=1)
+        ]
+        texts = texts[texts["context"] < row["texts"]]
+        for before in ("", "masked_"):
+            median = {name: np.median(texts[f"{before}{name}"]) for name in names}
+            expected = {name: median[name] for name in names if name != "log_next"}
+            expected["largest_ratio"] = texts[f"{before}ratio"].max()
+            with np.errstate(over="ignore"):
+                for name in ("next", "double"):
+                    expected[f"{name}_ratio"] = min(np.exp(median[f"log_{name}"]), np.finfo(float).max)
+            assert {name: row[f"{before}{name}"] for name in expected} == pytest.approx(expected)
+
+
+def test_long_texts_that_end_before_the_longest_length_are_named_and_no_others(tmp_path):
+    from approxkmv.results.tables import KEYS
+
+    names = ("ratio", "log_next", "log_double", "softmax_ratio", "tail_exponent", *KEYS)
+    study = shards(tmp_path, causal=True).model_copy(update={"lengths": (64, 128, 256)})
+    values = random_texts(names, {"length": [64, 128]}, texts=3)
+    write_parquet(tmp_path / "0000.lengths.parquet", values[(values["context"] > 0) | (values["length"] == 64)])
+    taken = pd.read_csv(tmp_path / "0000.contexts.csv", keep_default_na=False).iloc[:5]
+    taken.assign(tokens=[100, 300, 256, 50, 30], cut=[0, 44, 0, 0, 0], used=[True] * 4 + [False]).to_csv(
+        tmp_path / "0000.contexts.csv", index=False
+    )
+    model = next(iter(study.models.values()))
+    facts = summarise_lengths(study, model, tmp_path / "texts.parquet", tmp_path, tmp_path, {})
+    assert facts["texts_used"] == 3
+    assert facts["lengths"] == [64, 128]
+    assert facts["lengths_left_out"] == {"256": "no text reaches it"}
+    assert facts["texts_missing"] == [
+        "text 0: no 128, 256, it has 100 tokens",
+        "text 3: no 64, 128, 256, it has 50 tokens",
+    ]
+    assert (facts["layers"], facts["heads"]) == (2, 3)
+
+
+def test_curves_keep_a_small_c_and_a_c_of_nothing_is_a_millionth():
+    values = pd.DataFrame({"context": [0, 0, 1, 1], "prefix": [50, 100] * 2, "layer": 0, "head": 0})
+    _, curves = growth_of(values.assign(ratio=[4e-5, 0.0, 1e-5, 0.0]), 4.6)
+    assert curves["ratio"].tolist() == pytest.approx([2e-5, 1e-6])
+
+
+def test_numbers_of_things():
+    assert [counted(number, "text") for number in (0, 1, 2)] == ["0 texts", "1 text", "2 texts"]
+    assert [significant(value) for value in (0.0, 0.00571, 57.76, 999.4, 999.6, 12345.6)] == [
+        *("0", "0.00571", "57.8", "999", "1,000", "12,346"),
+    ]
+
+
+def test_a_length_that_a_text_has_is_not_missing():
+    assert too_short(3, 128, False, (64, 128, 256, 1024)) == "text 3: no 256, 1,024, it has 128 tokens"
+    why = "the model's positions or max_tokens end at 2,048"
+    assert too_short(0, 2048, True, (2048, 4096)) == f"text 0: no 4,096, {why}"
+
+
 def scaling(slope: float, contexts: int = 10) -> pd.DataFrame:
     prefix = np.array([50, 100, 200, 400])
     return pd.DataFrame({"prefix": prefix, "contexts": contexts, "mean": 3.0 * prefix**slope})
@@ -131,6 +253,55 @@ def test_masked_claims_are_judged_over_the_masked_columns_and_say_nothing_of_the
     assert every[0]["paper"] == 4.6
     assert {row["paper"] for row in masked} == {None}
     assert masked[0]["ours"] == 4.5
+
+
+def test_claims_at_the_edges_of_their_criteria():
+    overview = {"model": "m", "paper_bound": 5.0, "texts_used": 3, "layers": 7, "mask": "windows of 8 keys"}
+
+    def holds(next_ratios, double_ratios, slope, **more):
+        ratios = {"median_next_ratio": next_ratios, "median_double_ratio": double_ratios}
+        heads = pd.DataFrame({"max_ratio": [5.0] * 20} | ratios)
+        found = claims(overview, heads, scaling(slope).assign(**more))
+        assert found[0]["criterion"] == "largest c over 20 heads and 3 texts <= 5"
+        assert [row["ours"] for row in found[:2]] == [5.0, 1.0]
+        return [row["holds"] for row in found[2:]]
+
+    # 19 of 20 are almost all and 18 are not; half are not most; an exponent of 0.05 is no growth.
+    assert holds([1.05] * 19 + [1.06], [20.0] * 11 + [21.0] * 9, 0.05) == ["yes", "yes", "yes"]
+    assert holds([1.05] * 18 + [1.06] * 2, [20.0] * 10 + [21.0] * 10, 0.15) == ["no", "no", "no"]
+    assert holds([1.0] * 20, [1.0] * 20, 0.0, mean=[1.0, 0.0, 0.0, 0.0]) == ["yes", "yes", "undecided"]
+    masked = pd.DataFrame(
+        [{f"masked_{name}": 1.0 for name in ("max_ratio", "median_next_ratio", "median_double_ratio")}]
+    )
+    assert {row["entries"] for row in claims(overview, masked, scaling(0.0).assign(masked_mean=1.0), "masked_")} == {
+        "masked"
+    }
+
+
+def test_the_exponent_is_of_the_lengths_that_its_words_name():
+    table = scaling(0.5).assign(contexts=[9, 9, 5, 4], masked_mean=2.0)
+    table.loc[0, "mean"] = 0.0
+    assert growth_exponent(table) == (pytest.approx(0.5), "100 to 200")
+    assert growth_exponent(table, "masked_") == (pytest.approx(0.0), "50 to 200")
+    # Where no length has enough texts, those that all reach count.
+    few = scaling(0.5).assign(contexts=[3, 3, 2, 1])
+    assert growth_exponent(few) == (pytest.approx(0.5), "50 to 100")
+    slope, words = growth_exponent(scaling(0.5).iloc[:1])
+    assert (np.isnan(slope), words) == (True, "(too few lengths)")
+
+
+def test_readings_are_judged_each_by_its_own_number():
+    table = pd.DataFrame(
+        {"reading": ["printed", "float32"], "largest_ratio": [5.0, np.nan], "median_double": [3.0, np.inf]}
+    )
+    found = claims_as_read({"model": "m", "paper_bound": 5.0}, table)
+    assert [(row["claim"].rpartition(" ")[2], row["paper"], row["holds"]) for row in found] == [
+        ("printed", 5.0, "yes"),
+        ("printed", 20.0, "yes"),
+        ("float32", 5.0, "undecided"),
+        ("float32", 20.0, "no"),
+    ]
+    assert [row["ours"] for row in found][:2] == [5.0, 3.0]
 
 
 LAYERS, HEADS_PER_LAYER, TEXTS, PREFIXES = 3, 2, 6, (50, 100)
@@ -214,6 +385,62 @@ def test_overview_and_comparison_have_the_masked_values_of_a_causal_model_beside
     assert first.to_dict() == {"all": "no"} | ({"causal": "yes"} if causal else {})
 
 
+def test_the_overview_counts_the_texts_and_the_bound_is_within_itself(tmp_path):
+    study = shards(tmp_path, causal=True)
+    taken = pd.read_csv(tmp_path / "0000.contexts.csv", keep_default_na=False)
+    taken.loc[:1, "cut"] = 5
+    taken["tokens"] = [100, 110, 120, 130, 150, 190]
+    more = taken.iloc[:3].assign(context=[6, 7, 8], tokens=20, cut=1, used=False)
+    pd.concat([taken, more]).to_csv(tmp_path / "0000.contexts.csv", index=False)
+    name, model = next(iter(study.models.items()))
+    values = pd.read_parquet(tmp_path / "0000.heads.parquet")
+    # The largest c of all is of another head.
+    values.loc[(values["layer"] == 2) & (values["head"] == 1) & (values["context"] == 2), "max_ratio"] = 99.0
+    values.to_parquet(tmp_path / "0000.heads.parquet")
+    hash_file(tmp_path / "0000.heads.parquet").unlink()
+    ratios = np.sort(values.groupby(["layer", "head"])["max_ratio"].max())
+    model = model.model_copy(update={"paper_bound": float(ratios[2])})
+    facts = summarise(study, model, tmp_path / "texts.parquet", tmp_path, tmp_path / "tables", {})
+    counts = {"texts": 9, "texts_used": 6, "texts_too_short": 3, "texts_cut": 2, "tokens_median": 125.0}
+    counts |= {"tokens_max": 190, "layers": 3, "heads": 2, "heads_within_bound": 3, "largest_ratio": 99.0}
+    counts |= {"largest_ratio_layer": 2, "largest_ratio_head": 1, "median_ratio": pytest.approx(np.median(ratios))}
+    assert {key: facts[key] for key in counts} == counts
+    # A head is large by the model's bound and no other.
+    growth = measure_growth(
+        study.model_copy(update={"models": {name: model.model_copy(update={"paper_bound": 1e9})}}),
+        *(name, tmp_path / "texts.parquet", tmp_path, tmp_path / "tables"),
+    )
+    assert set(growth["size"]) == {"small"}
+
+
+def test_rows_of_the_softmax_are_means_over_texts_under_each_mask(tmp_path):
+    from approxkmv.results.tables import ATTENTION
+
+    study = shards(tmp_path, causal=True)
+    values = random_texts(tuple(ATTENTION), {}, texts=TEXTS).assign(tokens=120)
+    write_parquet(tmp_path / "0000.attention.parquet", values)
+    table = write_attention_table(study, "m", tmp_path / "texts.parquet", tmp_path, tmp_path)
+    assert table["texts"].tolist() == [TEXTS] * 6
+    for row in table.to_dict("records"):
+        part = values[(values["layer"] == row["layer"]) & (values["head"] == row["head"])]
+        names = [f"{before}{name}" for before in ("", "masked_") for name in ATTENTION]
+        assert {name: row[name] for name in names} == pytest.approx({name: part[name].mean() for name in names})
+
+
+def test_what_an_earlier_study_left_is_named_once_and_counted(tmp_path, monkeypatch):
+    from approxkmv.steps import show
+
+    summarised(tmp_path, causal=False)
+    for count, words in ((3, "t0, t1, t2;"), (5, "t0, t1, t2 and 2 more;")):
+        monkeypatch.setattr(show, "leftovers", lambda results, count=count: [results / f"t{i}" for i in range(count)])
+        said = lines(tmp_path)
+        assert not said[0].startswith(" ")
+        assert said[0].endswith(": 6 texts of SQuAD v1.1 dev")
+        assert said[1].startswith("  c is at most 4.6")
+        (left,) = [line for line in said if line.startswith("of an earlier study: ")]
+        assert left.startswith(f"of an earlier study: {words} ")
+
+
 def test_the_last_words_of_a_run_give_both_masks(tmp_path):
     summarised(tmp_path, causal=True)
     said = "\n".join(lines(tmp_path))
@@ -295,6 +522,14 @@ def test_the_table_of_readings_has_a_row_per_reading_and_entries(tmp_path, unit)
     path = pd.read_csv(tmp_path / f"readings_path_{model.name}.csv")
     path = path[path["entries"] == "all"]
     assert path["power"].tolist() == [1.0, 0.75, 0.5, 0.25, 0.0]
+    # Of each head the largest c of any text, and over heads the median of these.
+    values = pd.read_parquet(tmp_path / "0000.readings.parquet").query("reading == 'printed' and entries == 'causal'")
+    largest = values.groupby(["layer", "head"])["ratio"].max()
+    row = table.iloc[1]
+    assert (row["largest_ratio"], row["median_ratio"]) == (largest.max(), largest.median())
+    within = model.model_copy(update={"paper_bound": float(largest.max())})
+    again = readings_table.summarise(study, within, tmp_path / "texts.parquet", tmp_path, tmp_path / "again")
+    assert again["heads_within_bound"].iloc[1] == 6
     # The table per head is what the first is made from.
     heads = pd.read_csv(tmp_path / f"readings_heads_{model.name}.csv")
     for row in table.to_dict("records"):

@@ -112,10 +112,8 @@ def _verdict(table: pd.DataFrame, fits: pd.DataFrame) -> list[str]:
         words.append(r"The fitted exponents do not stay below 2: no n is found at which they would win.")
     else:
         size = " (astronomical)" if low > 12 else ""
-        words.append(
-            f"Extrapolated, they win only beyond an n between {_power(low)} and {_power(high)}{size}: "
-            "95 % intervals, all kernels together."
-        )
+        where = f"between {_power(low)} and {_power(high)}" if math.isfinite(high) else f"of {_power(low)}, if at all"
+        words.append(f"Extrapolated, they win only beyond an n {where}{size}: 95 % intervals, all kernels together.")
     return words
 
 

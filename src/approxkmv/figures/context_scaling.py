@@ -13,8 +13,12 @@ from approxkmv.statistics.growth import ENOUGH_TEXTS
 
 PLACE = {"prefix": "whole", "contexts": "whole"}
 VALUES = dict.fromkeys(("mean", "std", "min"), "at least 0")
+# The lowest limit of the axis of c.
+LOWEST = 1e-4
 # The longest label, in characters, of which two fit side by side.
 LONGEST_IN_TWO_COLUMNS = 45
+# The longest name beside a line's end, which takes its room from the axes; the legend has all of it.
+LONGEST_AT_AN_END = 32
 
 
 def draw(tables: Path, models: Sequence[str], stem: Path) -> list[Path]:
@@ -36,19 +40,22 @@ def draw(tables: Path, models: Sequence[str], stem: Path) -> list[Path]:
     columns = 2 if max(map(len, labels)) <= LONGEST_IN_TWO_COLUMNS else 1
     figure = style.new_figure(8.2, 4.4 + 0.18 * -(-len(labels) // columns))
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
-    bounds, ends, found = [], [], []
+    bounds, ends, found, drawn = [], [], [], []
     for i, (table, facts) in enumerate(read):
         look = style.look(i)
         prefix, solid = table["prefix"], table["contexts"] >= ENOUGH_TEXTS
         below, above = (table["mean"] - table["std"]).clip(lower=table["min"]), table["mean"] + table["std"]
         top.fill_between(prefix, below, above, color=look["color"], alpha=0.18, linewidth=0)
         style.draw_points(top, prefix, table["mean"], solid, label=facts["label"], markersize=5, **look)
-        ends.append((prefix.iloc[-1], table["mean"].iloc[-1], _short(facts["label"]), look["color"]))
+        drawn.append((prefix, table["mean"], solid, look | {"markersize": 5}))
+        name = style.abridged(_short(facts["label"]), LONGEST_AT_AN_END)
+        ends.append((prefix.iloc[-1], table["mean"].iloc[-1], name, look["color"]))
         if MASKED in masks_of(table, "mean"):
             # Mean only: two bands per model would overlap.
             masked = table[f"{MASKED}mean"]
             style.draw_points(top, prefix, masked, solid, markersize=3.5, linestyle="--", **look)
-            ends.append((prefix.iloc[-1], masked.iloc[-1], f"{_short(facts['label'])}, masked", look["color"]))
+            drawn.append((prefix, masked, solid, look | {"markersize": 3.5}))
+            ends.append((prefix.iloc[-1], masked.iloc[-1], f"{name}, masked", look["color"]))
         bottom.plot(prefix, table["contexts"], markersize=3.5, **look)
         bounds.append(facts["paper_bound"])
         if solid.any():
@@ -58,8 +65,9 @@ def draw(tables: Path, models: Sequence[str], stem: Path) -> list[Path]:
     top.set_yscale("log")
     low, high = top.get_ylim()
     # Keep the bound's line and the text above it inside the axes, however small c is.
-    low, lowest, highest = min(low, 1.0), min(bounds), max(bounds)
+    low, lowest, highest = min(max(low, LOWEST), 1.0), min(bounds), max(bounds)
     top.set_ylim(low, max(high * 1.2, highest * (highest / low) ** 0.06))
+    tiny = [style.mark_beyond(top, *points, **look) for *points, look in drawn]
     style.logarithmic_ticks(top.yaxis)
     if lowest < highest:
         top.axhspan(lowest, highest, color=style.BOUND, alpha=0.12, linewidth=0)
@@ -88,9 +96,9 @@ def draw(tables: Path, models: Sequence[str], stem: Path) -> list[Path]:
         figure,
         f"Figure 4: the largest c over layers and heads {title}",
         details,
-        "Mean and standard deviation over texts",
+        "Mean and standard deviation over texts" + "; points on the axis: smaller c" * any(tiny),
     )
-    style.label_ends(figure, [(top, ends)])
+    style.label_ends(figure, [(top, [(x, max(y, low), *more) for x, y, *more in ends])])
     return style.save(figure, stem)
 
 
@@ -102,6 +110,9 @@ def _from_to(found: Sequence[tuple[str, pd.Series, pd.Series]]) -> tuple[str, st
     if not found:
         return "of too few texts to say", ""
     if len(found) <= 2:
+        if all(first["prefix"] == last["prefix"] for _, first, last in found):
+            each = [f"{style.short(last['mean'])} at {last['prefix']:.0f} tokens ({name})" for name, _, last in found]
+            return f"is {'; '.join(each)}", ""
         each = [
             f"from {style.short(first['mean'])} at {first['prefix']:.0f} tokens to {style.short(last['mean'])} at "
             f"{last['prefix']:.0f} ({name})"

@@ -63,7 +63,7 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
         axes.set_xlabel("t: queries times t, keys divided by t")
     handles, labels = figure.axes[0].get_legend_handles_labels()
     style.legend_below(figure, style.wrapped(style.not_in_kernel(facts), 120), handles=handles, labels=labels, ncols=3)
-    best = table[table["t"] > 0].groupby(["layer", "head"])["log10_bound"].max()
+    best = table.groupby(["layer", "head"])["log10_bound"].max()
     enough = int((best >= NEEDED_POWER * np.log10(tokens)).sum())
     style.headline(
         figure,

@@ -47,7 +47,8 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
     for axes, before in zip(panels, masks, strict=True):
         large, undecided = (_cells(table, f"{before}size", word) for word in SIZES[1:])
         before_them = np.full(values.shape, "", dtype=object)
-        before_them[table["layer"], table["head"]] = table[f"{before}trend"].map(MARKS)
+        # With a thin space, since an arrow and a minus are one long arrow.
+        before_them[table["layer"], table["head"]] = table[f"{before}trend"].map(MARKS) + "\u2009"
         draw_heatmap(
             figure,
             axes,

@@ -71,7 +71,8 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
         style.mark_beyond(axes, c.index, c, solid, **look)
     panels[0].set_ylabel("c of the average text")
     exponents = pd.concat([typical(growth, before)[f"{before}exponent"] for before in masks])
-    found = f"goes as n to the power {two_decimals(exponents.min())} to {two_decimals(exponents.max())}"
+    ends = " to ".join(dict.fromkeys(two_decimals(end) for end in (exponents.min(), exponents.max())))
+    found = f"goes as n to the power {ends}"
     style.headline(
         figure,
         f"{facts['label']}: c(n) of typical heads {found if len(exponents) else 'needs more texts'}",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from approxkmv.figures.heatmap import Scale, draw_heatmap, grid, is_wide, new_panels
-from approxkmv.figures.style import as_written, entries, footnote, near, not_in_kernel, save, short
+from approxkmv.figures.style import as_written, entries, footnote, near, not_in_kernel, save
 from approxkmv.results.tables import ModelTables, masks_of, read_heads, read_overview
 from approxkmv.words import counted
 
@@ -25,7 +25,7 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
         values,
         *((len(masks), 1) if is_wide(values) else (1, len(masks))),
         f"{facts['label']}: c exceeds {bound:g} in {above['']} of {len(table)} heads; the largest is "
-        f"{short(largest['max_ratio'])} (layer {largest['layer']:.0f}, head {largest['head']:.0f})",
+        f"{near(bound)(largest['max_ratio'])} (layer {largest['layer']:.0f}, head {largest['head']:.0f})",
         f"Head-to-tail ratio c, the largest over prefixes and {counted(facts['texts_used'], 'text')} of "
         f"{facts['corpus']}; outlined: above the paper's bound {bound:g}",
     )

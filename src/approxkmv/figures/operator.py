@@ -9,6 +9,8 @@ from approxkmv.figures.style import headline, legend_below, logarithmic_ticks, l
 from approxkmv.files import read_table
 
 _NUMBERS = ("n", "seconds", "error")
+# Which the operator's own rows have.
+_OF_OPERATOR = ("epsilon", "times_best_exact")
 _TITLES = {"ones": "x = 1", "smooth": "x = k·u", "signs": "x = ±1"}
 # The operator's own rows, and the rows of trivial answers, which take no time.
 _OPERATOR, _TRIVIAL = "KernelOperator", ("zero", "mean")
@@ -19,6 +21,7 @@ _LEAST = 1e-3
 def draw(table_path: Path, output_stem: Path) -> list[Path]:
     """Draw the table of the study `operator` as PDF and PNG. Raises TableError if it is missing or of another kind."""
     kinds = dict.fromkeys(_NUMBERS, "at least 0") | dict.fromkeys(("x", "method"), "text")
+    kinds |= dict.fromkeys(_OF_OPERATOR, "at least 0 or empty")
     table = read_table(Path(table_path), kinds)
     found = [kind for kind in _TITLES if kind in set(table["x"])]
     if not found:

@@ -33,6 +33,8 @@ MARKERS = (
     (6, 1, 0),
 )
 LINES = ("-", "--", "-.", ":")
+# Points of the letters of a headline.
+HEADLINE = 9.5
 # The line of the paper's bound, always dotted and named.
 BOUND = "#A00000"
 # Which heads a line shows, as quantiles over a model's heads.
@@ -229,12 +231,24 @@ def logarithmic_ticks(axis: Axis) -> None:
 
 def headline(figure: Figure, finding: str, *details: str) -> int:
     """Write what a figure shows above it, then lines that explain it; returns the number of lines."""
-    width = int(13.5 * figure.get_figwidth())
-    lines = [
-        line for text in (finding, *details) if text for line in textwrap.wrap(text, width, break_on_hyphens=False)
-    ]
-    figure.suptitle("\n".join(lines), fontsize=9.5, x=0.02, ha="left")
+    width = figure.get_figwidth()
+    lines = [line for text in (finding, *details) if text for line in _fitted(text, int(13.5 * width), 70 * width)]
+    figure.suptitle("\n".join(lines), fontsize=HEADLINE, x=0.02, ha="left")
     return len(lines)
+
+
+def _fitted(text: str, width: int, room: float) -> list[str]:
+    """The text in lines of at most `width` characters and, of wide letters fewer, `room` points."""
+    from matplotlib.cbook import is_math_text
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import text_to_path
+
+    lines = textwrap.wrap(text, width, break_on_hyphens=False)
+    font = FontProperties(size=HEADLINE)
+    with _silent_about_glyphs():
+        sizes = [text_to_path.get_text_width_height_descent(line, font, is_math_text(line)) for line in lines]
+    widest = max(wide for wide, *_ in sizes)
+    return lines if widest <= room else _fitted(text, int(min(width - 1, width * room / widest)), room)
 
 
 def name_of_lengths(axes: Axes, name: str, texts: pd.Series) -> None:
@@ -266,9 +280,21 @@ def wrapped(text: str, width: int) -> str:
     return "\n".join(textwrap.wrap(text, width))
 
 
+def abridged(text: str, most: int) -> str:
+    """The text, or its beginning and end with dots between them: at most this many characters."""
+    return text if len(text) <= most else f"{text[: most // 2]}…{text[most // 2 + 1 - most :]}"
+
+
 def near(bound: float) -> Callable[[float], str]:
-    """`short`, but with two decimals near a bound, so that the side on which a value lies can be read."""
-    return lambda value: f"{value:.2f}" if abs(value / bound - 1) < 0.05 else short(value)
+    """`short`, but near a bound with two to four decimals, so that the side on which a value lies can be read."""
+
+    def write(value: float) -> str:
+        if not abs(value / bound - 1) < 0.05:
+            return short(value)
+        shown = [f"{value:.{places}f}" for places in (2, 3, 4)]
+        return next((text for text in shown if (float(text) > bound) == (value > bound)), shown[0])
+
+    return write
 
 
 def short(value: float) -> str:

@@ -36,7 +36,7 @@ STATISTICS = (
         "c",
         "largest c",
         (("heads", "max_ratio"), ("lengths", "largest_ratio")),
-        "The head-to-tail ratio: the largest over texts and prefixes.",
+        "The head-to-tail ratio: the largest over texts and prefixes; of long texts, at the longest length.",
         low=0.05,
         high=100.0,
     ),
@@ -140,6 +140,8 @@ def of_model(tables: Path, facts: dict[str, Any]) -> tuple[dict[str, Any], list[
     model |= {name: facts[name] for name in ("label", "corpus", "layers", "heads", "mask", "left_out")}
     model["bound"] = facts["paper_bound"]
     model["values"] = {}
+    # Statistics whose own values are of attention as the model computes it, with what K leaves out.
+    model["whole"] = [one.key for one in STATISTICS if one.tables[0][0] == "attention" and "attention" in found]
     for one in STATISTICS:
         for kind, column in one.tables:
             if kind in found:

@@ -6,15 +6,14 @@ import base64
 import hashlib
 import io
 import json
+import math
 import re
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from approxkmv.errors import TableError
-from approxkmv.files import read_json, read_table, write_text
+from approxkmv.files import check_keys, read_json, read_table, write_text
 from approxkmv.page.contents import ASSETS, CAPTIONS, FIGURES
 from approxkmv.page.heads import explorer, of_model
 from approxkmv.page.verdict import holds, is_on_long_texts, is_there, measured, sentences, sweep_sentence
@@ -42,6 +41,8 @@ def write_page(
     import jinja2
 
     every = measured(tables, models, left)
+    # One that was measured on long texts too is there twice.
+    names = list(dict.fromkeys(facts["model"] for facts in every))
     shown, missing = [], []
     for facts in every:
         model, absent = of_model(tables, facts)
@@ -68,7 +69,7 @@ def write_page(
         sweep=sweep_sentence(tables, left),
         claims=_claims(claims, {facts["model"]: facts["label"] for facts in every}),
         explorer=explorer(shown) if shown else None,
-        figures=list(_figures(tables, figures, [facts["model"] for facts in every], left)),
+        figures=list(_figures(tables, figures, names, left)),
         perplexities=_perplexities(tables / "perplexity.csv", left),
         records=_records(tables, left),
         missing=sorted(set(missing)),
@@ -121,15 +122,16 @@ def _claims(path: Path, labels: dict[str, str]) -> list[dict[str, Any]]:
     shown = []
     for row in read_table(path, CLAIMS).to_dict("records"):
         if row["model"] in labels:
-            paper = _short(row["paper"]) if pd.notna(row.get("paper")) else ""
+            paper = _short(row.get("paper", math.nan))
             words = {name: row[name].replace("<=", "≤") for name in ("claim", "criterion", "entries", "holds")}
             more = {"label": labels[row["model"]], "read": ", read as " in row["claim"]}
             shown.append(words | more | {"ours": _short(row["ours"]), "paper": paper})
     return shown
 
 
-def _short(value: float) -> str:
-    return f"{value:.3g}"
+def _short(value: float, digits: int = 3) -> str:
+    """A number for a cell of a table; one that could not be measured is a dash."""
+    return "–" if math.isnan(value) else "∞" if value == math.inf else f"{value:,.{digits}g}"
 
 
 def _perplexities(path: Path, left: Collection[Path]) -> list[dict[str, Any]]:
@@ -142,7 +144,7 @@ def _perplexities(path: Path, left: Collection[Path]) -> list[dict[str, Any]]:
     )
     return [
         {"model": row["model"], "method": row["method"], "parameters": _parameters(row["parameters"])}
-        | {name: f"{row[name]:,.4g}" for name in numbers}
+        | {name: _short(row[name], 4) for name in numbers}
         for row in rows
     ]
 
@@ -159,12 +161,14 @@ def _parameters(text: str) -> str:
 
 
 def _records(tables: Path, left: Collection[Path]) -> list[dict[str, Any]]:
-    """The provenance of each table that records one."""
+    """The provenance of each table that records one. Raises TableError for a record of another form."""
     found = []
     for path in sorted(set(tables.glob("*.json")).difference(left)):
         facts = read_json(path)
         record = facts.get("provenance", facts)
-        if {"command", "machine", "versions"} <= record.keys():
+        if isinstance(record, dict) and {"command", "machine", "versions"} <= record.keys():
+            check_keys(path, record, {"machine": dict, "versions": dict})
+            check_keys(path, record["machine"], {"cores": int, "processor": str, "device": str})
             made = {name: record.get(name) for name in ("command", "commit", "machine", "versions")}
             found.append({"table": path.stem, "source": facts.get("source")} | made)
     return found

@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+from approxkmv.errors import TableError
 from approxkmv.results.tables import MASKED_FACTS, masks_of, read_overview, read_statistics
 from approxkmv.statistics.growth import ENOUGH_TEXTS, FAST, FLAT, SIZES, TRENDS
 from approxkmv.words import counted, significant
@@ -41,7 +42,7 @@ def is_on_long_texts(facts: dict[str, Any]) -> bool:
 
 
 def sentences(tables: Path, facts: dict[str, Any]) -> list[str]:
-    """First what was measured, then what was found."""
+    """First what was measured, then what was found. Raises TableError for a table of growth that cannot be read."""
     if is_on_long_texts(facts):
         first = f"{facts['label']}: n = {facts['lengths'][0]:,} to {facts['lengths'][-1]:,} on {facts['corpus']}"
         return [first, *_beside(facts), *facts["texts_missing"], *growth_sentences(tables, facts)]
@@ -76,11 +77,14 @@ def holds(tables: Path, facts: dict[str, Any]) -> tuple[str, str]:
         small = facts["heads_within_bound"]
         large = heads - small
     word = "no" if large else "yes" if small == heads else "undecided"
-    return word, (
-        f"The sparsity assumption, with c at most {facts['paper_bound']:g} as the paper reports, holds{at} on "
-        + (f"{'all ' if heads > 1 else ''}{counted(heads, 'head')}" if word == "yes" else f"{small} of {heads} heads")
-        + (f" and fails on {large}." if large else ".")
-    )
+    others = {"fails": large, "is undecided": heads - small - large}
+    *first, last = [
+        f"{'all ' if heads > 1 else ''}{counted(heads, 'head')}" if word == "yes" else f"{small} of {heads} heads",
+        *(f"{what} on {count}" for what, count in others.items() if count),
+    ]
+    said = f"{', '.join(first)} and {last}" if first else last
+    bound = f"with c at most {facts['paper_bound']:g} as the paper reports"
+    return word, f"The sparsity assumption, {bound}, holds{at} on {said}."
 
 
 def growth_sentences(tables: Path, facts: dict[str, Any]) -> list[str]:
@@ -129,7 +133,16 @@ def _counted(found: Any, words: Sequence[str]) -> str:
 def _growth(tables: Path, facts: dict[str, Any]) -> Any:
     path = tables / f"growth_{facts['model']}.csv"
     columns = {"exponent": "number", "size": "text", "trend": "text"} | dict.fromkeys(("length", "start"), "whole")
-    return read_statistics(path, {}, columns) if path.is_file() else None
+    if not path.is_file():
+        return None
+    table = read_statistics(path, {}, columns)
+    for column, words in (("size", SIZES), ("trend", TRENDS)):
+        for before in masks_of(table, column):
+            if unknown := set(table[f"{before}{column}"]) - {*words}:
+                raise TableError(
+                    f"{path}: {before}{column} is {min(unknown)!r}, not {', '.join(words)}: run growth again"
+                )
+    return table
 
 
 def _beside(facts: dict[str, Any]) -> list[str]:

@@ -14,6 +14,7 @@ from approxkmv.results.tables import ModelTables, masks_of, read_heads, read_ove
 from approxkmv.slopes import log_log_line
 from approxkmv.statistics.entries import CAUSAL
 from approxkmv.statistics.growth import ENOUGH_TEXTS, FLAT
+from approxkmv.words import counted
 
 # Columns of the table of heads that claims are judged by.
 JUDGED = ("max_ratio", "median_next_ratio", "median_double_ratio")
@@ -74,7 +75,7 @@ def claims(overview: Mapping, heads: pd.DataFrame, scaling: pd.DataFrame, before
         rows.append(row | {"ours": ours, "holds": verdict(ours, holds)})
 
     claim = "c is at most a small constant for every head and text (Figures 1, 3)"
-    criterion = f"largest c over {n_heads} heads and {overview['texts_used']} texts <= {bound:g}"
+    criterion = f"largest c over {counted(n_heads, 'head')} and {counted(overview['texts_used'], 'text')} <= {bound:g}"
     judge(claim, criterion, bound, largest, largest <= bound)
     claim = "share of heads whose largest c is within that constant"
     judge(claim, "all of them", 1.0, within, within == 1.0)

@@ -13,16 +13,17 @@
   const READINGS = Object.keys(readings).filter((name) => models.some((model) => model.readings?.[name]));
   const statisticOf = (key) => statistics.find((one) => one.key === key);
   const modelOf = (key) => models.find((model) => model.key === key);
-  const setOf = (model, set) => (model.sets.includes(set) ? set : "all");
+  // A statistic without values of its own for the model's mask has those of all entries: there the mask hides nothing.
+  const kindOf = (values, set) => (values?.[set] ? set : "all");
   const place = (model, head) => [Math.floor(head / model.heads), head % model.heads];
 
   function found(model, key, { set, reading }) {
-    const kind = setOf(model, set);
     if (reading !== "printed" && OF_READINGS.includes(key)) {
-      const values = model.readings?.[reading]?.[kind]?.[key];
+      const kinds = model.readings?.[reading];
+      const values = kinds?.[kindOf(kinds, set)]?.[key];
       return values ? { v: values } : null;
     }
-    return model.values[key]?.[kind] ?? null;
+    return model.values[key]?.[kindOf(model.values[key], set)] ?? null;
   }
 
   const largest = (model, rank = 0) => {
@@ -73,9 +74,10 @@
   }
 
   function passes(model, head, { filter, set }) {
-    const kind = setOf(model, set);
+    const kind = kindOf(model.size, set);
     const [size, trend] = [model.size?.[kind][head], model.trend?.[kind][head]];
-    if (filter === "large") return size ? size === "large" : (model.values.c?.[kind].v[head] ?? 0) > model.bound;
+    const c = model.values.c;
+    if (filter === "large") return size ? size === "large" : (c?.[kindOf(c, set)].v[head] ?? 0) > model.bound;
     if (filter === "growing") return trend === "grows";
     if (filter === "undecided") return size === "undecided" || trend === "undecided";
     return true;
@@ -84,7 +86,7 @@
   const between = (values, head) =>
     values?.low?.[head] == null ? "" : `${shown(values.low[head])} to ${shown(values.high[head])}`;
   const words = (model, head, set) => {
-    const kind = setOf(model, set);
+    const kind = kindOf(model.size, set);
     return model.size ? `${model.size[kind][head]}, ${model.trend[kind][head]}` : "";
   };
 
@@ -128,7 +130,8 @@
 
   function draw() {
     const focused = document.activeElement?.id;
-    const scrolled = Object.fromEntries([...panels.querySelectorAll(".scroll")].map((box) => [box.id, box.scrollTop]));
+    const boxes = [...panels.querySelectorAll(".scroll")];
+    const scrolled = Object.fromEntries(boxes.map((box) => [box.id, [box.scrollLeft, box.scrollTop]]));
     for (const name of ["stat", "set", "reading", "filter"]) controls[name].value = state[name];
     controls.two.checked = state.two;
     controls.reading.disabled = !READINGS.length || !OF_READINGS.includes(state.stat);
@@ -138,7 +141,9 @@
     panels.replaceChildren(...sides.map(panel));
     panels.classList.toggle("two", state.two);
     for (const box of panels.querySelectorAll(".scroll")) {
-      box.scrollTop = scrolled[box.id] ?? box.querySelector(".chosen").offsetTop - 150;
+      const chosen = box.querySelector(".chosen").parentNode;
+      const at = scrolled[box.id] ?? [chosen.offsetLeft - box.clientWidth / 2, chosen.offsetTop - 150];
+      [box.scrollLeft, box.scrollTop] = at;
     }
     counted.textContent = sides
       .map((side) => {
@@ -187,7 +192,9 @@
     const outlined = BOUNDED.includes(state.stat) ? ` Outlined: above ${shown(model.bound)}.` : "";
     const reading = state.reading !== "printed" && OF_READINGS.includes(state.stat) ? ` Read as ${state.reading}.` : "";
     const legend = el("div", { class: "legend", "aria-hidden": "true" }, el("div", { class: "bar", style: `background: linear-gradient(90deg, ${steps})` }), el("div", { class: "marks" }, marks));
-    const what = setOf(model, state.set) === "own" ? model.mask : SETS.all;
+    const own = kindOf(model.values[state.stat], state.set) === "own";
+    const more = own && model.whole.includes(state.stat) ? model.left_out.map((one) => `, ${one}`).join("") : "";
+    const what = own ? model.mask + more : SETS.all;
     return el("div", { class: "frame" }, el("p", { class: "note" }, `${one.title}; entries: ${what}. ${one.about}${reading}${outlined}`), el("div", { class: "scroll", id: `scroll-${side}` }, table), legend);
   }
 
@@ -248,7 +255,7 @@
   function details(side, model) {
     const head = state[side].head;
     const [layer, number] = place(model, head);
-    const kind = setOf(model, state.set);
+    const kind = kindOf(model.curves, state.set);
     const parts = [el("h3", {}, `Layer ${layer}, head ${number}`), words(model, head, state.set) ? el("p", { class: "badges" }, words(model, head, state.set)) : null];
     const curves = model.curves?.[kind];
     const visible = (state.two ? ["a", "b"] : ["a"]).map((one) => modelOf(state[one].model));
@@ -279,7 +286,7 @@
     const at = (n) => ({ x: n, y: centre * (n / Math.sqrt(from * to)) ** exponent });
     const line = exponent != null && centre > 0 ? [at(from), at(to)] : null;
     const visible = (state.two ? ["a", "b"] : ["a"]).map((side) => [modelOf(state[side].model), state[side].head]).filter(([one]) => one.curves);
-    const seen = visible.flatMap(([one, place]) => one.curves[setOf(one, state.set)].c[place]).concat(middle).filter((y) => y > 0);
+    const seen = visible.flatMap(([one, place]) => one.curves[kindOf(one.curves, state.set)].c[place]).concat(middle).filter((y) => y > 0);
     const lengths = visible.flatMap(([one]) => one.curves.lengths);
     const domain = { x: [Math.min(...lengths), Math.max(...lengths)], y: [Math.max(1e-4, Math.min(1, ...seen) / 1.5), 1.5 * Math.max(model.bound, ...seen)] };
     const label = `c against the length n: layer ${layer}, head ${number}, and the median head`;
