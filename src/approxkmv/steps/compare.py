@@ -112,10 +112,10 @@ def claims_as_read(overview: Mapping, readings: pd.DataFrame) -> list[dict]:
 
 def growth_exponent(scaling: pd.DataFrame, before: str = "") -> tuple[float, str]:
     """Least-squares slope of log(mean) against log(prefix), over lengths with enough texts; nan with fewer than two."""
-    part = scaling[scaling["contexts"] >= min(ENOUGH_TEXTS, scaling["contexts"].max())]
+    part = scaling[scaling["contexts"] >= ENOUGH_TEXTS]
     mean = f"{before}mean"
     part = part[part[mean] > 0]
     if len(part) < 2:
-        return float("nan"), "(too few lengths)"
+        return float("nan"), "(too few texts or lengths)"
     slope, *_ = log_log_line(part["prefix"], part[mean])
     return slope, f"{int(part['prefix'].min())} to {int(part['prefix'].max())}"
