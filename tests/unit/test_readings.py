@@ -107,6 +107,16 @@ def test_the_softmax_matrix_is_the_same_in_every_gauge_and_with_shifted_keys_and
     assert (np.abs(np.log(other["printed"].ratio / plain_text["printed"].ratio)) > 0.1).all()
 
 
+def test_a_head_whose_queries_are_all_zero_is_not_balanced_and_the_others_are():
+    q, k = heads()
+    whole = readings(q, k, FIRST)
+    q[1] = 0.0
+    found = readings(q, k, FIRST)
+    np.testing.assert_array_equal(found["balanced"].ratio[[0, 2]], whole["balanced"].ratio[[0, 2]])
+    assert found["balanced"].ratio[1] == found["printed"].ratio[1]
+    assert (found["balanced"].ratio[[0, 2]] != found["printed"].ratio[[0, 2]]).all()
+
+
 def test_powers_lead_from_the_models_scale_to_none():
     q, k = heads()
     found = readings(q, k, FIRST, 0.3)
@@ -146,7 +156,10 @@ def test_an_entry_underflows_where_float32_has_none(power):
     """n entries of 1 and others of 2^-power: of the smallest number, 2^-149, more than a half is rounded up."""
     q, k = np.zeros((2, 1, N, D))
     q[0, 1:, 0] = np.sqrt(2 * power * np.log(2) * np.sqrt(D))
-    found = readings(torch.from_numpy(q), torch.from_numpy(k), FIRST)["float32"]
+    every = readings(torch.from_numpy(q), torch.from_numpy(k), FIRST)
+    # The logarithms know as well what float32 would not hold.
+    assert every["printed"].underflows[0] == (power > 150)
+    found = every["float32"]
     rounded = np.float32(2.0**-power)
     assert found.underflows[0] == (rounded == 0) == (power > 150)
     assert found.log_double[0] == (np.inf if rounded == 0 else pytest.approx(-np.log(float(rounded))))
