@@ -216,8 +216,18 @@ def test_a_column_of_another_shape_or_of_zeros_is_refused():
     q, k, v = heads()
     with pytest.raises(InputError, match="one column per head"):
         gauge(q, k, v[:, :-1])
-    with pytest.raises(InputError, match="not 0"):
-        gauge(q, k, torch.zeros_like(v))
+    # Of one head alone, and of numbers whose squares float64 does not have.
+    for column in (torch.zeros_like(v[:1]), 1e-200 * v[:1], 1e200 * v[:1]):
+        with pytest.raises(InputError, match="not 0"):
+            gauge(q, k, torch.cat([v[1:], column]))
+
+
+def test_queries_and_keys_of_different_lengths_and_no_factor_are_refused():
+    q, k, v = heads()
+    with pytest.raises(InputError, match=r"must both be \(heads, n, d\)"):
+        gauge(q, k[:, :-1], v[:, :-1], mask=torch.ones(N, N - 1).bool())
+    with pytest.raises(InputError, match="factors are"):
+        gauge(q, k, v, factors=())
 
 
 def test_a_mask_of_another_shape_or_with_a_row_without_keys_is_refused():
