@@ -72,6 +72,15 @@ def test_a_wrong_key_in_a_study_that_is_called_as_a_key_is_named():
         checked(config)
 
 
+def test_a_study_of_lengths_needs_no_prefix():
+    config = configuration.good()
+    config["studies"]["tiny"] |= {"lengths": [16, 32], "max_tokens": 32, "min_tokens": 16, "min_prefix": 50}
+    assert study_of(checked(config)).lengths == (16, 32)
+    config["studies"]["tiny"]["max_tokens"] = 31
+    with pytest.raises(ConfigError, match="the longest of lengths is above max_tokens"):
+        checked(config)
+
+
 def test_whole_numbers_may_be_written_with_a_point():
     config = configuration.good()
     config["studies"]["tiny"]["seed"] = 3.0
