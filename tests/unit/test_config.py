@@ -81,6 +81,15 @@ def test_a_study_of_lengths_needs_no_prefix():
         checked(config)
 
 
+def test_a_configuration_does_not_change_and_its_lengths_ascend():
+    config = configuration.good()
+    config["studies"]["tiny"] |= {"prefixes": [20, 10], "lengths": [32, 16]}
+    study = study_of(checked(config))
+    assert (study.prefixes, study.lengths) == ((10, 20), (16, 32))
+    with pytest.raises(ValueError, match="frozen"):
+        study.seed = 1
+
+
 def test_whole_numbers_may_be_written_with_a_point():
     config = configuration.good()
     config["studies"]["tiny"]["seed"] = 3.0

@@ -226,13 +226,16 @@ def test_queries_and_keys_of_different_lengths_and_no_factor_are_refused():
     q, k, v = heads()
     with pytest.raises(InputError, match=r"must both be \(heads, n, d\)"):
         gauge(q, k[:, :-1], v[:, :-1], mask=torch.ones(N, N - 1).bool())
-    with pytest.raises(InputError, match="factors are"):
-        gauge(q, k, v, factors=())
+    with pytest.raises(InputError, match="must both be"):
+        gauge(q[0], k[0], v[0])
+    for factors in ((), 0.0, [1.0, -1.0], [1e10], [1e-10], ["1"], [True], [float("nan")]):
+        with pytest.raises(InputError, match="factors are"):
+            gauge(q, k, v, factors=factors)
 
 
 def test_a_mask_of_another_shape_or_with_a_row_without_keys_is_refused():
     q, k, v = heads()
-    for mask in (CAUSAL[:-1], CAUSAL.tril(-1)):
+    for mask in (CAUSAL[:-1], CAUSAL[:, :-1], CAUSAL.tril(-1)):
         with pytest.raises(InputError, match="at least one key"):
             gauge(q, k, v, mask=mask)
 

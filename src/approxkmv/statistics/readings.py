@@ -21,7 +21,7 @@ PRINTED = "printed"
 # Powers of the model's scale between Lemma 4.1's (1) and none at all (0); the middle is section 1's exponent.
 POWERS = {PRINTED: 1.0, "power 3/4": 0.75, "sigma": 0.5, "power 1/4": 0.25, "unscaled": 0.0}
 READINGS = (PRINTED, "sigma", "unscaled", "float32", "softmax", "centred", "balanced", "no-special")
-# exp of less is 0 in float32, whose smallest number is 2^-149; half of it is still rounded up.
+# exp of less is 0 in float32, whose smallest number is 2^-149; more than half of it is still rounded up.
 LOG_SMALLEST_FLOAT32 = float(np.log(2.0) * -150)
 
 
