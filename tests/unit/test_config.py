@@ -81,6 +81,15 @@ def test_a_study_of_lengths_needs_no_prefix():
         checked(config)
 
 
+def test_one_prefix_within_reach_is_enough_and_without_models_none_is_needed():
+    for prefix in (10, 40):
+        config = configuration.good()
+        config["studies"]["tiny"] |= {"max_tokens": 40, "prefixes": [prefix]}
+        assert study_of(checked(config)).prefixes == (prefix,)
+    config["studies"]["tiny"] = {"complexity": {}, "max_tokens": 40, "min_tokens": 40, "min_prefix": 40}
+    assert study_of(checked(config)).models == {}
+
+
 def test_a_configuration_does_not_change_and_its_lengths_ascend():
     config = configuration.good()
     config["studies"]["tiny"] |= {"prefixes": [20, 10], "lengths": [32, 16]}

@@ -63,6 +63,9 @@ def test_every_column_is_what_its_words_say_of_the_matrix_itself(t, mask):
         np.testing.assert_allclose(found.ratio[:, 0], head_statistics(t * q, k / t, N).ratios[..., -1], rtol=1e-8)
     out = (matrix @ v[..., None])[..., 0] / sums
     torch.testing.assert_close(out, (attention(q, k, seen) @ v[..., None])[..., 0], rtol=1e-9, atol=1e-12)
+    root = np.sqrt(N)
+    cost = 1 + root * out.abs().amax(-1) / v.norm(dim=-1) + TOLERANCE * root
+    np.testing.assert_allclose(np.exp(found.log_sufficient[:, 0]), TOLERANCE * sums.amin(-1) / cost, rtol=1e-9)
     mean = (seen.double() / seen.sum(-1, keepdim=True) @ v[..., None])[..., 0]
     error = (mean - out).norm(dim=-1) / v.norm(dim=-1)
     np.testing.assert_allclose(found.mean_error, error, rtol=1e-9)
