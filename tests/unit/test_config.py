@@ -109,7 +109,50 @@ def test_whole_numbers_may_be_written_with_a_point():
 
 def test_what_the_workflow_writes_of_a_configuration_is_the_same_configuration(tmp_path):
     config = load_config(ROOT / "config.yaml")
-    assert load_config(settings_file(config, tmp_path / "config.yaml")) == config
+    written = settings_file(config, tmp_path / "config.yaml")
+    assert load_config(written) == config
+    os.utime(written, (1, 1))
+    settings_file(config, written)
+    assert written.stat().st_mtime == 1, "the same content makes no step run again"
+    other = config.model_copy(update={"study": "paper"})
+    assert load_config(settings_file(other, written)) == other
+
+
+def test_of_several_mistakes_the_outermost_is_named():
+    config = configuration.good()
+    config["sweeps"]["s"]["workloads"][0]["lengths"] = ["many"]
+    config["studies"]["tiny"]["rotary_scaling"] = {"factor": "much"}
+    config["models"]["m"]["colour"] = "red"
+    with pytest.raises(ConfigError, match=r"models.m has the unknown key 'colour'"):
+        checked(config)
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value", "line"),
+    [
+        (
+            "models",
+            "my_model",
+            {"source": "path:model"},
+            r"config: models has the name 'my_model': give a text of at most",
+        ),
+        ("studies", "tiny", {}, "config: studies.tiny: has nothing to do"),
+        ("studies", "tiny", {"models": "m"}, "config: studies.tiny.models is 'm': it must be a valid array"),
+    ],
+)
+def test_a_mistake_is_quoted_unless_it_is_a_whole_part(part, name, value, line):
+    config = configuration.good()
+    config[part][name] = value
+    with pytest.raises(ConfigError, match=line):
+        checked(config)
+
+
+def test_a_sweep_that_no_study_names_is_checked_too():
+    config = configuration.good()
+    config["sweeps"]["other"] = copy.deepcopy(config["sweeps"]["s"])
+    config["sweeps"]["other"]["capture"]["tuning_corpus"] = "d"
+    with pytest.raises(ConfigError, match=r"sweeps.other.capture.tuning_corpus names the corpus 'd'"):
+        checked(config)
 
 
 def test_the_heads_of_a_capture_are_those_that_a_workload_names_or_all():
