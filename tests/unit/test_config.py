@@ -13,7 +13,7 @@ import pytest
 import yaml
 from bad_inputs import configuration
 
-from approxkmv.config import checked, load_config, settings_file, study_of
+from approxkmv.config import checked, load_config, relocate, settings_file, study_of
 from approxkmv.config.documents import document, json_schema, schema_text, sections
 from approxkmv.errors import ConfigError
 
@@ -116,6 +116,48 @@ def test_what_the_workflow_writes_of_a_configuration_is_the_same_configuration(t
     assert written.stat().st_mtime == 1, "the same content makes no step run again"
     other = config.model_copy(update={"study": "paper"})
     assert load_config(settings_file(other, written)) == other
+
+
+def paths_of(sources: list[str], paths: list[str]) -> dict:
+    """A part of a configuration with these sources of models, and these paths of workloads."""
+    workloads = [{"path": path, "tuning_path": path, "label": "path:x"} for path in paths]
+    models = {f"m{number}": {"source": source, "label": "path:x"} for number, source in enumerate(sources)}
+    return {"study": "path:x", "models": models, "sweeps": {"s": {"workloads": workloads}}}
+
+
+def test_paths_are_relative_to_the_file_that_names_them_and_of_two_files_to_the_later(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    kept = (["hub:o/n@r", "path:/m", "path:~/m"], ["~/v.npy", "/v.npy", "npm:p@1/v.json", ""])
+    first = paths_of(["path:./m", "path:m", *kept[0]], ["v.npy", "c:v.npy", *kept[1]])
+    moved = paths_of(["path:a/m", "path:a/m", *kept[0]], ["a/v.npy", "a/c:v.npy", *kept[1]])
+    Path("a/config.yaml").write_text(yaml.safe_dump(first))
+    # The same words in both, other words, and what only the command line says.
+    second = {"models": {"m1": {"source": "path:m"}, "m5": {"source": "path:../m"}}}
+    Path("b/config.yaml").write_text(yaml.safe_dump(second))
+    merged = copy.deepcopy(first)
+    relocate(merged, [Path("a/config.yaml"), Path("none.yaml")])
+    assert merged == moved
+    merged = copy.deepcopy(first)
+    merged["models"] |= copy.deepcopy(second["models"])
+    merged["models"]["m0"]["source"] = "path:given"
+    merged["sweeps"]["s"]["workloads"] = merged["sweeps"]["s"]["workloads"][:1]
+    merged["sweeps"]["s"]["workloads"][0]["tuning_path"] = None
+    relocate(merged, [Path("a/config.yaml"), Path("b/config.yaml")])
+    sources = {name: model["source"] for name, model in merged["models"].items()}
+    assert sources == {
+        **{f"m{number + 2}": source for number, source in enumerate(kept[0])},
+        "m0": "path:given",
+        "m1": "path:b/m",
+        "m5": "path:m",
+    }
+    assert merged["sweeps"]["s"]["workloads"] == [{"path": "a/v.npy", "tuning_path": None, "label": "path:x"}]
+    # In the file's own folder they stay as they are written.
+    monkeypatch.chdir(tmp_path / "a")
+    merged = copy.deepcopy(first)
+    relocate(merged, [Path("config.yaml")])
+    assert merged == first
 
 
 def test_of_several_mistakes_the_outermost_is_named():
