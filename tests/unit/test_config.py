@@ -132,16 +132,17 @@ def test_paths_are_relative_to_the_file_that_names_them_and_of_two_files_to_the_
     kept = (["hub:o/n@r", "path:/m", "path:~/m"], ["~/v.npy", "/v.npy", "npm:p@1/v.json", ""])
     first = paths_of(["path:./m", "path:m", *kept[0]], ["v.npy", "c:v.npy", *kept[1]])
     moved = paths_of(["path:a/m", "path:a/m", *kept[0]], ["a/v.npy", "a/c:v.npy", *kept[1]])
+    first["corpora"], moved["corpora"] = ({"c": {"source": path}} for path in ("path:c", "path:a/c"))
     Path("a/config.yaml").write_text(yaml.safe_dump(first))
-    # The same words in both, other words, and what only the command line says.
-    second = {"models": {"m1": {"source": "path:m"}, "m5": {"source": "path:../m"}}}
+    # What becomes the very words of the other file, and what it does not name.
+    second = {"models": {"m1": {"source": "path:../m"}, "m5": {"source": "path:m"}}}
     Path("b/config.yaml").write_text(yaml.safe_dump(second))
     merged = copy.deepcopy(first)
     relocate(merged, [Path("a/config.yaml"), Path("none.yaml")])
     assert merged == moved
     merged = copy.deepcopy(first)
     merged["models"] |= copy.deepcopy(second["models"])
-    merged["models"]["m0"]["source"] = "path:given"
+    merged["models"]["m0"]["source"], merged["corpora"] = "path:given", None
     merged["sweeps"]["s"]["workloads"] = merged["sweeps"]["s"]["workloads"][:1]
     merged["sweeps"]["s"]["workloads"][0]["tuning_path"] = None
     relocate(merged, [Path("a/config.yaml"), Path("b/config.yaml")])
@@ -149,8 +150,8 @@ def test_paths_are_relative_to_the_file_that_names_them_and_of_two_files_to_the_
     assert sources == {
         **{f"m{number + 2}": source for number, source in enumerate(kept[0])},
         "m0": "path:given",
-        "m1": "path:b/m",
-        "m5": "path:m",
+        "m1": "path:m",
+        "m5": "path:b/m",
     }
     assert merged["sweeps"]["s"]["workloads"] == [{"path": "a/v.npy", "tuning_path": None, "label": "path:x"}]
     # In the file's own folder they stay as they are written.
