@@ -130,8 +130,8 @@ def test_paths_are_relative_to_the_file_that_names_them_and_of_two_files_to_the_
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     kept = (["hub:o/n@r", "path:/m", "path:~/m"], ["~/v.npy", "/v.npy", "npm:p@1/v.json", ""])
-    first = paths_of(["path:./m", "path:m", *kept[0]], ["v.npy", "c:v.npy", *kept[1]])
-    moved = paths_of(["path:a/m", "path:a/m", *kept[0]], ["a/v.npy", "a/c:v.npy", *kept[1]])
+    first = paths_of(["path:./m", "path:m", *kept[0]], ["v.npy", "c:v.npy", "npm", *kept[1]])
+    moved = paths_of(["path:a/m", "path:a/m", *kept[0]], ["a/v.npy", "a/c:v.npy", "a/npm", *kept[1]])
     first["corpora"], moved["corpora"] = ({"c": {"source": path}} for path in ("path:c", "path:a/c"))
     Path("a/config.yaml").write_text(yaml.safe_dump(first))
     # What becomes the very words of the other file, and what it does not name.
