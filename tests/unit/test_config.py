@@ -97,6 +97,8 @@ def test_a_configuration_does_not_change_and_its_lengths_ascend():
     assert (study.prefixes, study.lengths) == ((10, 20), (16, 32))
     with pytest.raises(ValueError, match="frozen"):
         study.seed = 1
+    with pytest.raises(ConfigError, match="study is '', which does not exist"):
+        study_of(checked(config), "")
 
 
 def test_whole_numbers_may_be_written_with_a_point():

@@ -261,6 +261,7 @@ def test_too_little_memory_is_seen_behind_another_error_unless_that_hides_it():
     assert progress.reason_of(failing(None, hides=False)).startswith("out of memory (too large): lower batch_tokens")
     assert progress.reason_of(failing(None, hides=True)) == "a mistake"
     assert progress.reason_of(OSError("no number")) is None
+    assert f"({160 * 'x'})" in progress.reason_of(MemoryError(300 * "x"))
 
 
 def test_times_of_a_part_add_up_and_a_log_begins_anew(tmp_path, monkeypatch, log, capsys):
