@@ -90,6 +90,39 @@ def test_one_prefix_within_reach_is_enough_and_without_models_none_is_needed():
     assert study_of(checked(config)).models == {}
 
 
+@pytest.mark.parametrize(
+    "user",
+    [
+        "studies.tiny.corpus",
+        "studies.tiny.perplexity.corpus",
+        "sweeps.s.capture.corpus",
+        "sweeps.s.capture.tuning_corpus",
+    ],
+)
+def test_a_source_without_a_revision_stops_the_studies_that_use_it_and_no_others(user):
+    config = configuration.good()
+    config["corpora"]["d"] = {"source": "hub:somebody/words"}
+    config["studies"]["other"] = {"complexity": {}}
+    part = config
+    *above, last = user.split(".")
+    for key in above:
+        part = part[key]
+    part[last] = "d"
+    found = checked(config)
+    assert study_of(found, "other").corpus is None
+    with pytest.raises(ConfigError, match=r"corpora.d.source: "):
+        study_of(found)
+
+
+def test_a_label_is_its_own_or_the_name():
+    config = configuration.good()
+    study = study_of(checked(config))
+    assert (study.models["m"].label, study.corpus.label, study.sweep_name) == ("m", "c", "s")
+    config["models"]["m"]["label"], config["corpora"]["c"]["label"] = "A model", "Words"
+    study = study_of(checked(config))
+    assert (study.models["m"].label, study.corpus.label, study.models["m"].name) == ("A model", "Words", "m")
+
+
 def test_a_configuration_does_not_change_and_its_lengths_ascend():
     config = configuration.good()
     config["studies"]["tiny"] |= {"prefixes": [20, 10], "lengths": [32, 16]}

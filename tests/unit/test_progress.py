@@ -37,6 +37,7 @@ def test_a_bar_is_drawn_on_a_terminal_and_nowhere_else(monkeypatch):
     shown = drawn(Terminal(), monkeypatch)
     assert "reading" in shown
     assert "0/3" in shown
+    assert not shown.endswith("\n"), "it disappears when done"
     assert progress.on_terminal()
     assert drawn(io.StringIO(), monkeypatch) == ""
     assert not progress.on_terminal()

@@ -287,10 +287,10 @@ def test_bad_input_is_one_line():
             length_statistics(ones, ones, spans=spans)
     spans = np.array([[0, 2]] * 3 + [[2, 5], [4, 5]], np.uint8)
     assert np.isfinite(length_statistics(ones, ones, spans=spans)[0][1].log_double), "10 entries are enough"
-    for wrong in (spans.astype(float), spans.astype(complex), spans.astype(bool), spans.tolist()):
+    for wrong in (spans.astype(float), spans.astype(complex), spans.astype(bool), spans.astype(str), spans.tolist()):
         with pytest.raises(InputError, match="whole numbers"):
             length_statistics(ones, ones, spans=wrong)
-        if isinstance(wrong, np.ndarray):
+        if isinstance(wrong, np.ndarray) and wrong.dtype.kind != "U":
             with pytest.raises(InputError, match="whole numbers"):
                 length_statistics(ones, ones, spans=torch.from_numpy(wrong))
     assert length_statistics(torch.ones(3, 4), torch.ones(3, 4), causal=True)[0][1].ratio == pytest.approx(1.0)
