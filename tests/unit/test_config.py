@@ -13,7 +13,7 @@ import pytest
 import yaml
 from bad_inputs import configuration
 
-from approxkmv.config import checked, load_config, relocate, settings_file, study_of
+from approxkmv.config import checked, corpus_of, entry_of, load_config, relocate, settings_file, study_of
 from approxkmv.config.documents import document, json_schema, schema_text, sections
 from approxkmv.errors import ConfigError
 
@@ -109,7 +109,11 @@ def test_a_source_without_a_revision_stops_the_studies_that_use_it_and_no_others
         part = part[key]
     part[last] = "d"
     found = checked(config)
-    assert study_of(found, "other").corpus is None
+    other = study_of(found, "other")
+    with pytest.raises(ConfigError, match="study other has no corpus"):
+        corpus_of(other)
+    with pytest.raises(ConfigError, match="study other is asked for the model 'm', which does not exist"):
+        entry_of(other, "m")
     with pytest.raises(ConfigError, match=r"corpora.d.source: "):
         study_of(found)
 
