@@ -7,7 +7,10 @@ import re
 import pytest
 
 from approxkmv.errors import ConfigError
-from approxkmv.yaml_text import LARGEST_FILE, MOST_ENTRIES, read_yaml, refuse_what_is_not_plain
+from approxkmv.yaml_text import read_yaml, refuse_what_is_not_plain
+
+# Written out, so that another bound is noticed.
+LARGEST_FILE, MOST_ENTRIES = 262_144, 10_000
 
 
 def read(folder, text: str | bytes):
