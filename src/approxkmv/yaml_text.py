@@ -27,7 +27,7 @@ def read_yaml(path: Path) -> Any:
     try:
         with open(path, "rb") as file:
             data = file.read(LARGEST_FILE + 1)
-        text = data.decode("utf-8-sig")
+        text = data.decode("utf-8")
     except OSError as error:
         raise ConfigError(f"the configuration {path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from bad_inputs import configuration
 
-from approxkmv.config import checked, load_config, settings_file, study_of
+from approxkmv.config import checked, corpus_of, entry_of, load_config, relocate, settings_file, study_of
 from approxkmv.config.documents import document, json_schema, schema_text, sections
 from approxkmv.errors import ConfigError
 
@@ -72,6 +72,72 @@ def test_a_wrong_key_in_a_study_that_is_called_as_a_key_is_named():
         checked(config)
 
 
+def test_a_study_of_lengths_needs_no_prefix():
+    config = configuration.good()
+    config["studies"]["tiny"] |= {"lengths": [16, 32], "max_tokens": 32, "min_tokens": 16, "min_prefix": 50}
+    assert study_of(checked(config)).lengths == (16, 32)
+    config["studies"]["tiny"]["max_tokens"] = 31
+    with pytest.raises(ConfigError, match="the longest of lengths is above max_tokens"):
+        checked(config)
+
+
+def test_one_prefix_within_reach_is_enough_and_without_models_none_is_needed():
+    for prefix in (10, 40):
+        config = configuration.good()
+        config["studies"]["tiny"] |= {"max_tokens": 40, "prefixes": [prefix]}
+        assert study_of(checked(config)).prefixes == (prefix,)
+    config["studies"]["tiny"] = {"complexity": {}, "max_tokens": 40, "min_tokens": 40, "min_prefix": 40}
+    assert study_of(checked(config)).models == {}
+
+
+@pytest.mark.parametrize(
+    "user",
+    [
+        "studies.tiny.corpus",
+        "studies.tiny.perplexity.corpus",
+        "sweeps.s.capture.corpus",
+        "sweeps.s.capture.tuning_corpus",
+    ],
+)
+def test_a_source_without_a_revision_stops_the_studies_that_use_it_and_no_others(user):
+    config = configuration.good()
+    config["corpora"]["d"] = {"source": "hub:somebody/words"}
+    config["studies"]["other"] = {"complexity": {}}
+    part = config
+    *above, last = user.split(".")
+    for key in above:
+        part = part[key]
+    part[last] = "d"
+    found = checked(config)
+    other = study_of(found, "other")
+    with pytest.raises(ConfigError, match="study other has no corpus"):
+        corpus_of(other)
+    with pytest.raises(ConfigError, match="study other is asked for the model 'm', which does not exist"):
+        entry_of(other, "m")
+    with pytest.raises(ConfigError, match=r"corpora.d.source: "):
+        study_of(found)
+
+
+def test_a_label_is_its_own_or_the_name():
+    config = configuration.good()
+    study = study_of(checked(config))
+    assert (study.models["m"].label, study.corpus.label, study.sweep_name) == ("m", "c", "s")
+    config["models"]["m"]["label"], config["corpora"]["c"]["label"] = "A model", "Words"
+    study = study_of(checked(config))
+    assert (study.models["m"].label, study.corpus.label, study.models["m"].name) == ("A model", "Words", "m")
+
+
+def test_a_configuration_does_not_change_and_its_lengths_ascend():
+    config = configuration.good()
+    config["studies"]["tiny"] |= {"prefixes": [20, 10], "lengths": [32, 16]}
+    study = study_of(checked(config))
+    assert (study.prefixes, study.lengths) == ((10, 20), (16, 32))
+    with pytest.raises(ValueError, match="frozen"):
+        study.seed = 1
+    with pytest.raises(ConfigError, match="study is '', which does not exist"):
+        study_of(checked(config), "")
+
+
 def test_whole_numbers_may_be_written_with_a_point():
     config = configuration.good()
     config["studies"]["tiny"]["seed"] = 3.0
@@ -82,7 +148,93 @@ def test_whole_numbers_may_be_written_with_a_point():
 
 def test_what_the_workflow_writes_of_a_configuration_is_the_same_configuration(tmp_path):
     config = load_config(ROOT / "config.yaml")
-    assert load_config(settings_file(config, tmp_path / "config.yaml")) == config
+    written = settings_file(config, tmp_path / "config.yaml")
+    assert load_config(written) == config
+    os.utime(written, (1, 1))
+    settings_file(config, written)
+    assert written.stat().st_mtime == 1, "the same content makes no step run again"
+    other = config.model_copy(update={"study": "paper"})
+    assert load_config(settings_file(other, written)) == other
+
+
+def paths_of(sources: list[str], paths: list[str]) -> dict:
+    """A part of a configuration with these sources of models, and these paths of workloads."""
+    workloads = [{"path": path, "tuning_path": path, "label": "path:x"} for path in paths]
+    models = {f"m{number}": {"source": source, "label": "path:x"} for number, source in enumerate(sources)}
+    return {"study": "path:x", "models": models, "sweeps": {"s": {"workloads": workloads}}}
+
+
+def test_paths_are_relative_to_the_file_that_names_them_and_of_two_files_to_the_later(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    kept = (["hub:o/n@r", "path:/m", "path:~/m"], ["~/v.npy", "/v.npy", "npm:p@1/v.json", ""])
+    first = paths_of(["path:./m", "path:m", *kept[0]], ["v.npy", "c:v.npy", "npm", *kept[1]])
+    moved = paths_of(["path:a/m", "path:a/m", *kept[0]], ["a/v.npy", "a/c:v.npy", "a/npm", *kept[1]])
+    first["corpora"], moved["corpora"] = ({"c": {"source": path}} for path in ("path:c", "path:a/c"))
+    Path("a/config.yaml").write_text(yaml.safe_dump(first))
+    # What becomes the very words of the other file, and what it does not name.
+    second = {"models": {"m1": {"source": "path:../m"}, "m5": {"source": "path:m"}}}
+    Path("b/config.yaml").write_text(yaml.safe_dump(second))
+    merged = copy.deepcopy(first)
+    relocate(merged, [Path("a/config.yaml"), Path("none.yaml")])
+    assert merged == moved
+    merged = copy.deepcopy(first)
+    merged["models"] |= copy.deepcopy(second["models"])
+    merged["models"]["m0"]["source"], merged["corpora"] = "path:given", None
+    merged["sweeps"]["s"]["workloads"] = merged["sweeps"]["s"]["workloads"][:1]
+    merged["sweeps"]["s"]["workloads"][0]["tuning_path"] = None
+    relocate(merged, [Path("a/config.yaml"), Path("b/config.yaml")])
+    sources = {name: model["source"] for name, model in merged["models"].items()}
+    assert sources == {
+        **{f"m{number + 2}": source for number, source in enumerate(kept[0])},
+        "m0": "path:given",
+        "m1": "path:m",
+        "m5": "path:b/m",
+    }
+    assert merged["sweeps"]["s"]["workloads"] == [{"path": "a/v.npy", "tuning_path": None, "label": "path:x"}]
+    # In the file's own folder they stay as they are written.
+    monkeypatch.chdir(tmp_path / "a")
+    merged = copy.deepcopy(first)
+    relocate(merged, [Path("config.yaml")])
+    assert merged == first
+
+
+def test_of_several_mistakes_the_outermost_is_named():
+    config = configuration.good()
+    config["sweeps"]["s"]["workloads"][0]["lengths"] = ["many"]
+    config["studies"]["tiny"]["rotary_scaling"] = {"factor": "much"}
+    config["models"]["m"]["colour"] = "red"
+    with pytest.raises(ConfigError, match=r"models.m has the unknown key 'colour'"):
+        checked(config)
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value", "line"),
+    [
+        (
+            "models",
+            "my_model",
+            {"source": "path:model"},
+            r"config: models has the name 'my_model': give a text of at most",
+        ),
+        ("studies", "tiny", {}, "config: studies.tiny: has nothing to do"),
+        ("studies", "tiny", {"models": "m"}, "config: studies.tiny.models is 'm': it must be a valid array"),
+    ],
+)
+def test_a_mistake_is_quoted_unless_it_is_a_whole_part(part, name, value, line):
+    config = configuration.good()
+    config[part][name] = value
+    with pytest.raises(ConfigError, match=line):
+        checked(config)
+
+
+def test_a_sweep_that_no_study_names_is_checked_too():
+    config = configuration.good()
+    config["sweeps"]["other"] = copy.deepcopy(config["sweeps"]["s"])
+    config["sweeps"]["other"]["capture"]["tuning_corpus"] = "d"
+    with pytest.raises(ConfigError, match=r"sweeps.other.capture.tuning_corpus names the corpus 'd'"):
+        checked(config)
 
 
 def test_the_heads_of_a_capture_are_those_that_a_workload_names_or_all():

@@ -63,6 +63,9 @@ def test_every_column_is_what_its_words_say_of_the_matrix_itself(t, mask):
         np.testing.assert_allclose(found.ratio[:, 0], head_statistics(t * q, k / t, N).ratios[..., -1], rtol=1e-8)
     out = (matrix @ v[..., None])[..., 0] / sums
     torch.testing.assert_close(out, (attention(q, k, seen) @ v[..., None])[..., 0], rtol=1e-9, atol=1e-12)
+    root = np.sqrt(N)
+    cost = 1 + root * out.abs().amax(-1) / v.norm(dim=-1) + TOLERANCE * root
+    np.testing.assert_allclose(np.exp(found.log_sufficient[:, 0]), TOLERANCE * sums.amin(-1) / cost, rtol=1e-9)
     mean = (seen.double() / seen.sum(-1, keepdim=True) @ v[..., None])[..., 0]
     error = (mean - out).norm(dim=-1) / v.norm(dim=-1)
     np.testing.assert_allclose(found.mean_error, error, rtol=1e-9)
@@ -216,13 +219,26 @@ def test_a_column_of_another_shape_or_of_zeros_is_refused():
     q, k, v = heads()
     with pytest.raises(InputError, match="one column per head"):
         gauge(q, k, v[:, :-1])
-    with pytest.raises(InputError, match="not 0"):
-        gauge(q, k, torch.zeros_like(v))
+    # Of one head alone, and of numbers whose squares float64 does not have.
+    for column in (torch.zeros_like(v[:1]), 1e-200 * v[:1], 1e200 * v[:1]):
+        with pytest.raises(InputError, match="not 0"):
+            gauge(q, k, torch.cat([v[1:], column]))
+
+
+def test_queries_and_keys_of_different_lengths_and_no_factor_are_refused():
+    q, k, v = heads()
+    with pytest.raises(InputError, match=r"must both be \(heads, n, d\)"):
+        gauge(q, k[:, :-1], v[:, :-1], mask=torch.ones(N, N - 1).bool())
+    with pytest.raises(InputError, match="must both be"):
+        gauge(q[0], k[0], v[0])
+    for factors in ((), 0.0, [1.0, -1.0], [1e10], [1e-10], ["1"], [True], [float("nan")]):
+        with pytest.raises(InputError, match="factors are"):
+            gauge(q, k, v, factors=factors)
 
 
 def test_a_mask_of_another_shape_or_with_a_row_without_keys_is_refused():
     q, k, v = heads()
-    for mask in (CAUSAL[:-1], CAUSAL.tril(-1)):
+    for mask in (CAUSAL[:-1], CAUSAL[:, :-1], CAUSAL.tril(-1)):
         with pytest.raises(InputError, match="at least one key"):
             gauge(q, k, v, mask=mask)
 

@@ -110,6 +110,27 @@ def test_the_prediction_of_a_steady_bend_and_what_it_adds_for_the_bends_of_other
     np.testing.assert_allclose(np.log(fit.predicted_ratio / fit.ratio), [0.0, -lacking], atol=1e-9)
 
 
+def test_lengths_that_do_not_double_bend_as_those_that_do():
+    lengths = np.array([60, 70, 125, 230, 251, 490, 1001])
+    rungs = np.log([1001, 490, 230, 125])
+    log_n, bend = np.log(lengths / 60), 0.1
+    ratios = np.tile(np.exp(0.3 * log_n + 0.5 * bend * log_n**2), 6)
+    fit = fit_growth(np.repeat(np.arange(6), 7), np.tile(lengths, 6), ratios[:, None])
+    assert (fit.length, fit.start) == (1001, 490)
+
+    def slope(one: float, other: float) -> float:
+        return 0.3 + bend * (0.5 * (one + other) - np.log(60))
+
+    np.testing.assert_allclose(fit.exponent, slope(rungs[0], rungs[1]))
+    last, later = slope(rungs[2], rungs[3]), slope(rungs[0], rungs[1])
+    spread = 1.959964 * (later - last)
+    np.testing.assert_allclose([fit.predicted_low[0], fit.predicted_high[0]], [last - spread, later + spread])
+    # The mean slope from n/4 to n, with half of what it is above the last.
+    far = 0.5 * (last + slope(rungs[0], rungs[2]))
+    at_quarter = ratios[list(lengths).index(230)]
+    np.testing.assert_allclose(fit.predicted_ratio, at_quarter * np.exp(far * (rungs[0] - rungs[2])))
+
+
 def test_the_prediction_knows_nothing_beyond_a_quarter_of_the_length():
     texts, lengths, ratios = sample(CURVES["exploding"])
     other = np.where(lengths[:, None] > 2048, 7.0, ratios)
@@ -132,6 +153,10 @@ def test_a_head_without_a_tail_is_small_and_flat():
     texts, lengths, ratios = sample(CURVES["saturating"])
     fit = fit_growth(texts, lengths, np.zeros_like(ratios))
     assert (size(fit, 4.6), trend(fit)) == (["small"], ["flat"])
+    # docs/math.md: less counts as this, and this as itself.
+    np.testing.assert_allclose(fit.ratio, 1e-6)
+    fit = fit_growth(texts, lengths, np.where(lengths < 8192, 0.0, 2e-6)[:, None])
+    np.testing.assert_allclose(fit.exponent, 1.0)
 
 
 def growth(low: float, high: float) -> Growth:
@@ -142,7 +167,7 @@ def growth(low: float, high: float) -> Growth:
 
 @pytest.mark.parametrize(
     ("low", "high", "word"),
-    [(1.0, 4.6, "small"), (4.61, 9.0, "large"), (4.5, 4.7, "undecided"), (np.nan, np.nan, "undecided")],
+    [(1.0, 4.6, "small"), (4.61, 9.0, "large"), *((low, 9.0, "undecided") for low in (4.5, 4.6, np.nan))],
 )
 def test_sizes_at_their_edges(low, high, word):
     assert size(growth(low, high), 4.6) == [word]
@@ -150,7 +175,7 @@ def test_sizes_at_their_edges(low, high, word):
 
 @pytest.mark.parametrize(
     ("low", "high", "word"),
-    [(-1.0, 0.1, "flat"), (0.11, 0.9, "grows"), (0.0, 0.2, "undecided"), (np.nan, np.nan, "undecided")],
+    [(-1.0, 0.1, "flat"), (0.11, 0.9, "grows"), *((low, 0.9, "undecided") for low in (0.0, 0.1, np.nan))],
 )
 def test_trends_at_their_edges(low, high, word):
     assert trend(growth(low, high)) == [word]
@@ -169,6 +194,17 @@ def test_few_texts_and_one_length_decide_nothing():
     texts, lengths, ratios = sample(CURVES["saturating"], lengths=np.array([50, 100, 200, 250]))
     fit = fit_growth(texts, lengths, ratios)
     assert (fit.start, np.isfinite(fit.exponent[0]), np.isnan(fit.predicted_ratio[0])) == (100, True, True)
+    # One length before n/16 is one slope, not four.
+    texts, lengths, ratios = sample(CURVES["a power law"], lengths=np.array([50, 1600]))
+    fit = fit_growth(texts, lengths, ratios)
+    assert (fit.start, np.isfinite(fit.exponent[0]), np.isnan(fit.predicted_ratio[0])) == (50, True, True)
+
+
+def test_without_a_length_of_enough_texts_the_longest_is_named():
+    fit = fit_growth(np.array([0, 1, 1]), np.array([50, 50, 100]), np.ones((3, 2)))
+    assert (fit.texts, fit.length, fit.start) == (1, 100, 0)
+    fit = fit_growth(np.empty(0, int), np.empty(0, int), np.ones((0, 2)))
+    assert (fit.texts, fit.length, size(fit, 4.6)) == (0, 0, ["undecided"] * 2)
 
 
 def test_the_tables_have_both_masks_and_curves_bring_texts_to_one_level():

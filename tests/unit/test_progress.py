@@ -37,6 +37,7 @@ def test_a_bar_is_drawn_on_a_terminal_and_nowhere_else(monkeypatch):
     shown = drawn(Terminal(), monkeypatch)
     assert "reading" in shown
     assert "0/3" in shown
+    assert not shown.endswith("\n"), "it disappears when done"
     assert progress.on_terminal()
     assert drawn(io.StringIO(), monkeypatch) == ""
     assert not progress.on_terminal()
@@ -214,3 +215,67 @@ def test_a_step_says_how_long_those_of_its_kind_took(monkeypatch):
         "  extract llama, 0004: about 5 min, as 1 before it",
     ]
     emit("JOB_FINISHED", job_id=9)
+
+
+def test_a_run_says_how_far_it_is_on_a_terminal_that_nothing_is_to_do_and_that_it_was_stopped(monkeypatch):
+    now, nothing = [60.0], []
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    log = progress.RunLog(lambda: nothing.append("to do"))
+
+    def passes(message: str, level: int = logging.INFO, **more: object) -> bool:
+        return log.filter(logging.makeLogRecord({"msg": message, "levelno": level} | more))
+
+    now[0] += 90.0
+    for stream, shown in ((io.StringIO(), ""), (Terminal(), "  step 3 of 12 done, 1.5 min so far\n")):
+        monkeypatch.setattr("sys.stderr", stream)
+        assert not passes("", done=3, total=12)
+        assert not passes("", done=3)
+        assert stream.getvalue() == shown
+    assert passes("a warning", logging.WARNING)
+    assert (nothing, log.stopped) == ([], False)
+    passes("Nothing to be done (all requested files are present)")
+    passes("Terminating processes on user request, this might take some time.")
+    passes("something after it")
+    assert (nothing, log.stopped) == (["to do"], True)
+
+
+def test_a_package_that_is_missing_is_named_and_a_module_of_our_own_is_a_bug():
+    assert progress.reason_of(ModuleNotFoundError("", name="tqdm")).startswith(
+        "this needs the package tqdm: pip install"
+    )
+    for name in ("approxkmv.nowhere", None):
+        assert progress.reason_of(ModuleNotFoundError("", name=name)) is None
+
+
+def test_too_little_memory_is_seen_behind_another_error_unless_that_hides_it():
+    def failing(cause: BaseException | None, hides: bool) -> BaseException:
+        try:
+            try:
+                raise MemoryError("too\nlarge")
+            except MemoryError:
+                if hides:
+                    raise ConfigError("a mistake") from cause
+                raise ConfigError("a mistake")  # noqa: B904
+        except ConfigError as error:
+            return error
+
+    assert progress.reason_of(failing(None, hides=False)).startswith("out of memory (too large): lower batch_tokens")
+    assert progress.reason_of(failing(None, hides=True)) == "a mistake"
+    assert progress.reason_of(OSError("no number")) is None
+    assert f"({160 * 'x'})" in progress.reason_of(MemoryError(300 * "x"))
+
+
+def test_times_of_a_part_add_up_and_a_log_begins_anew(tmp_path, monkeypatch, log, capsys):
+    now = iter([0.0, 1.5, 2.0, 5.0, 5.0, 5.25])
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: next(now))
+    times = progress.Times()
+    for part in ("model", "kernel", "model"):
+        with times.of(part):
+            pass
+    assert str(times) == "model 1.8 s, kernel 3.0 s"
+    for line in ("one run", "the next"):
+        progress.log_to(tmp_path / "step.log")
+        progress.LOG.info(line)
+    assert capsys.readouterr().err.splitlines() == ["one run", "the next"]
+    assert (tmp_path / "step.log").read_text().endswith("the next\n")
+    assert "one run" not in (tmp_path / "step.log").read_text()

@@ -11,11 +11,11 @@ import torch
 from models_support import captured_of, save_activations
 
 from approxkmv.config import load_config, study_of
-from approxkmv.errors import TableError
+from approxkmv.errors import InputError, TableError
 from approxkmv.files import write_parquet
 from approxkmv.kernels import log_kernel
 from approxkmv.statistics.heads import head_statistics, unmasked_and_masked_statistics
-from approxkmv.statistics.readings import READINGS, even_places, readings
+from approxkmv.statistics.readings import POWERS, READINGS, even_places, readings
 from approxkmv.steps.readings import measure_readings
 
 HEADS, N, D, FIRST = 3, 60, 16, 20
@@ -94,6 +94,12 @@ def test_the_printed_reading_is_that_of_the_statistics():
         np.testing.assert_allclose(found["printed"].ratio, statistics.ratios.max(-1), rtol=1e-9)
         np.testing.assert_allclose(found["printed"].log_double, statistics.log_double, atol=1e-10)
         np.testing.assert_allclose(found["softmax"].ratio, statistics.softmax_ratio, rtol=1e-8)
+        # The scales between the readings are for the paper's entries, all of them.
+        assert set(found) == set(READINGS) | (set(POWERS) if mask is None else set())
+    # Each query sees the key after its own, and none beyond.
+    ahead = np.tri(N, k=1, dtype=bool)
+    found, statistics = readings(q, k, FIRST, mask=ahead)["printed"], head_statistics(q, k, FIRST, mask=ahead)
+    np.testing.assert_allclose(found.ratio, statistics.ratios.max(-1), rtol=1e-9)
 
 
 def test_the_softmax_matrix_is_the_same_in_every_gauge_and_with_shifted_keys_and_c_is_not():
@@ -105,6 +111,16 @@ def test_the_softmax_matrix_is_the_same_in_every_gauge_and_with_shifted_keys_and
         np.testing.assert_allclose(shifted[name].log_double, plain_text[name].log_double, atol=1e-9, err_msg=name)
     np.testing.assert_allclose(readings(q, k - 1.5, FIRST)["centred"].ratio, plain_text["centred"].ratio, rtol=1e-8)
     assert (np.abs(np.log(other["printed"].ratio / plain_text["printed"].ratio)) > 0.1).all()
+
+
+def test_a_head_whose_queries_are_all_zero_is_not_balanced_and_the_others_are():
+    q, k = heads()
+    whole = readings(q, k, FIRST)
+    q[1] = 0.0
+    found = readings(q, k, FIRST)
+    np.testing.assert_array_equal(found["balanced"].ratio[[0, 2]], whole["balanced"].ratio[[0, 2]])
+    assert found["balanced"].ratio[1] == found["printed"].ratio[1]
+    assert (found["balanced"].ratio[[0, 2]] != found["printed"].ratio[[0, 2]]).all()
 
 
 def test_powers_lead_from_the_models_scale_to_none():
@@ -133,7 +149,8 @@ def test_underflows_in_float32_are_infinite_or_undefined_and_leave_prefixes_with
     assert (found.ratio[0], found.log_next[0], found.log_double[0]) == (0.0, np.inf, np.inf)
     assert (found.underflows[0], found.undefined[0]) == (True, False)
     q[0, -1, 0] = 60.0
-    found = readings(q, k, FIRST)
+    with np.errstate(all="raise"):  # of a caller: what underflows here is meant to
+        found = readings(q, k, FIRST)
     assert np.isnan([found["float32"].ratio[0], found["float32"].log_next[0], found["float32"].log_double[0]]).all()
     assert found["float32"].underflows[0]
     assert found["float32"].undefined[0]
@@ -141,12 +158,24 @@ def test_underflows_in_float32_are_infinite_or_undefined_and_leave_prefixes_with
     assert found["printed"].log_double[0] == 0.0
 
 
+@pytest.mark.parametrize("last", ["query", "key"])
+def test_a_prefix_has_a_c_from_its_first_entry_on_be_it_in_a_row_or_in_a_column(last):
+    q, k = 5.0 * torch.ones(2, 1, N, 1, dtype=torch.float64)
+    # The last query meets all keys but its own, or the last key all queries but its own; nothing else is above 0.
+    one, others = (q, k) if last == "query" else (k, q)
+    one[0, -1], others[0, :-1] = 60.0, 60.0
+    assert readings(q, k, FIRST, 0.25)["float32"].ratio == 0.0
+
+
 @pytest.mark.parametrize("power", [125.0, 126.5, 149.9, 150.1, 151.0])
 def test_an_entry_underflows_where_float32_has_none(power):
     """n entries of 1 and others of 2^-power: of the smallest number, 2^-149, more than a half is rounded up."""
     q, k = np.zeros((2, 1, N, D))
     q[0, 1:, 0] = np.sqrt(2 * power * np.log(2) * np.sqrt(D))
-    found = readings(torch.from_numpy(q), torch.from_numpy(k), FIRST)["float32"]
+    every = readings(torch.from_numpy(q), torch.from_numpy(k), FIRST)
+    # The logarithms know as well what float32 would not hold.
+    assert every["printed"].underflows[0] == (power > 150)
+    found = every["float32"]
     rounded = np.float32(2.0**-power)
     assert found.underflows[0] == (rounded == 0) == (power > 150)
     assert found.log_double[0] == (np.inf if rounded == 0 else pytest.approx(-np.log(float(rounded))))
@@ -166,11 +195,31 @@ def test_a_text_that_is_too_short_without_its_special_tokens_has_no_c():
     q, k = heads(n=FIRST)
     special = np.arange(FIRST) == 0
     found = readings(q, k, FIRST, special=special)
-    assert np.isnan(found["no-special"].ratio).all()
+    assert np.isnan([found["no-special"].ratio, found["no-special"].log_next, found["no-special"].log_double]).all()
     assert np.isfinite(found["printed"].ratio).all()
+    assert np.isfinite(readings(q[:, :3], k[:, :3], 1)["printed"].log_double).all()
     # Of two tokens a causal mask leaves three entries, no K_(2n).
     found = readings(q[:, :2], k[:, :2], 1, mask=np.tri(2, dtype=bool))
     assert all(np.isnan([one.ratio, one.log_next, one.log_double]).all() for one in found.values())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": torch.ones(N, D), "k": torch.ones(N, D)}, "must both be"),
+        ({"k": torch.ones(HEADS, N - 1, D)}, "must both be"),
+        *(({"min_prefix": value}, "min_prefix is") for value in (0, 2.5, True)),
+        *(
+            ({"mask": value}, "mask must be")
+            for value in (np.ones((N, N)), np.ones((N, 1), bool), torch.ones(N, N).bool())
+        ),
+        *(({"special": value}, "special must be") for value in (np.zeros(N, int), np.zeros(N - 1, bool), [False] * N)),
+    ],
+)
+def test_what_is_no_text_no_prefix_and_no_mask_is_refused(change, message):
+    q, k = heads()
+    with pytest.raises(InputError, match=message):
+        readings(**{"q": q, "k": k, "min_prefix": FIRST} | change)
 
 
 def test_places_are_spread_and_no_more_than_there_are():

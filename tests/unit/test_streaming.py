@@ -268,17 +268,32 @@ def test_nothing_of_size_n_squared_is_held():
 def test_logits_beyond_their_type_are_one_line(add):
     logits = torch.zeros(3, 9, dtype=torch.float64)
     logits[1, 4] = torch.inf
-    with pytest.raises(NonFiniteError, match="is beyond") as caught:
-        add(Largest(9, logits.device), Largest(9, logits.device), [], logits, 0, every_key(9))
+    row = "row 4 is" if add is add_strip else "rows 3 and after is"
+    with pytest.raises(NonFiniteError, match=f"a logit of {row} beyond") as caught:
+        add(Largest(9, logits.device), Largest(9, logits.device), [], logits, 3, every_key(9))
     assert "\n" not in str(caught.value)
 
 
 def test_bad_input_is_one_line():
     with pytest.raises(InputError, match="at least 3"):
         length_statistics(torch.ones(2, 4), torch.ones(2, 4))
-    for spans, says in (([[0, 0]] * 5, "at least one of 5 keys"), ([[0, 1]] * 5, "leave 5 entries for 5 tokens")):
-        with pytest.raises(InputError, match=says):
-            length_statistics(torch.ones(5, 4), torch.ones(5, 4), spans=torch.tensor(spans))
+    ones = torch.ones(5, 4)
+    for span in ([0, 0], [3, 2], [-1, 3], [2, 6]):
+        with pytest.raises(InputError, match="at least one of 5 keys"):
+            length_statistics(ones, ones, spans=torch.tensor([[0, 5]] * 4 + [span]))
+    for size in (1, 2):
+        spans = torch.tensor([[0, size]] * 4 + [[4, 5]])
+        with pytest.raises(InputError, match=f"leave {4 * size + 1} entries for 5 tokens"):
+            length_statistics(ones, ones, spans=spans)
+    spans = np.array([[0, 2]] * 3 + [[2, 5], [4, 5]], np.uint8)
+    assert np.isfinite(length_statistics(ones, ones, spans=spans)[0][1].log_double), "10 entries are enough"
+    for wrong in (spans.astype(float), spans.astype(complex), spans.astype(bool), spans.astype(str), spans.tolist()):
+        with pytest.raises(InputError, match="whole numbers"):
+            length_statistics(ones, ones, spans=wrong)
+        if isinstance(wrong, np.ndarray) and wrong.dtype.kind != "U":
+            with pytest.raises(InputError, match="whole numbers"):
+                length_statistics(ones, ones, spans=torch.from_numpy(wrong))
+    assert length_statistics(torch.ones(3, 4), torch.ones(3, 4), causal=True)[0][1].ratio == pytest.approx(1.0)
     with pytest.raises(InputError, match="heads, n, d"):
         length_statistics(torch.ones(5, 4), torch.ones(6, 4))
     huge = torch.full((4, 3), 1e200, dtype=torch.float64)

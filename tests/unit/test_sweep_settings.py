@@ -2,12 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Annotated
 
 import pytest
 
 from approxkmv.errors import ConfigError
 from approxkmv.sweep import SweepSettings
 from approxkmv.sweep.settings_file import read_settings
+from approxkmv.typed import above, between, fits, shown
 
 GOOD = {"workloads": [{"name": "glove-split", "lengths": [128, 256]}]}
 
@@ -152,3 +154,18 @@ def test_a_home_folder_is_found_wherever_a_path_is_read(monkeypatch, tmp_path):
     assert settings.workloads[0].path == str(tmp_path / "v.npy")
     config = read_yaml(Path(__file__).parents[2] / "config.yaml") | {"cache": "~/cache"}
     assert checked(config).cache == str(tmp_path / "cache")
+
+
+def test_what_fits_at_the_ends_of_a_range():
+    within = Annotated[float, above(0, below=1)]
+    assert all(fits(value, Annotated[int, between(1, 4)]) for value in (1, 4))
+    assert not any(fits(value, Annotated[int, between(1, 4)]) for value in (0, 5, 2.0, True))
+    assert fits(0.5, within)
+    assert fits(3, float), "a whole number is a number"
+    assert not any(fits(value, within) for value in (0, 0.0, 1, 1.0, float("nan"), True, "0.5"))
+    assert not fits(float("inf"), Annotated[float, above(0)])
+
+
+def test_a_value_is_quoted_in_at_most_a_hundred_letters():
+    assert shown("x" * 98) == f"'{98 * 'x'}'"
+    assert shown("x" * 99) == f"'{96 * 'x'}..."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from inspect import getdoc, signature
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, get_args, get_origin
 
 from pydantic.json_schema import GenerateJsonSchema
 
@@ -97,7 +97,7 @@ def sections(kind: Any = Configuration, place: tuple[str, ...] = ()) -> Iterator
     yield place, kind
     for name in _names(kind):
         inner, steps = hints(kind)[name], (*place, name)
-        while get_args(inner) and get_origin(inner) is not Literal:
+        while get_args(inner):
             steps += {Mapping: ("NAME",), tuple: ("N",)}.get(get_origin(inner), ())
             inner = get_args(inner)[get_origin(inner) is Mapping]
         if getattr(inner, "__module__", "").startswith("approxkmv."):

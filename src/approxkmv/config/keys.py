@@ -220,8 +220,11 @@ class StudyKeys(StudySettings, References):
             )
         if self.min_tokens > self.max_tokens:
             raise ValueError("min_tokens is above max_tokens")
-        if self.lengths and self.lengths[-1] > self.max_tokens:
-            raise ValueError("the longest of lengths is above max_tokens, to which texts are truncated")
+        if self.lengths:
+            if self.lengths[-1] > self.max_tokens:
+                raise ValueError("the longest of lengths is above max_tokens, to which texts are truncated")
+            # In place of prefixes, which may be what they like.
+            return self
         if self.min_prefix > self.min_tokens:
             raise ValueError("min_prefix is above min_tokens, so some texts would have no prefix")
         low, high = self.min_prefix, self.max_tokens

@@ -70,32 +70,33 @@ def gauge(
         scale: the factor of the logits; None means 1/sqrt(d). factors: the values of t.
         mask: (n, n) bool, True for the entries of K that exist, some in each row; None takes all.
     Raises:
-        InputError: shapes that do not fit, non-finite values, a bad scale or factor, a column of zeros, a mask that is
-            no bool tensor, a row without entries.
+        InputError: shapes that do not fit, non-finite values, a bad scale or factor or none, a column whose norm is 0
+            or beyond float64, a mask that is no bool tensor, a row without entries.
     Source: docs/math.md, "The gauge".
     """
     factors = tuple(factors) if isinstance(factors, Iterable) else (factors,)
     queries, keys, _ = queries_and_keys(q, k)
     column = as_float64(v, "v")
     s = resolve_scale(scale, queries.shape[-1])
-    if queries.ndim != 3:
-        raise InputError(f"q {tuple(queries.shape)} and k {tuple(keys.shape)} must be (heads, n, d)")
-    if not all(is_number(t) and _LEAST < t < _MOST for t in factors):
-        raise InputError(f"factors are {factors!r}: they must be numbers between {_LEAST:g} and {_MOST:g}")
+    if queries.ndim != 3 or keys.shape != queries.shape:
+        raise InputError(f"q {tuple(queries.shape)} and k {tuple(keys.shape)} must both be (heads, n, d)")
+    if not (factors and all(is_number(t) and _LEAST < t < _MOST for t in factors)):
+        raise InputError(f"factors are {factors!r}: give at least one number, between {_LEAST:g} and {_MOST:g}")
     if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool):
         raise InputError("mask must be a torch tensor of bool")
-    if column.shape != keys.shape[:-1] or not bool((column != 0).any(-1).all()):
-        raise InputError(f"v is {tuple(column.shape)}: it must be one column per head, {tuple(keys.shape[:-1])}, not 0")
+    size = column.norm(dim=-1)
+    if column.shape != keys.shape[:-1] or not bool((size.isfinite() & (size > 0)).all()):
+        raise InputError(
+            f"v is {tuple(column.shape)}: it must be one column per head, {tuple(keys.shape[:-1])}, not 0, "
+            "nor with squares beyond float64"
+        )
     n = keys.shape[-2]
     seen = torch.ones(n, n, dtype=torch.bool) if mask is None else mask
-    if seen.shape != (queries.shape[-2], n) or not bool(seen.any(-1).all()):
-        raise InputError(
-            f"mask is {tuple(seen.shape)}: it must be ({queries.shape[-2]}, {n}), at least one key in each row"
-        )
+    if seen.shape != (n, n) or not bool(seen.any(-1).all()):
+        raise InputError(f"mask is {tuple(seen.shape)}: it must be ({n}, {n}), at least one key in each row")
     seen = seen.to(queries.device)
     logits = (s * (queries @ keys.mT)).masked_fill(~seen, -torch.inf)
     out = (logits.softmax(-1) @ column[..., None])[..., 0]
-    size = column.norm(dim=-1)
     # |out_i| / |v|, and what one row may cost (docs/math.md).
     share = out.abs() / size[:, None]
     root = math.sqrt(n)

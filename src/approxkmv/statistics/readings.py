@@ -21,7 +21,7 @@ PRINTED = "printed"
 # Powers of the model's scale between Lemma 4.1's (1) and none at all (0); the middle is section 1's exponent.
 POWERS = {PRINTED: 1.0, "power 3/4": 0.75, "sigma": 0.5, "power 1/4": 0.25, "unscaled": 0.0}
 READINGS = (PRINTED, "sigma", "unscaled", "float32", "softmax", "centred", "balanced", "no-special")
-# exp of less is 0 in float32, whose smallest number is 2^-149; half of it is still rounded up.
+# exp of less is 0 in float32, whose smallest number is 2^-149; more than half of it is still rounded up.
 LOG_SMALLEST_FLOAT32 = float(np.log(2.0) * -150)
 
 
@@ -97,9 +97,9 @@ def readings(
     found["centred"] = measured(_kernel(queries, keys - keys.mean(-2, keepdim=True), s))
     # t (..., 1, 1) with t |q| = |k| / t in the mean of squares.
     t = (keys.square().mean((-2, -1), keepdim=True) / queries.square().mean((-2, -1), keepdim=True)) ** 0.25
-    found["balanced"] = (
-        measured(_kernel(queries * t, keys / t, s)) if bool((t.isfinite() & (t > 0)).all()) else found[PRINTED]
-    )
+    # A head whose queries or keys are all 0 stays as it is.
+    t = torch.where(t.isfinite() & (t > 0), t, 1.0)
+    found["balanced"] = measured(_kernel(queries * t, keys / t, s))
     with np.errstate(under="ignore", divide="ignore"):
         float32 = np.log(np.exp(printed).astype(np.float32).astype(np.float64))
     found["float32"] = measured(np.maximum(float32, HIDDEN))
