@@ -68,6 +68,37 @@ def test_a_kill_between_a_table_and_its_hash_leaves_no_wrong_hash(tmp_path, monk
             read_table(path)
 
 
+class SafetensorError(Exception):
+    """Named as that of the package, which is not an OSError."""
+
+
+def test_a_disk_that_is_full_for_weights_is_one_line_and_a_folder_is_no_file(tmp_path):
+    with (
+        pytest.raises(TableError, match=r"cannot write .*a\.safetensors: no space"),
+        written_whole(tmp_path / "a.safetensors"),
+    ):
+        raise SafetensorError("no space")
+    for path in (tmp_path, Path(os.devnull)):
+        for write in (check_writable, lambda path: write_text(path, "x")):
+            with pytest.raises(TableError, match="it exists and is not a regular file"):
+                write(path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "text", ["n,c\n1,2\n3", "n,c\n1,2\n3,4,5\n", "n,c\n1,2\n3\n", "n,n\n1,2\n", 'n,c\n1,"2"x\n', "n,c\n\xff,2\n", ""]
+)
+def test_a_table_that_a_kill_or_an_editor_has_damaged_is_not_read(tmp_path, text):
+    path = tmp_path / "a.csv"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(TableError, match="cannot be read"):
+        read_table(path)
+    path.write_text("n,c\n")
+    assert read_table(path, empty=True).empty
+    with pytest.raises(TableError, match="has no rows"):
+        read_table(path)
+
+
 @pytest.mark.parametrize("names", [["a.csv", "a.csv"], ["a.csv", "link.csv"], ["a.csv", "a.csv.sha256"]])
 def test_two_outputs_are_two_files(tmp_path, names):
     (tmp_path / "link.csv").symlink_to("a.csv")
@@ -119,6 +150,10 @@ def test_a_key_holds_a_number_of_at_least_0_or_its_type(tmp_path, value, kind):
     path.write_text(f'{{"x": {value}}}')
     with pytest.raises(TableError, match=r"a\.json"):
         read_json(path, {"x": kind})
+    # What is no number is not JSON, whoever asks for it.
+    path.write_text('{"x": 3, "y": NaN}')
+    with pytest.raises(TableError, match="NaN is not a finite number"):
+        read_json(path)
     path.write_text('{"x": 3}')
     assert read_json(path, {"x": int}) == read_json(path, {"x": float}) == {"x": 3}
 
@@ -204,3 +239,21 @@ def test_cases_are_resumed_of_the_same_run_alone(tmp_path):
         assert "is damaged" in said.pop()
     first.remove()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_folder_of_what_is_kept_for_later_runs_is_the_first_that_is_set(monkeypatch):
+    for name in ("HOME", "XDG_CACHE_HOME", "NUMBA_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", lambda: Path(os.environ["HOME"]))
+    for name, folder in (("HOME", "/h/.cache"), ("XDG_CACHE_HOME", "/x"), ("NUMBA_CACHE_DIR", "/n")):
+        monkeypatch.setenv(name, folder.removesuffix("/.cache"))
+        assert files.cache_folder() == Path(folder, "approxkmv")
+
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    monkeypatch.setenv("NUMBA_CACHE_DIR", "")
+    assert files.cache_folder() == Path("/x/approxkmv")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert files.cache_folder() is None

@@ -651,14 +651,24 @@ def test_a_value_of_a_gguf_is_kept_where_the_configuration_says_the_same_of_the_
     assert _kept(key, value, {"general.architecture": "m"}, taken, config()) is kept
 
 
-@pytest.mark.parametrize(("pre", "pieces"), [("gpt-2", ["Ġ12"]), ("smollm", ["Ġ", "1", "2"])])
-def test_the_text_of_a_gguf_is_split_as_the_file_says(tmp_path, pre, pieces):
+@pytest.mark.parametrize(
+    ("pre", "text", "pieces"),
+    [
+        ("gpt-2", "a 12", ["Ġ12"]),
+        ("smollm", "a 12", ["Ġ", "1", "2"]),
+        # Digits are split off first: both spaces stay together.
+        ("gpt-2", "a  12", ["Ġ", "Ġ12"]),
+        ("smollm", "a  12", ["ĠĠ", "1", "2"]),
+        ("llama-bpe", "a 1234", ["Ġ", "123", "4"]),
+    ],
+)
+def test_the_text_of_a_gguf_is_split_as_the_file_says(tmp_path, pre, text, pieces):
     from models_support import write_gguf
     from transformers import AutoTokenizer
 
     file = write_gguf(tmp_path / "tiny.gguf", pre=pre)
     folder = fetch(parse_source(f"path:{file}"), tmp_path / "converted").folder
-    splits = AutoTokenizer.from_pretrained(folder).backend_tokenizer.pre_tokenizer.pre_tokenize_str("a 12")
+    splits = AutoTokenizer.from_pretrained(folder).backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)
     assert [piece for piece, _ in splits] == ["a", *pieces]
 
 
@@ -941,3 +951,19 @@ def test_a_process_that_was_killed_but_not_reaped_is_not_running():
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
     assert not is_running(process.pid)
     process.wait()
+
+
+def test_the_state_of_a_process_is_read_behind_its_name_whatever_that_is():
+    from approxkmv.models.folders import is_running
+
+    # Linux cuts names at 15 letters.
+    code = "open('/proc/self/comm', 'w').write('a) Z (b'); print(0, flush=True); input()"
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "0\n"
+        assert Path(f"/proc/{process.pid}/comm").read_text() == "a) Z (b\n"
+        assert is_running(process.pid)
+    finally:
+        process.kill()
+        process.communicate()
+    assert not is_running(process.pid)
