@@ -176,17 +176,20 @@ def test_a_waiting_thread_goes_on_when_the_other_has_ended(tmp_path):
     assert not path.exists()
 
 
-def test_a_lock_names_its_holder_alone_and_is_taken_again_after_its_release(tmp_path):
+def test_a_lock_names_its_holder_alone_and_is_taken_again_after_its_release(tmp_path, monkeypatch):
     path = tmp_path / ".lock"
+    monkeypatch.chdir(tmp_path)
     path.write_text("process 123456789012345 of a machine with a long name")
-    for place in (path, tmp_path / "." / ".lock"):
-        lock.hold(place, "a run")
+    for place in (path, Path(".lock"), path):
         lock.hold(place, "a run")
     assert path.read_text().startswith(f"process {os.getpid()} of ")
     assert "long name" not in path.read_text()
     assert lock.try_lock(path) is None
     lock.release(path)
     assert not path.exists()
+    lock.hold(path, "a run")
+    assert lock.try_lock(path) is None
+    lock.release(Path(".lock"))
     again = lock.try_lock(path)
     assert again is not None
     again.close()
@@ -229,6 +232,9 @@ def test_cases_are_resumed_of_the_same_run_alone(tmp_path):
     first.add({"rows": [1]})
     assert started(settings=1).cases == [{"rows": [1]}]
     assert "resumes after the 1" in said.pop()
+    half.unlink(missing_ok=True)
+    with pytest.raises(TableError, match="cannot write"):
+        PartialTable(first.path / "b.csv", {}, said.append)
     # What an earlier version did not know of counts as another.
     for other, word in (({"settings": 2}, "settings"), ({"settings": 1, "machine": None}, "machine")):
         assert started(**other).cases == []
