@@ -205,7 +205,7 @@ def test_a_plan_in_a_model_of_transformers_and_back(ordinary):
         fast.restore(ordinary)
 
 
-def test_several_padded_or_continued_texts_are_computed_as_before(ordinary):
+def test_several_padded_or_continued_texts_and_a_look_ahead_are_computed_as_before(ordinary):
     """Where no method applies, the answers of a plan of means are the model's own."""
     means = plan_of(((head("mean"),) * 4,) * 2)
     two, mask = [IDS[:30], IDS[30:60]], torch.ones(2, 30, dtype=torch.long)
@@ -214,10 +214,13 @@ def test_several_padded_or_continued_texts_are_computed_as_before(ordinary):
     with torch.inference_mode():
         past = ordinary(torch.tensor([IDS[:20]]), use_cache=True).past_key_values
     plain.append(logits(ordinary, [IDS[20:21]], past_key_values=past))
+    plain.append(logits(ordinary, [IDS], is_causal=False))
+    assert not torch.allclose(plain[-1], logits(ordinary, [IDS]), atol=1e-2)
     fast.use_plan(ordinary, means)
     past.crop(-1)
     found = [logits(ordinary, two), logits(ordinary, two, attention_mask=mask)]
     found.append(logits(ordinary, [IDS[20:21]], past_key_values=past))
+    found.append(logits(ordinary, [IDS], is_causal=False))
     for one, other in zip(plain, found, strict=True):
         assert torch.allclose(one, other, atol=1e-4)
 
