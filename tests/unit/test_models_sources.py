@@ -655,6 +655,7 @@ def test_a_value_of_a_gguf_is_kept_where_the_configuration_says_the_same_of_the_
     ("pre", "text", "pieces"),
     [
         ("gpt-2", "a 12", ["Ġ12"]),
+        (None, "a 12", ["Ġ12"]),
         ("smollm", "a 12", ["Ġ", "1", "2"]),
         # Digits are split off first: both spaces stay together.
         ("gpt-2", "a  12", ["Ġ", "Ġ12"]),

@@ -33,7 +33,7 @@ def scale_rotary(config: Any, method: str, factor: float) -> None:
 
 
 def scaled_positions(config: Any) -> int | None:
-    """The number of positions of a configuration changed by scale_rotary; None for any other."""
+    """The original number times the factor, where scale_rotary or the checkpoint's rope_parameters say so, or None."""
     text = config.get_text_config()
     rotary = getattr(text, "rope_parameters", None)
     if not isinstance(rotary, dict) or rotary.get("rope_type") not in ("linear", "yarn"):
