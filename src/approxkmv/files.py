@@ -10,7 +10,7 @@ import json
 import math
 import os
 import reprlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -73,12 +73,15 @@ def cache_folder() -> Path | None:
     return Path(below) / "approxkmv"
 
 
-def check_writable(*paths: Path) -> None:
-    """Raise TableError unless each path can be written and is distinct: better known before hours of work.
+def check_writable(*paths: Path, inputs: Iterable[Path | None] = ()) -> None:
+    """Raise TableError unless each path can be written, is distinct and is none of `inputs`, which the run reads.
 
-    A table's hash is written beside it (see write_csv).
+    Better known before hours of work. A table's hash is written beside it (see write_csv).
     """
-    for path in [*paths, *(hash_file(path) for path in paths if path.suffix == ".csv")]:
+    outputs = [*paths, *(hash_file(path) for path in paths if path.suffix == ".csv")]
+    places = [os.path.realpath(path) for path in outputs]
+    read = {os.path.realpath(path) for path in inputs if path is not None}
+    for path, place in zip(outputs, places, strict=True):
         temporary = _temporary(path)
         try:
             _refuse_what_is_no_file(path)
@@ -87,8 +90,10 @@ def check_writable(*paths: Path) -> None:
             temporary.unlink()
         except OSError as error:
             raise TableError(f"cannot write {path}: {error.strerror or error}") from error
-        if [os.path.realpath(other) for other in paths].count(os.path.realpath(path)) > 1:
+        if places.count(place) > 1:
             raise TableError(f"cannot write {path}: another output of the same run has this name")
+        if place in read:
+            raise TableError(f"cannot write {path}: the run reads this file")
 
 
 def write_text(path: Path, text: str) -> None:

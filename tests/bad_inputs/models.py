@@ -175,20 +175,27 @@ def stored_elsewhere(file: str) -> Callable[[Path], None]:
     return make
 
 
-def rotary_type(**parameters: object) -> Callable[[Path], None]:
+def llama(**changes: object) -> Callable[[Path], None]:
+    """A model with rotary embeddings, and keys of its configuration."""
+
     def make(folder: Path) -> None:
         from models_support import save_small
 
         save_small(folder, "llama")
-        change(CONFIG, rope_parameters=parameters)(folder)
+        change(CONFIG, **changes)(folder)
 
     return make
+
+
+def rotary_type(**parameters: object) -> Callable[[Path], None]:
+    return llama(rope_parameters=parameters)
 
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 12345\n"
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer_config.json"
 LAYER = "encoder.layer.0.attention.self"
 SHARD = "model-00001-of-00001.safetensors"
+LINEAR = {"rope_type": "linear", "factor": 4.0}
 
 FOLDERS: list[tuple[str, Callable[[Path], None], str]] = [
     ("Git LFS pointer as weights", content(WEIGHTS, POINTER), "git lfs pull"),
@@ -227,6 +234,17 @@ FOLDERS: list[tuple[str, Callable[[Path], None], str]] = [
         "'spiral', but transformers has",
     ),
     ("old name of an unknown rotary embedding", replaced(rotary_type(type="spiral")), "'spiral', but transformers has"),
+    ("two bases of a rotary embedding", replaced(llama(rope_theta=500000.0)), "different ways (rope_theta 500000.0)"),
+    (
+        "base beside an older scaling",
+        replaced(llama(rope_scaling=LINEAR, rope_parameters={"rope_type": "linear", "rope_theta": 5e5})),
+        "different ways (rope_theta 500000.0)",
+    ),
+    (
+        "two factors of a rotary embedding",
+        replaced(llama(rope_scaling=LINEAR, rope_parameters=LINEAR | {"factor": 8.0})),
+        "different ways (factor 8.0 and 4.0)",
+    ),
     ("rotary embedding of a number", replaced(rotary_type(rope_type=3, rope_theta=1e4)), "type 3, but transformers"),
     ("rotary embedding without its factor", replaced(rotary_type(rope_type="linear")), "factor"),
     ("mask buffer that is a bias", extra_weight(f"{LAYER}.bias", 32), f"{LAYER}.bias"),

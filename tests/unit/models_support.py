@@ -265,7 +265,7 @@ def write_gguf(
     *,
     metadata: dict[str, float | str] | None = None,
     tensors: dict[str, tuple[int, ...]] | None = None,
-    pre: str = "default",
+    pre: str | None = "default",
 ) -> Path:
     """Write a Llama of two layers, 4 heads on 2 key heads of width 16, its matrices quantised to 4 bits (Q4_1).
 
@@ -290,7 +290,8 @@ def write_gguf(
     writer.add_vocab_size(vocabulary)
     letters = [chr(ord("A") + place) for place in range(vocabulary - 6)]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
+    if pre is not None:
+        writer.add_tokenizer_pre(pre)
     writer.add_token_list(["<s>", "</s>", "<unk>", *letters, "Ġ", "ab", "ba"])
     writer.add_token_types([3, 3, 3] + [1] * (vocabulary - 3))
     writer.add_token_merges(["a b", "b a"])

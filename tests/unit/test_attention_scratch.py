@@ -83,3 +83,15 @@ def test_nothing_is_read_before_it_is_written(name, causal, shape, dtype, monkey
         with monkeypatch.context() as poisoned:
             poison(poisoned)
             assert torch.equal(attend(name, causal, inputs, **given), right)
+
+
+def test_scratch_is_kept_while_it_is_large_enough_and_apart_for_each_mode_and_type():
+    from approxkmv.compute.scratch import scratch
+
+    with torch.inference_mode():
+        inside = scratch("a test", 2, 3)
+    outside = scratch("a test", 2, 3)
+    outside.fill_(1.0)  # torch refuses to write memory of inference mode outside it
+    assert scratch("a test", 6).data_ptr() == scratch("a test", 5).data_ptr() == outside.data_ptr() != inside.data_ptr()
+    assert scratch("a test", 6, dtype=torch.int64).dtype == torch.int64
+    assert scratch("a test", 4, 2).shape == (4, 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from approxkmv.imports import ROOT, command_files, files_behind
+from approxkmv.imports import ROOT, _imported, command_files, files_behind
 
 RULES = Path(__file__).resolve().parents[2] / "workflow" / "rules"
 # The module in which a command's work is done: of every rule that names its files. A figure's is known only later.
@@ -73,6 +74,34 @@ def test_a_module_named_in_a_string_is_in_the_list():
     trials = ROOT / "attention" / "blocks" / "trials.py"
     assert ROOT / "attention" / "blocks" / "loops" / "expansion.py" in files_behind(trials)
     assert ROOT / "attention" / "searched" / "loops.py" in files_behind(ROOT / "attention" / "searched" / "trials.py")
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "if x:\n    pass\nelse:\n    {}",
+        "if x:\n    pass\nelif y:\n    {}",
+        "if TYPE_CHECKING:\n    pass\nelse:\n    {}",
+        "try:\n    pass\nexcept OSError:\n    {}",
+        "try:\n    pass\nfinally:\n    {}",
+        "for x in y:\n    pass\nelse:\n    {}",
+        "with x:\n    {}",
+        "match x:\n    case 1:\n        {}",
+        "class A:\n    def f(self):\n        {}",
+    ],
+)
+def test_imports_are_found_in_every_branch(code):
+    for words in ("import approxkmv.words", "from approxkmv import words", "from approxkmv.words import counted"):
+        assert ROOT / "words.py" in _imported(ast.parse(code.format(words)))
+    assert not list(_imported(ast.parse("if TYPE_CHECKING:\n    import approxkmv.words")))
+
+
+def test_a_list_is_in_the_order_of_names_and_holds_the_packages_between():
+    files = files_behind(ROOT / "steps" / "extract.py")
+    assert files == sorted(files)
+    # What asks a package for a name runs the package too.
+    on_demand = list(_imported(ast.parse("from approxkmv.models import CapturableModel")))
+    assert {ROOT / "__init__.py", ROOT / "models" / "__init__.py", ROOT / "models" / "capture.py"} <= set(on_demand)
 
 
 def test_not_everything_depends_on_everything():

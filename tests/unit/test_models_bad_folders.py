@@ -114,6 +114,25 @@ def test_saved_frequencies_of_a_rotary_embedding_are_those_that_are_computed(tmp
     assert CapturableModel.load(ModelLocation(tmp_path), rotary_scaling=scaling).max_positions == 160
 
 
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("Llama", {"rope_theta": 10000, "rope_scaling": None}),
+        ("Llama", {"rope_theta": 5e5, "rope_parameters": None, "rope_scaling": LINEAR}),
+        ("Llama", {"rope_theta": 5e5, "rope_parameters": LINEAR | {"rope_theta": 5e5}, "rope_scaling": LINEAR}),
+        ("Gemma3 (text)", {"rope_theta": 1e6, "rope_local_base_freq": 1e4}),
+        ("BERT", {"rope_theta": 5e5}),
+    ],
+)
+def test_a_rotary_embedding_may_be_stated_in_either_way_or_in_both_alike(tmp_path, name, changes):
+    save_random(tmp_path, *ARCHITECTURES[name])
+    change("config.json", **changes)(tmp_path)
+    CapturableModel.load(ModelLocation(tmp_path))
+
+
 def test_an_empty_auto_map_names_no_code(tmp_path):
     save_small(tmp_path, "llama")
     change("config.json", auto_map={})(tmp_path)

@@ -91,6 +91,15 @@ def test_what_is_scaled_already_or_of_several_kinds_is_not_scaled_again():
     assert scaled_positions(config({"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0})) is None
 
 
+def test_scaling_keeps_the_base_and_the_share_of_a_head_that_is_rotated():
+    own = {"rope_type": "default", "rope_theta": 5e5, "partial_rotary_factor": 0.5}
+    scaled = config(own)
+    scale_rotary(scaled, "linear", 2.0)
+    given = {"rope_type": "linear", "factor": 2.0, "original_max_position_embeddings": POSITIONS}
+    assert scaled.rope_parameters == own | given
+    assert scaled_positions(scaled) == 2 * POSITIONS
+
+
 def test_an_unknown_type_in_any_kind_of_layer_is_refused():
     refuse_unknown_types(config(PLAIN, DYNAMIC), "m")
     with pytest.raises(SourceError, match=r"m: .*'spiral', but transformers has"):

@@ -17,7 +17,7 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 
@@ -540,7 +540,9 @@ def test_a_gguf_becomes_a_folder_that_loads_and_computes_the_same(tmp_path):
 def test_the_untied_head_of_a_gguf_survives_its_conversion(tmp_path):
     import torch
     from models_support import VOCABULARY, write_gguf
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    from approxkmv.models.gguf_weights import refuse_dropped
 
     file = write_gguf(tmp_path / "tiny.gguf", tensors={"output.weight": (VOCABULARY, 64)})
     location = fetch(parse_source(f"path:{file}"), tmp_path / "converted")
@@ -550,6 +552,11 @@ def test_the_untied_head_of_a_gguf_survives_its_conversion(tmp_path):
     text = torch.tensor([[5, 17, 40, 8]])
     assert converted(text).logits.equal(direct(text).logits)
     assert CapturableModel.load(location).n_layers == 2
+    assert json.loads((location.folder / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+    # Readable by whoever may read the rest
+    assert len({(location.folder / name).stat().st_mode for name in ("config.json", "model.safetensors")}) == 1
+    # The backbone alone has no use for the head.
+    refuse_dropped(ModelLocation(tmp_path, file.name), AutoModel.from_pretrained(tmp_path, gguf_file=file.name))
 
 
 @pytest.mark.parametrize(
@@ -593,14 +600,76 @@ def test_metadata_of_a_gguf_that_changes_nothing_is_accepted(tmp_path):
     fetch(parse_source(f"path:{file}"), tmp_path / "converted")
 
 
-@pytest.mark.parametrize(("pre", "pieces"), [("gpt-2", ["Ġ12"]), ("smollm", ["Ġ", "1", "2"])])
-def test_the_text_of_a_gguf_is_split_as_the_file_says(tmp_path, pre, pieces):
+def of_two_kinds(full: float, sliding: float, share: float = 1.0) -> Any:
+    from transformers import Gemma3TextConfig
+
+    plain = {"rope_type": "default", "partial_rotary_factor": share}
+    parts = {"full_attention": plain | {"rope_theta": full}, "sliding_attention": plain | {"rope_theta": sliding}}
+    return Gemma3TextConfig(head_dim=32, hidden_size=64, num_attention_heads=4, rope_parameters=parts)
+
+
+def of_one_kind(base: float, share: float = 1.0) -> Any:
+    from transformers import PhiConfig
+
+    rotary = {"rope_type": "default", "rope_theta": base, "partial_rotary_factor": share}
+    return PhiConfig(hidden_size=64, num_attention_heads=4, rope_parameters=rotary)
+
+
+@pytest.mark.parametrize(
+    ("config", "key", "value", "kept"),
+    [
+        (lambda: of_one_kind(5e5), "rope.freq_base", 5e5, True),
+        (lambda: of_one_kind(5e5), "rope.freq_base", 4.9e5, False),
+        (lambda: of_one_kind(5e5), "rope.freq_base", 9.9e5, False),
+        (lambda: of_one_kind(5e5), "rope.freq_base_swa", 5e5, True),
+        # Each kind of layer has its own.
+        (lambda: of_two_kinds(1e6, 1e4), "rope.freq_base", 1e6, True),
+        (lambda: of_two_kinds(1e6, 1e4), "rope.freq_base", 1e4, False),
+        (lambda: of_two_kinds(1e6, 1e4), "rope.freq_base_swa", 1e4, True),
+        (lambda: of_two_kinds(1e6, 1e4), "rope.freq_base_swa", 1e6, False),
+        # Of heads of 16 numbers half may be rotated; heads may be wider than their share of the hidden size.
+        (lambda: of_one_kind(1e4), "rope.dimension_count", 16, True),
+        (lambda: of_one_kind(1e4, 0.5), "rope.dimension_count", 8, True),
+        (lambda: of_one_kind(1e4, 0.5), "rope.dimension_count", 16, False),
+        (lambda: of_two_kinds(1e6, 1e4, 0.5), "rope.dimension_count", 16, True),
+        (lambda: of_two_kinds(1e6, 1e4, 0.5), "rope.dimension_count", 32, False),
+        # transformers knows the key and leaves it out.
+        (lambda: of_one_kind(1e4), "rope.dimension_sections", 4, False),
+        (lambda: of_one_kind(1e4), "hidden_act", "relu", False),
+        (lambda: of_one_kind(1e4), "attention.head_count", 4, True),
+        (lambda: of_one_kind(1e4), "rope.scaling.factor", 4.0, False),
+    ],
+)
+def test_a_value_of_a_gguf_is_kept_where_the_configuration_says_the_same_of_the_same_layers(config, key, value, kept):
+    from approxkmv.models.gguf_weights import _kept
+
+    taken = {
+        "attention.head_count": "num_attention_heads",
+        "rope.dimension_sections": None,
+        "rope.dimension_count": None,
+    }
+    assert _kept(key, value, {"general.architecture": "m"}, taken, config()) is kept
+
+
+@pytest.mark.parametrize(
+    ("pre", "text", "pieces"),
+    [
+        ("gpt-2", "a 12", ["Ġ12"]),
+        (None, "a 12", ["Ġ12"]),
+        ("smollm", "a 12", ["Ġ", "1", "2"]),
+        # Digits are split off first: both spaces stay together.
+        ("gpt-2", "a  12", ["Ġ", "Ġ12"]),
+        ("smollm", "a  12", ["ĠĠ", "1", "2"]),
+        ("llama-bpe", "a 1234", ["Ġ", "123", "4"]),
+    ],
+)
+def test_the_text_of_a_gguf_is_split_as_the_file_says(tmp_path, pre, text, pieces):
     from models_support import write_gguf
     from transformers import AutoTokenizer
 
     file = write_gguf(tmp_path / "tiny.gguf", pre=pre)
     folder = fetch(parse_source(f"path:{file}"), tmp_path / "converted").folder
-    splits = AutoTokenizer.from_pretrained(folder).backend_tokenizer.pre_tokenizer.pre_tokenize_str("a 12")
+    splits = AutoTokenizer.from_pretrained(folder).backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)
     assert [piece for piece, _ in splits] == ["a", *pieces]
 
 
@@ -883,3 +952,19 @@ def test_a_process_that_was_killed_but_not_reaped_is_not_running():
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
     assert not is_running(process.pid)
     process.wait()
+
+
+def test_the_state_of_a_process_is_read_behind_its_name_whatever_that_is():
+    from approxkmv.models.folders import is_running
+
+    # Linux cuts names at 15 letters.
+    code = "open('/proc/self/comm', 'w').write('a) Z (b'); print(0, flush=True); input()"
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "0\n"
+        assert Path(f"/proc/{process.pid}/comm").read_text() == "a) Z (b\n"
+        assert is_running(process.pid)
+    finally:
+        process.kill()
+        process.communicate()
+    assert not is_running(process.pid)

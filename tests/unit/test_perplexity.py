@@ -183,6 +183,18 @@ def test_what_attention_has_besides_its_softmax_is_refused(option):
         refuse_what_no_method_does(module, q, q, None, {option: torch.ones(2)})
 
 
+@pytest.mark.parametrize(("layer", "call"), [(False, None), (True, False), (False, False), (True, True), (False, True)])
+def test_a_call_that_looks_ahead_is_refused_whether_it_or_its_layer_says_so(layer, call):
+    q = torch.randn(1, 2, 5, 8)
+    module = torch.nn.Module()
+    module.is_causal = layer
+    if layer if call is None else call:
+        refuse_what_no_method_does(module, q, q, None, {"is_causal": call})
+    else:
+        with pytest.raises(CaptureError, match="looks ahead"):
+            refuse_what_no_method_does(module, q, q, None, {"is_causal": call})
+
+
 def test_texts_too_short_or_too_long(model):
     for ids in (IDS[:1], IDS + IDS):
         with pytest.raises(InputError, match="give 2 to 1200"):

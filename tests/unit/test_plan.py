@@ -11,7 +11,7 @@ import transformers
 
 from approxkmv.attention import Method, get
 from approxkmv.compute.counting import count
-from approxkmv.errors import InputError, TableError, UnavailableError
+from approxkmv.errors import CaptureError, InputError, TableError, UnavailableError
 from approxkmv.integrations import transformers as fast
 from approxkmv.models import ModelLocation
 from approxkmv.models.loading import quiet
@@ -201,11 +201,50 @@ def test_a_plan_in_a_model_of_transformers_and_back(ordinary):
     fast.restore(ordinary)
     assert ordinary.config._attn_implementation == implementation
     assert torch.equal(logits(ordinary, [IDS]), before)
+    assert not any(module in fast._plans for module in ordinary.modules())
     with pytest.raises(InputError, match="has no plan"):
         fast.restore(ordinary)
 
 
-def test_several_padded_or_continued_texts_are_computed_as_before(ordinary):
+def test_a_plan_has_the_factor_of_the_layer_and_a_seed_for_each(ordinary, monkeypatch):
+    for layer, factor in zip(ordinary.model.layers, (0.9, 0.2), strict=True):
+        layer.self_attn.scaling = factor
+    before = logits(ordinary, [IDS])
+    fast.use_plan(ordinary, EXACT)
+    assert torch.allclose(logits(ordinary, [IDS]), before, atol=1e-4)
+    seen = []
+
+    def of_layer(self, layer):
+        return lambda q, k, v, *, scale, seed: seen.append((layer, scale, seed)) or v
+
+    monkeypatch.setattr(Plan, "of_layer", of_layer)
+    logits(ordinary, [IDS])
+    assert seen == [(0, 0.9, 0), (1, 0.2, 1)]
+
+
+def test_training_is_computed_as_before(ordinary):
+    means = plan_of(((head("mean"),) * 4,) * 2)
+
+    def found(dropout=0.0):
+        torch.manual_seed(0)
+        for layer in ordinary.model.layers:
+            layer.self_attn.attention_dropout = dropout
+        return ordinary.train(dropout > 0)(torch.tensor([IDS])).logits
+
+    before = found()
+    with torch.no_grad():
+        dropped = found(0.5)
+    fast.use_plan(ordinary, means)
+    torch.testing.assert_close(found(), before)
+    with torch.no_grad():
+        torch.testing.assert_close(found(0.5), dropped)
+        planned = found()
+    assert not torch.allclose(planned, before, atol=1e-2)
+    # Nothing here wants gradients, although they are enabled.
+    torch.testing.assert_close(ordinary.requires_grad_(False)(torch.tensor([IDS])).logits, planned)
+
+
+def test_several_padded_or_continued_texts_and_a_look_ahead_are_computed_as_before(ordinary):
     """Where no method applies, the answers of a plan of means are the model's own."""
     means = plan_of(((head("mean"),) * 4,) * 2)
     two, mask = [IDS[:30], IDS[30:60]], torch.ones(2, 30, dtype=torch.long)
@@ -214,10 +253,13 @@ def test_several_padded_or_continued_texts_are_computed_as_before(ordinary):
     with torch.inference_mode():
         past = ordinary(torch.tensor([IDS[:20]]), use_cache=True).past_key_values
     plain.append(logits(ordinary, [IDS[20:21]], past_key_values=past))
+    plain.append(logits(ordinary, [IDS], is_causal=False))
+    assert not torch.allclose(plain[-1], logits(ordinary, [IDS]), atol=1e-2)
     fast.use_plan(ordinary, means)
     past.crop(-1)
     found = [logits(ordinary, two), logits(ordinary, two, attention_mask=mask)]
     found.append(logits(ordinary, [IDS[20:21]], past_key_values=past))
+    found.append(logits(ordinary, [IDS], is_causal=False))
     for one, other in zip(plain, found, strict=True):
         assert torch.allclose(one, other, atol=1e-4)
 
@@ -231,3 +273,14 @@ def test_values_of_zero_are_no_traceback():
 def test_a_plan_for_another_shape_is_refused(ordinary):
     with pytest.raises(InputError, match="the plan is for 1 layers of 4 heads, but the model has 2 layers of 4"):
         fast.use_plan(ordinary, dataclasses.replace(EXACT, layers=EXACT.layers[:1]))
+    with pytest.raises(InputError, match="2 layers of 2 heads, but the model has 2 layers of 4"):
+        fast.use_plan(ordinary, dataclasses.replace(EXACT, layers=tuple(heads[:2] for heads in EXACT.layers)))
+
+
+def test_a_model_that_caps_its_logits_takes_no_plan():
+    config = transformers.Gemma2Config(
+        vocab_size=90, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8,
+    )  # fmt: skip
+    with pytest.raises(CaptureError, match="Gemma2ForCausalLM does not let its attention be replaced"):
+        fast.use_plan(transformers.AutoModelForCausalLM.from_config(config), EXACT)

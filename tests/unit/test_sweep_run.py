@@ -341,15 +341,39 @@ def test_every_case_is_checked_before_the_first_runs(vectors, tmp_path):
     assert said == []
 
 
-def test_free_memory_is_that_of_the_control_group(tmp_path, monkeypatch):
-    limit, used = tmp_path / "memory.max", tmp_path / "memory.current"
-    monkeypatch.setattr(memory, "_GROUPS", [(limit, used)])
-    limit.write_text("max\n")
-    used.write_text("1000\n")
-    without = memory.free_bytes(torch.device("cpu"))
-    assert without > 2**20
-    limit.write_text("5000\n")
-    assert memory.free_bytes(torch.device("cpu")) == 4000
+@pytest.mark.parametrize("group", ["", "job_7/step_0"])
+@pytest.mark.parametrize("version", [1, 2])
+def test_free_memory_is_that_of_the_control_group_and_of_those_around_it(tmp_path, monkeypatch, version, group):
+    own = tmp_path / "cgroup"
+    own.write_text("9:cpu,pids:/elsewhere\n" + (f"4:memory:/{group}\n0::/\n" if version == 1 else f"0::/{group}\n"))
+    groups = [(tmp_path / "v2", *memory._GROUPS[0][1:]), (tmp_path / "v1", *memory._GROUPS[1][1:])]
+    monkeypatch.setattr(memory, "_GROUPS", groups)
+    monkeypatch.setattr(memory, "_OWN", own)
+    root, _, limit, usage, cache = groups[version == 1]
+
+    def write(folder, most, used=1000, cached=0):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, value in ((limit, most), (usage, used), ("memory.stat", f"anon 3\n{cache} {cached}")):
+            (folder / name).write_text(f"{value}\n")
+
+    def free():
+        return memory.free_bytes(torch.device("cpu"))
+
+    with open("/proc/meminfo") as lines:
+        available = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    write(root / group, "max")
+    assert free() == pytest.approx(available, rel=0.01)
+    write(root / group, 5000)
+    assert free() == 4000
+    write(root / group, 5000, used=4900, cached=4100)
+    assert free() == 4200
+    (root / group / "memory.stat").unlink()
+    assert free() == 100
+    write(root / group, 5000)
+    write((root / group).parent if group else root, 3000)
+    assert free() == 2000
+    write(root / "elsewhere", 1)
+    assert free() == 2000
 
 
 @pytest.mark.slow

@@ -85,7 +85,7 @@ def extract(
     """
     chosen = asked(config, study, log)
     entry_of(chosen, model)
-    check_writable(out, contexts_out)
+    check_writable(out, contexts_out, inputs=(location, texts))
     with step(f"extract    {model}, shard {shard}") as notes:
         from approxkmv.steps.extract import extract as run
 
@@ -112,7 +112,7 @@ def statistics(
     statistics/0000.heads.parquet --prefixes-out statistics/0000.prefixes.parquet
     """
     chosen = asked(config, study, log)
-    check_writable(heads_out, prefixes_out)
+    check_writable(heads_out, prefixes_out, inputs=(activations,))
     with step(f"statistics {model}, {activations.stem}") as notes:
         from approxkmv.steps.statistics import measure
 
@@ -301,7 +301,7 @@ def lengths(
     statistics/0000.contexts.csv --out statistics/0000.lengths.parquet
     """
     chosen = asked(config, study, log)
-    check_writable(out)
+    check_writable(out, inputs=(activations, contexts))
     with step(f"lengths    {model}, {activations.stem}") as notes:
         from approxkmv.steps.lengths import measure_lengths
 

@@ -46,7 +46,7 @@ def model_heads(
     captured = chosen.capture
     if captured is None:
         raise ConfigError(f"study {chosen.name} has no sweep that captures heads")
-    check_writable(out, tuning_out)
+    check_writable(out, tuning_out, inputs=(location,))
     with step(f"heads      {captured.model}, {captured.tokens} tokens"):
         from approxkmv.results.locations import read_location
         from approxkmv.steps.model_heads import capture_heads
@@ -130,7 +130,7 @@ def plan(
     if settings.plan is None:
         raise ConfigError("the study's perplexity has no plan: give --model, or add plan: {} to it")
     chosen = corpus_entry(checked, settings.corpus)
-    check_writable(out)
+    check_writable(out, inputs=(location,))
     with step(f"plan       {settings.model}"):
         from approxkmv.corpora import read_corpus
         from approxkmv.perplexity.plan import write_plan
@@ -214,7 +214,7 @@ def perplexity(  # noqa: PLR0913 - one argument for each option of the command l
     else:
         settings = _perplexity_of(asked(config, study, log), "--method")
     entry, chosen = model_of(checked, settings.model), corpus_entry(checked, settings.corpus)
-    check_writable(out, out.with_suffix(".json"))
+    check_writable(out, out.with_suffix(".json"), inputs=(plan, location))
     with step(f"perplexity {entry.name}"):
         from approxkmv.perplexity.plan import read_plan
         from approxkmv.provenance import describe

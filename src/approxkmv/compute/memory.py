@@ -26,18 +26,42 @@ def free_bytes(device: torch.device) -> int:
     return min(free, *(limit - used for limit, used in _limits()))
 
 
-# Limit and usage of a control group, versions 2 and 1: a container or batch job may have less than the machine.
+# Where control groups of version 2 and of version 1 lie, the controller that names this process's own in
+# /proc/self/cgroup, and the files of the limit, of the usage and, within memory.stat, of the file cache.
 _GROUPS = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ("/sys/fs/cgroup", "", "memory.max", "memory.current", "inactive_file"),
+    ("/sys/fs/cgroup/memory", "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
+_OWN = "/proc/self/cgroup"
 
 
 def _limits() -> Iterator[tuple[int, int]]:
+    """Limit and usage of this process's control group and of those around it, such as a container or a batch job."""
     yield 2**62, 0
-    for limit, used in _GROUPS:
-        try:
-            # "max" is not a number: no limit.
-            yield int(Path(limit).read_text()), int(Path(used).read_text())
-        except (OSError, ValueError):
-            continue
+    for root, controller, limit, usage, cache in _GROUPS:
+        for folder in _own_groups(Path(root), controller):
+            try:
+                used = int((folder / usage).read_text()) - _cached(folder / "memory.stat", cache)
+                # "max" is not a number: no limit.
+                yield int((folder / limit).read_text()), used
+            except (OSError, ValueError):
+                continue
+
+
+def _cached(stat: Path, name: str) -> int:
+    """Bytes of cached files that a group's usage counts although the system drops them before anything else."""
+    try:
+        return int(dict(line.split() for line in stat.read_text().splitlines())[name])
+    except (OSError, ValueError, KeyError):
+        return 0
+
+
+def _own_groups(root: Path, controller: str) -> list[Path]:
+    """The folders of this process's control group and of those around it up to `root`."""
+    try:
+        lines = [line.split(":", 2) for line in Path(_OWN).read_text().splitlines()]
+    except OSError:
+        lines = []
+    # Inside a container the path may be that of the machine, of which only the container's own group is seen, at root.
+    paths = [root / path.lstrip("/") for _, controllers, path in lines if controller in controllers.split(",")]
+    return [root, *{group for path in paths for group in (path, *path.parents) if root in group.parents}]

@@ -77,7 +77,7 @@ def _attend(
         refuse_what_no_method_does(module, query, key, attention_mask, options)
     except CaptureError:
         plan = None
-    if plan is None or options.get("dropout") or (torch.is_grad_enabled() and query.requires_grad):
+    if plan is None or options.get("dropout") or query.requires_grad:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     out = plan.of_layer(layer)(*heads(query, key, value), scale=scale_of(query, options), seed=layer)

@@ -131,17 +131,18 @@ def refuse_dropped(location: ModelLocation, model: Any) -> None:
 
 def _kept(key: str, value: Any, metadata: dict[str, Any], taken: Any, config: Any) -> bool:
     """Whether the model uses a metadata value, named without its architecture."""
-    rotary = getattr(config, "rope_parameters", None) or {}
-    rotary = [part for part in [rotary, *rotary.values()] if isinstance(part, dict)]  # Gemma 3 has one per layer kind
+    rotary = getattr(config, "rope_parameters", None) or {}  # Gemma 3 has one per layer kind
     if key.startswith("rope.scaling."):
         return metadata.get(f"{metadata['general.architecture']}.rope.scaling.type") == "none"
     if key.startswith("rope.freq_base"):
-        return any(abs(part.get("rope_theta", 0) - value) <= 1e-6 * value for part in rotary)
+        own = rotary.get("sliding_attention" if key.endswith("_swa") else "full_attention", rotary)
+        return bool(abs(own.get("rope_theta", 0) - value) <= 1e-6 * value)
     if taken.get(key) or key in SEEN_IN_WEIGHTS:
         return True
     if key == "rope.dimension_count":
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return any(int(width * part.get("partial_rotary_factor", 1.0)) == value for part in rotary)
+        parts = [part for part in rotary.values() if isinstance(part, dict)] or [rotary]
+        return any(int(width * part.get("partial_rotary_factor", 1.0)) == value for part in parts)
     return bool(getattr(config, key.rpartition(".")[2], None) == value)
 
 

@@ -45,6 +45,12 @@ def scale_of(query: torch.Tensor, options: Mapping[str, Any]) -> float:
     return float(query.shape[-1] ** -0.5 if scaling is None else scaling)
 
 
+def is_causal(module: torch.nn.Module, options: Mapping[str, Any]) -> bool:
+    """Whether a layer without a mask sees no later key: the rule of sdpa_attention_forward."""
+    flag = options.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if flag is None else flag)
+
+
 def implementation_for(model_class: Any) -> str:
     """The attention implementation for a class of models: FUSED if transformers allows it for the class, else PLAIN.
 
@@ -66,10 +72,7 @@ def _fused(
     attention_mask: torch.Tensor | None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    # Without a mask, follow the rule of sdpa_attention_forward.
-    flag = options.get("is_causal")
-    causal = bool(getattr(module, "is_causal", True) if flag is None else flag)
-    _record(module, query, key, value, attention_mask, options, causal)
+    _record(module, query, key, value, attention_mask, options, is_causal(module, options))
     return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
 
 

@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from approxkmv.errors import CaptureError, SourceError, one_line
 from approxkmv.models.checking import check_folder, read_object, rotary_frequencies, weight_shapes, whole_numbers
-from approxkmv.models.rotary import refuse_unknown_types
+from approxkmv.models.rotary import refuse_two_answers, refuse_unknown_types
 from approxkmv.models.sources import ModelLocation
 from approxkmv.progress import on_terminal
 from approxkmv.typed import shown
@@ -124,6 +124,8 @@ def load_config(location: ModelLocation) -> Any:
         if isinstance(value, int) and not 0 < value < limit:
             raise SourceError(f"{name_of(location)}: its configuration says {size} is {value}: correct config.json")
     refuse_unknown_types(config, name_of(location))
+    if location.gguf_file is None:
+        refuse_two_answers(config, written, name_of(location))
     return config
 
 

@@ -33,7 +33,7 @@ def scale_rotary(config: Any, method: str, factor: float) -> None:
 
 
 def scaled_positions(config: Any) -> int | None:
-    """The number of positions of a configuration changed by scale_rotary; None for any other."""
+    """The original number times the factor, where scale_rotary or the checkpoint's rope_parameters say so, or None."""
     text = config.get_text_config()
     rotary = getattr(text, "rope_parameters", None)
     if not isinstance(rotary, dict) or rotary.get("rope_type") not in ("linear", "yarn"):
@@ -54,6 +54,29 @@ def refuse_unknown_types(config: Any, name: str) -> None:
                 f"{name}: its configuration has rotary embeddings of the type {kind!r}, but transformers has "
                 f"{', '.join(known)}: correct rope_type in config.json"
             )
+
+
+def refuse_two_answers(config: Any, written: dict[str, Any], name: str) -> None:
+    """Raise SourceError where config.json states the rotary embedding twice and differently.
+
+    It may stand in rope_parameters or, as earlier releases of transformers wrote it, in rope_theta and rope_scaling;
+    where there are both, transformers takes one of each without a word.
+
+    Args:
+        config: what transformers made of the file. written: the file's object. name: the model's, in the message.
+    """
+    text = written.get("text_config")
+    text = text if isinstance(text, dict) else written
+    new, old = (part if isinstance(part := text.get(key), dict) else {} for key in ("rope_parameters", "rope_scaling"))
+    bases = [part.get("rope_theta") for part in _parts(config)]
+    stated = [part["rope_theta"] for part in (text, new, old) if isinstance(part.get("rope_theta"), (int, float))]
+    lost = [f"rope_theta {base}" for base in stated if bases and base not in bases]
+    lost += [f"{key} {new[key]} and {old[key]}" for key in sorted(new.keys() & old.keys()) if new[key] != old[key]]
+    if lost:
+        raise SourceError(
+            f"{name}: config.json states the rotary embedding twice, in different ways ({lost[0]}): "
+            "keep rope_parameters alone, with what is right"
+        )
 
 
 def length_that_changes(config: Any) -> int | None:

@@ -18,7 +18,7 @@ from transformers.masking_utils import sdpa_mask
 from approxkmv.attention import Method
 from approxkmv.compute.counting import counting
 from approxkmv.errors import CaptureError
-from approxkmv.models.interface import scale_of
+from approxkmv.models.interface import is_causal, scale_of
 
 # A name without "sdpa", "flash" or "flex", which transformers treats specially.
 REPLACED = "approxkmv_replaced"
@@ -130,7 +130,7 @@ def refuse_what_no_method_does(
     if mask is not None or (window is not None and window < key.shape[2]):
         raise CaptureError(f"{name} has its own mask, such as a sliding window, but the methods compute full attention")
     more = any(options.get(word) is not None for word in ("softcap", "s_aux", "sinks", "position_bias"))
-    if more or not getattr(module, "is_causal", True):
+    if more or not is_causal(module, options):
         raise CaptureError(
             f"{name} is not plain causal softmax attention: it caps its logits, has sinks or a bias, or looks ahead"
         )
