@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from approxkmv.errors import InputError
+from approxkmv.errors import InputError, TableError
 from approxkmv.figures.gauge import NEEDED_POWER
 from approxkmv.kernels import log_kernel
 from approxkmv.statistics.gauge import FACTORS, Gauge, gauge
@@ -253,7 +253,7 @@ def test_the_table_has_each_number_of_each_head_and_factor_under_its_name():
         return np.array([next(numbers) for _ in range(int(np.prod(shape)))]).reshape(shape)
 
     found = Gauge(*(some(count, len(FACTORS)) for _ in range(7)), *(some(count) for _ in range(3)))
-    table = _rows(found).set_index(["head", "t"])
+    table = _rows(found, np.arange(count)).set_index(["head", "t"])
     assert len(table) == count * (len(FACTORS) + 1)
     for head in range(count):
         for i, t in enumerate(FACTORS):
@@ -265,3 +265,34 @@ def test_the_table_has_each_number_of_each_head_and_factor_under_its_name():
         assert (limit["ratio"], limit["participation"]) == (found.limit_ratio[head], found.limit_participation[head])
         assert limit[[name for name in table if "log10" in name]].isna().all()
         assert (table.loc[head, "mean_error"] == found.mean_error[head]).all()
+
+
+def test_a_head_is_gauged_by_its_first_column_that_is_not_zero_and_left_out_without_one(tmp_path, monkeypatch):
+    from types import SimpleNamespace
+
+    from approxkmv.steps import gauge as step
+
+    q, k, _ = heads()
+    v = torch.randn(2, HEADS, N, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    v[0, 2, :, :2] = 0.0
+    v[0, 1] = 0.0
+    v[1] = 0.0
+    spans = torch.tensor([[0, N]] * N)
+    captured = SimpleNamespace(
+        queries=[q, q], keys=[k, k], values=v, spans=[spans, spans], scales=torch.tensor([0.3, 0.3])
+    )
+    model = SimpleNamespace(max_positions=None, tokenize=lambda text, limit: [5] * N, n_layers=2, is_causal=False)
+    model.has_own_masks, model.capture = False, lambda texts, values: [captured]
+    monkeypatch.setattr(step, "load_model", lambda *_: model)
+    monkeypatch.setattr(step, "read_table", lambda *_: {"text": ["a"]})
+    study = SimpleNamespace(max_tokens=100, min_tokens=10)
+    table = step.measure_gauge(study, "m", tmp_path, tmp_path, tmp_path)
+    assert table[["layer", "head"]].drop_duplicates().to_numpy().tolist() == [[0, 0], [0, 2], [0, 3]]
+    for head, column in ((0, 0), (2, 2), (3, 0)):
+        alone = gauge(q[head : head + 1], k[head : head + 1], v[0, head : head + 1, :, column], 0.3)
+        own = table[table["head"] == head].set_index("t")
+        assert own["mean_error"].to_numpy() == pytest.approx(alone.mean_error[0])
+        assert own.loc[list(FACTORS), "log10_bound"].to_numpy() == pytest.approx(alone.log_bound[0] / np.log(10))
+    v[:] = 0.0
+    with pytest.raises(TableError, match="model m: all its values are 0"):
+        step.measure_gauge(study, "m", tmp_path, tmp_path, tmp_path)

@@ -247,7 +247,7 @@ def _fitted(text: str, width: int, room: float) -> list[str]:
     font = FontProperties(size=HEADLINE)
     with _silent_about_glyphs():
         sizes = [text_to_path.get_text_width_height_descent(line, font, is_math_text(line)) for line in lines]
-    widest = max(wide for wide, *_ in sizes)
+    widest = max((wide for wide, *_ in sizes), default=0.0)
     return lines if widest <= room else _fitted(text, int(min(width - 1, width * room / widest)), room)
 
 

@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 
 from approxkmv.config import Study
-from approxkmv.errors import ConfigError
+from approxkmv.errors import ConfigError, TableError
 from approxkmv.files import read_table, write_csv
-from approxkmv.progress import progress
+from approxkmv.progress import LOG, progress
 from approxkmv.results.tables import ModelTables
 from approxkmv.statistics.gauge import FACTORS, Gauge, gauge
 from approxkmv.steps.fetch import load_model
@@ -24,8 +24,9 @@ def measure_gauge(study: Study, model_name: str, location: Path, texts: Path, ta
 
     Columns: layer, head, tokens, entries, t (0: the limit, the matrix A itself), ratio (c at full length),
     participation, and as log10 largest_row, norm (|K|_2), zero_for_ones, sufficient, bound (see Gauge); mean_error. The
-    column of values is the head's first. Entries are those that the model's attention uses, since what it tolerates
-    depends on its rows: `all`, `causal`, or `masked` for a model with masks of its own.
+    column of values is the head's first that is not 0; a head without one is left out. Entries are those that the
+    model's attention uses, since what it tolerates depends on its rows: `all`, `causal`, or `masked` for a model with
+    masks of its own. Raises ConfigError for texts that are too short, TableError for a model whose values are all 0.
     """
     model = load_model(study, model_name, location)
     limit = study.max_tokens if model.max_positions is None else min(study.max_tokens, model.max_positions)
@@ -39,9 +40,17 @@ def measure_gauge(study: Study, model_name: str, location: Path, texts: Path, ta
     with progress(total=model.n_layers, unit="layer", title=f"gauge      {model_name}") as bar:
         for layer, (q, k, v) in enumerate(zip(captured.queries, captured.keys, captured.values, strict=True)):
             seen = seen_by(captured.spans[layer])
-            found = gauge(q, k, v[..., 0], float(captured.scales[layer]), mask=seen)
-            parts.append(_rows(found).assign(layer=layer, tokens=len(ids), entries=entries))
+            there = (v != 0).any(1)
+            heads = there.any(-1).nonzero()[:, 0]
+            if len(heads) < len(v):
+                LOG.info("gauge: of %d heads of layer %d all values are 0: left out", len(v) - len(heads), layer)
+            if len(heads):
+                column = v[heads, :, there.int().argmax(-1)[heads]]
+                found = gauge(q[heads], k[heads], column, float(captured.scales[layer]), mask=seen)
+                parts.append(_rows(found, heads.numpy()).assign(layer=layer, tokens=len(ids), entries=entries))
             bar.update(1)
+    if not parts:
+        raise TableError(f"model {model_name}: all its values are 0, so that no error in K attention can be named")
     table = pd.concat(parts, ignore_index=True)
     place = ["layer", "head", "tokens", "entries", "t"]
     table = table[[*place, *(name for name in table if name not in place)]]
@@ -49,13 +58,13 @@ def measure_gauge(study: Study, model_name: str, location: Path, texts: Path, ta
     return table
 
 
-def _rows(found: Gauge) -> pd.DataFrame:
-    heads = len(found.limit_ratio)
+def _rows(found: Gauge, heads: np.ndarray) -> pd.DataFrame:
     columns = {"ratio": found.ratio, "participation": found.participation}
     for name in ("largest_row", "norm", "zero_for_ones", "sufficient", "bound"):
         columns[f"log10_{name}"] = getattr(found, f"log_{name}") / math.log(10.0)
-    place = {"head": np.repeat(np.arange(heads), len(FACTORS)), "t": np.tile(FACTORS, heads)}
+    place = {"head": np.repeat(heads, len(FACTORS)), "t": np.tile(FACTORS, len(heads))}
     rows = pd.DataFrame(place | {name: values.ravel() for name, values in columns.items()})
     limit = {"ratio": found.limit_ratio, "participation": found.limit_participation}
-    both = pd.concat([rows, pd.DataFrame({"head": np.arange(heads), "t": 0.0} | limit)], ignore_index=True)
-    return both.assign(mean_error=found.mean_error[both["head"]]).sort_values(["head", "t"])
+    rows["mean_error"] = np.repeat(found.mean_error, len(FACTORS))
+    limits = pd.DataFrame({"head": heads, "t": 0.0, "mean_error": found.mean_error} | limit)
+    return pd.concat([rows, limits], ignore_index=True).sort_values(["head", "t"])
