@@ -71,7 +71,7 @@ V3 = torch.ones(2, 60)
         (lambda: length_statistics(Q, K, spans=torch.ones(60, 2, dtype=torch.bool)), "spans must be"),
         (lambda: head_to_tail_ratios(torch.ones(60, 8, dtype=torch.bool), torch.ones(60, 8)), "dtype torch.bool"),
         (lambda: head_to_tail_ratios(Q3, K3.to("meta")), "k is a meta tensor"),
-        (lambda: gauge(Q3[0], K3[0], V3[0]), r"must be \(heads, n, d\)"),
+        (lambda: gauge(Q3[0], K3[0], V3[0]), r"must both be \(heads, n, d\)"),
         (lambda: gauge(Q3, K3, V3, factors=[0.0]), "factors are"),
         (lambda: gauge(Q3, K3, V3, factors=[True]), "factors are"),
         (lambda: gauge(Q3, K3, V3, factors=["1"]), "factors are"),
