@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import re
 import shlex
+from inspect import unwrap
+from typing import Any, get_type_hints
 
 import pytest
 import typer
@@ -78,6 +80,38 @@ def test_a_path_that_cannot_be_a_file_is_refused_as_one_to_write(name, path):
     result = CliRunner().invoke(app, words)
     assert isinstance(result.exception, TableError), result.output
     assert str(result.exception).endswith(": give the name of a file")
+
+
+def pairs_of_files() -> list[tuple[str, Any, Any]]:
+    """Every command with two options that name files, of which the first is written."""
+    found = []
+    for name, command in EVERY:
+        hints = get_type_hints(unwrap(command.callback)) if command.callback else {}
+        paths = [option for option in command.params if "Path" in str(hints.get(option.name))]
+        # `figure --out` is the beginning of two names.
+        files = [option for option in files_to_write(command) if option.name != "stem"]
+        written = [option for option in paths if option in files or option.name == "log"]
+        found += [(name, one, other) for one in written for other in paths if other is not one]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "written", "other"),
+    [pytest.param(*pair, id=f"{pair[0]}-{pair[1].name}-{pair[2].name}") for pair in pairs_of_files()],
+)
+def test_no_command_writes_over_a_file_that_it_reads_or_writes_too(name, written, other, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    (tmp_path / "a").write_text("kept")
+    words = []
+    for option in COMMANDS[name].params:
+        if option in (written, other) or option.required:
+            words += [option.opts[0]] * (option.param_type_name == "option")
+            path = tmp_path / {written: "link", other: "a"}.get(option, option.name)
+            words += ["1" if option.name == "shard" else str(path)]
+    with pytest.raises(TableError, match=r"^cannot write .*/(a|link): \S+ names this file too$"):
+        COMMANDS[name].main(words, name, standalone_mode=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "link"]
+    assert (tmp_path / "a").read_text() == "kept"
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 
 from approxkmv.cli import people, pipeline, race, upkeep  # noqa: F401
-from approxkmv.cli.app import app, config_app
+from approxkmv.cli.app import Command, app, config_app
 from approxkmv.progress import LOG, OUT_OF_MEMORY, is_of_memory, reason_of
 
 # The exit code of what Ctrl-C stopped
 STOPPED = 130
 # Show whole first lines in the list of commands; by default they are cut after 45 characters.
 for _command in (*app.registered_commands, *config_app.registered_commands):
+    _command.cls = Command
     _command.short_help = (getattr(_command.callback, "__doc__", None) or "").strip().split("\n")[0]
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+from itertools import permutations
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from approxkmv.config import Study, load_config, study_of
 from approxkmv.errors import TableError
+from approxkmv.files import check_writable
 from approxkmv.progress import log_to
 
 app = typer.Typer(
@@ -49,21 +53,27 @@ config_app = typer.Typer(
 )
 app.add_typer(config_app, name="config")
 
+# What the help calls the file that an option has a command write; Command tells these options by it.
+FILE, LOG_FILE = "FILE", "LOG"
 Config = Annotated[Path, typer.Option("--config", help="The configuration file.")]
 StudyName = Annotated[
     str | None, typer.Option("--study", help="A study of the configuration; default: its key `study`.")
 ]
-Log = Annotated[Path | None, typer.Option("--log", help="Also log finished steps and their times to this file.")]
+Log = Annotated[
+    Path | None,
+    typer.Option("--log", metavar=LOG_FILE, help="Also log finished steps and their times to this file."),
+]
 Model = Annotated[str, typer.Option("--model", help="A model of the study, by its name in the configuration.")]
 CONFIG = Path("config.yaml")
 
 
 def to_write(*flags: str, help: str) -> Any:
     """The option of a file to write. Its callback raises TableError for a path that cannot be a file's, as "."."""
-    return typer.Option(*flags, help=help, callback=_of_a_file)
+    return typer.Option(*flags, help=help, metavar=FILE, callback=of_a_file)
 
 
-def _of_a_file(path: Path) -> Path:
+def of_a_file(path: Path) -> Path:
+    """The path, if it can be that of a file. Raises TableError."""
     if not path.name:
         raise TableError(f"cannot write {path}: give the name of a file")
     return path
@@ -73,3 +83,21 @@ def asked(config: Path, study: str | None, log: Path | None) -> Study:
     """The study that a command works on; also starts the log of its steps. Raises ConfigError."""
     log_to(log)
     return study_of(load_config(config), study)
+
+
+class Command(TyperCommand):
+    """A command that does not start where it could not write its files, or would write over one that it reads."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command. Raises TableError."""
+        named = [(option, path) for option in self.params for path in _paths(ctx.params.get(option.name))]
+        for (option, path), (other, same) in permutations(named, 2):
+            # As `to_write` and `Log` name them
+            if option.metavar in ("FILE", "LOG") and os.path.realpath(path) == os.path.realpath(same):
+                raise TableError(f"cannot write {path}: {other.opts[0]} names this file too")
+        check_writable(*(path for option, path in named if option.metavar == "FILE"))
+        return super().invoke(ctx)
+
+
+def _paths(value: Any) -> list[Path]:
+    return [path for path in (value if isinstance(value, list) else [value]) if isinstance(path, Path)]

@@ -7,9 +7,8 @@ from typing import Annotated
 
 import typer
 
-from approxkmv.cli.app import CONFIG, Config, Log, Model, StudyName, app, asked, to_write
+from approxkmv.cli.app import CONFIG, Config, Log, Model, StudyName, app, asked, of_a_file, to_write
 from approxkmv.config import corpus_of, entry_of, load_config, model_of
-from approxkmv.files import check_writable
 from approxkmv.progress import LOG, Times, log_to, step
 from approxkmv.words import counted
 
@@ -85,7 +84,6 @@ def extract(
     """
     chosen = asked(config, study, log)
     entry_of(chosen, model)
-    check_writable(out, contexts_out, inputs=(location, texts))
     with step(f"extract    {model}, shard {shard}") as notes:
         from approxkmv.steps.extract import extract as run
 
@@ -112,7 +110,6 @@ def statistics(
     statistics/0000.heads.parquet --prefixes-out statistics/0000.prefixes.parquet
     """
     chosen = asked(config, study, log)
-    check_writable(heads_out, prefixes_out, inputs=(activations,))
     with step(f"statistics {model}, {activations.stem}") as notes:
         from approxkmv.steps.statistics import measure
 
@@ -301,7 +298,6 @@ def lengths(
     statistics/0000.contexts.csv --out statistics/0000.lengths.parquet
     """
     chosen = asked(config, study, log)
-    check_writable(out, inputs=(activations, contexts))
     with step(f"lengths    {model}, {activations.stem}") as notes:
         from approxkmv.steps.lengths import measure_lengths
 
@@ -362,7 +358,10 @@ def compare(
 def figure(
     name: Annotated[str, typer.Argument(help="Name of a figure, such as max_ratios or context_scaling.")],
     tables: Tables,
-    stem: Annotated[Path, to_write("--out", help="Path without a suffix: OUT.pdf and OUT.png are written.")],
+    stem: Annotated[
+        Path,
+        typer.Option("--out", callback=of_a_file, help="Path without a suffix: OUT.pdf and OUT.png are written."),
+    ],
     models: Annotated[
         list[str] | None, typer.Option("--model", help="A model; repeat the option for context_scaling.")
     ] = None,
@@ -392,7 +391,6 @@ def complexity(
     Example: approxkmv complexity --study complexity --counts-out complexity.csv --fits-out complexity_fits.csv
     """
     chosen = asked(config, study, log)
-    check_writable(counts_out, fits_out)
     with step("complexity of ApproxKMV as printed"):
         from approxkmv.provenance import describe
         from approxkmv.steps.complexity import count

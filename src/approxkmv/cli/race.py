@@ -46,7 +46,6 @@ def model_heads(
     captured = chosen.capture
     if captured is None:
         raise ConfigError(f"study {chosen.name} has no sweep that captures heads")
-    check_writable(out, tuning_out, inputs=(location,))
     with step(f"heads      {captured.model}, {captured.tokens} tokens"):
         from approxkmv.results.locations import read_location
         from approxkmv.steps.model_heads import capture_heads
@@ -130,7 +129,6 @@ def plan(
     if settings.plan is None:
         raise ConfigError("the study's perplexity has no plan: give --model, or add plan: {} to it")
     chosen = corpus_entry(checked, settings.corpus)
-    check_writable(out, inputs=(location,))
     with step(f"plan       {settings.model}"):
         from approxkmv.corpora import read_corpus
         from approxkmv.perplexity.plan import write_plan
