@@ -109,10 +109,13 @@ def test_points_at_one_place_link_to_each_other_and_not_to_themselves(vamana):
     assert bool((found.keys[:, 0] % 12 == torch.arange(36) % 12).all())
 
 
-def test_queries_of_another_width_are_refused(vamana):
-    graph = vamana.build_exhaustively(points(20, 3), alpha=1.5)
-    with pytest.raises(InputError, match="width 40"):
-        graph.search(points(2, 40), 1, 1)
+@pytest.mark.parametrize("width", [2, 4, 40])
+def test_queries_of_another_width_are_refused(vamana, width):
+    generator = torch.Generator().manual_seed(0)
+    made = vamana.build(points(20, 3), alpha=1.5, degree=4, beam=8, generator=generator)
+    for graph in (vamana.build_exhaustively(points(20, 3), alpha=1.5), made):
+        with pytest.raises(InputError, match=f"width {width}"):
+            graph.search(points(2, width), 1, 1)
 
 
 def test_distances_are_counted_by_hand(vamana):
@@ -167,7 +170,7 @@ def test_a_search_goes_back_to_what_is_nearer(vamana):
     x = np.zeros((5, 16), np.float32)
     x[:, 0] = [3.0, 2.0, 2.5, 1.0, 0.0]
     neighbours = np.array([[1, 2], [0, 0], [3, 0], [4, 0], [3, 0]], np.int32)
-    graph = vamana.VamanaGraph(x, neighbours, np.array([2, 1, 1, 1, 1], np.int32), 0)
+    graph = vamana.VamanaGraph(x, neighbours, np.array([2, 1, 1, 1, 1], np.int32), 0, 1)
     found = graph.search(torch.zeros(2, 1), 3, 3)
     assert found.keys.tolist() == 2 * [[4, 3, 1]]
     assert found.distances.tolist() == 2 * [[0.0, 1.0, 2.0]]

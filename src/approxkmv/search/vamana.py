@@ -46,6 +46,8 @@ class VamanaGraph:
     """(n, largest degree); entries beyond `degrees` are undefined."""
     degrees: np.ndarray
     start: int
+    width: int
+    """d; the columns of `points` beyond it are 0."""
 
     @plain_torch()
     def search(self, queries: torch.Tensor, count: int, beam: int) -> Found:
@@ -54,11 +56,11 @@ class VamanaGraph:
         Args:
             beam: candidates kept during the search, at least `count`.
         Raises:
-            InputError: queries wider than the points or beyond float32.
+            InputError: queries of another width than the points or beyond float32.
         """
         n_q = len(queries)
         padded = _padded(queries)
-        if padded.shape[1] != self.points.shape[1]:
+        if queries.shape[1] != self.width:
             raise InputError(f"queries have width {queries.shape[1]}, another than the graph's points")
         keys, distances = np.full((n_q, count), -1, np.int64), np.full((n_q, count), np.inf, np.float32)
         steps, evaluations = np.zeros(n_q, np.int64), np.zeros(n_q, np.int64)
@@ -118,7 +120,7 @@ def build(points: torch.Tensor, *, alpha: float, degree: int, beam: int, generat
     neighbours, degrees = np.zeros((n, min(degree, max(1, n - 1))), np.int32), np.zeros(n, np.int32)
     made = _loops().insert_all(padded, order, neighbours, degrees, beam, np.float32(alpha * alpha))
     report(other_products=int(made))
-    return VamanaGraph(padded, neighbours, degrees, start)
+    return VamanaGraph(padded, neighbours, degrees, start, points.shape[1])
 
 
 @plain_torch()
@@ -145,4 +147,4 @@ def build_exhaustively(points: torch.Tensor, *, alpha: float) -> VamanaGraph:
     neighbours = np.zeros((n, max(1, int(degrees.max()))), np.int32)
     for i, some in enumerate(lists):
         neighbours[i, : len(some)] = some
-    return VamanaGraph(padded, neighbours, degrees, _start(padded))
+    return VamanaGraph(padded, neighbours, degrees, _start(padded), points.shape[1])
