@@ -20,7 +20,7 @@ from gpu_tables import TABLES as OF_A_GPU
 from operator_tables import NUMBERS as NUMBERS_OF_THE_OPERATOR
 from operator_tables import TABLES as OF_THE_OPERATOR
 from race import TABLES as OF_THE_RACE
-from reference import REFERENCE, ROOT, machine, markdown
+from reference import REFERENCE, ROOT, machine, markdown, number
 from whole_squad import STEPS
 
 from approxkmv.config import load_config, study_of
@@ -123,6 +123,26 @@ def attention_statistics() -> str:
     return (
         f"{markdown(shown)}\n\nMedians of the processor's time, the calls in turn. Measured on "
         f"{machine(folder / 'attention_statistics.json')} by `python benchmarks/attention_statistics.py`.\n"
+    )
+
+
+def exact_peers() -> str:
+    """Exact attention of other libraries beside the exact rows of a sweep."""
+    path = REFERENCE / "benchmarks" / "exact_peers.csv"
+    table, settings = pd.read_csv(path), read_json(path.with_suffix(".json"))["settings"]
+    lines = []
+    for what, rows in table.groupby("what", sort=False):
+        line = {f"one head, d = {settings['d']}, one core": what}
+        for row in rows.to_dict("records"):
+            shape = f"{row['n']:,} keys{', causal' if row['causal'] == 'yes' else ''}"
+            line[shape] = f"{number(row['ms'])} ms [{row['error']:.1g}], {row['times_our_fastest']:.2f}"
+        lines.append(line)
+    versions = ", ".join(f"{name} {version}" for name, version in settings["peers"].items())
+    return (
+        f"{markdown(pd.DataFrame(lines).fillna('–'))}\n\nMedians of the processor's time, the calls in turn, with the "
+        "error in brackets, and then how many times the time of the fastest of the first "
+        f"{table[table['ours'].eq('yes')]['what'].nunique()} rows. "
+        f"Measured on {machine(path.with_suffix('.json'))}, {versions}, by `python benchmarks/exact_peers.py`.\n"
     )
 
 
@@ -265,6 +285,7 @@ def reliability() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "statistics-speed": statistics_speed,
     "attention-statistics": attention_statistics,
+    "exact-peers": exact_peers,
     "families": families,
     "methods-graph-search": graph_search,
     "methods-knn-training": knn_training,

@@ -80,6 +80,7 @@ def test_the_constants_of_the_scripts_are_those_of_the_reference_tables(monkeypa
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import attention_statistics
     import density
+    import exact_peers
     import graph_search
     import statistics_speed
 
@@ -104,6 +105,11 @@ def test_the_constants_of_the_scripts_are_those_of_the_reference_tables(monkeypa
     table, settings = known("benchmarks/attention_statistics")
     assert settings["rounds"] == attention_statistics.ROUNDS
     assert tuple(table["n"].unique()) == (*attention_statistics.LENGTHS, attention_statistics.WHOLE)
+    table, settings = known("benchmarks/exact_peers")
+    assert (settings["rounds"], settings["d"]) == (exact_peers.ROUNDS, exact_peers.D)
+    assert tuple(table["n"].unique()) == exact_peers.LENGTHS
+    told = {*table["what"], *(name.split(", n = ")[0] for name in settings["left_out"])}
+    assert told == set(exact_peers.PEERS)
 
 
 @pytest.mark.slow
@@ -348,6 +354,63 @@ def test_the_speed_of_attention_statistics_is_relative_to_the_attention_of_the_s
     # As far off as they were made
     off = table["relative_difference"].iloc[16:]
     assert off.tolist() == pytest.approx([1e-3, 2e-3, 3e-3] * 2, rel=0.1)
+
+
+def test_exact_attention_of_other_libraries_is_beside_ours_with_its_error(run):
+    import exact_peers as script
+
+    def absent(n, causal):
+        raise ImportError("not here")
+
+    def doubled(n, causal):
+        return lambda q, k, v: 2 * script.ours("exact-sdpa", n, causal)(q, k, v)
+
+    calls = []
+
+    def check(name, result):
+        calls.append((name, result.shape))
+
+    peers = {name: script.PEERS[name] for name in script.OURS} | {"absent": absent, "doubled": doubled}
+    seconds = {"exact-sdpa": [0.2, 0.3, 0.4], "exact-fused": [0.9] * 3, "exact-sdpa-bf16": [0.2, 0.2, 0.6]}
+    seconds |= {"exact-tiles-bf16": [0.9] * 3, "doubled": [0.1, 0.1, 0.3]}
+    table, _, settings = run(
+        "exact_peers",
+        "benchmarks/exact_peers.csv",
+        {"LENGTHS": (70, 300), "PEERS": peers, "ROUNDS": 3, "times": taken(seconds, time.process_time, check)},
+    )
+    names = [*script.OURS, "doubled"]
+    assert table["what"].tolist() == names * 4
+    assert table["ours"].tolist() == (["yes"] * 4 + ["no"]) * 4
+    assert table["n"].tolist() == [70] * 10 + [300] * 10
+    assert table["causal"].tolist() == (["no"] * 5 + ["yes"] * 5) * 2
+    assert {shape for _, shape in calls} == {(70, 64), (300, 64)}
+    assert set(settings["left_out"].values()) == {"ImportError: not here"}
+    assert len(settings["left_out"]) == 4
+    told = table.set_index("what").iloc[:5]
+    assert told["ms"].tolist() == pytest.approx([300, 900, 200, 900, 100])
+    assert told.loc["exact-sdpa", ["ms_q1", "ms_q3"]].tolist() == pytest.approx([250, 350])
+    assert told["times_our_fastest"].tolist() == pytest.approx([1.5, 4.5, 1, 4.5, 0.5])
+    # float32 at logits of 12; bfloat16 has 8 bits, of which logits of 12 leave 4 or 5 behind the point.
+    errors = table.groupby("what")["error"]
+    assert errors.max()[["exact-sdpa", "exact-fused"]].max() < 1e-5
+    assert errors.min()["exact-sdpa-bf16"] > 1e-4
+    assert errors.max()[["exact-sdpa-bf16", "exact-tiles-bf16"]].max() < 0.03
+    assert errors.max()["doubled"] == pytest.approx(1, abs=1e-5)
+    assert errors.min()["doubled"] == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("peer", ["OpenVINO, float32", "ONNX Runtime, float32", "JAX, float32"])
+def test_a_library_that_is_installed_computes_the_same_attention(monkeypatch, peer, causal):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import exact_peers as script
+
+    q, k, v = (torch.randn(90, 64, generator=torch.Generator().manual_seed(seed)) for seed in range(3))
+    try:
+        call = script.PEERS[peer](90, causal)
+    except ImportError as error:
+        pytest.skip(f"pip install {error.name}")
+    assert script.error(call(q, k, v), q, k, v, causal) < 1e-5
 
 
 def off_by(right):
