@@ -53,7 +53,7 @@ def flex_attention(dtype: torch.dtype, n: int, causal: bool) -> Call:
 
     def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         out: Any = compiled(*(x[None, None].to(dtype) for x in (q, k, v)), block_mask=mask)
-        return out[0, 0].float()  # type: ignore[no-any-return]
+        return out[0, 0].float()
 
     return call
 
@@ -132,7 +132,8 @@ def measure(n: int, causal: bool, left_out: dict[str, str]) -> Iterator[dict[str
     """A row for each peer that runs; `left_out` receives the reasons of the others."""
     q, k = head(n, D, 12.0)
     v = torch.randn(n, D, generator=torch.Generator().manual_seed(1))
-    calls, errors = {}, {}
+    calls: dict[str, Callable[[], object]] = {}
+    errors = {}
     for name, make in PEERS.items():
         try:
             call = partial(make(n, causal), q, k, v)

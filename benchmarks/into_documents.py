@@ -138,11 +138,21 @@ def exact_peers() -> str:
             line[shape] = f"{number(row['ms'])} ms [{row['error']:.1g}], {row['times_our_fastest']:.2f}"
         lines.append(line)
     versions = ", ".join(f"{name} {version}" for name, version in settings["peers"].items())
+    single = table[~table["what"].str.contains("bf16|bfloat16")]
+    fastest = single.groupby(["n", "causal", "ours"])["ms"].min().unstack("ours")
+    faster = sorted(set(table[table["ours"].eq("no") & table["times_our_fastest"].lt(1)]["what"]))
+    least, most = (number(value) for value in (fastest["no"] / fastest["yes"]).agg(["min", "max"]))
+    all_of_them = f"{', '.join(faster) or 'None of the others'} {'are' if len(faster) > 1 else 'is'} faster than it"
+    found = (
+        f"{all_of_them}{' somewhere' if faster else ''}. Among the float32 rows the fastest of the others takes "
+        f"{least} to {most} times as long as the fastest of ours."
+    )
     return (
         f"{markdown(pd.DataFrame(lines).fillna('–'))}\n\nMedians of the processor's time, the calls in turn, with the "
         "error in brackets, and then how many times the time of the fastest of the first "
         f"{table[table['ours'].eq('yes')]['what'].nunique()} rows. "
-        f"Measured on {machine(path.with_suffix('.json'))}, {versions}, by `python benchmarks/exact_peers.py`.\n"
+        f"Measured on {machine(path.with_suffix('.json'))}, {versions}, by "
+        f"`python benchmarks/exact_peers.py`.\n\n{found}\n"
     )
 
 

@@ -589,7 +589,7 @@ def claim() -> str:
                 continue
             heads, exact, gains = _of_heads(table)
             targets.add(f"{heads['target'].max():g} {of_what(table)}")
-            untimed += [f" On {_on(place + study)} {found}."] if place and (found := _untimed(table)) else []
+            untimed += [f" On {_on(place + study)} {found}."] if place and (found := _untimed(table, study)) else []
             lines.append(
                 {
                     "one thread of": _on(place + study),
@@ -610,9 +610,9 @@ def claim() -> str:
     )
 
 
-def _untimed(table: pd.DataFrame) -> str:
-    """Which exact methods of the reference a table of the other machine lacks."""
-    here = _sweep("columns")
+def _untimed(table: pd.DataFrame, study: str) -> str:
+    """Which exact methods of the reference (of `columns`, if it lacks the study) a table of the other machine lacks."""
+    here = _sweep(study) if _sweep(study) is not None else _sweep("columns")
     assert here is not None
     known = here.loc[here["kind"].eq("exact"), "method"].unique()
     return ", ".join(f"`{name}` was not timed" for name in known if not table["method"].eq(name).any())

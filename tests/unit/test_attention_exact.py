@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from approxkmv.attention import get
-from approxkmv.attention.exact import sdpa
+from approxkmv.attention.exact import sdpa, tiles_bf16
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -57,6 +57,37 @@ def test_bfloat16_is_exact_up_to_its_rounding_and_casts_within_the_call(name, is
     # Inputs, weights and answer are rounded by up to 2^-9 each; an answer without any rounding was not in bfloat16.
     assert 2**-11 < gap < 2**-5
     assert torch.equal(out, out.bfloat16().float())
+
+
+@pytest.mark.parametrize(("n", "most"), [(1090, 6), (1024, 5), (530, 5), (300, 4)])
+def test_under_a_mask_tiles_have_few_shapes_and_the_answer_of_many(monkeypatch, n, most):
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(1, n, width, generator=generator) for width in (24, 24, 5))
+    method = get("exact-tiles-bf16")
+    right = method.attend_causally(q, k, v, scale=0.2)
+    multiply, shapes = torch.mm, set()
+
+    def seen(a, b, out):
+        shapes.add(out.shape)
+        return multiply(a, b, out=out)
+
+    monkeypatch.setattr(tiles_bf16, "_SHAPES", 4)
+    monkeypatch.setattr(torch, "mm", seen)
+    out = method.attend_causally(q, k, v, scale=0.2)
+    # Up to 4, one for the first queries and one for the last
+    assert len(shapes) == most
+    # Sums of weights that are 0 are added elsewhere; answers round to 8 bits.
+    assert (out - right).abs().max() <= 2**-7 * right.abs().max()
+
+
+def test_at_any_length_few_products_are_compiled_under_a_mask(monkeypatch):
+    shapes = set()
+    monkeypatch.setattr(torch, "mm", lambda a, b, out: shapes.add(out.shape))
+    monkeypatch.setattr(torch, "softmax", lambda logits, dim, out: out.zero_())
+    for n in (4096, 8200, 20_000):
+        shapes.clear()
+        tiles_bf16.method.causal(*torch.zeros(3, 1, n, 1), scale=1.0, seed=0)
+        assert len(shapes) <= 66
 
 
 def test_fused_survives_a_bound_that_underflows():

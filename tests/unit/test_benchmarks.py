@@ -215,7 +215,7 @@ def test_products_are_told_beside_the_best_exact_and_the_best_trivial_one(monkey
     # At the longest n plain torch is the best.
     assert f"at the longest n is `{plain}`, 1 times torch. KeOps, at n = 10: 0.1 (x ones)" in text
     assert operator_tables.single() == "0.5 at n = 10 and 2.3 at n = 20"
-    assert text.rstrip().endswith("x ones, n = 20: 4.")
+    assert text.rstrip().endswith("x ones, n = 20: 4 (the first product: 2.3).")
 
 
 def row_of(workload, n, method, times, quartile=None, target=0.1, **more):

@@ -18,6 +18,10 @@ from approxkmv.compute.scratch import scratch
 
 # Their logits over 8,192 keys are 1 MiB, and their weights as much. Half or twice as many took as long or longer.
 _QUERIES = 64
+# Numbers of keys under a mask. With AMX, oneDNN compiles a product for each shape and keeps 1,024: with more in turn,
+# every product is compiled at every call, which took four to five times as long. They are not multiples of a power of
+# two as large as their distance: rows of logits would lie in the same few sets of the cache.
+_SHAPES = 64
 
 
 def _exact_tiles_bf16(
@@ -30,19 +34,20 @@ def _exact_tiles_bf16(
         keys = len(k)
         count(kernel_evaluations=pairs_seen(keys) if is_causal else len(q) * keys)
         q, k, v = (q * scale).bfloat16(), k.bfloat16(), v.bfloat16()
-        future = torch.ones(_QUERIES, _QUERIES, dtype=torch.bool).triu_(1)
+        step = _QUERIES * -(-keys // (_QUERIES * _SHAPES))
+        future = torch.ones(_QUERIES, _QUERIES + step, dtype=torch.bool).triu_(1)
         out = torch.empty(len(q), v.shape[1])
         # Written again and again: memory that is new each time takes a tenth longer.
         space = [scratch(f"tiles {name}", _QUERIES * keys, dtype=q.dtype) for name in ("logits", "weights")]
         for first in range(0, len(q), _QUERIES):
             here = slice(first, min(first + _QUERIES, len(q)))
             size = here.stop - first
-            keys = here.stop if is_causal else len(k)
+            keys = min(_QUERIES + -(-first // step) * step, len(k)) if is_causal else len(k)
             logits, weights = (one[: size * keys].view(size, keys) for one in space)
             torch.mm(q[here], k[:keys].mT, out=logits)
             if is_causal:
-                count(other_products=size * keys - pairs_seen(keys) + pairs_seen(first))
-                logits[:, first:].masked_fill_(future[:size, :size], -torch.inf)
+                count(other_products=size * keys - pairs_seen(here.stop) + pairs_seen(first))
+                logits[:, first:].masked_fill_(future[:size, : keys - first], -torch.inf)
             # Subnormal weights stay: the instructions for bfloat16 take them as 0, at no cost.
             out[here] = torch.softmax(logits, 1, out=weights) @ v[:keys]
         return out
