@@ -524,7 +524,7 @@ def answer() -> str:
         )
         there = f"{ELSEWHERE}/causal"
         if (other := _sweep(there)) is not None:
-            lacks = f" ({found})" if (found := _untimed(other)) else ""
+            lacks = f" ({found})" if (found := _untimed(other, "causal")) else ""
             said[-1] += f"; on {_on(there)}{lacks}: {_in_a_model(other)[1]}"
         for study, what in OTHERS.items():
             if (other := _sweep(study)) is not None:
