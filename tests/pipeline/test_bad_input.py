@@ -381,7 +381,7 @@ def test_two_outputs_of_one_name_are_refused_before_any_work(project: Project):
     ):
         code, output = project.approxkmv(*arguments)
         assert code == 2
-        assert "another output of the same run has this name" in only_line(output)
+        assert "names this file too" in only_line(output)
 
 
 def test_the_location_of_another_model_is_refused(project: Project):
