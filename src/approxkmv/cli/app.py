@@ -92,10 +92,9 @@ class Command(TyperCommand):
         """Run the command. Raises TableError."""
         named = [(option, path) for option in self.params for path in _paths(ctx.params.get(option.name))]
         for (option, path), (other, same) in permutations(named, 2):
-            # As `to_write` and `Log` name them
-            if option.metavar in ("FILE", "LOG") and os.path.realpath(path) == os.path.realpath(same):
+            if option.metavar in (FILE, LOG_FILE) and os.path.realpath(path) == os.path.realpath(same):
                 raise TableError(f"cannot write {path}: {other.opts[0]} names this file too")
-        check_writable(*(path for option, path in named if option.metavar == "FILE"))
+        check_writable(*(path for option, path in named if option.metavar == FILE))
         return super().invoke(ctx)
 
 
