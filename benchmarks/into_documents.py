@@ -142,10 +142,9 @@ def exact_peers() -> str:
     fastest = single.groupby(["n", "causal", "ours"])["ms"].min().unstack("ours")
     faster = sorted(set(table[table["ours"].eq("no") & table["times_our_fastest"].lt(1)]["what"]))
     least, most = (number(value) for value in (fastest["no"] / fastest["yes"]).agg(["min", "max"]))
-    all_of_them = f"{', '.join(faster) or 'None of the others'} {'are' if len(faster) > 1 else 'is'} faster than it"
     found = (
-        f"{all_of_them}{' somewhere' if faster else ''}. Among the float32 rows the fastest of the others takes "
-        f"{least} to {most} times as long as the fastest of ours."
+        f"Faster than the fastest of ours: {', '.join(faster) or 'none of the others'}. Among the float32 rows the "
+        f"fastest of the others takes {least} to {most} times as long as the fastest of ours."
     )
     return (
         f"{markdown(pd.DataFrame(lines).fillna('–'))}\n\nMedians of the processor's time, the calls in turn, with the "

@@ -19,8 +19,8 @@ from approxkmv.compute.scratch import scratch
 # Their logits over 8,192 keys are 1 MiB, and their weights as much. Half or twice as many took as long or longer.
 _QUERIES = 64
 # Numbers of keys under a mask. With AMX, oneDNN compiles a product for each shape and keeps 1,024: with more in turn,
-# every product is compiled at every call, which took four to five times as long. They are not multiples of a power of
-# two as large as their distance: rows of logits would lie in the same few sets of the cache.
+# every product is compiled at every call, which took four to five times as long. Each number is _QUERIES more than a
+# multiple of the step: at multiples of 512 the rows of logits share few sets of the cache, which took a third longer.
 _SHAPES = 64
 
 
