@@ -514,22 +514,14 @@ def answer() -> str:
     places |= {"causal": "all columns, mask of a language model"}
     places |= {"causal-long": "that mask, 32,768 keys", "few": "few queries"}
     one, seen = next(iter(studies)), pd.DataFrame()
-    said = [f"One thread of {_on(one)}"]
+    said = [f"Errors {of_what(studies[one])}; each cell (workload, n and error) counts once. One thread of {_on(one)}."]
     if (causal := studies.get("causal")) is not None:
         at, found = _in_a_model(causal)
         said.insert(
             0,
             f"**In SmolLM2 with its mask, on a novel, {at}, the fastest is {found}.** `approxkmv plan` finds which for "
-            "each head. ",
+            f"each head. The same on each text and machine (one thread):\n\n{markdown(_in_models())}\n\n",
         )
-        there = f"{ELSEWHERE}/causal"
-        if (other := _sweep(there)) is not None:
-            lacks = f" ({found})" if (found := _untimed(other, "causal")) else ""
-            said[-1] += f"; on {_on(there)}{lacks}: {_in_a_model(other)[1]}"
-        for study, what in OTHERS.items():
-            if (other := _sweep(study)) is not None:
-                said[-1] += f"; `{study}` ({what}): {_in_a_model(other)[1]}"
-    said.append(f". Errors {of_what(studies[one])}; each cell (workload, n and error) counts once.")
     lines = []
     for study, table in studies.items():
         known = seen[CELL].drop_duplicates() if len(seen) else table[:0][CELL]
@@ -549,6 +541,18 @@ def answer() -> str:
     if missing:
         said.append(f" Not measured yet: {'; '.join(places[study] for study in missing)}.")
     return f"{''.join(said)}\n"
+
+
+def _in_models() -> pd.DataFrame:
+    """The fastest methods in language models with their masks, of each study and machine that has been measured."""
+    lines = []
+    for study, what in {"causal": "SmolLM2, a novel", **OTHERS}.items():
+        for place in (study, f"{ELSEWHERE}/{study}"):
+            if (table := _sweep(place)) is not None:
+                lacks = f" ({found})" if place != study and (found := _untimed(table, study)) else ""
+                line = {"heads of, on": what, "study": f"`{study}`", "machine": f"{_on(place)}{lacks}"}
+                lines.append(line | {"fastest": _in_a_model(table)[1]})
+    return pd.DataFrame(lines)
 
 
 def _in_a_model(table: pd.DataFrame) -> tuple[str, str]:
