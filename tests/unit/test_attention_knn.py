@@ -184,6 +184,16 @@ def test_large_logits_neither_overflow_nor_lose_the_row():
     assert (out.double() - exact(300 * q, k, v)).abs().max() < 5e-3
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_two_equal_keys_share_a_row_however_large_its_logits(causal):
+    """A float32 of 6e7 is a multiple of 4, and does not hold the log of two that the sum of two weights adds to it."""
+    method = get("knn")
+    call = method.attend_causally if causal else method
+    q, k, v = torch.full((8, 1), 3e7 + 2), torch.tensor([[2.0]] * 2 + [[-2.0]] * 6), heads(1, 8, 1, 3)[2]
+    out = call(q, k, v, scale=1.0, top=3)
+    assert torch.allclose(out[1:], v[:2].mean(0).expand(7, 3), atol=1e-6)
+
+
 def test_a_graph_search_that_looks_everywhere_is_as_good_as_the_exact_index():
     q, k, v = heads(300, 400, 8, 2)
     right = exact(q, k, v)

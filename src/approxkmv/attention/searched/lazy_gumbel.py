@@ -111,11 +111,14 @@ def sample_rows(
     for i in range(0, n, step):
         here = slice(i, min(i + step, n))
         logits, members = head_logits[here], head_keys[here]
+        # Relative to the largest: at a logit of 2e7 even the log of 2 in a sum of two is rounded to 0 or 2.
+        largest = logits.amax(1)
+        logits = logits - largest.unsqueeze(1)
         highest = logits.logsumexp(1)
         games = len(logits) * samples
         # exp(-G) of a Gumbel variable G is exponential: exp(-M) = exp(-highest) e, the level of the head's winner.
         e = torch.empty(len(logits), samples, device=q.device).exponential_(generator=generator)
-        rates = population * (floor[here] - highest).clamp_max(0).exp().unsqueeze(1) * e
+        rates = population * (floor[here] - largest - highest).clamp_max(0).exp().unsqueeze(1) * e
         points = torch.poisson(rates, generator=generator).long().flatten()
         game = torch.repeat_interleave(torch.arange(games, device=q.device), points)
         where = torch.rand(len(game), generator=generator, device=q.device, dtype=torch.float64)
