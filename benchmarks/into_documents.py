@@ -19,6 +19,7 @@ from findings import TABLES as OF_FINDINGS
 from gpu_tables import TABLES as OF_A_GPU
 from operator_tables import NUMBERS as NUMBERS_OF_THE_OPERATOR
 from operator_tables import TABLES as OF_THE_OPERATOR
+from race import NUMBERS as NUMBERS_OF_THE_RACE
 from race import TABLES as OF_THE_RACE
 from reference import REFERENCE, ROOT, machine, markdown, number
 from whole_squad import STEPS
@@ -314,7 +315,7 @@ TIMES = {f"time-{study}": partial(takes, study) for study in STUDIES}
 def filled(text: str) -> str:
     """The document with every marked table and number regenerated."""
     text = MARKED.sub(lambda found: found[1] + TABLES[found[2]]() + found[3], text)
-    numbers = NUMBERS | NUMBERS_OF_THE_OPERATOR | TIMES
+    numbers = NUMBERS | NUMBERS_OF_THE_OPERATOR | NUMBERS_OF_THE_RACE | TIMES
     return NUMBERED.sub(lambda found: found[1] + numbers[found[2]]() + found[3], text)
 
 

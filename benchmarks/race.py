@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -169,23 +169,36 @@ def others() -> str:
         if (table := _sweep(study)) is None:
             parts.append(_NOT_YET.format(study))
             continue
-        kept, tuned = _kept(table)
         parts.append(
             f"{markdown(pd.DataFrame(_lines_of_winners(table)))}\n\n{_about(study, _where(study))} "
-            f"{kept} of {tuned} settings that tuning accepts reach the error here.\n"
+            f"Kept: {' and '.join(map(_kept, _tuned(table)))}.\n"
         )
-    if (table := _sweep("causal")) is not None:
-        heads = table[table["workload"].str.startswith("model-qk") & (table["n"] == table["n"].max())]
-        kept, tuned = _kept(heads)
-        said = f"Of `causal` at its longest n {kept} of {tuned} do. Settings that compute every pair are left out.\n"
-        parts.append(said)
+    if _sweep("causal") is not None:
+        kept = " and ".join(map(_kept, _tuned(_longest_heads("causal"))))
+        parts.append(f"In `causal` at its longest n: {kept}. Settings that compute every pair are left out.\n")
     return "\n".join(parts)
 
 
-def _kept(table: pd.DataFrame) -> tuple[int, int]:
-    """How many settings reach their error on other inputs, of those that tuning accepts and that leave pairs out."""
+def _tuned(table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The settings that tuning accepts and that leave pairs out, and in each cell the fastest of them.
+
+    The latter, where it beats exact attention, is what a user takes, who knows no more than tuning does.
+    """
     tuned = contenders(table[table["status"].eq("ok")])
-    return int(tuned["reached"].eq("yes").sum()), len(tuned)
+    faster = tuned[tuned["times_faster"].gt(1)]
+    return tuned, faster.loc[faster.groupby(CELL, dropna=False)["times_faster"].idxmax()]
+
+
+def _kept(rows: pd.DataFrame) -> str:
+    """How many settings reach their error on other inputs."""
+    return f"{rows['reached'].eq('yes').sum()} of {len(rows)}"
+
+
+def _longest_heads(study: str) -> pd.DataFrame:
+    """The rows of a study's heads at its longest n."""
+    table = _sweep(study)
+    assert table is not None
+    return table[table["workload"].str.startswith("model-qk") & (table["n"] == table["n"].max())]
 
 
 def _lines_of_winners(table: pd.DataFrame) -> list[dict[str, str]]:
@@ -460,7 +473,7 @@ def _plan_wins(table: pd.DataFrame) -> str:
     for _, plan in longest[planned].iterrows():
         asked = json.loads(plan["parameters"])
         names, total = sorted(asked["heads"]), sum(asked["heads"].values())
-        text += f" On another text of {asked['tokens']:,} tokens `plan` found"
+        text += f" On another excerpt of {asked['tokens']:,} tokens `plan` found"
         if all(name.startswith("exact") for name in names):
             text += (
                 f" exact attention to be the best choice for every one of {total} heads (`{'`, `'.join(names)}`): no "
@@ -557,16 +570,10 @@ def _in_models() -> pd.DataFrame:
 
 def _in_a_model(table: pd.DataFrame) -> tuple[str, str]:
     """Length and error, and which method is the fastest in a language model on how many heads, and by how much."""
-    heads, _, _ = _of_heads(table)
-    gains: dict[str, list[float]] = {}
-    hard = [rows for _, rows in heads.groupby("workload") if not _trivial(rows)]
-    for rows in hard:
-        won = _won(rows)
-        name = won.loc[won["times_faster"].idxmax(), "method"] if len(won) else "exact"
-        gains.setdefault(name, []).append(won["times_faster"].max() if len(won) else 1.0)
-    exact = len(gains.pop("exact", []))
+    heads, _, gains = _of_heads(table)
     total = heads["workload"].nunique()
-    easy = total - len(hard)
+    easy = sum(_trivial(rows) for _, rows in heads.groupby("workload"))
+    exact = total - easy - sum(map(len, gains.values()))
     at = f"at {heads['n'].max():,} keys and an error of {heads['target'].max():g} {of_what(table)}"
     if not gains:
         return at, f"exact attention on {exact} of {total} heads"
@@ -594,23 +601,26 @@ def claim() -> str:
             heads, exact, gains = _of_heads(table)
             targets.add(f"{heads['target'].max():g} {of_what(table)}")
             untimed += [f" On {_on(place + study)} {found}."] if place and (found := _untimed(table, study)) else []
+            times = [time for some in gains.values() for time in some]
+            names = sorted(gains, key=lambda name: -len(gains[name]))
             lines.append(
                 {
                     "one thread of": _on(place + study),
-                    "heads of, on": OTHERS.get(study, "SmolLM2, a novel"),
+                    "model, text": OTHERS.get(study, "SmolLM2, a novel"),
                     "mask": "causal" if study.startswith("causal") else "none",
                     "keys": f"{heads['n'].max():,}",
-                    "heads where one wins": f"{len(gains)} of {heads['workload'].nunique()}",
-                    "times faster": _range(gains) if gains else "–",
+                    "heads won": f"{len(times)} of {heads['workload'].nunique()}",
+                    "by": ", ".join(f"`{name}` {len(gains[name])}" for name in names) or "–",
+                    "times faster": _range(times) if times else "–",
                     "than": ", ".join(f"`{name}`" for name in sorted(exact)),
                 }
             )
     return (
-        f"{markdown(pd.DataFrame(lines))}\n\nOf a few heads, chosen from diffuse to sharp, each on one text: on how "
-        "many some method is faster than the fastest exact attention, beyond the quartiles of both times, and no "
-        f"trivial method comes within the error, {' or '.join(sorted(targets))} (95th percentile over seeds). All "
-        "value columns of a head, with rotary positions of SmolLM2 scaled beyond 8,192 tokens; without the mask these "
-        f"are not what the model computes.{''.join(untimed[:1])}\n"
+        f"{markdown(pd.DataFrame(lines))}\n\nA few heads, from diffuse (weight on many keys) to sharp (on few), each "
+        "on one text. Won: the fastest method within the error is faster than the fastest exact attention, beyond the "
+        f"quartiles of both times, and no trivial method is within it. Error: {' or '.join(sorted(targets))} (95th "
+        "percentile over seeds). All value columns of a head, with rotary positions of SmolLM2 scaled beyond 8,192 "
+        f"tokens; without the mask this is not what the model computes.{''.join(untimed[:1])}\n"
     )
 
 
@@ -622,15 +632,20 @@ def _untimed(table: pd.DataFrame, study: str) -> str:
     return ", ".join(f"`{name}` was not timed" for name in known if not table["method"].eq(name).any())
 
 
-def _of_heads(table: pd.DataFrame) -> tuple[pd.DataFrame, set[str], list[float]]:
-    """Rows at the longest n and the middle error, their fastest exact methods, and the gains of heads that have one."""
+def _of_heads(table: pd.DataFrame) -> tuple[pd.DataFrame, set[str], dict[str, list[float]]]:
+    """Rows at the longest n and the middle error, their fastest exact methods, and by winner the gains of heads."""
     asked = table[table["target"].notna()]
     of_models = asked["workload"].str.startswith("model-qk")
     heads = asked[of_models] if of_models.any() else asked
     targets = sorted(heads["target"].unique())
     heads = heads[(heads["n"] == heads["n"].max()) & (heads["target"] == targets[(len(targets) - 1) // 2])]
-    best = [_won(rows)["times_faster"].max() for _, rows in heads.groupby("workload") if not _trivial(rows)]
-    return heads, set(heads["fastest_exact"].dropna()), [gain for gain in best if gain > 1]
+    gains: dict[str, list[float]] = {}
+    for _, rows in heads.groupby("workload"):
+        won = _won(rows)
+        if len(won) and not _trivial(rows):
+            best = won.loc[won["times_faster"].idxmax()]
+            gains.setdefault(best["method"], []).append(best["times_faster"])
+    return heads, set(heads["fastest_exact"].dropna()), gains
 
 
 def against_paper() -> str:
@@ -716,6 +731,41 @@ def workload_ratios() -> str:
             }
         )
     return markdown(pd.DataFrame(lines)) + "\n"
+
+
+def _of_a_plan(place: str = "") -> str:
+    """How much faster a pass over the longest text is with a plan than with exact attention, and whom it takes."""
+    table = pd.read_csv(REFERENCE / place / "perplexity" / "tables" / "perplexity.csv")
+    longest = table[table["tokens"] == table["tokens"].max()]
+    plan = longest[longest["method"] == "plan"].iloc[0]
+    exact = longest[longest["method"].str.startswith("exact")]["seconds"].min()
+    heads = sorted(json.loads(plan["parameters"])["heads"].items(), key=lambda item: -item[1])
+    taken = ", ".join(f"`{name}` {count}" for name, count in heads)
+    return f"{exact / plan['seconds']:.2f} times as fast as with exact attention (heads: {taken})"
+
+
+def _papers_wins() -> str:
+    """In how many of its cells the paper's own recipe wins."""
+    table = _apart(pd.concat(_studies().values(), ignore_index=True)).drop_duplicates([*CELL, "method"])
+    mine = table[table["method"] == "approxkmv-paper"]
+    return f"{len(_won(mine)) or 'none'} of {len(mine)}"
+
+
+def _printed_cost() -> str:
+    """How much the printed constants cost at the longest n, beside the exact product."""
+    folder = REFERENCE / "complexity" / "tables"
+    fits, n = pd.read_csv(folder / "complexity_fits.csv"), pd.read_csv(folder / "complexity.csv")["n"].max()
+    over = fits[fits["quantity"] == "total"]["over_n_squared"]
+    return f"{over.min():,.0f} to {over.max():,.0f} times as often as the exact product at n = {n:,}"
+
+
+NUMBERS: dict[str, Callable[[], str]] = {
+    "plan": _of_a_plan,
+    "plan-amx": partial(_of_a_plan, ELSEWHERE),
+    "paper-wins": _papers_wins,
+    **{f"kept-{study}": lambda study=study: _kept(_tuned(_longest_heads(study))[1]) for study in ("causal", *OTHERS)},
+    "printed-cost": _printed_cost,
+}
 
 
 TABLES: dict[str, Callable[[], str]] = {

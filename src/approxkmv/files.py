@@ -273,4 +273,4 @@ def check_sha256(path: Path, expected: str | None) -> None:
         return
     found = file_sha256(path)
     if found != expected.lower():
-        raise SourceError(f"{path} has SHA-256 {found}, expected {expected}: replace the file or correct config.yaml")
+        raise SourceError(f"{path} has SHA-256 {found}, expected {expected}: replace the file or correct the hash")

@@ -217,7 +217,8 @@ def test_a_model_that_is_not_there_stops_a_run_before_anything_is_fetched(projec
     said = [line for line in output.splitlines() if line.startswith("approxkmv: ")]
     assert len(said) == 1, output
     assert f"models.{name}:" in said[0]
-    assert "nowhere does not exist" in said[0]
+    # Which file has the entry is not known here: perhaps one of --configfile.
+    assert "nowhere does not exist: correct its configured path" in said[0]
     assert not (project.results / "logs").exists()
 
 

@@ -324,6 +324,30 @@ def test_a_pass_with_a_perplexity_that_is_too_low_is_not_the_models_own(race):
     assert "is that of `window`, 8 (8–8) s." in race._plan_wins(table)
 
 
+def test_numbers_of_the_race_in_sentences(race, monkeypatch, tmp_path):
+    monkeypatch.setattr(race, "REFERENCE", tmp_path)
+    for study in ("amx/perplexity", "complexity"):
+        (tmp_path / study / "tables").mkdir(parents=True)
+    heads = json.dumps({"heads": {"window": 2, "exact-sdpa": 1, "knn": 3}})
+    rows = [("exact-sdpa", "{}", 3.0), ("exact-sdpa-bf16", "{}", 2.5), ("window", "{}", 1.0), ("plan", heads, 2.0)]
+    table = pd.DataFrame([(n, *row) for row in rows for n in (32, 64)], columns=["tokens", "method", "parameters", "s"])
+    table["seconds"] = table["s"].where(table["tokens"] == 64, 9.0)
+    table.to_csv(tmp_path / "amx" / "perplexity" / "tables" / "perplexity.csv")
+    said = "1.25 times as fast as with exact attention (heads: `knn` 3, `window` 2, `exact-sdpa` 1)"
+    assert race.NUMBERS["plan-amx"]() == said
+    costs = {"quantity": ["total", "heavy", "total"], "over_n_squared": [1367.3, 3.9, 813.3]}
+    pd.DataFrame(costs).to_csv(tmp_path / "complexity" / "tables" / "complexity_fits.csv")
+    pd.DataFrame({"n": [256, 1024]}).to_csv(tmp_path / "complexity" / "tables" / "complexity.csv")
+    assert race.NUMBERS["printed-cost"]() == "813 to 1,367 times as often as the exact product at n = 1,024"
+    # A cell that two studies have is one, and within the noise nothing wins.
+    name = "approxkmv-paper"
+    race.tables["long"] = [row_of("glove", 64, name, 1.2, 0.9), row_of("glove", 128, name, 3.0, reached="no")]
+    race.tables["rows"] = [row_of("glove", 64, name, 1.2, 0.9), row_of("glove", 64, "knn", 2.0)]
+    assert race.NUMBERS["paper-wins"]() == "none of 2"
+    race.tables["few"] = [row_of("glove", 256, name, 1.2)]
+    assert race.NUMBERS["paper-wins"]() == "1 of 3"
+
+
 def test_seconds_of_a_study_are_those_of_its_steps_and_of_short_pauses(tmp_path):
     from study_times import seconds_in, spans_of
 

@@ -245,7 +245,7 @@ def test_bad_sources_are_one_line(tmp_path):
     empty = tmp_path / "empty.txt"
     empty.write_text("\n")
     for source, word in [
-        (f"path:{tmp_path}/none.txt", "does not exist"),
+        (f"path:{tmp_path}/none.txt", "does not exist: correct its configured path"),
         ("ftp:x", "is unknown"),
         (f"path:{empty}", "no text"),
     ]:

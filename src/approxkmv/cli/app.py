@@ -22,7 +22,7 @@ app = typer.Typer(
         "For one model: approxkmv check path:FOLDER. "
         "A study runs fetch, texts, extract, statistics, summary, growth, compare and figure; one of long texts runs "
         "lengths, length-scaling and growth; one of attention methods runs model-heads, sweep and perplexity. "
-        "Snakemake runs them all; each can also be run alone. Every command reads config.yaml (--config) and works on "
+        "Snakemake runs them all; each can also be run alone. They read config.yaml (--config) and work on "
         "the study named there (or by --study). A user error prints one line and exits with code 2."
     ),
     no_args_is_help=True,

@@ -46,7 +46,7 @@ def read_corpus(source: str, sha256: str | None = None) -> list[Document]:
     else:
         refuse_broken_link(where, f"the corpus {source}")
         if not where.is_file():
-            what = "is a folder: name one file" if where.is_dir() else "does not exist: correct its path in config.yaml"
+            what = "is a folder: name one file" if where.is_dir() else "does not exist: correct its configured path"
             raise SourceError(f"the corpus {source} {what}")
         check_sha256(where, sha256)
         documents = read_file(where)

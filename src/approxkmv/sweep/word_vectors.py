@@ -61,7 +61,7 @@ def fetch_vectors(source: str, sha256: str | None, folder: Path) -> Path:
         check_sha256(archives[0], sha256)
         if sha256 is None:
             found = file_sha256(archives[0])
-            LOG.info("  %s: its hash is not configured; add beside it in config.yaml: sha256: %s", source, found)
+            LOG.info("  %s: its hash is not configured; add beside it: sha256: %s", source, found)
         vectors = read_package(archives[0], name, source)
     with written_whole(out) as temporary:
         np.save(temporary, vectors)
