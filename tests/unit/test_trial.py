@@ -1,6 +1,8 @@
 """Which form of a computation runs is measured on the machine, once, and recorded."""
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -144,6 +146,31 @@ def test_a_trial_is_not_part_of_the_work_that_is_counted(machine):
         ask()
         counting.count(kernel_evaluations=1)
     assert counts.kernel_evaluations == 1
+
+
+def test_threads_that_ask_at_once_make_one_trial_and_leave_nothing_forced(machine, monkeypatch):
+    """Each waits for the answer, and what the trial forces holds in its own thread alone."""
+    begun, over = threading.Event(), threading.Event()
+
+    def run():
+        form = ask()
+        machine.run(form)
+        begun.set()
+        over.wait(60)
+
+    monkeypatch.setattr(counting, "runs", lambda: trial.by_form(QUESTION, run, "plain", "other"))
+    machine.costs = {"plain": 1.0, "other": 0.5}
+    with ThreadPoolExecutor(3) as callers:
+        first = callers.submit(ask)
+        assert begun.wait(60)
+        others = [callers.submit(ask) for _ in range(2)]
+        assert not any(other.done() for other in others)
+        over.set()
+        assert [caller.result() for caller in (first, *others)] == ["other"] * 3
+    assert machine.ran.count("plain") == machine.ran.count("other") == 4
+    assert trial._forced == {}
+    (decision,) = trial.decisions().values()
+    assert decision["how"] == "by a trial"
 
 
 def heads(n, d_v):
