@@ -97,6 +97,31 @@ def test_graphs_of_few_and_equal_points(vamana):
             vamana.build_exhaustively(factor * torch.ones(5, 2), alpha=1.5)
 
 
+@pytest.mark.parametrize("value", [0, -1, 2.0, True])
+def test_arrays_that_the_loops_would_write_beyond_are_refused(vamana, value):
+    given = {"degree": 4, "beam": 4, "generator": torch.Generator()}
+    graph = vamana.build(points(20, 3), alpha=1.2, **given)
+    for name in ("degree", "beam"):
+        with pytest.raises(InputError, match=f"{name} is {value}: it must be a whole number of at least 1"):
+            vamana.build(points(20, 3), alpha=1.2, **given | {name: value})
+    for name in ("count", "beam"):
+        with pytest.raises(InputError, match=f"{name} is {value}: it must be"):
+            graph.search(points(2, 3), **{"count": 1, "beam": 1} | {name: value})
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (4, 0), (3,), (1, 2, 3)])
+def test_what_is_no_matrix_of_points_is_refused(vamana, shape):
+    generator = torch.Generator()
+    graph = vamana.build(points(20, 3), alpha=1.2, degree=4, beam=4, generator=generator)
+    for call in (
+        lambda: vamana.build(torch.ones(shape), alpha=1.2, degree=4, beam=4, generator=generator),
+        lambda: vamana.build_exhaustively(torch.ones(shape), alpha=1.2),
+        lambda: graph.search(torch.ones(shape), 1, 1),
+    ):
+        with pytest.raises(InputError, match="points have shape"):
+            call()
+
+
 def test_points_at_one_place_link_to_each_other_and_not_to_themselves(vamana):
     x = points(12, 3).repeat(3, 1)
     graph = vamana.build_exhaustively(x, alpha=1.5)
