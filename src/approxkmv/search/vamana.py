@@ -120,7 +120,7 @@ def build(points: torch.Tensor, *, alpha: float, degree: int, beam: int, generat
         alpha: how much nearer a shortcut must be, at least 1. degree: the most neighbours of a point.
         beam: candidates kept while searching for a point. generator: shuffles the points.
     Raises:
-        InputError: alpha, degree or beam below 1, no points, or some beyond float32. UnavailableError: numba is missing.
+        InputError: alpha, degree or beam below 1, no points, or some beyond float32. UnavailableError: no numba.
     """
     _check(alpha)
     _check_counts(degree=degree, beam=beam)
