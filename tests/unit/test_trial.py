@@ -233,6 +233,11 @@ def test_every_form_gives_the_same_answer(d_v, loops, numbers, products):
         assert float((found - plain).norm()) < most * float(plain.norm()), name
 
 
+def test_a_cpu_without_bfloat16_instructions_is_given_none(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False, raising=False)
+    assert not has_bfloat16_instructions()
+
+
 def test_library_calls_are_used_where_they_are_faster():
     from approxkmv.attention.blocks.compiled import block_loops
 
