@@ -233,6 +233,22 @@ def test_every_usual_form_of_queries_keys_and_values_has_the_same_answer(dtype, 
         assert np.array_equal(answer, expected.numpy())
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_naive_asks_nothing_beside_the_attention_of_few_queries(monkeypatch, batch):
+    """To ask the system for free memory took longer than all the rest, as did a pass over the keys for their norms."""
+    asked = []
+    monkeypatch.setattr(naive_module, "free_bytes", lambda device: asked.append(device) or 2**40)
+    monkeypatch.setattr(torch.Tensor, "norm", lambda tensor, dim: asked.append(dim) or tensor.square().sum(dim).sqrt())
+    q, k, v = (torch.randn(batch, n, 8, generator=torch.Generator().manual_seed(n)) for n in (4, 90, 91))
+    # Of one query most weights are too small for a float32.
+    q[0, 0] *= 100
+    out = get("exact-naive")(q, k, v[:, :90], scale=1.0)
+    torch.testing.assert_close(out, (q @ k.mT).softmax(-1) @ v[:, :90])
+    assert asked == []
+    get("exact-naive")(torch.cat([q, q[:, :1]], 1), k, v[:, :90], scale=1.0)
+    assert len(asked) == 3
+
+
 def test_naive_says_how_much_memory_it_lacks(monkeypatch):
     """It holds the logits and their softmax at once, 4 bytes a number."""
     free = 8 * 2 * 50 * 60

@@ -1,5 +1,6 @@
 """Every method counts the kernel evaluations and inner products that it makes."""
 
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -35,6 +36,13 @@ def counts_of(name, batch=1, **parameters):
     with counting() as counts:
         get(name)(*inputs(batch), scale=0.3, **parameters)
     return counts
+
+
+def test_a_thread_counts_its_own_work_alone():
+    with ThreadPoolExecutor(1) as other, counting() as here:
+        there = other.submit(counts_of, "exact-fused").result()
+        count(kernel_evaluations=1)
+    assert (here.kernel_evaluations, there.kernel_evaluations) == (1, N_Q * N_K)
 
 
 @pytest.mark.parametrize("name", methods())

@@ -286,6 +286,15 @@ def test_keys_that_hold_a_share(name, dtype):
         assert (found.numpy() == counts_by_sorting(weights, shares)).mean() > (0.97 if dtype == "float32" else 0.9999)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_share_next_to_all_is_held_by_no_more_keys_than_are_seen(dtype):
+    """The sum of all weights may miss such a share by its rounding."""
+    q, k = HEADS["diffuse"]
+    found = attention_statistics(q, k, mask="causal", shares=(1 - 2**-50, 1 - 2**-53), dtype=dtype).keys_per_share
+    assert bool((found <= torch.arange(1, 701).unsqueeze(1)).all())
+    assert bool((found.diff(dim=1) >= 0).all())
+
+
 def test_equal_weights_are_counted_as_many():
     q, k = HEADS["zero"]
     found = attention_statistics(q, k, shares=(0.25, 0.5), mask="causal").keys_per_share

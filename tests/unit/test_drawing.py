@@ -28,6 +28,17 @@ def test_more_weights_than_multinomial_takes():
     assert drawing.drawn(weights, 3, torch.Generator().manual_seed(0)).tolist() == [len(weights) - 1] * 3
 
 
+@pytest.mark.parametrize("most", [2, 1 << 24])
+def test_many_small_weights_behind_a_large_one_keep_their_share(most, monkeypatch):
+    """In float32 10^8 + 1 is 10^8: none of the million others would ever be drawn."""
+    monkeypatch.setattr(drawing, "_MOST", most)
+    weights = torch.ones(1_000_001)
+    weights[0] = 1e8
+    drawn = drawing.drawn(weights, NUMBER, torch.Generator().manual_seed(0))
+    share = 1e6 / (1e8 + 1e6)
+    assert abs(float((drawn > 0).double().mean()) - share) <= 5 * math.sqrt(share * (1 - share) / NUMBER)
+
+
 def test_small_weights_beside_a_large_sum_keep_their_share(monkeypatch):
     """In float32 2^24 + 1 is 2^24: the second index would never be drawn, and the third twice as often."""
     monkeypatch.setattr(drawing, "_MOST", 2)

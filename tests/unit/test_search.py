@@ -97,6 +97,31 @@ def test_graphs_of_few_and_equal_points(vamana):
             vamana.build_exhaustively(factor * torch.ones(5, 2), alpha=1.5)
 
 
+@pytest.mark.parametrize("value", [0, -1, 2.0, True])
+def test_arrays_that_the_loops_would_write_beyond_are_refused(vamana, value):
+    given = {"degree": 4, "beam": 4, "generator": torch.Generator()}
+    graph = vamana.build(points(20, 3), alpha=1.2, **given)
+    for name in ("degree", "beam"):
+        with pytest.raises(InputError, match=f"{name} is {value}: it must be a whole number of at least 1"):
+            vamana.build(points(20, 3), alpha=1.2, **given | {name: value})
+    for name in ("count", "beam"):
+        with pytest.raises(InputError, match=f"{name} is {value}: it must be"):
+            graph.search(points(2, 3), **{"count": 1, "beam": 1} | {name: value})
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (4, 0), (3,), (1, 2, 3)])
+def test_what_is_no_matrix_of_points_is_refused(vamana, shape):
+    generator = torch.Generator()
+    graph = vamana.build(points(20, 3), alpha=1.2, degree=4, beam=4, generator=generator)
+    for call in (
+        lambda: vamana.build(torch.ones(shape), alpha=1.2, degree=4, beam=4, generator=generator),
+        lambda: vamana.build_exhaustively(torch.ones(shape), alpha=1.2),
+        lambda: graph.search(torch.ones(shape), 1, 1),
+    ):
+        with pytest.raises(InputError, match="points have shape"):
+            call()
+
+
 def test_points_at_one_place_link_to_each_other_and_not_to_themselves(vamana):
     x = points(12, 3).repeat(3, 1)
     graph = vamana.build_exhaustively(x, alpha=1.5)
@@ -138,6 +163,47 @@ def test_distances_are_counted_by_hand(vamana):
         # Points met in the search, then from the new point, pairs pruned; of the last point's two neighbours each
         # has one too many: distances from it, and the pair that is pruned.
         assert counts.other_products == (1 + 1) + (2 + 2 + 1) + (3 + 3 + 1) + 2 * (3 + 1)
+
+
+def plain_graph(x, alpha, degree, beam, seed):
+    """Neighbours of each point, by the paper's insertion: search, prune, link both ways, prune where links are many."""
+    gaps = torch.cdist(x.double(), x.double(), compute_mode="donot_use_mm_for_euclid_dist").tolist()
+    start = int((x - x.mean(0)).norm(dim=1).argmin())
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)).tolist()
+    links = {start: []}
+
+    def pruned(point, candidates):
+        kept = []
+        for one in sorted(candidates, key=gaps[point].__getitem__):
+            if len(kept) < degree and all(alpha * gaps[other][one] > gaps[point][one] for other in kept):
+                kept.append(one)
+        return kept
+
+    for point in order:
+        if point == start:
+            continue
+        held, seen, path = [start], {start}, []
+        while left := [one for one in held if one not in path]:
+            path.append(left[0])
+            held += [one for one in links[left[0]] if one not in seen]
+            seen.update(held)
+            held = sorted(held, key=gaps[point].__getitem__)[:beam]
+        links[point] = pruned(point, path)
+        for other in links[point]:
+            links[other] = [*links[other], point]
+            if len(links[other]) > degree:
+                links[other] = pruned(other, links[other])
+    return links
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("degree", "beam", "alpha"), [(3, 4, 1.05), (4, 12, 1.5), (8, 6, 1.2)])
+def test_a_graph_is_built_as_the_paper_says(vamana, degree, beam, alpha, seed):
+    x = points(80, 3, seed)
+    generator = torch.Generator().manual_seed(seed)
+    graph = vamana.build(x, alpha=alpha, degree=degree, beam=beam, generator=generator)
+    made = {i: sorted(graph.neighbours[i, :size].tolist()) for i, size in enumerate(graph.degrees)}
+    assert made == {i: sorted(some) for i, some in plain_graph(x, alpha, degree, beam, seed).items()}
 
 
 def test_a_point_with_too_many_links_keeps_the_nearest(vamana):

@@ -253,6 +253,8 @@ def test_a_mask_that_leaves_too_little_is_one_line():
         head_statistics(q, k, mask=~eye)
     with pytest.raises(InputError, match="give a bool array"):
         head_statistics(q, k, mask=eye[:59])
+    with pytest.raises(InputError, match="causal and mask are both given"):
+        head_statistics(q, k, causal=True, mask=torch.ones(60, 60, dtype=torch.bool))
 
 
 @pytest.mark.parametrize("n", [2, 3, 5, 31, 49, 101])

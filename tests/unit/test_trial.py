@@ -1,6 +1,8 @@
 """Which form of a computation runs is measured on the machine, once, and recorded."""
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -146,6 +148,31 @@ def test_a_trial_is_not_part_of_the_work_that_is_counted(machine):
     assert counts.kernel_evaluations == 1
 
 
+def test_threads_that_ask_at_once_make_one_trial_and_leave_nothing_forced(machine, monkeypatch):
+    """Each waits for the answer, and what the trial forces holds in its own thread alone."""
+    begun, over = threading.Event(), threading.Event()
+
+    def run():
+        form = ask()
+        machine.run(form)
+        begun.set()
+        over.wait(60)
+
+    monkeypatch.setattr(counting, "runs", lambda: trial.by_form(QUESTION, run, "plain", "other"))
+    machine.costs = {"plain": 1.0, "other": 0.5}
+    with ThreadPoolExecutor(3) as callers:
+        first = callers.submit(ask)
+        assert begun.wait(60)
+        others = [callers.submit(ask) for _ in range(2)]
+        assert not any(other.done() for other in others)
+        over.set()
+        assert [caller.result() for caller in (first, *others)] == ["other"] * 3
+    assert machine.ran.count("plain") == machine.ran.count("other") == 4
+    assert trial._forced == {}
+    (decision,) = trial.decisions().values()
+    assert decision["how"] == "by a trial"
+
+
 def heads(n, d_v):
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.randn(1, n, 16, generator=generator) for _ in range(2))
@@ -204,6 +231,11 @@ def test_every_form_gives_the_same_answer(d_v, loops, numbers, products):
         plain, found = answer(name, "library", "float32", "float32"), answer(name, loops, numbers, products)
         most = 2**-7 if name == "local-expansion" and products == "bfloat16" else 1e-4
         assert float((found - plain).norm()) < most * float(plain.norm()), name
+
+
+def test_a_cpu_without_bfloat16_instructions_is_given_none(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False, raising=False)
+    assert not has_bfloat16_instructions()
 
 
 def test_library_calls_are_used_where_they_are_faster():

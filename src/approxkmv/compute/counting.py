@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,12 +32,19 @@ class Counts:
         return self.kernel_evaluations + self.other_products
 
 
-_watching: list[Counts] = []
+class _Watching(threading.local):
+    """Who is counting in this thread."""
+
+    def __init__(self) -> None:
+        self.counts: list[Counts] = []
+
+
+_watching = _Watching()
 
 
 @contextmanager
 def counting() -> Iterator[Counts]:
-    """Count the work of methods inside the block, in every thread.
+    """Count the work of methods inside the block, that is, of this thread and the loops it runs on others.
 
     >>> import torch
     >>> from approxkmv.attention import get
@@ -46,28 +54,17 @@ def counting() -> Iterator[Counts]:
     (70, 70)
     """
     counts = Counts()
-    _watching.append(counts)
+    _watching.counts.append(counts)
     try:
         yield counts
     finally:
         # By identity: two dataclasses with the same counts are equal.
-        _watching[:] = [other for other in _watching if other is not counts]
-
-
-@contextmanager
-def not_counting() -> Iterator[None]:
-    """Leave the work inside the block out of every count."""
-    watching = _watching[:]
-    _watching.clear()
-    try:
-        yield
-    finally:
-        _watching[:] = watching
+        _watching.counts = [other for other in _watching.counts if other is not counts]
 
 
 def count(kernel_evaluations: int = 0, other_products: int = 0, recomputed_rows: int = 0) -> None:
     """Report evaluations to whoever is counting; costs next to nothing otherwise."""
-    for counts in _watching:
+    for counts in _watching.counts:
         counts.kernel_evaluations += kernel_evaluations
         counts.other_products += other_products
         counts.recomputed_rows += recomputed_rows

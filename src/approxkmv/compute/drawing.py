@@ -17,8 +17,10 @@ def drawn(weights: torch.Tensor, number: int, generator: torch.Generator) -> tor
     Args:
         weights: at least 0, not all of them 0, on the generator's device.
     """
-    if len(weights) <= _MOST:
-        return torch.multinomial(weights, number, replacement=True, generator=generator)
-    ends = weights.double().cumsum(0)
+    # In float64: beside a float32 running sum small weights are rounded, or lost.
+    wide = weights.double()
+    if len(wide) <= _MOST:
+        return torch.multinomial(wide, number, replacement=True, generator=generator)
+    ends = wide.cumsum(0)
     at = ends[-1] * torch.rand(number, dtype=torch.float64, device=weights.device, generator=generator)
     return torch.searchsorted(ends, at, right=True)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import import_module
@@ -17,7 +19,6 @@ from typing import Any
 
 import torch
 
-from approxkmv.compute.counting import not_counting
 from approxkmv.errors import TableError
 from approxkmv.files import cache_folder, check_writable, write_json
 from approxkmv.imports import digest_of, files_behind
@@ -48,6 +49,20 @@ class Decision:
 
 _decided: dict[tuple[str, int], Decision] = {}
 _forced: dict[str, str] = {}
+# One trial at a time: two would disturb each other.
+_deciding = threading.Lock()
+if hasattr(os, "register_at_fork"):
+    # In the child of a fork its holder does not exist.
+    os.register_at_fork(after_in_child=_deciding._at_fork_reinit)  # type: ignore[attr-defined]
+
+
+class _Trial(threading.local):
+    """What the trial that runs in this thread has it use, by question; None where none does."""
+
+    forms: dict[str, str] | None = None
+
+
+_trial = _Trial()
 
 
 def fastest(question: str, *forms: str) -> str:
@@ -61,11 +76,15 @@ def fastest(question: str, *forms: str) -> str:
         question: module and function that returns `Runs`, such as "attention.blocks.trials.products".
         forms: their names.
     """
-    if question in _forced:
-        return _forced[question]
+    given = _forced | (_trial.forms or {})
+    if question in given:
+        return given[question]
     key = question, torch.get_num_threads()
     if key not in _decided:
-        _decided[key] = _decide(question, forms)
+        # A trial that asks another question is not over.
+        with _deciding if _trial.forms is None else nullcontext():
+            if key not in _decided:
+                _decided[key] = _decide(question, forms)
     return _decided[key].form
 
 
@@ -77,7 +96,7 @@ def fastest_dtype(question: str, asked: str = "fastest") -> torch.dtype:
 
 @contextmanager
 def forced(forms: Mapping[str, str]) -> Iterator[None]:
-    """Use these forms, by question, inside the block, in every thread; for trials and tests."""
+    """Use these forms, by question, inside the block, in every thread; for tests."""
     before = dict(_forced)
     _forced.update(forms)
     try:
@@ -91,8 +110,12 @@ def by_form(question: str, run: Callable[[], object], *forms: str) -> Runs:
     """What to time where `run` itself asks the question: the same with each of its answers."""
 
     def with_form(form: str) -> None:
-        with forced({question: form}):
+        before = _trial.forms
+        _trial.forms = {**(before or {}), question: form}
+        try:
             run()
+        finally:
+            _trial.forms = before
 
     return {form: partial(with_form, form) for form in forms}
 
@@ -117,9 +140,9 @@ def _decide(question: str, forms: tuple[str, ...]) -> Decision:
         except (OSError, ValueError, TypeError, KeyError, RecursionError):
             pass
         check_writable(path)
-        with not_counting(), ThreadPoolExecutor(1) as thread:
-            # In a thread of its own, whose scratch memory is not that of the call that asks.
-            seconds = thread.submit(_measure, question).result()
+        # In a thread of its own, whose scratch memory and counts are not those of the call that asks.
+        with ThreadPoolExecutor(1) as thread:
+            seconds = thread.submit(_measure, question, _trial.forms or {}).result()
         form = min(seconds, key=lambda name: seconds[name])
         if forms[0] in seconds and not seconds[form] < _CLEARLY_FASTER * seconds[forms[0]]:
             form = forms[0]
@@ -141,8 +164,12 @@ def _path(question: str, forms: tuple[str, ...]) -> Path | None:
     return folder / "trials" / f"{question}-{hashlib.sha256(repr(known).encode()).hexdigest()[:32]}.json"
 
 
-def _measure(question: str) -> dict[str, float]:
-    """Seconds of each form, the least of a few rounds; forms that cannot run here are left out."""
+def _measure(question: str, forms: dict[str, str]) -> dict[str, float]:
+    """Seconds of each form, the least of a few rounds; forms that cannot run here are left out.
+
+    forms: what the trial that asks has forced.
+    """
+    _trial.forms = forms
     module, name = question.rsplit(".", 1)
     runs: Runs = getattr(import_module(f"approxkmv.{module}"), name)()
     seconds: dict[str, float] = {}

@@ -14,6 +14,7 @@ from types import ModuleType
 import numpy as np
 import torch
 
+from approxkmv.arrays import is_whole
 from approxkmv.compute.counting import count as report
 from approxkmv.compute.threads import over_threads
 from approxkmv.compute.torch_state import plain_torch
@@ -56,8 +57,9 @@ class VamanaGraph:
         Args:
             beam: candidates kept during the search, at least `count`.
         Raises:
-            InputError: queries of another width than the points or beyond float32.
+            InputError: queries of another width than the points or beyond float32, a count or beam below 1.
         """
+        _check_counts(count=count, beam=beam)
         n_q = len(queries)
         padded = _padded(queries)
         if queries.shape[1] != self.width:
@@ -85,6 +87,8 @@ def _loops() -> ModuleType:
 
 def _padded(points: torch.Tensor) -> np.ndarray:
     points = points.detach()
+    if points.ndim != 2 or 0 in points.shape:
+        raise InputError(f"points have shape {tuple(points.shape)}: give (n, d), neither of them 0")
     if not float(points.abs().max()) <= _LARGEST:
         raise InputError(f"points hold a NaN or a number beyond {_LARGEST:g}: squared distances are float32")
     wide = torch.nn.functional.pad(points.float(), (0, -points.shape[1] % _WIDTH))
@@ -101,6 +105,13 @@ def _check(alpha: float) -> None:
         raise InputError(f"alpha is {alpha}: it must be at least 1")
 
 
+def _check_counts(**given: int) -> None:
+    for name, value in given.items():
+        # The loops write to arrays of this length without looking.
+        if not (is_whole(value) and value >= 1):
+            raise InputError(f"{name} is {value!r}: it must be a whole number of at least 1")
+
+
 @plain_torch()
 def build(points: torch.Tensor, *, alpha: float, degree: int, beam: int, generator: torch.Generator) -> VamanaGraph:
     """The practical graph of points (n, d): each point in turn is searched for, pruned and linked both ways.
@@ -109,9 +120,10 @@ def build(points: torch.Tensor, *, alpha: float, degree: int, beam: int, generat
         alpha: how much nearer a shortcut must be, at least 1. degree: the most neighbours of a point.
         beam: candidates kept while searching for a point. generator: shuffles the points.
     Raises:
-        InputError: alpha below 1, points beyond float32. UnavailableError: numba is missing.
+        InputError: alpha, degree or beam below 1, no points, or some beyond float32. UnavailableError: no numba.
     """
     _check(alpha)
+    _check_counts(degree=degree, beam=beam)
     padded = _padded(points)
     n = len(padded)
     start = _start(padded)
@@ -127,7 +139,7 @@ def build(points: torch.Tensor, *, alpha: float, degree: int, beam: int, generat
 def build_exhaustively(points: torch.Tensor, *, alpha: float) -> VamanaGraph:
     """The graph of points (n, d) with the guarantee: every point is pruned over all others, in time n^2 times degree.
 
-    Raises InputError for alpha below 1 or points beyond float32, and UnavailableError if numba is missing.
+    Raises InputError for alpha below 1, no points, or some beyond float32, and UnavailableError if numba is missing.
     """
     _check(alpha)
     loops = _loops()

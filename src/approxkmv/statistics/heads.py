@@ -80,8 +80,10 @@ def head_statistics(
 
     Args and raises: as head_to_tail_ratios. Needs at least 2 tokens (3 if causal), so that a 2n-th entry exists.
         mask: (n, n) bool for all heads, True for the entries that exist: a window, for example. Every query must see
-            its own key, and there must be at least 2n entries.
+            its own key, and there must be at least 2n entries. It takes the place of `causal`.
     """
+    if causal and mask is not None:
+        raise InputError("causal and mask are both given: a mask says by itself which keys a query sees")
     return _statistics(_run(q, k, min_prefix, scale, (_mask(causal, mask),), memory), q.shape[-2])[0]
 
 

@@ -142,11 +142,12 @@ def count_keys(weights: np.ndarray, size: int, total: float, shares: np.ndarray,
             mass += masses[place]
             above += counts[place]
             place -= 1
-        # The bin's edges as weights, excluding the upper one.
-        low = np.int64((place + lowest) << shift).view(np.float64) if place > 0 else -1.0
+        # The bin's edges as weights, excluding the upper one, and weights of 0, as hidden keys have.
+        low = np.int64((place + lowest) << shift).view(np.float64) if place > 0 else 1e-308
         high = np.int64((place + 1 + lowest) << shift).view(np.float64)
         many = _append_between(weights, size, low, high, members)
-        out[t] = above + keys_holding(members, many, goal - mass)
+        # None where rounding alone keeps the sum of all below the goal
+        out[t] = above + (keys_holding(members, many, goal - mass) if many > 0 else 0)
 
 
 @cached_njit(nogil=True)
