@@ -231,3 +231,14 @@ def test_what_is_written_of_a_text_is_read_again_and_a_bias_that_layers_share_is
             [],
             [1, 24, 24],
         ]
+
+
+def test_texts_are_read_in_order_however_large_their_numbers(tmp_path):
+    numbers = [3, 9_999_999, 10_000_000, 123_456_789]
+    texts = {number: captured_of(torch.ones(1, 1, 4, 2), torch.ones(1, 1, 4, 2), 0.5) for number in numbers}
+    special = {number: torch.zeros(4, dtype=torch.bool) for number in numbers}
+    path = tmp_path / "qk.safetensors"
+    write_activations(path, texts, special, "model m, weights a, texts b", causal=False, own_masks=False)
+    shard = read_activations(path, "m")
+    assert shard.numbers == tuple(numbers)
+    assert [item.context for item in shard.contexts] == numbers
