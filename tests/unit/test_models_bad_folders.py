@@ -7,7 +7,18 @@ import sys
 import pytest
 import torch
 import transformers
-from bad_inputs.models import FOLDERS, bad_folder, change, extra_weight, pieces_alone, save, small_bert, use, weights
+from bad_inputs.models import (
+    FOLDERS,
+    bad_folder,
+    change,
+    extra_weight,
+    in_two_shards,
+    pieces_alone,
+    save,
+    small_bert,
+    use,
+    weights,
+)
 from models_support import ARCHITECTURES, SMALL, TEXTS, VOCABULARY, save_random, save_small
 
 from approxkmv.models import CapturableModel, ModelLocation
@@ -23,6 +34,21 @@ def test_the_line_says_what_is_wrong(tmp_path, make, says):
 
 def test_a_whole_folder_is_used(tmp_path):
     use(small_bert(tmp_path / "model"))
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_weights_in_two_files_are_those_in_one_which_is_read_where_there_are_both(tmp_path, beside):
+    folder = small_bert(tmp_path / "model")
+    one = CapturableModel.load(ModelLocation(folder)).capture(TEXTS[:1])[0]
+    whole = (folder / "model.safetensors").read_bytes()
+    in_two_shards(folder)
+    if beside:
+        (folder / "model.safetensors").write_bytes(whole)
+        # What the index of an older save names is gone.
+        (folder / "model-2.safetensors").unlink()
+    two = CapturableModel.load(ModelLocation(folder)).capture(TEXTS[:1])[0]
+    assert two.queries.equal(one.queries)
+    assert two.keys.equal(one.keys)
 
 
 def test_a_tokenizer_of_sentencepiece_asks_for_its_package(tmp_path, monkeypatch):
