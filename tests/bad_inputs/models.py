@@ -300,6 +300,7 @@ FOLDERS: list[tuple[str, Callable[[Path], None], str]] = [
     ("-1 layers", change(CONFIG, num_hidden_layers=-1), "num_hidden_layers is -1"),
     ("a million layers", change(CONFIG, num_hidden_layers=10**6), "num_hidden_layers is 1000000"),
     ("a thousand million labels", change(CONFIG, num_labels=10**9), "num_labels is 1000000000"),
+    ("as many labels of a part", change(CONFIG, text_config={"num_labels": 10**9}), "num_labels is 1000000000"),
     (
         "positions of 2^64",
         change(CONFIG, max_position_embeddings=2**64),
