@@ -144,6 +144,27 @@ def in_whole_numbers(folder: Path) -> None:
     save(folder, tensors)
 
 
+def in_two_shards(folder: Path) -> None:
+    """The weights in two files, those of the last layer in the second."""
+    tensors = weights(folder)
+    last = {key: tensor for key, tensor in tensors.items() if "layer.2." in key}
+    save(folder, {key: tensor for key, tensor in tensors.items() if key not in last}, "model-1.safetensors")
+    save(folder, last, "model-2.safetensors")
+    (folder / WEIGHTS).unlink()
+    named = {key: f"model-{1 + (key in last)}.safetensors" for key in tensors}
+    write(folder, "model.safetensors.index.json", {"metadata": {}, "weight_map": named})
+
+
+def codes_in_the_second_shard(folder: Path) -> None:
+    """Unsigned codes of weights, as GPTQ and bitsandbytes save them, in the file that is read last."""
+    import torch
+
+    tensors = weights(folder)
+    key = "encoder.layer.2.attention.self.key.weight"
+    save(folder, tensors | {key: (10 * tensors[key].abs()).to(torch.uint8)})
+    in_two_shards(folder)
+
+
 def own_rotary(folder: Path) -> None:
     """Frequencies of a context that was made four times as long, of which the configuration says nothing."""
     import torch
@@ -217,6 +238,7 @@ FOLDERS: list[tuple[str, Callable[[Path], None], str]] = [
     ("extra norm of the embeddings", extra_weight("embed_norm.weight", 32), "embed_norm"),
     ("bias of each head", extra_weight(f"{LAYER}.bias", 1, 4, 40, 40), f"{LAYER}.bias"),
     ("weights in whole numbers", in_whole_numbers, f"{LAYER}.query.weight"),
+    ("codes in the second shard", codes_in_the_second_shard, "layer.2.attention.self.key.weight is saved as integers"),
     ("rotary embedding of its own", replaced(own_rotary), "rotary_emb.inv_freq"),
     ("weight beside the model and its heads", extra_weight("q_norm.weight", 32, prefix="bert."), "first q_norm.weight"),
     ("weights that are a link to nowhere", stored_elsewhere(WEIGHTS), f"{WEIGHTS} is a link to"),
@@ -278,6 +300,7 @@ FOLDERS: list[tuple[str, Callable[[Path], None], str]] = [
     ("-1 layers", change(CONFIG, num_hidden_layers=-1), "num_hidden_layers is -1"),
     ("a million layers", change(CONFIG, num_hidden_layers=10**6), "num_hidden_layers is 1000000"),
     ("a thousand million labels", change(CONFIG, num_labels=10**9), "num_labels is 1000000000"),
+    ("as many labels of a part", change(CONFIG, text_config={"num_labels": 10**9}), "num_labels is 1000000000"),
     (
         "positions of 2^64",
         change(CONFIG, max_position_embeddings=2**64),

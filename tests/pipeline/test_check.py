@@ -98,9 +98,24 @@ def test_a_check_that_was_killed_while_it_put_its_results_in_place_is_made_again
     made.parent.mkdir(parents=True)
     made.touch()
     (tmp_path / "index.html").touch()
-    refuse_others(tmp_path, "bert")
+    refuse_others(tmp_path, parse_source("path:bert"))
     with pytest.raises(TableError, match="has no check of gpt"):
-        refuse_others(tmp_path, "gpt")
+        refuse_others(tmp_path, parse_source("path:gpt"))
+
+
+def test_a_check_of_another_model_of_the_same_name_is_not_replaced(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = tmp_path / "check-bert" / "tables" / "overview_bert.json"
+    made.parent.mkdir(parents=True)
+    made.touch()
+    out = Path("check-bert")
+    refuse_others(out, parse_source("path:a/bert"))
+    (out / "verdict.json").write_text(json.dumps({"source": "path:a/bert"}))
+    for again in ("path:a/bert", f"path:{tmp_path}/a/bert", "path:b/../a/bert"):
+        refuse_others(out, parse_source(again))
+    for other in ("path:b/bert", "hub:a/bert@main"):
+        with pytest.raises(TableError, match="check-bert has a check of path:a/bert: name another folder with --out"):
+            refuse_others(out, parse_source(other))
 
 
 def test_a_second_check_into_the_same_folder_is_refused(project: Project):

@@ -203,6 +203,60 @@ def test_what_an_earlier_study_left_is_named_shown_no_more_and_removed_when_aske
     assert "of an earlier study" not in output
 
 
+@pytest.mark.slow
+def test_statistics_of_other_settings_do_not_outlive_a_run_of_one_table(copied: Project):
+    """Queries and keys are gone after that run, so they are not newer than what was not asked for."""
+    folder = copied.results / "statistics" / "bert"
+    before = {path.name: path.read_bytes() for path in folder.glob("*.parquet")}
+    copied.configure(models=["bert"], dtype="bfloat16")
+    assert copied.snakemake(HEADS)[0] == 0
+    code, output = copied.snakemake()
+    assert code == 0, output
+    assert [name for name, old in before.items() if (folder / name).read_bytes() == old] == []
+
+
+@pytest.mark.slow
+def test_a_label_or_a_bound_measures_nothing_again(copied: Project):
+    config = copied.read()
+    config["models"]["bert"] |= {"label": "a BERT", "paper_bound": 3}
+    config["corpora"]["words"]["label"] = "some words"
+    copied.write(config)
+    code, output = copied.snakemake("--dry-run", "--quiet", "host")
+    assert code == 0, output
+    run = set(re.findall(r"^(?:local)?rule (\w+):", output, re.M))
+    assert {"summary", "max_ratios"} <= run
+    assert run.isdisjoint({"fetch", "texts", "extract", "statistics", "attention", "readings"}), output
+
+
+@pytest.mark.slow
+def test_what_an_earlier_study_left_is_not_made_again(copied: Project):
+    copied.configure(models=["bert"], contexts=3)
+    assert copied.snakemake()[0] == 0
+    left = leftovers(copied.results)
+    assert {path.parent.name for path in left} >= {"bert", "llama"}
+    table = copied.results / "tables" / "heads_bert.csv"
+    written = table.stat().st_mtime_ns
+    code, output = copied.snakemake()
+    assert code == 0, output
+    assert "is up to date" in output
+    assert "regenerated" not in output
+    assert table.stat().st_mtime_ns == written
+    assert leftovers(copied.results) == left
+
+
+def test_a_folder_that_is_now_of_long_texts_has_neither_facts_nor_statistics_of_others(finished, tmp_path: Path):
+    results = tmp_path / "tiny"
+    shutil.copytree(finished[0].results, results)
+    write_settings(results, lengths=[10, 20], models=["bert"])
+    (results / "statistics" / "bert" / "0000.lengths.parquet").touch()
+    left = {path.relative_to(results).as_posix() for path in leftovers(results)}
+    assert {f"statistics/bert/0000.{kind}.parquet" for kind in ("heads", "prefixes", "attention", "readings")} <= left
+    assert not {"statistics/bert/0000.lengths.parquet", "statistics/bert/0000.contexts.csv"} & left
+    remove_half_written(results)
+    # Figures of growth prefer them.
+    assert [(results / "tables" / f"overview_{model}.json").exists() for model in ("bert", "llama")] == [False, True]
+
+
 def test_every_table_and_figure_of_a_study_is_known_to_the_search_for_leftovers(finished, tmp_path: Path):
     """Of a study without models and parts all that the workflow wrote is left over: no kind of file is forgotten."""
     results = tmp_path / "tiny"

@@ -58,6 +58,11 @@ def test_the_study_through_snakemake_writes_table_and_figures(sweeper: Project):
     code, output = sweeper.snakemake("-n", "--quiet", "host")
     assert code == 0
     assert "Nothing to be done" in output
+    # Other vectors under the same name
+    np.save(sweeper.folder / "vectors.npy", np.ones((400, 6), np.float32))
+    code, output = sweeper.snakemake("-n", "--quiet", "host")
+    assert code == 0
+    assert "rule sweep:" in output
 
 
 @pytest.mark.parametrize(

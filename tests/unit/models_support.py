@@ -194,6 +194,10 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
         | {"shared_expert_intermediate_size": 16, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
         | {"linear_num_key_heads": 2, "linear_num_value_heads": 4},
     ),
+    "DeepSeek-V3.2": (
+        "DeepseekV32Config",
+        ARCHITECTURES["DeepSeek-V3"][1] | {"index_topk": 4, "index_n_heads": 2, "index_head_dim": 8},
+    ),
     "ViT": ("ViTConfig", _IMAGES),
     "CLIP (vision)": ("CLIPVisionConfig", _IMAGES),
     "DINOv2": ("Dinov2Config", _IMAGES),

@@ -52,6 +52,8 @@ def test_units_of_text():
     assert [p.index for p in pairs] == [0, 1, 2]
     with pytest.raises(ConfigError, match="no questions"):
         cut_into_passages([Document("c", "x")], "question_context")
+    with pytest.raises(ConfigError, match="'x y' has no title: use context"):
+        cut_into_passages([Document("a", "x"), Document("", "x y")], "article")
     assert cut_into_passages([Document("d", " \n ")], "sentence") == []
     assert cut_into_passages([Document("d", "x", (" Why? ",))], "question_context")[0].text == "Why? x"
 

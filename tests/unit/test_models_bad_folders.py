@@ -7,11 +7,23 @@ import sys
 import pytest
 import torch
 import transformers
-from bad_inputs.models import FOLDERS, bad_folder, change, extra_weight, pieces_alone, save, small_bert, use, weights
+from bad_inputs.models import (
+    FOLDERS,
+    bad_folder,
+    change,
+    extra_weight,
+    in_two_shards,
+    pieces_alone,
+    save,
+    small_bert,
+    use,
+    weights,
+)
 from models_support import ARCHITECTURES, SMALL, TEXTS, VOCABULARY, save_random, save_small
 
+from approxkmv.errors import SourceError
 from approxkmv.models import CapturableModel, ModelLocation
-from approxkmv.models.loading import quiet
+from approxkmv.models.loading import load_backbone, load_causal_model, quiet
 
 
 @pytest.mark.parametrize(("make", "says"), [case[1:] for case in FOLDERS], ids=[case[0] for case in FOLDERS])
@@ -23,6 +35,44 @@ def test_the_line_says_what_is_wrong(tmp_path, make, says):
 
 def test_a_whole_folder_is_used(tmp_path):
     use(small_bert(tmp_path / "model"))
+
+
+def test_a_folder_of_links_is_used_as_the_cache_of_a_hub_is_one(tmp_path):
+    folder = small_bert(tmp_path / "model")
+    (tmp_path / "links").mkdir()
+    for path in folder.iterdir():
+        (tmp_path / "links" / path.name).symlink_to(path)
+    use(tmp_path / "links")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool])
+@pytest.mark.parametrize("prefix", ["", "model."])
+@pytest.mark.parametrize("load", [load_backbone, load_causal_model])
+def test_codes_are_no_weights_whatever_stands_before_their_names(tmp_path, load, prefix, dtype):
+    save_small(tmp_path, "llama")
+    change("config.json", tie_word_embeddings=True)(tmp_path)
+    tensors = {f"{prefix}{key}": tensor for key, tensor in weights(tmp_path).items()}
+    save(tmp_path, tensors)
+    load(ModelLocation(tmp_path), dtype=torch.float32, attention="eager")
+    key = f"{prefix}layers.1.mlp.up_proj.weight"
+    save(tmp_path, tensors | {key: tensors[key].to(dtype)})
+    with pytest.raises(SourceError, match=f"{key} is saved as integers"):
+        load(ModelLocation(tmp_path), dtype=torch.float32, attention="eager")
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_weights_in_two_files_are_those_in_one_which_is_read_where_there_are_both(tmp_path, beside):
+    folder = small_bert(tmp_path / "model")
+    one = CapturableModel.load(ModelLocation(folder)).capture(TEXTS[:1])[0]
+    whole = (folder / "model.safetensors").read_bytes()
+    in_two_shards(folder)
+    if beside:
+        (folder / "model.safetensors").write_bytes(whole)
+        # What the index of an older save names is gone.
+        (folder / "model-2.safetensors").unlink()
+    two = CapturableModel.load(ModelLocation(folder)).capture(TEXTS[:1])[0]
+    assert two.queries.equal(one.queries)
+    assert two.keys.equal(one.keys)
 
 
 def test_a_tokenizer_of_sentencepiece_asks_for_its_package(tmp_path, monkeypatch):

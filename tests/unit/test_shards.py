@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -19,7 +20,9 @@ from approxkmv.files import file_sha256, write_csv, write_parquet
 from approxkmv.models.recording import Layer
 from approxkmv.results.activations import read_activations, write_activations
 from approxkmv.results.shards import write_shard
-from approxkmv.results.tables import SHARDS
+from approxkmv.results.tables import SHARDS, read_shard_table
+from approxkmv.statistics.streaming import LengthStatistics
+from approxkmv.steps.lengths import _values
 
 OF_SHARDS = {
     "summary": ("--out", "tables"),
@@ -231,3 +234,80 @@ def test_what_is_written_of_a_text_is_read_again_and_a_bias_that_layers_share_is
             [],
             [1, 24, 24],
         ]
+
+
+def test_texts_are_read_in_order_however_large_their_numbers(tmp_path):
+    numbers = [3, 9_999_999, 10_000_000, 123_456_789]
+    texts = {number: captured_of(torch.ones(1, 1, 4, 2), torch.ones(1, 1, 4, 2), 0.5) for number in numbers}
+    special = {number: torch.zeros(4, dtype=torch.bool) for number in numbers}
+    path = tmp_path / "qk.safetensors"
+    write_activations(path, texts, special, "model m, weights a, texts b", causal=False, own_masks=False)
+    shard = read_activations(path, "m")
+    assert shard.numbers == tuple(numbers)
+    assert [item.context for item in shard.contexts] == numbers
+
+
+_KEYS = [f"keys_{share}_{what}" for share in (90, 99) for what in ("mean", "median", "largest")]
+_ROWS = ["entropy", "support", "keys_90", "keys_99", "first_mass", "sink_mass", "largest_weight"]
+_ROWS += ["column_norm", "stable_rank"]
+# Of each kind of shard its columns, and values that one may not hold.
+REFUSED: dict[str, dict[str, tuple[object, ...]]] = {
+    "contexts.csv": dict.fromkeys(("context", "tokens", "cut"), (-1, 0.5))
+    | dict.fromkeys(("used", "causal"), ("maybe", 2))
+    | {"mask": (3, np.nan), "left_out": ()},
+    "heads.parquet": dict.fromkeys(("context", "layer", "head", "max_prefix"), (-1, 0.5))
+    | dict.fromkeys(("max_ratio", "log_next", "log_double"), (-1.0, np.nan, np.inf)),
+    "prefixes.parquet": dict.fromkeys(("context", "layer", "head", "prefix"), (-1, 0.5)) | {"ratio": (-1.0, np.nan)},
+    "attention.parquet": dict.fromkeys(("context", "layer", "head", "tokens"), (-1, 0.5))
+    | dict.fromkeys(_ROWS, (-1.0, np.nan)),
+    "readings.parquet": dict.fromkeys(("context", "layer", "head"), (-1, 0.5))
+    | dict.fromkeys(("reading", "entries"), (3,))
+    | dict.fromkeys(("ratio", "log_next", "log_double"), (-1.0, "x"))
+    | dict.fromkeys(("underflows", "undefined"), (2, "maybe")),
+    "lengths.parquet": dict.fromkeys(("context", "layer", "head", "length"), (-1, 0.5))
+    | dict.fromkeys(("ratio", "log_next", "log_double", "softmax_ratio", *_KEYS), (-1.0, np.nan))
+    | {"tail_exponent": ("x",)},
+}
+ALLOWED = {"contexts.csv": {"left_out": np.nan}, "lengths.parquet": {"tail_exponent": -1.0}}
+ALLOWED["readings.parquet"] = {"ratio": np.nan, "log_next": np.inf, "log_double": np.nan}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_each_column_of_a_shard_is_there_and_holds_what_it_may(kind, tmp_path):
+    tables.whole(tmp_path)
+    path = tmp_path / f"0000.{kind}"
+    columns = REFUSED[kind]
+    read, write = (pd.read_csv, write_csv) if path.suffix == ".csv" else (pd.read_parquet, write_parquet)
+    whole = read(path)[list(columns)]
+    places = [name for name, values in columns.items() if values == (-1, 0.5)]
+    measured = [name for name in columns if name not in places]
+
+    def written(table: pd.DataFrame) -> pd.DataFrame:
+        write(path, table)
+        return read_shard_table(path, kind)
+
+    for name, values in columns.items():
+        with pytest.raises(TableError, match=f"lacks the columns {name}"):
+            written(whole.drop(columns=name))
+        for value in values:
+            with pytest.raises(TableError, match=f"column {name} must hold"):
+                written(whole.assign(**{name: value}))
+    for name, value in ALLOWED.get(kind, {}).items():
+        assert len(written(whole.assign(**{name: value}))) == len(whole)
+    # Masked columns are all there or none, and hold the same.
+    masked = whole[measured].add_prefix("masked_")
+    assert len(written(whole.join(masked))) == len(whole)
+    if len(measured) > 1:
+        with pytest.raises(TableError, match=f"lacks the columns masked_{measured[-1]}"):
+            written(whole.join(masked.iloc[:, :-1]))
+    if kind == "contexts.csv":
+        with pytest.raises(TableError, match="has no rows"):
+            written(whole.iloc[:0])
+    else:
+        assert written(whole.iloc[:0]).empty
+
+
+def test_keys_per_row_are_under_their_names():
+    found = LengthStatistics(0.1, 0.2, 0.3, 0.4, 0.5, (1.0, 2.0), (3.0, 4.0), (5, 6))
+    values = _values(found)
+    assert [values[name] for name in _KEYS] == [1.0, 3.0, 5.0, 2.0, 4.0, 6.0]

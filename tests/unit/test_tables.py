@@ -11,7 +11,8 @@ import pytest
 from approxkmv.config import Study, load_config, study_of
 from approxkmv.errors import TableError
 from approxkmv.figures import context_scaling, max_ratios, order_ratios, style
-from approxkmv.files import hash_file, write_parquet
+from approxkmv.files import hash_file, write_csv, write_json, write_parquet
+from approxkmv.results.tables import ModelTables, facts_of_attention, read_heads, read_overview
 from approxkmv.statistics.entries import CAUSAL, EVERY_KEY
 from approxkmv.statistics.readings import POWERS, READINGS
 from approxkmv.steps import readings_table
@@ -542,3 +543,87 @@ def test_the_table_of_readings_has_a_row_per_reading_and_entries(tmp_path, unit)
         assert len(part) == row["heads"]
         assert part["ratio"].max() == pytest.approx(row["largest_ratio"])
         np.testing.assert_allclose(part["double_ratio"].median(), row["median_double"])
+
+
+FACTS = {"model": "m", "label": "a model", "corpus": "c", "mask": "own", "left_out": ["a cap"], "paper_bound": 4.6}
+FACTS |= dict.fromkeys(("texts_used", "texts_too_short", "texts_cut"), 2) | {"layers": 3, "heads": 2}
+FACTS |= {"largest_ratio": 5.5, "largest_ratio_layer": 0, "largest_ratio_head": 1, "median_ratio": 1}
+FACTS |= {"heads_within_bound": 4, "lengths": [10, 20], "texts_missing": ["text 3"]}
+OF_MASK = ("largest_ratio", "median_ratio", "largest_ratio_layer", "largest_ratio_head", "heads_within_bound")
+MASKED_FACTS = {f"masked_{name}": FACTS[name] for name in OF_MASK}
+
+
+def test_the_facts_of_a_model_are_each_of_their_type(tmp_path):
+    path = tmp_path / "overview_m.json"
+
+    def read(facts: dict[str, object]) -> dict[str, object]:
+        write_json(path, facts)
+        return read_overview(path, *FACTS)
+
+    assert read(FACTS | MASKED_FACTS) == FACTS | MASKED_FACTS
+    for name, value in (FACTS | MASKED_FACTS).items():
+        wrong = {str: [3], list: ["x", [None], [3, "x"], [True]], int: [0.5, -1, "x", True], float: ["x", -1.0, True]}
+        # A number without a fraction may stand for any.
+        kind = float if name.endswith(("paper_bound", "_ratio")) else type(value)
+        for other in wrong[kind]:
+            with pytest.raises(TableError, match=name):
+                read(FACTS | MASKED_FACTS | {name: other})
+        if name not in ("mask", "left_out"):
+            with pytest.raises(TableError, match=f"lacks {name}"):
+                read({key: one for key, one in (FACTS | MASKED_FACTS).items() if key != name})
+    with pytest.raises(TableError, match="names no lengths"):
+        read(FACTS | {"lengths": []})
+    # Of those that are not asked for nothing is known, masked or not.
+    write_json(path, {"model": "m", "masked_median_ratio": "x", "lengths": "x"})
+    assert read_overview(path, "model")["model"] == "m"
+    for name, value in (("mask", 3), ("left_out", "x")):
+        write_json(path, {"model": "m", name: value})
+        with pytest.raises(TableError, match=name):
+            read_overview(path, "model")
+    # Versions before wrote neither.
+    for causal, words in ((True, CAUSAL), (False, EVERY_KEY), (None, EVERY_KEY)):
+        write_json(path, {"model": "m", "causal": causal})
+        facts = read_overview(path, "model")
+        assert (facts["mask"], facts["left_out"]) == (words, [])
+
+
+def test_a_table_has_one_row_for_each_head_and_no_other(tmp_path):
+    path = tmp_path / "heads_m.csv"
+    layer, head, prefix = (index.ravel() for index in np.indices((3, 2, 2)))
+    whole = pd.DataFrame({"layer": layer, "head": head, "prefix": 10 + prefix, "ratio": 1.5, "masked_ratio": 0.5})
+    facts = {"layers": 3, "heads": 2}
+
+    def read(table: pd.DataFrame, along: str | None) -> pd.DataFrame:
+        write_csv(path, table)
+        return read_heads(path, facts, {"ratio": "at least 0"}, along)
+
+    for along, table in (("prefix", whole), (None, whole[prefix == 0])):
+        assert len(read(table, along)) == len(table)
+        beyond = {"layer": table["layer"].replace(2, 3)}, {"head": table["head"].replace(1, 2)}
+        again = pd.concat([table.iloc[:-1], table.iloc[:1]])
+        for wrong in (table.iloc[1:], pd.concat([table, table.iloc[:1]]), again, *(table.assign(**x) for x in beyond)):
+            with pytest.raises(TableError, match="does not have one row for each of 3 layers and 2 heads"):
+                read(wrong, along)
+        for name in ("layer", "head", "ratio", "masked_ratio", *([along] if along else [])):
+            with pytest.raises(TableError, match=f"column {name} must hold"):
+                read(table.assign(**{name: -1}), along)
+    with pytest.raises(TableError, match="has no rows"):
+        read(whole.iloc[:0], None)
+
+
+def test_what_is_said_of_a_models_attention_is_what_its_shards_say():
+    contexts = pd.DataFrame({"causal": [True, True], "mask": "windows", "left_out": "the cap of 5; the learned sink"})
+    expected = {"causal": True, "mask": "windows", "left_out": ["the cap of 5", "the learned sink"]}
+    assert facts_of_attention(contexts) == expected
+    # An empty cell of a CSV is read as NaN.
+    for nothing in (np.nan, None):
+        plain = contexts.assign(causal=False, left_out=nothing)
+        assert facts_of_attention(plain) == {"causal": False, "mask": "windows", "left_out": []}
+
+
+def test_the_overview_comes_before_what_is_known_of_long_texts(tmp_path):
+    names = ModelTables(tmp_path, "m")
+    assert names.facts == names.lengths
+    for path in (names.lengths, names.overview):
+        path.touch()
+        assert names.facts == path

@@ -112,10 +112,16 @@ def local_files(source):
 
 
 def identity_of(source):
-    """What tells a model or a corpus on this disk from another that lay under the same name, be that newer or older."""
+    """What tells a model or a file on this disk from another that lay under the same name, be that newer or older."""
     kind, _, rest = source.partition(":")
     path = Path(rest).expanduser()
     return identity(path) if kind == "path" and path.exists() else ""
+
+
+def read_from(entry):
+    """What decides what is read of a model or a corpus: a change of its label alone must not measure it again."""
+    read = entry.model_dump(include={"source", "sha256", "files"}) if entry else ""
+    return escape(str(read))
 
 
 def package(command, *more):

@@ -1,3 +1,16 @@
+# What queries and keys depend on beside the model and the texts. It is among the params of all that is made from them
+# too: they are temporary, and once gone they cannot be newer than what was made with other settings.
+EXTRACTED = (
+    STUDY.min_tokens,
+    STUDY.max_tokens,
+    STUDY.dtype,
+    STUDY.device,
+    STUDY.batch_tokens,
+    STUDY.shard_contexts,
+    STUDY.rotary_scaling,
+)
+
+
 rule fetch:
     input:
         files=lambda wildcards: local_files(
@@ -12,7 +25,7 @@ rule fetch:
     priority: 10
     params:
         config=lambda wildcards: SETTINGS,
-        entry=lambda wildcards: str(model_of(checked(config), wildcards.model)),
+        entry=lambda wildcards: read_from(model_of(checked(config), wildcards.model)),
         identity=lambda wildcards: identity_of(
             model_of(checked(config), wildcards.model).source
         ),
@@ -35,15 +48,7 @@ rule extract:
         gpu=int(STUDY.device == "cuda"),
     params:
         config=lambda wildcards: SETTINGS,
-        settings=(
-            STUDY.min_tokens,
-            STUDY.max_tokens,
-            STUDY.dtype,
-            STUDY.device,
-            STUDY.batch_tokens,
-            STUDY.shard_contexts,
-            STUDY.rotary_scaling,
-        ),
+        settings=EXTRACTED,
         shard=lambda wildcards: int(wildcards.shard),
     shell:
         "approxkmv extract --model {wildcards.model} --location {input.location} --texts {input.texts} "

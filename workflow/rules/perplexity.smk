@@ -18,7 +18,7 @@ rule plan:
     params:
         config=lambda wildcards: SETTINGS,
         settings=escape(str(PERPLEXITY)),
-        corpus=escape(str(CORPUS)),
+        corpus=read_from(CORPUS),
         identity=identity_of(CORPUS.source) if CORPUS else "",
     shell:
         "approxkmv plan --location {input.location} --config {params.config} --out {output} --log {log}"
@@ -48,7 +48,7 @@ rule perplexity:
     params:
         config=lambda wildcards: SETTINGS,
         settings=escape(str(PERPLEXITY)),
-        corpus=escape(str(CORPUS)),
+        corpus=read_from(CORPUS),
         identity=identity_of(CORPUS.source) if CORPUS else "",
         plan=lambda wildcards, input: f"--plan {input.plan}" if input.plan else "",
     shell:

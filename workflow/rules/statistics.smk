@@ -16,7 +16,7 @@ rule statistics:
     threads: HALF
     params:
         config=lambda wildcards: SETTINGS,
-        settings=(STUDY.min_prefix, STUDY.prefixes),
+        settings=(EXTRACTED, STUDY.min_prefix, STUDY.prefixes),
     shell:
         "approxkmv statistics --model {wildcards.model} --activations {input.tensors} --config {params.config} "
         "--heads-out {output.heads} --prefixes-out {output.prefixes} --log {log}"
@@ -35,6 +35,7 @@ rule attention:
     threads: HALF
     params:
         config=lambda wildcards: SETTINGS,
+        settings=EXTRACTED,
     shell:
         "approxkmv attention --model {wildcards.model} --activations {input.tensors} --config {params.config} "
         "--out {output} --log {log}"
@@ -131,7 +132,7 @@ rule readings:
     threads: HALF
     params:
         config=lambda wildcards: SETTINGS,
-        settings=(STUDY.min_prefix, STUDY.readings_texts),
+        settings=(EXTRACTED, STUDY.min_prefix, STUDY.readings_texts),
     shell:
         "approxkmv readings --model {wildcards.model} --activations {input.tensors} --texts {input.texts} "
         "--config {params.config} --out {output} --log {log}"
@@ -236,7 +237,7 @@ rule lengths:
         gpu=int(STUDY.device == "cuda"),
     params:
         config=lambda wildcards: SETTINGS,
-        settings=(STUDY.lengths, STUDY.device),
+        settings=(EXTRACTED, STUDY.lengths),
     shell:
         "approxkmv lengths --model {wildcards.model} --activations {input.tensors} --contexts {input.contexts} "
         "--config {params.config} --out {output} --log {log}"

@@ -21,7 +21,7 @@ rule model_heads:
         config=lambda wildcards: SETTINGS,
         capture=escape(str(CAPTURE)),
         rotary_scaling=escape(str(STUDY.rotary_scaling)),
-        corpus=escape(str(CAPTURED)),
+        corpus=[read_from(corpus) for corpus in CAPTURED],
         identity=" ".join(identity_of(corpus.source) for corpus in CAPTURED),
     shell:
         "approxkmv model-heads --location {input.location} --config {params.config} --out {output.heads} "
@@ -56,6 +56,11 @@ rule sweep:
     params:
         config=lambda wildcards: SETTINGS,
         settings=escape(str(STUDY.sweep)),
+        vectors=[
+            identity_of(f"path:{path}")
+            for workload in (STUDY.sweep.workloads if STUDY.sweep else ())
+            for path in (workload.path, workload.tuning_path)
+        ],
         capture=lambda wildcards, input: (
             f"--capture {input.heads[0]} --tuning-capture {input.heads[1]}"
             if CAPTURE

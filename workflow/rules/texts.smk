@@ -14,7 +14,7 @@ checkpoint texts:
         f"{RESULTS}/logs/texts.log",
     params:
         config=lambda wildcards: SETTINGS,
-        corpus=(str(STUDY.corpus), STUDY.unit, STUDY.contexts, STUDY.seed),
+        corpus=(read_from(STUDY.corpus), STUDY.unit, STUDY.contexts, STUDY.seed),
         windows=STUDY.max_tokens if STUDY.long_texts == "windows" else None,
         identity=identity_of(STUDY.corpus.source) if STUDY.corpus else "",
         locations=lambda wildcards, input: [

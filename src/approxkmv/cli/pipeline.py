@@ -185,7 +185,7 @@ def summary(
         from approxkmv.provenance import describe
         from approxkmv.steps.summary import summarise
 
-        facts = summarise(chosen, entry, texts, statistics, out, describe())
+        facts = summarise(chosen, entry, texts, statistics, out, describe(chosen.conditions))
         notes.append(f"largest c {facts['largest_ratio']:.2f}")
 
 
@@ -331,7 +331,7 @@ def length_scaling(
         from approxkmv.provenance import describe
         from approxkmv.steps.length_scaling import summarise
 
-        facts = summarise(chosen, entry, texts, statistics, out, describe())
+        facts = summarise(chosen, entry, texts, statistics, out, describe(chosen.conditions))
         notes.append(f"n = {facts['lengths'][0]:,} to {facts['lengths'][-1]:,}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from approxkmv.config.keys import Configuration, Corpus, Model, StudySettings
 from approxkmv.config.reading import known, naming
@@ -37,6 +38,13 @@ class Study(StudySettings):
     def capture(self) -> CaptureSettings | None:
         """The heads of a model that its sweep uses."""
         return self.sweep.capture if self.sweep else None
+
+    @property
+    def conditions(self) -> dict[str, Any]:
+        """Under what conditions its models are measured, for the record of how their tables were made."""
+        of_texts = {"unit", "contexts", "seed", "min_tokens", "max_tokens", "long_texts"}
+        of_models = {"min_prefix", "dtype", "device", "batch_tokens", "rotary_scaling"}
+        return self.model_dump(mode="json", include=of_texts | of_models)
 
 
 def study_of(config: Configuration, name: str | None = None) -> Study:

@@ -51,12 +51,15 @@ def cut_into_passages(documents: Iterable[Document], unit: str) -> list[Passage]
 
     An article is all contexts of one title, in their order, with a blank line between them.
 
-    Raises ConfigError for question_context when the corpus has no questions.
+    Raises ConfigError for question_context when the corpus has no questions, for article when a text has no title.
     """
     passages: list[Passage] = []
     if unit == "article":
         articles: dict[str, list[str]] = {}
         for document in documents:
+            if not document.name:
+                # All texts without a title would be one article.
+                raise ConfigError(f"unit is article, but {document.context[:40]!r} has no title: use context")
             articles.setdefault(document.name, []).append(document.context)
         documents = [Document(name, "\n\n".join(contexts)) for name, contexts in articles.items()]
     for document in documents:

@@ -8,6 +8,8 @@ computed without it, with the same code of transformers, so that the deeper laye
 from __future__ import annotations
 
 import contextlib
+import inspect
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
@@ -25,6 +27,9 @@ from approxkmv.models.recording import ADVICE, Layer, Recording
 # Names without "sdpa", "flash" or "flex", which transformers treats specially.
 FUSED = "approxkmv_fused"
 PLAIN = "approxkmv_plain"
+
+# In the code of a class whose layers hide keys (learned sparse attention) under these names of transformers alone.
+HIDES_BY_NAME = re.compile(r"\._attn_implementation in \(")
 
 _current: ContextVar[Recording | None] = ContextVar("recording", default=None)
 
@@ -57,10 +62,15 @@ def implementation_for(model_class: Any) -> str:
     Without it (Gemma2 caps its logits, GPT-OSS has sinks) the function in the class's own module is used.
 
     Raises:
-        CaptureError: the class does not call the attention interface.
+        CaptureError: the class does not call the attention interface, or computes something else under another name.
     """
     if not model_class._can_set_attn_implementation():
         raise CaptureError(f"{model_class.__name__} does not use the attention interface of transformers: {ADVICE}")
+    if HIDES_BY_NAME.search(inspect.getsource(sys.modules[model_class.__module__])):
+        raise CaptureError(
+            f"{model_class.__name__} chooses keys for each query (learned sparse attention) only where transformers' "
+            f"own attention runs: {ADVICE}"
+        )
     return FUSED if model_class._supports_sdpa else PLAIN
 
 

@@ -169,6 +169,6 @@ def _records(tables: Path, left: Collection[Path]) -> list[dict[str, Any]]:
         if isinstance(record, dict) and {"command", "machine", "versions"} <= record.keys():
             check_keys(path, record, {"machine": dict, "versions": dict})
             check_keys(path, record["machine"], {"cores": int, "processor": str, "device": str})
-            made = {name: record.get(name) for name in ("command", "commit", "machine", "versions")}
+            made = {name: record.get(name) for name in ("command", "commit", "machine", "versions", "settings")}
             found.append({"table": path.stem, "source": facts.get("source")} | made)
     return found

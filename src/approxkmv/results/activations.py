@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -134,7 +133,7 @@ def read_activations(path: Path, model: str) -> Shard:
     def each() -> Iterator[Activations]:
         with safe_open(path, framework="pt") as handle:
             for context, own in names_of.items():
-                found = {name[8:]: handle.get_tensor(name) for name in own}
+                found = {name.partition(".")[2]: handle.get_tensor(name) for name in own}
                 spans = found.get("spans")
                 try:
                     if spans is not None and not bool(_inside(spans, found["queries"].shape[2]).all()):
@@ -156,10 +155,11 @@ def _names_of_texts(handle: Any, layers: int) -> dict[int, list[str]]:
     """The names of each text's tensors. Raises KeyError or ValueError unless they have the shapes of Activations."""
     names_of: dict[int, list[str]] = defaultdict(list)
     for name in sorted(handle.keys()):
-        if re.match(r"[0-9]{7}\.", name):
-            names_of[int(name[:7])].append(name)
+        text, _, what = name.partition(".")
+        if what:
+            names_of[int(text)].append(name)
     for context, own in names_of.items():
-        found = {name[8:]: handle.get_slice(name) for name in own}
+        found = {name.partition(".")[2]: handle.get_slice(name) for name in own}
         shape = found["queries"].get_shape()
         if len(shape) != 4 or shape[0] != layers or 0 in shape:
             raise ValueError(f"text {context} has queries of the shape {shape}, and {layers} scales")
@@ -169,7 +169,7 @@ def _names_of_texts(handle: Any, layers: int) -> dict[int, list[str]]:
         for what, (of_shape, kinds) in wanted.items():
             if found[what].get_shape() != of_shape or found[what].get_dtype() not in kinds:
                 raise ValueError(f"text {context} has {what} of another shape or type than its queries ask for")
-    return names_of
+    return dict(sorted(names_of.items()))
 
 
 def _inside(spans: torch.Tensor, n: int) -> torch.Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 
 from approxkmv.config import CorpusEntry, ModelEntry, Study
 from approxkmv.errors import SourceError, TableError
+from approxkmv.files import read_json
 from approxkmv.lock import hold, release
 from approxkmv.models.sources import HubSource, ModelSource, PathSource, parse_source
 from approxkmv.progress import LOG, Times, step
@@ -165,7 +166,7 @@ def check(source: str, text: Path | None, contexts: int, out: Path) -> dict[str,
     """
     study = study_of_one(source, text, contexts)
     (name,) = study.models
-    refuse_others(out, name)
+    refuse_others(out, parse_source(source))
     hold(out / LOCK, f"a check that writes {out}")
     work = out / WORK
     shutil.rmtree(work, ignore_errors=True)
@@ -186,14 +187,25 @@ def check(source: str, text: Path | None, contexts: int, out: Path) -> dict[str,
     return found
 
 
-def refuse_others(out: Path, name: str) -> None:
+def refuse_others(out: Path, source: ModelSource) -> None:
     """Raise TableError unless the folder is new or empty or has an earlier check of this model."""
+    name = name_of(source)
     if out.exists() and not out.is_dir():
         raise TableError(f"{out} is not a folder: name another with --out")
     others = [path for path in (out.iterdir() if out.is_dir() else ()) if path.name not in (WORK, LOCK)]
     # A check that was killed while it put its results in place has its tables still in WORK.
     if others and not any((room / "tables" / f"overview_{name}.json").is_file() for room in (out, out / WORK)):
         raise TableError(f"{out} is not empty and has no check of {name}: name another folder with --out")
+    earlier = source
+    with contextlib.suppress(TableError, SourceError):  # where there is no verdict
+        earlier = parse_source(read_json(out / "verdict.json", {"source": str})["source"])
+    # Checkpoints of two runs, or two revisions, have one name.
+    if _place(earlier) != _place(source):
+        raise TableError(f"{out} has a check of {earlier}: name another folder with --out")
+
+
+def _place(source: ModelSource) -> ModelSource | Path:
+    return source.path.resolve() if isinstance(source, PathSource) else source
 
 
 def _measure(study: Study, name: str, work: Path) -> dict[str, Any]:
@@ -254,7 +266,7 @@ def _measure(study: Study, name: str, work: Path) -> dict[str, Any]:
             f"none of {counted(len(tokens), 'text')} has {study.min_tokens} tokens: give longer ones with --text"
         )
     with step("tables"):
-        provenance = describe()
+        provenance = describe(study.conditions)
         summarise(study, entry, texts, statistics, tables, provenance)
         write_attention_table(study, name, texts, statistics, tables)
         summarise_readings(study, entry, texts, statistics, tables)

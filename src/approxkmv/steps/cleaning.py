@@ -45,9 +45,10 @@ SHARDS = ["statistics/{}/*", "activations/{}/*"]
 
 
 def remove_half_written(results: Path) -> None:
-    """Remove half-written files of killed runs, and locations of models that are gone or have changed.
+    """Remove half-written files of killed runs, locations of models that are gone or have changed, and facts of before.
 
     The name of a half-written file contains the number of the process that wrote it; those of living processes stay.
+    In a folder that is now one of long texts, figures would take the earlier facts of a model for the present ones.
     """
     for path in results.rglob(".*"):
         number = path.name.split(".")[-2] if path.name.count(".") >= 3 else ""
@@ -58,6 +59,9 @@ def remove_half_written(results: Path) -> None:
             read_location(path)
         except TableError:
             path.unlink(missing_ok=True)
+    study = study_in(results)
+    for model in study.models if study and study.lengths else ():
+        (results / "tables" / f"overview_{model}.json").unlink(missing_ok=True)
 
 
 def remove_damaged(results: Path) -> list[str]:
@@ -65,12 +69,13 @@ def remove_damaged(results: Path) -> list[str]:
 
     Shards without a hash are removed too, since a kill can leave them so, and truncated activations. Returns a line for
     each. Call it before a run, when nothing is being written: the workflow then regenerates the files. Everything made
-    from them is removed as well, since a workflow whose last files exist does not check the intermediate ones.
+    from them is removed as well, since a workflow whose last files exist does not check the intermediate ones. What an
+    earlier study left is not in use, and stays until it is cleaned.
     """
-    lines = []
+    lines, left = [], set(leftovers(results))
     # Skip names that start with a dot: half-written, by a living process or left to remove_half_written.
     for path in sorted((results / "statistics").glob("*/[!.]*")):
-        if path.suffix == ".sha256" or not path.is_file():
+        if path.suffix == ".sha256" or path in left or not path.is_file():
             continue
         if not hash_file(path).is_file():
             lines.append(_remove(path, "has no checksum"))
@@ -151,6 +156,9 @@ def leftovers(results: Path) -> list[Path]:
         shards = shard_count(texts, study.shard_contexts)
         numbered = (path for kind in SHARDS for path in results.glob(kind.format("*")))
         found |= {path for path in numbered if path.name[:4].isdigit() and int(path.name[:4]) >= shards}
+    # In a folder that was once of long texts, or of others.
+    of_statistics = results.glob("statistics/*/*.parquet*")
+    found |= {path for path in of_statistics if (".lengths." in path.name) != bool(study.lengths)}
     return sorted(found)
 
 
