@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 import yaml
-from models_support import VOCABULARY
+from models_support import REFUSED, VOCABULARY
 
 from approxkmv import cli
 from approxkmv.attention import UnavailableError, get
@@ -153,6 +153,7 @@ def test_seconds_are_those_of_all_layers_but_the_warm_up_and_every_layer_has_a_s
         ("BertConfig", {}, "BertConfig is not that of a causal language model"),
         ("Gemma2Config", {"head_dim": 8}, "does not let its attention be replaced"),
         ("OpenAIGPTConfig", {"n_embd": 32, "n_layer": 2, "n_head": 4}, "does not let its attention be replaced"),
+        (*REFUSED["DeepSeek-V3.2"], "DeepseekV32ForCausalLM chooses keys for each query"),
     ],
 )
 def test_other_models_are_refused_with_the_reason(class_name, more, message, tmp_path):

@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 import transformers
+from models_support import REFUSED
 
 from approxkmv.attention import Method, get
 from approxkmv.compute.counting import count
@@ -283,4 +284,11 @@ def test_a_model_that_caps_its_logits_takes_no_plan():
         num_key_value_heads=2, head_dim=8,
     )  # fmt: skip
     with pytest.raises(CaptureError, match="Gemma2ForCausalLM does not let its attention be replaced"):
+        fast.use_plan(transformers.AutoModelForCausalLM.from_config(config), EXACT)
+
+
+def test_a_model_that_chooses_its_keys_takes_no_plan():
+    name, settings = REFUSED["DeepSeek-V3.2"]
+    config = getattr(transformers, name)(**settings | {"num_hidden_layers": 2, "vocab_size": 90})
+    with pytest.raises(CaptureError, match="DeepseekV32ForCausalLM chooses keys for each query"):
         fast.use_plan(transformers.AutoModelForCausalLM.from_config(config), EXACT)

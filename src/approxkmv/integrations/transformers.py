@@ -18,7 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from approxkmv.errors import CaptureError, InputError
-from approxkmv.models.interface import scale_of
+from approxkmv.models.interface import refuse_learned_sparsity, scale_of
 from approxkmv.perplexity.plan import Plan, read_plan
 from approxkmv.perplexity.replacement import heads, refuse_what_no_method_does
 
@@ -48,6 +48,7 @@ def use_plan(model: PreTrainedModel, plan: str | Path | Plan) -> None:
     found.check_shape(int(config.num_hidden_layers), int(config.num_attention_heads))
     if not (model._can_set_attn_implementation() and model._supports_sdpa):
         raise CaptureError(f"{type(model).__name__} does not let its attention be replaced by plain softmax attention")
+    refuse_learned_sparsity(type(model))
     layers = [module for module in model.modules() if isinstance(getattr(module, "layer_idx", None), int)]
     _before.setdefault(model, model.config._attn_implementation)
     for layer in layers:

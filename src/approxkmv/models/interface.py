@@ -56,6 +56,16 @@ def is_causal(module: torch.nn.Module, options: Mapping[str, Any]) -> bool:
     return bool(getattr(module, "is_causal", True) if flag is None else flag)
 
 
+def refuse_learned_sparsity(model_class: Any) -> None:
+    """Raise CaptureError for a class whose layers see other keys under an attention of ours than under its own."""
+    names = {kind.__module__ for kind in model_class.__mro__ if kind.__module__.startswith("transformers.models.")}
+    if any(HIDES_BY_NAME.search(inspect.getsource(sys.modules[name])) for name in names):
+        raise CaptureError(
+            f"{model_class.__name__} chooses keys for each query (learned sparse attention) only where transformers' "
+            f"own attention runs: {ADVICE}"
+        )
+
+
 def implementation_for(model_class: Any) -> str:
     """The attention implementation for a class of models: FUSED if transformers allows it for the class, else PLAIN.
 
@@ -66,11 +76,7 @@ def implementation_for(model_class: Any) -> str:
     """
     if not model_class._can_set_attn_implementation():
         raise CaptureError(f"{model_class.__name__} does not use the attention interface of transformers: {ADVICE}")
-    if HIDES_BY_NAME.search(inspect.getsource(sys.modules[model_class.__module__])):
-        raise CaptureError(
-            f"{model_class.__name__} chooses keys for each query (learned sparse attention) only where transformers' "
-            f"own attention runs: {ADVICE}"
-        )
+    refuse_learned_sparsity(model_class)
     return FUSED if model_class._supports_sdpa else PLAIN
 
 

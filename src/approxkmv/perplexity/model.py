@@ -12,6 +12,7 @@ import torch
 
 from approxkmv.errors import CaptureError, InputError, NonFiniteError
 from approxkmv.models.capture import DTYPES, device_named, max_positions
+from approxkmv.models.interface import refuse_learned_sparsity
 from approxkmv.models.loading import causal_class, load_causal_model, load_config
 from approxkmv.models.sources import ModelLocation, identity
 from approxkmv.models.tokenizer import load_tokenizer
@@ -66,6 +67,7 @@ class CausalModel:
         wanted = causal_class(load_config(location))
         if not (wanted._can_set_attn_implementation() and wanted._supports_sdpa):
             raise CaptureError(f"{wanted.__name__} does not let its attention be replaced by plain softmax attention")
+        refuse_learned_sparsity(wanted)
         with running_out_of_memory("the model"):
             return cls(load_causal_model(location, dtype=DTYPES[dtype], attention=REPLACED).to(place), location, place)
 
