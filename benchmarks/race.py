@@ -15,6 +15,7 @@ from scipy.special import stdtrit
 from approxkmv.attention.blocks.chunks import chunk_length
 from approxkmv.figures.crossover import crossover
 from approxkmv.figures.sweep_table import contenders, of_what, read_sweep
+from approxkmv.files import read_json
 from approxkmv.statistics.growth import PAPER_BOUND
 from approxkmv.sweep.exponents import fit_exponent
 
@@ -563,7 +564,7 @@ def _in_models() -> pd.DataFrame:
         for place in (study, f"{ELSEWHERE}/{study}"):
             if (table := _sweep(place)) is not None:
                 lacks = f" ({found})" if place != study and (found := _untimed(table, study)) else ""
-                line = {"heads of, on": what, "study": f"`{study}`", "machine": f"{_on(place)}{lacks}"}
+                line = {"model, text": what, "study": f"`{study}`", "machine": f"{_on(place)}{lacks}"}
                 lines.append(line | {"fastest": _in_a_model(table)[1]})
     return pd.DataFrame(lines)
 
@@ -756,7 +757,11 @@ def _printed_cost() -> str:
     folder = REFERENCE / "complexity" / "tables"
     fits, n = pd.read_csv(folder / "complexity_fits.csv"), pd.read_csv(folder / "complexity.csv")["n"].max()
     over = fits[fits["quantity"] == "total"]["over_n_squared"]
-    return f"{over.min():,.0f} to {over.max():,.0f} times as often as the exact product at n = {n:,}"
+    epsilon = read_json(folder / "complexity.json")["settings"]["epsilon"]
+    return (
+        f"{over.min():,.0f} to {over.max():,.0f} times as often as the exact product (n = {n:,}, "
+        f"epsilon = {epsilon:g}, {len(over)} synthetic kernels)"
+    )
 
 
 NUMBERS: dict[str, Callable[[], str]] = {

@@ -399,6 +399,14 @@ def test_the_location_of_another_model_is_refused(project: Project):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("path", ["~nobody-of-this-name/x.npy", f"{'x' * 300}.npy"])
+def test_word_vectors_that_cannot_be_looked_at_are_left_to_the_step_that_reads_them(path, project: Project):
+    project.configure(operator={"path": path})
+    code, output = project.snakemake("--dry-run")
+    assert code == 0, output
+
+
+@pytest.mark.slow
 def test_a_disk_that_fills_up_while_activations_are_written_is_one_line_and_the_next_run_is_whole(project: Project):
     """A limit on the size of files stops the writing in the middle, as a full disk does; the log is on a full one."""
     assert fetch(project, "bert")[0] == 0

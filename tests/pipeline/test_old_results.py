@@ -117,6 +117,19 @@ def test_shards_of_two_origins_are_refused_in_one_table(tmp_path: Path, monkeypa
     assert len(remove_damaged(tmp_path)) == 1
 
 
+def test_texts_that_cannot_be_read_do_not_keep_a_run_from_making_them_again(project: Project, monkeypatch):
+    monkeypatch.chdir(project.folder)
+    assert project.approxkmv("texts", "--out", "results/tiny/texts.parquet")[0] == 0
+    shutil.copy(project.folder / "config.yaml", project.results / "config.yaml")
+    shard = project.results / "statistics" / "bert" / "0000.contexts.csv"
+    shard.parent.mkdir(parents=True)
+    shard.write_text("context\n")
+    (project.results / "texts.parquet").write_bytes(b"")
+    with pytest.raises(TableError, match=r"texts\.parquet"):
+        leftovers(project.results)
+    assert ["has no checksum" in line for line in remove_damaged(project.results)] == [True]
+
+
 def test_a_location_of_changed_weights_goes_before_a_run_and_old_shards_once_there_is_a_new_one(
     project: Project, monkeypatch
 ):

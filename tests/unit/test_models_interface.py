@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from models_support import SMALL, TEXTS, save_random, save_small
+import transformers
+from models_support import ARCHITECTURES, REFUSED, SMALL, TEXTS, save_random, save_small
 
 from approxkmv.errors import CaptureError
 from approxkmv.models import CapturableModel, interface
@@ -84,6 +85,18 @@ def test_a_class_that_computes_attention_elsewhere_is_refused():
         pytest.raises(CaptureError, match="OtherAttention has no attention function in its own module"),
     ):
         interface._plain(OtherAttention(), *tensors(), None, scaling=0.5)
+
+
+def test_learned_sparse_attention_is_refused_inside_another_model_too():
+    def model(text: str) -> transformers.PreTrainedModel:
+        name, settings = (ARCHITECTURES | REFUSED)[text]
+        config = transformers.LlavaConfig(text_config=getattr(transformers, name)(**settings))
+        with torch.device("meta"):
+            return transformers.LlavaModel(config)
+
+    with pytest.raises(CaptureError, match="DeepseekV32Model chooses keys for each query"):
+        interface.refuse_learned_sparsity(map(type, model("DeepSeek-V3.2").modules()))
+    interface.refuse_learned_sparsity(map(type, model("DeepSeek-V3").modules()))
 
 
 def test_a_class_computes_its_attention_fused_where_it_may(tmp_path):

@@ -101,8 +101,8 @@ wildcard_constraints:
 def local_files(source):
     """The files of a source on this disk, so that an edit of one reruns what reads it."""
     kind, _, rest = source.partition(":")
-    path = Path(rest).expanduser()
-    if kind != "path" or not path.exists():
+    path = Path(os.path.expanduser(rest))
+    if kind != "path" or not os.path.exists(path):
         return []
     return (
         [str(path)]
@@ -114,8 +114,10 @@ def local_files(source):
 def identity_of(source):
     """What tells a model or a file on this disk from another that lay under the same name, be that newer or older."""
     kind, _, rest = source.partition(":")
-    path = Path(rest).expanduser()
-    return identity(path) if kind == "path" and path.exists() else ""
+    # Path's own would raise for an unknown user or too long a name.
+    path = Path(os.path.expanduser(rest))
+    with one_line_errors():
+        return identity(path) if kind == "path" and os.path.exists(path) else ""
 
 
 def read_from(entry):

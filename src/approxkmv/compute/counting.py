@@ -44,7 +44,7 @@ _watching = _Watching()
 
 @contextmanager
 def counting() -> Iterator[Counts]:
-    """Count the work of methods inside the block, that is, of this thread and the loops it runs on others.
+    """Count the work of methods inside the block, that is, of this thread and of compiled loops that it runs.
 
     >>> import torch
     >>> from approxkmv.attention import get

@@ -48,7 +48,7 @@ def use_plan(model: PreTrainedModel, plan: str | Path | Plan) -> None:
     found.check_shape(int(config.num_hidden_layers), int(config.num_attention_heads))
     if not (model._can_set_attn_implementation() and model._supports_sdpa):
         raise CaptureError(f"{type(model).__name__} does not let its attention be replaced by plain softmax attention")
-    refuse_learned_sparsity(type(model))
+    refuse_learned_sparsity(map(type, model.modules()))
     layers = [module for module in model.modules() if isinstance(getattr(module, "layer_idx", None), int)]
     _before.setdefault(model, model.config._attn_implementation)
     for layer in layers:

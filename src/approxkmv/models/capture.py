@@ -99,7 +99,7 @@ class CapturableModel:
         """
         # transformers takes seconds to import: not before a model is wanted.
         from approxkmv.models.families import ADAPTERS
-        from approxkmv.models.interface import implementation_for
+        from approxkmv.models.interface import implementation_for, refuse_learned_sparsity
         from approxkmv.models.loading import backbone_class, load_backbone, load_config
         from approxkmv.models.rotary import scale_rotary
 
@@ -114,6 +114,7 @@ class CapturableModel:
             scale_rotary(config, rotary_scaling["method"], float(rotary_scaling["factor"]))
             changed = config
         backbone = load_backbone(location, dtype=DTYPES[dtype], attention=attention, config=changed)
+        refuse_learned_sparsity(map(type, backbone.modules()))
         if config.is_encoder_decoder:
             backbone = backbone.get_encoder()
         text_config = backbone.config.get_text_config()

@@ -11,7 +11,7 @@ import contextlib
 import inspect
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
 
@@ -56,14 +56,15 @@ def is_causal(module: torch.nn.Module, options: Mapping[str, Any]) -> bool:
     return bool(getattr(module, "is_causal", True) if flag is None else flag)
 
 
-def refuse_learned_sparsity(model_class: Any) -> None:
-    """Raise CaptureError for a class whose layers see other keys under an attention of ours than under its own."""
-    names = {kind.__module__ for kind in model_class.__mro__ if kind.__module__.startswith("transformers.models.")}
-    if any(HIDES_BY_NAME.search(inspect.getsource(sys.modules[name])) for name in names):
-        raise CaptureError(
-            f"{model_class.__name__} chooses keys for each query (learned sparse attention) only where transformers' "
-            f"own attention runs: {ADVICE}"
-        )
+def refuse_learned_sparsity(classes: Iterable[type]) -> None:
+    """Raise CaptureError if one of the classes sees other keys under an attention of ours than under its own."""
+    for found in dict.fromkeys(classes):
+        names = {kind.__module__ for kind in found.__mro__ if kind.__module__.startswith("transformers.models.")}
+        if any(HIDES_BY_NAME.search(inspect.getsource(sys.modules[name])) for name in names):
+            raise CaptureError(
+                f"{found.__name__} chooses keys for each query (learned sparse attention) only where transformers' own "
+                f"attention runs: {ADVICE}"
+            )
 
 
 def implementation_for(model_class: Any) -> str:
@@ -76,7 +77,7 @@ def implementation_for(model_class: Any) -> str:
     """
     if not model_class._can_set_attn_implementation():
         raise CaptureError(f"{model_class.__name__} does not use the attention interface of transformers: {ADVICE}")
-    refuse_learned_sparsity(model_class)
+    refuse_learned_sparsity([model_class])
     return FUSED if model_class._supports_sdpa else PLAIN
 
 

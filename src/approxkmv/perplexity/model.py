@@ -40,7 +40,8 @@ class CausalModel:
     """Use CausalModel.load."""
 
     def __init__(self, model: Any, location: ModelLocation, device: torch.device) -> None:
-        """Raises CaptureError for a model whose predictions depend on later tokens."""
+        """Raises CaptureError for learned sparse attention, and for predictions that depend on later tokens."""
+        refuse_learned_sparsity(map(type, model.modules()))
         self._model = model
         self._location = location
         self.device = device
@@ -67,7 +68,6 @@ class CausalModel:
         wanted = causal_class(load_config(location))
         if not (wanted._can_set_attn_implementation() and wanted._supports_sdpa):
             raise CaptureError(f"{wanted.__name__} does not let its attention be replaced by plain softmax attention")
-        refuse_learned_sparsity(wanted)
         with running_out_of_memory("the model"):
             return cls(load_causal_model(location, dtype=DTYPES[dtype], attention=REPLACED).to(place), location, place)
 

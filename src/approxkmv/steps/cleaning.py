@@ -72,7 +72,9 @@ def remove_damaged(results: Path) -> list[str]:
     from them is removed as well, since a workflow whose last files exist does not check the intermediate ones. What an
     earlier study left is not in use, and stays until it is cleaned.
     """
-    lines, left = [], set(leftovers(results))
+    lines, left = [], set[Path]()
+    with contextlib.suppress(TableError):  # over texts that this run may make again
+        left = set(leftovers(results))
     # Skip names that start with a dot: half-written, by a living process or left to remove_half_written.
     for path in sorted((results / "statistics").glob("*/[!.]*")):
         if path.suffix == ".sha256" or path in left or not path.is_file():
