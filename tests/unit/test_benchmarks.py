@@ -338,7 +338,9 @@ def test_numbers_of_the_race_in_sentences(race, monkeypatch, tmp_path):
     costs = {"quantity": ["total", "heavy", "total"], "over_n_squared": [1367.3, 3.9, 813.3]}
     pd.DataFrame(costs).to_csv(tmp_path / "complexity" / "tables" / "complexity_fits.csv")
     pd.DataFrame({"n": [256, 1024]}).to_csv(tmp_path / "complexity" / "tables" / "complexity.csv")
-    assert race.NUMBERS["printed-cost"]() == "813 to 1,367 times as often as the exact product at n = 1,024"
+    (tmp_path / "complexity" / "tables" / "complexity.json").write_text('{"settings": {"epsilon": 0.2}}')
+    said = "813 to 1,367 times as often as the exact product (n = 1,024, epsilon = 0.2, 2 synthetic kernels)"
+    assert race.NUMBERS["printed-cost"]() == said
     # A cell that two studies have is one, and within the noise nothing wins.
     name = "approxkmv-paper"
     race.tables["long"] = [row_of("glove", 64, name, 1.2, 0.9), row_of("glove", 128, name, 3.0, reached="no")]

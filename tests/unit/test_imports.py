@@ -129,10 +129,13 @@ def test_every_rule_names_its_own_command():
 
 
 @pytest.mark.slow
-def test_the_lists_of_all_rules_cost_less_than_a_second():
+def test_the_lists_of_all_rules_cost_little_more_than_reading_each_file_once():
+    # Beside the time to parse the package, since a bound in seconds would be one on the machine
     code = (
-        "import sys, time; from approxkmv.imports import command_files; start = time.process_time();"
-        "[command_files(command, 'attention') for command in sys.argv[1:]]; print(time.process_time() - start)"
+        "import ast, sys, time; from approxkmv.imports import ROOT, command_files; times = [time.process_time()];"
+        "[ast.parse(path.read_bytes()) for path in ROOT.rglob('*.py')]; times.append(time.process_time());"
+        "[command_files(command, 'attention') for command in sys.argv[1:]]; times.append(time.process_time());"
+        "print((times[2] - times[1]) / (times[1] - times[0]))"
     )
     done = subprocess.run([sys.executable, "-c", code, *STEPS], capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 1
+    assert float(done.stdout) < 3
