@@ -480,12 +480,13 @@ def kinds() -> dict[str, Callable[[np.random.Generator], None]]:
 
 def call(kind: str, seed: int) -> tuple[str, str]:
     """Make one call: "answered", "refused" or "failed", and why it was refused or failed."""
+    run = kinds()[kind]
     # By the name and not its place, so that a new kind changes no other's calls.
     rng = np.random.default_rng([*kind.encode(), seed])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            kinds()[kind](rng)
+            run(rng)
         except ApproxKMVError as error:
             message = str(error)
             return ("refused", message) if message and "\n" not in message else ("failed", f"not one line: {message}")
@@ -497,4 +498,6 @@ def call(kind: str, seed: int) -> tuple[str, str]:
 
 
 if __name__ == "__main__":
-    print(*call(sys.argv[1], int(sys.argv[2])))
+    outcome, why = call(sys.argv[1], int(sys.argv[2]))
+    print(outcome, why)
+    sys.exit(outcome == "failed")

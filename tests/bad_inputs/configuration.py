@@ -236,6 +236,7 @@ CHANGES: list[tuple[str, str, Any]] = [
     ("a factor that is infinite", "studies.tiny.rotary_scaling", {"factor": float("inf")}),
     ("a factor that is NaN", "studies.tiny.rotary_scaling", {"factor": float("nan")}),
     ("a factor of 1", "studies.tiny.rotary_scaling", {"factor": 1}),
+    ("a scaling that perplexity would leave out", "studies.tiny.rotary_scaling", {"factor": 2}),
     ("a scaling without a factor", "studies.tiny.rotary_scaling", {"method": "yarn"}),
     ("no texts", "studies.tiny.contexts", 0),
     ("2^64 texts", "studies.tiny.contexts", HUGE),

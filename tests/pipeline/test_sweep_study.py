@@ -38,6 +38,10 @@ def sweeper(project: Project) -> Project:
 
 @pytest.mark.slow
 def test_the_study_through_snakemake_writes_table_and_figures(sweeper: Project):
+    scaling = {"method": "linear", "factor": 2.0}
+    config = sweeper.read()
+    config["studies"]["tiny"]["rotary_scaling"] = scaling
+    sweeper.write(config)
     code, output = sweeper.snakemake()
     assert code == 0, output
     heads = load_file(sweeper.results / "sweep" / "heads.safetensors")
@@ -52,6 +56,7 @@ def test_the_study_through_snakemake_writes_table_and_figures(sweeper: Project):
     assert len(table) == 3 * 4
     record = json.loads((sweeper.results / "tables" / "sweep.json").read_text())
     assert record["provenance"]["versions"]["torch"]
+    assert record["provenance"]["settings"] == {"rotary_scaling": scaling}
     assert (sweeper.results / "tables" / "sweep_exponents.csv").is_file()
     for name in FIGURES:
         assert (sweeper.results / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")

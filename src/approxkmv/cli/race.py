@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -76,6 +76,7 @@ def sweep(
     Example: approxkmv sweep --study embedded --out sweep.csv
     """
     log_to(log)
+    beside: dict[str, Any] = {}
     if settings is not None:
         from approxkmv.sweep.settings_file import read_settings
 
@@ -90,13 +91,15 @@ def sweep(
 
             for path in filter(None, captures):
                 check_capture(path, named.capture)
+            # What a sweep's own settings do not say of its heads
+            beside = named.model_dump(mode="json", include={"rotary_scaling"})
         chosen = named.sweep.with_capture(*captures)
         chosen = replace(chosen, cache=chosen.cache or load_config(config).cache)
     with step(f"sweep      {out.stem}"):
         from approxkmv.provenance import describe
         from approxkmv.sweep import run_sweep
 
-        run_sweep(chosen, out, describe(), say=lambda line: LOG.info("  %s", line))
+        run_sweep(chosen, out, describe(beside), say=lambda line: LOG.info("  %s", line))
 
 
 @app.command()

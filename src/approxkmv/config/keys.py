@@ -190,7 +190,8 @@ class StudySettings(Section):
     """On how many texts, spread evenly over the study's, c is measured under the other readings of its definition; null
     takes all. A text takes several times as long as for Experiments (i) and (ii)."""
     prefixes: Annotated[tuple[Count, ...], each_once(1), AfterValidator(_ascending)] = (*range(50, 501, 50), 512)
-    """Prefix lengths at which c is recorded, to show its scaling with length (A.1.3)."""
+    """Prefix lengths at which c is recorded, to show its scaling with length (A.1.3); those below min_prefix or beyond
+    a text are left out."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Floating-point type of the model's forward pass; statistics are always in float64."""
     device: Literal["cpu", "cuda"] = "cpu"
@@ -201,7 +202,8 @@ class StudySettings(Section):
     """Texts per job; bounds a job's memory and the size of its temporary activations file."""
     rotary_scaling: RotaryScaling | None = None
     """Extend a model with rotary embeddings beyond its positions. One run serves all lengths, since every position is
-    scaled; results on short texts then differ from the unscaled model's. null leaves the model as it is."""
+    scaled; results on short texts then differ from the unscaled model's. null leaves the model as it is, as perplexity
+    needs it."""
     lengths: Annotated[tuple[Annotated[int, at_least(3)], ...], each_once(), AfterValidator(_ascending)] = ()
     """If not empty, the study is one of long texts: c, order ratios and the keys that hold a row's mass are computed at
     these lengths instead of prefixes, in strips, without an n x n array. Lengths that a text or a model does not reach
@@ -218,6 +220,8 @@ class StudyKeys(StudySettings, References):
             raise ValueError(
                 "has nothing to do: give it models and a corpus, a sweep, perplexity, operator or complexity"
             )
+        if self.perplexity is not None and self.rotary_scaling is not None:
+            raise ValueError("rotary_scaling does not apply to perplexity: give perplexity a study of its own")
         if self.min_tokens > self.max_tokens:
             raise ValueError("min_tokens is above max_tokens")
         if self.lengths:
