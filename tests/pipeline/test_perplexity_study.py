@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from hashlib import sha256
 
 import pandas as pd
 import pytest
 import torch
 from small_project import ROOT, WORDS, Project, kill_when, save_tokenizer
+
+from approxkmv.perplexity.model import CausalModel
 
 
 @pytest.fixture
@@ -91,6 +94,70 @@ def test_refusals_are_one_line_and_write_nothing(speaker: Project, words, messag
     assert len(lines) == 1, output
     assert message in lines[0]
     assert not (speaker.folder / "perplexity.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        (["perplexity", "--model", "bert"], "--method"),
+        (["perplexity", "--tokens", "40"], "--method"),
+        (["perplexity", "--seed", "0", "--study", "tiny"], "--method"),
+        (["plan", "--target", "0.2"], "--model"),
+    ],
+)
+def test_options_that_a_study_would_leave_without_effect_are_refused(speaker: Project, words, option):
+    code, output = speaker.approxkmv(*words, "--out", "out.json")
+    said = f"{words[1]} goes with {option}: without it, study tiny says what is run"
+    assert (code, output) == (2, f"approxkmv: {said}\n")
+
+
+@pytest.mark.slow
+def test_a_plan_is_made_and_measured_as_options_say(speaker: Project, monkeypatch):
+    config = speaker.read()
+    config["studies"]["tiny"] = {"complexity": {}}
+    texts = speaker.folder / "words.jsonl"
+    config["corpora"]["others"] = {"source": f"path:{texts}", "sha256": sha256(texts.read_bytes()).hexdigest()}
+    config["models"]["speaker"]["files"] = {"config.json": "0" * 64}
+    config["cache"] = "elsewhere"
+    speaker.write(config)
+    of_texts = ("--model", "speaker", "--corpus", "others", "--tokens", "60")
+    given = ("plan", *of_texts, "--target", "0.2", "--out", "plan.json")
+    code, output = speaker.approxkmv(*given)
+    assert code == 2
+    assert "config.json has sha256" in output
+    config["models"]["speaker"].pop("files")
+    config["corpora"]["others"]["sha256"] = "0" * 64
+    speaker.write(config)
+    code, output = speaker.approxkmv(*given)
+    assert code == 2
+    assert "words.jsonl has SHA-256" in output
+    config["corpora"]["others"].pop("sha256")
+    speaker.write(config)
+    read, own = [], CausalModel.tokens
+    monkeypatch.setattr(
+        CausalModel, "tokens", lambda self, texts, n: read.append((texts := [*texts], n)) or own(self, texts, n)
+    )
+    code, output = speaker.approxkmv(*given)
+    assert code == 0, output
+    plan = json.loads((speaker.folder / "plan.json").read_text())
+    assert (plan["target"], plan["tokens"], plan["provenance"]["settings"]["plan"]["target"]) == (0.2, 60, 0.2)
+    code, output = speaker.approxkmv(
+        *("perplexity", *of_texts, "--plan", "plan.json", "--layers", "1", "--seed", "3", "--out", "out.csv")
+    )
+    assert code == 0, output
+    # A plan is made on the last documents, and measured on the first.
+    contexts = [json.loads(line)["context"] for line in texts.read_text().splitlines()]
+    assert read == [(contexts[::-1], 60), (contexts, 60)]
+    table = pd.read_csv(speaker.folder / "out.csv")
+    assert table["method"].tolist() == ["exact-sdpa", "exact-sdpa-bf16", "exact-tiles-bf16", "plan"]
+    assert {*zip(table["corpus"], table["tokens"], table["layers"], table["seed"], strict=True)} == {
+        ("others", 60, 1, 3)
+    }
+    assert json.loads((speaker.folder / "out.json").read_text())["settings"]["seed"] == 3
+    # Its record would have the name of the plan.
+    code, output = speaker.approxkmv("perplexity", *of_texts, "--plan", "plan.json", "--out", "plan.csv")
+    assert (code, "the run reads this file" in output) == (2, True), output
+    assert json.loads((speaker.folder / "plan.json").read_text()) == plan
 
 
 def test_a_study_without_perplexity_says_what_to_give(project: Project):
