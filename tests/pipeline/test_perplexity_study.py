@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from hashlib import sha256
+from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 from small_project import ROOT, WORDS, Project, kill_when, save_tokenizer
 
+from approxkmv.errors import InputError
+from approxkmv.models import ModelLocation
 from approxkmv.perplexity.model import CausalModel
 
 
@@ -111,21 +113,45 @@ def test_options_that_a_study_would_leave_without_effect_are_refused(speaker: Pr
     assert (code, output) == (2, f"approxkmv: {said}\n")
 
 
+def test_the_model_is_fetched_and_runs_as_the_configuration_says(speaker: Project, monkeypatch):
+    config = speaker.read()
+    config["studies"]["tiny"]["perplexity"] |= {"dtype": "bfloat16", "device": "cuda"}
+    config["models"]["speaker"] |= {"sha256": "1" * 64, "files": {"config.json": "2" * 64}}
+    config["cache"] = "elsewhere"
+    speaker.write(config)
+    given = {}
+
+    def fetch(source: object, destination: Path, **hashes: object) -> ModelLocation:
+        given.update(hashes, destination=destination)
+        return ModelLocation(speaker.folder / "speaker")
+
+    def load(location: ModelLocation, **options: object) -> None:
+        given.update(options)
+        raise InputError("that is enough")
+
+    monkeypatch.setattr("approxkmv.models.fetch", fetch)
+    monkeypatch.setattr(CausalModel, "load", load)
+    code, output = speaker.approxkmv("perplexity", "--out", "out.csv")
+    assert code == 2
+    assert "that is enough" in output
+    hashes = {"sha256": "1" * 64, "files": {"config.json": "2" * 64}}
+    place = {"destination": Path("elsewhere/models/speaker")}
+    assert given == hashes | place | {"dtype": "bfloat16", "device": "cuda"}
+
+
 @pytest.mark.slow
 def test_a_plan_is_made_and_measured_as_options_say(speaker: Project, monkeypatch):
     config = speaker.read()
     config["studies"]["tiny"] = {"complexity": {}}
     texts = speaker.folder / "words.jsonl"
-    config["corpora"]["others"] = {"source": f"path:{texts}", "sha256": sha256(texts.read_bytes()).hexdigest()}
-    config["models"]["speaker"]["files"] = {"config.json": "0" * 64}
-    config["cache"] = "elsewhere"
+    config["corpora"]["others"] = {"source": f"path:{texts}"}
     speaker.write(config)
     of_texts = ("--model", "speaker", "--corpus", "others", "--tokens", "60")
     given = ("plan", *of_texts, "--target", "0.2", "--out", "plan.json")
-    code, output = speaker.approxkmv(*given)
-    assert code == 2
-    assert "config.json has sha256" in output
-    config["models"]["speaker"].pop("files")
+    code, output = speaker.approxkmv("fetch", "--model", "bert", "--out", "bert.json")
+    assert code == 0, output
+    code, output = speaker.approxkmv(*given, "--location", "bert.json")
+    assert (code, "says where the model bert is, not speaker" in output) == (2, True), output
     config["corpora"]["others"]["sha256"] = "0" * 64
     speaker.write(config)
     code, output = speaker.approxkmv(*given)
