@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -137,6 +138,20 @@ def test_the_model_is_fetched_and_runs_as_the_configuration_says(speaker: Projec
     hashes = {"sha256": "1" * 64, "files": {"config.json": "2" * 64}}
     place = {"destination": Path("elsewhere/models/speaker")}
     assert given == hashes | place | {"dtype": "bfloat16", "device": "cuda"}
+
+
+def test_a_method_that_cannot_run_is_an_error_by_name_and_a_row_of_a_study(speaker: Project, monkeypatch):
+    monkeypatch.setitem(sys.modules, "faiss", None)  # as if it were not installed
+    config = speaker.read()
+    config["studies"]["tiny"]["perplexity"] |= {"methods": {"knn": [{}]}, "tokens": [40]}
+    speaker.write(config)
+    code, output = speaker.approxkmv("perplexity", "--out", "study.csv")
+    assert code == 0, output
+    assert "needs faiss" in pd.read_csv(speaker.folder / "study.csv")["unavailable"][0]
+    given = ("--model", "speaker", "--corpus", "words", "--tokens", "40")
+    code, output = speaker.approxkmv("perplexity", "--method", "knn", *given, "--out", "one.csv")
+    assert code == 2
+    assert "needs faiss" in output.splitlines()[-1]
 
 
 @pytest.mark.slow
