@@ -165,14 +165,24 @@ def codes_in_the_second_shard(folder: Path) -> None:
     in_two_shards(folder)
 
 
-def own_rotary(folder: Path) -> None:
-    """Frequencies of a context that was made four times as long, of which the configuration says nothing."""
-    import torch
-    from models_support import save_small
+def shard_that_is_a_folder(folder: Path) -> None:
+    in_two_shards(folder)
+    (folder / "model-2.safetensors").unlink()
+    (folder / "model-2.safetensors").mkdir()
 
-    save_small(folder, "llama")
-    frequencies = 10000.0 ** -(torch.arange(4) / 4) / 4
-    save(folder, weights(folder) | {"layers.0.self_attn.rotary_emb.inv_freq": frequencies})
+
+def own_rotary(times: float) -> Callable[[Path], None]:
+    """Frequencies of a context that was made longer, of which the configuration says nothing."""
+
+    def make(folder: Path) -> None:
+        import torch
+        from models_support import save_small
+
+        save_small(folder, "llama")
+        frequencies = 10000.0 ** -(torch.arange(4) / 4) / times
+        save(folder, weights(folder) | {"layers.0.self_attn.rotary_emb.inv_freq": frequencies})
+
+    return make
 
 
 def larger_vocabulary(folder: Path) -> None:
@@ -231,6 +241,7 @@ FOLDERS: list[tuple[str, Callable[[Path], None], str]] = [
         extra_weight("encoder.layer.0.attention.self.query.weight", 32, 32, prefix="bert."),
         "before its name and without",
     ),
+    ("norm with a pooler's name", extra_weight("encoder.layer.0.pooler_norm.weight", 32), "pooler_norm"),
     ("extra norm in a layer", extra_weight("encoder.layer.0.extra_norm.weight", 32), "extra_norm"),
     ("extra bias in a layer", extra_weight(f"bert.{LAYER}.query.more_bias", 32, prefix="bert."), "more_bias"),
     ("FP8 scale", extra_weight(f"{LAYER}.query.weight_scale_inv", 1, 1), "weight_scale_inv"),
@@ -239,7 +250,8 @@ FOLDERS: list[tuple[str, Callable[[Path], None], str]] = [
     ("bias of each head", extra_weight(f"{LAYER}.bias", 1, 4, 40, 40), f"{LAYER}.bias"),
     ("weights in whole numbers", in_whole_numbers, f"{LAYER}.query.weight"),
     ("codes in the second shard", codes_in_the_second_shard, "layer.2.attention.self.key.weight is saved as integers"),
-    ("rotary embedding of its own", replaced(own_rotary), "rotary_emb.inv_freq"),
+    ("rotary embedding of its own", replaced(own_rotary(4.0)), "rotary_emb.inv_freq"),
+    ("rotary embedding of nearly the same", replaced(own_rotary(1.05)), "rotary_emb.inv_freq"),
     ("weight beside the model and its heads", extra_weight("q_norm.weight", 32, prefix="bert."), "first q_norm.weight"),
     ("weights that are a link to nowhere", stored_elsewhere(WEIGHTS), f"{WEIGHTS} is a link to"),
     ("configuration that is a link to nowhere", stored_elsewhere(CONFIG), f"{CONFIG} is a link to"),
@@ -281,8 +293,10 @@ FOLDERS: list[tuple[str, Callable[[Path], None], str]] = [
     ("index of an absolute path", sharded({"x": "/etc/other.safetensors"}), "'/etc/other.safetensors'"),
     ("index of a pickle", sharded({"x": "pytorch_model.bin"}), "'pytorch_model.bin'"),
     ("index of a missing shard", sharded({"x": SHARD, "y": "model-2.safetensors"}), "model-2.safetensors"),
+    ("index of a folder", shard_that_is_a_folder, "model-2.safetensors, which is missing"),
     ("index without a map", sharded(None), "weight_map"),
     ("index of numbers", sharded({"x": 3}), "weight_map"),
+    ("index of nothing", sharded({}), "weight_map"),
     ("weights of another name", lambda f: (f / WEIGHTS).rename(f / "x.safetensors") and None, "x.safetensors"),
     ("no configuration", lambda f: (f / CONFIG).unlink(), "no config.json"),
     ("configuration that is a list", content(CONFIG, b"[]"), "not hold a JSON object"),

@@ -196,6 +196,11 @@ def test_a_text_longer_than_the_maximum_is_read_in_windows_if_asked_for(project:
     texts = pd.read_parquet(project.folder / "texts.parquet")
     assert [len(text.split()) for text in texts["text"]] == [30, 45, 12, 60, 22, 60, 15, 51, 38]
     assert texts["name"][5:7].tolist() == ["text 5, window 1", "text 5, window 2"]
+    # Of two models each says where windows end.
+    project.configure(long_texts="windows", models=["bert", "llama"])
+    code, output = project.approxkmv(*("texts", "--out", "texts.parquet"), *("--location", "bert.json") * 2)
+    assert code == 2
+    assert "bert.json says where the model bert is, not llama" in only_line(output)
 
 
 def test_a_check_of_windows_does_not_count_texts_for_windows(project: Project):
@@ -235,6 +240,14 @@ def test_fewer_texts_than_were_asked_for_are_said_and_none_are_refused(project: 
     code, output = project.approxkmv("texts", "--out", "texts.parquet")
     assert code == 0, output
     assert "8 texts (all there are; 20 were asked for)" in output
+    config = project.read()
+    config["studies"]["all"] = config["studies"]["tiny"] | {"contexts": 8}
+    project.write(config)
+    code, output = project.approxkmv("texts", "--study", "all", "--out", "texts.parquet")
+    assert code == 0, output
+    assert output.endswith("  8 texts\n")
+    code, output = project.approxkmv("config", "check", "--study", "all")
+    assert (code, output.splitlines()[0]) == (0, "study all")
     (project.folder / "words.jsonl").unlink()
     (project.folder / "words.jsonl").write_text('{"context": " \\n"}\n')
     code, output = project.approxkmv("texts", "--out", "texts.parquet")
@@ -370,6 +383,13 @@ def test_a_pipe_or_a_device_is_never_replaced_by_a_file(tmp_path):
     with pytest.raises(TableError, match="exists and is not a regular file"):
         write_json(path, {})
     assert path.is_fifo()
+
+
+def test_a_file_that_cannot_be_written_is_said_before_any_work(project: Project, monkeypatch):
+    monkeypatch.setattr("approxkmv.steps.texts.write_texts", lambda *_: pytest.fail("it began"))
+    code, output = project.approxkmv("texts", "--out", "words.jsonl/texts.parquet")
+    assert code == 2
+    assert "cannot write words.jsonl/texts.parquet" in only_line(output)
 
 
 def test_two_outputs_of_one_name_are_refused_before_any_work(project: Project):

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 from small_project import ROOT, WORDS, Project, kill_when, save_tokenizer
+
+from approxkmv.errors import InputError
+from approxkmv.models import ModelLocation
+from approxkmv.perplexity.model import CausalModel
 
 
 @pytest.fixture
@@ -91,6 +97,108 @@ def test_refusals_are_one_line_and_write_nothing(speaker: Project, words, messag
     assert len(lines) == 1, output
     assert message in lines[0]
     assert not (speaker.folder / "perplexity.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        (["perplexity", "--model", "bert"], "--method"),
+        (["perplexity", "--tokens", "40"], "--method"),
+        (["perplexity", "--seed", "0", "--study", "tiny"], "--method"),
+        (["plan", "--target", "0.2"], "--model"),
+    ],
+)
+def test_options_that_a_study_would_leave_without_effect_are_refused(speaker: Project, words, option):
+    code, output = speaker.approxkmv(*words, "--out", "out.json")
+    said = f"{words[1]} goes with {option}: without it, study tiny says what is run"
+    assert (code, output) == (2, f"approxkmv: {said}\n")
+
+
+def test_the_model_is_fetched_and_runs_as_the_configuration_says(speaker: Project, monkeypatch):
+    config = speaker.read()
+    config["studies"]["tiny"]["perplexity"] |= {"dtype": "bfloat16", "device": "cuda"}
+    config["models"]["speaker"] |= {"sha256": "1" * 64, "files": {"config.json": "2" * 64}}
+    config["cache"] = "elsewhere"
+    speaker.write(config)
+    given = {}
+
+    def fetch(source: object, destination: Path, **hashes: object) -> ModelLocation:
+        given.update(hashes, destination=destination)
+        return ModelLocation(speaker.folder / "speaker")
+
+    def load(location: ModelLocation, **options: object) -> None:
+        given.update(options)
+        raise InputError("that is enough")
+
+    monkeypatch.setattr("approxkmv.models.fetch", fetch)
+    monkeypatch.setattr(CausalModel, "load", load)
+    code, output = speaker.approxkmv("perplexity", "--out", "out.csv")
+    assert code == 2
+    assert "that is enough" in output
+    hashes = {"sha256": "1" * 64, "files": {"config.json": "2" * 64}}
+    place = {"destination": Path("elsewhere/models/speaker")}
+    assert given == hashes | place | {"dtype": "bfloat16", "device": "cuda"}
+
+
+def test_a_method_that_cannot_run_is_an_error_by_name_and_a_row_of_a_study(speaker: Project, monkeypatch):
+    monkeypatch.setitem(sys.modules, "faiss", None)  # as if it were not installed
+    config = speaker.read()
+    config["studies"]["tiny"]["perplexity"] |= {"methods": {"knn": [{}]}, "tokens": [40]}
+    speaker.write(config)
+    code, output = speaker.approxkmv("perplexity", "--out", "study.csv")
+    assert code == 0, output
+    assert "needs faiss" in pd.read_csv(speaker.folder / "study.csv")["unavailable"][0]
+    given = ("--model", "speaker", "--corpus", "words", "--tokens", "40")
+    code, output = speaker.approxkmv("perplexity", "--method", "knn", *given, "--out", "one.csv")
+    assert code == 2
+    assert "needs faiss" in output.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_a_plan_is_made_and_measured_as_options_say(speaker: Project, monkeypatch):
+    config = speaker.read()
+    config["studies"]["tiny"] = {"complexity": {}}
+    texts = speaker.folder / "words.jsonl"
+    config["corpora"]["others"] = {"source": f"path:{texts}"}
+    speaker.write(config)
+    of_texts = ("--model", "speaker", "--corpus", "others", "--tokens", "60")
+    given = ("plan", *of_texts, "--target", "0.2", "--out", "plan.json")
+    code, output = speaker.approxkmv("fetch", "--model", "bert", "--out", "bert.json")
+    assert code == 0, output
+    code, output = speaker.approxkmv(*given, "--location", "bert.json")
+    assert (code, "says where the model bert is, not speaker" in output) == (2, True), output
+    config["corpora"]["others"]["sha256"] = "0" * 64
+    speaker.write(config)
+    code, output = speaker.approxkmv(*given)
+    assert code == 2
+    assert "words.jsonl has SHA-256" in output
+    config["corpora"]["others"].pop("sha256")
+    speaker.write(config)
+    read, own = [], CausalModel.tokens
+    monkeypatch.setattr(
+        CausalModel, "tokens", lambda self, texts, n: read.append((texts := [*texts], n)) or own(self, texts, n)
+    )
+    code, output = speaker.approxkmv(*given)
+    assert code == 0, output
+    plan = json.loads((speaker.folder / "plan.json").read_text())
+    assert (plan["target"], plan["tokens"], plan["provenance"]["settings"]["plan"]["target"]) == (0.2, 60, 0.2)
+    code, output = speaker.approxkmv(
+        *("perplexity", *of_texts, "--plan", "plan.json", "--layers", "1", "--seed", "3", "--out", "out.csv")
+    )
+    assert code == 0, output
+    # A plan is made on the last documents, and measured on the first.
+    contexts = [json.loads(line)["context"] for line in texts.read_text().splitlines()]
+    assert read == [(contexts[::-1], 60), (contexts, 60)]
+    table = pd.read_csv(speaker.folder / "out.csv")
+    assert table["method"].tolist() == ["exact-sdpa", "exact-sdpa-bf16", "exact-tiles-bf16", "plan"]
+    assert {*zip(table["corpus"], table["tokens"], table["layers"], table["seed"], strict=True)} == {
+        ("others", 60, 1, 3)
+    }
+    assert json.loads((speaker.folder / "out.json").read_text())["settings"]["seed"] == 3
+    # Its record would have the name of the plan.
+    code, output = speaker.approxkmv("perplexity", *of_texts, "--plan", "plan.json", "--out", "plan.csv")
+    assert (code, "the run reads this file" in output) == (2, True), output
+    assert json.loads((speaker.folder / "plan.json").read_text()) == plan
 
 
 def test_a_study_without_perplexity_says_what_to_give(project: Project):

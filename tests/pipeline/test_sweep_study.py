@@ -92,6 +92,42 @@ def test_heads_of_another_model_or_other_heads_are_refused(sweeper: Project, nam
         assert (code, says is None or says in output) == (2 if says else 0, True), output
 
 
+def test_heads_are_those_of_the_model_as_the_study_scales_it(sweeper: Project):
+    for name in ("llama", "bert"):
+        code, output = sweeper.approxkmv("fetch", "--model", name, "--out", f"{name}.json")
+        assert code == 0, output
+    given = ("model-heads", "--out", "q.safetensors", "--tuning-out", "t.safetensors", "--location")
+    found = []
+    for scaling in (None, {"method": "linear", "factor": 2}):
+        config = sweeper.read()
+        config["studies"]["tiny"]["rotary_scaling"] = scaling
+        sweeper.write(config)
+        code, output = sweeper.approxkmv(*given, "llama.json")
+        assert code == 0, output
+        found.append(load_file(sweeper.folder / "q.safetensors")["q"])
+    plain, scaled = found
+    torch.testing.assert_close(plain[:, 0], scaled[:, 0])
+    assert not torch.allclose(plain[:, 9], scaled[:, 9], atol=0.1)
+    code, output = sweeper.approxkmv(*given, "bert.json")
+    assert (code, "says where the model bert is, not llama" in output) == (2, True), output
+
+
+def test_a_sweep_measures_one_capture_and_tunes_on_the_other(sweeper: Project, monkeypatch):
+    config = sweeper.read()
+    config["cache"] = "elsewhere"
+    sweeper.write(config)
+    for name in ("one", "other"):
+        tensors = {part: torch.randn(2, 30, 4) for part in "qkv"}
+        save_file(tensors, sweeper.folder / name, metadata={"model": "llama", "heads": "0.1 1.3"})
+    given = []
+    monkeypatch.setattr("approxkmv.sweep.run_sweep", lambda chosen, *rest, **more: given.append(chosen))
+    code, output = sweeper.approxkmv("sweep", "--capture", "one", "--tuning-capture", "other", "--out", "sweep.csv")
+    assert code == 0, output
+    (chosen,) = given
+    assert [(w.path, w.tuning_path) for w in chosen.workloads if w.name == "model-qk"] == [("one", "other")]
+    assert chosen.cache == "elsewhere"
+
+
 @pytest.mark.slow
 def test_a_study_of_causal_attention_and_of_few_queries(sweeper: Project):
     config = sweeper.read()

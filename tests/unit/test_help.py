@@ -140,3 +140,9 @@ def test_help_and_version_end_as_they_should(words, code, monkeypatch, capsys):
         main()
     assert ended.value.code == code
     assert "approxkmv" in "".join(capsys.readouterr())
+
+
+def test_a_package_is_taken_into_the_folder_that_is_named(monkeypatch):
+    monkeypatch.setattr("approxkmv.steps.package.take", lambda package, into: [f"{package} into {into}"])
+    for words, said in (([], "a.zip into None\n"), (["--into", "b"], "a.zip into b\n")):
+        assert CliRunner().invoke(app, ["take", "a.zip", *words]).output == said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 
 import pytest
@@ -21,9 +22,16 @@ from bad_inputs.models import (
 )
 from models_support import ARCHITECTURES, SMALL, TEXTS, VOCABULARY, save_random, save_small
 
-from approxkmv.errors import SourceError
+from approxkmv.errors import CaptureError, SourceError
 from approxkmv.models import CapturableModel, ModelLocation
-from approxkmv.models.loading import load_backbone, load_causal_model, quiet
+from approxkmv.models.loading import (
+    causal_class,
+    load_backbone,
+    load_causal_model,
+    quiet,
+    reading,
+    source_options,
+)
 
 
 @pytest.mark.parametrize(("make", "says"), [case[1:] for case in FOLDERS], ids=[case[0] for case in FOLDERS])
@@ -31,6 +39,14 @@ def test_the_line_says_what_is_wrong(tmp_path, make, says):
     code, printed = bad_folder(tmp_path, make)
     assert (code, printed.count("\n")) == (2, 1), printed
     assert says in printed
+
+
+@pytest.mark.parametrize("name", ["adapter beside a model", "Git LFS pointer as a vocabulary"])
+def test_a_folder_that_no_fetch_has_seen_is_checked_when_it_is_loaded(tmp_path, name):
+    ((make, says),) = [case[1:] for case in FOLDERS if case[0] == name]
+    make(small_bert(tmp_path))
+    with pytest.raises(SourceError, match=says):
+        CapturableModel.load(ModelLocation(tmp_path))
 
 
 def test_a_whole_folder_is_used(tmp_path):
@@ -98,7 +114,9 @@ def test_what_a_file_would_have_a_terminal_do_is_shown_and_not_done(tmp_path):
         ("linear.weight", (128, 32), "bert."),
         ("v_head.summary.weight", (1, 32), "bert."),
         ("cls.predictions.bias", (61,), "bert."),
+        ("embed_out.weight", (61, 32), "bert."),
         ("embeddings.position_ids", (1, 40), ""),
+        ("embeddings.token_type_ids", (1, 40), ""),
         ("encoder.layer.0.attention.bias", (1, 1, 40, 40), ""),
         ("encoder.layer.0.attention.masked_bias", (), ""),
     ],
@@ -183,6 +201,12 @@ def test_a_rotary_embedding_may_be_stated_in_either_way_or_in_both_alike(tmp_pat
     CapturableModel.load(ModelLocation(tmp_path))
 
 
+def test_nothing_is_fetched_and_no_code_of_a_model_is_run_whatever_its_files_say(tmp_path):
+    safe = {"local_files_only": True, "trust_remote_code": False}
+    assert source_options(ModelLocation(tmp_path)) == safe
+    assert source_options(ModelLocation(tmp_path, "a.gguf")) == safe | {"gguf_file": "a.gguf"}
+
+
 def test_an_empty_auto_map_names_no_code(tmp_path):
     save_small(tmp_path, "llama")
     change("config.json", auto_map={})(tmp_path)
@@ -206,3 +230,35 @@ def test_a_checkpoint_that_asks_for_its_attentions_or_for_a_kernel_is_read_witho
     assert torch.equal(CapturableModel.load(ModelLocation(tmp_path)).capture(TEXTS[:1])[0].queries, plain.queries)
     scaling = {"method": "linear", "factor": 4.0}
     assert CapturableModel.load(ModelLocation(tmp_path), rotary_scaling=scaling).max_positions == 160
+
+
+@pytest.mark.parametrize("bars", [False, True])
+def test_what_transformers_says_afterwards_is_what_it_said_before(bars):
+    from transformers.utils import logging
+
+    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    try:
+        logging.set_verbosity_info()
+        (logging.enable_progress_bar if bars else logging.disable_progress_bar)()
+        with contextlib.suppress(KeyError), quiet():
+            assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (logging.ERROR, False)
+            raise KeyError
+        assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (logging.INFO, bars)
+    finally:
+        logging.set_verbosity(before[0])
+        (logging.enable_progress_bar if before[1] else logging.disable_progress_bar)()
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("9 GiB"), CaptureError("it looks ahead")])
+def test_too_little_memory_and_what_a_model_is_are_no_fault_of_its_files(tmp_path, error):
+    with pytest.raises(type(error)) as caught, reading(ModelLocation(tmp_path), "model"):
+        raise error
+    assert caught.value is error
+
+
+def test_a_causal_model_is_one_by_its_configuration():
+    assert causal_class(transformers.BertConfig(is_decoder=True)).__name__ == "BertLMHeadModel"
+    assert causal_class(transformers.LlamaConfig()).__name__ == "LlamaForCausalLM"
+    for other in (transformers.BertConfig(), transformers.BartConfig(), transformers.T5Config()):
+        with pytest.raises(CaptureError, match="is not that of a causal language model"):
+            causal_class(other)

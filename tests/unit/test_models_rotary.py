@@ -89,6 +89,8 @@ def test_what_is_scaled_already_or_of_several_kinds_is_not_scaled_again():
         scale_rotary(config(PLAIN, DYNAMIC), "linear", 2.0)
     # A checkpoint that was scaled and trained says itself how many positions it has.
     assert scaled_positions(config({"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0})) is None
+    # transformers takes max_position_embeddings over the original ones for the factor.
+    assert scaled_positions(config(LONG | {"rope_type": "yarn", "factor": None})) is None
 
 
 def test_scaling_keeps_the_base_and_the_share_of_a_head_that_is_rotated():

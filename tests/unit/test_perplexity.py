@@ -15,6 +15,7 @@ import torch
 import transformers
 import yaml
 from models_support import REFUSED, VOCABULARY
+from safetensors.torch import load_file, save_file
 
 from approxkmv import cli
 from approxkmv.attention import UnavailableError, get
@@ -23,7 +24,7 @@ from approxkmv.attention.blocks import chunks
 from approxkmv.compute.counting import count
 from approxkmv.compute.trial import decisions
 from approxkmv.config import CorpusEntry, Perplexity, checked, study_of
-from approxkmv.errors import CaptureError, ConfigError, InputError, TableError
+from approxkmv.errors import CaptureError, ConfigError, InputError, NonFiniteError, TableError
 from approxkmv.models import ModelLocation
 from approxkmv.models.loading import quiet
 from approxkmv.perplexity.layers import parse_layers
@@ -200,6 +201,23 @@ def test_texts_too_short_or_too_long(model):
     for ids in (IDS[:1], IDS + IDS):
         with pytest.raises(InputError, match="give 2 to 1200"):
             model.perplexity(ids, replacement("exact-sdpa"))
+
+
+def test_a_model_whose_positions_were_scaled_is_read_to_their_end(tmp_path):
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 100}
+    found = CausalModel.load(save(tmp_path, max_position_embeddings=100, rope_parameters=yarn))
+    assert found.perplexity(IDS[:400], replacement("exact-sdpa")).perplexity > 1
+    with pytest.raises(InputError, match="give 2 to 400"):
+        found.perplexity(IDS[:401], replacement("exact-sdpa"))
+
+
+def test_damaged_weights_are_not_taken_for_those_of_an_encoder(tmp_path):
+    found = save(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"][0, 0] = math.nan
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(NonFiniteError, match="the logits of LlamaForCausalLM are not finite"):
+        CausalModel.load(found).perplexity(IDS[:30], Replacement(None, {}, range(3), 0))
 
 
 def test_layers_as_a_person_writes_them():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from approxkmv.compute.counting import count
 from approxkmv.errors import CaptureError, InputError, TableError, UnavailableError
 from approxkmv.integrations import transformers as fast
 from approxkmv.models import ModelLocation
+from approxkmv.models.folders import complete
 from approxkmv.models.loading import quiet
 from approxkmv.perplexity import planning
 from approxkmv.perplexity.model import CausalModel
@@ -245,6 +247,19 @@ def test_training_is_computed_as_before(ordinary):
     torch.testing.assert_close(ordinary.requires_grad_(False)(torch.tensor([IDS])).logits, planned)
 
 
+@pytest.mark.parametrize("trained", ["k_proj", "v_proj"])
+def test_keys_or_values_alone_are_trained_as_before(ordinary, trained):
+    ordinary.requires_grad_(False)
+    weight = getattr(ordinary.model.layers[0].self_attn, trained).weight.requires_grad_()
+
+    def gradient():
+        return torch.autograd.grad(ordinary(torch.tensor([IDS])).logits.square().sum(), weight)[0]
+
+    before = gradient()
+    fast.use_plan(ordinary, MIXED)
+    torch.testing.assert_close(gradient(), before)
+
+
 def test_several_padded_or_continued_texts_and_a_look_ahead_are_computed_as_before(ordinary):
     """Where no method applies, the answers of a plan of means are the model's own."""
     means = plan_of(((head("mean"),) * 4,) * 2)
@@ -292,3 +307,19 @@ def test_a_model_that_chooses_its_keys_takes_no_plan():
     config = getattr(transformers, name)(**settings | {"num_hidden_layers": 2, "vocab_size": 90})
     with pytest.raises(CaptureError, match="DeepseekV32ForCausalLM chooses keys for each query"):
         fast.use_plan(transformers.AutoModelForCausalLM.from_config(config), EXACT)
+
+
+def test_weights_are_the_same_to_a_plan_wherever_they_were_fetched(location, tmp_path):
+    def identity(name):
+        def fill(folder):
+            shutil.copytree(location.folder, folder, dirs_exist_ok=True, copy_function=shutil.copy)
+            return {}
+
+        return CausalModel.load(complete(tmp_path / name, "path:x", {}, fill)).identity()
+
+    assert identity("a") == identity("b") != CausalModel.load(location).identity()
+    # Trained further where it lies, it is a folder as any other.
+    weights = tmp_path / "a" / "model.safetensors"
+    data = weights.read_bytes()
+    weights.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    assert CausalModel.load(ModelLocation(weights.parent)).identity() != identity("b")

@@ -164,6 +164,35 @@ def test_what_fails_at_exit_adds_nothing_to_the_line_about_memory(first, at_exit
     assert ("a bug" in run.stderr) == ("a bug" in first + at_exit)
 
 
+@pytest.mark.parametrize(
+    ("ends", "code", "line"),
+    [
+        (raising(KeyboardInterrupt()), 130, "stopped"),
+        # What typer makes of it
+        (lambda: 130, 130, "stopped"),
+        (lambda: 3, 3, ""),
+        (lambda: None, 0, ""),
+        (raising(ConfigError("two\nlines  of a file")), 2, "two lines of a file"),
+    ],
+)
+@pytest.mark.parametrize("logged", [False, True])
+def test_a_command_ends_with_its_code_and_one_line_which_is_in_the_log_too(
+    monkeypatch, capsys, log, tmp_path, logged, ends, code, line
+):
+    def command(**_: object) -> object:
+        if logged:
+            progress.log_to(tmp_path / "a.log")
+        return ends()
+
+    monkeypatch.setattr(cli, "app", command)
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    said = f"approxkmv: {line}\n" if line else ""
+    assert (end.value.code, capsys.readouterr().err) == (code, said)
+    if logged:
+        assert (tmp_path / "a.log").read_text().endswith(said)
+
+
 def test_a_bug_stays_a_traceback(monkeypatch):
     monkeypatch.setattr(cli, "app", lambda **_: raising(RuntimeError("a bug"))())
     with pytest.raises(RuntimeError, match="a bug"):

@@ -44,7 +44,7 @@ def texts(
     out: Annotated[Path, to_write("--out", help="Parquet file to write: index, name, text.")],
     location: Annotated[
         list[Path] | None,
-        typer.Option("--location", help="File from `approxkmv fetch`, of each model, if long_texts is windows."),
+        typer.Option("--location", help="Files from `approxkmv fetch`, of each model in order, for windows."),
     ] = None,
     config: Config = CONFIG,
     study: StudyName = None,

@@ -104,6 +104,7 @@ def sweep(
 
 @app.command()
 def plan(
+    context: typer.Context,
     out: Annotated[Path, to_write("--out", help="JSON file to write.")],
     model: Annotated[str | None, typer.Option("--model", help="A model; without it, the study's perplexity.")] = None,
     target: Annotated[
@@ -128,7 +129,7 @@ def plan(
         given = {"plan": {"target": target, "tokens": tokens}, "methods": {"exact-sdpa": [{}]}}
         settings = read_as(Perplexity, given | {"model": model, "corpus": corpus}, "options")
     else:
-        settings = _perplexity_of(asked(config, study, log), "--model")
+        settings = _perplexity_of(context, asked(config, study, log), "--model")
     if settings.plan is None:
         raise ConfigError("the study's perplexity has no plan: give --model, or add plan: {} to it")
     chosen = corpus_entry(checked, settings.corpus)
@@ -147,9 +148,14 @@ def plan(
             LOG.info("  %s: %s", name, counted(heads, "head"))
 
 
-def _perplexity_of(study: Study, option: str) -> Perplexity:
+def _perplexity_of(context: typer.Context, study: Study, option: str) -> Perplexity:
+    """The study's keys. Raises ConfigError if it has none, or beside options that go with `option`."""
     if study.perplexity is None:
         raise ConfigError(f"study {study.name} has no perplexity: give {option}, or name methods in the study")
+    for other in context.command.params:
+        source = context.get_parameter_source(other.name or "")
+        if getattr(other, "help", "").startswith(f"With {option}:") and source and source.name == "COMMANDLINE":
+            raise ConfigError(f"{other.opts[0]} goes with {option}: without it, study {study.name} says what is run")
     return study.perplexity
 
 
@@ -171,6 +177,7 @@ def _causal_model(config: Configuration, settings: Perplexity, location: Path | 
 
 @app.command()
 def perplexity(  # noqa: PLR0913 - one argument for each option of the command line
+    context: typer.Context,
     out: Annotated[Path, to_write("--out", "--output", help="CSV file to write; a JSON record is written next to it.")],
     method: Annotated[
         str | None,
@@ -213,7 +220,7 @@ def perplexity(  # noqa: PLR0913 - one argument for each option of the command l
         options = {"model": model, "corpus": corpus, "layers": layers, "seed": seed}
         settings = read_as(Perplexity, options | given, "options")
     else:
-        settings = _perplexity_of(asked(config, study, log), "--method")
+        settings = _perplexity_of(context, asked(config, study, log), "--method")
     entry, chosen = model_of(checked, settings.model), corpus_entry(checked, settings.corpus)
     check_writable(out, out.with_suffix(".json"), inputs=(plan, location))
     with step(f"perplexity {entry.name}"):

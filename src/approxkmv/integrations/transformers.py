@@ -32,9 +32,10 @@ _before: WeakKeyDictionary[torch.nn.Module, str] = WeakKeyDictionary()
 def use_plan(model: PreTrainedModel, plan: str | Path | Plan) -> None:
     """Let the plan compute the attention of `model`, until `restore`.
 
-    A call is the plan's where it is causal attention of one whole text; others, such as those for one token after a
-    prompt, for several texts or for padded ones, are computed by torch's scaled_dot_product_attention as before. Only
-    the numbers of layers and heads are compared: a plan's errors hold for the weights that it names.
+    A call is the plan's where it is causal attention of one whole text without gradients (torch.inference_mode or
+    no_grad, as in generate); others, such as those for one token after a prompt, for several texts or for padded ones,
+    are computed by torch's scaled_dot_product_attention as before. Only the numbers of layers and heads are compared: a
+    plan's errors hold for the weights that it names.
 
     Args:
         model: a causal language model whose attention uses transformers' attention interface. plan: a file of
@@ -78,7 +79,7 @@ def _attend(
         refuse_what_no_method_does(module, query, key, attention_mask, options)
     except CaptureError:
         plan = None
-    if plan is None or options.get("dropout") or query.requires_grad:
+    if plan is None or options.get("dropout") or any(t.requires_grad for t in (query, key, value)):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     out = plan.of_layer(layer)(*heads(query, key, value), scale=scale_of(query, options), seed=layer)

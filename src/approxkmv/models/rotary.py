@@ -38,8 +38,9 @@ def scaled_positions(config: Any) -> int | None:
     rotary = getattr(text, "rope_parameters", None)
     if not isinstance(rotary, dict) or rotary.get("rope_type") not in ("linear", "yarn"):
         return None
-    original = rotary.get("original_max_position_embeddings")
-    return None if original is None else int(original * rotary["factor"])
+    original, factor = rotary.get("original_max_position_embeddings"), rotary.get("factor")
+    # Without a factor, yarn goes as far as the positions that the checkpoint says.
+    return None if original is None or factor is None else int(original * factor)
 
 
 def refuse_unknown_types(config: Any, name: str) -> None:

@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 
-from approxkmv.errors import CaptureError, InputError, NonFiniteError
+from approxkmv.errors import CaptureError, InputError, NonFiniteError, SourceError
 from approxkmv.models.capture import DTYPES, device_named, max_positions
+from approxkmv.models.folders import unchanged
 from approxkmv.models.interface import refuse_learned_sparsity
 from approxkmv.models.loading import causal_class, load_causal_model, load_config
+from approxkmv.models.rotary import scaled_positions
 from approxkmv.models.sources import ModelLocation, identity
 from approxkmv.models.tokenizer import load_tokenizer
 from approxkmv.perplexity.replacement import REPLACED, Replacement, replaced
@@ -46,9 +48,10 @@ class CausalModel:
         self._location = location
         self.device = device
         self.n_layers = int(model.config.get_text_config().num_hidden_layers)
-        self.max_positions = max_positions(model)
+        self.max_positions = scaled_positions(model.config) or max_positions(model)
         one, other = self._logits([3, 4, 5, 6]), self._logits([3, 4, 5, 7])
-        if not torch.allclose(one[:3].float(), other[:3].float(), rtol=1e-3, atol=1e-3):
+        # Logits that are no numbers are reported with the text that meets them.
+        if not torch.allclose(one[:3].float(), other[:3].float(), rtol=1e-3, atol=1e-3, equal_nan=True):
             raise CaptureError(f"{type(model).__name__} sees later tokens: perplexity needs a causal model")
 
     @classmethod
@@ -95,7 +98,12 @@ class CausalModel:
 
     def identity(self) -> str:
         """Identifies the model's files and dtype, even among files under the same path."""
-        of_files = identity(self._location.folder / (self._location.gguf_file or ""))
+        folder = self._location.folder
+        try:
+            # The same wherever and whenever it was fetched.
+            of_files = unchanged(folder)
+        except SourceError:
+            of_files = identity(folder / (self._location.gguf_file or ""))
         return f"{of_files} {self._model.dtype}"
 
     def perplexity(self, ids: Sequence[int], replacement: Replacement) -> Perplexity:

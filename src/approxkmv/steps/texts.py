@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -19,15 +19,15 @@ TEXTS = {"index": "whole", "name": "text", "text": "text"}
 def write_texts(study: Study, out: Path, locations: Sequence[Path] = ()) -> int:
     """Write index, name and text of the study's texts; returns how many.
 
-    `locations`, files from `approxkmv fetch`, are of the models whose tokenizers say where windows end. Raises
-    SourceError, ConfigError.
+    `locations`, files from `approxkmv fetch`, are of the study's models in their order, whose tokenizers say where
+    windows end. Raises SourceError, ConfigError, TableError for the location of another model.
     """
     corpus = corpus_of(study)
     if study.long_texts == "windows" and len(locations) != len(study.models):
         raise ConfigError(f"long_texts of study {study.name} is windows: give --location for each of its models")
     passages = cut_into_passages(read_corpus(corpus.source, corpus.sha256), study.unit)
     if study.long_texts == "windows":
-        passages = cut_into_windows(passages, study.max_tokens, _tokens_of(locations))
+        passages = cut_into_windows(passages, study.max_tokens, _tokens_of(study.models, locations))
     chosen = choose_passages(passages, study.contexts, study.seed)
     if not chosen:
         raise SourceError(f"the corpus {corpus.name} has no text of the unit {study.unit}: choose another")
@@ -36,13 +36,13 @@ def write_texts(study: Study, out: Path, locations: Sequence[Path] = ()) -> int:
     return len(chosen)
 
 
-def _tokens_of(locations: Sequence[Path]) -> Callable[[str], int]:
+def _tokens_of(models: Iterable[str], locations: Sequence[Path]) -> Callable[[str], int]:
     """A text's tokens, those of the tokenizer that makes most of it."""
     # Imported here, since they take seconds that only windows need.
     from approxkmv.models.tokenizer import load_tokenizer
     from approxkmv.results.locations import read_location
 
-    tokenizers = [load_tokenizer(read_location(location)) for location in locations]
+    tokenizers = [load_tokenizer(read_location(*of)) for of in zip(locations, models, strict=True)]
     return lambda text: max(len(tokenizer(text, verbose=False)["input_ids"]) for tokenizer in tokenizers)
 
 
