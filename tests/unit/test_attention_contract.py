@@ -213,6 +213,9 @@ def test_shapes_that_do_not_fit():
         get("mean")(q.long(), k.long(), v.long())
     with pytest.raises(InputError, match=r"repeat the key heads 3 times, as k.repeat_interleave\(3, -3\) does"):
         get("mean")(q.repeat(3, 1, 1), k, v)
+    # Batch and heads the wrong way round: as many matrices, but of other heads
+    with pytest.raises(InputError, match=r"k \(2, 3, 9, 4\) and v \(3, 2, 9, 1\) differ in their heads or batch"):
+        get("mean")(torch.ones(2, 3, 8, 4), torch.ones(2, 3, 9, 4), torch.ones(3, 2, 9, 1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
