@@ -193,7 +193,7 @@ def test_uniform_attention_sits_at_the_ends_of_both_exponents():
 def test_unmasked_and_masked_together_equal_each_alone():
     q, k = random_head(14, 80, 8, 1.0)
     for together, causal in zip(unmasked_and_masked_statistics(q, k), (False, True), strict=True):
-        alone = head_statistics(q, k, causal=causal)
+        alone = head_statistics(q, k, causal=np.bool_(causal))
         for field in fields(alone):
             np.testing.assert_array_equal(getattr(together, field.name), getattr(alone, field.name))
 
@@ -323,6 +323,8 @@ def test_a_constant_factor_per_kernel_changes_nothing():
         (lambda: head_to_tail_ratios(torch.ones(60, 2) / 0, torch.ones(60, 2)), "NaN or an infinity"),
         (lambda: order_ratios(torch.ones(1, 2), torch.ones(1, 2)), "at least 2"),
         (lambda: order_ratios(torch.ones(2, 2), torch.ones(2, 2), causal=True), "at least 3"),
+        (lambda: order_ratios(torch.ones(3, 2), torch.ones(3, 2), causal="False"), "causal is .False.: give"),
+        (lambda: head_statistics(torch.ones(60, 2), torch.ones(60, 2), causal=1), "causal is 1: give True or False"),
     ],
 )
 def test_bad_input_is_one_clear_line(call, word):
