@@ -164,6 +164,9 @@ def as_batches(
     flat = [tensor.reshape(-1, *tensor.shape[-2:]).to(compute).contiguous() for tensor in tensors]
 
     def back(answer: torch.Tensor) -> Array:
+        if dtype == torch.float16:
+            # Rounding in bfloat16 takes its largest numbers beyond it.
+            answer = answer.clamp(torch.finfo(dtype).min, torch.finfo(dtype).max)
         shaped = answer.to(dtype).reshape(*leading, answer.shape[-1])
         return shaped.numpy() if isinstance(q, np.ndarray) else shaped
 

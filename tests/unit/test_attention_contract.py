@@ -236,6 +236,16 @@ def test_every_usual_form_of_queries_keys_and_values_has_the_same_answer(dtype, 
         assert np.array_equal(answer, expected.numpy())
 
 
+@pytest.mark.parametrize("name", ["exact-sdpa-bf16", "exact-tiles-bf16", "window"])
+def test_the_largest_numbers_of_float16_stay_finite(name):
+    most = torch.finfo(torch.float16).max
+    q, k, v = (torch.full((1, 5, 8), x, dtype=torch.float16) for x in (1.0, 1.0, -most))
+    v[:, 4, 1] = most
+    q[:, :, 0], k[:, 4, 0] = 100.0, 100.0
+    given = {"products": "bfloat16"} if name == "window" else {}
+    assert get(name)(q, k, v, **given)[0, 0, :2].tolist() == [-most, most]
+
+
 @pytest.mark.parametrize("batch", [1, 2])
 def test_naive_asks_nothing_beside_the_attention_of_few_queries(monkeypatch, batch):
     """To ask the system for free memory took longer than all the rest, as did a pass over the keys for their norms."""
