@@ -132,6 +132,19 @@ def test_a_tail_keeps_its_digits_when_an_entry_exceeds_all_before_it(causal, jum
     np.testing.assert_allclose(out, plain_ratios(logs, 5, causal), rtol=1e-9)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("n", [150, 220])
+def test_the_head_goes_on_taking_the_largest_after_candidates_were_cut(n, causal):
+    """Where entries fall along the text it takes from the rest at nearly every prefix."""
+    steps = torch.arange(n, dtype=torch.float64)
+    logs = torch.randn(n, n, generator=torch.Generator().manual_seed(1), dtype=torch.float64) - 0.02 * (
+        steps[:, None] + steps
+    )
+    ours = np.empty(n - 19)
+    ratios_of_prefixes(logs.numpy(), 20, causal, ours)
+    np.testing.assert_allclose(ours, plain_ratios(logs, 20, causal), rtol=RELATIVE)
+
+
 def test_all_equal_entries_give_n_minus_one():
     q, k = constant(64, 3)
     torch.testing.assert_close(head_to_tail_ratios(q, k)[-1], torch.tensor(63.0, dtype=torch.float64))
