@@ -17,6 +17,7 @@ from approxkmv.errors import InputError
 from approxkmv.statistics import head_statistics, unmasked_and_masked_statistics
 from approxkmv.statistics.exponential import exp_and_sum
 from approxkmv.statistics.head_to_tail import ratios_of_prefixes
+from approxkmv.statistics.heads import _logits
 from approxkmv.statistics.order import SAMPLE, order_logarithms
 from approxkmv.statistics.selection import SEED, next_state, select_largest
 from approxkmv.statistics.streaming import length_statistics
@@ -264,6 +265,10 @@ def test_a_mask_that_leaves_too_little_is_one_line():
         head_statistics(q, k, mask=eye)
     with pytest.raises(InputError, match="own key"):
         head_statistics(q, k, mask=~eye)
+    without_one = torch.ones(60, 60, dtype=torch.bool)
+    without_one[7, 7] = False
+    with pytest.raises(InputError, match="own key"):
+        head_statistics(q, k, mask=without_one)
     with pytest.raises(InputError, match="give a bool array"):
         head_statistics(q, k, mask=eye[:59])
     with pytest.raises(InputError, match="causal and mask are both given"):
@@ -316,6 +321,12 @@ def test_batches_chunks_and_kinds_of_array_agree():
     single = head_to_tail_ratios(q[1, 2], k[1, 2])
     # A matrix product of another batch size may round differently.
     torch.testing.assert_close(torch.from_numpy(whole.ratios[1, 2]), single, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(("memory", "sizes"), [(1, [1] * 5), (2 * 8 * 10**2, [2, 2, 1]), (10**9, [5])])
+def test_as_many_heads_are_held_as_memory_has_room_for(memory, sizes):
+    q = torch.ones(5, 10, 3, dtype=torch.float64)
+    assert [len(logits) for _, logits in _logits(q, q, 1.0, memory)] == sizes
 
 
 def test_a_constant_factor_per_kernel_changes_nothing():
