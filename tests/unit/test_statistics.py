@@ -329,6 +329,10 @@ def test_as_many_heads_are_held_as_memory_has_room_for(memory, sizes):
     assert [len(logits) for _, logits in _logits(q, q, 1.0, memory)] == sizes
 
 
+def test_a_text_as_long_as_the_first_prefix_has_one_ratio():
+    assert head_to_tail_ratios(torch.ones(50, 2), torch.ones(50, 2)).tolist() == pytest.approx([49])
+
+
 def test_a_constant_factor_per_kernel_changes_nothing():
     """Shifting all keys along one direction that every query shares multiplies K by a constant."""
     q, k = random_head(12, 80, 6, 1.0)
