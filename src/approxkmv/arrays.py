@@ -164,6 +164,9 @@ def as_batches(
     flat = [tensor.reshape(-1, *tensor.shape[-2:]).to(compute).contiguous() for tensor in tensors]
 
     def back(answer: torch.Tensor) -> Array:
+        if dtype == torch.float16:
+            # Rounding in bfloat16 takes its largest numbers beyond it.
+            answer = answer.clamp(torch.finfo(dtype).min, torch.finfo(dtype).max)
         shaped = answer.to(dtype).reshape(*leading, answer.shape[-1])
         return shaped.numpy() if isinstance(q, np.ndarray) else shaped
 
@@ -172,10 +175,12 @@ def as_batches(
 
 def _with_heads_repeated(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[torch.Tensor]:
     """With four dimensions, the heads of k and v as often as the queries' heads share them."""
+    if q.ndim == 4 and k.shape[:2] != v.shape[:2]:
+        raise InputError(f"k {tuple(k.shape)} and v {tuple(v.shape)} differ in their heads or batch")
     if q.ndim < 3 or q.shape[:-2] == k.shape[:-2]:
         return [q, k, v]
     queries, keys = q.shape[-3], k.shape[-3]
-    grouped = q.ndim == 4 and q.shape[0] == k.shape[0] and queries % keys == 0 and k.shape[1] == v.shape[1]
+    grouped = q.ndim == 4 and q.shape[0] == k.shape[0] and queries % keys == 0
     if not grouped:
         times = (
             f" {queries // keys} times, as k.repeat_interleave({queries // keys}, -3) does" if keys < queries else ""

@@ -354,6 +354,8 @@ def graph() -> dict[str, Any]:
 
 SPREAD: dict[str, dict[str, Any]] = {
     "one point": {"points": points(1, 4)},
+    "points of one dimension": {"points": points(30)},
+    "points of three dimensions": {"points": points(30, 4, 2)},
     "equal points": {"points": torch.ones(5, 4)},
     "a NaN": {"points": holding(NAN, 30, 4)},
     "an infinity": {"points": holding(INFINITY, 30, 4)},

@@ -52,6 +52,13 @@ def test_factors_may_be_numbers_of_numpy(kind):
     np.testing.assert_array_equal(found, attention_statistics(Q, K, softcap=2.0).entropy)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.uint16, torch.uint64, torch.float8_e4m3fn])
+def test_a_bias_of_any_type(dtype):
+    bias = torch.from_numpy(np.abs(BIAS).round()).to(dtype)
+    found = attention_statistics(Q, K, bias=bias).entropy
+    np.testing.assert_array_equal(found, attention_statistics(Q, K, bias=np.abs(BIAS).round()).entropy)
+
+
 def test_whole_numbers_in_another_byte_order():
     right = length_statistics(Q, K, spans=SPANS)[0][1]
     assert length_statistics(Q, K, spans=SPANS.astype(">i4"))[0][1] == right

@@ -213,6 +213,9 @@ def test_shapes_that_do_not_fit():
         get("mean")(q.long(), k.long(), v.long())
     with pytest.raises(InputError, match=r"repeat the key heads 3 times, as k.repeat_interleave\(3, -3\) does"):
         get("mean")(q.repeat(3, 1, 1), k, v)
+    # Batch and heads the wrong way round: as many matrices, but of other heads
+    with pytest.raises(InputError, match=r"k \(2, 3, 9, 4\) and v \(3, 2, 9, 1\) differ in their heads or batch"):
+        get("mean")(torch.ones(2, 3, 8, 4), torch.ones(2, 3, 9, 4), torch.ones(3, 2, 9, 1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -231,6 +234,16 @@ def test_every_usual_form_of_queries_keys_and_values_has_the_same_answer(dtype, 
         answer = call(q.numpy(), k.numpy(), v.numpy())
         assert answer.dtype == q.numpy().dtype
         assert np.array_equal(answer, expected.numpy())
+
+
+@pytest.mark.parametrize("name", ["exact-sdpa-bf16", "exact-tiles-bf16", "window"])
+def test_the_largest_numbers_of_float16_stay_finite(name):
+    most = torch.finfo(torch.float16).max
+    q, k, v = (torch.full((1, 5, 8), x, dtype=torch.float16) for x in (1.0, 1.0, -most))
+    v[:, 4, 1] = most
+    q[:, :, 0], k[:, 4, 0] = 100.0, 100.0
+    given = {"products": "bfloat16"} if name == "window" else {}
+    assert get(name)(q, k, v, **given)[0, 0, :2].tolist() == [-most, most]
 
 
 @pytest.mark.parametrize("batch", [1, 2])

@@ -948,6 +948,33 @@ def test_the_steps_of_the_practical_power_method(monkeypatch):
     assert np.allclose(found.vector, given[0])
 
 
+@pytest.mark.parametrize(("second", "value"), [([3.0, *[0.0] * 8], 3.0), ([0.9, *[0.01] * 8], (8 / 3 + 0.45) / 3)])
+def test_the_practical_power_method_begins_again_where_an_entry_grew_by_more(monkeypatch, second, value):
+    given, products = [], iter([[0.45, *[1 / 3] * 8], second])
+
+    class Scripted:
+        last = SimpleNamespace(kernel_evaluations=7)
+
+        def __init__(self, *_, **__): ...
+
+        def __matmul__(self, x: np.ndarray) -> np.ndarray:
+            given.append(x)
+            return np.array(next(products))
+
+    monkeypatch.setattr(eigenvalue, "KernelOperator", Scripted)
+    found = eigenvalue.top_eigenvalue(np.eye(9), 1.0, 0.5, method="practical", seed=0)
+    assert np.allclose(given, [[1 / 3] * 9, [1, *[0] * 8]])
+    # It ends where nothing grows by more, or where the value did not rise.
+    assert (found.iterations, found.value) == (2, pytest.approx(value))
+
+
+def test_the_practical_power_method_finds_two_equal_points_among_many_far_ones():
+    points = 1000 * np.random.default_rng(0).standard_normal((1000, 3))
+    points[1] = points[0]
+    # The vector of ones is an eigenvector with value 1, but for these two.
+    assert top_eigenvalue(points, 1.0, 0.25, method="practical", seed=1).value == pytest.approx(2, rel=0.25)
+
+
 def test_sums_of_rows_are_the_densities_of_scikit_learn():
     neighbors = pytest.importorskip("sklearn.neighbors")
     queries, points = clustered(1000, 6, 1), clustered(20_000, 6, 2)

@@ -17,6 +17,7 @@ from approxkmv.errors import InputError
 from approxkmv.statistics import head_statistics, unmasked_and_masked_statistics
 from approxkmv.statistics.exponential import exp_and_sum
 from approxkmv.statistics.head_to_tail import ratios_of_prefixes
+from approxkmv.statistics.heads import _logits
 from approxkmv.statistics.order import SAMPLE, order_logarithms
 from approxkmv.statistics.selection import SEED, next_state, select_largest
 from approxkmv.statistics.streaming import length_statistics
@@ -132,6 +133,19 @@ def test_a_tail_keeps_its_digits_when_an_entry_exceeds_all_before_it(causal, jum
     np.testing.assert_allclose(out, plain_ratios(logs, 5, causal), rtol=1e-9)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("n", [150, 220])
+def test_the_head_goes_on_taking_the_largest_after_candidates_were_cut(n, causal):
+    """Where entries fall along the text it takes from the rest at nearly every prefix."""
+    steps = torch.arange(n, dtype=torch.float64)
+    logs = torch.randn(n, n, generator=torch.Generator().manual_seed(1), dtype=torch.float64) - 0.02 * (
+        steps[:, None] + steps
+    )
+    ours = np.empty(n - 19)
+    ratios_of_prefixes(logs.numpy(), 20, causal, ours)
+    np.testing.assert_allclose(ours, plain_ratios(logs, 20, causal), rtol=RELATIVE)
+
+
 def test_all_equal_entries_give_n_minus_one():
     q, k = constant(64, 3)
     torch.testing.assert_close(head_to_tail_ratios(q, k)[-1], torch.tensor(63.0, dtype=torch.float64))
@@ -193,7 +207,7 @@ def test_uniform_attention_sits_at_the_ends_of_both_exponents():
 def test_unmasked_and_masked_together_equal_each_alone():
     q, k = random_head(14, 80, 8, 1.0)
     for together, causal in zip(unmasked_and_masked_statistics(q, k), (False, True), strict=True):
-        alone = head_statistics(q, k, causal=causal)
+        alone = head_statistics(q, k, causal=np.bool_(causal))
         for field in fields(alone):
             np.testing.assert_array_equal(getattr(together, field.name), getattr(alone, field.name))
 
@@ -251,6 +265,10 @@ def test_a_mask_that_leaves_too_little_is_one_line():
         head_statistics(q, k, mask=eye)
     with pytest.raises(InputError, match="own key"):
         head_statistics(q, k, mask=~eye)
+    without_one = torch.ones(60, 60, dtype=torch.bool)
+    without_one[7, 7] = False
+    with pytest.raises(InputError, match="own key"):
+        head_statistics(q, k, mask=without_one)
     with pytest.raises(InputError, match="give a bool array"):
         head_statistics(q, k, mask=eye[:59])
     with pytest.raises(InputError, match="causal and mask are both given"):
@@ -305,6 +323,16 @@ def test_batches_chunks_and_kinds_of_array_agree():
     torch.testing.assert_close(torch.from_numpy(whole.ratios[1, 2]), single, rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize(("memory", "sizes"), [(1, [1] * 5), (2 * 8 * 10**2, [2, 2, 1]), (10**9, [5])])
+def test_as_many_heads_are_held_as_memory_has_room_for(memory, sizes):
+    q = torch.ones(5, 10, 3, dtype=torch.float64)
+    assert [len(logits) for _, logits in _logits(q, q, 1.0, memory)] == sizes
+
+
+def test_a_text_as_long_as_the_first_prefix_has_one_ratio():
+    assert head_to_tail_ratios(torch.ones(50, 2), torch.ones(50, 2)).tolist() == pytest.approx([49])
+
+
 def test_a_constant_factor_per_kernel_changes_nothing():
     """Shifting all keys along one direction that every query shares multiplies K by a constant."""
     q, k = random_head(12, 80, 6, 1.0)
@@ -323,6 +351,8 @@ def test_a_constant_factor_per_kernel_changes_nothing():
         (lambda: head_to_tail_ratios(torch.ones(60, 2) / 0, torch.ones(60, 2)), "NaN or an infinity"),
         (lambda: order_ratios(torch.ones(1, 2), torch.ones(1, 2)), "at least 2"),
         (lambda: order_ratios(torch.ones(2, 2), torch.ones(2, 2), causal=True), "at least 3"),
+        (lambda: order_ratios(torch.ones(3, 2), torch.ones(3, 2), causal="False"), "causal is .False.: give"),
+        (lambda: head_statistics(torch.ones(60, 2), torch.ones(60, 2), causal=1), "causal is 1: give True or False"),
     ],
 )
 def test_bad_input_is_one_clear_line(call, word):

@@ -21,7 +21,7 @@ from approxkmv.statistics import head_statistics
 from approxkmv.statistics.entries import CAUSAL
 from approxkmv.statistics.largest import Largest
 from approxkmv.statistics.streaming import LengthStatistics, add_strip_by_torch, every_key, length_statistics
-from approxkmv.statistics.streaming_cpu import add_strip, keys_holding
+from approxkmv.statistics.streaming_cpu import add_strip, count_keys, keys_holding
 from approxkmv.steps import lengths
 from approxkmv.steps.lengths import measure_lengths
 
@@ -218,6 +218,12 @@ def test_keys_holding_a_share_come_first(kind):
         # The last share may need one key fewer or more by the rounding of the sum.
         assert abs(found - (int((mass < goal * (1 - 1e-13)).sum()) + 1)) <= (share == 1.0)
         np.testing.assert_array_equal(np.sort(mine[:found]), np.sort(weights)[-found:])
+
+
+def test_a_share_that_the_larger_keys_hold_to_the_last_digit_needs_no_more():
+    found = np.empty(2, np.int64)
+    count_keys(np.array([0.5, 1.0, 0.25, 0.25]), 4, 2.0, np.array([0.5, 0.75]), found)
+    assert found.tolist() == [1, 2]
 
 
 def test_several_heads_equal_each_alone_and_kinds_of_array_agree():

@@ -778,6 +778,9 @@ def test_inputs_of_a_capture_are_shared_where_one_of_tuning_has_a_row_of_one_of_
     (case,) = cases(SweepSettings.from_mapping({"workloads": [given]}).workloads[0])
     one, other = ({row for i in range(inputs) for row in load(case, part, i).q.flatten().tolist()} for part in PARTS)
     assert bool(one & other) == shares_inputs(case, inputs) == bool(missing)
+    # The same text again is no other text.
+    again = replace(case, settings=replace(case.settings, tuning_path=str(path)))
+    assert shares_inputs(again, inputs) == bool(missing)
 
 
 def test_a_capture_that_is_none_is_one_line(tmp_path):

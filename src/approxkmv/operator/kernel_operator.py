@@ -74,7 +74,7 @@ class KernelOperator:
     Args:
         queries: (n_q, d). keys: (n_k, d). Torch tensors (on a CPU or CUDA) or NumPy arrays, of one kind.
         sigma: the bandwidth.
-        epsilon: the error, |Kx - y|_2 <= epsilon |Kx|_2, below 1; or epsilon |x|_2 with relative_to="x".
+        epsilon: the error, |Kx - y| <= epsilon |Kx| over all columns, below 1; or epsilon |x| with relative_to="x".
         method: "auto", "exact" (in bfloat16 if a trial found that faster here and epsilon allows it), or "blocks",
             which never falls back.
         seed: of everything random; None draws one.

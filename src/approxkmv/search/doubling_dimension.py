@@ -49,6 +49,8 @@ def doubling_dimension(
         InputError: fewer than two different points, a coordinate that is not finite.
     """
     x = as_float64(points, "points")
+    if x.ndim != 2:
+        raise InputError(f"points have shape {tuple(x.shape)}: give (n, d)")
     if len(x) < 2 or bool((x == x[0]).all()):
         raise InputError("a doubling dimension needs at least two different points")
     # Choose a unit in which no square overflows float64

@@ -107,8 +107,10 @@ def unmasked_and_masked_statistics(
     return first, second
 
 
-def _mask(causal: bool, mask: Array | None) -> bool | np.ndarray:
-    return causal if mask is None else np.asarray(mask)
+def _mask(causal: bool, mask: Array | None = None) -> bool | np.ndarray:
+    if not isinstance(causal, bool | np.bool_):
+        raise InputError(f"causal is {causal!r}: give True or False")
+    return bool(causal) if mask is None else np.asarray(mask)
 
 
 def _statistics(found: list[_Found], n: int) -> list[HeadStatistics]:
@@ -158,7 +160,7 @@ def head_to_tail_ratios(
     Raises:
         InputError: mismatched shapes, fewer than min_prefix tokens, non-finite values, an invalid scale.
     """
-    ratios, *_ = _run(q, k, min_prefix, scale, (causal,), memory, order=False, softmax=False)[0]
+    ratios, *_ = _run(q, k, min_prefix, scale, (_mask(causal),), memory, order=False, softmax=False)[0]
     return ratios if isinstance(q, np.ndarray) else torch.from_numpy(ratios).to(q.device)
 
 
@@ -180,7 +182,7 @@ def order_ratios(
     Raises:
         InputError: mismatched shapes, too few tokens, non-finite values, an invalid scale.
     """
-    _, logs, _ = _run(q, k, 1, scale, (causal,), memory, ratios=False, softmax=False)[0]
+    _, logs, _ = _run(q, k, 1, scale, (_mask(causal),), memory, ratios=False, softmax=False)[0]
     found = _order_ratios(logs)
     if isinstance(q, np.ndarray):
         return found

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from approxkmv.arrays import DTYPES as FLOATS
 from approxkmv.arrays import Array, as_float64, is_number, is_whole, queries_and_keys, resolve_scale, tensor_of
 from approxkmv.compute.scratch import scratch
 from approxkmv.errors import InputError
@@ -178,6 +179,9 @@ def _as_bias(bias: Array, shape: tuple[int, ...], device: torch.device) -> torch
         bias = tensor_of(bias)
     if not isinstance(bias, torch.Tensor) or bias.is_complex() or bias.dtype == torch.bool:
         raise InputError("bias must be a torch tensor or a NumPy array of real numbers")
+    if bias.dtype not in FLOATS:
+        # torch lacks operations of some types.
+        bias = bias.double()
     if bias.numel() and not bool(torch.isfinite(bias).all()):
         raise InputError("bias holds a NaN or an infinity: hide keys with mask instead")
     return _expanded(bias.detach().to(device), "bias", shape)

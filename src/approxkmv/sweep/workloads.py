@@ -92,7 +92,7 @@ def shares_inputs(case: Case, inputs: int) -> bool:
     if settings.name != "model-qk":
         rows = len(word_vectors(settings.path)[: settings.rows])
         return 2 * _needed(case) > min(rows, 4 * _needed(case))
-    if settings.tuning_path is not None:
+    if settings.tuning_path is not None and not Path(str(settings.path)).samefile(settings.tuning_path):
         return False
     rows = _capture_of(case, "evaluation")[0]["q"].shape[1]
     # Those of each part move towards the other's.
