@@ -246,10 +246,12 @@ def costs() -> str:
 def models() -> str:
     """Models, studies and what was measured."""
     lines = []
+    places: dict[str, list[str]] = {}
     for study, model in (("embedded", MINILM), ("embedded", SMOLLM), *(("families", m) for m in FAMILIES), *GROWTH):
         folder = REFERENCE / study / "tables"
-        path = ModelTables(folder, model).overview
-        facts = json.loads((path if path.exists() else folder / f"lengths_{model}.json").read_text(encoding="utf-8"))
+        path = ModelTables(folder, model).facts
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        places.setdefault(machine(path), []).append(f"`{study}`")
         lines.append(
             {
                 "model": facts["label"],
@@ -260,7 +262,7 @@ def models() -> str:
                 "largest n": f"{facts['tokens_max'] if 'tokens_max' in facts else max(facts['lengths']):,}",
             }
         )
-    made = machine(ModelTables(REFERENCE / "embedded" / "tables", MINILM).overview)
+    made = "; ".join(f"{', '.join(dict.fromkeys(studies))}: {place}" for place, studies in places.items())
     return f"{markdown(pd.DataFrame(lines))}\n\n{made}.\n"
 
 

@@ -110,7 +110,7 @@ def test_refusals_are_one_line_and_write_nothing(speaker: Project, words, messag
 )
 def test_options_that_a_study_would_leave_without_effect_are_refused(speaker: Project, words, option):
     code, output = speaker.approxkmv(*words, "--out", "out.json")
-    said = f"{words[1]} goes with {option}: without it, study tiny says what is run"
+    said = f"{words[1]} goes with {option}: the study has its own"
     assert (code, output) == (2, f"approxkmv: {said}\n")
 
 

@@ -348,6 +348,13 @@ def test_numbers_of_the_race_in_sentences(race, monkeypatch, tmp_path):
     assert race.NUMBERS["paper-wins"]() == "none of 2"
     race.tables["few"] = [row_of("glove", 256, name, 1.2)]
     assert race.NUMBERS["paper-wins"]() == "1 of 3"
+    # The paper's own figure is told apart, beside the mean of the values.
+    race.tables["figure5"] = [row_of("glove", n, name, 3.0, reached=word) for n, word in ((64, "no"), (128, "yes"))]
+    race.tables["figure5"] += [row_of("glove", n, "mean", 9.0, kind="trivial") for n in (64, 128)]
+    said = "1 of 2 lengths (the mean of all values, also within the error, is faster still at 1 of them)"
+    assert race.NUMBERS["paper-wins-figure5"]() == said
+    race.tables["figure5"][3]["reached"] = "no"
+    assert race.NUMBERS["paper-wins-figure5"]() == "1 of 2 lengths"
 
 
 def test_seconds_of_a_study_are_those_of_its_steps_and_of_short_pauses(tmp_path):

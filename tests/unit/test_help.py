@@ -6,6 +6,7 @@ import importlib.metadata
 import re
 import shlex
 from inspect import unwrap
+from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
@@ -13,8 +14,9 @@ import typer
 from typer.testing import CliRunner
 
 from approxkmv.cli import app, main
-from approxkmv.errors import TableError
+from approxkmv.errors import ConfigError, TableError
 
+ROOT = Path(__file__).resolve().parents[2]
 APP = typer.main.get_command(app)
 COMMANDS = APP.commands
 EVERY = [*COMMANDS.items(), *COMMANDS["config"].commands.items()]
@@ -146,3 +148,24 @@ def test_a_package_is_taken_into_the_folder_that_is_named(monkeypatch):
     monkeypatch.setattr("approxkmv.steps.package.take", lambda package, into: [f"{package} into {into}"])
     for words, said in (([], "a.zip into None\n"), (["--into", "b"], "a.zip into b\n")):
         assert CliRunner().invoke(app, ["take", "a.zip", *words]).output == said
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("perplexity --study perplexity --tokens 64", "--tokens goes with --method: the study has its own"),
+        ("perplexity --study perplexity --plan none.json --seed 1", "--seed goes with --method: the study has its own"),
+        ("perplexity --plan none.json --parameters {}", "--parameters goes with --method"),
+        ("perplexity --method window --study perplexity", "--study goes without --method"),
+        ("plan --study perplexity --target 0.1", "--target goes with --model: the study has its own"),
+        ("plan --model smollm2-135m --study perplexity", "--study goes without --model"),
+        ("sweep --settings none.json --tuning-capture heads.safetensors", "--tuning-capture goes with a configuration"),
+    ],
+)
+def test_an_option_that_nothing_would_read_is_refused(words, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    out = tmp_path / "out.json"
+    result = CliRunner().invoke(app, [*words.split(), "--out", str(out)])
+    assert isinstance(result.exception, ConfigError)
+    assert str(result.exception).startswith(said)
+    assert not out.exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from itertools import permutations
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +12,7 @@ import typer
 from typer.core import TyperCommand
 
 from approxkmv.config import Study, load_config, study_of
-from approxkmv.errors import TableError
+from approxkmv.errors import ConfigError, TableError
 from approxkmv.files import check_writable
 from approxkmv.progress import log_to
 
@@ -83,6 +84,14 @@ def asked(config: Path, study: str | None, log: Path | None) -> Study:
     """The study that a command works on; also starts the log of its steps. Raises ConfigError."""
     log_to(log)
     return study_of(load_config(config), study)
+
+
+def refuse_given(context: typer.Context, names: Collection[str], why: str) -> None:
+    """Raise ConfigError if one of these options was given, where nothing would read it."""
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise ConfigError(f"--{name.replace('_', '-')} {why}")
 
 
 class Command(TyperCommand):

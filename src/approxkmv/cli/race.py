@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from approxkmv.cli.app import CONFIG, Config, Log, StudyName, app, asked, to_write
+from approxkmv.cli.app import CONFIG, Config, Log, StudyName, app, asked, refuse_given, to_write
 from approxkmv.config import Configuration, Perplexity, PlanKeys, Study, corpus_entry, load_config, model_of, read_as
 from approxkmv.errors import ConfigError
 from approxkmv.files import check_writable
@@ -60,6 +60,7 @@ def model_heads(
 
 @app.command()
 def sweep(
+    context: typer.Context,
     out: Annotated[Path, to_write("--out", help="CSV file to write; a JSON record is written next to it.")],
     capture: Annotated[Path | None, typer.Option("--capture", help="Captured heads of a model, for model-qk.")] = None,
     tuning_capture: Annotated[Path | None, typer.Option("--tuning-capture", help="The same, for tuning.")] = None,
@@ -80,6 +81,7 @@ def sweep(
     if settings is not None:
         from approxkmv.sweep.settings_file import read_settings
 
+        refuse_given(context, ("capture", "tuning_capture", "study"), "goes with a configuration, not with --settings")
         chosen = read_settings(settings, out)
     else:
         named = asked(config, study, log)
@@ -126,10 +128,12 @@ def plan(
     log_to(log)
     checked = load_config(config)
     if model is not None:
+        refuse_given(context, ["study"], "goes without --model")
         given = {"plan": {"target": target, "tokens": tokens}, "methods": {"exact-sdpa": [{}]}}
         settings = read_as(Perplexity, given | {"model": model, "corpus": corpus}, "options")
     else:
-        settings = _perplexity_of(context, asked(config, study, log), "--model")
+        settings = _perplexity_of(asked(config, study, log), "--model")
+        refuse_given(context, ("target", "tokens", "corpus"), "goes with --model: the study has its own")
     if settings.plan is None:
         raise ConfigError("the study's perplexity has no plan: give --model, or add plan: {} to it")
     chosen = corpus_entry(checked, settings.corpus)
@@ -148,14 +152,9 @@ def plan(
             LOG.info("  %s: %s", name, counted(heads, "head"))
 
 
-def _perplexity_of(context: typer.Context, study: Study, option: str) -> Perplexity:
-    """The study's keys. Raises ConfigError if it has none, or beside options that go with `option`."""
+def _perplexity_of(study: Study, option: str) -> Perplexity:
     if study.perplexity is None:
         raise ConfigError(f"study {study.name} has no perplexity: give {option}, or name methods in the study")
-    for other in context.command.params:
-        source = context.get_parameter_source(other.name or "")
-        if getattr(other, "help", "").startswith(f"With {option}:") and source and source.name == "COMMANDLINE":
-            raise ConfigError(f"{other.opts[0]} goes with {option}: without it, study {study.name} says what is run")
     return study.perplexity
 
 
@@ -215,12 +214,15 @@ def perplexity(  # noqa: PLR0913 - one argument for each option of the command l
         from approxkmv.perplexity.settings import from_options
 
         given = from_options(tokens, method or "exact-sdpa", parameters)
+        refuse_given(context, ["study" if method else "parameters"], f"goes {'without' if method else 'with'} --method")
         if method is None:
             given["methods"] = {name: [{}] for name in ("exact-sdpa", "exact-sdpa-bf16", "exact-tiles-bf16")}
         options = {"model": model, "corpus": corpus, "layers": layers, "seed": seed}
         settings = read_as(Perplexity, options | given, "options")
     else:
-        settings = _perplexity_of(context, asked(config, study, log), "--method")
+        settings = _perplexity_of(asked(config, study, log), "--method")
+        names = ("model", "corpus", "tokens", "layers", "parameters", "seed")
+        refuse_given(context, names, "goes with --method: the study has its own")
     entry, chosen = model_of(checked, settings.model), corpus_entry(checked, settings.corpus)
     check_writable(out, out.with_suffix(".json"), inputs=(plan, location))
     with step(f"perplexity {entry.name}"):

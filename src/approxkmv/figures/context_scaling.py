@@ -125,7 +125,7 @@ def _from_to(found: Sequence[tuple[str, pd.Series, pd.Series]]) -> tuple[str, st
     )
     up = sum(last["mean"] > first["mean"] for _, first, last in found)
     return (
-        f"grows with the length in {up} of {len(found)} models",
+        f"is larger at the longest prefix than at the shortest in {up} of {len(found)} models",
         f"{start} at the shortest prefix, {end} at the longest that {ENOUGH_TEXTS} texts reach",
     )
 

@@ -25,18 +25,24 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
     """From the growth table and overview of one model, write STEM.pdf and STEM.png; masked too if there is such."""
     names = ModelTables(tables, model)
     facts = as_written(read_overview(names.facts, "label", "layers", "heads", "paper_bound"))
-    columns = {"exponent": "number", "size": "text", "trend": "text"} | dict.fromkeys(("texts", "length"), "whole")
+    columns = {"exponent": "number", "size": "text", "trend": "text"}
+    columns |= dict.fromkeys(("texts", "length", "start"), "whole")
     table = read_heads(names.growth, facts, columns)
     masks = masks_of(table, "exponent")
     values = grid(table, "exponent")
     shape = (len(masks), 1) if is_wide(values) else (1, len(masks))
     first, bound = table.iloc[0], facts["paper_bound"]
     grows = table["trend"] == TRENDS[1]
+    found = (
+        f"c(n) grows in {grows.sum()} of {len(table)} heads and is above {bound:g} in "
+        f"{(grows & (table['size'] == SIZES[1])).sum()} of them, by 95 % intervals"
+        if first["start"]
+        else "too few texts or lengths to tell how c(n) grows"
+    )
     figure, panels = new_panels(
         values,
         *shape,
-        f"{facts['label']}: c(n) grows in {grows.sum()} of {len(table)} heads and is above {bound:g} in "
-        f"{(grows & (table['size'] == SIZES[1])).sum()} of them, by 95 % intervals",
+        f"{facts['label']}: {found}",
         f"Exponent of c(n) from n/2 to n = {first['length']:,} on {counted(first['texts'], 'text')}; "
         + ", ".join(f"{mark} {trend}" for trend, mark in MARKS.items())
         + f"; outlined: c(n) above {bound:g} (dashed: undecided)",

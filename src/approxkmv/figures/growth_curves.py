@@ -72,10 +72,10 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
     panels[0].set_ylabel("c of the average text")
     exponents = pd.concat([typical(growth, before)[f"{before}exponent"] for before in masks])
     ends = " to ".join(dict.fromkeys(two_decimals(end) for end in (exponents.min(), exponents.max())))
-    found = f"goes as n to the power {ends}"
+    found = f"c(n) of typical heads goes as n to the power {ends}"
     style.headline(
         figure,
-        f"{facts['label']}: c(n) of typical heads {found if len(exponents) else 'needs more texts'}",
+        f"{facts['label']}: {found if len(exponents) else 'too few texts or lengths to tell how c(n) grows'}",
         "One head of each size and trend; lines: the exponent from n/2 to n",
     )
     style.footnote(figure, style.not_in_kernel(facts))

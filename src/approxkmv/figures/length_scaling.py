@@ -65,14 +65,19 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
         figure, style.wrapped(style.not_in_kernel(facts), 120), handles=handles, labels=labels, ncols=columns
     )
     count = facts["texts_used"]
-    c = table.groupby("length")["ratio"]
-    growth = [
-        f"{style.short(c.quantile(share).iloc[0])} to {style.short(c.quantile(share).iloc[-1])}" for share in (0.5, 1.0)
-    ]
+    # A length that few texts reach would compare them with all.
+    known = lengths[(texts >= min(ENOUGH_TEXTS, texts.max())).to_numpy()]
+    c = table[table["length"].isin(known)].groupby("length")["ratio"]
+    middle, largest = ([style.short(c.quantile(share).iloc[end]) for end in (0, -1)] for share in (0.5, 1.0))
+    found = f"at n = {known[0]:,} c(n) is {middle[0]} in the median head, {largest[0]} in the largest"
+    if len(known) > 1:
+        found = (
+            f"from n = {known[0]:,} to {known[-1]:,} c(n) goes from {' to '.join(middle)} in the median head, "
+            f"from {' to '.join(largest)} in the largest"
+        )
     style.headline(
         figure,
-        f"{facts['label']}: from n = {lengths[0]:,} to {lengths[-1]:,} c(n) goes from {growth[0]} in the median head, "
-        f"from {growth[1]} in the largest",
+        f"{facts['label']}: {found}",
         f"{facts['layers'] * facts['heads']} heads on "
         f"{'one long text' if count == 1 else f'{count} long texts (medians)'} of {facts['corpus']}"
         + "; points on an edge: beyond the axis"

@@ -53,7 +53,7 @@ STATISTICS = (
         "exponent",
         "exponent of c",
         (("growth", "exponent"),),
-        "How c grows with the length n over the last octave: 0 is flat, 1 in proportion to n; with its 95 % interval.",
+        "How c grows from about n/2 to the longest length n: 0 is flat, 1 in proportion to n; with its 95 % interval.",
         log=False,
         low=-0.5,
         high=1.0,
