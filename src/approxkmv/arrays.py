@@ -99,6 +99,13 @@ def is_whole(value: object) -> bool:
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
+def true_or_false(value: object, name: str) -> bool:
+    """A bool of Python's or NumPy's as Python's. Raises InputError for anything else, such as a mask."""
+    if not isinstance(value, bool | np.bool_):
+        raise InputError(f"{name} is of the type {type(value).__name__}: give True or False")
+    return bool(value)
+
+
 def is_number(value: object) -> bool:
     """Whether this is a whole or floating-point number of Python's or NumPy's."""
     return is_whole(value) or isinstance(value, (float, np.floating))

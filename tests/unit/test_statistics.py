@@ -351,8 +351,15 @@ def test_a_constant_factor_per_kernel_changes_nothing():
         (lambda: head_to_tail_ratios(torch.ones(60, 2) / 0, torch.ones(60, 2)), "NaN or an infinity"),
         (lambda: order_ratios(torch.ones(1, 2), torch.ones(1, 2)), "at least 2"),
         (lambda: order_ratios(torch.ones(2, 2), torch.ones(2, 2), causal=True), "at least 3"),
-        (lambda: order_ratios(torch.ones(3, 2), torch.ones(3, 2), causal="False"), "causal is .False.: give"),
-        (lambda: head_statistics(torch.ones(60, 2), torch.ones(60, 2), causal=1), "causal is 1: give True or False"),
+        (lambda: order_ratios(torch.ones(3, 2), torch.ones(3, 2), causal="False"), "causal is of the type str: give"),
+        (
+            lambda: head_statistics(torch.ones(60, 2), torch.ones(60, 2), causal=1),
+            "causal is of the type int: give True or False",
+        ),
+        (
+            lambda: head_statistics(torch.ones(60, 2), torch.ones(60, 2), causal=torch.ones(60, 60) > 0),
+            "causal is of the type Tensor: give True or False",
+        ),
     ],
 )
 def test_bad_input_is_one_clear_line(call, word):

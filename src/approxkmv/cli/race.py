@@ -81,7 +81,8 @@ def sweep(
     if settings is not None:
         from approxkmv.sweep.settings_file import read_settings
 
-        refuse_given(context, ("capture", "tuning_capture", "study"), "goes with a configuration, not with --settings")
+        given = ("capture", "tuning_capture", "study", "config")
+        refuse_given(context, given, "goes with a configuration, not with --settings")
         chosen = read_settings(settings, out)
     else:
         named = asked(config, study, log)
@@ -95,6 +96,8 @@ def sweep(
                 check_capture(path, named.capture)
             # What a sweep's own settings do not say of its heads
             beside = named.model_dump(mode="json", include={"rotary_scaling"})
+        else:
+            refuse_given(context, ("capture", "tuning_capture"), "goes with a sweep that captures heads")
         chosen = named.sweep.with_capture(*captures)
         chosen = replace(chosen, cache=chosen.cache or load_config(config).cache)
     with step(f"sweep      {out.stem}"):
@@ -214,7 +217,9 @@ def perplexity(  # noqa: PLR0913 - one argument for each option of the command l
         from approxkmv.perplexity.settings import from_options
 
         given = from_options(tokens, method or "exact-sdpa", parameters)
-        refuse_given(context, ["study" if method else "parameters"], f"goes {'without' if method else 'with'} --method")
+        if method is None:
+            refuse_given(context, ["parameters"], "goes with --method")
+        refuse_given(context, ["study"], "goes with a study that has perplexity, and without --method")
         if method is None:
             given["methods"] = {name: [{}] for name in ("exact-sdpa", "exact-sdpa-bf16", "exact-tiles-bf16")}
         options = {"model": model, "corpus": corpus, "layers": layers, "seed": seed}

@@ -55,9 +55,9 @@ def top_eigenvalue(
 
     With method="practical" the products are those of `KernelOperator`, each to within a quarter of epsilon relative to
     Kx by its error bar, and the steps end as soon as |Kx - value x| is at most a quarter of epsilon of the value. A top
-    eigenvector on a few of many points may be missed so, since ones have little of it: while that finds a larger value,
-    they begin again from the points whose entries have grown by half of epsilon more than the value. What the error of
-    the products hides stays hidden.
+    eigenvector on a few of many points may be missed so, since ones have little of it: they then begin
+    again from the points whose entries grew by more than 1 + epsilon / 2 times the value, as long as that raises the
+    value. What the error of the products hides stays hidden.
 
     Args:
         points: (n, d). sigma: the bandwidth. epsilon: relative error, below 1. seed: for a reproducible answer.

@@ -9,7 +9,7 @@ from typing import TypeAlias
 import numpy as np
 import torch
 
-from approxkmv.arrays import Array, is_whole, queries_and_keys, resolve_scale
+from approxkmv.arrays import Array, is_whole, queries_and_keys, resolve_scale, true_or_false
 from approxkmv.compute.scratch import scratch
 from approxkmv.compute.threads import over_items
 from approxkmv.compute.torch_state import plain_torch
@@ -82,7 +82,7 @@ def head_statistics(
         mask: (n, n) bool for all heads, True for the entries that exist: a window, for example. Every query must see
             its own key, and there must be at least 2n entries. It takes the place of `causal`.
     """
-    if causal and mask is not None:
+    if true_or_false(causal, "causal") and mask is not None:
         raise InputError("causal and mask are both given: a mask says by itself which keys a query sees")
     return _statistics(_run(q, k, min_prefix, scale, (_mask(causal, mask),), memory), q.shape[-2])[0]
 
@@ -108,9 +108,7 @@ def unmasked_and_masked_statistics(
 
 
 def _mask(causal: bool, mask: Array | None = None) -> bool | np.ndarray:
-    if not isinstance(causal, bool | np.bool_):
-        raise InputError(f"causal is {causal!r}: give True or False")
-    return bool(causal) if mask is None else np.asarray(mask)
+    return true_or_false(causal, "causal") if mask is None else np.asarray(mask)
 
 
 def _statistics(found: list[_Found], n: int) -> list[HeadStatistics]:

@@ -20,7 +20,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from approxkmv.arrays import Array, is_whole, queries_and_keys, resolve_scale, tensor_of
+from approxkmv.arrays import Array, is_whole, queries_and_keys, resolve_scale, tensor_of, true_or_false
 from approxkmv.compute.threads import over_items
 from approxkmv.compute.torch_state import plain_torch
 from approxkmv.errors import InputError, NonFiniteError
@@ -93,7 +93,7 @@ def length_statistics(
     if not is_whole(block) or block < 1:
         raise InputError(f"block is {block!r}: it must be a whole number of at least 1")
     queries, keys = queries.reshape(-1, n, d), keys.reshape(-1, n, d)
-    masks = [every_key(n), *_own_spans(n, causal, spans)]
+    masks = [every_key(n), *_own_spans(n, true_or_false(causal, "causal"), spans)]
     on_cpu = queries.device.type == "cpu"
     together = torch.get_num_threads() if on_cpu else 1
     found: list[list[LengthStatistics]] = []
