@@ -135,12 +135,15 @@ def test_a_file_that_holds_no_settings_is_one_line(content, tmp_path):
 
 
 def test_a_record_does_not_overwrite_the_settings(tmp_path):
-    from approxkmv.cli.race import sweep
+    from typer.testing import CliRunner
+
+    from approxkmv.cli import app
 
     settings = tmp_path / "sweep.json"
     settings.write_text(json.dumps(GOOD))
+    result = CliRunner().invoke(app, ["sweep", "--out", str(tmp_path / "sweep.csv"), "--settings", str(settings)])
     with pytest.raises(ConfigError, match="would overwrite its settings"):
-        sweep(out=tmp_path / "sweep.csv", settings=settings)
+        raise result.exception
     assert json.loads(settings.read_text()) == GOOD
 
 
