@@ -217,10 +217,9 @@ def perplexity(  # noqa: PLR0913 - one argument for each option of the command l
         from approxkmv.perplexity.settings import from_options
 
         given = from_options(tokens, method or "exact-sdpa", parameters)
-        if method is None:
-            refuse_given(context, ["parameters"], "goes with --method")
         refuse_given(context, ["study"], "goes with a study that has perplexity, and without --method")
         if method is None:
+            refuse_given(context, ["parameters"], "goes with --method")
             given["methods"] = {name: [{}] for name in ("exact-sdpa", "exact-sdpa-bf16", "exact-tiles-bf16")}
         options = {"model": model, "corpus": corpus, "layers": layers, "seed": seed}
         settings = read_as(Perplexity, options | given, "options")
