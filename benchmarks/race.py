@@ -610,7 +610,7 @@ def claim() -> str:
                     "model, text": OTHERS.get(study, "SmolLM2, a novel"),
                     "mask": "causal" if study.startswith("causal") else "none",
                     "keys": f"{heads['n'].max():,}",
-                    "heads won": f"{len(times)} of {heads['workload'].nunique()}",
+                    "heads won": _heads_won(heads, gains),
                     "by": ", ".join(f"`{name}` {len(gains[name])}" for name in names) or "–",
                     "times faster": _range(times) if times else "–",
                     "than": ", ".join(f"`{name}`" for name in sorted(exact)),
@@ -623,6 +623,40 @@ def claim() -> str:
         "percentile over seeds). All value columns of a head, with rotary positions of SmolLM2 scaled beyond 8,192 "
         f"tokens; without the mask this is not what the model computes.{''.join(untimed[:1])}\n"
     )
+
+
+def _heads_won(heads: pd.DataFrame, gains: dict[str, list[float]]) -> str:
+    return f"{sum(map(len, gains.values()))} of {heads['workload'].nunique()}"
+
+
+def _spread(studies: list[str]) -> float:
+    """What the middle half of a row's times spans, in per cent of their median: the median over these sweeps' rows."""
+    tables = [table for study in studies if (table := _sweep(study)) is not None]
+    rows = pd.concat(tables, ignore_index=True).dropna(subset="seconds")
+    return float(100 * ((rows["seconds_q3"] - rows["seconds_q1"]) / rows["seconds"]).median())
+
+
+def _noise() -> str:
+    """How noisy the machine with AMX was, beside the other, in the sweeps that both ran."""
+    both = [
+        study for study in (*ASKED, *OTHERS) if _sweep(study) is not None and _sweep(f"{ELSEWHERE}/{study}") is not None
+    ]
+    here, there = _spread(both), _spread([f"{ELSEWHERE}/{study}" for study in both])
+    return f"{there:.0f} % of their median there, {here:.0f} % without AMX (medians over rows)"
+
+
+def _again() -> str:
+    """What a second run on the machine with AMX won, beside the first."""
+    said = []
+    for study in ("columns", "causal"):
+        won = []
+        for place in (f"{ELSEWHERE}-again/{study}", f"{ELSEWHERE}/{study}"):
+            table = _sweep(place)
+            assert table is not None
+            heads, _, gains = _of_heads(table)
+            won.append(_heads_won(heads, gains))
+        said.append(f"{won[0]} heads of `{study}` (the first: {won[1]})")
+    return " and ".join(said)
 
 
 def _untimed(table: pd.DataFrame, study: str) -> str:
@@ -782,6 +816,8 @@ NUMBERS: dict[str, Callable[[], str]] = {
     "paper-wins-figure5": _papers_figure,
     **{f"kept-{study}": lambda study=study: _kept(_tuned(_longest_heads(study))[1]) for study in ("causal", *OTHERS)},
     "printed-cost": _printed_cost,
+    "noise-amx": _noise,
+    "again-amx": _again,
 }
 
 

@@ -355,6 +355,18 @@ def test_numbers_of_the_race_in_sentences(race, monkeypatch, tmp_path):
     assert race.NUMBERS["paper-wins-figure5"]() == said
     race.tables["figure5"][3]["reached"] = "no"
     assert race.NUMBERS["paper-wins-figure5"]() == "1 of 2 lengths"
+    # The machine with AMX: how noisy it is, over what both machines ran, and what a second run says.
+    middle = {"long": (0.98, 1.02), "amx/long": (0.9, 1.1), "amx/causal-gemma": (0.1, 9.0)}
+    for study, (low, high) in middle.items():
+        row = row_of("model-qk-0", 64, "window", 1.0)
+        race.tables[study] = [{**row, "seconds_q1": low, "seconds_q3": high}, row | {"seconds": None}]
+    assert race.NUMBERS["noise-amx"]() == "20 % of their median there, 4 % without AMX (medians over rows)"
+    for study, gains in {"amx/columns": (2.0, 3.0), "amx-again/columns": (2.0, 0.9)}.items():
+        race.tables[study] = [row_of(f"model-qk-{i}", 64, "window", gain) for i, gain in enumerate(gains)]
+    for place in ("amx", "amx-again"):
+        race.tables[f"{place}/causal"] = race.tables["amx/columns"]
+    said = "1 of 2 heads of `columns` (the first: 2 of 2) and 2 of 2 heads of `causal` (the first: 2 of 2)"
+    assert race.NUMBERS["again-amx"]() == said
 
 
 def test_seconds_of_a_study_are_those_of_its_steps_and_of_short_pauses(tmp_path):
