@@ -36,3 +36,21 @@ def test_kernels_in_the_interpreter():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_kernels_on_a_gpu():
     check_kernels("0", 600)
+
+
+# Of what the tests use, packages that a machine with torch, Triton and transformers need not have
+FEW = """
+import sys
+sys.modules.update(dict.fromkeys(["pydantic", "snakemake", "gguf", "datasets", "faiss"]))
+import pytest
+sys.exit(pytest.main(["-q", "-m", "gpu", "--collect-only", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.slow
+def test_the_tests_for_a_gpu_need_few_packages():
+    """As docs/gpu.md runs them: with a module that cannot be imported none would run."""
+    files = [path for path in sorted(SCRIPT.parents[1].glob("unit/*.py")) if "@pytest.mark.gpu" in path.read_text()]
+    done = subprocess.run([sys.executable, "-c", FEW, *files], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(files) == 3
