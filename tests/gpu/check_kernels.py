@@ -5,6 +5,7 @@ With TRITON_INTERPRET=1 the checks run in Triton's interpreter on a CPU, under a
 
 import os
 import sys
+import traceback
 from contextlib import contextmanager, nullcontext
 
 import interpreter
@@ -599,31 +600,47 @@ def check_second_device():
     print("a second device: as the first")
 
 
+CHECKS = (
+    check_exact,
+    check_listed,
+    check_tiles,
+    check_clustering,
+    check_threshold,
+    check_lists,
+    check_local_expansion,
+    check_approxkmv,
+    check_errors,
+    check_fused,
+    check_sample,
+    check_apart,
+    check_span,
+    check_one_key,
+    check_reach,
+    check_fused_extremes,
+)
+
+
 def main():
     if not INTERPRETED and not torch.cuda.is_available():
         sys.exit("check_kernels: torch finds no CUDA device; set TRITON_INTERPRET=1 to check in the interpreter")
     if INTERPRETED:
         interpreter.prepare()
-    checks = [
-        check_exact,
-        check_listed,
-        check_tiles,
-        check_clustering,
-        check_threshold,
-        check_lists,
-        check_local_expansion,
-        check_approxkmv,
-        check_errors,
-    ]
-    checks += [check_fused, check_sample, check_apart, check_span, check_one_key, check_reach, check_fused_extremes]
+    checks = list(CHECKS)
     if not INTERPRETED:
         checks += [check_graphs] + [check_second_device] * (torch.cuda.device_count() > 1)
+    failed = []
     with watched() if INTERPRETED else nullcontext() as sanitizer:
         for check in checks:
-            check()
+            try:
+                check()
+            except Exception:  # of the compiler, of a launch, of the device, or of the check: the others say more
+                traceback.print_exc()
+                failed.append(check.__name__)
     if sanitizer:
         print(f"memory: {sanitizer.accesses} accesses")
         assert not sanitizer.faults, "\n".join(sanitizer.faults)
+    if failed:
+        sys.exit(f"check_kernels: these do not hold: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def test_every_stage_in_the_interpreter(tmp_path):
     done = gpu(tmp_path, "--interpret", "--minutes", "22", "--commit", "abc")
     assert done.returncode == 0, done.stdout + done.stderr
     found = rows(tmp_path)
-    assert [row["stage"] for row in found if row["what"] == "finished"] == list(range(8))
+    assert [row["stage"] for row in found if row["what"] == "finished"] == [0, 4, 5, 7, 3, 1, 2, 6]
     machine = json.loads((tmp_path / "machine.json").read_text())
     assert machine["commit"] == "abc"
     assert all(value > 0 for value in machine["ceilings"].values())
@@ -271,10 +271,15 @@ def test_figure_5_without_what_could_not_run(tables):
     ours = [of_sweep("local-expansion", target) for target in tables.TARGETS]
     other = {"relative_to": "answer", "seconds": "7", "error_v_p95": "7"}
     swept = [*exact, *({**row, **other} for row in (*ours, *mean)), *ours, *mean]
+    swept = [{**row, "tuning_inputs": "apart"} for row in swept]
     right = ["`glove-sharp`, batch 1", "4,096", "0.15", "0.5 (`exact-sdpa`)", "0.3", "0.04", "1", "0.5", "20"]
     tables.collect_sweeps(swept, [])
     assert cells(tables.figure5())[0] == right
     assert [line[2] for line in cells(tables.figure5())] == ["0.15", "0.1", "0.05"]
+    assert "\\*" not in tables.figure5()
+    tables.collect_sweeps([{**row, "tuning_inputs": "shared"} for row in swept], [])
+    assert cells(tables.figure5())[0] == [right[0], "4,096*", *right[2:]]
+    assert "tuned on words that are also measured" in tables.figure5()
     gone = {"kind": "approximate", "status": "unavailable", "seconds": ""}
     tables.collect_sweeps([*exact, *mean, of_sweep("local-expansion", **gone)], [])
     assert cells(tables.figure5())[0] == [*right[:3], "0.5 (`exact-sdpa`)", "0.3", "–", "–", "–", "–"]
@@ -315,7 +320,23 @@ def test_a_relative_folder_is_where_the_command_runs(tmp_path, monkeypatch):
     assert str(tmp_path / "of rows") in commands[0]
 
 
-def test_a_stage_that_may_not_end_in_time_waits(tmp_path):
+def test_what_decides_comes_first_and_a_stage_that_the_minutes_end_waits(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    import gpu as stages
+
+    began = []
+    # In the interpreter five times as long
+    monkeypatch.setattr(stages, "LIMITS", dict.fromkeys(range(8), 10))
+    monkeypatch.setattr(stages.time, "monotonic", lambda: sum(seconds for _, seconds in began))
+    monkeypatch.setattr(stages, "exit_code", lambda *given: began.append(given[-2:]) or (None if given[-2] else 0))
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(tmp_path), "--interpret", "--minutes", "2.4"])
+    assert stages.main() == 1
+    assert began == [(0, 50), (4, 50), (5, 44)]
+    lines = ["stage 4 ran out of its time", "stages [5, 7, 3, 1, 2, 6] do not fit into this command: run it again"]
+    assert capsys.readouterr().err.splitlines() == [f"gpu: {line}" for line in lines]
+
+
+def test_a_stage_that_would_only_start_waits(tmp_path):
     done = gpu(tmp_path, "--interpret", "--minutes", "0.5")
     assert done.returncode == 3
     assert "do not fit into this command" in done.stderr
