@@ -220,6 +220,48 @@ def test_keys_holding_a_share_come_first(kind):
         np.testing.assert_array_equal(np.sort(mine[:found]), np.sort(weights)[-found:])
 
 
+def test_the_largest_of_a_stream_are_those_of_sorting():
+    """They are cut back again and again, so that every bound counts; a later entry may fall just below it."""
+    n = 5
+    for seed in range(40):
+        values = torch.rand(60, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        kept = Largest(n, values.device)
+        for strip in values:
+            kept.add_strip(strip)
+        ordered = values.flatten().sort(descending=True).values
+        ratio = float((ordered[n:].logsumexp(0) - ordered[:n].logsumexp(0)).exp())
+        assert kept.finish() == (pytest.approx(ratio), *ordered[[n - 1, n, 2 * n - 1]].tolist())
+
+
+@pytest.mark.parametrize("values", [(2, 0), (1, 0), (1, 1)])
+@pytest.mark.parametrize("size", [1, 40, 333])
+def test_a_goal_that_rounding_keeps_out_of_reach_takes_all_keys(size, values):
+    weights = np.where(np.arange(size) % 3 == 0, *map(float, values))
+    assert keys_holding(weights, size, weights.sum() * (1 + 1e-12)) == size
+
+
+def test_weights_of_equal_digits_below_the_bins_or_of_zero_are_counted_as_by_sorting():
+    """Powers of 2 are edges of bins; below 2^-24 there is one bin; hidden keys have the weight 0."""
+    rng = np.random.default_rng(0)
+    shares = np.array([0.3, 0.5, 0.75, 0.9, 0.99, 1 - 1e-7, 1 - 1e-8, 1 - 1e-10])
+    for size in (7, 40, 64, 100):
+        for powers in ([0, -1], [0, -1, -2, -3], [0, -1, -30], [0, -28, -29, -30, -40]):
+            weights = 2.0 ** rng.choice(powers, size) * (rng.random(size) < 0.9)
+            weights[rng.integers(size)] = 1.0
+            found = np.empty(len(shares), np.int64)
+            count_keys(weights.copy(), size, weights.sum(), shares, found)
+            mass = np.sort(weights)[::-1].cumsum()
+            assert found.tolist() == [int((mass < share * weights.sum()).sum()) + 1 for share in shares]
+
+
+@pytest.mark.parametrize("seen", [[1.0, 0.5], [1.0, 1e-9, 1e-10], [1.0] * 40])
+def test_keys_of_no_weight_are_never_counted(seen):
+    """Nor where the sum of all is below the share by rounding."""
+    weights, found = np.array([*seen, *[0.0] * 5]), np.empty(1, np.int64)
+    count_keys(weights, len(weights), sum(seen) * (1 + 1e-12), np.array([1.0]), found)
+    assert found[0] == len(seen)
+
+
 def test_a_share_that_the_larger_keys_hold_to_the_last_digit_needs_no_more():
     found = np.empty(2, np.int64)
     count_keys(np.array([0.5, 1.0, 0.25, 0.25]), 4, 2.0, np.array([0.5, 0.75]), found)
