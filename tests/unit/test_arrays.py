@@ -6,6 +6,7 @@ import torch
 
 from approxkmv import KernelOperator, attention_statistics, head_to_tail_ratios
 from approxkmv.errors import InputError
+from approxkmv.statistics import head_statistics
 from approxkmv.statistics.gauge import gauge
 from approxkmv.statistics.readings import readings
 from approxkmv.statistics.streaming import length_statistics
@@ -84,6 +85,8 @@ V3 = torch.ones(2, 60)
         (lambda: gauge(Q3, K3, V3, factors=["1"]), "factors are"),
         (lambda: gauge(Q3, K3, V3, mask=torch.ones(60, 60, dtype=torch.int64)), "mask must be a torch tensor of bool"),
         (lambda: gauge(Q3, K3, V3, mask=np.ones((60, 60), bool)), "mask must be a torch tensor of bool"),
+        (lambda: head_statistics(Q, K, mask=torch.zeros(60, 60).bfloat16()), "mask must be a torch tensor or"),
+        (lambda: head_statistics(Q, K, mask=np.ma.array(np.tri(60, dtype=bool), mask=False)), "a masked array's mask"),
         (lambda: readings(Q3[0], K3[0]), r"must both be \(heads, n, d\)"),
         (lambda: readings(Q3, K3, min_prefix=0), "min_prefix is 0"),
         (lambda: readings(Q3, K3, mask=torch.ones(60, 60, dtype=torch.bool)), "mask must be a NumPy array of bool"),

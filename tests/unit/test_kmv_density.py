@@ -76,6 +76,12 @@ def test_exact_is_the_mean_kernel_value():
     assert density.tally.kernel_evaluations == density.tally.distinct_evaluations == 6 * 300
 
 
+def test_points_far_from_the_origin_keep_all_digits():
+    """Their squares have eight digits less than the distances between neighbours."""
+    points, queries = (part + 2048.0 for part in cloud())
+    np.testing.assert_allclose(ExactDensity(SIGMA).fit(points).query(queries), truth(points, queries), rtol=1e-11)
+
+
 @pytest.mark.parametrize(
     ("make", "error"),
     [

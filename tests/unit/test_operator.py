@@ -618,6 +618,13 @@ def test_sums_that_cancel_are_made_in_float64(queries, monkeypatch):
     assert not blocks.last.met
 
 
+def test_a_row_that_is_drawn_again_and_again_is_made_once():
+    K = KernelOperator(Q[:1], K_, SIGMA, 0.05, seed=0)
+    assert relative(K @ torch.ones(len(K_)), reference(Q[:1], K_, torch.ones(len(K_)), SIGMA)) < 1e-5
+    # For the answer, and for the rounding of it
+    assert K.last.kernel_evaluations == 2 * len(K_)
+
+
 def test_an_error_relative_to_nothing_is_unknown():
     K = KernelOperator(Q, K_, SIGMA, seed=0)
     wrong, right = (K._report("", "", ErrorBar(size, size, 0.0, 0.0), (0.0, 0.0), {}) for size in (1.0, 0.0))
@@ -900,7 +907,7 @@ def test_norms_from_drawn_rows_by_hand():
     # Half as many rows are as twelve that contribute alike; without an error there is nothing to tell one from.
     assert error_bar(truth + wrong, truth[rows[:32]], rows[:32], by, 0.05).bound is None
     assert error_bar(truth, truth[rows], rows, by, 0.05).bound is None
-    pilot = pilot_of(by, rows[:4], truth[rows[:4]])
+    pilot = pilot_of(by, rows[:4], truth.__getitem__)
     assert (pilot.norm(pilot.exact), float(pilot.constant)) == (pytest.approx(13), pytest.approx(19 / 3))
     # A third each uniform, by doubts and by their squares; known rows are never drawn.
     mixed = proposal(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2]))

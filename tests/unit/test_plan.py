@@ -293,12 +293,36 @@ def test_a_plan_for_another_shape_is_refused(ordinary):
         fast.use_plan(ordinary, dataclasses.replace(EXACT, layers=tuple(heads[:2] for heads in EXACT.layers)))
 
 
+def test_layers_may_differ_in_their_heads():
+    config = transformers.LagunaConfig(
+        vocab_size=90, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, head_dim=8,
+        num_key_value_heads=2, num_attention_heads_per_layer=[4, 2], layer_types=["full_attention"] * 2,
+        mlp_layer_types=["dense"] * 2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    with quiet():
+        model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    before = logits(model, [IDS])
+    fast.use_plan(model, plan_of(((head("exact-sdpa"),) * 4, (head("mean"),) * 2)))
+    assert not torch.allclose(logits(model, [IDS]), before, atol=1e-4)
+    fast.use_plan(model, plan_of(((head("exact-sdpa"),) * 4, (head("exact-sdpa"),) * 2)))
+    assert torch.allclose(logits(model, [IDS]), before, atol=1e-4)
+    with pytest.raises(InputError, match=r"2 layers of 4 heads, but the model has 2 layers of \[4, 2\]"):
+        fast.use_plan(model, EXACT)
+
+
 def test_a_model_that_caps_its_logits_takes_no_plan():
     config = transformers.Gemma2Config(
         vocab_size=90, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=8,
     )  # fmt: skip
     with pytest.raises(CaptureError, match="Gemma2ForCausalLM does not let its attention be replaced"):
+        fast.use_plan(transformers.AutoModelForCausalLM.from_config(config), EXACT)
+
+
+def test_a_model_without_heads_takes_no_plan():
+    config = transformers.MambaConfig(vocab_size=90, hidden_size=32, num_hidden_layers=2, state_size=4)
+    with pytest.raises(CaptureError, match="MambaForCausalLM does not let its attention be replaced"):
         fast.use_plan(transformers.AutoModelForCausalLM.from_config(config), EXACT)
 
 

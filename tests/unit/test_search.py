@@ -92,8 +92,8 @@ def test_graphs_of_few_and_equal_points(vamana):
     for alpha in (0.9, math.nan):
         with pytest.raises(InputError, match="alpha is"):
             vamana.build(points(5, 2), alpha=alpha, degree=4, beam=4, generator=generator)
-    for factor in (1e18, math.nan):
-        with pytest.raises(InputError, match=r"points hold a NaN or a number beyond 1e\+17"):
+    for factor, what in ((1e18, r"hold a number beyond 1e\+17"), (math.nan, "holds a NaN")):
+        with pytest.raises(InputError, match=f"points {what}"):
             vamana.build_exhaustively(factor * torch.ones(5, 2), alpha=1.5)
 
 
@@ -118,8 +118,25 @@ def test_what_is_no_matrix_of_points_is_refused(vamana, shape):
         lambda: vamana.build_exhaustively(torch.ones(shape), alpha=1.2),
         lambda: graph.search(torch.ones(shape), 1, 1),
     ):
-        with pytest.raises(InputError, match="points have shape"):
+        with pytest.raises(InputError, match=r"(points|queries) have shape"):
             call()
+
+
+def test_a_graph_takes_arrays_of_numpy_and_refuses_lists(vamana):
+    x, queries = points(60, 3), points(9, 3, 1)
+    for make in (
+        lambda given: vamana.build_exhaustively(given, alpha=1.5),
+        lambda given: vamana.build(given, alpha=1.5, degree=4, beam=8, generator=torch.Generator().manual_seed(0)),
+    ):
+        right = make(x).search(queries, 2, 4)
+        found = make(x.double().numpy()).search(queries.numpy(), 2, 4)
+        assert torch.equal(found.keys, right.keys)
+        assert torch.equal(found.distances, right.distances)
+        for wrong in (queries.tolist(), queries.to(torch.complex64), queries.to("meta"), None):
+            with pytest.raises(InputError, match=r"queries (is|has)"):
+                make(x).search(wrong, 2, 4)
+            with pytest.raises(InputError, match=r"points (is|has)"):
+                make(wrong)
 
 
 def test_points_at_one_place_link_to_each_other_and_not_to_themselves(vamana):
@@ -197,9 +214,13 @@ def plain_graph(x, alpha, degree, beam, seed):
 
 
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize(("degree", "beam", "alpha"), [(3, 4, 1.05), (4, 12, 1.5), (8, 6, 1.2)])
-def test_a_graph_is_built_as_the_paper_says(vamana, degree, beam, alpha, seed):
-    x = points(80, 3, seed)
+@pytest.mark.parametrize(
+    ("degree", "beam", "alpha", "n", "width"),
+    # The last has paths that are many times as long as the beam.
+    [(3, 4, 1.05, 80, 3), (4, 12, 1.5, 80, 3), (8, 6, 1.2, 80, 3), (4, 1, 1.2, 200, 1)],
+)
+def test_a_graph_is_built_as_the_paper_says(vamana, degree, beam, alpha, n, width, seed):
+    x = points(n, width, seed)
     generator = torch.Generator().manual_seed(seed)
     graph = vamana.build(x, alpha=alpha, degree=degree, beam=beam, generator=generator)
     made = {i: sorted(graph.neighbours[i, :size].tolist()) for i, size in enumerate(graph.degrees)}

@@ -169,6 +169,46 @@ def test_keys_holding_a_share_come_first(kind):
         np.testing.assert_array_equal(np.sort(mine[:found]), np.sort(weights)[-found:])
 
 
+def test_an_entry_just_above_the_least_that_is_kept_takes_its_place():
+    """Of n = 2 four are kept, from 16 on only what exceeds the least of them; 5 is the fourth, and 1 was."""
+    kept, first, then = Largest(2, torch.device("cpu")), [10.0, 9.0, 8.0, 1.0, *[0.0] * 14], [5.0, 0.5]
+    for strip in (first, then):
+        kept.add_strip(torch.tensor(strip, dtype=torch.float64))
+    tail = sum(math.exp(x) for x in [8.0, 1.0, *first[4:], *then])
+    assert kept.finish() == (pytest.approx(tail / (math.exp(10) + math.exp(9))), 9.0, 8.0, 5.0)
+
+
+@pytest.mark.parametrize("size", range(1, 12))
+def test_a_goal_is_held_to_the_last_digit_and_one_that_rounding_keeps_out_of_reach_by_all_keys(size):
+    for weights in (np.ones(size), np.arange(1.0, size + 1), np.arange(size, 0.0, -1)):
+        mass = np.sort(weights)[::-1].cumsum()
+        assert [keys_holding(weights.copy(), size, goal) for goal in mass] == [*range(1, size + 1)]
+        assert keys_holding(weights.copy(), size, mass[-1] * (1 + 1e-12)) == size
+
+
+def test_weights_of_equal_digits_below_the_bins_or_of_zero_are_counted_as_by_sorting():
+    """Sixteenths of powers of 2 are edges of bins; below 2^-24 there is one bin; hidden keys have the weight 0."""
+    rng = np.random.default_rng(0)
+    shares = np.array([0.3, 0.5, 0.75, 0.9, 0.99, 1 - 1e-7, 1 - 1e-8, 1 - 1e-10])
+    for size in (7, 40, 64, 100):
+        for powers in ([0, -1], [0, -1, -2, -3], [0, -1, -30], [0, -28, -29, -30, -40]):
+            weights = 2.0 ** rng.choice(powers, size) * rng.choice([1, 17 / 16], size) * (rng.random(size) < 0.9)
+            weights = np.minimum(weights, 1.0)
+            weights[rng.integers(size)] = 1.0
+            found = np.empty(len(shares), np.int64)
+            count_keys(weights.copy(), size, weights.sum(), shares, found)
+            mass = np.sort(weights)[::-1].cumsum()
+            assert found.tolist() == [int((mass < share * weights.sum()).sum()) + 1 for share in shares]
+
+
+@pytest.mark.parametrize("seen", [[1.0, 0.5], [1.0, 1e-9, 1e-10], [1.0] * 40])
+def test_keys_of_no_weight_are_never_counted(seen):
+    """Nor where the sum of all is below the share by rounding."""
+    weights, found = np.array([*seen, *[0.0] * 5]), np.empty(1, np.int64)
+    count_keys(weights, len(weights), sum(seen) * (1 + 1e-12), np.array([1.0]), found)
+    assert found[0] == len(seen)
+
+
 def test_a_share_that_the_larger_keys_hold_to_the_last_digit_needs_no_more():
     found = np.empty(2, np.int64)
     count_keys(np.array([0.5, 1.0, 0.25, 0.25]), 4, 2.0, np.array([0.5, 0.75]), found)

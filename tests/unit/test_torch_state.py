@@ -2,12 +2,15 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from threading import Event
 
 import pytest
 import torch
 from public_calls import CALLS, METHODS, NUMERIC, inputs, numbers
 
+from approxkmv.attention import get
 from approxkmv.attention.searched.knn_gradients import knn_attention
+from approxkmv.compute.torch_state import plain_torch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -119,6 +122,35 @@ def test_a_first_call_in_inference_mode_spoils_no_later_one(name):
     with ThreadPoolExecutor(1) as thread:
         there, here = thread.submit(first_there_then_here).result()
     assert torch.equal(there, here)
+
+
+@pytest.mark.parametrize("state", ["float64 by default", "float32 products in fewer digits"])
+def test_a_call_is_not_disturbed_by_the_end_of_another_threads(state):
+    begun, goes_on = Event(), Event()
+
+    def other():
+        with plain_torch():
+            begun.set()
+            assert goes_on.wait(60)
+
+    with STATES[state](), ThreadPoolExecutor(1) as thread:
+        ends = thread.submit(other)
+        assert begun.wait(60)
+        with plain_torch():
+            goes_on.set()
+            ends.result()
+            assert (torch.get_default_dtype(), torch.get_float32_matmul_precision()) == (torch.float32, "highest")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["hnsw", "vamana", "approxkmv"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_torch_compile_leaves_a_method_as_it_is(name, causal):
+    pytest.importorskip("faiss")
+    call = get(name).attend_causally if causal else get(name)
+    tensors = inputs(n=300)
+    compiled = torch.compile(lambda q, k, v: call(2.0 * q, k, v), backend="eager")
+    assert torch.equal(compiled(*tensors), call(2.0 * tensors[0], *tensors[1:]))
 
 
 @pytest.mark.parametrize("name", METHODS)

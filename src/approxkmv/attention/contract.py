@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import partial, wraps
 from typing import Any, TypeVar
 
 import torch
@@ -67,7 +67,7 @@ class Method:
         # Wrapped here, so that code which calls `compute` or `causal` directly, to time them, is covered too.
         for name in ("compute", "causal"):
             if getattr(self, name) is not None:
-                object.__setattr__(self, name, plain_torch()(getattr(self, name)))
+                object.__setattr__(self, name, _never_compiled(plain_torch()(getattr(self, name))))
 
     @classmethod
     def from_sums(
@@ -222,6 +222,17 @@ class Method:
         if self.causal is None:
             raise UnavailableError(f"method {self.name} has no causal form: query i would attend to keys after i")
         return self.causal
+
+
+def _never_compiled(run: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """The same, which torch.compile leaves as it is: it would enter loops of numba, and fails in faiss."""
+
+    @wraps(run)
+    def call(*args: Any, **given: Any) -> torch.Tensor:
+        # Only now, since the import that it takes lasts a second
+        return (torch.compiler.disable(run) if torch.compiler.is_compiling() else run)(*args, **given)
+
+    return call
 
 
 @plain_torch()

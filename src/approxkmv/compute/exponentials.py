@@ -26,3 +26,9 @@ def exp(x):
     p = p * r + f32(0.5)
     p = p * r * r + r + f32(1.0)
     return p * np.int32((np.int32(i) + np.int32(127)) << np.int32(23)).view(np.float32)
+
+
+@njit(inline="always")
+def fading(x):
+    """exp(x), but 0 below the normal numbers: it may be multiplied by numbers as large as float32 holds."""
+    return exp(x) if x > f32(-87.0) else f32(0.0)

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from threading import Lock
 from typing import Any
 
 import torch
+
+# The default dtype and the precision of products belong to the process: the last of its blocks that ends, in whatever
+# thread, restores them.
+_LOCK, _OPEN, _BEFORE = Lock(), list[None](), ExitStack()
 
 
 @contextmanager
@@ -23,24 +28,34 @@ def plain_torch() -> Iterator[None]:
 
     Tensors made inside are ordinary tensors without gradients, even in a caller's inference mode: memory kept from call
     to call can then be written in either mode. The default dtype and the precision of float32 products are global to
-    the process, so they are changed, for the duration of the block, only if they differ.
+    the process, so they are changed only if they differ, until no thread is in such a block.
     """
     with ExitStack() as stack:
         # Skip what is already in the default state: nearly every call then costs nothing.
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
-        default = torch.get_default_dtype()
-        if default != torch.float32:
-            torch.set_default_dtype(torch.float32)
-            stack.callback(torch.set_default_dtype, default)
-        _whole_products(stack)
+        with _LOCK:
+            _OPEN.append(None)
+            stack.callback(_close)
+            default = torch.get_default_dtype()
+            if default != torch.float32:
+                torch.set_default_dtype(torch.float32)
+                _BEFORE.callback(torch.set_default_dtype, default)
+            _whole_products(_BEFORE)
         if torch.get_default_device().type != "cpu":
             stack.enter_context(torch.device("cpu"))
         for device in ("cpu", "cuda"):
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
         yield
+
+
+def _close() -> None:
+    with _LOCK:
+        _OPEN.pop()
+        if not _OPEN:
+            _BEFORE.close()
 
 
 def _whole_products(stack: ExitStack) -> None:

@@ -45,11 +45,13 @@ def use_plan(model: PreTrainedModel, plan: str | Path | Plan) -> None:
         that does not let its attention be replaced.
     """
     found = plan if isinstance(plan, Plan) else read_plan(Path(plan))
-    config = model.config.get_text_config()
-    found.check_shape(int(config.num_hidden_layers), int(config.num_attention_heads))
     if not (model._can_set_attn_implementation() and model._supports_sdpa):
         raise CaptureError(f"{type(model).__name__} does not let its attention be replaced by plain softmax attention")
     refuse_learned_sparsity(map(type, model.modules()))
+    config = model.config.get_text_config()
+    per_layer = getattr(config, "per_layer_config", [config] * int(config.num_hidden_layers))
+    heads_of = getattr(config, "num_attention_heads_per_layer", [one.num_attention_heads for one in per_layer])
+    found.check_shape([int(number) for number in heads_of])
     layers = [module for module in model.modules() if isinstance(getattr(module, "layer_idx", None), int)]
     _before.setdefault(model, model.config._attn_implementation)
     for layer in layers:

@@ -145,7 +145,7 @@ class KernelOperator:
         mean with its transpose, both up to rounding (1e-6 in float32), which eigensolvers and conjugate gradients
         need. It may have small negative eigenvalues. The settings are those of the last product, so make one with a
         vector like those to come; without one, those that epsilon takes for a vector of ones. Products have no error
-        bar. After an exact last product it is K itself.
+        bar. After an exact last product it is K itself. Vectors are rounded to its dtype: in float32, 1e-46 is 0.
 
         Raises:
             UnavailableError: scipy is not installed.
@@ -225,7 +225,7 @@ class KernelOperator:
         with clock("pilot"), counting() as tuning:
             by = proposal(doubts, torch.empty(0, dtype=torch.int64))
             rows = drawn(by, pilot_rows(n_q), generator).to(x.device)
-            pilot = pilot_of(by, rows, exact.product(self._points, x, self._points.keys.dtype, rows))
+            pilot = pilot_of(by, rows, lambda some: exact.product(self._points, x, self._points.keys.dtype, some))
             scale = float(x.norm()) if self.relative_to == "x" else pilot.norm(pilot.exact)
             target = self.epsilon * scale
         choices = self._choices(pilot, blocks, x, target)

@@ -51,10 +51,13 @@ def pilot_rows(n_q: int) -> int:
     return max(_LEAST_ROWS, min(_ROWS, int(SHARE * n_q / 10)))
 
 
-def pilot_of(probabilities: torch.Tensor, rows: torch.Tensor, exact: torch.Tensor) -> Pilot:
-    """The pilot of rows (some,) that were drawn with these probabilities, with their exact products (some, m)."""
+def pilot_of(
+    probabilities: torch.Tensor, rows: torch.Tensor, product_of: Callable[[torch.Tensor], torch.Tensor]
+) -> Pilot:
+    """The pilot of rows (some,) that were drawn with these probabilities; their exact products are made once each."""
     weights = 1.0 / (len(rows) * probabilities.double()[rows.cpu()])
-    return Pilot(rows, exact, weights.to(exact.device))
+    distinct, place = rows.unique(return_inverse=True)
+    return Pilot(rows, product_of(distinct)[place], weights.to(rows.device))
 
 
 def cost_of_blocks(blocks: Blocks, near: int) -> float:

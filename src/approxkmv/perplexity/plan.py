@@ -79,12 +79,13 @@ class Plan:
         """How many heads each method computes."""
         return dict(Counter(head.method for heads in self.layers for head in heads).most_common())
 
-    def check_shape(self, layers: int, heads: int) -> None:
-        """Raise InputError unless the plan is for a model of so many layers and heads."""
-        if len(self.layers) != layers or any(len(of_layer) != heads for of_layer in self.layers):
+    def check_shape(self, heads: list[int]) -> None:
+        """Raise InputError unless the plan is for a model whose layers have so many heads each."""
+        own = [len(of_layer) for of_layer in self.layers]
+        if own != heads:
+            ours, theirs = (numbers[0] if len({*numbers}) == 1 else numbers for numbers in (own, heads))
             raise InputError(
-                f"the plan is for {len(self.layers)} layers of {len(self.layers[0])} heads, but the model has {layers} "
-                f"layers of {heads}"
+                f"the plan is for {len(own)} layers of {ours} heads, but the model has {len(heads)} layers of {theirs}"
             )
 
 

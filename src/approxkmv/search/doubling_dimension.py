@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from approxkmv.arrays import as_float64
+from approxkmv.arrays import Array, as_float64
 from approxkmv.compute.torch_state import plain_torch
 from approxkmv.errors import InputError
 
@@ -31,7 +31,7 @@ class DoublingDimension:
 
 @plain_torch()
 def doubling_dimension(
-    points: torch.Tensor, *, centres: int | None = 64, generator: torch.Generator | None = None
+    points: Array, *, centres: int | None = 64, generator: torch.Generator | None = None
 ) -> DoublingDimension:
     """Lower and upper bounds on the doubling dimension of points (n, d), Euclidean (Definition 5 of the lecture).
 
@@ -48,7 +48,7 @@ def doubling_dimension(
     Raises:
         InputError: fewer than two different points, a coordinate that is not finite.
     """
-    x = as_float64(points, "points")
+    x = as_float64(points, "points").cpu()
     if x.ndim != 2:
         raise InputError(f"points have shape {tuple(x.shape)}: give (n, d)")
     if len(x) < 2 or bool((x == x[0]).all()):

@@ -14,7 +14,7 @@ from types import ModuleType
 import numpy as np
 import torch
 
-from approxkmv.arrays import is_whole
+from approxkmv.arrays import Array, as_float64, is_whole
 from approxkmv.compute.counting import count as report
 from approxkmv.compute.threads import over_threads
 from approxkmv.compute.torch_state import plain_torch
@@ -51,7 +51,7 @@ class VamanaGraph:
     """d; the columns of `points` beyond it are 0."""
 
     @plain_torch()
-    def search(self, queries: torch.Tensor, count: int, beam: int) -> Found:
+    def search(self, queries: Array, count: int, beam: int) -> Found:
         """The `count` best candidates for each of queries (n_q, d); with a beam of 1 this is greedy search.
 
         Args:
@@ -60,8 +60,8 @@ class VamanaGraph:
             InputError: queries of another width than the points or beyond float32, a count or beam below 1.
         """
         _check_counts(count=count, beam=beam)
-        n_q = len(queries)
-        padded = _padded(queries)
+        padded = _padded(queries, "queries")
+        n_q = len(padded)
         if queries.shape[1] != self.width:
             raise InputError(f"queries have width {queries.shape[1]}, another than the graph's points")
         keys, distances = np.full((n_q, count), -1, np.int64), np.full((n_q, count), np.inf, np.float32)
@@ -85,13 +85,15 @@ def _loops() -> ModuleType:
     return vamana_loops
 
 
-def _padded(points: torch.Tensor) -> np.ndarray:
-    points = points.detach()
-    if points.ndim != 2 or 0 in points.shape:
-        raise InputError(f"points have shape {tuple(points.shape)}: give (n, d), neither of them 0")
-    if not float(points.abs().max()) <= _LARGEST:
-        raise InputError(f"points hold a NaN or a number beyond {_LARGEST:g}: squared distances are float32")
-    wide = torch.nn.functional.pad(points.float(), (0, -points.shape[1] % _WIDTH))
+def _padded(points: Array, name: str) -> np.ndarray:
+    given = as_float64(points, name)
+    if given.ndim != 2 or 0 in given.shape:
+        raise InputError(f"{name} have shape {tuple(given.shape)}: give (n, d), neither of them 0")
+    if given.device.type != "cpu":
+        raise UnavailableError(f"graph search runs on a CPU only, not on {given.device.type}")
+    if float(given.abs().max()) > _LARGEST:
+        raise InputError(f"{name} hold a number beyond {_LARGEST:g}: squared distances are float32")
+    wide = torch.nn.functional.pad(given.float(), (0, -given.shape[1] % _WIDTH))
     return wide.contiguous().numpy()
 
 
@@ -113,7 +115,7 @@ def _check_counts(**given: int) -> None:
 
 
 @plain_torch()
-def build(points: torch.Tensor, *, alpha: float, degree: int, beam: int, generator: torch.Generator) -> VamanaGraph:
+def build(points: Array, *, alpha: float, degree: int, beam: int, generator: torch.Generator) -> VamanaGraph:
     """The practical graph of points (n, d): each point in turn is searched for, pruned and linked both ways.
 
     Args:
@@ -124,7 +126,7 @@ def build(points: torch.Tensor, *, alpha: float, degree: int, beam: int, generat
     """
     _check(alpha)
     _check_counts(degree=degree, beam=beam)
-    padded = _padded(points)
+    padded = _padded(points, "points")
     n = len(padded)
     start = _start(padded)
     order = torch.randperm(n, generator=generator).numpy()
@@ -136,14 +138,14 @@ def build(points: torch.Tensor, *, alpha: float, degree: int, beam: int, generat
 
 
 @plain_torch()
-def build_exhaustively(points: torch.Tensor, *, alpha: float) -> VamanaGraph:
+def build_exhaustively(points: Array, *, alpha: float) -> VamanaGraph:
     """The graph of points (n, d) with the guarantee: every point is pruned over all others, in time n^2 times degree.
 
     Raises InputError for alpha below 1, no points, or some beyond float32, and UnavailableError if numba is missing.
     """
     _check(alpha)
     loops = _loops()
-    padded = _padded(points)
+    padded = _padded(points, "points")
     n = len(padded)
     lists = []
     for i in range(n):

@@ -125,8 +125,8 @@ def insert_all(points, order, neighbours, degrees, beam, bar):
     degree = neighbours.shape[1]
     stamps = np.full(n, -1, np.int64)
     searched = Beam(np.empty(beam, np.int64), np.empty(beam, np.float32), np.empty(beam, np.bool_))
-    trail = np.empty(8 * beam, np.int64)
-    gap = np.empty(8 * beam, np.float32)
+    trail = np.empty(n, np.int64)
+    gap = np.empty(n, np.float32)
     kept = np.empty(degree, np.int64)
     others = np.empty(degree + 1, np.int64)
     gaps = np.empty(degree + 1, np.float32)
@@ -134,9 +134,8 @@ def insert_all(points, order, neighbours, degrees, beam, bar):
     graph = Graph(points, neighbours, degrees, order[0])
     for turn in range(1, n):
         point = order[turn]
-        _, steps, evaluations = beam_search(graph, points, point, stamps, turn, searched, trail)
+        _, count, evaluations = beam_search(graph, points, point, stamps, turn, searched, trail)
         # The whole path is a candidate: the points near its start become the long links.
-        count = min(steps, len(trail))
         for i in range(count):
             gap[i] = _squared(points, point, points, trail[i])
         sorting = np.argsort(gap[:count])

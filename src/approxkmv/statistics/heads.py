@@ -9,7 +9,7 @@ from typing import TypeAlias
 import numpy as np
 import torch
 
-from approxkmv.arrays import Array, is_whole, queries_and_keys, resolve_scale, true_or_false
+from approxkmv.arrays import Array, is_whole, queries_and_keys, resolve_scale, tensor_of, true_or_false
 from approxkmv.compute.scratch import scratch
 from approxkmv.compute.threads import over_items
 from approxkmv.compute.torch_state import plain_torch
@@ -108,7 +108,12 @@ def unmasked_and_masked_statistics(
 
 
 def _mask(causal: bool, mask: Array | None = None) -> bool | np.ndarray:
-    return true_or_false(causal, "causal") if mask is None else np.asarray(mask)
+    if mask is None:
+        return true_or_false(causal, "causal")
+    given = tensor_of(mask) if isinstance(mask, np.ndarray) and mask.dtype == np.bool_ else mask
+    if not isinstance(given, torch.Tensor) or given.dtype != torch.bool:
+        raise InputError("mask must be a torch tensor or a NumPy array of bool")
+    return given.cpu().numpy()
 
 
 def _statistics(found: list[_Found], n: int) -> list[HeadStatistics]:
@@ -254,8 +259,8 @@ def _hidden(mask: bool | np.ndarray, n: int, whole: bool) -> np.ndarray | None:
     """Where a mask given as an array hides entries; `whole`: whether K_(2n) must exist."""
     if isinstance(mask, bool):
         return None
-    if mask.shape != (n, n) or mask.dtype != np.bool_:
-        raise InputError(f"mask is {mask.dtype} of shape {mask.shape}: give a bool array of shape {(n, n)}")
+    if mask.shape != (n, n):
+        raise InputError(f"mask has shape {mask.shape}: give a bool array of shape {(n, n)}")
     if not mask.diagonal().all():
         raise InputError("the mask hides a query's own key: c of a prefix has no meaning then")
     if whole and mask.sum() < 2 * n:

@@ -6,15 +6,13 @@ import numpy as np
 import torch
 
 from approxkmv.compute.compiling import cached_njit
-from approxkmv.compute.exponentials import FLAGS, exp, f32
+from approxkmv.compute.exponentials import FLAGS, f32, fading
 from approxkmv.compute.threads import over_threads
 from approxkmv.statistics.exponential import exp_and_sum
 from approxkmv.statistics.logits import HIDDEN
 from approxkmv.statistics.rows import RowSums
 from approxkmv.statistics.streaming_cpu import count_keys as count_keys_of_row
 
-# Weights below its exponential are dropped: n of them add less than n 2e-38 to a row's largest weight, 1.
-LOWEST = f32(-87.0)
 _HIDDEN = f32(HIDDEN[torch.float32])
 
 
@@ -75,7 +73,7 @@ def _add_rows(low, high, tile, tops, largest, others, moment):
         moments = f32(0.0)
         for j in range(width):
             below = line[j] - top
-            weight = exp(below) if below > LOWEST else f32(0.0)
+            weight = fading(below)
             weights += weight
             moments += weight * below
         others[i] += weights

@@ -9,12 +9,7 @@ from numba.extending import overload
 from approxkmv.compute.exponentials import FLAGS as FLAGS
 from approxkmv.compute.exponentials import exp as exp
 from approxkmv.compute.exponentials import f32 as f32
-
-
-@njit(inline="always")
-def fading(x):
-    """exp(x), but 0 below the normal numbers: it may be multiplied by numbers as large as float32 holds."""
-    return exp(x) if x > f32(-87.0) else f32(0.0)
+from approxkmv.compute.exponentials import fading as fading
 
 
 @njit(inline="always")

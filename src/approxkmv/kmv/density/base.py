@@ -71,8 +71,11 @@ class KernelDensity(ABC):
 
 def log_kernel_values(queries: np.ndarray, points: np.ndarray) -> np.ndarray:
     """(n_q, n_p) log k = -|q - p|^2, at most 0, however far from the origin the points lie."""
-    query_norms, point_norms = (queries**2).sum(1), (points**2).sum(1)
-    logs = -np.maximum(query_norms[:, None] + point_norms[None, :] - 2.0 * queries @ points.T, 0.0)
+    # Smaller norms cancel less; pairs whose digits are lost all the same are made from the points as given.
+    centre = points.mean(0)
+    q, p = queries - centre, points - centre
+    query_norms, point_norms = (q**2).sum(1), (p**2).sum(1)
+    logs = -np.maximum(query_norms[:, None] + point_norms[None, :] - 2.0 * q @ p.T, 0.0)
     largest = max(query_norms.max(), point_norms.max())
     if largest > CANCELLATION:
         restore_digits(logs, queries, points, largest)
