@@ -287,7 +287,8 @@ def reliability() -> str:
         f"{markdown(pd.DataFrame(lines))}\n\nIn total {len(kills):,} kills, {inputs['tried'].sum():,} bad inputs and "
         f"{calls['calls'].sum():,} random calls, of which {calls['answered'].sum():,} were answered and "
         f"{calls['refused'].sum():,} refused. "
-        f"Inputs and calls: {machine(folder / 'fuzz.json')}. "
+        f"Random calls: {machine(folder / 'fuzz.json')}. "
+        f"Bad inputs: {machine(folder / 'bad_inputs.json').split(', Python')[0]}. "
         f"Kills: {machine(folder / 'kills.json').split(', Python')[0]}.\n"
     )
 

@@ -185,6 +185,7 @@ CHANGES: list[tuple[str, str, Any]] = [
     ("a hash that is a number", "models.m.sha256", 5),
     ("a hash of a file that is none", "models.m.files", {"model.safetensors": "abc"}),
     ("word vectors that are not there", "sweeps.s.workloads.0.path", "none.npy"),
+    ("heads that are not there", "sweeps.s.workloads.1.path", "none.safetensors"),
     # Numbers
     *(
         (f"a seed of {name}", "studies.tiny.seed", value)
@@ -267,6 +268,9 @@ CHANGES: list[tuple[str, str, Any]] = [
     ("a head below 0", "sweeps.s.capture.heads", [[0, -1]]),
     ("no heads", "sweeps.s.capture.heads", []),
     ("a head that is not captured", "sweeps.s.workloads.1.heads", [-1]),
+    ("a head beyond the captured ones", "sweeps.s.workloads.1.heads", [0, 1]),
+    ("more keys than a capture has tokens", "sweeps.s.workloads.1.lengths", [32, 65]),
+    ("more keys in a batch than a capture has tokens", "sweeps.s.workloads.1.batches", [1, 2]),
     ("a capture of no tokens", "sweeps.s.capture.tokens", 0),
     ("no repeats", "sweeps.s.repeats", 0),
     ("warm-ups below 0", "sweeps.s.warmups", -1),

@@ -155,6 +155,17 @@ def in_two_shards(folder: Path) -> None:
     write(folder, "model.safetensors.index.json", {"metadata": {}, "weight_map": named})
 
 
+def in_two_shards_with(more: dict[str, object]) -> Callable[[Path], None]:
+    """The same, and what the index has besides the weight_map."""
+
+    def make(folder: Path) -> None:
+        in_two_shards(folder)
+        index = "model.safetensors.index.json"
+        write(folder, index, {"weight_map": json.loads((folder / index).read_text())["weight_map"]} | more)
+
+    return make
+
+
 def codes_in_the_second_shard(folder: Path) -> None:
     """Unsigned codes of weights, as GPTQ and bitsandbytes save them, in the file that is read last."""
     import torch
@@ -214,6 +225,38 @@ def llama(**changes: object) -> Callable[[Path], None]:
 
         save_small(folder, "llama")
         change(CONFIG, **changes)(folder)
+
+    return make
+
+
+def bart(**changes: object) -> Callable[[Path], None]:
+    """A model with a decoder, and keys of its configuration."""
+
+    def make(folder: Path) -> None:
+        from models_support import save_random
+
+        sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "max_position_embeddings": 40}
+        sizes |= {f"{side}_attention_heads": 4 for side in ("encoder", "decoder")}
+        save_random(folder, "BartConfig", sizes | {f"{side}_ffn_dim": 48 for side in ("encoder", "decoder")})
+        change(CONFIG, **changes)(folder)
+
+    return make
+
+
+def llava(**changes: object) -> Callable[[Path], None]:
+    """A model of images and text, and keys of the part of its configuration that is of the text."""
+
+    def make(folder: Path) -> None:
+        import transformers
+        from models_support import SMALL, VOCABULARY
+
+        sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+        config = transformers.LlavaConfig(
+            text_config=transformers.LlamaConfig(**SMALL["llama"][1], vocab_size=VOCABULARY),
+            vision_config=transformers.CLIPVisionConfig(**sizes, image_size=16, patch_size=8),
+        )
+        transformers.AutoModel.from_config(config).save_pretrained(folder)
+        change(CONFIG, text_config=json.loads((folder / CONFIG).read_text())["text_config"] | changes)(folder)
 
     return make
 
@@ -297,6 +340,8 @@ FOLDERS: list[tuple[str, Callable[[Path], None], str]] = [
     ("index without a map", sharded(None), "weight_map"),
     ("index of numbers", sharded({"x": 3}), "weight_map"),
     ("index of nothing", sharded({}), "weight_map"),
+    ("index without metadata", in_two_shards_with({}), "has no metadata"),
+    ("index with metadata of null", in_two_shards_with({"metadata": None}), "has no metadata"),
     ("weights of another name", lambda f: (f / WEIGHTS).rename(f / "x.safetensors") and None, "x.safetensors"),
     ("no configuration", lambda f: (f / CONFIG).unlink(), "no config.json"),
     ("configuration that is a list", content(CONFIG, b"[]"), "not hold a JSON object"),
@@ -313,6 +358,7 @@ FOLDERS: list[tuple[str, Callable[[Path], None], str]] = [
     ("no layers", change(CONFIG, num_hidden_layers=0), "num_hidden_layers is 0"),
     ("-1 layers", change(CONFIG, num_hidden_layers=-1), "num_hidden_layers is -1"),
     ("a million layers", change(CONFIG, num_hidden_layers=10**6), "num_hidden_layers is 1000000"),
+    ("a million layers of a decoder", replaced(bart(decoder_layers=10**6)), "decoder_layers is 1000000"),
     ("a thousand million labels", change(CONFIG, num_labels=10**9), "num_labels is 1000000000"),
     ("as many labels of a part", change(CONFIG, text_config={"num_labels": 10**9}), "num_labels is 1000000000"),
     (
@@ -327,7 +373,11 @@ FOLDERS: list[tuple[str, Callable[[Path], None], str]] = [
     ("width of 2^40", change(CONFIG, hidden_size=2**40), "hidden_size is 1099511627776"),
     ("width of another model", change(CONFIG, hidden_size=64), "first embeddings.LayerNorm.bias: (32,) in the file"),
     ("vocabulary of -5", change(CONFIG, vocab_size=-5), "vocab_size is -5"),
-    ("vocabulary of 10^9", change(CONFIG, vocab_size=10**9), "cannot be read"),
+    ("vocabulary of 10^9", change(CONFIG, vocab_size=10**9), "correct the sizes in config.json"),
+    ("width of 2^31 between layers", change(CONFIG, intermediate_size=2**31 - 1), "BertModel has 418,759,"),
+    ("width of 10^7 between layers", change(CONFIG, intermediate_size=10**7), "correct the sizes in config.json"),
+    ("head of 10^9 numbers", replaced(llama(head_dim=10**9)), "correct the sizes in config.json"),
+    ("as wide a part", replaced(llava(intermediate_size=10**9)), "correct the sizes in config.json"),
     ("unknown activation", change(CONFIG, hidden_act="snake"), "snake"),
     ("image model", change(CONFIG, model_type="vit"), "not token ids"),
     ("images as if they were text", replaced(images), "model of text"),

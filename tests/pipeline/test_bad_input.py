@@ -196,6 +196,10 @@ def test_a_text_longer_than_the_maximum_is_read_in_windows_if_asked_for(project:
     texts = pd.read_parquet(project.folder / "texts.parquet")
     assert [len(text.split()) for text in texts["text"]] == [30, 45, 12, 60, 22, 60, 15, 51, 38]
     assert texts["name"][5:7].tolist() == ["text 5, window 1", "text 5, window 2"]
+    project.configure(models=["bert"])
+    code, output = project.approxkmv("texts", "--location", "bert.json", "--out", "cut.parquet")
+    assert code == 2
+    assert "long_texts of study tiny is cut, not windows: leave out --location" in only_line(output)
     # Of two models each says where windows end.
     project.configure(long_texts="windows", models=["bert", "llama"])
     code, output = project.approxkmv(*("texts", "--out", "texts.parquet"), *("--location", "bert.json") * 2)

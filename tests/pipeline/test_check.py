@@ -47,6 +47,10 @@ def test_a_model_is_checked_without_a_configuration_or_snakemake(project: Projec
     code, output = project.approxkmv("check", "path:llama", "--text", "words.jsonl", "--out", "out", "--contexts", "6")
     assert code == 0, output
     assert json.loads((out / "tables" / "overview_llama.json").read_text())["texts"] == 6
+    # From another folder, that of the tests, it is the check of this model, and of no other of the name.
+    refuse_others(out, parse_source(f"path:{project.folder}/llama"))
+    with pytest.raises(TableError, match="has a check of path:/"):
+        refuse_others(out, parse_source("path:llama"))
     code, output = project.approxkmv("check", "path:bert", "--text", "words.jsonl", "--out", "out")
     assert (code, output.count("\n")) == (2, 1)
     assert "has no check of bert" in output

@@ -220,6 +220,37 @@ def test_what_an_earlier_study_left_is_named_shown_no_more_and_removed_when_aske
 
 
 @pytest.mark.slow
+def test_what_a_run_before_its_end_has_not_made_again_is_said(finished, tmp_path: Path):
+    results = tmp_path / "tiny"
+    shutil.copytree(finished[0].results, results)
+    shown = lines(results)
+    write_settings(results, contexts=6, min_tokens=25, readings_texts=2)
+    of_before = "  made with other settings than the study's now (contexts, min_tokens): run it again"
+    assert [line for line in lines(results) if line not in shown] == [of_before, of_before]
+    write_settings(results, contexts=None, min_tokens=20, operator={})
+    (results / "tables" / "overview_llama.json").unlink()
+    assert [line for line in lines(results) if line not in shown] == ["not made yet: llama, operator"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({}, ""),
+        ({"cache": "elsewhere"}, ""),
+        ({"targets": [0.2]}, "targets"),
+        ({"workloads": [{"name": "glove-split", "lengths": [1024]}], "repeats": 3}, "workloads, repeats"),
+    ],
+)
+def test_a_sweep_of_other_settings_is_said_to_be_one(tmp_path: Path, changes, named):
+    config = yaml.safe_load((ROOT / "config.yaml").read_text()) | {"study": "embedded"}
+    config["sweeps"][config["studies"]["embedded"]["sweep"]] |= changes
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    shutil.copytree(ROOT / "results" / "reference" / "embedded" / "tables", tmp_path / "tables")
+    found = [line for line in lines(tmp_path) if "other settings" in line]
+    assert found == ([f"  made with other settings than the study's now ({named}): run it again"] if named else [])
+
+
+@pytest.mark.slow
 def test_statistics_of_other_settings_do_not_outlive_a_run_of_one_table(copied: Project):
     """Queries and keys are gone after that run, so they are not newer than what was not asked for."""
     folder = copied.results / "statistics" / "bert"

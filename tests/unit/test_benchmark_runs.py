@@ -21,6 +21,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from pipeline.small_project import save_model
 from unit.models_support import write_gguf
 
 from approxkmv import attention_statistics, reduce_attention
@@ -560,3 +561,31 @@ def searched(q, k, near, beam):
     index = HNSWIndex(k - k.mean(0), 12, 32, beam)
     index.add(0, len(k))
     return [facts | row for row in (*rows, {"recall": recall(index.search(q, near)[0])})]
+
+
+@pytest.mark.slow
+def test_what_squad_costs_is_measured_on_the_jobs_of_a_study(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    whole_squad = importlib.import_module("whole_squad")
+    # In place of one of BERT-base's shape.
+    monkeypatch.setattr(whole_squad, "random_bert", lambda folder: save_model(folder, "bert"))
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None, raising=False)
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "benchmarks" / "whole_squad.py"), "--contexts", "3"])
+    monkeypatch.chdir(tmp_path)
+    whole_squad.main()
+    out, known = tmp_path / whole_squad.OUT, REFERENCE / "benchmarks" / "whole_squad.csv"
+    table, of_the_known = pd.read_csv(out), pd.read_csv(known)
+    assert list(table.columns) == list(of_the_known.columns)
+    assert table["step"].tolist() == of_the_known["step"].tolist()
+    assert table["jobs"].tolist() == [1] * 4
+    # Seconds of imports alone, at least.
+    assert table["processor"].between(0.5, 60).all()
+    record, of_the_known = (json.loads(path.with_suffix(".json").read_text()) for path in (out, known))
+    assert record["command"] == "python benchmarks/whole_squad.py --contexts 3"
+    assert record["settings"] == of_the_known["settings"] | {"contexts": 3}
+    found = record["measured"]
+    assert found.keys() == of_the_known["measured"].keys()
+    assert found["seconds"] > table["processor"].sum()
+    assert 0.1 < found["memory_of_the_largest_process_gb"] < found["memory_of_all_processes_gb"] < 10
+    # Queries and keys of 3 texts of at most 128 tokens: 2 layers of 4 heads of 8 numbers.
+    assert 0 < found["activations_gb"] < 3 * 128 * 2 * 2 * 4 * 8 * 4 * 1.2 / 1e9

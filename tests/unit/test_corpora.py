@@ -6,6 +6,8 @@ import gzip
 import itertools
 import json
 import lzma
+import re
+import statistics
 from pathlib import Path
 
 import pandas as pd
@@ -56,6 +58,14 @@ def test_units_of_text():
         cut_into_passages([Document("a", "x"), Document("", "x y")], "article")
     assert cut_into_passages([Document("d", " \n ")], "sentence") == []
     assert cut_into_passages([Document("d", "x", (" Why? ",))], "question_context")[0].text == "Why? x"
+
+
+def test_half_of_the_sentences_are_as_short_as_the_configuration_says():
+    text = (ROOT / "config.yaml").read_text()
+    (said,) = re.findall(r"readings of sentences, of which half have (\d+) words at most", text)
+    source = yaml.safe_load(text)["corpora"]["squad-dev"]["source"].removeprefix("path:")
+    passages = cut_into_passages(read_corpus(f"path:{ROOT / source}"), "sentence")
+    assert int(said) == statistics.median(len(passage.text.split()) for passage in passages)
 
 
 def test_windows_hold_all_of_a_long_text_and_at_most_the_limit():

@@ -311,6 +311,19 @@ def test_what_evaluates_every_pair_wins_nothing_in_a_title():
     assert contenders(able.assign(error_exact_p95=1e-6)).empty
 
 
+@pytest.mark.parametrize(
+    ("name", "models", "said"),
+    [
+        ("growth", ["a", "b"], "shows one model: give --model once"),
+        ("context_scaling", [], "shows models: give --model at least once"),
+        ("speedup", ["a"], "shows no model: leave out --model"),
+    ],
+)
+def test_a_figure_takes_the_models_that_it_shows(tmp_path, name, models, said):
+    with pytest.raises(ConfigError, match=f"the figure {name} {said}"):
+        catalogue.draw(name, REFERENCE / "embedded" / "tables", models, tmp_path / "x")
+
+
 def test_a_title_names_all_that_win_on_as_many_workloads_and_no_cell_is_empty(tmp_path, figures):
     table = pd.read_csv(REFERENCE / "columns" / "tables" / "sweep.csv")
     # Two methods that win on equally many workloads

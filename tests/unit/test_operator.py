@@ -1002,3 +1002,16 @@ def test_a_table_that_cannot_be_written_is_found_first(monkeypatch, tmp_path):
     monkeypatch.setattr(step, "fetch_vectors", lambda *_: pytest.fail("fetched before the output was tried"))
     with pytest.raises(TableError, match="cannot"):
         step.write(study, tmp_path, tmp_path / "file" / "operator.csv", {})
+
+
+def test_word_vectors_of_another_hash_are_refused(tmp_path):
+    from approxkmv.config import load_config, study_of
+    from approxkmv.errors import SourceError
+    from approxkmv.steps.operator import write
+
+    study = study_of(load_config(Path(__file__).parents[2] / "config.yaml"), "operator")
+    for path in (None, str(tmp_path / "words.npy")):
+        np.save(tmp_path / "words.npy", np.zeros((4, 2), np.float32))
+        asked = study.operator.model_copy(update={"path": path, "sha256": "0" * 64})
+        with pytest.raises(SourceError, match="has SHA-256"):
+            write(study.model_copy(update={"operator": asked}), tmp_path, tmp_path / "operator.csv", {})

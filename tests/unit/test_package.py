@@ -48,6 +48,15 @@ def test_what_is_packed_is_taken_byte_for_byte(package, tmp_path):
     assert (tmp_path / "again.zip").read_bytes() == package.read_bytes()
 
 
+def test_what_an_earlier_study_left_is_not_packed(tmp_path):
+    for study in ("embedded", "complexity"):
+        shutil.copytree(REFERENCE / study, tmp_path / "mine", dirs_exist_ok=True)
+    config = {"study": "mine", "models": {}, "corpora": {}, "studies": {"mine": {"complexity": {}}}}
+    (tmp_path / "mine" / "config.yaml").write_text(json.dumps(config))
+    assert pack(tmp_path / "mine", tmp_path / "x.zip") == 4
+    assert take(tmp_path / "x.zip", None)[0] == "study mine: 4 files, as the manifest says"
+
+
 @pytest.mark.parametrize(
     ("files", "said"),
     [

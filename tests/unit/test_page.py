@@ -457,6 +457,8 @@ def test_records_are_those_of_the_tables_and_one_of_another_form_is_one_line(tmp
     assert "<code>not from a checkout</code>" in page
     assert "<dd>a 1, b 2</dd>" in page
     assert "<dt>settings" not in page
+    (tables / "sweep.json").write_text(json.dumps(record | {"machine": machine | {"cores": None}}))
+    assert "<dd>a &lt;processor&gt;, cpu</dd>" in drawn(tables, tmp_path / "index.html")
     settings = {"unit": "context", "rotary_scaling": {"method": "yarn", "factor": 2.0}}
     (tables / "sweep.json").write_text(json.dumps(record | {"settings": settings}))
     assert 'rotary_scaling {"method":"yarn","factor":2.0}' in drawn(tables, tmp_path / "index.html")

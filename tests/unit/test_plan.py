@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 
 import pytest
@@ -347,3 +348,26 @@ def test_weights_are_the_same_to_a_plan_wherever_they_were_fetched(location, tmp
     data = weights.read_bytes()
     weights.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     assert CausalModel.load(ModelLocation(weights.parent)).identity() != identity("b")
+
+
+def test_a_folder_that_is_copied_has_the_same_weights_to_a_plan(location, tmp_path):
+    def identity(name):
+        return CausalModel.load(ModelLocation(tmp_path / name)).identity()
+
+    for name in "ab":
+        shutil.copytree(location.folder, tmp_path / name, copy_function=shutil.copy)
+    (tmp_path / "a" / "notes.txt").write_text("no part of the model")
+    # As the hub's cache has its files
+    (tmp_path / "links").mkdir()
+    for path in location.folder.iterdir():
+        (tmp_path / "links" / path.name).symlink_to(path)
+    found = CausalModel.load(location).identity()
+    assert [identity(name) for name in ("a", "b", "links")] == [found] * 3
+    # What is beyond the first MiB counts as well.
+    weights = tmp_path / "a" / "model.safetensors"
+    about, data = weights.stat(), weights.read_bytes()
+    weights.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    os.utime(weights, ns=(about.st_atime_ns, about.st_mtime_ns))
+    config = json.loads((tmp_path / "b" / "config.json").read_text())
+    (tmp_path / "b" / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
+    assert len({found, identity("a"), identity("b"), CausalModel.load(location, dtype="bfloat16").identity()}) == 4

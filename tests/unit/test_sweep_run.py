@@ -18,7 +18,7 @@ from approxkmv.attention.exact import naive as naive_module
 from approxkmv.compute import memory
 from approxkmv.compute.counting import count
 from approxkmv.errors import BusyError, ConfigError, InputError, SourceError, TableError
-from approxkmv.files import write_csv
+from approxkmv.files import file_sha256, write_csv
 from approxkmv.statistics import streaming
 from approxkmv.sweep import SweepSettings, run_sweep
 from approxkmv.sweep import inputs as inputs_module
@@ -302,6 +302,14 @@ def test_a_damaged_file_of_cases_is_not_believed(vectors, tmp_path):
         run_sweep(asked, tmp_path / "sweep.csv", {}, say=said.append)
         assert said[0] == f"{part} is damaged: the run starts over"
         assert len(read(tmp_path / "sweep.csv")) == 1
+
+
+def test_word_vectors_have_the_hash_that_is_given(vectors, tmp_path):
+    asked = {"methods": ["mean"], "targets": [0.9], "workload": {"lengths": [150], "sha256": file_sha256(vectors)}}
+    run_sweep(settings(vectors, **asked), tmp_path / "sweep.csv", {}, say=lambda line: None)
+    asked["workload"] = {"lengths": [150], "sha256": "0" * 64}
+    with pytest.raises(SourceError, match=r"vectors\.npy has SHA-256"):
+        run_sweep(settings(vectors, **asked), tmp_path / "other.csv", {}, say=lambda line: None)
 
 
 def test_an_output_that_cannot_be_written_is_found_first(vectors, tmp_path):

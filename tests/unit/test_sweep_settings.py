@@ -12,6 +12,8 @@ from approxkmv.sweep.settings_file import read_settings
 from approxkmv.typed import above, between, fits, shown
 
 GOOD = {"workloads": [{"name": "glove-split", "lengths": [128, 256]}]}
+CAPTURE = {"model": "m", "corpus": "c", "tokens": 16, "heads": [[0, 1], [1, 0]]}
+QK = {"name": "model-qk", "lengths": [16]}
 
 
 def test_lists_become_tuples_and_defaults_hold():
@@ -45,6 +47,9 @@ def test_a_workload_may_be_causal_beside_the_same_that_is_not():
         ({"workloads": [{"name": "glove-split", "lengths": [0]}]}, "lengths is"),
         ({"workloads": [{"name": "glove-split"}]}, "lengths"),
         ({"workloads": [{"name": "model-qk", "lengths": [8]}]}, "neither a path nor a capture"),
+        ({"workloads": [QK | {"lengths": [8, 17]}], "capture": CAPTURE}, "needs 17 tokens, but the capture has 16"),
+        ({"workloads": [QK | {"batches": [2]}], "capture": CAPTURE}, "needs 32 tokens, but the capture has 16"),
+        ({"workloads": [QK | {"heads": [0, 2]}], "capture": CAPTURE}, "needs 3 heads, but the capture has 2"),
         ({"workloads": []}, "workloads is \\(\\); give a list"),
         ({**GOOD, "seeds": [1, 1000]}, "overlap"),
         ({**GOOD, "dtype": "float16"}, "dtype is 'float16'"),

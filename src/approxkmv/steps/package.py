@@ -15,6 +15,7 @@ from typing import Any
 
 from approxkmv.errors import TableError
 from approxkmv.files import unpacked_limit, written_whole
+from approxkmv.steps.cleaning import leftovers
 
 MANIFEST = "manifest.json"
 # The parts of a study's folder that are packed. Nothing in them is run or unpickled.
@@ -28,12 +29,14 @@ UNREADABLE = (zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, lzma.LZMAErr
 def pack(results: Path, out: Path) -> int:
     """Write a study's tables and figures with their manifest to a zip file; returns the number of files.
 
-    Raises TableError if there are no tables, or none that says how it was made.
+    What an earlier study left in the folder is left out. Raises TableError if there are no tables, or none that says
+    how it was made.
     """
+    left = leftovers(results)
     files = {
         str(path.relative_to(results)): path.read_bytes()
         for path in sorted([*results.glob("tables/*"), *results.glob("figures/*.png")])
-        if MEMBER.fullmatch(str(path.relative_to(results)))
+        if MEMBER.fullmatch(str(path.relative_to(results))) and path not in left
     }
     if not NAME.fullmatch(results.resolve().name):
         raise TableError(f"{results.resolve()}: the study's name may hold letters, digits, '.', '_' and '-' only")

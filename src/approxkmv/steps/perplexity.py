@@ -67,7 +67,8 @@ def measure_perplexity(
     import pandas as pd
 
     check_writable(out, out.with_suffix(".json"))
-    if plan is not None and plan.model != model.identity():
+    weights = model.identity()
+    if plan is not None and plan.model != weights:
         raise InputError(f"the plan is for other weights than those of {name}: make it again with approxkmv plan")
     methods, seed, repeats = chosen_methods(settings.methods), settings.seed, settings.repeats
     wanted, lengths = parse_layers(settings.layers, model.n_layers), sorted(set(settings.tokens))
@@ -80,7 +81,7 @@ def measure_perplexity(
     asked["plan"] = asdict(plan) if plan else None
     asked |= {"name": name, "corpus": corpus.name, "tokens": lengths, "require_all": require_all}
     here = {**machine(str(model.device)), "transformers": importlib.metadata.version("transformers")}
-    identity = {"settings": asked, "model": model.identity(), "text": ids, "machine": here}
+    identity = {"settings": asked, "model": weights, "text": ids, "machine": here}
     partial = PartialTable(out, identity, say)
     earlier = len(partial.cases)
     runs = [Run(method.name, parameters, method, parameters) for method, parameters in methods]

@@ -2,26 +2,42 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from approxkmv.config import Study, corpus_of
 from approxkmv.errors import TableError
+from approxkmv.files import read_json
 from approxkmv.page.verdict import measured, sentences, sweep_sentence
-from approxkmv.steps.cleaning import leftovers
+from approxkmv.steps.cleaning import OF_PART, leftovers, study_in
+
+# Where a sweep's files lie, on which no result depends.
+LIES = ("cache", "path", "tuning_path")
 
 
 def lines(results: Path) -> list[str]:
     """The message for one study's results, limited to the models the study has now, if the folder says which.
 
-    Raises TableError when there are none.
+    It also says what a run that has not come to its end has not made, or not made again. Raises TableError when there
+    are no tables.
     """
-    if not (results / "tables").is_dir():
+    tables = results / "tables"
+    if not tables.is_dir():
         raise TableError(f"{results} has no tables: run the study first")
-    out, left = [], leftovers(results)
-    for facts in measured(results / "tables", left=left):
-        first, *rest = sentences(results / "tables", facts)
-        out += [first, *(f"  {line}" for line in rest)]
-    if won := sweep_sentence(results / "tables", left):
-        out.append(f"sweep: {won}")
+    out, left, study = [], leftovers(results), study_in(results)
+    every = measured(tables, left=left)
+    for facts in every:
+        first, *rest = sentences(tables, facts)
+        out += [first, *(f"  {line}" for line in [*rest, *_model_of_before(study, facts)])]
+    if won := sweep_sentence(tables, left):
+        out += [f"sweep: {won}", *(f"  {line}" for line in _sweep_of_before(study, tables / "sweep.json"))]
+    if study is not None:
+        models = {facts["model"] for facts in every}
+        absent = [name for name in study.models if name not in models]
+        absent += [part for part in OF_PART if getattr(study, part) and not (tables / f"{part}.csv").is_file()]
+        out += [f"not made yet: {', '.join(absent)}"] if absent else []
     if left:
         names = ", ".join(str(path.relative_to(results)) for path in left[:3])
         more = f" and {len(left) - 3} more" if len(left) > 3 else ""
@@ -30,3 +46,37 @@ def lines(results: Path) -> list[str]:
     page = f"   page: {results / 'index.html'}" if (results / "index.html").is_file() else ""
     out.append(f"{figures}tables: {results / 'tables'}{page}")
     return out
+
+
+def _model_of_before(study: Study | None, facts: dict[str, Any]) -> list[str]:
+    if study is None or facts["model"] not in study.models:
+        return []
+    was = {"corpus": facts["corpus"], **_settings(facts.get("provenance"))}
+    return _of_before(was, {"corpus": corpus_of(study).label, **study.conditions})
+
+
+def _sweep_of_before(study: Study | None, record: Path) -> list[str]:
+    if study is None or study.sweep is None or not record.is_file():
+        return []
+    now = study.sweep.with_capture(None, None).as_dict()
+    return _of_before(_settings(read_json(record)), json.loads(json.dumps(now)))
+
+
+def _settings(record: Any) -> dict[str, Any]:
+    found = record.get("settings") if isinstance(record, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+def _of_before(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """A line if a study's settings have changed since a result was made."""
+    changed = [name for name in now if name in was and name not in LIES and _differ(was[name], now[name])]
+    return [f"made with other settings than the study's now ({', '.join(changed)}): run it again"] if changed else []
+
+
+def _differ(was: Any, now: Any) -> bool:
+    if isinstance(was, dict) and isinstance(now, dict):
+        # A version before may lack a key.
+        return any(_differ(was.get(key), now.get(key)) for key in (was.keys() | now.keys()) - {*LIES})
+    if isinstance(was, list) and isinstance(now, list):
+        return len(was) != len(now) or any(map(_differ, was, now))
+    return bool(was != now)

