@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from threading import Lock
@@ -12,6 +13,10 @@ import torch
 # The default dtype and the precision of products belong to the process: the last of its blocks that ends, in whatever
 # thread, restores them.
 _LOCK, _OPEN, _BEFORE = Lock(), list[None](), ExitStack()
+if hasattr(os, "register_at_fork"):
+    # In the child of a fork other threads do not exist.
+    os.register_at_fork(after_in_child=_LOCK._at_fork_reinit)  # type: ignore[attr-defined]
+    os.register_at_fork(after_in_child=_OPEN.clear)
 
 
 @contextmanager
@@ -70,7 +75,7 @@ def _whole_products(stack: ExitStack) -> None:
     # torch 2.9 has a setting for each backend, which that for both would change when it is restored.
     settings: list[Any] = [getattr(one, "matmul", None) for one in (torch.backends.mkldnn, torch.backends.cuda)]
     for matmul in settings:
-        if not hasattr(matmul, "fp32_precision"):
+        if not hasattr(matmul, "fp32_precision") or (before is None and matmul.fp32_precision == "ieee"):
             continue
         was, matmul.fp32_precision = matmul.fp32_precision, "none"
         # "none" follows the setting for all.

@@ -232,13 +232,13 @@ def _refuse_more_than_the_files(kind: Any, location: ModelLocation, config: Any)
     transformers allocates what it misses in them, which may be more than there is memory.
     """
     with quiet(), reading(location, "model"), torch.device("meta"):
-        model = kind.from_config(copy.deepcopy(config))
+        model = kind.from_config(copy.deepcopy(config), dtype=torch.float32)
     wanted = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
     there = sum(map(math.prod, weight_shapes(location.folder, name_of(location)).values()))
     if wanted > max(FEW_NUMBERS, MOST_TIMES * there):
         raise SourceError(
             f"{name_of(location)}: by its configuration {type(model).__name__} has {wanted:,} weights, but there are "
-            f"{there:,} in the files: correct the sizes in config.json"
+            f"{there:,} in the files: correct the sizes in config.json, or copy all its files"
         )
 
 

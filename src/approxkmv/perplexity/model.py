@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 
-from approxkmv.errors import CaptureError, InputError, NonFiniteError, SourceError
+from approxkmv.errors import CaptureError, InputError, NonFiniteError
 from approxkmv.files import file_sha256
 from approxkmv.models.capture import DTYPES, device_named, max_positions
 from approxkmv.models.checking import weight_files
-from approxkmv.models.folders import unchanged
 from approxkmv.models.interface import refuse_learned_sparsity
 from approxkmv.models.loading import causal_class, load_causal_model, load_config
 from approxkmv.models.rotary import scaled_positions
@@ -109,13 +108,7 @@ class CausalModel:
 
     def identity(self) -> str:
         """Identifies the weights, the configuration and the dtype, the same wherever and whenever they were copied."""
-        folder = self._location.folder
-        try:
-            of_files = unchanged(folder)
-        except SourceError:
-            # Not a folder that a fetch has filled: of the hub's cache, or the user's own.
-            of_files = _contents(self._location)
-        return f"{of_files} {self._model.dtype}"
+        return f"{_contents(self._location)} {self._model.dtype}"
 
     def perplexity(self, ids: Sequence[int], replacement: Replacement) -> Perplexity:
         """Perplexity of the text `ids` with the replacement's method in its layers, and the time taken.

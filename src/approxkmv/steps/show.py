@@ -13,15 +13,15 @@ from approxkmv.files import read_json
 from approxkmv.page.verdict import measured, sentences, sweep_sentence
 from approxkmv.steps.cleaning import OF_PART, leftovers, study_in
 
-# Where a sweep's files lie, on which no result depends.
+# Where a sweep's files lie, which may be told from another folder.
 LIES = ("cache", "path", "tuning_path")
 
 
 def lines(results: Path) -> list[str]:
     """The message for one study's results, limited to the models the study has now, if the folder says which.
 
-    It also says what a run that has not come to its end has not made, or not made again. Raises TableError when there
-    are no tables.
+    It also says what an unfinished run has not made, and which models and sweep it has not made again. Raises
+    TableError when there are no tables.
     """
     tables = results / "tables"
     if not tables.is_dir():
@@ -76,7 +76,7 @@ def _of_before(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 def _differ(was: Any, now: Any) -> bool:
     if isinstance(was, dict) and isinstance(now, dict):
         # A version before may lack a key.
-        return any(_differ(was.get(key), now.get(key)) for key in (was.keys() | now.keys()) - {*LIES})
+        return any(_differ(was.get(key), now.get(key)) for key in (was.keys() & now.keys()) - {*LIES})
     if isinstance(was, list) and isinstance(now, list):
         return len(was) != len(now) or any(map(_differ, was, now))
     return bool(was != now)
