@@ -1,5 +1,6 @@
 """No output depends on torch's global state, and no call changes it or breaks a later one."""
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from threading import Event
@@ -122,6 +123,17 @@ def test_a_first_call_in_inference_mode_spoils_no_later_one(name):
     with ThreadPoolExecutor(1) as thread:
         there, here = thread.submit(first_there_then_here).result()
     assert torch.equal(there, here)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_child_of_a_fork_does_not_wait_for_blocks_of_its_parent():
+    with default_dtype(torch.float64), plain_torch():
+        child = os.fork()
+        if child == 0:
+            with plain_torch():
+                pass
+            os._exit(torch.get_default_dtype() != torch.float64)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 @pytest.mark.parametrize("state", ["float64 by default", "float32 products in fewer digits"])

@@ -58,7 +58,7 @@ def plain_torch() -> Iterator[None]:
 
 def _close() -> None:
     with _LOCK:
-        _OPEN.pop()
+        del _OPEN[-1:]  # none are left of a block in which the process was forked
         if not _OPEN:
             _BEFORE.close()
 
