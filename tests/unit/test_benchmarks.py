@@ -76,7 +76,7 @@ def test_what_failed_is_not_counted_as_passed(monkeypatch, tmp_path):
     calls += [("causal mean", 10, 6, 4, 0, ""), ("log_kernel", 10, 10, 0, 0, "")]
     names = ["kind", "calls", "answered", "refused", "failed", "failures"]
     pd.DataFrame(calls, columns=names).to_csv(folder / "fuzz.csv", index=False)
-    for name in ("kills", "fuzz"):
+    for name in ("kills", "fuzz", "bad_inputs"):
         (folder / f"{name}.json").write_text(json.dumps(MACHINE))
     monkeypatch.setattr(into_documents, "REFERENCE", tmp_path)
     text = into_documents.reliability()
