@@ -50,6 +50,7 @@ def test_a_workload_may_be_causal_beside_the_same_that_is_not():
         ({"workloads": [QK | {"lengths": [8, 17]}], "capture": CAPTURE}, "needs 17 tokens, but the capture has 16"),
         ({"workloads": [QK | {"batches": [2]}], "capture": CAPTURE}, "needs 32 tokens, but the capture has 16"),
         ({"workloads": [QK | {"heads": [0, 2]}], "capture": CAPTURE}, "needs 3 heads, but the capture has 2"),
+        ({"workloads": [QK | {"sha256": "0" * 64}], "capture": CAPTURE}, "sha256 is of a file"),
         ({"workloads": []}, "workloads is \\(\\); give a list"),
         ({**GOOD, "seeds": [1, 1000]}, "overlap"),
         ({**GOOD, "dtype": "float16"}, "dtype is 'float16'"),

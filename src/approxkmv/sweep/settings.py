@@ -114,6 +114,8 @@ class WorkloadSettings:
         for name in ("path", "tuning_path"):
             if getattr(self, name):
                 object.__setattr__(self, name, os.path.expanduser(getattr(self, name)))
+        if self.sha256 is not None and self.name == "model-qk" and self.path is None:
+            raise ConfigError(f"workload {self.name}: sha256 is of a file, and the sweep's capture is yet to be made")
         if self.queries is not None and self.causal:
             raise ConfigError(f"workload {self.name}: a causal workload has a query for each key: leave out queries")
         if max(self.queries or (0,)) > min(self.lengths):
