@@ -225,9 +225,10 @@ def test_what_a_run_before_its_end_has_not_made_again_is_said(finished, tmp_path
     shutil.copytree(finished[0].results, results)
     shown = lines(results)
     write_settings(results, contexts=6, min_tokens=25, readings_texts=2)
-    of_before = "  made with other settings than the study's now (contexts, min_tokens): run it again"
+    changed = "contexts, min_tokens, readings_texts"
+    of_before = f"  made with other settings than the study's now ({changed}): run it again"
     assert [line for line in lines(results) if line not in shown] == [of_before, of_before]
-    write_settings(results, contexts=None, min_tokens=20, operator={})
+    write_settings(results, contexts=None, min_tokens=20, readings_texts=8, operator={})
     (results / "tables" / "overview_llama.json").unlink()
     assert [line for line in lines(results) if line not in shown] == ["not made yet: llama, operator"]
 
@@ -248,6 +249,26 @@ def test_a_sweep_of_other_settings_is_said_to_be_one(tmp_path: Path, changes, na
     shutil.copytree(ROOT / "results" / "reference" / "embedded" / "tables", tmp_path / "tables")
     found = [line for line in lines(tmp_path) if "other settings" in line]
     assert found == ([f"  made with other settings than the study's now ({named}): run it again"] if named else [])
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "named"),
+    [
+        ("complexity", {}, ""),
+        ("complexity", {"rows": 8, "sizes": [256, 512, 1024]}, "sizes, rows"),
+        ("operator", {}, ""),
+        ("operator", {"epsilons": [0.2]}, "epsilons"),
+        ("perplexity", {}, ""),
+        ("perplexity", {"tokens": [512], "plan": {"target": 0.2}}, "tokens, plan"),
+    ],
+)
+def test_another_part_of_other_settings_is_said_to_be_one(tmp_path: Path, part, changes, named):
+    config = yaml.safe_load((ROOT / "config.yaml").read_text()) | {"study": part}
+    config["studies"][part][part] |= changes
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    shutil.copytree(ROOT / "results" / "reference" / part / "tables", tmp_path / "tables")
+    found = [line for line in lines(tmp_path) if "other settings" in line]
+    assert found == ([f"{part}: made with other settings than the study's now ({named}): run it again"] if named else [])
 
 
 @pytest.mark.slow

@@ -43,8 +43,9 @@ class Study(StudySettings):
     def conditions(self) -> dict[str, Any]:
         """Under what conditions its models are measured, for the record of how their tables were made."""
         of_texts = {"unit", "contexts", "seed", "min_tokens", "max_tokens", "long_texts"}
-        of_models = {"min_prefix", "dtype", "device", "batch_tokens", "rotary_scaling"}
-        return self.model_dump(mode="json", include=of_texts | of_models)
+        of_models = {"dtype", "device", "batch_tokens", "rotary_scaling"}
+        of_statistics = {"lengths"} if self.lengths else {"min_prefix", "prefixes", "readings_texts"}
+        return self.model_dump(mode="json", include=of_texts | of_models | of_statistics)
 
 
 def study_of(config: Configuration, name: str | None = None) -> Study:

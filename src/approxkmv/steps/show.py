@@ -32,8 +32,10 @@ def lines(results: Path) -> list[str]:
         first, *rest = sentences(tables, facts)
         out += [first, *(f"  {line}" for line in [*rest, *_model_of_before(study, facts)])]
     if won := sweep_sentence(tables, left):
-        out += [f"sweep: {won}", *(f"  {line}" for line in _sweep_of_before(study, tables / "sweep.json"))]
+        out += [f"sweep: {won}", *(f"  {line}" for line in _part_of_before(study, "sweep", tables))]
     if study is not None:
+        others = (part for part in OF_PART if part != "sweep")
+        out += [f"{part}: {line}" for part in others for line in _part_of_before(study, part, tables)]
         models = {facts["model"] for facts in every}
         absent = [name for name in study.models if name not in models]
         absent += [part for part in OF_PART if getattr(study, part) and not (tables / f"{part}.csv").is_file()]
@@ -55,10 +57,11 @@ def _model_of_before(study: Study | None, facts: dict[str, Any]) -> list[str]:
     return _of_before(was, {"corpus": corpus_of(study).label, **study.conditions})
 
 
-def _sweep_of_before(study: Study | None, record: Path) -> list[str]:
-    if study is None or study.sweep is None or not record.is_file():
+def _part_of_before(study: Study | None, part: str, tables: Path) -> list[str]:
+    settings, record = getattr(study, part, None), tables / f"{part}.json"
+    if settings is None or not record.is_file():
         return []
-    now = study.sweep.with_capture(None, None).as_dict()
+    now = settings.with_capture(None, None).as_dict() if part == "sweep" else settings.model_dump()
     return _of_before(_settings(read_json(record)), json.loads(json.dumps(now)))
 
 
