@@ -33,7 +33,7 @@ def as_float64(array: Array, name: str) -> torch.Tensor:
     else:
         raise InputError(f"{name} is a {type(array).__name__}: give a torch tensor or a NumPy array")
     if not math.isfinite(_largest(tensor)):
-        raise InputError(f"{name} holds a NaN or an infinity: remove it before asking for kernel values")
+        raise InputError(f"{name} holds a NaN or an infinity: remove it first")
     return tensor
 
 

@@ -268,7 +268,9 @@ def test_another_part_of_other_settings_is_said_to_be_one(tmp_path: Path, part, 
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     shutil.copytree(ROOT / "results" / "reference" / part / "tables", tmp_path / "tables")
     found = [line for line in lines(tmp_path) if "other settings" in line]
-    assert found == ([f"{part}: made with other settings than the study's now ({named}): run it again"] if named else [])
+    assert found == (
+        [f"{part}: made with other settings than the study's now ({named}): run it again"] if named else []
+    )
 
 
 @pytest.mark.slow

@@ -600,6 +600,22 @@ def test_metadata_of_a_gguf_that_changes_nothing_is_accepted(tmp_path):
     fetch(parse_source(f"path:{file}"), tmp_path / "converted")
 
 
+def test_sizes_that_a_gguf_cannot_hold_are_refused_before_anything_is_allocated(tmp_path):
+    import struct
+
+    from models_support import write_gguf
+
+    file = write_gguf(tmp_path / "tiny.gguf")
+    key, four_bytes = b"llama.feed_forward_length", 4
+    said = key + struct.pack("<II", four_bytes, 96)
+    assert file.read_bytes().count(said) == 1
+    file.write_bytes(file.read_bytes().replace(said, key + struct.pack("<II", four_bytes, 10**9)))
+    with pytest.raises(SourceError, match=r"384,000,028,816 weights, but there are [0-9,]+ in the files") as error:
+        fetch(parse_source(f"path:{file}"), tmp_path / "converted")
+    assert one_line(error).endswith("fetch or copy the file again")
+    assert not (tmp_path / "converted").exists()
+
+
 def of_two_kinds(full: float, sliding: float, share: float = 1.0) -> Any:
     from transformers import Gemma3TextConfig
 

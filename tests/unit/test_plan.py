@@ -310,6 +310,9 @@ def test_layers_may_differ_in_their_heads():
     assert torch.allclose(logits(model, [IDS]), before, atol=1e-4)
     with pytest.raises(InputError, match=r"2 layers of 4 heads, but the model has 2 layers of \[4, 2\]"):
         fast.use_plan(model, EXACT)
+    vars(model.config)["num_attention_heads_per_layer"] = [4, None]
+    with pytest.raises(InputError, match=r"the model has 2 layers of \[4, 0\]"):
+        fast.use_plan(model, EXACT)
 
 
 def test_a_model_that_caps_its_logits_takes_no_plan():

@@ -51,7 +51,7 @@ def use_plan(model: PreTrainedModel, plan: str | Path | Plan) -> None:
     config = model.config.get_text_config()
     per_layer = getattr(config, "per_layer_config", [config] * int(config.num_hidden_layers))
     heads_of = getattr(config, "num_attention_heads_per_layer", [one.num_attention_heads for one in per_layer])
-    found.check_shape([int(number) for number in heads_of])
+    found.check_shape([int(number or 0) for number in heads_of])  # None: a layer without attention
     layers = [module for module in model.modules() if isinstance(getattr(module, "layer_idx", None), int)]
     _before.setdefault(model, model.config._attn_implementation)
     for layer in layers:

@@ -20,6 +20,7 @@ from transformers.utils import logging
 
 from approxkmv.errors import CaptureError, SourceError, one_line
 from approxkmv.models.checking import check_folder, read_object, rotary_frequencies, weight_shapes, whole_numbers
+from approxkmv.models.gguf_weights import count_weights
 from approxkmv.models.rotary import refuse_two_answers, refuse_unknown_types
 from approxkmv.models.sources import ModelLocation
 from approxkmv.progress import on_terminal
@@ -184,8 +185,7 @@ def _load(kind: Any, location: ModelLocation, dtype: torch.dtype, attention: str
     # The GGUF reader shows a progress bar that no setting turns off: allow it on a terminal only.
     silent = location.gguf_file is not None and not on_terminal()
     no_bar = contextlib.redirect_stderr(io.StringIO()) if silent else contextlib.nullcontext()
-    if location.gguf_file is None:
-        _refuse_more_than_the_files(kind, location, load_config(location) if config is None else config)
+    _refuse_more_than_the_files(kind, location, load_config(location) if config is None else config)
     with quiet(), no_bar, reading(location, "model"):
         model, info = kind.from_pretrained(
             location.folder,
@@ -234,11 +234,15 @@ def _refuse_more_than_the_files(kind: Any, location: ModelLocation, config: Any)
     with quiet(), reading(location, "model"), torch.device("meta"):
         model = kind.from_config(copy.deepcopy(config), dtype=torch.float32)
     wanted = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
-    there = sum(map(math.prod, weight_shapes(location.folder, name_of(location)).values()))
+    if location.gguf_file is None:
+        there = sum(map(math.prod, weight_shapes(location.folder, name_of(location)).values()))
+        advice = "correct the sizes in config.json, or copy all its files"
+    else:
+        there, advice = count_weights(location), "fetch or copy the file again"
     if wanted > max(FEW_NUMBERS, MOST_TIMES * there):
         raise SourceError(
             f"{name_of(location)}: by its configuration {type(model).__name__} has {wanted:,} weights, but there are "
-            f"{there:,} in the files: correct the sizes in config.json, or copy all its files"
+            f"{there:,} in the files: {advice}"
         )
 
 
