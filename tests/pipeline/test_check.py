@@ -167,7 +167,14 @@ def test_an_estimate_grows_with_the_model_and_its_shards_stay_below_the_limit():
             {"text_config": {"num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 256, "hidden_size": 640}},
             Size(2, 4, 256, 512, 0),
         ),
+        (
+            {"num_hidden_layers": 4, "num_attention_heads": 4, "head_dim": 256, "global_head_dim": 512}
+            | {"layer_types": ["linear_attention", "conv", "full_attention", "sliding_attention"]},
+            Size(2, 4, 512, 512, 0),
+        ),
         ({"model_type": "bert"}, None),
+        ({"num_hidden_layers": 1, "num_attention_heads": 4, "head_dim": 8, "layer_types": ["conv"]}, None),
+        ({"num_hidden_layers": 1, "num_attention_heads": 4, "head_dim": 8, "layer_types": 5}, None),
         ([], None),
         ({"num_hidden_layers": "six", "num_attention_heads": 12, "hidden_size": 384}, None),
         ({"num_hidden_layers": 6, "num_attention_heads": 0.5, "hidden_size": 384}, None),

@@ -79,6 +79,10 @@ _GPT = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 40}
 _WIDE = _LLAMA | {"head_dim": 16}
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 
+_HYBRID = _WIDE | {"num_hidden_layers": 4}
+_DELTA = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
+_MAMBA = {"mamba_d_state": 4, "mamba_dt_rank": 4, "use_mamba_kernels": False}
+
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "BERT": SMALL["bert"],
     "RoBERTa": SMALL["roberta"],
@@ -142,6 +146,33 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "OPT": SMALL["opt"],
     "GPT-OSS": ("GptOssConfig", _WIDE | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4}),
     "GPT-1": SMALL["openai-gpt"],
+    "Gemma4 (text)": (
+        "Gemma4TextConfig",
+        _WIDE
+        | {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 4}
+        | {"head_dim": 4, "global_head_dim": 8, "num_kv_shared_layers": 1}
+        | {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY},
+    ),
+    "Qwen3-Next": ("Qwen3NextConfig", _HYBRID | _EXPERTS | _DELTA | {"shared_expert_intermediate_size": 16}),
+    "Qwen3.5 (text)": ("Qwen3_5TextConfig", _HYBRID | _DELTA),
+    "OLMo-Hybrid": ("OlmoHybridConfig", _HYBRID | {"num_key_value_heads": 4}),
+    "LFM2": ("Lfm2Config", _HYBRID | {"layer_types": ["conv", "full_attention", "conv", "full_attention"]}),
+    "Jamba": ("JambaConfig", _HYBRID | _MAMBA | {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2}),
+    "Nemotron-H": (
+        "NemotronHConfig",
+        _HYBRID
+        | {"layers_block_type": ["linear_attention", "full_attention", "moe", "full_attention"], "n_routed_experts": 4}
+        | {"moe_intermediate_size": 16, "num_experts_per_tok": 2, "n_groups": 1, "ssm_state_size": 4, "chunk_size": 8}
+        | {"mamba_num_heads": 4, "mamba_head_dim": 16},
+    ),
+    "Granite-4 hybrid": (
+        "GraniteMoeHybridConfig",
+        _HYBRID
+        | {"layer_types": ["linear_attention", "full_attention"] * 2, "attention_multiplier": 0.5}
+        | {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 4, "mamba_chunk_size": 8}
+        | {"num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 16},
+    ),
+    "RecurrentGemma": ("RecurrentGemmaConfig", _HYBRID | {"lru_width": 32, "attention_window_size": 4}),
 }
 """By the names of docs/add-a-model.md: those whose attentions follow from q and k alone (and a mask, or a sink)."""
 
@@ -187,13 +218,6 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "ConvBERT": ("ConvBertConfig", _BERT | {"embedding_size": 32}),
     "RoFormer": ("RoFormerConfig", _BERT | {"embedding_size": 32}),
     "Mamba": ("MambaConfig", {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}),
-    "Qwen3-Next": (
-        "Qwen3NextConfig",
-        _WIDE
-        | _EXPERTS
-        | {"shared_expert_intermediate_size": 16, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
-        | {"linear_num_key_heads": 2, "linear_num_value_heads": 4},
-    ),
     "DeepSeek-V3.2": (
         "DeepseekV32Config",
         ARCHITECTURES["DeepSeek-V3"][1] | {"index_topk": 4, "index_n_heads": 2, "index_head_dim": 8},
@@ -249,7 +273,8 @@ def own_attentions(location: ModelLocation, text: list[int]) -> torch.Tensor:
         model = transformers.AutoModel.from_pretrained(location.folder, attn_implementation="eager").eval()
         backbone = model.get_encoder() if model.config.is_encoder_decoder else model
         out = backbone(torch.tensor([text]), output_attentions=True)
-    return torch.cat(list(out.attentions))
+    # Of a hybrid some return nothing for layers without softmax attention.
+    return torch.cat([weights for weights in out.attentions if weights is not None])
 
 
 def recomputed(captured: Captured, causal: bool, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -932,6 +932,7 @@ def test_rows_of_the_softmax_are_drawn_with_nothing_overlapping(tmp_path, figure
     assert misplaced_texts(figures[0], found) == []
     shown = " ".join(word for word, _ in found)
     assert ("the logits' cap of 50" in shown) == bool(left_out)
+    assert ("what is named below" in shown.replace("\n", " ")) == (masked and bool(left_out))
 
 
 def long_tables(folder: Path, masked: bool) -> None:
@@ -1008,6 +1009,22 @@ def outlined(axes: Any) -> set[tuple[int, int]]:
 
 def written(table: pd.DataFrame, column: str, write: Any) -> dict[tuple[int, int], str]:
     return {(row["layer"], row["head"]): write(row[column]) for row in table.to_dict("records")}
+
+
+@pytest.mark.parametrize("windows", ["512 keys in 5 of 6 layers", "1,024 and 8,192 keys in 20 of 24 layers"])
+@pytest.mark.parametrize("name", ["max_ratios", "order_ratios", "attention_support", "growth"])
+def test_a_mask_of_many_words_and_other_layers_lie_on_nothing(tmp_path, figures, name, windows):
+    two_masks(tmp_path)
+    others = f"18 layers without softmax attention (the model's layers {', '.join(map(str, range(3, 93, 4)))} and 95)"
+    facts = json.loads((tmp_path / "overview_m.json").read_text()) | {"left_out": [others]}
+    facts["mask"] = f"{OWN_MASK}: windows of {windows}"
+    (tmp_path / "overview_m.json").write_text(json.dumps(facts))
+    catalogue.draw(name, tmp_path, ["m"], tmp_path / "x")
+    found = drawn_texts(figures[0])
+    assert misplaced_texts(figures[0], found) == []
+    assert "18 layers without softmax attention" in " ".join(word for word, _ in found)
+    # They are no part of a row of the softmax.
+    assert not [word for word, _ in found if "named below" in word]
 
 
 def test_each_cell_has_the_number_of_its_head_and_titles_count_the_cells(tmp_path, figures):

@@ -29,10 +29,12 @@ from models_support import (
 from packaging.version import Version
 from safetensors.torch import load_file, save_file
 
+from approxkmv.config import CorpusEntry
 from approxkmv.errors import CaptureError, InputError, NonFiniteError, SourceError
 from approxkmv.models import CapturableModel, ModelLocation, capture, fetch, interface, parse_source
 from approxkmv.models.families import SCALED_QUERIES, UNSCALED
 from approxkmv.models.loading import quiet
+from approxkmv.steps import model_heads
 
 # The reference computes in float32, where a softmax of logits up to about 10 carries 10 * 2^-24 of relative error
 # from each of a few matrix products; 1e-5 leaves an order of magnitude, and a wrong factor shows at 0.01 and more.
@@ -155,6 +157,27 @@ def test_grouped_keys_are_repeated_for_the_queries_that_share_them(tmp_path):
     assert keys[:, 0].equal(keys[:, 1])
     assert keys[:, 2].equal(keys[:, 3])
     assert not keys[:, 0].equal(keys[:, 2])
+
+
+def test_heads_for_a_sweep_have_their_own_width(tmp_path, monkeypatch):
+    model = CapturableModel.load(save_random(tmp_path / "model", *ARCHITECTURES["Gemma4 (text)"]))
+    model._tokenizer = lambda text, **options: {"input_ids": [3 + ord(letter) % 50 for letter in text]}
+    monkeypatch.setattr(model_heads.CapturableModel, "load", lambda *given, **options: model)
+    (tmp_path / "texts.jsonl").write_text('{"context": "abcdefghijklm"}\n{"context": "nopqrstuvwxyz"}\n')
+    corpus = CorpusEntry(name="two", label="two", source=f"path:{tmp_path / 'texts.jsonl'}")
+
+    def heads_of(*chosen: tuple[int, int]) -> dict[str, torch.Tensor]:
+        files = [(corpus, tmp_path / f"{part}.safetensors") for part in ("measured", "tuning")]
+        model_heads.capture_heads("m", ModelLocation(tmp_path), files, 12, chosen)
+        return load_file(files[0][1])
+
+    captured = model.capture([model.tokenizer("abcdefghijkl")["input_ids"]], values=True)[0]
+    for layers, width in (((0, 2), 4), ((1, 3), 8)):
+        found = heads_of(*((layer, 1) for layer in layers))
+        for name, tensor in (("q", captured.queries), ("k", captured.keys), ("v", captured.values)):
+            assert found[name].equal(tensor[list(layers), 1, :, :width])
+    with pytest.raises(InputError, match="the chosen heads have different widths"):
+        heads_of((0, 1), (1, 1))
 
 
 def test_scales_are_the_models_own(tmp_path):

@@ -14,6 +14,7 @@ from approxkmv import attention_statistics, log_kernel
 from approxkmv.config import load_config, study_of
 from approxkmv.errors import CaptureError
 from approxkmv.models import CapturableModel, recording
+from approxkmv.models.capture import others_in_words
 from approxkmv.models.masks import plain_spans, spans_of
 from approxkmv.steps.extract import require_true_prefixes
 from approxkmv.steps.lengths import measure_lengths
@@ -121,9 +122,37 @@ def test_what_is_beside_the_kernel_is_known_by_layer(tmp_path):
         "the bias added to the logits in 3 of 3 layers",
         "the decoder and its cross-attention (this is the encoder's self-attention)",
     )
+    hybrid = model_of("hybrid", *ARCHITECTURES["Jamba"])
+    assert hybrid.n_layers == 2
+    assert hybrid.left_out == (
+        "2 layers without softmax attention (the model's layers 1 and 3 are numbered from 0 here)",
+    )
     for name, words in (("bert", "every query with every key"), ("llama", "no key after its query")):
         plain = model_of(name, *SMALL[name])
         assert (plain.mask, plain.left_out, plain.has_own_masks) == (words, (), False)
+
+
+@pytest.mark.parametrize(
+    ("attending", "words"),
+    [
+        ([True, True], ()),
+        ([False, True], ("1 layer without softmax attention (the model's layer 1 is layer 0 here)",)),
+        (
+            [True, False, True, False, True],
+            ("2 layers without softmax attention (the model's layers 0, 2 and 4 are numbered from 0 here)",),
+        ),
+    ],
+)
+def test_a_hybrid_says_which_of_its_layers_are_measured(attending, words):
+    assert others_in_words(attending) == words
+
+
+@pytest.mark.parametrize("kind", ["linear_attention", "moe"])
+def test_a_model_none_of_whose_layers_attend_is_refused(tmp_path, kind):
+    class_name, settings = ARCHITECTURES["Nemotron-H"]
+    location = save_random(tmp_path, class_name, settings | {"layers_block_type": [kind] * 4})
+    with pytest.raises(CaptureError, match="NemotronHModel does not say that it has layers of attention"):
+        CapturableModel.load(location)
 
 
 def test_lengths_on_both_sides_of_a_change_of_the_embedding_are_refused(tmp_path):

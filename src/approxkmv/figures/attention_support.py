@@ -34,7 +34,8 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
         f"Rows of the softmax on {counted(facts['texts_used'], 'text')} of {facts['corpus']}; "
         "support: exp of a row's entropy",
     )
-    beside = bool(facts["left_out"])
+    # Of what is left out a decoder, or layers without softmax, are no part of a row.
+    beside = any(text.endswith(" layers") for text in facts["left_out"])
     for i, before in enumerate(masks):
         first, second = panels[2 * i : 2 * i + 2]
         over = f"{entries(before, facts)}{', and what is named below' if before and beside else ''}"
@@ -42,5 +43,5 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
         draw_heatmap(figure, second, grid(table, f"{before}first_mass"), SHARE)
         first.set_title(f"effective support\n{over}", fontsize=8, loc="left")
         second.set_title(f"weight on the first token\n{over}", fontsize=8, loc="left")
-    footnote(figure, f"the model has {', '.join(facts['left_out'])}" if beside else "")
+    footnote(figure, f"the model has {', '.join(facts['left_out'])}" if facts["left_out"] else "")
     return save(figure, stem)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from approxkmv.figures.heatmap import Scale, draw_heatmap, grid, is_wide, new_panels
-from approxkmv.figures.style import as_written, entries, footnote, near, not_in_kernel, save
+from approxkmv.figures.style import as_written, entries, footnote, near, not_in_kernel, save, wrapped
 from approxkmv.results.tables import ModelTables, masks_of, read_heads, read_overview
 from approxkmv.words import counted
 
@@ -32,8 +32,7 @@ def draw(tables: Path, model: str, stem: Path) -> list[Path]:
     scale = Scale(0.05, 100.0, (0.1, 0.3, 1, 3, 10, 30, 100), "largest c over texts and prefixes", bound)
     for axes, before in zip(panels, masks, strict=True):
         draw_heatmap(figure, axes, grid(table, f"{before}max_ratio"), scale, write=near(bound))
-        axes.set_title(
-            f"{entries(before, facts)}: {counted(above[before], 'head')} above {bound:g}", fontsize=8, loc="left"
-        )
+        title = f"{entries(before, facts)}: {counted(above[before], 'head')} above {bound:g}"
+        axes.set_title(wrapped(title, 60), fontsize=8, loc="left")
     footnote(figure, not_in_kernel(facts))
     return save(figure, stem)

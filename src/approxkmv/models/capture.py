@@ -15,7 +15,10 @@ from approxkmv.models.recording import ADVICE, Captured, Layer, Recording
 from approxkmv.models.rotary import length_that_changes, scaled_positions
 from approxkmv.models.sources import ModelLocation
 from approxkmv.statistics.entries import CAUSAL, EVERY_KEY, OWN_MASK
+from approxkmv.words import counted
 
+# What transformers calls layers of a hybrid that mix tokens without softmax attention, or do not mix them.
+WITHOUT_ATTENTION = ("linear_attention", "conv", "mamba", "recurrent", "moe", "mlp")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -27,11 +30,17 @@ class CapturableModel:
     >>> captured[0].queries.shape                                                   # doctest: +SKIP
     torch.Size([6, 12, 7, 32])
 
-    Of an encoder-decoder model (T5, BART) the encoder is taken: its self-attention over the text.
+    Of an encoder-decoder model (T5, BART) the encoder is taken: its self-attention over the text. Of a hybrid
+    (Qwen3-Next, Jamba) the layers of softmax attention are taken, and counted from 0 among themselves.
     """
 
     def __init__(
-        self, backbone: Any, location: ModelLocation, n_layers: int, device: torch.device, encoder_only: bool = False
+        self,
+        backbone: Any,
+        location: ModelLocation,
+        attending: Sequence[bool],
+        device: torch.device,
+        encoder_only: bool = False,
     ) -> None:
         """Use CapturableModel.load."""
         self._backbone = backbone
@@ -45,7 +54,7 @@ class CapturableModel:
             raise CaptureError(f"{self.architecture} embeds no tokens: choose a model of text") from error
         self._pad = _pad_token(backbone.config, self._embedded)
         self.name: str = location.gguf_file or location.folder.resolve().name
-        self.n_layers = n_layers
+        self.n_layers = sum(attending)
         self.max_positions = scaled_positions(backbone.config) or max_positions(backbone)
         self.changes_beyond = length_that_changes(backbone.config)
         # Two tokens through the whole model: shapes and causality as they are, not as a configuration words them,
@@ -63,7 +72,7 @@ class CapturableModel:
         windowed = any(layer.window is not None for layer in self.layers)
         self.has_own_masks = windowed or not (self.is_causal or every)
         self.mask = mask_in_words(self.layers, self.is_causal) if self.is_causal or self.has_own_masks else EVERY_KEY
-        self.left_out = left_out_in_words(self.layers, encoder_only)
+        self.left_out = (*left_out_in_words(self.layers, encoder_only), *others_in_words(attending))
         padded, longer = self._probe([short, long]).texts(require_finite=False)
         # MobileBERT embeds each token with its right neighbour, so that padding would reach a text's last token.
         self._pads = _agree(alone, padded)
@@ -118,12 +127,12 @@ class CapturableModel:
         if config.is_encoder_decoder:
             backbone = backbone.get_encoder()
         text_config = backbone.config.get_text_config()
-        n_layers = getattr(text_config, "num_hidden_layers", None)
-        if not isinstance(n_layers, int):
-            raise CaptureError(f"{type(backbone).__name__} does not say how many layers it has: {ADVICE}")
+        attending = layers_that_attend(text_config)
+        if not any(attending):
+            raise CaptureError(f"{type(backbone).__name__} does not say that it has layers of attention: {ADVICE}")
         # One pass per text: a cache of keys would only cost memory.
         backbone.config.use_cache = text_config.use_cache = False
-        return cls(backbone.to(place), location, n_layers, place, encoder_only=bool(config.is_encoder_decoder))
+        return cls(backbone.to(place), location, attending, place, encoder_only=bool(config.is_encoder_decoder))
 
     @property
     def tokenizer(self) -> Any:
@@ -267,6 +276,26 @@ def mask_in_words(layers: Sequence[Layer], causal: bool) -> str:
     sizes = " and ".join(f"{window if causal else window - 1:,}" for window in sorted(set(windows)))
     side = "" if causal else " to each side"
     return f"{OWN_MASK}: windows of {sizes} keys{side} in {len(windows)} of {len(layers)} layers"
+
+
+def layers_that_attend(config: Any) -> list[bool]:
+    """Of each layer of a model whether it has softmax attention; none if its configuration has no number of layers."""
+    n_layers = getattr(config, "num_hidden_layers", None)
+    kinds = getattr(config, "layer_types", None) or ()
+    if isinstance(n_layers, int) and len(kinds) == n_layers:
+        return [kind not in WITHOUT_ATTENTION for kind in kinds]
+    return [True] * n_layers if isinstance(n_layers, int) else []
+
+
+def others_in_words(attending: Sequence[bool]) -> tuple[str, ...]:
+    """What a hybrid has beside its layers of softmax attention, and which of its layers those are."""
+    if all(attending):
+        return ()
+    others = f"{counted(len(attending) - sum(attending), 'layer')} without softmax attention"
+    *some, last = [str(layer) for layer, attends in enumerate(attending) if attends]
+    if not some:
+        return (f"{others} (the model's layer {last} is layer 0 here)",)
+    return (f"{others} (the model's layers {', '.join(some)} and {last} are numbered from 0 here)",)
 
 
 def left_out_in_words(layers: Sequence[Layer], encoder_only: bool) -> tuple[str, ...]:

@@ -24,6 +24,8 @@ class Layer:
     """One more logit per row, belonging to no key: (heads,), or per query as in the model."""
     bias: torch.Tensor | None = None
     """Added to the logits, for example by relative position: (heads or 1, n, n)."""
+    widths: tuple[int, int] | None = None
+    """The layer's own d and d_v; None for those of the tensors."""
 
 
 NOTHING_ELSE = Layer()
@@ -31,7 +33,11 @@ NOTHING_ELSE = Layer()
 
 @dataclass(frozen=True)
 class Captured:
-    """What one text's attention multiplies: softmax(scale * queries keys^T) over visible keys; see also `layers`."""
+    """What one text's attention multiplies: softmax(scale * queries keys^T) over visible keys; see also `layers`.
+
+    d and d_v are those of the widest layer (Gemma 4 has two kinds). In narrower ones the other columns are zeros, which
+    change no inner product and no norm; `widths` of a layer has its own.
+    """
 
     queries: torch.Tensor
     """(layers, heads, n, d), after rotary embedding and any normalisation of queries."""
@@ -102,7 +108,7 @@ class Recording:
         self.probing = probing
         self._keep_values = values
         self._scales: list[float] = []
-        self._shape: tuple[int, int, int] | None = None
+        self._heads = 0
         # Per text the query, key and perhaps value, filled layer by layer: never more than the batch in memory.
         self._texts: list[dict[str, torch.Tensor]] = []
         self._spans: list[list[torch.Tensor]] = []
@@ -129,7 +135,7 @@ class Recording:
             mask: as in models/masks.py, or None.
             layer: what else its softmax contains; a bias covers the whole batch, (batch or 1, heads or 1, n, n).
         Raises:
-            CaptureError: this is not self-attention of the same shape as in earlier layers, or its mask cannot be
+            CaptureError: this is not self-attention with as many heads as in earlier layers, or its mask cannot be
                 described.
         """
         batch, heads, n, d = queries.shape
@@ -144,29 +150,29 @@ class Recording:
                 f"{self.architecture} has {heads} query heads on {key_heads} key heads, or more attention calls than "
                 f"its {self.n_layers} layers: {ADVICE}"
             )
-        shape = (heads, d, values.shape[-1])
         given = {"query": queries, "key": keys} | ({"value": values} if self._keep_values else {})
-        if self._shape is None:
-            self._shape = shape
+        if not self._texts:
+            self._heads = heads
             self._texts = [
-                {what: queries.new_empty((self.n_layers, heads, n, x.shape[-1])) for what, x in given.items()}
+                {what: queries.new_zeros((self.n_layers, heads, n, x.shape[-1])) for what, x in given.items()}
                 for n in self.lengths
             ]
-        elif shape != self._shape:
+        elif heads != self._heads:
             raise CaptureError(
-                f"{self.architecture}: layer {len(self._scales)} has (heads, d, d_v) = {shape} and layer 0 has "
-                f"{self._shape}: layers of different shapes cannot be captured together"
+                f"{self.architecture}: layer {len(self._scales)} has {heads} heads and layer 0 has {self._heads}: "
+                "layers with different numbers of heads cannot be captured together"
             )
         for index, (text, length) in enumerate(zip(self._texts, self.lengths, strict=True)):
             for what, x in given.items():
-                _repeat_into(text[what][len(self._scales)], x[index, :, :length])
+                text[what] = _widened(text[what], x.shape[-1])
+                _repeat_into(text[what][len(self._scales), ..., : x.shape[-1]], x[index, :, :length])
         self._scales.append(float(scale))
         spans, biased = self._seen(mask, causal)
         self._spans.append(spans)
         if biased and mask is not None:
             added = mask.masked_fill(mask <= HIDDEN, 0.0)
             layer = replace(layer, bias=added if layer.bias is None else layer.bias + added)
-        self.layers.append(layer)
+        self.layers.append(replace(layer, widths=(d, values.shape[-1])))
 
     def _seen(self, mask: torch.Tensor | None, causal: bool) -> tuple[list[torch.Tensor], bool]:
         """Each text's spans in this layer, and whether the mask adds a bias."""
@@ -219,6 +225,12 @@ def _of_text(layer: Layer, index: int, n: int) -> Layer:
 
 
 ADVICE = "write an adapter like models/openai_gpt.py, see docs/add-a-model.md"
+
+
+def _widened(tensor: torch.Tensor, width: int) -> torch.Tensor:
+    """The tensor with zeros behind its columns, if it has fewer than `width`."""
+    missing = width - tensor.shape[-1]
+    return tensor if missing <= 0 else torch.nn.functional.pad(tensor, (0, missing))
 
 
 def _repeat_into(target: torch.Tensor, grouped: torch.Tensor) -> None:

@@ -126,7 +126,7 @@ class CausalModel:
         if replacement.calls != len(replacement.layers):
             raise CaptureError(
                 f"{type(self._model).__name__}: {replacement.calls} of {len(replacement.layers)} layers handed their "
-                "attention over"
+                "attention over: name layers that have softmax attention"
             )
         targets = torch.tensor(ids[1:], device=logits.device)
         total = 0.0

@@ -77,6 +77,8 @@ def name_of(source: ModelSource) -> str:
 
 def size_of(folder: Path) -> Size | None:
     """The size of a model's folder by its config.json; None where that does not say it."""
+    from approxkmv.models.capture import WITHOUT_ATTENTION
+
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         config = config.get("text_config", config)
@@ -85,8 +87,10 @@ def size_of(folder: Path) -> Size | None:
             return next(int(config[name]) for name in names if config.get(name))
 
         layers = first("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+        layers -= sum(kind in WITHOUT_ATTENTION for kind in config.get("layer_types") or ())
         heads = first("num_attention_heads", "n_head", "n_heads", "num_heads")
         width = int(config.get("head_dim") or first("hidden_size", "n_embd", "dim", "d_model") // heads)
+        width = max(width, int(config.get("global_head_dim") or 0))
         positions = int(config.get("max_position_embeddings") or config.get("n_positions") or 512)
     except (OSError, ValueError, TypeError, StopIteration, AttributeError, ArithmeticError, RecursionError):
         return None

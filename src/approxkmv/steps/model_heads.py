@@ -35,7 +35,7 @@ def capture_heads(
         rotary_scaling: see CapturableModel.load.
     Raises:
         ConfigError: a document that is too short, a head that the model does not have. InputError: more tokens than the
-        model has positions, or heads of layers with different scales.
+        model has positions, or heads of layers with different scales or widths.
     """
     from safetensors.torch import save_file
 
@@ -68,9 +68,18 @@ def capture_heads(
         scales = {float(captured.scales[layer]) for layer, _ in heads}
         if len(scales) > 1 or captured.values is None:
             raise InputError("the chosen heads have different scales of their logits: choose heads of one scale")
+        widths = {captured.layers[layer].widths for layer, _ in heads}
+        if len(widths) > 1:
+            raise InputError("the chosen heads have different widths: choose heads of one width")
+        # Without the zeros behind a narrow layer's columns, which would slow every method down.
+        d, d_v = widths.pop() or (None, None)
         tensors = {
-            name: torch.stack([tensor[layer, head] for layer, head in heads]).contiguous()
-            for name, tensor in (("q", captured.queries), ("k", captured.keys), ("v", captured.values))
+            name: torch.stack([tensor[layer, head, :, :width] for layer, head in heads]).contiguous()
+            for name, tensor, width in (
+                ("q", captured.queries, d),
+                ("k", captured.keys, d),
+                ("v", captured.values, d_v),
+            )
         }
         metadata = {
             "model": model_name,

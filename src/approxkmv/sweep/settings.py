@@ -59,7 +59,7 @@ class CaptureSettings:
     tokens: Annotated[int, at_least(16)]
     """Tokens taken from each document."""
     heads: Annotated[tuple[tuple[Index, Index], ...], at_least_one()]
-    """Pairs of layer and head, both counted from 0."""
+    """Pairs of layer and head, both counted from 0 (of a hybrid, among the layers with softmax attention)."""
     tuning_corpus: str | None = None
     """A key of `corpora` whose second document is for tuning, in place of that of `corpus`: shows whether settings
     carry over to another kind of text."""
