@@ -304,6 +304,12 @@ def test_an_architecture_that_hides_its_queries_is_refused_in_one_line(tmp_path,
         assert "docs/add-a-model.md" in str(error.value)
 
 
+def test_a_part_that_knows_no_other_attention_is_named_as_the_reason(tmp_path):
+    location = save_random(tmp_path, "GitConfig", SMALL["bert"][1] | {"vision_config": REFUSED["CLIP (vision)"][1]})
+    with pytest.raises(CaptureError, match="a part of the model does not use the attention interface of transformers"):
+        CapturableModel.load(location)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_architecture_of_the_list_gives_its_own_attentions(tmp_path, name):

@@ -85,6 +85,13 @@ def weight_shapes(folder: Path, name: str) -> dict[str, list[int]]:
     return {key: weight.get_shape() for key, weight in _weights(folder, name)}
 
 
+def weights_of_gguf(file: Path) -> int:
+    """How many numbers the tensors of a GGUF file hold; raises whatever its reader does."""
+    import gguf
+
+    return sum(int(tensor.n_elements) for tensor in gguf.GGUFReader(str(file)).tensors)
+
+
 def whole_numbers(folder: Path, name: str) -> set[str]:
     """The names of weights saved as integers or booleans; raises as weight_shapes."""
     return {

@@ -84,26 +84,13 @@ def write_dequantised(location: ModelLocation, folder: Path) -> None:
     shutil.copymode(folder / "config.json", weights)  # safetensors files are readable by the owner only
 
 
-def _reader(location: ModelLocation) -> Any:
-    import gguf
-
-    return gguf.GGUFReader(str(location.folder / str(location.gguf_file)))
-
-
-def count_weights(location: ModelLocation) -> int:
-    """How many numbers the tensors of a GGUF file hold. Raises SourceError for a file that cannot be read."""
-    from approxkmv.models.loading import reading
-
-    with reading(location, "metadata"):
-        return sum(int(tensor.n_elements) for tensor in _reader(location).tensors)
-
-
 def refuse_dropped(location: ModelLocation, model: Any) -> None:
     """Raise SourceError, by name, for anything in a GGUF file that transformers silently ignores.
 
     Args:
         location: with a gguf_file. model: what was read from it.
     """
+    import gguf
     from transformers.integrations import GGUF_CONFIG_MAPPING
     from transformers.modeling_gguf_pytorch_utils import (
         TENSOR_PROCESSORS,
@@ -115,7 +102,7 @@ def refuse_dropped(location: ModelLocation, model: Any) -> None:
 
     config = model.config
     with reading(location, "metadata"):
-        reader = _reader(location)
+        reader = gguf.GGUFReader(str(location.folder / str(location.gguf_file)))
         metadata = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("tokenizer.")}
         architecture = metadata["general.architecture"]
         processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config.to_dict())

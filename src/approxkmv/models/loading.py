@@ -19,8 +19,15 @@ from transformers.models.auto import modeling_auto as auto
 from transformers.utils import logging
 
 from approxkmv.errors import CaptureError, SourceError, one_line
-from approxkmv.models.checking import check_folder, read_object, rotary_frequencies, weight_shapes, whole_numbers
-from approxkmv.models.gguf_weights import count_weights
+from approxkmv.models.checking import (
+    check_folder,
+    read_object,
+    rotary_frequencies,
+    weight_shapes,
+    weights_of_gguf,
+    whole_numbers,
+)
+from approxkmv.models.recording import ADVICE
 from approxkmv.models.rotary import refuse_two_answers, refuse_unknown_types
 from approxkmv.models.sources import ModelLocation
 from approxkmv.progress import on_terminal
@@ -82,6 +89,11 @@ def reading(location: ModelLocation, what: str) -> Iterator[None]:
     except (SourceError, CaptureError, torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:
+        if isinstance(error, KeyError) and "approxkmv_" in str(error):
+            raise CaptureError(
+                f"{name_of(location)}: a part of the model does not use the attention interface of transformers: "
+                f"{ADVICE}"
+            ) from error
         # transformers raises OSError, ValueError, KeyError, ImportError, RuntimeError and more for a bad folder.
         raise SourceError(f"{name_of(location)}: the {what} cannot be read ({one_line(error)})") from error
 
@@ -238,7 +250,9 @@ def _refuse_more_than_the_files(kind: Any, location: ModelLocation, config: Any)
         there = sum(map(math.prod, weight_shapes(location.folder, name_of(location)).values()))
         advice = "correct the sizes in config.json, or copy all its files"
     else:
-        there, advice = count_weights(location), "fetch or copy the file again"
+        with reading(location, "metadata"):
+            there = weights_of_gguf(location.folder / location.gguf_file)
+        advice = "fetch or copy the file again"
     if wanted > max(FEW_NUMBERS, MOST_TIMES * there):
         raise SourceError(
             f"{name_of(location)}: by its configuration {type(model).__name__} has {wanted:,} weights, but there are "
