@@ -20,6 +20,7 @@ from approxkmv.models import ModelLocation
 from approxkmv.models.folders import complete
 from approxkmv.models.loading import quiet
 from approxkmv.perplexity import planning
+from approxkmv.perplexity.layers import parse_layers
 from approxkmv.perplexity.model import CausalModel
 from approxkmv.perplexity.plan import HeadPlan, Plan, read_plan, write_plan
 from approxkmv.perplexity.planning import best, make_plan
@@ -313,6 +314,34 @@ def test_layers_may_differ_in_their_heads():
     vars(model.config)["num_attention_heads_per_layer"] = [4, None]
     with pytest.raises(InputError, match=r"the model has 2 layers of \[4, 0\]"):
         fast.use_plan(model, EXACT)
+
+
+def test_a_hybrid_has_heads_in_its_layers_of_softmax_attention(tmp_path, monkeypatch):
+    config = transformers.Qwen3_5TextConfig(
+        vocab_size=90, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, head_dim=8,
+        num_key_value_heads=2, linear_key_head_dim=8, linear_value_head_dim=8, linear_num_key_heads=2,
+        linear_num_value_heads=4,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    with quiet():
+        model = transformers.AutoModelForCausalLM.from_config(config).eval()
+        model.save_pretrained(tmp_path)
+    causal = CausalModel.load(ModelLocation(tmp_path))
+    assert (causal.n_layers, causal.attending) == (4, [3])
+    assert parse_layers("all", causal.n_layers, causal.attending) == [3]
+    monkeypatch.setattr(planning, "METHODS", ())
+    plan = make_plan(causal, IDS[:40], 0.1, lambda line: None)
+    assert [len(heads) for heads in plan.layers] == [0, 0, 0, 4]
+    write_plan(tmp_path / "plan.json", plan, {})
+    before = logits(model, [IDS])
+    fast.use_plan(model, tmp_path / "plan.json")
+    assert torch.allclose(logits(model, [IDS]), before, atol=1e-3)
+    fast.use_plan(model, dataclasses.replace(plan, layers=((), (), (), (head("mean"),) * 4)))
+    assert not torch.allclose(logits(model, [IDS]), before, atol=1e-3)
+    with pytest.raises(InputError, match=r"1 layers of 4 heads, but the model has 4 layers of \[0, 0, 0, 4\]"):
+        fast.use_plan(model, dataclasses.replace(plan, layers=plan.layers[3:]))
+    with pytest.raises(InputError, match="the plan has no heads in layer 0"):
+        plan.of_layer(0)
 
 
 def test_a_model_that_caps_its_logits_takes_no_plan():

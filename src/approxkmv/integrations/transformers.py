@@ -18,6 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from approxkmv.errors import CaptureError, InputError
+from approxkmv.models.capture import layers_that_attend
 from approxkmv.models.interface import refuse_learned_sparsity, scale_of
 from approxkmv.perplexity.plan import Plan, read_plan
 from approxkmv.perplexity.replacement import heads, refuse_what_no_method_does
@@ -51,7 +52,8 @@ def use_plan(model: PreTrainedModel, plan: str | Path | Plan) -> None:
     config = model.config.get_text_config()
     per_layer = getattr(config, "per_layer_config", [config] * int(config.num_hidden_layers))
     heads_of = getattr(config, "num_attention_heads_per_layer", [one.num_attention_heads for one in per_layer])
-    found.check_shape([int(number or 0) for number in heads_of])  # None: a layer without attention
+    attending = layers_that_attend(config)
+    found.check_shape([int(number or 0) * attends for number, attends in zip(heads_of, attending, strict=True)])
     layers = [module for module in model.modules() if isinstance(getattr(module, "layer_idx", None), int)]
     _before.setdefault(model, model.config._attn_implementation)
     for layer in layers:

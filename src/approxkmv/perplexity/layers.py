@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from approxkmv.errors import InputError
 
 
-def parse_layers(text: str, n_layers: int) -> list[int]:
-    """The layers named, counted from 0, without duplicates and in order.
+def parse_layers(text: str, n_layers: int, every: Sequence[int] | None = None) -> list[int]:
+    """The layers named, counted from 0, without duplicates and in order; `every` are those that "all" names.
 
     >>> parse_layers("0,5-9", 30)
     [0, 5, 6, 7, 8, 9]
@@ -16,7 +17,7 @@ def parse_layers(text: str, n_layers: int) -> list[int]:
     Raises InputError for another form, for a layer the model does not have, and for an empty list.
     """
     if text.strip() == "all":
-        return list(range(n_layers))
+        return list(range(n_layers) if every is None else every)
     found: set[int] = set()
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)

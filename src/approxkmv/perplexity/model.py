@@ -13,7 +13,7 @@ import torch
 
 from approxkmv.errors import CaptureError, InputError, NonFiniteError
 from approxkmv.files import file_sha256
-from approxkmv.models.capture import DTYPES, device_named, max_positions
+from approxkmv.models.capture import DTYPES, device_named, layers_that_attend, max_positions
 from approxkmv.models.checking import weight_files
 from approxkmv.models.interface import refuse_learned_sparsity
 from approxkmv.models.loading import causal_class, load_causal_model, load_config
@@ -57,7 +57,10 @@ class CausalModel:
         self._model = model
         self._location = location
         self.device = device
-        self.n_layers = int(model.config.get_text_config().num_hidden_layers)
+        kinds = layers_that_attend(model.config.get_text_config())
+        self.n_layers = len(kinds)
+        # Those of softmax attention: all but in a hybrid.
+        self.attending = [layer for layer, attends in enumerate(kinds) if attends]
         self.max_positions = scaled_positions(model.config) or max_positions(model)
         one, other = self._logits([3, 4, 5, 6]), self._logits([3, 4, 5, 7])
         # Logits that are no numbers are reported with the text that meets them.

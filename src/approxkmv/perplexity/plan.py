@@ -43,11 +43,17 @@ class Plan:
     tokens: int
     """The length of the calibration text."""
     layers: tuple[tuple[HeadPlan, ...], ...]
+    """No heads in a layer without softmax attention."""
     machine: dict[str, Any]
 
     def of_layer(self, layer: int) -> Callable[..., torch.Tensor]:
-        """f(q, k, v, *, scale, seed): causal attention of (heads, n, d), (heads, n, d), (heads, n, d_v)."""
+        """f(q, k, v, *, scale, seed): causal attention of (heads, n, d), (heads, n, d), (heads, n, d_v).
+
+        Raises InputError for a layer without heads.
+        """
         groups = self._groups[layer]
+        if not groups:
+            raise InputError(f"the plan has no heads in layer {layer}: make it again with approxkmv plan")
 
         def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, seed: int) -> torch.Tensor:
             # Another for each layer, whose seeds follow each other, and each run of its heads
@@ -100,7 +106,7 @@ def read_plan(path: Path) -> Plan:
     found = read_json(path, keys)
     try:
         layers = tuple(tuple(HeadPlan(**head) for head in heads) for heads in found["layers"])
-        if not layers or not all(layers):
+        if not any(layers):
             raise InputError(f"{path} names no heads")
         for head in (head for heads in layers for head in heads):
             get(head.method).causal_form()

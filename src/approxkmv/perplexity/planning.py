@@ -39,10 +39,10 @@ def make_plan(model: CausalModel, ids: Sequence[int], target: float, say: Callab
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        model.perplexity(ids, Replacement(planner, {}, range(model.n_layers), 0))
+        model.perplexity(ids, Replacement(planner, {}, model.attending, 0))
     finally:
         torch.set_num_threads(threads)
-    layers = tuple(planner.layers[layer] for layer in range(model.n_layers))
+    layers = tuple(planner.layers.get(layer, ()) for layer in range(model.n_layers))
     return Plan(model.identity(), target, len(ids), layers, machine(str(model.device)) | {"threads": 1})
 
 

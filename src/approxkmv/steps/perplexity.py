@@ -71,7 +71,7 @@ def measure_perplexity(
     if plan is not None and plan.model != weights:
         raise InputError(f"the plan is for other weights than those of {name}: make it again with approxkmv plan")
     methods, seed, repeats = chosen_methods(settings.methods), settings.seed, settings.repeats
-    wanted, lengths = parse_layers(settings.layers, model.n_layers), sorted(set(settings.tokens))
+    wanted, lengths = parse_layers(settings.layers, model.n_layers, model.attending), sorted(set(settings.tokens))
     for count in lengths:
         model.check_length(count)
     documents = [document.context for document in read_corpus(corpus.source, corpus.sha256)]
