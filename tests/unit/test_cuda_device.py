@@ -152,6 +152,12 @@ for n, d, size in ((150, 64, 1.0), (190, 100, 1.5), (131, 20, 3.0), (140, 16, 0.
         here, there = getattr(own, name), getattr(found, name).cpu()
         assert torch.allclose(here.double(), there.double(), rtol=1e-5, atol=1e-5), name
 
+# Wider than a chip holds
+before, wide = mock_cuda.MODE.launches, torch.randn(140, 260, generator=generator)
+right, found = (float(attention_statistics(one, one).ratio) for one in (wide, wide.to("cuda")))
+assert abs(found / right - 1) < 1e-6
+assert mock_cuda.MODE.launches == before
+
 def compared(q, k, scale, terms):
     right = Largest(len(k), torch.device("cpu"))
     right.add_strip(torch.addmm(terms[:, None], q.double(), k.double().mT, alpha=scale))
