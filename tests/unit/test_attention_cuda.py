@@ -695,6 +695,16 @@ def test_no_kernel_of_the_fused_form_spills_registers(name, given, d, d_v):
 
 
 @compiles
+def test_one_compilation_serves_inputs_of_many_lengths():
+    """A stage of benchmarks/gpu.py compiled most kernels in three to five forms, for lengths in 16s, others, and 1."""
+    for name, module in ahead_of_time.FUSED.items():
+        numbers = [one for one in getattr(module, name).params if not one.is_constexpr and "pointer" not in one.name]
+        own = {one.name for one in numbers if not one.do_not_specialize}
+        # Strides of rows, and what is no length
+        assert own <= {"padded", "piece", "room", "sample", "words"} | set(ahead_of_time.TYPES), name
+
+
+@compiles
 @pytest.mark.slow
 @pytest.mark.parametrize(("d", "d_v"), [(64, 1), (64, 64), (100, 1), (100, 100)])
 def test_the_products_with_the_weights_run_together(d, d_v):

@@ -19,6 +19,14 @@ except ImportError as error:
 _LOG2_E = 1.4426950408889634
 # Queries of a tile
 TILE = 32
+# For kernels of the fused form: numbers by which no load is aligned do not each compile code of their own, in 16 times
+# as many, or where they are 1. What is compiled is what tests examine.
+jit = triton.jit(
+    do_not_specialize=(
+        *("n", "n_q", "n_k", "q_step", "k_step", "points", "step", "stride"),
+        *("rank", "tiles", "clusters", "parts", "most"),
+    )
+)
 
 
 @triton.jit
