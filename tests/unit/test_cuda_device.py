@@ -186,3 +186,20 @@ def test_statistics_are_those_of_the_cpu(tmp_path):
     script.write_text(STATISTICS)
     done = in_mock(script)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+GRAPHS = """
+import mock_cuda
+mock_cuda.install()
+import check_kernels
+check_kernels.DEVICE = "cuda"
+check_kernels.check_graphs()
+"""
+
+
+def test_the_check_that_only_a_gpu_runs_holds(tmp_path):
+    """Otherwise it would be wrong there first."""
+    script = tmp_path / "graphs.py"
+    script.write_text(GRAPHS)
+    done = in_mock(script)
+    assert done.returncode == 0, done.stdout + done.stderr
