@@ -307,6 +307,43 @@ def test_a_stage_that_broke_goes_on_where_it_got_further(tmp_path, monkeypatch):
     assert 0 < limits[2] <= limits[1] <= limits[0] <= 60
 
 
+def test_what_is_cut_off_twice_or_ends_its_process_is_not_tried_again(tmp_path, monkeypatch):
+    """Once may be for the little time that a command had left."""
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    import gpu as stages
+
+    path, names, ends = tmp_path / "rows.jsonl", ["slow", "crash", "good"], []
+
+    def run(command, timeout, **_):
+        of = stages.Rows(path, 5)
+        for name in of.without(names):
+            if name != "good" and ends:
+                raise ends.pop(0)
+            of.add(name)
+        return SimpleNamespace(returncode=0)
+
+    def in_process(*given, **options):
+        try:
+            return run(*given, **options)
+        except SystemExit as crash:
+            return SimpleNamespace(returncode=crash.code)
+
+    monkeypatch.setattr(subprocess, "run", in_process)
+    ends += [subprocess.TimeoutExpired("", 1), subprocess.TimeoutExpired("", 1), SystemExit(-11)]
+    assert [stages.exit_code([], {}, path, 5, 60.0) for _ in range(3)] == [None, None, 0]
+    found = [(row["what"], row.get("cut"), row.get("holds"), row.get("reason", "")) for row in rows(tmp_path)]
+    assert found[0] == ("slow", True, None, "")
+    assert found[1] == ("slow", None, False, stages.CUT)
+    assert found[2] == ("crash", None, False, "its process ended with code -11")
+    assert found[3:] == [("good", None, None, "")]
+    assert not list(tmp_path.glob("begun*"))
+    # A command that was killed as a whole
+    (tmp_path / "begun-5").write_text("other")
+    assert stages.exit_code([], {}, path, 5, 60.0) == 0
+    assert rows(tmp_path)[-1]["what"] == "other"
+    assert rows(tmp_path)[-1]["cut"]
+
+
 def test_a_relative_folder_is_where_the_command_runs(tmp_path, monkeypatch):
     """The stages' processes run in the checkout."""
     monkeypatch.syspath_prepend(SCRIPT.parent)
