@@ -225,6 +225,27 @@ def test_tables_leave_out_what_was_not_timed(tables):
     assert "err by" not in tables.checks()
 
 
+def test_tables_of_a_command_that_was_killed(tables, tmp_path):
+    """A last row that was cut off is none; a stage without an end is named, and a length without seconds has a dash."""
+    ends = [{"stage": stage, "what": "finished", "seconds": 60.0} for stage in (0, 4, 5, 7)]
+    found = [
+        *ends,
+        {"stage": 7, "what": "c and order ratios n=32768", "seconds": 0.5},
+        {"stage": 7, "what": "length_statistics n=16384", "seconds": 0.25},
+        {"stage": 7, "what": "length_statistics n=32768", "cut": True},
+    ]
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found) + '{"stage": 6, "rows": [{"wor')
+    names = ("copy_bytes_per_second", "bfloat16_flops", "float32_flops", "seconds_per_graph_node")
+    machine = dict.fromkeys(("gpu", "torch", "triton", "numpy"), "some")
+    given = {"machine": machine, "ceilings": dict.fromkeys(names, 1.0), "commit": "abc"}
+    (out / "machine.json").write_text(json.dumps(given))
+    tables.collect(out, None)
+    assert "not finished: stages 1, 2, 3, 6; the others together 4.0 minutes" in tables.about()
+    assert cells(tables.statistics()) == [["c and order ratios", "–", "0.5"], ["length_statistics", "0.25", "–"]]
+
+
 def test_times_before_and_after_name_their_gpu(tables):
     """The earlier code's was an H200; this one's is whichever was lent."""
     setting = 'local-expansion {"block": 512, "near": 64}'
