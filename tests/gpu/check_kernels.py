@@ -561,6 +561,13 @@ def rolled(q, spread, first, clusters, *_):
     return ((torch.arange(n, device=q.device) + first) % n * clusters // n).expand(len(q), -1)
 
 
+def rolled_and_counted(*given):
+    """The same for `fused`, with how many queries each cluster has."""
+    labels = rolled(*given)
+    counts = torch.zeros(len(labels), given[3], dtype=torch.int32, device=labels.device)
+    return labels.to(torch.int16), counts.scatter_add_(1, labels, torch.ones_like(labels, dtype=torch.int32))
+
+
 def check_graphs():
     """CUDA graphs: one for all seeds, each answer that of its own inputs and seed, in inference mode and out of it."""
     given = {"block": 16, "iterations": 2, "sampled": 8}
