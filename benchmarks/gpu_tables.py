@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from gpu import STAGES, read_rows
 from reference import REFERENCE, markdown, number
 
 from approxkmv.files import write_text
@@ -60,10 +61,12 @@ def about() -> str:
     """The machine and the commit."""
     found = json.loads((FOLDER / "machine.json").read_text(encoding="utf-8"))
     machine, ceilings = found["machine"], found["ceilings"]
-    finished = sum(row["seconds"] for row in _rows() if row["what"] == "finished")
+    finished = {row["stage"]: row["seconds"] for row in _rows() if row["what"] == "finished"}
+    missing = ", ".join(str(stage) for stage in range(len(STAGES)) if stage not in finished)
+    together = f"not finished: stages {missing}; the others together" if missing else "all stages together"
     return (
         f"Measured on one {machine['gpu']}: torch {machine['torch']}, Triton {machine['triton']}, NumPy "
-        f"{machine['numpy']}; commit {found['commit']}; all stages together {finished / 60:.1f} minutes. Its "
+        f"{machine['numpy']}; commit {found['commit']}; {together} {sum(finished.values()) / 60:.1f} minutes. Its "
         f"ceilings: {ceilings['copy_bytes_per_second'] / 1e12:.1f} TB/s in a copy, "
         f"{ceilings['bfloat16_flops'] / 1e12:.0f} TFLOP/s in bfloat16, "
         f"{ceilings['float32_flops'] / 1e12:.0f} in float32, "
@@ -181,8 +184,8 @@ def statistics() -> str:
     if not rows:
         return _NOT_YET
     table = pd.DataFrame([(*row["what"].split(" n="), row["seconds"]) for row in rows], columns=["what", "n", "s"])
-    wide = table.pivot(index="what", columns="n", values="s").reindex(columns=table["n"].unique())
-    wide = wide.loc[table["what"].unique()].map(lambda s: f"{s:.3g}")
+    wide = table.pivot(index="what", columns="n", values="s").reindex(columns=sorted(table["n"].unique(), key=int))
+    wide = wide.loc[table["what"].unique()].map(lambda s: "–" if pd.isna(s) else f"{s:.3g}")
     wide.columns = [f"n = {int(n):,}, s" for n in wide.columns]
     return f"{markdown(wide.reset_index())}\n"
 
@@ -207,15 +210,15 @@ def code() -> str:
 
 def collect(out: Path, earlier: Path | None) -> None:
     """Copy what a GPU measured into the reference results; the cases of its sweeps become one table."""
-    rows = [json.loads(line) for line in (out / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
+    # The last may have been cut off with the command.
+    rows = read_rows(out / "rows.jsonl")
     swept = [_typed(row) for one in rows for row in one.get("rows", ())]
     collect_sweeps(swept, [json.loads(path.read_text(encoding="utf-8")) for path in sorted(out.glob("glove-*.json"))])
     machine = json.loads((out / "machine.json").read_text(encoding="utf-8"))
     write_text(FOLDER / "machine.json", json.dumps({**machine, "nvidia-smi": None}, indent=2))
     _write_rows("rows", rows)
     if earlier is not None:
-        lines = (earlier / "rows.jsonl").read_text(encoding="utf-8").splitlines()
-        _write_rows("earlier", [json.loads(line) for line in lines])
+        _write_rows("earlier", read_rows(earlier / "rows.jsonl"))
 
 
 def collect_sweeps(swept: list[dict[str, Any]], records: list[dict[str, Any]]) -> None:

@@ -37,8 +37,8 @@ TYPES = {
 }
 
 
-def compiled(kernel, constants, types, loose=(), **options):
-    """A kernel compiled ahead of time for an H100; no GPU is needed. loose: numbers that are no multiples of 16."""
+def compiled(kernel, constants, types, loose=(), capability=90, **options):
+    """A kernel compiled ahead of time, for an H100 or another; no GPU is needed. loose: not multiples of 16."""
 
     def of(argument):
         return {**TYPES, **types}.get(argument, "*fp32" if "pointer" in argument else "i32")
@@ -46,11 +46,11 @@ def compiled(kernel, constants, types, loose=(), **options):
     signature = {argument: of(argument) for argument in kernel.arg_names} | dict.fromkeys(constants, "constexpr")
     exact = [i for i, argument in enumerate(kernel.arg_names) if argument not in {*constants, *loose}]
     source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in exact})
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-def of_exact_or_listed(name, d, d_v, dtype):
-    """A kernel as `exact` or `listed` launch it."""
+def of_exact_or_listed(name, d, d_v, dtype, **others):
+    """A kernel as `exact` or `listed` launch it, but for others."""
     kernel, listed = getattr(triton_kernels, name), name == "_listed_kernel"
     constants = {**triton_kernels._options(d, d_v, dtype), **triton_kernels._tiles(dtype, listed)}
     launch = {key: constants.pop(key) for key in ("num_stages", "num_warps") if key in constants}
@@ -59,7 +59,7 @@ def of_exact_or_listed(name, d, d_v, dtype):
     constants |= {"d_v": 1} if d_v == 1 else {}
     low = "*fp32" if dtype == torch.float32 else "*bf16"
     types = dict.fromkeys(("q_pointer", "k_pointer"), "*fp32" if listed else low) | {"v_pointer": low}
-    return compiled(kernel, constants, types, ("scale", *(["d_v"] if d_v % 16 else ())), **launch)
+    return compiled(kernel, constants, types, ("scale", *(["d_v"] if d_v % 16 else ())), **launch | others)
 
 
 def of_the_fused_form(name, d, d_v, summing=True, clusters=64):

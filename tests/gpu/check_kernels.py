@@ -557,7 +557,15 @@ def check_fused_extremes():
 
 def rolled(q, spread, first, clusters, *_):
     """Clusters of the queries that depend on `first` and on nothing that is rounded."""
-    return ((torch.arange(q.shape[1], device=q.device) + first) % clusters).expand(len(q), -1)
+    n = q.shape[1]
+    return ((torch.arange(n, device=q.device) + first) % n * clusters // n).expand(len(q), -1)
+
+
+def rolled_and_counted(*given):
+    """The same for `fused`, with how many queries each cluster has."""
+    labels = rolled(*given)
+    counts = torch.zeros(len(labels), given[3], dtype=torch.int32, device=labels.device)
+    return labels.to(torch.int16), counts.scatter_add_(1, labels, torch.ones_like(labels, dtype=torch.int32))
 
 
 def check_graphs():
@@ -580,7 +588,7 @@ def check_graphs():
         for (seed, m), answer in answers.items():
             q, k, v = problems[seed % INPUTS]
             first = torch.full((1,), seed, device=DEVICE)
-            clustering = Clustering(near=m, **given)
+            clustering = expansion_cuda.clustering_for({"near": m, **given}, q.shape[1], k.shape[1])
             right = local_expansion_cuda.steps(q, k, v, first, clustering, scale=0.3, products=torch.float32)
             assert gap(answer, right.double(), v) < LARGEST[torch.float32]
         assert gap(answers[0, 20], answers[INPUTS, 20].double(), problems[0][2]) > LARGEST[torch.float32]

@@ -29,8 +29,8 @@ ahead_of_time = pytest.importorskip("ahead_of_time")
 
 N_Q, N_K, D = 203, 150, 8
 GIVEN = {"scale": 0.4, "products": "float32", "directions": 0, "iterations": 2, "sampled": 3}
-# An H100 gives a block 227 KiB.
-SHARED = 227 * 1024
+# An H100 gives a block 227 KiB, other cards that know bfloat16 at least 99.
+SHARED, LEAST_SHARED = 227 * 1024, 99 * 1024
 EXACT = kernels.exact
 
 
@@ -639,6 +639,32 @@ def test_the_widest_inputs_fit_on_the_chip(name, dtype):
 @DTYPES
 @KERNELS
 @pytest.mark.slow
+def test_inputs_of_usual_widths_fit_on_smaller_chips(name, dtype):
+    for d_v in (1, 128):
+        made = ahead_of_time.of_exact_or_listed(name, 128, d_v, dtype, capability=89, num_stages=1)
+        assert made.metadata.shared <= LEAST_SHARED
+
+
+def test_what_does_not_fit_is_launched_without_pipelined_loads():
+    stages = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            def launch(*_, num_stages=3):
+                stages.append((grid, num_stages))
+                if num_stages > 1:
+                    raise triton.OutOfResources(147_456, LEAST_SHARED, "shared memory")
+
+            return launch
+
+    kernels.launched(Kernel(), (2, 3), torch.ones(1))
+    assert stages == [((2, 3), 3), ((2, 3), 1)]
+
+
+@compiles
+@DTYPES
+@KERNELS
+@pytest.mark.slow
 @pytest.mark.parametrize(("d", "d_v"), [(64, 1), (64, 64), (100, 1), (100, 100)])
 def test_no_kernel_spills_registers(name, d, d_v, dtype):
     made = ahead_of_time.of_exact_or_listed(name, d, d_v, dtype)
@@ -669,6 +695,16 @@ def test_no_kernel_of_the_fused_form_spills_registers(name, given, d, d_v):
 
 
 @compiles
+def test_one_compilation_serves_inputs_of_many_lengths():
+    """A stage of benchmarks/gpu.py compiled most kernels in three to five forms, for lengths in 16s, others, and 1."""
+    for name, module in ahead_of_time.FUSED.items():
+        numbers = [one for one in getattr(module, name).params if not one.is_constexpr and "pointer" not in one.name]
+        own = {one.name for one in numbers if not one.do_not_specialize}
+        # Strides of rows, and what is no length
+        assert own <= {"padded", "piece", "room", "sample", "words"} | set(ahead_of_time.TYPES), name
+
+
+@compiles
 @pytest.mark.slow
 @pytest.mark.parametrize(("d", "d_v"), [(64, 1), (64, 64), (100, 1), (100, 100)])
 def test_the_products_with_the_weights_run_together(d, d_v):
@@ -681,15 +717,20 @@ def test_the_products_with_the_weights_run_together(d, d_v):
 
 @compiles
 @pytest.mark.slow
-@pytest.mark.parametrize("width", [64, 128])
-def test_the_kernel_of_statistics_spills_no_registers(width):
+# The widest heads, of Gemma, have loads that are not pipelined: `kernels.launched`.
+@pytest.mark.parametrize(("width", "options"), [(64, {}), (128, {}), (256, {"num_stages": 1})])
+def test_the_kernel_of_statistics_spills_no_registers(width, options):
     from approxkmv.statistics import largest_cuda as largest
 
     kernel = largest._strip_kernel
     constants = {"LISTS": largest._LISTS, "BM": largest._ROWS, "BN": largest._KEYS, "BD": width}
-    made = ahead_of_time.compiled(kernel, constants, {}, [a for a in kernel.arg_names if "pointer" not in a])
+    numbers = [a for a in kernel.arg_names if "pointer" not in a]
+    made = ahead_of_time.compiled(kernel, constants, {}, numbers, **options)
     assert spilled(made) == 0
     assert made.metadata.shared <= SHARED
+    if width <= 128:
+        made = ahead_of_time.compiled(kernel, constants, {}, numbers, capability=89, num_stages=1)
+        assert made.metadata.shared <= LEAST_SHARED
 
 
 class Launches(TorchDispatchMode):

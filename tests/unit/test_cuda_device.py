@@ -152,6 +152,12 @@ for n, d, size in ((150, 64, 1.0), (190, 100, 1.5), (131, 20, 3.0), (140, 16, 0.
         here, there = getattr(own, name), getattr(found, name).cpu()
         assert torch.allclose(here.double(), there.double(), rtol=1e-5, atol=1e-5), name
 
+# Wider than a chip holds
+before, wide = mock_cuda.MODE.launches, torch.randn(140, 260, generator=generator)
+right, found = (float(attention_statistics(one, one).ratio) for one in (wide, wide.to("cuda")))
+assert abs(found / right - 1) < 1e-6
+assert mock_cuda.MODE.launches == before
+
 def compared(q, k, scale, terms):
     right = Largest(len(k), torch.device("cpu"))
     right.add_strip(torch.addmm(terms[:, None], q.double(), k.double().mT, alpha=scale))
@@ -178,5 +184,22 @@ def test_statistics_are_those_of_the_cpu(tmp_path):
     """
     script = tmp_path / "compare.py"
     script.write_text(STATISTICS)
+    done = in_mock(script)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+GRAPHS = """
+import mock_cuda
+mock_cuda.install()
+import check_kernels
+check_kernels.DEVICE = "cuda"
+check_kernels.check_graphs()
+"""
+
+
+def test_the_check_that_only_a_gpu_runs_holds(tmp_path):
+    """Otherwise it would be wrong there first."""
+    script = tmp_path / "graphs.py"
+    script.write_text(GRAPHS)
     done = in_mock(script)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -225,6 +225,27 @@ def test_tables_leave_out_what_was_not_timed(tables):
     assert "err by" not in tables.checks()
 
 
+def test_tables_of_a_command_that_was_killed(tables, tmp_path):
+    """A last row that was cut off is none; a stage without an end is named, and a length without seconds has a dash."""
+    ends = [{"stage": stage, "what": "finished", "seconds": 60.0} for stage in (0, 4, 5, 7)]
+    found = [
+        *ends,
+        {"stage": 7, "what": "c and order ratios n=32768", "seconds": 0.5},
+        {"stage": 7, "what": "length_statistics n=16384", "seconds": 0.25},
+        {"stage": 7, "what": "length_statistics n=32768", "cut": True},
+    ]
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found) + '{"stage": 6, "rows": [{"wor')
+    names = ("copy_bytes_per_second", "bfloat16_flops", "float32_flops", "seconds_per_graph_node")
+    machine = dict.fromkeys(("gpu", "torch", "triton", "numpy"), "some")
+    given = {"machine": machine, "ceilings": dict.fromkeys(names, 1.0), "commit": "abc"}
+    (out / "machine.json").write_text(json.dumps(given))
+    tables.collect(out, None)
+    assert "not finished: stages 1, 2, 3, 6; the others together 4.0 minutes" in tables.about()
+    assert cells(tables.statistics()) == [["c and order ratios", "–", "0.5"], ["length_statistics", "0.25", "–"]]
+
+
 def test_times_before_and_after_name_their_gpu(tables):
     """The earlier code's was an H200; this one's is whichever was lent."""
     setting = 'local-expansion {"block": 512, "near": 64}'
@@ -305,6 +326,43 @@ def test_a_stage_that_broke_goes_on_where_it_got_further(tmp_path, monkeypatch):
     assert [row["what"] for row in rows(tmp_path)] == ["check 1", "check 2"]
     assert len(limits) == 3
     assert 0 < limits[2] <= limits[1] <= limits[0] <= 60
+
+
+def test_what_is_cut_off_twice_or_ends_its_process_is_not_tried_again(tmp_path, monkeypatch):
+    """Once may be for the little time that a command had left."""
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    import gpu as stages
+
+    path, names, ends = tmp_path / "rows.jsonl", ["slow", "crash", "good"], []
+
+    def run(command, timeout, **_):
+        of = stages.Rows(path, 5)
+        for name in of.without(names):
+            if name != "good" and ends:
+                raise ends.pop(0)
+            of.add(name)
+        return SimpleNamespace(returncode=0)
+
+    def in_process(*given, **options):
+        try:
+            return run(*given, **options)
+        except SystemExit as crash:
+            return SimpleNamespace(returncode=crash.code)
+
+    monkeypatch.setattr(subprocess, "run", in_process)
+    ends += [subprocess.TimeoutExpired("", 1), subprocess.TimeoutExpired("", 1), SystemExit(-11)]
+    assert [stages.exit_code([], {}, path, 5, 60.0) for _ in range(3)] == [None, None, 0]
+    found = [(row["what"], row.get("cut"), row.get("holds"), row.get("reason", "")) for row in rows(tmp_path)]
+    assert found[0] == ("slow", True, None, "")
+    assert found[1] == ("slow", None, False, stages.CUT)
+    assert found[2] == ("crash", None, False, "its process ended with code -11")
+    assert found[3:] == [("good", None, None, "")]
+    assert not list(tmp_path.glob("begun*"))
+    # A command that was killed as a whole
+    (tmp_path / "begun-5").write_text("other")
+    assert stages.exit_code([], {}, path, 5, 60.0) == 0
+    assert rows(tmp_path)[-1]["what"] == "other"
+    assert rows(tmp_path)[-1]["cut"]
 
 
 def test_a_relative_folder_is_where_the_command_runs(tmp_path, monkeypatch):

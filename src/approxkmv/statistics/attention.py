@@ -25,6 +25,8 @@ from approxkmv.statistics.spectrum import column_norm_and_stable_rank
 # Logits of one tile per thread, and its keys: a tile then stays in the L2 cache.
 TILE = 2**18
 KEYS = 512
+# Columns of q and k of which tiles fit on a GPU's chip.
+_WIDEST_ON_CHIP = 256
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 
@@ -147,7 +149,8 @@ class AttentionStatistics:
         """(heads, 4): c of K, c of D^-1 A, log K_(n)/K_(n+1), log K_(n)/K_(2n)."""
         logits = self._logits
         n_k = logits.k.shape[1]
-        if logits.q.device.type == "cuda" and logits.plain and find_spec("triton"):
+        fits = logits.plain and logits.q.shape[2] <= _WIDEST_ON_CHIP
+        if logits.q.device.type == "cuda" and fits and find_spec("triton"):
             from approxkmv.statistics.largest_cuda import largest_of
 
             given = zip(logits.q, logits.k, -logits.row_terms, -self._log_sums, strict=True)

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from approxkmv.attention.kernels.triton import launched
 from approxkmv.statistics.largest import Largest
 
 _LOG2_E = 1.4426950408889634
@@ -106,9 +107,9 @@ def largest_of(q: torch.Tensor, k: torch.Tensor, scale: float, row_terms: torch.
         piece = padded // pieces
         far = torch.empty(pieces, last - done, dtype=torch.float64, device=device)
         with torch.cuda.device(device):
-            _strip_kernel[(programs, pieces)](
-                *queries, *keys, shift.float(), far, counts, places, done, last, n_k, piece,
-                scale * _LOG2_E, -margin, LISTS=_LISTS, BM=_ROWS, BN=_KEYS, BD=width,
+            launched(
+                _strip_kernel, (programs, pieces), *queries, *keys, shift.float(), far, counts, places, done, last,
+                n_k, piece, scale * _LOG2_E, -margin, LISTS=_LISTS, BM=_ROWS, BN=_KEYS, BD=width,
             )  # fmt: skip
         listed = counts.tolist()
         if max(listed) > n_k:

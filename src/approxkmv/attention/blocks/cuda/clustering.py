@@ -13,7 +13,7 @@ import torch
 
 from approxkmv.attention.blocks.cuda.expansion import METRIC_POWER, TILE, most_tiles
 from approxkmv.attention.blocks.reach import APART, APART_NATS
-from approxkmv.attention.kernels.triton import tl, triton
+from approxkmv.attention.kernels.triton import jit, tl, triton
 
 # Rows from which means and spreads are estimated; at most one less than twice as many
 _SAMPLED = 512
@@ -21,7 +21,7 @@ _SAMPLED = 512
 _TILES_OF_A_CENTRE = 16
 
 
-@triton.jit
+@jit
 def sampled_kernel(
     q_pointer, k_pointer, v_pointer, query_mean_pointer, query_variance_pointer, key_mean_pointer, key_spread_pointer,
     bar_pointer, value_mean_pointer, weight_pointer, rank_pointer, usual_pointer,
@@ -106,7 +106,7 @@ def sampled_kernel(
     tl.store(weight_pointer + entry * D + along, weight, mask=there)
 
 
-@triton.jit
+@jit
 def means_kernel(
     q_pointer, mean_pointer, weight_pointer, first_pointer, centre_pointer, norm_pointer, total_pointer, count_pointer,
     n, step, clusters,
@@ -140,7 +140,7 @@ def means_kernel(
     tl.store(count_pointer + of_row, tl.zeros((BM,), tl.int32), mask=mine)
 
 
-@triton.jit
+@jit
 def nearest_kernel(
     q_pointer, mean_pointer, weight_pointer, centre_pointer, norm_pointer, label_pointer, total_pointer, count_pointer,
     n, points, step, clusters,
@@ -187,7 +187,7 @@ def nearest_kernel(
         tl.store(label_pointer + entry * points + rows, label.to(label_pointer.dtype.element_ty), mask=mine)
 
 
-@triton.jit
+@jit
 def deal_kernel(
     label_pointer, order_pointer, count_pointer, start_pointer, end_pointer, query_pointer, cluster_pointer,
     n, clusters, tiles, BM: tl.constexpr, BN: tl.constexpr,
@@ -206,7 +206,7 @@ def deal_kernel(
     tl.store(cluster_pointer + entry * tiles + row // BM, label, mask=real & (within % BM == 0))
 
 
-@triton.jit
+@jit
 def centres_kernel(
     q_pointer, query_pointer, end_pointer, rank_pointer,
     n, tiles, clusters, scale, most,

@@ -5,10 +5,10 @@ Queries, keys and values may be of any floating-point type. Keys and values are 
 
 from __future__ import annotations
 
-from approxkmv.attention.kernels.triton import tl, triton
+from approxkmv.attention.kernels.triton import jit, tl
 
 
-@triton.jit
+@jit
 def keys_kernel(
     k_pointer, v_pointer, mean_pointer, value_mean_pointer, spread_pointer, bar_pointer,
     pair_pointer, centred_pointer, apart_pointer, n, padded,
@@ -44,7 +44,7 @@ def keys_kernel(
     tl.store(at, v, mask=exists[:, None] & wide[None, :])
 
 
-@triton.jit
+@jit
 def sample_kernel(
     rank_pointer, pair_pointer, apart_pointer, log_pointer, clusters, padded, sample, stride,
     W: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
@@ -70,7 +70,7 @@ def sample_kernel(
     tl.store(log_pointer + of_row[:, None] * sample + place[None, :], x, mask=mine[:, None] & real[None, :])
 
 
-@triton.jit
+@jit
 def threshold_kernel(log_pointer, bound_pointer, sample, rank, ROOM: tl.constexpr):
     """A number that fewer than `rank` of each row of logs exceed, 0.001 above the rank-th largest at most."""
     row = tl.program_id(0).to(tl.int64)
@@ -87,13 +87,13 @@ def threshold_kernel(log_pointer, bound_pointer, sample, rank, ROOM: tl.constexp
     tl.store(bound_pointer + row, high)
 
 
-@triton.jit
+@jit
 def _waited_for(acc):
     """acc itself. A use of the last product of a loop's step, without which ptxas makes each product wait alone."""
     return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [acc], dtype=tl.float32, is_pure=False, pack=1)
 
 
-@triton.jit
+@jit
 def far_kernel(
     rank_pointer, pair_pointer, apart_pointer, centred_pointer, bound_pointer,
     word_pointer, total_pointer, value_pointer, key_pointer, tilt_pointer,
@@ -161,7 +161,7 @@ def far_kernel(
         tl.store(tilt_pointer + at, tilt, mask=inside)
 
 
-@triton.jit
+@jit
 def lists_kernel(word_pointer, count_pointer, near_pointer, words, room, BN: tl.constexpr):
     """The near keys of a cluster, in their order, and how many there are: those that find no room are counted only."""
     row = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
@@ -185,7 +185,7 @@ def lists_kernel(word_pointer, count_pointer, near_pointer, words, room, BN: tl.
     tl.store(count_pointer + row, total)
 
 
-@triton.jit
+@jit
 def finish_kernel(
     rank_pointer, bound_pointer, count_pointer, total_pointer, value_pointer, key_pointer, tilt_pointer,
     log_pointer, clusters, parts, room,
@@ -230,7 +230,7 @@ def finish_kernel(
         tl.store(tilt_pointer + row * D + along, tilt / total - tl.sum(value, 0) * key, mask=there)
 
 
-@triton.jit
+@jit
 def bases_kernel(
     rank_pointer, k_pointer, mean_pointer, count_pointer, near_pointer, base_pointer, clusters, n, room,
     D: tl.constexpr, W: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
@@ -252,7 +252,7 @@ def bases_kernel(
     tl.store(base_pointer + of_row * room + place, 1.4426950408889634 * base, mask=near)
 
 
-@triton.jit
+@jit
 def rows_kernel(
     q_pointer, query_pointer, cluster_pointer, k_pointer, pair_pointer, v_pointer, centred_pointer, mean_pointer,
     value_mean_pointer, key_spread_pointer, count_pointer, near_pointer, base_pointer, bound_pointer, rank_pointer,
