@@ -1,5 +1,4 @@
 import os
-import re
 import sys
 from html import escape
 
@@ -45,7 +44,7 @@ def show_again():
 
 # A person sees one line per finished step, from the step itself, and how many there are; Snakemake's own errors stay.
 RUN_LOG = RunLog(show_again)
-if not any(re.fullmatch(r"--dry-?run|-[a-z]*n[a-z]*", word) for word in sys.argv):
+if not workflow.output_settings.dryrun:
     logger.addFilter(RUN_LOG)
 
 # Snakemake itself keeps the last of two equal keys, and has another message and exit code for what is no YAML.
