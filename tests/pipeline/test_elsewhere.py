@@ -63,3 +63,14 @@ def test_either_snakefile_runs_the_study_from_any_folder(tmp_path, snakefile):
     result = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert "results/embedded/index.html" in result.stdout
+
+
+@pytest.mark.slow
+def test_a_part_of_a_configuration_changes_that_of_the_checkout_from_any_folder(tmp_path):
+    (tmp_path / "part.yaml").write_text("studies: {embedded: {models: [minilm-l6]}}\n")
+    command = [sys.executable, "-m", "snakemake", "--dry-run", "--cores", "1", "--quiet", "host"]
+    command += ["--snakefile", str(ROOT / "Snakefile"), "--configfile", "part.yaml"]
+    result = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert "results/embedded/tables/heads_minilm-l6.csv" in result.stdout
+    assert "smollm2" not in result.stdout

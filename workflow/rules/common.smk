@@ -51,8 +51,9 @@ if not workflow.output_settings.dryrun:
 with one_line_errors():
     given = workflow.config_settings
     CONFIG = Path("config.yaml")
-    if not CONFIG.exists() and not given.configfiles:
-        # With --directory or in another folder: that of the checkout.
+    required = {"models", "corpora", "studies"}
+    if not CONFIG.exists() and not required <= given.overwrite_config.keys():
+        # With --directory or in another folder: that of the checkout, of which --configfile may change a part.
         CONFIG = Path(
             workflow.current_basedir.join("../../config.yaml").get_path_or_uri(
                 secret_free=True
