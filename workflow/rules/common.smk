@@ -104,11 +104,13 @@ def local_files(source):
     path = Path(os.path.expanduser(rest))
     if kind != "path" or not os.path.exists(path):
         return []
-    return (
-        [str(path)]
+    files = (
+        [path]
         if path.is_file()
-        else sorted(str(file) for file in path.glob("*.*") if file.is_file())
+        else [file for file in path.glob("*.*") if file.is_file()]
     )
+    # Snakemake would take braces for wildcards; an edit of such a file changes the rule's params, by identity_of.
+    return sorted(str(file) for file in files if not {*"{}"} & {*str(file)})
 
 
 def identity_of(source):
