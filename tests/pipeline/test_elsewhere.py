@@ -56,6 +56,26 @@ def test_a_study_runs_with_directory_and_with_a_configuration_elsewhere(project:
 
 
 @pytest.mark.slow
+def test_braces_in_a_path_are_no_wildcards_of_snakemake(project: Project):
+    (project.folder / "bert").rename(project.folder / "b{er}t")
+    texts = project.folder / "w{or}ds.jsonl"
+    texts.write_text((project.folder / "words.jsonl").read_text())
+    config = project.read()
+    config["models"]["bert"]["source"] = "path:b{er}t"
+    config["corpora"]["words"]["source"] = f"path:{texts.name}"
+    project.write(config)
+    made = "results/tiny/models/bert.json", "results/tiny/texts.parquet"
+    code, output = project.snakemake(*made)
+    assert code == 0, output
+    assert "8 texts" in output
+    texts.write_text(texts.read_text() + '{"context": "w1 w2"}\n')
+    code, output = project.snakemake(*made)
+    assert code == 0, output
+    assert "9 texts" in output
+    assert "fetch" not in output
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("snakefile", ["Snakefile", "workflow/Snakefile"])
 def test_either_snakefile_runs_the_study_from_any_folder(tmp_path, snakefile):
     command = [sys.executable, "-m", "snakemake", "--dry-run", "--cores", "1", "--quiet", "host"]
@@ -63,3 +83,14 @@ def test_either_snakefile_runs_the_study_from_any_folder(tmp_path, snakefile):
     result = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert "results/embedded/index.html" in result.stdout
+
+
+@pytest.mark.slow
+def test_a_part_of_a_configuration_changes_that_of_the_checkout_from_any_folder(tmp_path):
+    (tmp_path / "part.yaml").write_text("studies: {embedded: {models: [minilm-l6]}}\n")
+    command = [sys.executable, "-m", "snakemake", "--dry-run", "--cores", "1", "--quiet", "host"]
+    command += ["--snakefile", str(ROOT / "Snakefile"), "--configfile", "part.yaml"]
+    result = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert "results/embedded/tables/heads_minilm-l6.csv" in result.stdout
+    assert "smollm2" not in result.stdout

@@ -39,6 +39,10 @@ def test_fewer_texts_are_read_and_a_dry_run_says_what_it_would_do(project: Proje
             assert re.search(r"^fetch +2$", output, re.M), output
             assert len(output.splitlines()) < 60, output
         assert ("results/tiny/models/llama.json" in output) == (said is whole)
+    # Options in one word, as Snakemake allows them
+    code, output = project.snakemake(*PROFILE, "-nF")
+    assert code == 0, output
+    assert re.search(r"^fetch +2$", output, re.M), output
     assert not project.results.exists(), "a dry run leaves nothing"
     code, output = project.snakemake("results/tiny/texts.parquet", "--configfile", "fewer.yaml")
     assert code == 0, output

@@ -289,6 +289,11 @@ def test_bad_sources_are_one_line(tmp_path):
         ("x.csv", b'context,title\n"One.\nTwo.",a\nThree.\n', "x.csv, line 4, has 1 fields, but the first line has 2"),
         ("x.csv", b"context,title\nOne.,a,b\n", "x.csv, line 2, has 3 fields"),
         ("x.csv", b'context\nOne.\n"Two."three\n', "x.csv, line 3, is not CSV"),
+        (
+            "x.csv",
+            b"context,questions\nOne.,Why?\n",
+            "x.csv, line 2: questions must be a list of strings: name one question `question`",
+        ),
         ("x.parquet", pd.DataFrame({"context": ["One.", None]}).to_parquet(), "x.parquet, row 2 has a `context`"),
     ],
 )

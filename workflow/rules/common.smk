@@ -1,5 +1,4 @@
 import os
-import re
 import sys
 from html import escape
 
@@ -45,15 +44,16 @@ def show_again():
 
 # A person sees one line per finished step, from the step itself, and how many there are; Snakemake's own errors stay.
 RUN_LOG = RunLog(show_again)
-if not any(re.fullmatch(r"--dry-?run|-[a-z]*n[a-z]*", word) for word in sys.argv):
+if not workflow.output_settings.dryrun:
     logger.addFilter(RUN_LOG)
 
 # Snakemake itself keeps the last of two equal keys, and has another message and exit code for what is no YAML.
 with one_line_errors():
     given = workflow.config_settings
     CONFIG = Path("config.yaml")
-    if not CONFIG.exists() and not given.configfiles:
-        # With --directory or in another folder: that of the checkout.
+    required = {"models", "corpora", "studies"}
+    if not CONFIG.exists() and not required <= given.overwrite_config.keys():
+        # With --directory or in another folder: that of the checkout, of which --configfile may change a part.
         CONFIG = Path(
             workflow.current_basedir.join("../../config.yaml").get_path_or_uri(
                 secret_free=True
@@ -104,11 +104,13 @@ def local_files(source):
     path = Path(os.path.expanduser(rest))
     if kind != "path" or not os.path.exists(path):
         return []
-    return (
-        [str(path)]
+    files = (
+        [path]
         if path.is_file()
-        else sorted(str(file) for file in path.glob("*.*") if file.is_file())
+        else [file for file in path.glob("*.*") if file.is_file()]
     )
+    # Snakemake would take braces for wildcards; an edit of such a file changes the rule's params, by identity_of.
+    return sorted(str(file) for file in files if not {*"{}"} & {*str(file)})
 
 
 def identity_of(source):

@@ -76,7 +76,7 @@ def document_of(row: Any, where: str) -> Document:
     if not isinstance(context, str):
         raise SourceError(f"{where} has a `context` that is not text: {reprlib.repr(context)}")
     if not isinstance(questions, list):
-        raise SourceError(f"{where}: questions must be a list of strings")
+        raise SourceError(f"{where}: questions must be a list of strings: name one question `question`")
     questions = [*questions, *([row["question"]] if "question" in row else [])]
     texts = (context, title, *questions)
     if any(type(text) is not str for text in texts):

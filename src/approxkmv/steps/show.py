@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,8 @@ def lines(results: Path) -> list[str]:
     if left:
         names = ", ".join(str(path.relative_to(results)) for path in left[:3])
         more = f" and {len(left) - 3} more" if len(left) > 3 else ""
-        out.append(f"of an earlier study: {names}{more}; `snakemake --cores all clean_leftovers` removes them")
+        clean = shlex.join(["approxkmv", "clean", str(results)])
+        out.append(f"of an earlier study: {names}{more}; `{clean}` removes them")
     figures = f"figures: {results / 'figures'}   " if (results / "figures").is_dir() else ""
     page = f"   page: {results / 'index.html'}" if (results / "index.html").is_file() else ""
     out.append(f"{figures}tables: {results / 'tables'}{page}")
