@@ -272,4 +272,11 @@ if __name__ == "__main__":
     parser.add_argument("out", type=Path)
     parser.add_argument("--earlier", type=Path)
     arguments = parser.parse_args()
+    for folder, file in (
+        (arguments.out, "rows.jsonl"),
+        (arguments.out, "machine.json"),
+        (arguments.earlier, "rows.jsonl"),
+    ):
+        if folder is not None and not (folder / file).is_file():
+            parser.error(f"{folder} has no {file}: run benchmarks/gpu.py with this folder first (stage 0 writes both)")
     collect(arguments.out, arguments.earlier)

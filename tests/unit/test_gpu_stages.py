@@ -225,6 +225,14 @@ def test_tables_leave_out_what_was_not_timed(tables):
     assert "err by" not in tables.checks()
 
 
+def test_a_folder_without_a_machine_is_one_line(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("")
+    command = [sys.executable, str(SCRIPT.with_name("gpu_tables.py")), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(f"gpu_tables.py: error: {tmp_path} has no machine.json: run ")
+
+
 def test_tables_of_a_command_that_was_killed(tables, tmp_path):
     """A last row that was cut off is none; a stage without an end is named, and a length without seconds has a dash."""
     ends = [{"stage": stage, "what": "finished", "seconds": 60.0} for stage in (0, 4, 5, 7)]

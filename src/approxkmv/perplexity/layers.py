@@ -25,7 +25,9 @@ def parse_layers(text: str, n_layers: int, every: Sequence[int] | None = None) -
             raise InputError(f"layers is {text!r}: write all, or numbers and ranges such as 0,5-9")
         first = int(match[1])
         last = int(match[2]) if match[2] else first
-        if last < first or last >= n_layers:
+        if last < first:
+            raise InputError(f"layers names {part.strip()}, which ends before it begins")
+        if last >= n_layers:
             raise InputError(f"layers names {part.strip()}, but the model has layers 0 to {n_layers - 1}")
         found.update(range(first, last + 1))
     return sorted(found)
