@@ -355,6 +355,20 @@ def test_pilots_that_differ_a_little_ask_for_the_same_plan():
     # Errors that hardly fall promise nothing; few near keys are rounded up most.
     assert _interpolated([(256, 1.0), (1024, 0.99)], 0.1) is None
     assert _interpolated([(16, 2.0), (64, 1.0)], 1.9) == 48
+    # Nor is a target of nothing ever met, and one close to it takes more keys than there are.
+    assert _interpolated([(256, 2.0), (1024, 1.0)], 0.0) is None
+    assert _interpolated([(256, 1.08), (1024, 1.0)], 1e-20) > 10**8
+
+
+@pytest.mark.parametrize("method", ["auto", "blocks"])
+def test_a_product_that_cancels_to_zero_is_zero(method, monkeypatch):
+    """Each key is there twice, with opposite x, as where a sample is compared with itself."""
+    monkeypatch.setattr(module, "may_be_worth", lambda n_q, n_k: True)
+    monkeypatch.setattr(module, "WORTH", 1e9)
+    q, k = clustered(3000, 10, 1), clustered(1500, 10, 2).repeat_interleave(2, 0)
+    K = KernelOperator(q, k, SIGMA, seed=0, method=method)
+    size = float((K @ torch.tensor([1.0, -1.0]).repeat(1500)).norm())
+    assert size < (1e-3 if method == "blocks" else 1e-9) * float((K @ torch.ones(3000)).norm())
 
 
 def kept_bytes(plan) -> int:
