@@ -110,6 +110,12 @@ def test_the_median_of_an_even_number_of_rows_lies_between_two():
     assert length_statistics(ones, ones, causal=True)[0][1].median_keys == (29.5, 32.5)
 
 
+def test_a_strip_has_a_row_at_least():
+    q, k = HEADS["ordinary"]
+    one, whole = (length_statistics(q[:90], k[:90], block=block)[0][0] for block in (1, 2048))
+    assert (one.ratio, one.mean_keys) == (pytest.approx(whole.ratio), whole.mean_keys)
+
+
 def test_uniform_rows_need_their_share_of_keys():
     found = length_statistics(*HEADS["all equal"])[0][0]
     # One more or less by the rounding of the sum.

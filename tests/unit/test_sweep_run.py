@@ -23,7 +23,7 @@ from approxkmv.statistics import streaming
 from approxkmv.sweep import SweepSettings, run_sweep
 from approxkmv.sweep import inputs as inputs_module
 from approxkmv.sweep import run as run_module
-from approxkmv.sweep.table import COLUMNS
+from approxkmv.sweep.table import COLUMNS, write_rows
 from approxkmv.sweep.word_vectors import word_vectors
 from approxkmv.sweep.workloads import PARTS, Case, cases, load, shares_inputs
 
@@ -475,6 +475,11 @@ def test_exponent_by_hand():
     rows.append({**row, **counts, "n": 800, "status": "ok", "reached": "no", "times_faster": 9.0})
     (found,) = evaluation_exponents(rows)
     assert (found["lengths"], found["speed_exponent"]) == ("[100, 200, 400]", pytest.approx(0.5))
+
+
+def test_a_row_is_a_line_and_what_it_lacks_is_empty(tmp_path):
+    write_rows(tmp_path / "table.csv", [{"a": "é"}, {"b": 2}], {"a": "one", "b": "other"})
+    assert (tmp_path / "table.csv").read_bytes() == "a,b\né,\n,2\n".encode()
 
 
 def test_same_settings_same_errors(vectors, tmp_path):

@@ -174,9 +174,9 @@ def test_long_texts_that_end_before_the_longest_length_are_named_and_no_others(t
     from approxkmv.results.tables import KEYS
 
     names = ("ratio", "log_next", "log_double", "softmax_ratio", "tail_exponent", *KEYS)
-    study = shards(tmp_path, causal=True).model_copy(update={"lengths": (64, 128, 256)})
-    values = random_texts(names, {"length": [64, 128]}, texts=3)
-    write_parquet(tmp_path / "0000.lengths.parquet", values[(values["context"] > 0) | (values["length"] == 64)])
+    study = shards(tmp_path, causal=True).model_copy(update={"lengths": (66, 128, 256)})
+    values = random_texts(names, {"length": [66, 128]}, texts=3)
+    write_parquet(tmp_path / "0000.lengths.parquet", values[(values["context"] > 0) | (values["length"] == 66)])
     taken = pd.read_csv(tmp_path / "0000.contexts.csv", keep_default_na=False).iloc[:5]
     taken.assign(tokens=[100, 300, 256, 50, 30], cut=[0, 44, 0, 0, 0], used=[True] * 4 + [False]).to_csv(
         tmp_path / "0000.contexts.csv", index=False
@@ -185,11 +185,11 @@ def test_long_texts_that_end_before_the_longest_length_are_named_and_no_others(t
     model = next(iter(study.models.values()))
     facts = summarise_lengths(study, model, tmp_path / "texts.parquet", tmp_path, tmp_path, {})
     assert facts["texts_used"] == 3
-    assert facts["lengths"] == [64, 128]
+    assert facts["lengths"] == [66, 128]
     assert facts["lengths_left_out"] == {"256": "no text reaches it"}
     assert facts["texts_missing"] == [
         "text 0: no 128, 256, it has 100 tokens",
-        "text 3: no 64, 128, 256, it has 50 tokens",
+        "text 3: no 66, 128, 256, it has 50 tokens",
     ]
     assert (facts["layers"], facts["heads"]) == (2, 3)
 
@@ -239,6 +239,9 @@ def test_claims_hold_or_not_by_their_criterion():
         {"max_ratio": [1.0, 4.7], "median_next_ratio": [1.0, 1.2], "median_double_ratio": [21.0, 30.0]}
     )
     assert [row["holds"] for row in claims(overview, worse, scaling(0.4))] == ["no"] * 5
+    # All of them are no fewer.
+    one = pd.DataFrame({"max_ratio": [1.0] * 499 + [4.7], "median_next_ratio": 1.0, "median_double_ratio": 2.0})
+    assert [row["holds"] for row in claims(overview, one, scaling(0.0))] == ["no", "no", "yes", "yes", "yes"]
 
 
 def test_masked_claims_are_judged_over_the_masked_columns_and_say_nothing_of_the_paper():
@@ -269,8 +272,8 @@ def test_claims_at_the_edges_of_their_criteria():
         return [row["holds"] for row in found[2:]]
 
     # 19 of 20 are almost all and 18 are not; half are not most; an exponent of 0.05 is no growth.
-    assert holds([1.05] * 19 + [1.06], [20.0] * 11 + [21.0] * 9, 0.05) == ["yes", "yes", "yes"]
-    assert holds([1.05] * 18 + [1.06] * 2, [20.0] * 10 + [21.0] * 10, 0.15) == ["no", "no", "no"]
+    assert holds([1.05] * 19 + [1.051], [20.0] * 11 + [21.0] * 9, 0.05) == ["yes", "yes", "yes"]
+    assert holds([1.05] * 18 + [1.051] * 2, [20.0] * 10 + [21.0] * 10, 0.15) == ["no", "no", "no"]
     assert holds([1.0] * 20, [1.0] * 20, 0.0, mean=[1.0, 0.0, 0.0, 0.0]) == ["yes", "yes", "undecided"]
     masked = pd.DataFrame(
         [{f"masked_{name}": 1.0 for name in ("max_ratio", "median_next_ratio", "median_double_ratio")}]
@@ -388,6 +391,11 @@ def test_overview_and_comparison_have_the_masked_values_of_a_causal_model_beside
     assert table["entries"].tolist() == ["all"] * 5 + ["causal"] * 5 * causal + ["all"] * 2 * len(READINGS)
     first = table[table["claim"].str.contains("every head and text")].set_index("entries")["holds"]
     assert first.to_dict() == {"all": "no"} | ({"causal": "yes"} if causal else {})
+    if causal:
+        path = tmp_path / "tables" / f"context_scaling_{name}.csv"
+        write_csv(path, pd.read_csv(path)[["prefix", "contexts", "mean"]])
+        with pytest.raises(TableError, match="has no masked values"):
+            compare(tmp_path / "tables", [name], tmp_path / "comparison.csv")
 
 
 def test_the_overview_counts_the_texts_and_the_bound_is_within_itself(tmp_path):
