@@ -89,6 +89,9 @@ def test_what_is_scaled_already_or_of_several_kinds_is_not_scaled_again():
         scale_rotary(config(PLAIN, DYNAMIC), "linear", 2.0)
     # A checkpoint that was scaled and trained says itself how many positions it has.
     assert scaled_positions(config({"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0})) is None
+    # Of another type a factor is not one of the positions.
+    llama3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 16}
+    assert scaled_positions(config(llama3 | {"low_freq_factor": 1.0, "high_freq_factor": 4.0})) is None
     # transformers takes max_position_embeddings over the original ones for the factor.
     assert scaled_positions(config(LONG | {"rope_type": "yarn", "factor": None})) is None
 
@@ -100,6 +103,10 @@ def test_scaling_keeps_the_base_and_the_share_of_a_head_that_is_rotated():
     given = {"rope_type": "linear", "factor": 2.0, "original_max_position_embeddings": POSITIONS}
     assert scaled.rope_parameters == own | given
     assert scaled_positions(scaled) == 2 * POSITIONS
+    # A position that is reached in part is none.
+    part = config(PLAIN)
+    scale_rotary(part, "linear", 2.49)
+    assert scaled_positions(part) == 99
 
 
 def test_an_unknown_type_in_any_kind_of_layer_is_refused():
