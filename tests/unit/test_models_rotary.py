@@ -11,7 +11,13 @@ from transformers import Gemma3TextConfig, LlamaConfig
 
 from approxkmv.errors import CaptureError, SourceError
 from approxkmv.models import CapturableModel
-from approxkmv.models.rotary import length_that_changes, refuse_unknown_types, scale_rotary, scaled_positions
+from approxkmv.models.rotary import (
+    length_that_changes,
+    refuse_two_answers,
+    refuse_unknown_types,
+    scale_rotary,
+    scaled_positions,
+)
 
 POSITIONS = 40
 
@@ -78,6 +84,13 @@ def test_the_length_that_changes_an_embedding_is_the_least_of_all_kinds_of_layer
     assert length_that_changes(config(*parameters)) == length
 
 
+def test_layers_without_a_rotary_embedding_change_nothing():
+    some = config(PLAIN, DYNAMIC)
+    some.rope_parameters["full_attention"] = None
+    assert length_that_changes(some) == POSITIONS
+    refuse_unknown_types(some, "m")
+
+
 def test_what_is_scaled_already_or_of_several_kinds_is_not_scaled_again():
     scaled = config(PLAIN)
     assert scaled_positions(scaled) is None
@@ -113,3 +126,11 @@ def test_an_unknown_type_in_any_kind_of_layer_is_refused():
     refuse_unknown_types(config(PLAIN, DYNAMIC), "m")
     with pytest.raises(SourceError, match=r"m: .*'spiral', but transformers has"):
         refuse_unknown_types(config(PLAIN, PLAIN | {"rope_type": "spiral"}), "m")
+
+
+def test_what_a_model_of_several_parts_states_twice_stands_in_the_part_for_text():
+    text = {"rope_theta": 1e4, "rope_parameters": PLAIN, "rope_scaling": {"rope_theta": 10000}}
+    refuse_two_answers(config(PLAIN), {"rope_theta": 7.0, "text_config": text}, "m")
+    for wrong in ({"rope_theta": 500000}, {"rope_scaling": {"rope_theta": 500000}}):
+        with pytest.raises(SourceError, match=r"^m: .*\(rope_theta 500000\): keep"):
+            refuse_two_answers(config(PLAIN), {"rope_theta": 7.0, "text_config": text | wrong}, "m")
