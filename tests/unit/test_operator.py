@@ -946,7 +946,7 @@ def test_the_practical_power_method_finds_the_top_eigenvalue():
 
 
 def test_the_steps_of_the_practical_power_method(monkeypatch):
-    given, products = [], iter([[3.0, -1.0], [0.5, 0.04], None])
+    given, products = [], iter([[3.0, -1.0], [0.5, 0.02], None, [0.0, -1.0]])
 
     class Scripted:
         last = SimpleNamespace(kernel_evaluations=7)
@@ -962,14 +962,20 @@ def test_the_steps_of_the_practical_power_method(monkeypatch):
     monkeypatch.setattr(eigenvalue, "KernelOperator", Scripted)
     found = eigenvalue.top_eigenvalue(np.eye(2), 1.0, 0.1, method="practical", seed=0)
     # Noise below 0 is left out, and steps go on while what is left is more than a quarter of epsilon of the quotient.
-    assert np.allclose(given, [[0.5**0.5, 0.5**0.5], [1, 0], np.array([0.5, 0.04]) / np.hypot(0.5, 0.04)])
+    assert np.allclose(given, [[0.5**0.5, 0.5**0.5], [1, 0], np.array([0.5, 0.02]) / np.hypot(0.5, 0.02)])
     assert (found.iterations, found.kernel_evaluations) == (3, 21)
     # The largest quotient is the first.
     assert found.value == pytest.approx(2**0.5)
     assert np.allclose(found.vector, given[0])
+    # Of a product without an entry above 0 there is no next step.
+    found = eigenvalue.top_eigenvalue(np.eye(2), 1.0, 0.1, method="practical", seed=0)
+    assert (found.iterations, found.value) == (1, 0.0)
 
 
-@pytest.mark.parametrize(("second", "value"), [([3.0, *[0.0] * 8], 3.0), ([0.9, *[0.01] * 8], (8 / 3 + 0.45) / 3)])
+@pytest.mark.parametrize(
+    ("second", "value"),
+    [([3.0, *[0.0] * 8], 3.0), ([0.9, *[0.01] * 8], (8 / 3 + 0.45) / 3), ([1.2, *[0.01] * 8], 1.2)],
+)
 def test_the_practical_power_method_begins_again_where_an_entry_grew_by_more(monkeypatch, second, value):
     given, products = [], iter([[0.45, *[1 / 3] * 8], second])
 
@@ -985,7 +991,7 @@ def test_the_practical_power_method_begins_again_where_an_entry_grew_by_more(mon
     monkeypatch.setattr(eigenvalue, "KernelOperator", Scripted)
     found = eigenvalue.top_eigenvalue(np.eye(9), 1.0, 0.5, method="practical", seed=0)
     assert np.allclose(given, [[1 / 3] * 9, [1, *[0] * 8]])
-    # It ends where nothing grows by more, or where the value did not rise.
+    # It ends where nothing grows by more, or where the value rose by no more than a quarter.
     assert (found.iterations, found.value) == (2, pytest.approx(value))
 
 
