@@ -919,8 +919,11 @@ def test_norms_from_drawn_rows_by_hand():
     told = error_bar(large + 1, large[seldom], seldom, often, 0.05)
     assert told.least_answer == pytest.approx((1 + 101**2) ** 0.5 - told.bound)
     # Half as many rows are as twelve that contribute alike; without an error there is nothing to tell one from.
-    assert error_bar(truth + wrong, truth[rows[:32]], rows[:32], by, 0.05).bound is None
+    few = error_bar(truth + wrong, truth[rows[:32]], rows[:32], by, 0.05)
+    assert (few.bound, few.least_answer) == (None, pytest.approx((169 - z * (649 / 31) ** 0.5) ** 0.5))
     assert error_bar(truth, truth[rows], rows, by, 0.05).bound is None
+    # Less than nothing is nothing.
+    assert error_bar(torch.tensor([[10.0], [0.0]]), torch.zeros(4, 1), rows[:1].repeat(4), by[1:] * 2, 0.05).answer == 0
     pilot = pilot_of(by, rows[:4], truth.__getitem__)
     assert (pilot.norm(pilot.exact), float(pilot.constant)) == (pytest.approx(13), pytest.approx(19 / 3))
     # A third each uniform, by doubts and by their squares; known rows are never drawn.
