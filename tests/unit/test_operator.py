@@ -20,7 +20,7 @@ from approxkmv.operator import eigenvalue, exact
 from approxkmv.operator import kernel_operator as module
 from approxkmv.operator.bar import ErrorBar, error_bar, proposal
 from approxkmv.operator.blocks import _out_of_reach, _ranked, clusters_of, make_blocks
-from approxkmv.operator.pilot import Pilot, _interpolated, cost_of_blocks, near_for, pilot_of
+from approxkmv.operator.pilot import Pilot, _interpolated, cost_of_blocks, near_for, pilot_of, pilot_rows
 from approxkmv.operator.points import Points, in_units, key_side, query_side
 
 
@@ -597,6 +597,10 @@ def test_the_pilot_tries_more_near_keys_while_its_budget_lasts(share, most_tried
         # More would be needed than may be paid for.
         assert found(errors[128] / 1.3, cost_of_blocks(blocks, 130))[0] is None
         assert 128 < found(errors[128] / 1.3)[0] <= 256
+
+
+def test_the_rows_of_a_pilot_are_two_in_a_thousand_at_least_four_and_at_most_96():
+    assert [pilot_rows(n_q) for n_q in (1, 2000, 2500, 40_000, 48_000, 10**6)] == [4, 4, 5, 80, 96, 96]
 
 
 def test_what_blocks_cost():
