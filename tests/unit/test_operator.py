@@ -582,6 +582,7 @@ def test_the_pilot_tries_more_near_keys_while_its_budget_lasts(share, most_tried
         # Nearly, and already made
         assert near == 32
         assert torch.equal(made, products[32])
+        assert found(errors[32] / 1.3)[2] is None
     else:
         assert (near, made) == (None, None)
     near, _, made = found(1.01 * errors[32])
