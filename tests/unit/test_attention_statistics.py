@@ -295,9 +295,10 @@ def test_a_share_next_to_all_is_held_by_no_more_keys_than_are_seen(dtype):
     assert bool((found.diff(dim=1) >= 0).all())
 
 
-def test_equal_weights_are_counted_as_many():
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_equal_weights_are_counted_as_many(dtype):
     q, k = HEADS["zero"]
-    found = attention_statistics(q, k, shares=(0.25, 0.5), mask="causal").keys_per_share
+    found = attention_statistics(q, k, shares=(0.25, 0.5), mask="causal", dtype=dtype).keys_per_share
     size = torch.arange(1, 701)
     assert torch.equal(found, torch.stack([-(-size // 4), -(-size // 2)], 1))
 

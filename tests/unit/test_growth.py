@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from approxkmv.statistics.growth import TRENDS, Growth, fit_growth, size, trend
+from approxkmv.statistics.growth import TRENDS, Growth, fit_growth, in_words, size, trend
 from approxkmv.steps.growth import growth_of
 
 LENGTHS = np.array([64, 128, 256, 512, 1024, 2048, 4096, 8192])
@@ -95,16 +95,18 @@ def test_intervals_are_students_of_the_mean_over_texts(curve):
     np.testing.assert_allclose(fit.predicted_ratio, np.exp(far.mean()), rtol=1e-9)
 
 
-def test_the_prediction_of_a_steady_bend_and_what_it_adds_for_the_bends_of_other_heads():
+@pytest.mark.parametrize("bend", [0.1, -0.1])
+def test_the_prediction_of_a_steady_bend_and_what_it_adds_for_the_bends_of_other_heads(bend):
     texts, lengths, _ = sample(CURVES["a power law"])
-    log_n, bend = np.log(lengths / 64.0), 0.1
-    # A power law, and a slope that rises by 0.1 per unit of log n; all texts are alike, so that nothing else is random.
+    log_n = np.log(lengths / 64.0)
+    # A power law, and a slope that changes by 0.1 per unit of log n; all texts are alike: nothing else is random.
     fit = fit_growth(texts, lengths, np.exp(np.stack([0.3 * log_n, 0.3 * log_n + 0.5 * bend * log_n**2], 1)))
     # Slopes belong to the middle of their octave, and two octaves on the second head's has risen by 2 log(2) bend.
     rise = 2 * np.log(2) * bend
-    spread = 1.959964 * rise / np.sqrt(2)
-    np.testing.assert_allclose(fit.predicted_low, [0.3 - spread, fit.exponent[1] - rise - spread], atol=1e-6)
-    np.testing.assert_allclose(fit.predicted_high, [0.3 + spread, fit.exponent[1] + spread], atol=1e-6)
+    spread = 1.959964 * abs(rise) / np.sqrt(2)
+    low, high = sorted((fit.exponent[1] - rise, fit.exponent[1]))
+    np.testing.assert_allclose(fit.predicted_low, [0.3 - spread, low - spread], atol=1e-6)
+    np.testing.assert_allclose(fit.predicted_high, [0.3 + spread, high + spread], atol=1e-6)
     # From n/4 on, c(n) lacks half of what the bend adds over two octaves.
     lacking = 0.5 * bend * 1.5 * np.log(2) * 2 * np.log(2)
     np.testing.assert_allclose(np.log(fit.predicted_ratio / fit.ratio), [0.0, -lacking], atol=1e-9)
@@ -179,6 +181,10 @@ def test_sizes_at_their_edges(low, high, word):
 )
 def test_trends_at_their_edges(low, high, word):
     assert trend(growth(low, high)) == [word]
+
+
+def test_words_are_counted_in_their_order_and_a_single_one_too():
+    assert in_words([TRENDS[2], TRENDS[0], TRENDS[0]], TRENDS) == "flat 2, undecided 1"
 
 
 def test_few_texts_and_one_length_decide_nothing():

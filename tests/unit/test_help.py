@@ -155,14 +155,26 @@ def test_a_package_is_taken_into_the_folder_that_is_named(monkeypatch):
     [
         ("perplexity --study perplexity --tokens 64", "--tokens goes with --method: the study has its own"),
         ("perplexity --study perplexity --plan none.json --seed 1", "--seed goes with --method: the study has its own"),
+        *(
+            (f"perplexity --study perplexity --{name} {value}", f"--{name} goes with --method: the study has its own")
+            for name, value in (("model", "m"), ("corpus", "c"), ("layers", "0"), ("parameters", "{}"))
+        ),
         ("perplexity --plan none.json --parameters {}", "--parameters goes with --method"),
         ("perplexity --method window --study perplexity", "--study goes with a study that has perplexity, and without"),
         ("perplexity --plan none.json --study embedded", "--study goes with a study that has perplexity"),
-        ("sweep --settings none.json --config config.yaml", "--config goes with a configuration, not with --settings"),
-        ("sweep --study figure5 --capture heads.safetensors", "--capture goes with a sweep that captures heads"),
-        ("plan --study perplexity --target 0.1", "--target goes with --model: the study has its own"),
+        *(
+            (f"sweep --settings none.json --{name} none", f"--{name} goes with a configuration, not with --settings")
+            for name in ("config", "study", "capture", "tuning-capture")
+        ),
+        *(
+            (f"sweep --study figure5 --{name} heads.safetensors", f"--{name} goes with a sweep that captures heads")
+            for name in ("capture", "tuning-capture")
+        ),
+        *(
+            (f"plan --study perplexity --{name} {value}", f"--{name} goes with --model: the study has its own")
+            for name, value in (("target", "0.1"), ("tokens", "64"), ("corpus", "c"))
+        ),
         ("plan --model smollm2-135m --study perplexity", "--study goes without --model"),
-        ("sweep --settings none.json --tuning-capture heads.safetensors", "--tuning-capture goes with a configuration"),
     ],
 )
 def test_an_option_that_nothing_would_read_is_refused(words, said, tmp_path, monkeypatch):

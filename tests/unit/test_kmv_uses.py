@@ -84,7 +84,7 @@ def test_top_eigenvalue_repeats_and_keeps_the_kind():
         ((np.zeros(3), 1.0, 0.5), "matrix"),
         ((np.zeros((3, 2)), 0.0, 0.5), "sigma"),
         ((np.zeros((3, 2)), 1.0, 0.0), "epsilon"),
-        ((np.zeros((3, 2)), 1.0, 1.5), "below 1"),
+        ((np.zeros((3, 2)), 1.0, 1.0), "below 1"),
     ],
 )
 def test_top_eigenvalue_refuses_bad_input(arguments, word):

@@ -182,6 +182,13 @@ def test_saved_frequencies_of_a_rotary_embedding_are_those_that_are_computed(tmp
     assert CapturableModel.load(ModelLocation(tmp_path), rotary_scaling=scaling).max_positions == 160
 
 
+def test_saved_frequencies_of_another_number_are_not_what_the_configuration_says(tmp_path):
+    save_small(tmp_path, "llama")
+    save(tmp_path, weights(tmp_path) | {"layers.1.self_attn.rotary_emb.inv_freq": torch.ones(3)})
+    with pytest.raises(SourceError, match="inv_freq in the file is not what the configuration says"):
+        CapturableModel.load(ModelLocation(tmp_path))
+
+
 LINEAR = {"rope_type": "linear", "factor": 4.0}
 
 

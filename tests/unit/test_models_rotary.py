@@ -11,7 +11,13 @@ from transformers import Gemma3TextConfig, LlamaConfig
 
 from approxkmv.errors import CaptureError, SourceError
 from approxkmv.models import CapturableModel
-from approxkmv.models.rotary import length_that_changes, refuse_unknown_types, scale_rotary, scaled_positions
+from approxkmv.models.rotary import (
+    length_that_changes,
+    refuse_two_answers,
+    refuse_unknown_types,
+    scale_rotary,
+    scaled_positions,
+)
 
 POSITIONS = 40
 
@@ -78,6 +84,13 @@ def test_the_length_that_changes_an_embedding_is_the_least_of_all_kinds_of_layer
     assert length_that_changes(config(*parameters)) == length
 
 
+def test_layers_without_a_rotary_embedding_change_nothing():
+    some = config(PLAIN, DYNAMIC)
+    some.rope_parameters["full_attention"] = None
+    assert length_that_changes(some) == POSITIONS
+    refuse_unknown_types(some, "m")
+
+
 def test_what_is_scaled_already_or_of_several_kinds_is_not_scaled_again():
     scaled = config(PLAIN)
     assert scaled_positions(scaled) is None
@@ -89,6 +102,9 @@ def test_what_is_scaled_already_or_of_several_kinds_is_not_scaled_again():
         scale_rotary(config(PLAIN, DYNAMIC), "linear", 2.0)
     # A checkpoint that was scaled and trained says itself how many positions it has.
     assert scaled_positions(config({"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0})) is None
+    # Of another type a factor is not one of the positions.
+    llama3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 16}
+    assert scaled_positions(config(llama3 | {"low_freq_factor": 1.0, "high_freq_factor": 4.0})) is None
     # transformers takes max_position_embeddings over the original ones for the factor.
     assert scaled_positions(config(LONG | {"rope_type": "yarn", "factor": None})) is None
 
@@ -100,9 +116,21 @@ def test_scaling_keeps_the_base_and_the_share_of_a_head_that_is_rotated():
     given = {"rope_type": "linear", "factor": 2.0, "original_max_position_embeddings": POSITIONS}
     assert scaled.rope_parameters == own | given
     assert scaled_positions(scaled) == 2 * POSITIONS
+    # A position that is reached in part is none.
+    part = config(PLAIN)
+    scale_rotary(part, "linear", 2.49)
+    assert scaled_positions(part) == 99
 
 
 def test_an_unknown_type_in_any_kind_of_layer_is_refused():
     refuse_unknown_types(config(PLAIN, DYNAMIC), "m")
     with pytest.raises(SourceError, match=r"m: .*'spiral', but transformers has"):
         refuse_unknown_types(config(PLAIN, PLAIN | {"rope_type": "spiral"}), "m")
+
+
+def test_what_a_model_of_several_parts_states_twice_stands_in_the_part_for_text():
+    text = {"rope_theta": 1e4, "rope_parameters": PLAIN, "rope_scaling": {"rope_theta": 10000}}
+    refuse_two_answers(config(PLAIN), {"rope_theta": 7.0, "text_config": text}, "m")
+    for wrong in ({"rope_theta": 500000}, {"rope_scaling": {"rope_theta": 500000}}):
+        with pytest.raises(SourceError, match=r"^m: .*\(rope_theta 500000\): keep"):
+            refuse_two_answers(config(PLAIN), {"rope_theta": 7.0, "text_config": text | wrong}, "m")

@@ -20,7 +20,7 @@ from approxkmv.operator import eigenvalue, exact
 from approxkmv.operator import kernel_operator as module
 from approxkmv.operator.bar import ErrorBar, error_bar, proposal
 from approxkmv.operator.blocks import _out_of_reach, _ranked, clusters_of, make_blocks
-from approxkmv.operator.pilot import Pilot, _interpolated, cost_of_blocks, near_for, pilot_of
+from approxkmv.operator.pilot import Pilot, _interpolated, cost_of_blocks, near_for, pilot_of, pilot_rows
 from approxkmv.operator.points import Points, in_units, key_side, query_side
 
 
@@ -355,6 +355,21 @@ def test_pilots_that_differ_a_little_ask_for_the_same_plan():
     # Errors that hardly fall promise nothing; few near keys are rounded up most.
     assert _interpolated([(256, 1.0), (1024, 0.99)], 0.1) is None
     assert _interpolated([(16, 2.0), (64, 1.0)], 1.9) == 48
+    assert _interpolated([(16, 2.0), (64, 0.0)], 1.0) == 64
+    # Nor is a target of nothing ever met, and one close to it takes more keys than there are.
+    assert _interpolated([(256, 2.0), (1024, 1.0)], 0.0) is None
+    assert _interpolated([(256, 1.08), (1024, 1.0)], 1e-20) > 10**8
+
+
+@pytest.mark.parametrize("method", ["auto", "blocks"])
+def test_a_product_that_cancels_to_zero_is_zero(method, monkeypatch):
+    """Each key is there twice, with opposite x, as where a sample is compared with itself."""
+    monkeypatch.setattr(module, "may_be_worth", lambda n_q, n_k: True)
+    monkeypatch.setattr(module, "WORTH", 1e9)
+    q, k = clustered(3000, 10, 1), clustered(1500, 10, 2).repeat_interleave(2, 0)
+    K = KernelOperator(q, k, SIGMA, seed=0, method=method)
+    size = float((K @ torch.tensor([1.0, -1.0]).repeat(1500)).norm())
+    assert size < (1e-3 if method == "blocks" else 1e-9) * float((K @ torch.ones(3000)).norm())
 
 
 def kept_bytes(plan) -> int:
@@ -561,19 +576,21 @@ def test_the_pilot_tries_more_near_keys_while_its_budget_lasts(share, most_tried
     assert errors[32] > 2 * errors[128] > 4 * errors[512]
 
     def found(target: float, most: float = float("inf")):
-        return near_for(pilot, blocks, lambda given, near: given.plan(near), x, target, 1.0, most)
+        return near_for(pilot, blocks, lambda given, near: given.plan(near), x, target, 2.0, most)
 
     near, _, made = found(errors[32] / 1.1)
     if share:
         # Nearly, and already made
         assert near == 32
         assert torch.equal(made, products[32])
+        assert found(errors[32] / 1.3)[2] is None
     else:
         assert (near, made) == (None, None)
     near, _, made = found(1.01 * errors[32])
     assert (near, made is not None) == (32, share > 0)
     near, reason, made = found(errors[512] / 1e3)
-    assert reason.endswith(f"with {most_tried} near keys per block")
+    # Relative to a norm of 2
+    assert reason == f"in the pilot the error was {errors[most_tried] / 2:.2g} with {most_tried} near keys per block"
     assert (near, made) == (None, None)
     if share:
         near, reason, made = found(1.01 * errors[128])
@@ -583,6 +600,10 @@ def test_the_pilot_tries_more_near_keys_while_its_budget_lasts(share, most_tried
         # More would be needed than may be paid for.
         assert found(errors[128] / 1.3, cost_of_blocks(blocks, 130))[0] is None
         assert 128 < found(errors[128] / 1.3)[0] <= 256
+
+
+def test_the_rows_of_a_pilot_are_two_in_a_thousand_at_least_four_and_at_most_96():
+    assert [pilot_rows(n_q) for n_q in (1, 2000, 2500, 40_000, 48_000, 10**6)] == [4, 4, 5, 80, 96, 96]
 
 
 def test_what_blocks_cost():
@@ -905,8 +926,11 @@ def test_norms_from_drawn_rows_by_hand():
     told = error_bar(large + 1, large[seldom], seldom, often, 0.05)
     assert told.least_answer == pytest.approx((1 + 101**2) ** 0.5 - told.bound)
     # Half as many rows are as twelve that contribute alike; without an error there is nothing to tell one from.
-    assert error_bar(truth + wrong, truth[rows[:32]], rows[:32], by, 0.05).bound is None
+    few = error_bar(truth + wrong, truth[rows[:32]], rows[:32], by, 0.05)
+    assert (few.bound, few.least_answer) == (None, pytest.approx((169 - z * (649 / 31) ** 0.5) ** 0.5))
     assert error_bar(truth, truth[rows], rows, by, 0.05).bound is None
+    # Less than nothing is nothing.
+    assert error_bar(torch.tensor([[10.0], [0.0]]), torch.zeros(4, 1), rows[:1].repeat(4), by[1:] * 2, 0.05).answer == 0
     pilot = pilot_of(by, rows[:4], truth.__getitem__)
     assert (pilot.norm(pilot.exact), float(pilot.constant)) == (pytest.approx(13), pytest.approx(19 / 3))
     # A third each uniform, by doubts and by their squares; known rows are never drawn.
@@ -932,7 +956,7 @@ def test_the_practical_power_method_finds_the_top_eigenvalue():
 
 
 def test_the_steps_of_the_practical_power_method(monkeypatch):
-    given, products = [], iter([[3.0, -1.0], [0.5, 0.04], None])
+    given, products = [], iter([[3.0, -1.0], [0.5, 0.02], None, [0.0, -1.0]])
 
     class Scripted:
         last = SimpleNamespace(kernel_evaluations=7)
@@ -948,14 +972,20 @@ def test_the_steps_of_the_practical_power_method(monkeypatch):
     monkeypatch.setattr(eigenvalue, "KernelOperator", Scripted)
     found = eigenvalue.top_eigenvalue(np.eye(2), 1.0, 0.1, method="practical", seed=0)
     # Noise below 0 is left out, and steps go on while what is left is more than a quarter of epsilon of the quotient.
-    assert np.allclose(given, [[0.5**0.5, 0.5**0.5], [1, 0], np.array([0.5, 0.04]) / np.hypot(0.5, 0.04)])
+    assert np.allclose(given, [[0.5**0.5, 0.5**0.5], [1, 0], np.array([0.5, 0.02]) / np.hypot(0.5, 0.02)])
     assert (found.iterations, found.kernel_evaluations) == (3, 21)
     # The largest quotient is the first.
     assert found.value == pytest.approx(2**0.5)
     assert np.allclose(found.vector, given[0])
+    # Of a product without an entry above 0 there is no next step.
+    found = eigenvalue.top_eigenvalue(np.eye(2), 1.0, 0.1, method="practical", seed=0)
+    assert (found.iterations, found.value) == (1, 0.0)
 
 
-@pytest.mark.parametrize(("second", "value"), [([3.0, *[0.0] * 8], 3.0), ([0.9, *[0.01] * 8], (8 / 3 + 0.45) / 3)])
+@pytest.mark.parametrize(
+    ("second", "value"),
+    [([3.0, *[0.0] * 8], 3.0), ([0.9, *[0.01] * 8], (8 / 3 + 0.45) / 3), ([1.2, *[0.01] * 8], 1.2)],
+)
 def test_the_practical_power_method_begins_again_where_an_entry_grew_by_more(monkeypatch, second, value):
     given, products = [], iter([[0.45, *[1 / 3] * 8], second])
 
@@ -971,7 +1001,7 @@ def test_the_practical_power_method_begins_again_where_an_entry_grew_by_more(mon
     monkeypatch.setattr(eigenvalue, "KernelOperator", Scripted)
     found = eigenvalue.top_eigenvalue(np.eye(9), 1.0, 0.5, method="practical", seed=0)
     assert np.allclose(given, [[1 / 3] * 9, [1, *[0] * 8]])
-    # It ends where nothing grows by more, or where the value did not rise.
+    # It ends where nothing grows by more, or where the value rose by no more than a quarter.
     assert (found.iterations, found.value) == (2, pytest.approx(value))
 
 

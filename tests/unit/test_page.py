@@ -18,7 +18,7 @@ from approxkmv.figures import catalogue
 from approxkmv.page.contents import CAPTIONS, FIGURES
 from approxkmv.page.heads import STATISTICS, of_model, rounded
 from approxkmv.page.render import _records, figures_of, write_page
-from approxkmv.page.verdict import holds, measured, sentences
+from approxkmv.page.verdict import holds, measured, sentences, sweep_sentence
 from approxkmv.statistics.entries import OWN_MASK
 from approxkmv.steps.page import make_page
 
@@ -221,6 +221,8 @@ def test_the_verdict_of_a_sweep_is_who_won_it(tmp_path):
     texts = Tags(drawn(tables, tmp_path / "index.html")).texts
     (sentence,) = [text for text in texts if text.startswith("At an error")]
     assert "exact" in sentence
+    assert sweep_sentence(tables)[1:] in sentence
+    assert sweep_sentence(tables, [tables / "sweep.csv"]) == ""
     assert not [text for text in texts if "No heads were measured" in text]
 
 
@@ -304,6 +306,8 @@ def test_the_sentences_are_what_the_tables_say(one):
     ]
     answer = "The sparsity assumption, with c at most 5.15 as the paper reports, holds on 2 of 6 heads and fails on 4."
     assert holds(folder, facts) == ("no", answer)
+    single = facts | {"layers": 1, "heads": 1, "heads_within_bound": 1}
+    assert holds(folder, single) == ("yes", answer.replace("2 of 6 heads and fails on 4", "1 head"))
     # With too few texts or lengths nothing is known of growth.
     unknown = pd.read_csv(folder / "growth_m.csv").assign(start=0, exponent=np.nan, size="undecided")
     unknown.drop(columns=[name for name in unknown if "masked" in name]).to_csv(folder / "growth_m.csv", index=False)
@@ -336,6 +340,21 @@ def test_a_verdict_of_another_word_is_one_line(one):
         tables["growth"].assign(**{column: "huge"}).to_csv(folder / "growth_m.csv", index=False)
         with pytest.raises(TableError, match=rf"growth_m\.csv: {column} is 'huge', not "):
             sentences(folder, facts)
+
+
+def test_facts_that_lack_one_are_one_line(one):
+    folder, _ = one
+    whole = json.loads((folder / "overview_m.json").read_text())
+    of_long = {name: whole[name] for name in ("model", "label", "corpus", "layers", "heads", "paper_bound")}
+    for kind, facts in (("overview", whole), ("lengths", of_long | {"lengths": [64], "texts_missing": []})):
+        path = folder / f"{kind}_m.json"
+        # What earlier versions lack, too
+        for name in sorted(facts.keys() - {"mask", "left_out"}):
+            path.write_text(json.dumps({other: value for other, value in facts.items() if other != name}))
+            with pytest.raises(TableError, match=name):
+                measured(folder)
+        path.write_text(json.dumps(facts))
+    assert len(measured(folder)) == 2
 
 
 def test_what_an_earlier_study_left_is_no_model_of_this_one(one):

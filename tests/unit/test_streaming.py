@@ -60,6 +60,8 @@ SPANS = {
     "chunks": torch.stack([_I // 20 * 20, _I + 1], 1),
     "window to both sides": torch.stack([(_I - 9).clamp_min(0), (_I + 10).clamp_max(N)], 1),
     "prefix": torch.stack([0 * _I, (_I + 1).clamp_min(70)], 1),
+    "no key before its query": torch.stack([_I, 0 * _I + N], 1),
+    "in no order": torch.stack([(_I - 97 * _I % 40).clamp_min(0), (_I + 1 + _I % 30).clamp_max(N)], 1),
     "every key": every_key(N),
 }
 """Of each query, the first key that it sees and the end of them."""
@@ -108,6 +110,12 @@ def test_the_median_of_an_even_number_of_rows_lies_between_two():
     """Causal rows of equal weights: the 32nd and 33rd of 64 need 29 and 30 keys for 0.9, 32 and 33 for 0.99."""
     ones = torch.ones(64, 4, dtype=torch.float64)
     assert length_statistics(ones, ones, causal=True)[0][1].median_keys == (29.5, 32.5)
+
+
+def test_a_strip_has_a_row_at_least():
+    q, k = HEADS["ordinary"]
+    one, whole = (length_statistics(q[:90], k[:90], block=block)[0][0] for block in (1, 2048))
+    assert (one.ratio, one.mean_keys) == (pytest.approx(whole.ratio), whole.mean_keys)
 
 
 def test_uniform_rows_need_their_share_of_keys():
@@ -259,10 +267,11 @@ def test_nothing_of_size_n_squared_is_held():
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
 @pytest.mark.parametrize("add", [add_strip, add_strip_by_torch])
-def test_logits_beyond_their_type_are_one_line(add):
+def test_logits_beyond_their_type_are_one_line(add, value):
     logits = torch.zeros(3, 9, dtype=torch.float64)
-    logits[1, 4] = torch.inf
+    logits[1, 4] = value
     row = "row 4 is" if add is add_strip else "rows 3 and after is"
     with pytest.raises(NonFiniteError, match=f"a logit of {row} beyond") as caught:
         add(Largest(9, logits.device), Largest(9, logits.device), [], logits, 3, every_key(9))
@@ -280,7 +289,7 @@ def test_bad_input_is_one_line():
         spans = torch.tensor([[0, size]] * 4 + [[4, 5]])
         with pytest.raises(InputError, match=f"leave {4 * size + 1} entries for 5 tokens"):
             length_statistics(ones, ones, spans=spans)
-    spans = np.array([[0, 2]] * 3 + [[2, 5], [4, 5]], np.uint8)
+    spans = np.array([[0, 2]] * 3 + [[2, 5], [4, 5]], np.uint16)
     assert np.isfinite(length_statistics(ones, ones, spans=spans)[0][1].log_double), "10 entries are enough"
     for wrong in (spans.astype(float), spans.astype(complex), spans.astype(bool), spans.astype(str), spans.tolist()):
         with pytest.raises(InputError, match="whole numbers"):

@@ -23,7 +23,7 @@ from approxkmv.statistics import streaming
 from approxkmv.sweep import SweepSettings, run_sweep
 from approxkmv.sweep import inputs as inputs_module
 from approxkmv.sweep import run as run_module
-from approxkmv.sweep.table import COLUMNS
+from approxkmv.sweep.table import COLUMNS, write_rows
 from approxkmv.sweep.word_vectors import word_vectors
 from approxkmv.sweep.workloads import PARTS, Case, cases, load, shares_inputs
 
@@ -444,30 +444,42 @@ def test_exponent_by_hand():
 
     n = np.array([1000, 2000, 4000, 8000])
     noise = np.array([0.1, -0.1, -0.1, 0.1])
-    slope, error = fit_exponent(n, 5 * n**1.5 * np.exp(noise))
+    slope, error = fit_exponent(n, 5 * n**1.2345 * np.exp(noise))
     # The noise is orthogonal to log n: residual variance 0.04 / 2 over 5 (log 2)^2.
-    assert slope == pytest.approx(1.5)
+    assert slope == pytest.approx(1.2345)
     assert error == pytest.approx((0.02 / 5) ** 0.5 / np.log(2))
     assert fit_exponent([100, 200], [10, 40]) == (pytest.approx(2), None)
     assert fit_exponent([100, 100], [10, 40]) == (None, None)
     assert fit_exponent([1, 2, 4], [3.0, 6.0, 12.0]) == (1.0, 0.0)
+    assert fit_exponent([1, 2, 4], [0, 6, 12]) == (None, None)
     row = dict.fromkeys(PROFILE, "x")
     rows = [
         {**row, "kernel_evaluations": n, "inner_products": n**2, "n": n, "status": status, "reached": reached}
-        for n, status, reached in ((1, "ok", "yes"), (2, "unreached", "no"), (3, "ok", "yes"), (4, "ok", "no"))
+        for n, status, reached in (
+            *((1, "ok", "yes"), (2, "unreached", "no"), (3, "ok", "yes"), (4, "ok", "no")),
+            (5, "unavailable", None),
+        )
     ]
     (found,) = evaluation_exponents(rows)
     assert found["lengths"] == "[1, 3]"
     assert (found["evaluation_exponent"], found["product_exponent"]) == (pytest.approx(1), pytest.approx(2))
-    assert found["speed_exponent"] is None
-    add_exponents(rows, [found])
-    assert ["evaluation_exponent" in row for row in rows] == [True, False, True, False]
+    assert (found["times_faster"], found["speed_exponent"]) == (None, None)
+    add_exponents(rows, [found | {"evaluation_exponent_error": 0.5}])
+    assert [row.get("evaluation_exponent_error") for row in rows] == [0.5, None, 0.5, None, None]
+    # Rows that differ in anything but n are no points of one line.
+    for name in ("workload", "batch", "columns", "d", "d_v", "device", "dtype", "method", "relative_to", "target"):
+        assert len(evaluation_exponents([rows[0], {**rows[2], name: "y"}])) == 2, name
     # A row that was tuned for the target, and missed it on other inputs, is no part of a profile.
     counts, faster = {"kernel_evaluations": 7, "inner_products": 9}, {"status": "ok", "reached": "yes"}
     rows = [{**row, **counts, **faster, "n": n, "times_faster": 0.1 * n**0.5} for n in (100, 200, 400)]
     rows.append({**row, **counts, "n": 800, "status": "ok", "reached": "no", "times_faster": 9.0})
     (found,) = evaluation_exponents(rows)
     assert (found["lengths"], found["speed_exponent"]) == ("[100, 200, 400]", pytest.approx(0.5))
+
+
+def test_a_row_is_a_line_and_what_it_lacks_is_empty(tmp_path):
+    write_rows(tmp_path / "table.csv", [{"a": "é"}, {"b": 2}], {"a": "one", "b": "other"})
+    assert (tmp_path / "table.csv").read_bytes() == "a,b\né,\n,2\n".encode()
 
 
 def test_same_settings_same_errors(vectors, tmp_path):
@@ -626,6 +638,7 @@ def cell(**more):
         ({"target": 0.04}, "b", "yes"),
         ({"target": 0.039}, "a", "no"),
         ({"error_v_p95": float("nan")}, "b", "no"),
+        ({"recomputed_share": 0.01}, "b", "yes"),
         ({"recomputed_share": 0.02}, "b", "no"),
     ],
 )
@@ -639,7 +652,7 @@ def test_ratios_by_hand(more, fastest, reached):
     rows.append({**rows[0], "method": "c", "seconds": None, "status": "unavailable"})
     # Of two in one precision the slower says nothing.
     rows.append({**rows[0], "method": "d", "seconds": 3.0})
-    add_ratios(rows)
+    add_ratios([{**rows[0], "method": "c", "seconds": float("nan"), "status": "unavailable"}, *rows])
     assert (rows[2]["fastest_exact"], rows[2]["reached"]) == (fastest, reached)
     assert (rows[2]["times_faster_q1"], rows[2]["times_faster_q3"]) == (0.25, 4.0)
     assert rows[2]["times_faster"] == (4.0 if fastest == "a" else 2.0)

@@ -144,9 +144,11 @@ def _interpolated(tried: list[tuple[int, float]], target: float) -> int | None:
     before, higher = tried[-2]
     power = math.log(higher / error) / math.log(near / before) if error < higher else 0.0
     if error > target:
-        if power < 0.05:
+        # Where the answer is 0 in all rows of the pilot, so is the target.
+        if power < 0.05 or target <= 0:
             return None
-        near = int(near * (error / target) ** (1 / power)) if (error / target) ** (1 / power) < 1e6 else 10**12
+        # At most a million times as many, which no kernel has: the power may be beyond float64.
+        near = int(near * math.exp(min(math.log(error / target) / power, math.log(1e6))))
     elif power > 0:
         near = int(before * (higher / target) ** (1 / power))
     power_of_two = 1 << (max(near, 64) - 1).bit_length()
