@@ -62,8 +62,9 @@ def about() -> str:
     found = json.loads((FOLDER / "machine.json").read_text(encoding="utf-8"))
     machine, ceilings = found["machine"], found["ceilings"]
     finished = {row["stage"]: row["seconds"] for row in _rows() if row["what"] == "finished"}
-    missing = ", ".join(str(stage) for stage in range(len(STAGES)) if stage not in finished)
-    together = f"not finished: stages {missing}; the others together" if missing else "all stages together"
+    missing = [str(stage) for stage in range(len(STAGES)) if stage not in finished]
+    those = f"stage{'s' if len(missing) > 1 else ''} {', '.join(missing)}"
+    together = f"not finished: {those}; the others together" if missing else "all stages together"
     return (
         f"Measured on one {machine['gpu']}: torch {machine['torch']}, Triton {machine['triton']}, NumPy "
         f"{machine['numpy']}; commit {found['commit']}; {together} {sum(finished.values()) / 60:.1f} minutes. Its "

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from small_project import ROOT, Project, environment
 
@@ -73,6 +74,16 @@ def test_braces_in_a_path_are_no_wildcards_of_snakemake(project: Project):
     assert code == 0, output
     assert "9 texts" in output
     assert "fetch" not in output
+    # In settings too, of parts that are not run here.
+    np.save(project.folder / "v{or}s.npy", np.zeros((40, 4), np.float32))
+    capture = {"model": "bert", "corpus": "words", "tokens": 20, "heads": [[0, 0]]}
+    workloads = [{"name": "model-qk", "lengths": [8]}, {"name": "glove-split", "lengths": [8], "path": "v{or}s.npy"}]
+    config["sweeps"] = {"little": {"methods": ["mean"], "capture": capture, "workloads": workloads}}
+    perplexity = {"model": "llama", "corpus": "words", "tokens": [20], "methods": {"mean": [{}]}, "plan": {}}
+    config["studies"]["tiny"] = {"sweep": "little", "perplexity": perplexity, "operator": {"path": "v{or}s.npy"}}
+    project.write(config)
+    code, output = project.snakemake("--dry-run", "--quiet", "host")
+    assert code == 0, output
 
 
 @pytest.mark.slow

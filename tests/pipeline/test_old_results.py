@@ -260,7 +260,9 @@ def test_a_sweep_of_other_settings_is_said_to_be_one(tmp_path: Path, changes, na
         ("operator", {}, ""),
         ("operator", {"epsilons": [0.2]}, "epsilons"),
         ("perplexity", {}, ""),
+        ("operator", {"path": "other.npy"}, "path"),
         ("perplexity", {"tokens": [512], "plan": {"target": 0.2}}, "tokens, plan"),
+        ("perplexity", {"methods": {"mean": [{}]}}, "methods"),
     ],
 )
 def test_another_part_of_other_settings_is_said_to_be_one(tmp_path: Path, part, changes, named):

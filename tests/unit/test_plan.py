@@ -342,6 +342,19 @@ def test_a_hybrid_has_heads_in_its_layers_of_softmax_attention(tmp_path, monkeyp
         fast.use_plan(model, dataclasses.replace(plan, layers=plan.layers[3:]))
     with pytest.raises(InputError, match="the plan has no heads in layer 0"):
         plan.of_layer(0)
+    with pytest.raises(CaptureError, match=r"1 of 2 layers handed their attention over: choose among \[3\]"):
+        causal.perplexity(IDS[:40], Replacement(get("mean"), {}, [2, 3], 0))
+
+
+def test_a_language_model_without_softmax_attention_has_no_perplexity_of_methods(tmp_path):
+    config = transformers.Lfm2Config(
+        vocab_size=90, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_hidden_layers=2,
+        num_key_value_heads=2, layer_types=["conv"] * 2,
+    )  # fmt: skip
+    with quiet():
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(CaptureError, match="Lfm2ForCausalLM has no layers of softmax attention"):
+        CausalModel.load(ModelLocation(tmp_path))
 
 
 def test_a_model_that_caps_its_logits_takes_no_plan():

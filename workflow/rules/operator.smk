@@ -16,7 +16,7 @@ rule operator:
     threads: workflow.cores
     params:
         config=lambda wildcards: SETTINGS,
-        settings=escape(str(STUDY.operator)),
+        settings=lambda wildcards: escape(str(STUDY.operator)),
         vectors=identity_of(f"path:{STUDY.operator.path}") if STUDY.operator else "",
     shell:
         "approxkmv operator --config {params.config} --out {output.table} --log {log}"

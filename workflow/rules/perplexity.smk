@@ -17,8 +17,8 @@ rule plan:
         gpu=int(PERPLEXITY is not None and PERPLEXITY.device == "cuda"),
     params:
         config=lambda wildcards: SETTINGS,
-        settings=escape(str(PERPLEXITY)),
-        corpus=read_from(CORPUS),
+        settings=lambda wildcards: escape(str(PERPLEXITY)),
+        corpus=lambda wildcards: read_from(CORPUS),
         identity=identity_of(CORPUS.source) if CORPUS else "",
     shell:
         "approxkmv plan --location {input.location} --config {params.config} --out {output} --log {log}"
@@ -47,8 +47,8 @@ rule perplexity:
         gpu=int(PERPLEXITY is not None and PERPLEXITY.device == "cuda"),
     params:
         config=lambda wildcards: SETTINGS,
-        settings=escape(str(PERPLEXITY)),
-        corpus=read_from(CORPUS),
+        settings=lambda wildcards: escape(str(PERPLEXITY)),
+        corpus=lambda wildcards: read_from(CORPUS),
         identity=identity_of(CORPUS.source) if CORPUS else "",
         plan=lambda wildcards, input: f"--plan {input.plan}" if input.plan else "",
     shell:

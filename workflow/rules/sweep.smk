@@ -19,9 +19,9 @@ rule model_heads:
     threads: workflow.cores
     params:
         config=lambda wildcards: SETTINGS,
-        capture=escape(str(CAPTURE)),
+        capture=lambda wildcards: escape(str(CAPTURE)),
         rotary_scaling=escape(str(STUDY.rotary_scaling)),
-        corpus=[read_from(corpus) for corpus in CAPTURED],
+        corpus=lambda wildcards: [read_from(corpus) for corpus in CAPTURED],
         identity=" ".join(identity_of(corpus.source) for corpus in CAPTURED),
     shell:
         "approxkmv model-heads --location {input.location} --config {params.config} --out {output.heads} "
@@ -55,7 +55,7 @@ rule sweep:
         gpu=int(STUDY.sweep is not None and STUDY.sweep.device != "cpu"),
     params:
         config=lambda wildcards: SETTINGS,
-        settings=escape(str(STUDY.sweep)),
+        settings=lambda wildcards: escape(str(STUDY.sweep)),
         vectors=[
             identity_of(f"path:{path}")
             for workload in (STUDY.sweep.workloads if STUDY.sweep else ())

@@ -123,7 +123,8 @@ class Perplexity(Section):
     plan: PlanKeys | None = None
     """Measure a plan, and its perplexity beside the methods'; null makes none."""
     layers: str = "all"
-    """Layers whose attention is replaced, counted from 0: all, or numbers and ranges such as 0,5-9."""
+    """Layers whose attention is replaced, counted from 0: all, or numbers and ranges such as 0,5-9 (of a hybrid, the
+    model's own numbers)."""
     seed: Seed = 0
     """Seed of the methods."""
     repeats: Count = 1

@@ -19,6 +19,8 @@ from approxkmv.words import counted
 
 # What transformers calls layers of a hybrid that mix tokens without softmax attention, or do not mix them.
 WITHOUT_ATTENTION = ("linear_attention", "conv", "mamba", "recurrent", "moe", "mlp")
+# And layers that choose keys for each query, or attend to sums of keys.
+NOT_PLAIN = ("indexed_attention", "compressed_sparse_attention", "heavily_compressed_attention", "minimax_m3_sparse")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -130,6 +132,11 @@ class CapturableModel:
         attending = layers_that_attend(text_config)
         if not any(attending):
             raise CaptureError(f"{type(backbone).__name__} does not say that it has layers of attention: {ADVICE}")
+        if others := {*NOT_PLAIN} & {*(getattr(text_config, "layer_types", None) or ())}:
+            raise CaptureError(
+                f"{type(backbone).__name__} has layers of {', '.join(sorted(others))}, in which a query does not see "
+                f"all keys before it: {ADVICE}"
+            )
         # One pass per text: a cache of keys would only cost memory.
         backbone.config.use_cache = text_config.use_cache = False
         return cls(backbone.to(place), location, attending, place, encoder_only=bool(config.is_encoder_decoder))

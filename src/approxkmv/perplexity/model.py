@@ -61,6 +61,8 @@ class CausalModel:
         self.n_layers = len(kinds)
         # Those of softmax attention: all but in a hybrid.
         self.attending = [layer for layer, attends in enumerate(kinds) if attends]
+        if not self.attending:
+            raise CaptureError(f"{type(model).__name__} has no layers of softmax attention")
         self.max_positions = scaled_positions(model.config) or max_positions(model)
         one, other = self._logits([3, 4, 5, 6]), self._logits([3, 4, 5, 7])
         # Logits that are no numbers are reported with the text that meets them.
@@ -127,9 +129,10 @@ class CausalModel:
             torch.cuda.synchronize(self.device)
         seconds = time.perf_counter() - start - replacement.warm_up_seconds
         if replacement.calls != len(replacement.layers):
+            advice = "" if {*replacement.layers} <= {*self.attending} else f": choose among {self.attending}"
             raise CaptureError(
                 f"{type(self._model).__name__}: {replacement.calls} of {len(replacement.layers)} layers handed their "
-                "attention over: name layers that have softmax attention"
+                f"attention over{advice}"
             )
         targets = torch.tensor(ids[1:], device=logits.device)
         total = 0.0

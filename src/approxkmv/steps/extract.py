@@ -89,7 +89,7 @@ def extract(
     if model.has_own_masks:
         LOG.info("model %s: masked statistics are over %s", model_name, model.mask)
     for what in model.left_out:
-        LOG.info("model %s: its attention includes what K does not: %s", model_name, what)
+        LOG.info("model %s, not in K: %s", model_name, what)
     require_true_prefixes(study, model_name, model, [len(t) for t in cut])
     taken = [i for i, use in enumerate(used) if use]
     tokenizer = model.tokenizer

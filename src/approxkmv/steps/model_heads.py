@@ -44,7 +44,7 @@ def capture_heads(
         raise ConfigError(f"corpus {texts[1][0].name} has one document; a sweep needs a second one for tuning")
     model = CapturableModel.load(location, rotary_scaling=rotary_scaling)
     for what in ([model.mask] if model.has_own_masks else []) + [*model.left_out]:
-        LOG.info("a sweep over heads of this model leaves out what its attention has: %s", what)
+        LOG.info("a sweep over heads of this model leaves out: %s", what)
     for layer, head in heads:
         if layer >= model.n_layers or head >= model.n_heads:
             raise ConfigError(

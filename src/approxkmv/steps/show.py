@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from approxkmv.steps.cleaning import OF_PART, leftovers, study_in
 
 # Where a sweep's files lie, which may be told from another folder.
 LIES = ("cache", "path", "tuning_path")
+# Their keys are names of methods, and not settings that a version before may lack.
+BY_METHOD = ("methods", "parameters")
 
 
 def lines(results: Path) -> list[str]:
@@ -64,7 +66,7 @@ def _part_of_before(study: Study | None, part: str, tables: Path) -> list[str]:
     if settings is None or not record.is_file():
         return []
     now = settings.with_capture(None, None).as_dict() if part == "sweep" else settings.model_dump()
-    return _of_before(_settings(read_json(record)), json.loads(json.dumps(now)))
+    return _of_before(_settings(read_json(record)), json.loads(json.dumps(now)), LIES if part == "sweep" else ())
 
 
 def _settings(record: Any) -> dict[str, Any]:
@@ -72,16 +74,18 @@ def _settings(record: Any) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _of_before(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """A line if a study's settings have changed since a result was made."""
-    changed = [name for name in now if name in was and name not in LIES and _differ(was[name], now[name])]
+def _of_before(was: Mapping[str, Any], now: Mapping[str, Any], lies: Sequence[str] = ()) -> list[str]:
+    """A line if a study's settings, but for where files lie, have changed since a result was made."""
+    changed = [name for name in now if name in was and name not in lies and _differ(name, was[name], now[name], lies)]
     return [f"made with other settings than the study's now ({', '.join(changed)}): run it again"] if changed else []
 
 
-def _differ(was: Any, now: Any) -> bool:
+def _differ(name: str, was: Any, now: Any, lies: Sequence[str]) -> bool:
     if isinstance(was, dict) and isinstance(now, dict):
+        if name in BY_METHOD and was.keys() != now.keys():
+            return True
         # A version before may lack a key.
-        return any(_differ(was.get(key), now.get(key)) for key in (was.keys() & now.keys()) - {*LIES})
+        return any(_differ(key, was[key], now[key], lies) for key in (was.keys() & now.keys()) - {*lies})
     if isinstance(was, list) and isinstance(now, list):
-        return len(was) != len(now) or any(map(_differ, was, now))
+        return len(was) != len(now) or any(_differ(name, *pair, lies) for pair in zip(was, now, strict=True))
     return bool(was != now)
