@@ -372,7 +372,7 @@ def test_links_among_what_is_left_over_are_removed_and_not_what_they_name(tmp_pa
 
 def test_a_part_that_a_study_no_longer_has_is_neither_shown_nor_on_the_page(tmp_path: Path):
     config = yaml.safe_load((ROOT / "config.yaml").read_text()) | {"study": "embedded"}
-    config["studies"]["embedded"] = {"operator": {}}
+    config["studies"]["embedded"] = {"operator": config["studies"]["operator"]["operator"]}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     for study in ("operator", "embedded", "lengths", "complexity", "perplexity"):
         shutil.copytree(ROOT / "results" / "reference" / study, tmp_path, dirs_exist_ok=True)
