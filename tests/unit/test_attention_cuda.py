@@ -646,6 +646,8 @@ def test_inputs_of_usual_widths_fit_on_smaller_chips(name, dtype):
 
 
 def test_what_does_not_fit_is_launched_without_pipelined_loads():
+    from approxkmv.compute.launching import launched
+
     stages = []
 
     class Kernel:
@@ -657,7 +659,7 @@ def test_what_does_not_fit_is_launched_without_pipelined_loads():
 
             return launch
 
-    kernels.launched(Kernel(), (2, 3), torch.ones(1))
+    launched(Kernel(), (2, 3), torch.ones(1))
     assert stages == [((2, 3), 3), ((2, 3), 1)]
 
 
@@ -717,7 +719,7 @@ def test_the_products_with_the_weights_run_together(d, d_v):
 
 @compiles
 @pytest.mark.slow
-# The widest heads, of Gemma, have loads that are not pipelined: `kernels.launched`.
+# The widest heads, of Gemma, have loads that are not pipelined: see compute/launching.py.
 @pytest.mark.parametrize(("width", "options"), [(64, {}), (128, {}), (256, {"num_stages": 1})])
 def test_the_kernel_of_statistics_spills_no_registers(width, options):
     from approxkmv.statistics import largest_cuda as largest

@@ -29,12 +29,10 @@ from models_support import (
 from packaging.version import Version
 from safetensors.torch import load_file, save_file
 
-from approxkmv.config import CorpusEntry
 from approxkmv.errors import CaptureError, InputError, NonFiniteError, SourceError
 from approxkmv.models import CapturableModel, ModelLocation, capture, fetch, interface, parse_source
 from approxkmv.models.families import SCALED_QUERIES, UNSCALED
 from approxkmv.models.loading import quiet
-from approxkmv.steps import model_heads
 
 # The reference computes in float32, where a softmax of logits up to about 10 carries 10 * 2^-24 of relative error
 # from each of a few matrix products; 1e-5 leaves an order of magnitude, and a wrong factor shows at 0.01 and more.
@@ -160,6 +158,10 @@ def test_grouped_keys_are_repeated_for_the_queries_that_share_them(tmp_path):
 
 
 def test_heads_for_a_sweep_have_their_own_width(tmp_path, monkeypatch):
+    # They need pydantic, which a machine with a GPU may lack.
+    from approxkmv.config import CorpusEntry
+    from approxkmv.steps import model_heads
+
     model = CapturableModel.load(save_random(tmp_path / "model", *ARCHITECTURES["Gemma4 (text)"]))
     model._tokenizer = lambda text, **options: {"input_ids": [3 + ord(letter) % 50 for letter in text]}
     monkeypatch.setattr(model_heads.CapturableModel, "load", lambda *given, **options: model)

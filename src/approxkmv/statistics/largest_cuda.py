@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from approxkmv.attention.kernels.triton import launched
+from approxkmv.compute.launching import launched
 from approxkmv.statistics.largest import Largest
 
 _LOG2_E = 1.4426950408889634

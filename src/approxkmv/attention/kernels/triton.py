@@ -13,6 +13,8 @@ from approxkmv.attention.contract import UnavailableError
 try:
     import triton
     import triton.language as tl
+
+    from approxkmv.compute.launching import launched
 except ImportError as error:
     raise UnavailableError("Triton is not installed: CUDA kernels need it") from error
 
@@ -191,14 +193,6 @@ def on_device(device: torch.device) -> Iterator[None]:
         raise UnavailableError(
             f"the CUDA kernels need more {error.name} than {device} has: {error.required}, but there are {error.limit}"
         ) from error
-
-
-def launched(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-    """Launch a kernel; where the chip has too little shared memory for its pipelined loads, without them."""
-    try:
-        kernel[grid](*arguments, **options)
-    except triton.OutOfResources:
-        kernel[grid](*arguments, **options | {"num_stages": 1})
 
 
 def exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
