@@ -158,7 +158,7 @@ def test_a_model_none_of_whose_layers_attend_is_refused(tmp_path, kind):
 def test_layers_in_which_a_query_chooses_its_keys_are_refused(tmp_path):
     kinds = ["full_attention", "indexed_attention", "linear_attention"]
     location = save_random(tmp_path, "LlamaConfig", SMALL["llama"][1] | {"layer_types": kinds})
-    with pytest.raises(CaptureError, match="LlamaModel has layers of indexed_attention, in which a query does not see"):
+    with pytest.raises(CaptureError, match="LlamaModel has layers of indexed_attention, in which queries choose"):
         CapturableModel.load(location)
 
 

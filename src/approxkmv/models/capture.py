@@ -134,8 +134,8 @@ class CapturableModel:
             raise CaptureError(f"{type(backbone).__name__} does not say that it has layers of attention: {ADVICE}")
         if others := {*NOT_PLAIN} & {*(getattr(text_config, "layer_types", None) or ())}:
             raise CaptureError(
-                f"{type(backbone).__name__} has layers of {', '.join(sorted(others))}, in which a query does not see "
-                f"all keys before it: {ADVICE}"
+                f"{type(backbone).__name__} has layers of {', '.join(sorted(others))}, in which queries choose their "
+                f"keys or see sums of keys: {ADVICE}"
             )
         # One pass per text: a cache of keys would only cost memory.
         backbone.config.use_cache = text_config.use_cache = False
